@@ -1,0 +1,147 @@
+// dataloader.h - token files, and the batches that training and evaluation read from them.
+//
+// The file is llm.c's: 256 int32, [0] 20240520, [1] 1, [2] how many tokens; then uint16 tokens.
+//
+//     TokenFile train("poems/train.bin");
+//     train.check_vocab(V);
+//     TrainLoader loader(train, T, seed, true);
+//     loader.next(B, inputs, targets);      // int[B * T] each; target = the token after the input
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "io.h"
+#include "rng.h"
+
+constexpr int32_t TOKEN_FILE_MAGIC = 20240520, TOKEN_FILE_VERSION = 1;
+
+// A token file's content without the commit, so that a program can let several files appear together.
+inline void write_tokens(AtomicFile& out, const std::string& path, const std::vector<uint16_t>& tokens) {
+    if (tokens.empty() || tokens.size() > INT32_MAX)
+        fail("%s: a token file holds 1 to %d tokens, not %zu", path.c_str(), INT32_MAX, tokens.size());
+    std::vector<int32_t> h(256);
+    h[0] = TOKEN_FILE_MAGIC, h[1] = TOKEN_FILE_VERSION, h[2] = (int32_t)tokens.size();
+    out.write(h.data(), 1024);
+    out.write(tokens.data(), tokens.size() * sizeof(uint16_t));
+}
+inline void write_tokens(const std::string& path, const std::vector<uint16_t>& tokens) {
+    AtomicFile out(path);
+    write_tokens(out, path, tokens);
+    out.commit();
+}
+
+// A token file in memory. The constructor throws where the file is anything but whole.
+class TokenFile {
+  public:
+    const std::string path;
+
+    explicit TokenFile(const std::string& p) : path(p) {
+        Reader in(p);
+        std::vector<int32_t> h = in.header(TOKEN_FILE_MAGIC, "token");
+        if (h[1] != TOKEN_FILE_VERSION) fail("%s: version is %d, wanted %d", p.c_str(), h[1], TOKEN_FILE_VERSION);
+        if (h[2] < 1) fail("%s: token count is %d, wanted at least 1", p.c_str(), h[2]);
+        in.expect_size(1024 + sizeof(uint16_t) * (uint64_t)h[2]);
+        tokens_.resize((size_t)h[2]);
+        in.read(tokens_.data(), tokens_.size() * sizeof(uint16_t), "tokens");
+    }
+
+    size_t size() const { return tokens_.size(); }
+    uint16_t operator[](size_t i) const { return tokens_[i]; }
+
+    // Throws at the first token that a model with V tokens does not know.
+    void check_vocab(int V) const {
+        for (size_t i = 0; i < tokens_.size(); i++)
+            if (tokens_[i] >= V)
+                fail("%s: token %d at position %zu, wanted tokens below the vocabulary size %d", path.c_str(), tokens_[i], i, V);
+    }
+
+  private:
+    std::vector<uint16_t> tokens_;
+};
+
+// Training batches. The n tokens stand on a circle. Each epoch cuts it at a fresh random offset into
+// floor(n / T) windows of T inputs and visits them in shuffled order, so that windows do not always break
+// at the same places; without shuffle the offset is 0 and the order the file's. The sequence of windows is
+// a function of (file, T, seed) alone: it does not depend on B, and seek() continues it anywhere.
+class TrainLoader {
+  public:
+    // Of `world` processes that train together, this one has number `rank`. The file must outlive the loader.
+    TrainLoader(const TokenFile& file, int T, uint64_t seed, bool shuffle, int rank = 0, int world = 1)
+        : file_(file), T_((size_t)T), seed_(seed), shuffle_(shuffle), rank_((uint64_t)rank), world_((uint64_t)world) {
+        if (T < 1 || rank < 0 || rank >= world) fail("no loader for T = %d, rank %d of %d", T, rank, world);
+        if (file.size() < T_ + 1)
+            fail("%s: corpus shorter than one window: %zu tokens, wanted at least T + 1 = %zu", file.path.c_str(),
+                 file.size(), T_ + 1);
+        order_.resize(file.size() / T_);
+        start_epoch(0);
+    }
+
+    // Writes the next B windows of this process to inputs[B * T] and targets[B * T].
+    void next(int B, int* inputs, int* targets) {
+        for (uint64_t b = 0; b < (uint64_t)B; b++) {
+            uint64_t w = position_ + rank_ * (uint64_t)B + b;
+            if (w / order_.size() != epoch_) start_epoch(w / order_.size());
+            size_t i = (offset_ + order_[w % order_.size()] * T_) % file_.size();
+            for (size_t t = 0; t < T_; t++) {
+                *inputs++ = file_[i];
+                if (++i == file_.size()) i = 0;
+                *targets++ = file_[i];
+            }
+        }
+        position_ += (uint64_t)B * world_;
+    }
+
+    // Windows drawn since the start, by all processes together: all a resumed run needs to know.
+    uint64_t position() const { return position_; }
+    void seek(uint64_t windows) {
+        if (windows / order_.size() > UINT32_MAX)
+            fail("%s: data position %llu is beyond the last epoch", file_.path.c_str(), (unsigned long long)windows);
+        position_ = windows;
+    }
+    uint64_t windows_per_epoch() const { return order_.size(); }
+
+  private:
+    void start_epoch(uint64_t e) {
+        epoch_ = e;
+        for (size_t i = 0; i < order_.size(); i++) order_[i] = (uint32_t)i;
+        if (!shuffle_) return;
+        rng::Key key(seed_, (uint32_t)e, rng::SHUFFLE);
+        offset_ = (size_t)(key.uniform(0) * (double)file_.size());
+        rng::shuffle(order_.data(), order_.size(), key);  // draws numbers 2 and up of the same key
+    }
+
+    const TokenFile& file_;
+    const size_t T_;
+    const uint64_t seed_;
+    const bool shuffle_;
+    const uint64_t rank_, world_;
+    uint64_t position_ = 0, epoch_ = 0;
+    size_t offset_ = 0;
+    std::vector<uint32_t> order_;
+};
+
+// Evaluation batches: the file in order; every token but the first is a target exactly once. What is left
+// of the last batch has input 0 and target -1, which means "ignore".
+class EvalLoader {
+  public:
+    // The file must outlive the loader.
+    EvalLoader(const TokenFile& file, int B, int T) : file_(file), B_((size_t)B), T_((size_t)T) {
+        if (B < 1 || T < 1) fail("no loader for B = %d, T = %d", B, T);
+        if (file.size() < 2) fail("%s: has 1 token, evaluation wants at least 2", file.path.c_str());
+    }
+    size_t batches() const { return (file_.size() - 1 + B_ * T_ - 1) / (B_ * T_); }
+    // Writes batch i < batches() to inputs[B * T] and targets[B * T].
+    void get(size_t i, int* inputs, int* targets) const {
+        for (size_t k = 0, p = i * B_ * T_; k < B_ * T_; k++, p++) {
+            bool inside = p + 1 < file_.size();
+            inputs[k] = inside ? file_[p] : 0;
+            targets[k] = inside ? file_[p + 1] : -1;
+        }
+    }
+
+  private:
+    const TokenFile& file_;
+    const size_t B_, T_;
+};

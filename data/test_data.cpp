@@ -1,0 +1,892 @@
+// test_data.cpp - what tokenizer.h, dataloader.h and prepare_data promise.
+#define ARAPOET_NO_MAIN
+#include "data/prepare_data.cpp"
+
+#include <doctest/doctest.h>
+#include <signal.h>
+#include <sys/resource.h>
+
+#include <chrono>
+#include <set>
+
+#include "dev/test_util.h"
+
+namespace {
+
+using Strings = std::vector<std::string>;
+
+// ---------------------------------------------------------------------------------------------
+// UTF-8
+
+TEST_CASE("utf-8: every code point but the surrogates survives encoding and decoding") {
+    size_t wrong = 0;
+    std::string s;
+    for (uint32_t c = 0; c <= utf8::MAX_CODE_POINT; c++) {
+        s.clear();
+        utf8::append(s, c);
+        uint32_t back = ~0u;
+        bool surrogate = c >= 0xD800 && c <= 0xDFFF;
+        size_t n = utf8::decode(s, 0, &back);
+        wrong += surrogate ? n != 0 : n != s.size() || back != c || utf8::count(s) != 1;
+    }
+    CHECK(wrong == 0);
+}
+
+TEST_CASE("utf-8: no other bytes are a character: overlong forms, surrogates and stray bytes are refused") {
+    // Counting all strings of each length suffices, since the valid ones are known to be accepted.
+    auto count_valid = [](size_t n, auto&& byte_range) {
+        size_t valid = 0;
+        std::string s(n, '\0');
+        auto walk = [&](auto&& self, size_t i) -> void {
+            if (i == n) {
+                uint32_t c;
+                valid += utf8::decode(s, 0, &c) == n;
+                return;
+            }
+            for (int b : byte_range(i)) s[i] = (char)b, self(self, i + 1);
+        };
+        walk(walk, 0);
+        return valid;
+    };
+    std::vector<int> all(256), edges = {0x00, 0x7F, 0x80, 0xBF, 0xC0, 0xFF};
+    std::iota(all.begin(), all.end(), 0);
+    auto full = [&](size_t) -> const std::vector<int>& { return all; };
+    auto two_full = [&](size_t i) -> const std::vector<int>& { return i < 2 ? all : edges; };
+    CHECK(count_valid(1, full) == 0x80);
+    CHECK(count_valid(2, full) == 0x800 - 0x80);
+    CHECK(count_valid(3, full) == 0x10000 - 0x800 - 0x800);
+    CHECK(count_valid(4, two_full) == 0x100000 / 4096 * 2 * 2);  // two of six edge bytes go on with a character
+    CHECK(utf8::find_invalid("ab\xD8\xA8") == std::string_view::npos);
+    CHECK(utf8::find_invalid("ab\xD8") == 2);
+    CHECK(utf8::find_invalid("ab\xD8" "c") == 2);
+    CHECK(utf8::find_invalid("ab\xED\xA0\x80") == 2);
+}
+
+TEST_CASE("utf-8: a stream that prints the printable prefix never prints half a character and loses nothing") {
+    const std::string text = "a\u0628\u20AC\U0001F600\u0645z\U0001F600";
+    for (size_t chunk = 1; chunk <= 5; chunk++) {
+        std::string pending, printed;
+        for (size_t i = 0; i < text.size(); i += chunk) {
+            pending += text.substr(i, chunk);
+            size_t n = utf8::printable_prefix(pending);
+            CHECK(utf8::find_invalid(pending.substr(0, n)) == std::string_view::npos);
+            printed += pending.substr(0, n);
+            pending.erase(0, n);
+            CHECK(pending.size() <= 3);
+        }
+        CHECK(printed == text);
+    }
+    CHECK(utf8::printable_prefix("\x80\x80\x80\x80") == 4);  // garbage is not held back for ever
+    CHECK(utf8::printable_prefix("\xFF") == 1);
+    CHECK(utf8::printable_prefix("") == 0);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The tokenizer
+
+// A tokenizer file by hand.
+std::string tokenizer_file(const Strings& tokens, int eot) {
+    std::string s(1024, '\0');
+    s = with_header(s, 0, 20240328), s = with_header(s, 1, 2), s = with_header(s, 2, (int)tokens.size());
+    s = with_header(s, 3, eot), s = with_header(s, 4, 1);
+    for (const std::string& t : tokens) s += (char)t.size(), s += t;
+    return s;
+}
+const char* const EOT = "<|endoftext|>";
+
+TEST_CASE("a character tokenizer holds every code point of the text, sorted, then end-of-text") {
+    Tokenizer t = Tokenizer::characters("ba\n\u0628a\U0001F600");
+    REQUIRE(t.vocab_size() == 6);
+    Strings tokens;
+    for (int i = 0; i < 6; i++) tokens.push_back(t.bytes(i));
+    CHECK(tokens == Strings{"\n", "a", "b", "\u0628", "\U0001F600", EOT});
+    CHECK(t.eot() == 5);
+}
+
+TEST_CASE("text survives encoding and decoding, one token a character") {
+    const std::string text = "\u0642\u0641\u0627 \u0646\u0628\u0643\t\u0645\u0646\n";
+    Tokenizer t = Tokenizer::characters(text);
+    std::vector<int> ids = t.encode(text);
+    CHECK(ids.size() == utf8::count(text));
+    CHECK(t.decode(ids) == text);
+    CHECK(t.encode("").empty());
+    CHECK(t.decode({t.eot()}) == EOT);
+}
+
+TEST_CASE("end-of-text is never encoded from its spelling") {
+    Tokenizer t = Tokenizer::characters(EOT);
+    for (int id : t.encode(EOT)) CHECK(id != t.eot());
+}
+
+TEST_CASE("a token counts the characters that begin in it, end-of-text counts one") {
+    Tokenizer t = Tokenizer::characters("a\u0628");
+    CHECK(t.chars(0) == 1);
+    CHECK(t.chars(1) == 1);
+    CHECK(t.chars(t.eot()) == 1);
+}
+
+TEST_CASE("an unknown character is named with its code point and byte offset") {
+    Tokenizer t = Tokenizer::characters("\u0628a");
+    std::string e = error_of([&] { t.encode("a\u0628\u062A"); });
+    CHECK(contains(e, "'\u062A' U+062A at byte 3"));
+    CHECK(contains(error_of([&] { t.encode("a\n"); }), "character U+000A at byte 1"));
+    CHECK(!contains(error_of([&] { t.encode("a\n"); }), "\n"));
+    CHECK(contains(error_of([&] { t.encode("\U0001F600"); }), "U+1F600"));
+}
+
+TEST_CASE("invalid UTF-8 is refused with its offset, in encoding and in building a tokenizer") {
+    Tokenizer t = Tokenizer::characters("a\u0628");
+    CHECK(contains(error_of([&] { t.encode("aa\xD8"); }), "invalid UTF-8 at byte 2 (0xD8)"));
+    CHECK(contains(error_of([&] { Tokenizer::characters("a\xFF"); }), "invalid UTF-8 at byte 1 (0xFF)"));
+}
+
+TEST_CASE("a token outside the vocabulary is an error") {
+    Tokenizer t = Tokenizer::characters("ab");
+    CHECK(contains(error_of([&] { t.bytes(3); }), "token 3 is out of range, the tokenizer has 3"));
+    CHECK(contains(error_of([&] { t.decode({0, -1}); }), "token -1"));
+}
+
+TEST_CASE("a saved tokenizer has llm.c's layout and loads as it was") {
+    TempDir dir;
+    Tokenizer t = Tokenizer::characters("b\u0628\n");
+    t.save(dir / "t.bin");
+    CHECK(read_file(dir / "t.bin") == tokenizer_file({"\n", "b", "\u0628", EOT}, 3));
+    Tokenizer u = Tokenizer::load(dir / "t.bin");
+    CHECK(u.vocab_size() == 4);
+    CHECK(u.eot() == 3);
+    CHECK(u.kind() == Tokenizer::CHARACTERS);
+    CHECK(u.encode("\u0628b\n") == std::vector<int>{2, 1, 0});
+}
+
+TEST_CASE("a tokenizer file with any wrong header field is refused by the field's name") {
+    TempDir dir;
+    const std::string good = tokenizer_file({"a", "b", EOT}, 2);
+    struct {
+        size_t index;
+        std::vector<int32_t> values;
+        const char* says;
+    } fields[] = {{0, {0, 20240520, -1}, "magic number"},
+                  {1, {0, 1, 3, -1}, "version is"},
+                  {2, {0, -1, 1 << 20 | 1, INT32_MAX, INT32_MIN}, "vocabulary size is"},
+                  {3, {-1, 3, INT32_MAX, INT32_MIN}, "end-of-text token is"},
+                  {4, {-1, 2, INT32_MAX}, "kind is"},
+                  {5, {-1, 1, 2}, "add_prefix_space is"}};
+    for (auto& f : fields)
+        for (int32_t v : f.values) {
+            write_file(dir / "t.bin", with_header(good, f.index, v));
+            std::string e = error_of([&] { Tokenizer::load(dir / "t.bin"); });
+            INFO(f.index, " = ", v, ": ", e);
+            CHECK(contains(e, dir / "t.bin: "));
+            CHECK(contains(e, f.says));
+            CHECK(contains(e, std::to_string(v)));
+        }
+    write_file(dir / "t.bin", with_header(good, 2, 2));
+    CHECK(contains(error_of([&] { Tokenizer::load(dir / "t.bin"); }), "end-of-text token is 2, wanted 0 to 1"));
+}
+
+TEST_CASE("a tokenizer file truncated anywhere, or with bytes behind its end, is refused") {
+    TempDir dir;
+    const std::string good = tokenizer_file({"a", "\u0628", EOT}, 2);
+    write_file(dir / "t.bin", good);
+    CHECK(error_of([&] { Tokenizer::load(dir / "t.bin"); }) == "");
+    for (size_t n = 0; n < good.size(); n += n < 1000 ? 100 : 1) {
+        write_file(dir / "t.bin", good.substr(0, n));
+        std::string e = error_of([&] { Tokenizer::load(dir / "t.bin"); });
+        INFO(n, ": ", e);
+        CHECK(contains(e, n < 1024 ? "is not a tokenizer file" : "truncated in token"));
+    }
+    write_file(dir / "t.bin", good + "x");
+    CHECK(contains(error_of([&] { Tokenizer::load(dir / "t.bin"); }), "trailing data"));
+    CHECK(contains(error_of([&] { Tokenizer::load(dir / "none.bin"); }), "cannot open"));
+}
+
+TEST_CASE("a character tokenizer file must hold single characters, each once, and end-of-text as it is spelled") {
+    TempDir dir;
+    auto load_error = [&](const Strings& tokens, int eot) {
+        write_file(dir / "t.bin", tokenizer_file(tokens, eot));
+        return error_of([&] { Tokenizer::load(dir / "t.bin"); });
+    };
+    CHECK(load_error({EOT, "a"}, 0) == "");  // the place of end-of-text is free
+    CHECK(contains(load_error({"a", "b", "a", EOT}, 3), "tokens 0 and 2 are both 'a' U+0061"));
+    CHECK(contains(load_error({"ab", EOT}, 1), "token 0 of a character tokenizer has 2 bytes"));
+    CHECK(contains(load_error({"a", "\xD8", EOT}, 2), "token 1 of a character tokenizer has 1 bytes"));
+    CHECK(contains(load_error({"a", "\xED\xA0\x80", EOT}, 2), "not one UTF-8 character"));
+    CHECK(contains(load_error({"a", "", EOT}, 2), "token 1 of 3 has length 0"));
+    CHECK(contains(load_error({"a", "b"}, 1), "end-of-text token 1 is not written"));
+    CHECK(contains(load_error({"a", EOT, "b"}, 2), "end-of-text token 2 is not written"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Token files
+
+std::vector<uint16_t> iota_tokens(size_t n) {
+    std::vector<uint16_t> t(n);
+    std::iota(t.begin(), t.end(), uint16_t(0));
+    return t;
+}
+// A token file whose every token is its own position, so that a window tells where it comes from.
+struct IotaFile {
+    TempDir dir;
+    TokenFile file;
+    explicit IotaFile(size_t n) : file((write_tokens(dir / "t.bin", iota_tokens(n)), dir / "t.bin")) {}
+};
+
+TEST_CASE("a token file has llm.c's layout and reads as it was written") {
+    TempDir dir;
+    write_tokens(dir / "t.bin", {7, 65535, 0});
+    std::string want(1024, '\0');
+    want = with_header(with_header(with_header(want, 0, 20240520), 1, 1), 2, 3) + std::string("\7\0\xFF\xFF\0\0", 6);
+    CHECK(read_file(dir / "t.bin") == want);
+    TokenFile f(dir / "t.bin");
+    REQUIRE(f.size() == 3);
+    CHECK(f[0] == 7);
+    CHECK(f[1] == 65535);
+    CHECK(f[2] == 0);
+}
+
+TEST_CASE("a token file with any wrong header field, truncated anywhere, or with bytes behind its end, is refused") {
+    TempDir dir;
+    write_tokens(dir / "t.bin", {1, 2, 3});
+    const std::string good = read_file(dir / "t.bin");
+    auto error = [&](const std::string& content) {
+        write_file(dir / "t.bin", content);
+        return error_of([&] { TokenFile f(dir / "t.bin"); });
+    };
+    CHECK(error(good) == "");
+    CHECK(contains(error(with_header(good, 0, 20240328)), "is not a token file: magic number is 20240328, wanted 20240520"));
+    for (int v : {0, 2, -1}) CHECK(contains(error(with_header(good, 1, v)), strf("version is %d, wanted 1", v)));
+    for (int v : {0, -1, INT32_MIN})
+        CHECK(contains(error(with_header(good, 2, v)), strf("token count is %d, wanted at least 1", v)));
+    for (int v : {4, INT32_MAX}) CHECK(contains(error(with_header(good, 2, v)), "truncated"));
+    CHECK(contains(error(with_header(good, 2, 2)), "trailing data"));
+    for (size_t n = 0; n < good.size(); n += n < 1000 ? 100 : 1)
+        CHECK(contains(error(good.substr(0, n)), n < 1024 ? "is not a token file" : "truncated"));
+    CHECK(contains(error(good + "x"), "trailing data"));
+    CHECK(contains(error_of([&] { write_tokens(dir / "u.bin", {}); }), "not 0"));
+    CHECK(!file_exists(dir / "u.bin"));
+}
+
+TEST_CASE("a token beyond the vocabulary is named with its position") {
+    IotaFile f(10);
+    CHECK(error_of([&] { f.file.check_vocab(10); }) == "");
+    CHECK(contains(error_of([&] { f.file.check_vocab(7); }), "token 7 at position 7"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Loaders
+
+using Window = std::pair<std::vector<int>, std::vector<int>>;  // inputs, targets
+
+std::vector<Window> draw(TrainLoader& loader, int T, int B, int calls) {
+    std::vector<Window> windows;
+    std::vector<int> in((size_t)(B * T)), out(in.size());
+    for (int c = 0; c < calls; c++) {
+        loader.next(B, in.data(), out.data());
+        for (int b = 0; b < B; b++)
+            windows.push_back({{in.begin() + b * T, in.begin() + (b + 1) * T}, {out.begin() + b * T, out.begin() + (b + 1) * T}});
+    }
+    return windows;
+}
+
+TEST_CASE("every window of an epoch comes once, whatever the batch size") {
+    const int T = 7, n = 101, W = n / T, epochs = 3;
+    IotaFile f(n);
+    TrainLoader one(f.file, T, 5, true);
+    CHECK(one.windows_per_epoch() == (uint64_t)W);
+    const std::vector<Window> reference = draw(one, T, 1, W * epochs);
+    for (int e = 0; e < epochs; e++) {
+        std::set<int> inputs;
+        for (int w = 0; w < W; w++) {
+            const std::vector<int>& in = reference[(size_t)(e * W + w)].first;
+            inputs.insert(in.begin(), in.end());
+        }
+        CHECK(inputs.size() == (size_t)(W * T));  // no position twice
+    }
+    for (int B : {2, 3, 6, 14, 21, 42}) {
+        TrainLoader loader(f.file, T, 5, true);
+        CHECK(draw(loader, T, B, W * epochs / B) == reference);
+    }
+}
+
+TEST_CASE("a target is the token after its input, and the last token is followed by the first") {
+    const int T = 4, n = 22;
+    IotaFile f(n);
+    TrainLoader loader(f.file, T, 1, true);
+    bool wrapped = false;
+    for (auto& [in, out] : draw(loader, T, 5, 40))
+        for (int t = 0; t < T; t++) {
+            CHECK(out[(size_t)t] == (in[(size_t)t] + 1) % n);
+            if (t) CHECK(in[(size_t)t] == out[(size_t)t - 1]);
+            wrapped = wrapped || in[(size_t)t] == n - 1;
+        }
+    CHECK(wrapped);
+}
+
+TEST_CASE("the order depends on seed and epoch, the offset reaches every token, and a seed repeats itself") {
+    const int T = 3, n = 31, W = n / T;
+    IotaFile f(n);
+    auto sequence = [&](uint64_t seed) {
+        TrainLoader l(f.file, T, seed, true);
+        return draw(l, T, 1, 2 * W);
+    };
+    auto a = sequence(1), b = sequence(2);
+    CHECK(a == sequence(1));
+    CHECK(a != b);
+    CHECK(std::vector<Window>(a.begin(), a.begin() + W) != std::vector<Window>(a.begin() + W, a.end()));
+    TrainLoader loader(f.file, T, 1, true);
+    std::set<int> starts;
+    for (auto& [in, out] : draw(loader, T, W, 300)) starts.insert(in[0]);
+    CHECK(starts.size() == (size_t)n);
+}
+
+TEST_CASE("without shuffle the windows are the file in order") {
+    const int T = 3;
+    IotaFile f(10);
+    TrainLoader loader(f.file, T, 1, false);
+    auto w = draw(loader, T, 1, 4);
+    CHECK(w[0].first == std::vector<int>{0, 1, 2});
+    CHECK(w[2] == Window({6, 7, 8}, {7, 8, 9}));
+    CHECK(w[3] == w[0]);
+}
+
+TEST_CASE("a loader that seeks a position continues exactly, with any batch size") {
+    const int T = 5;
+    IotaFile f(73);
+    TrainLoader straight(f.file, T, 9, true), resumed(f.file, T, 9, true);
+    draw(straight, T, 4, 9);
+    CHECK(straight.position() == 36);
+    resumed.seek(straight.position());
+    CHECK(draw(resumed, T, 3, 20) == draw(straight, T, 5, 12));
+    CHECK(resumed.position() == straight.position());
+    resumed.seek(0);
+    TrainLoader fresh(f.file, T, 9, true);
+    CHECK(draw(resumed, T, 2, 9) == draw(fresh, T, 2, 9));
+    CHECK(contains(error_of([&] { resumed.seek(UINT64_MAX); }), "beyond the last epoch"));
+}
+
+TEST_CASE("several processes draw together what one draws alone") {
+    const int T = 4, B = 3, world = 3;
+    IotaFile f(90);
+    TrainLoader alone(f.file, T, 2, true);
+    std::deque<TrainLoader> ranks;
+    for (int r = 0; r < world; r++) ranks.emplace_back(f.file, T, 2, true, r, world);
+    for (int step = 0; step < 8; step++) {  // crosses epochs of 22 windows, in the midst of a rank's batch, too
+        std::vector<Window> together;
+        for (TrainLoader& r : ranks)
+            for (Window& w : draw(r, T, B, 1)) together.push_back(w);
+        CHECK(together == draw(alone, T, B * world, 1));
+        for (TrainLoader& r : ranks) CHECK(r.position() == alone.position());
+    }
+    CHECK(error_of([&] { TrainLoader l(f.file, T, 2, true, 3, 3); }) != "");
+}
+
+TEST_CASE("a corpus shorter than one window is refused, and one of T + 1 tokens is enough") {
+    IotaFile f(9);
+    CHECK(contains(error_of([&] { TrainLoader l(f.file, 9, 1, true); }),
+                   "corpus shorter than one window: 9 tokens, wanted at least T + 1 = 10"));
+    TrainLoader l(f.file, 8, 1, true);
+    CHECK(l.windows_per_epoch() == 1);
+    CHECK(draw(l, 8, 4, 2).size() == 8);
+}
+
+TEST_CASE("evaluation targets every token but the first exactly once, in order, and pads with -1") {
+    for (int n : {2, 3, 12, 13, 14, 25, 100})
+        for (int B : {1, 2, 5})
+            for (int T : {1, 3, 4}) {
+                IotaFile f((size_t)n);
+                EvalLoader loader(f.file, B, T);
+                std::vector<int> in((size_t)(B * T)), out(in.size()), targets;
+                size_t padding = 0;
+                for (size_t i = 0; i < loader.batches(); i++) {
+                    loader.get(i, in.data(), out.data());
+                    for (size_t k = 0; k < in.size(); k++) {
+                        if (out[k] == -1) {
+                            padding++;
+                            CHECK(in[k] == 0);
+                            continue;
+                        }
+                        CHECK(padding == 0);
+                        CHECK(out[k] == in[k] + 1);
+                        targets.push_back(out[k]);
+                    }
+                }
+                std::vector<int> want((size_t)n - 1);
+                std::iota(want.begin(), want.end(), 1);
+                CHECK(targets == want);
+                CHECK(padding < in.size());
+            }
+    IotaFile single(1);
+    CHECK(contains(error_of([&] { EvalLoader l(single.file, 1, 1); }), "at least 2"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// prepare_data
+
+// The poems of a token file, decoded; checks that each follows an end-of-text.
+Strings poems_in(const std::string& path, const Tokenizer& tok) {
+    Strings poems;
+    if (!file_exists(path)) return poems;
+    TokenFile f(path);
+    CHECK(f[0] == tok.eot());
+    for (size_t i = 0; i < f.size(); i++) {
+        if (f[i] == tok.eot()) poems.push_back("");
+        else poems.back() += tok.bytes(f[i]);
+    }
+    return poems;
+}
+
+// One run of prepare_data on one input file, with all that came out.
+struct Run {
+    TempDir dir;
+    prep::Options o;
+    prep::Report r;
+    Strings train, val;
+
+    explicit Run(const std::string& content, const std::string& name = "poems.csv") {
+        o.files = {dir / name}, o.out = dir / "out", o.val_fraction = 0;
+        write_file(o.files[0], content);
+    }
+    Run& go() {
+        r = prep::prepare(o);
+        Tokenizer tok = Tokenizer::load(o.out + "/tokenizer.bin");
+        train = poems_in(o.out + "/train.bin", tok), val = poems_in(o.out + "/val.bin", tok);
+        return *this;
+    }
+    std::string error() {
+        return error_of([&] { prep::prepare(o); });
+    }
+};
+
+TEST_CASE("a quoted field may hold newlines, quotes and commas") {
+    Run run("id,poem_text,note\n1,\"a, b\nsaid \"\"c\"\"\",x\n2,plain,\"\"\n3,\"\"\"\",y\n");
+    run.o.keep = "all";
+    CHECK(run.go().train == Strings{"a, b\nsaid \"c\"", "plain", "\""});
+    CHECK(run.r.poems_read == 3);
+}
+
+TEST_CASE("CRLF, a byte order mark, a missing last newline, blank lines and a quoted header are read") {
+    Run run("\xEF\xBB\xBF\"poem_text\",id\r\n\"a\r\nb\",1\r\n\r\nc,2");
+    run.o.keep = "all";
+    CHECK(run.go().train == Strings{"a\nb", "c"});
+    CHECK(run.r.ragged == 0);
+}
+
+TEST_CASE("the column is chosen by name, and a missing one is answered with those there are") {
+    Run run("id,text,\"long\nname\"\n1,\u0628,\u062A\n");
+    std::string e = run.error();
+    CHECK(contains(e, "has no column 'poem_text'; its columns are id, text, long name"));
+    CHECK(!file_exists(run.o.out));
+    run.o.column = "text";
+    CHECK(run.go().train == Strings{"\u0628"});
+}
+
+TEST_CASE("unbalanced quotes are refused with the line") {
+    CHECK(contains(Run("poem_text,id\na,1\n\"b,2\nc,3\n").error(), "line 3: a quoted field begins and never ends"));
+    CHECK(contains(Run("poem_text,id\n\"a\nb,1\nc,\"x\"\n").error(),
+                   "line 4: text goes on after the closing quote of a field that begins on line 2"));
+    CHECK(contains(Run("poem_text,id\n\"a\"b,1\n").error(), "line 2: text goes on"));
+}
+
+TEST_CASE("rows with more or fewer fields than the header are dropped, counted and shown") {
+    Run run("id,poem_text\n1,\u0628\n2\n3,\u062A,\u062B\n4,\u062C\n");
+    CHECK(run.go().train == Strings{"\u0628", "\u062C"});
+    CHECK(run.r.ragged == 2);
+    REQUIRE(run.r.where_ragged.size() == 2);
+    CHECK(contains(run.r.where_ragged[0], "line 3: 1 fields, the header has 2"));
+}
+
+TEST_CASE("the format is told by the name, else by the header line, unless it is given") {
+    const std::string csv = "id,poem_text\n1,a\n", text = "a,b\nc\n";
+    auto read = [](const std::string& content, const char* name, const char* format) {
+        Run run(content, name);
+        run.o.keep = "all", run.o.format = format;
+        return run.go().train;
+    };
+    CHECK(read(csv, "poems.CSV", "auto") == Strings{"a"});
+    CHECK(read(csv, "poems", "auto") == Strings{"a"});
+    CHECK(read(text, "poems.txt", "auto") == Strings{"a,b", "c"});
+    CHECK(read(csv, "poems.csv", "text") == Strings{"id,poem_text", "1,a"});
+    CHECK(contains(Run(text, "poems.csv").error(), "has no column"));
+}
+
+TEST_CASE("a text holds one poem a line, or poems between blank lines, told by the file") {
+    auto read = [](const std::string& content, const char* layout, std::string* how = nullptr) {
+        Run run(content, "poems.txt");
+        run.o.keep = "all", run.o.layout = layout;
+        run.go();
+        if (how) *how = run.r.sources[0];
+        return run.train;
+    };
+    std::string how;
+    CHECK(read("a\nb\n\n", "auto", &how) == Strings{"a", "b"});  // blank lines at the end do not count
+    CHECK(contains(how, "one poem a line"));
+    CHECK(read("\na\nb\r\n \t\r\n\nc\td\n", "auto", &how) == Strings{"a\nb", "c\td"});
+    CHECK(contains(how, "separated by blank lines"));
+    CHECK(read("a\nb\n\nc\n", "lines") == Strings{"a", "b", "c"});
+    CHECK(read("a\nb\n", "blank") == Strings{"a\nb"});
+}
+
+std::string cleaned(const std::string& text, const std::function<void(prep::Options&)>& set = [](prep::Options&) {}) {
+    prep::Options o;
+    set(o);
+    return prep::Cleaner(o)(text);
+}
+void keep_all(prep::Options& o) { o.keep = "all"; }
+
+TEST_CASE("--keep letters keeps exactly U+0621..U+064A and white space") {
+    for (uint32_t c = 1; c <= 0x3000; c++) {
+        if (c == '\t' || prep::is_newline(c) || prep::is_other_space(c)) continue;
+        std::string s;
+        utf8::append(s, c);
+        bool kept = cleaned(s) == s;
+        INFO(c);
+        CHECK(kept == (c >= 0x0621 && c <= 0x064A));
+    }
+    CHECK(cleaned("\uFEFB\U0001F600") == "");
+}
+
+TEST_CASE("--keep all keeps everything but control characters and direction marks") {
+    CHECK(cleaned(std::string("a\0\x01\x7F\u0085\u009F\u200F\uFEFF!\u064B\U0001F600", 21), keep_all) == "a !\u064B\U0001F600");
+}
+
+TEST_CASE("a run of white space becomes its strongest sign: newline, TAB, space; none at the ends") {
+    CHECK(cleaned("  a  b\u00A0\u2003c ", keep_all) == "a b c");
+    CHECK(cleaned("a \t b\t\tc", keep_all) == "a\tb\tc");
+    CHECK(cleaned("\n a \r\n\t\n b\rc\u2028d\t\n", keep_all) == "a\nb\nc\nd");
+    CHECK(cleaned("\u0628 \u060C \u062A") == "\u0628 \u062A");          // removed punctuation leaves no double space
+    CHECK(cleaned("\u0628 \u060C\n: \u062A") == "\u0628\n\u062A");
+    CHECK(cleaned(" \u060C \n") == "");
+}
+
+TEST_CASE("each --normalize and --remove switch changes its letters and no others") {
+    struct Switch {
+        bool prep::Options::*flag;
+        std::map<uint32_t, uint32_t> becomes;  // 0 = removed
+    };
+    Switch tatweel{&prep::Options::remove_tatweel, {{0x0640, 0}}}, tashkeel{&prep::Options::remove_tashkeel, {{0x0670, 0}}};
+    for (uint32_t c = 0x064B; c <= 0x065F; c++) tashkeel.becomes[c] = 0;
+    Switch alef{&prep::Options::normalize_alef, {{0x0622, 0x0627}, {0x0623, 0x0627}, {0x0625, 0x0627}, {0x0671, 0x0627}}};
+    Switch hamza{&prep::Options::normalize_hamza, {{0x0624, 0x0648}, {0x0626, 0x064A}}};
+    Switch ya{&prep::Options::normalize_ya, {{0x0649, 0x064A}}}, ta{&prep::Options::normalize_ta, {{0x0629, 0x0647}}};
+    for (const Switch& s : {alef, hamza, ya, ta, tatweel, tashkeel})
+        for (uint32_t c = 0x061D; c <= 0x06FF; c++) {
+            std::string in, want;
+            utf8::append(in, c);
+            auto change = s.becomes.find(c);
+            uint32_t to = change == s.becomes.end() ? c : change->second;
+            if (to) utf8::append(want, to);
+            INFO(c);
+            CHECK(cleaned(in, [&](prep::Options& o) { o.keep = "all", o.*s.flag = true; }) == want);
+        }
+    // U+0671 lies outside the letters that are kept, but not once it is normalized.
+    CHECK(cleaned("\u0671\u0628") == "\u0628");
+    CHECK(cleaned("\u0671\u0628", [](prep::Options& o) { o.normalize_alef = true; }) == "\u0627\u0628");
+}
+
+TEST_CASE("what cleaning removed and replaced is counted") {
+    Run run("\u0628! \u0623?!\n", "poems.txt");
+    run.o.normalize_alef = true;
+    run.go();
+    CHECK(run.r.removed == std::map<uint32_t, size_t>{{'!', 2}, {'?', 1}});
+    CHECK(run.r.replaced == 1);
+}
+
+TEST_CASE("a poem equal to an earlier one after cleaning is dropped, across files, and empty and short ones too") {
+    Run run("\u0628 \u062A\n\u0628, \u062A!\n...\n\u062B\n", "a.txt");
+    run.o.files.push_back(run.dir / "b.csv");
+    write_file(run.dir / "b.csv", "poem_text\n\u0628  \u062A\n\u062C\u062C\u062C\n");
+    run.o.min_chars = 2;
+    CHECK(run.go().train == Strings{"\u0628 \u062A", "\u062C\u062C\u062C"});
+    CHECK(run.r.poems_read == 6);
+    CHECK(run.r.duplicates == 2);
+    CHECK(run.r.empty == 1);
+    CHECK(run.r.too_short == 1);
+    CHECK(run.r.sources.size() == 2);
+}
+
+TEST_CASE("invalid UTF-8 is refused with file and byte offset, or skipped, counted and shown") {
+    const std::string content = "\xEF\xBB\xBFpoem_text\n\u0628\n\u0628\xD8\n\xFF\n\u062A\n";
+    Run run(content);
+    std::string e = run.error();
+    CHECK(contains(e, strf("poems.csv: invalid UTF-8 at byte %zu (0xD8), in the poem that begins on line 3",
+                           content.find("\xD8\n"))));
+    CHECK(!file_exists(run.o.out));
+    run.o.on_error = "skip";
+    CHECK(run.go().train == Strings{"\u0628", "\u062A"});
+    CHECK(run.r.invalid == 2);
+    REQUIRE(run.r.where_invalid.size() == 2);
+    CHECK(contains(run.r.where_invalid[1], "at byte " + std::to_string(content.find('\xFF'))));
+    CHECK(contains(Run("\xFF\xFE\x28\x06", "a.txt").error(), "is UTF-16, wanted UTF-8"));
+}
+
+// A corpus of n poems in an alphabet of 20 letters, in which some poems borrow verses from others.
+Strings random_poems(size_t n, uint64_t seed) {
+    Strings poems;
+    rng::Key key(seed, 0, rng::SAMPLE);
+    uint64_t draws = 0;
+    auto below = [&](size_t m) { return (size_t)(key.uniform(draws++) * (double)m); };
+    for (size_t i = 0; i < n; i++) {
+        std::string poem;
+        for (size_t v = 0, verses = 1 + below(6); v < verses; v++) {
+            std::string verse;
+            for (size_t k = 0, letters = 10 + below(20); k < letters; k++) utf8::append(verse, (uint32_t)(0x0628 + below(20)));
+            if (i && below(12) == 0) {  // one to three consecutive verses of an earlier poem
+                std::string_view borrowed = poems[below(i)];
+                size_t end = 0;
+                for (size_t lines = 1 + below(3); lines && end != std::string::npos; lines--)
+                    end = borrowed.find('\n', end + (end > 0));
+                verse = borrowed.substr(0, end);
+            }
+            poem += (v ? "\n" : "") + verse;
+        }
+        poems.push_back(poem);
+    }
+    return poems;
+}
+std::string join(const Strings& poems) {
+    std::string s;
+    for (const std::string& p : poems) s += p + "\n\n";
+    return s;
+}
+// What must not stand in both splits: pairs of consecutive verses and poems of a single verse on the one
+// hand; pairs of verses and all verses on the other.
+std::set<std::string> pairs_of(const Strings& poems, bool single_poems_only) {
+    std::set<std::string> all;
+    for (const std::string& p : poems) {
+        Strings verses(1);
+        for (char c : p) {
+            if (c == '\n') verses.push_back("");
+            else verses.back() += c;
+        }
+        for (size_t i = 0; i + 1 < verses.size(); i++) all.insert(verses[i] + "\n" + verses[i + 1]);
+        if (!single_poems_only || verses.size() == 1) all.insert(verses.begin(), verses.end());
+    }
+    return all;
+}
+size_t shared_pairs(const Strings& a, const Strings& b) {
+    size_t shared = 0;
+    for (int side = 0; side < 2; side++) {
+        std::set<std::string> x = pairs_of(side ? a : b, true), y = pairs_of(side ? b : a, false);
+        for (const std::string& s : x) shared += y.count(s);
+    }
+    return shared;
+}
+
+TEST_CASE("no verse pair stands in both splits, no poem is lost, and the fraction is kept") {
+    for (uint64_t seed = 0; seed < 8; seed++) {
+        const Strings poems = random_poems(400, seed);
+        Run run(join(poems), "poems.txt");
+        run.o.val_fraction = 0.2f, run.o.seed = seed;
+        run.go();
+        CHECK(shared_pairs(run.train, run.val) == 0);
+        CHECK(run.r.families > 0);
+        std::set<std::string> in(poems.begin(), poems.end()), out(run.train.begin(), run.train.end());
+        out.insert(run.val.begin(), run.val.end());
+        CHECK(in == out);
+        CHECK(run.train.size() + run.val.size() == in.size());
+        double share = (double)run.r.val.chars / (double)(run.r.val.chars + run.r.train.chars);
+        CHECK(share == doctest::Approx(0.2).epsilon(0.03));
+    }
+}
+
+TEST_CASE("a split is a function of the seed") {
+    const std::string content = join(random_poems(200, 1));
+    auto val = [&](uint64_t seed) {
+        Run run(content, "poems.txt");
+        run.o.val_fraction = 0.1f, run.o.seed = seed;
+        return run.go().val;
+    };
+    CHECK(val(1) == val(1));
+    CHECK(val(1) != val(2));
+}
+
+TEST_CASE("two poems go one to each side, whatever the fraction; one poem alone trains") {
+    for (float fraction : {0.001f, 0.1f, 0.5f, 0.999f}) {
+        Run run("\u0628\u062A\u0628\u0628\n\u062A\u0628\n", "poems.txt");
+        run.o.val_fraction = fraction;
+        run.go();
+        CHECK(run.train.size() == 1);
+        CHECK(run.val.size() == 1);
+    }
+    Run run("\u0628\n", "poems.txt");
+    run.o.val_fraction = 0.1f;
+    run.go();
+    CHECK(run.val.empty());
+    CHECK(contains(run.r.no_val, "one poem alone"));
+}
+
+TEST_CASE("a character of val is one of train: a poem with the only one stays in training") {
+    for (uint64_t seed = 0; seed < 10; seed++) {
+        Strings poems;
+        for (uint32_t c = 0x0628; c < 0x063A; c++) {
+            std::string p = "\u0627\u0628\n";  // each poem has a letter that one other has, or none
+            utf8::append(p, 0x0628 + (c - 0x0628) / 2), utf8::append(p, c % 2 ? 0x0627 : 0x0628);
+            poems.push_back(p);
+        }
+        poems.push_back("\u0627\u064A");
+        Run run(join(poems), "poems.txt");
+        run.o.val_fraction = 0.4f, run.o.seed = seed;
+        run.go();  // would fail to tokenize were a character unknown
+        CHECK(!run.val.empty());
+        CHECK(std::count(run.train.begin(), run.train.end(), "\u0627\u064A") == 1);
+    }
+    Run run("\u0628\n\u062A\n", "poems.txt");
+    run.o.val_fraction = 0.5f;
+    run.go();
+    CHECK(run.train.size() == 2);
+    CHECK(contains(run.r.no_val, "a character that no other has"));
+}
+
+TEST_CASE("without a validation split no older val.bin stays behind") {
+    Run run("\u0628\u0628\n\u0628\n", "poems.txt");
+    run.o.val_fraction = 0.5f;
+    run.go();
+    CHECK(file_exists(run.o.out + "/val.bin"));
+    run.o.val_fraction = 0;
+    run.go();
+    CHECK(!file_exists(run.o.out + "/val.bin"));
+    CHECK(run.train.size() == 2);
+}
+
+TEST_CASE("an existing tokenizer is used as it is; a character it lacks, and a token beyond 16 bits, are refused") {
+    Run run("\u0628\u062A\n", "poems.txt");
+    run.o.tokenizer = run.dir / "t.bin";
+    Tokenizer::characters("xyz\u062A\u0628").save(run.o.tokenizer);
+    run.go();
+    CHECK(run.train == Strings{"\u0628\u062A"});
+    CHECK(read_file(run.o.out + "/tokenizer.bin") == read_file(run.o.tokenizer));
+    CHECK(run.r.vocab_size == 6);
+
+    Tokenizer::characters("\u0628").save(run.o.tokenizer);
+    std::string e = run.error();
+    CHECK(contains(e, "t.bin: cannot tokenize poem 1"));
+    CHECK(contains(e, "'\u062A' U+062A at byte 2"));
+
+    std::string many;
+    for (uint32_t c = 0x10000; c < 0x21000; c++) utf8::append(many, c);
+    Tokenizer::characters(many + "\u0628\u062A").save(run.o.tokenizer);
+    CHECK(contains(run.error(), "token 69634 ('<|endoftext|>') does not fit a token file"));
+}
+
+TEST_CASE("missing and empty files, and a corpus that cleaning empties, are one-line errors that write nothing") {
+    Run run("");
+    CHECK(contains(run.error(), "poems.csv: is empty"));
+    write_file(run.o.files[0], "poem_text\nlatin\n...\n");
+    CHECK(contains(run.error(), "nothing is left of 2 poems: 2 empty after cleaning"));
+    write_file(run.o.files[0], "poem_text\n");
+    CHECK(contains(run.error(), "nothing is left of 0 poems"));
+    write_file(run.o.files[0], "\xEF\xBB\xBF");
+    CHECK(contains(run.error(), "has no header line"));
+    run.o.files = {run.dir / "none.csv"};
+    CHECK(contains(run.error(), "none.csv: cannot open"));
+    run.o.files = {run.dir.path};
+    CHECK(contains(run.error(), "is not a regular file"));
+    CHECK(!file_exists(run.o.out));
+}
+
+TEST_CASE("a folder that cannot be made or written is an error") {
+    Run run("poem_text\n\u0628\n");
+    run.o.out = run.o.files[0];
+    CHECK(contains(run.error(), "is not a folder"));
+    run.o.out = "/proc/none";
+    CHECK(contains(run.error(), "/proc/none"));
+}
+
+TEST_CASE("a full disk leaves the old files as they were and no others") {
+    Run run("poem_text\n\u0628\u0628\n\u0628\n");
+    run.o.val_fraction = 0.5f;
+    run.go();
+    Strings before, names = {"train.bin", "val.bin", "tokenizer.bin"};
+    for (const std::string& n : names) before.push_back(read_file(run.o.out + "/" + n));
+
+    std::string more = "poem_text\n";
+    for (int i = 0; i < 3000; i++) more += i % 2 ? "\u0628" : "\u062A";
+    write_file(run.o.files[0], more + "\n\u0628\u062A\n");
+    auto old_handler = signal(SIGXFSZ, SIG_IGN);
+    rlimit old_limit, small;
+    getrlimit(RLIMIT_FSIZE, &old_limit);
+    small = old_limit, small.rlim_cur = 4000;
+    setrlimit(RLIMIT_FSIZE, &small);
+    std::string e = run.error();
+    setrlimit(RLIMIT_FSIZE, &old_limit);
+    signal(SIGXFSZ, old_handler);
+    CHECK(contains(e, ".bin: cannot write: File too large"));
+    for (size_t i = 0; i < names.size(); i++) CHECK(read_file(run.o.out + "/" + names[i]) == before[i]);
+    size_t files = 0;
+    for (auto& entry : std::filesystem::directory_iterator(run.o.out)) files += entry.is_regular_file();
+    CHECK(files == 3);
+}
+
+// Runs the program's command line; its report, or the error after "usage: " or "error: ".
+std::string command(Strings words) {
+    std::vector<char*> argv = {(char*)"prepare_data"};
+    for (std::string& w : words) argv.push_back(&w[0]);
+    fflush(stdout);
+    char* text = nullptr;
+    size_t size = 0;
+    FILE *memory = open_memstream(&text, &size), *old = stdout;
+    stdout = memory;
+    std::string error;
+    try {
+        prep::prepare_main((int)argv.size(), argv.data());
+    } catch (const UsageError& e) {
+        error = std::string("usage: ") + e.what();
+    } catch (const Error& e) {
+        error = std::string("error: ") + e.what();
+    }
+    stdout = old;
+    fclose(memory);
+    std::string said = error.empty() ? text : error;
+    free(text);
+    return said;
+}
+
+TEST_CASE("the command line reports counts, files and the next command, and says what is wrong with it") {
+    TempDir dir;
+    const std::string poems = dir / "poems.txt", out = dir / "out";
+    write_file(poems, "\u0628\u0628!\n\u0628\n\u0628!\n");
+    std::string report = command({poems, "-o", out, "--val_fraction=0.2", "--seed", "3"});
+    CHECK(contains(report, "read        " + poems + ": 13 B, text, one poem a line, 3 poems\n"));
+    CHECK(contains(report, "dropped     1 equal to an earlier poem\n"));
+    CHECK(contains(report, "cleaned     2 characters removed: '!' U+0021 2\n"));
+    CHECK(contains(report, "train             1          1            2            3    66.7%\n"));
+    CHECK(contains(report, "val               1          1            1            2    33.3%\n"));
+    CHECK(contains(report, "vocabulary  2 tokens"));
+    CHECK(contains(report, "next        ./train_gpt2 --data " + out + "\n"));
+
+    CHECK(contains(command({"-o", out}), "usage: which poems?"));
+    CHECK(contains(command({poems}), "usage: where to?"));
+    for (const char* flag : {"--format", "--layout", "--keep", "--on_error"})
+        CHECK(contains(command({poems, "-o", out, flag, "maybe"}), strf("usage: %s: 'maybe' is unknown; known are ", flag)));
+    for (const char* f : {"-0.1", "1", "7"})
+        CHECK(contains(command({poems, "-o", out, "--val_fraction", f}), "usage: --val_fraction"));
+    CHECK(contains(command({poems, "-o", out, "--min_chars", "0"}), "usage: --min_chars"));
+    CHECK(contains(command({poems + "x", "-o", out}), "error: " + poems + "x: cannot open"));
+}
+
+TEST_CASE("the corpus of classical poems comes out whole") {
+    std::string path = getenv("ARAPOET_CORPUS") ? getenv("ARAPOET_CORPUS") : "../shared/corpus/poems.csv";
+    if (!file_exists(path)) {
+        printf("skipped: no corpus at %s; set ARAPOET_CORPUS to its poems.csv\n", path.c_str());
+        return;
+    }
+    TempDir dir;
+    prep::Options o;
+    o.files = {path}, o.out = dir / "out";
+    auto start = std::chrono::steady_clock::now();
+    prep::Report r = prep::prepare(o);
+    printf("corpus: %.2f s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    // The counts are those of the corpus's own README.
+    CHECK(r.poems_read == 16631);
+    CHECK(r.train.poems + r.val.poems == 16631);
+    CHECK(r.train.verses + r.val.verses == 191349);
+    size_t removed = 0;
+    for (auto& entry : r.removed) removed += entry.second;
+    CHECK(removed == 9273286 - 9216865);
+    CHECK(r.train.tokens == r.train.chars + r.train.poems);
+    CHECK((double)r.val.chars / (double)(r.train.chars + r.val.chars) == doctest::Approx(0.1).epsilon(0.001));
+    Tokenizer tok = Tokenizer::load(o.out + "/tokenizer.bin");
+    CHECK(shared_pairs(poems_in(o.out + "/train.bin", tok), poems_in(o.out + "/val.bin", tok)) == 0);
+}
+
+}  // namespace

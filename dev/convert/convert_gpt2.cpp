@@ -1,0 +1,851 @@
+// convert_gpt2.cpp - published GPT-2 and AraGPT2 checkpoints in, fine-tuned ones back out.
+//
+//     ./convert_gpt2 from-hf DIR out.bin     Hugging Face's config.json + model.safetensors -> model file
+//     ./convert_gpt2 to-hf in.bin DIR        and back, under the names that the tensors came with
+//
+// Read it from top to bottom: JSON, safetensors files, the table of names, config.json, from_hf, to_hf.
+// Tensors pass through one at a time, so a model of 1.5 billion parameters needs well under 1 GB here.
+// Numbers are never changed: what was fp32 or bf16 comes back bit for bit.
+#ifndef CONVERT_GPT2_CPP
+#define CONVERT_GPT2_CPP
+
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "flags.h"
+#include "gpt2.h"
+
+namespace convert {
+
+// ---------------------------------------------------------------------------------------------
+// JSON from strangers
+
+using Json = nlohmann::json;
+
+constexpr int MAX_JSON_DEPTH = 64;
+constexpr size_t MAX_JSON_VALUES = 4000000;  // a model's header has some thousands, a tokenizer 200,000
+constexpr uint64_t MAX_TEXT = 100000000;     // bytes; the safetensors reference has this limit for headers
+
+// Text from a file, fit for one line of an error message.
+inline std::string shown(std::string s) {
+    for (char& c : s)
+        if ((unsigned char)c < 32 || c == 127) c = '?';
+    return s.size() <= 80 ? s : s.substr(0, 77) + "...";
+}
+inline std::string shown(const Json& j) { return shown(j.dump(-1, ' ', true, Json::error_handler_t::replace)); }
+
+// Parses `text`; depth and count are limited, and a key that stands twice in one object is an error,
+// because readers disagree about which of the two counts.
+inline Json parse_json(const std::string& text, const std::string& where) {
+    std::vector<std::set<std::string>> open_objects;
+    size_t values = 0;
+    auto check = [&](int depth, Json::parse_event_t event, Json& value) {
+        if (depth > MAX_JSON_DEPTH) fail("%s: JSON is nested deeper than %d", where.c_str(), MAX_JSON_DEPTH);
+        if (++values > MAX_JSON_VALUES) fail("%s: JSON has more than %zu values", where.c_str(), MAX_JSON_VALUES);
+        if (event == Json::parse_event_t::object_start) open_objects.emplace_back();
+        if (event == Json::parse_event_t::object_end) open_objects.pop_back();
+        if (event == Json::parse_event_t::key && !open_objects.back().insert(value.get<std::string>()).second)
+            fail("%s: %s stands twice", where.c_str(), shown(value).c_str());
+        return true;
+    };
+    try {
+        return Json::parse(text, check);
+    } catch (const Json::parse_error& e) {
+        fail("%s: is not JSON (byte %zu of %zu)", where.c_str(), e.byte, text.size());
+    } catch (const Json::exception&) {
+        fail("%s: is not JSON (a number is out of range)", where.c_str());
+    }
+}
+
+inline std::string read_text(const std::string& path) {
+    Reader file(path);
+    if (file.size > MAX_TEXT)
+        fail("%s: has %llu bytes, wanted at most %llu", path.c_str(), (unsigned long long)file.size, (unsigned long long)MAX_TEXT);
+    return file.rest();
+}
+
+// A JSON object in a file, and its fields by kind. A field that is null counts as absent.
+class JsonFile {
+  public:
+    const std::string path;
+    Json json;
+
+    explicit JsonFile(const std::string& p) : path(p), json(parse_json(read_text(p), p)) {
+        if (!json.is_object()) fail("%s: is %s, wanted an object", path.c_str(), shown(json).c_str());
+    }
+    const Json* find(const char* name) const {
+        auto it = json.find(name);
+        return it == json.end() || it->is_null() ? nullptr : &*it;
+    }
+    // A size from 1 to `most` that must be there, under its name or its alias.
+    int size(const char* name, const char* alias, int most) const {
+        const Json *a = find(name), *b = find(alias);
+        if (a && b && *a != *b)
+            fail("%s: %s is %s, but %s is %s", path.c_str(), name, shown(*a).c_str(), alias, shown(*b).c_str());
+        if (!a) a = b;
+        if (!a) fail("%s: %s is missing, wanted a whole number", path.c_str(), name);
+        if (!a->is_number_unsigned() || a->get<uint64_t>() < 1 || a->get<uint64_t>() > (uint64_t)most)
+            wrong(name, *a, strf("a whole number from 1 to %d", most));
+        return a->get<int>();
+    }
+    bool flag(const char* name, bool fallback) const {
+        const Json* j = find(name);
+        if (j && !j->is_boolean()) wrong(name, *j, "true or false");
+        return j ? j->get<bool>() : fallback;
+    }
+    double number(const char* name, double fallback) const {
+        const Json* j = find(name);
+        if (j && !j->is_number()) wrong(name, *j, "a number");
+        return j ? j->get<double>() : fallback;
+    }
+    std::string text(const char* name, const char* fallback) const {
+        const Json* j = find(name);
+        if (j && !j->is_string()) wrong(name, *j, "a string");
+        return j ? j->get<std::string>() : fallback;
+    }
+    [[noreturn]] void wrong(const char* name, const Json& found, const std::string& wanted) const {
+        fail("%s: %s is %s, wanted %s", path.c_str(), name, shown(found).c_str(), wanted.c_str());
+    }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Safetensors: 8 bytes of header length, the header (JSON: name -> dtype, shape, offsets), the numbers
+
+constexpr size_t CHUNK = 1 << 20;  // numbers that are read or written at once
+
+struct Tensor {
+    std::string name, dtype;  // the name as it stands in the file
+    std::vector<uint64_t> shape;
+    uint64_t begin = 0, end = 0;  // bytes, counted from the header's end
+    size_t file = 0;
+};
+
+inline std::string shape_text(const std::vector<uint64_t>& shape) {
+    std::string s;
+    for (uint64_t d : shape) s += (s.empty() ? "" : ", ") + std::to_string(d);
+    return "(" + s + ")";
+}
+
+// Bytes per number; 0 for the formats that only other models use.
+inline uint64_t dtype_bytes(const std::string& dtype) {
+    static const std::map<std::string, uint64_t> bytes = {{"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4},
+                                                          {"F16", 2}, {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1},
+                                                          {"BOOL", 1}};
+    auto it = bytes.find(dtype);
+    return it == bytes.end() ? 0 : it->second;
+}
+
+// IEEE half precision; every value of it is a float.
+inline float f16_to_float(uint16_t h) {
+    uint32_t sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, fraction = h & 1023u;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;  // zero and subnormals
+    uint32_t u = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+// Reads and checks a header: every tensor's bytes lie inside the file's `data_bytes`, are as many as its
+// shape says, and belong to no other tensor. Gaps are allowed.
+inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_bytes, const std::string& where) {
+    Json header = parse_json(text, where + ": header");
+    if (!header.is_object()) fail("%s: header is %s, wanted an object", where.c_str(), shown(header).c_str());
+    std::vector<Tensor> tensors;
+    for (auto& entry : header.items()) {
+        if (entry.key() == "__metadata__") continue;
+        Tensor t;
+        t.name = entry.key();
+        std::string at = where + ": tensor " + shown(t.name);
+        const Json& j = entry.value();
+        auto part = [&](const char* name) -> const Json& {
+            if (!j.is_object() || !j.contains(name)) fail("%s: %s is missing in the header", at.c_str(), name);
+            return j[name];
+        };
+        auto whole_numbers = [&](const char* name) {
+            const Json& list = part(name);
+            bool good = list.is_array();
+            for (const Json& d : list) good = good && d.is_number_unsigned();
+            if (!good) fail("%s: %s is %s, wanted a list of whole numbers", at.c_str(), name, shown(list).c_str());
+            return list.get<std::vector<uint64_t>>();
+        };
+        if (!part("dtype").is_string()) fail("%s: dtype is %s, wanted a string", at.c_str(), shown(part("dtype")).c_str());
+        t.dtype = part("dtype").get<std::string>();
+        t.shape = whole_numbers("shape");
+        std::vector<uint64_t> offsets = whole_numbers("data_offsets");
+        if (offsets.size() != 2 || offsets[0] > offsets[1])
+            fail("%s: data_offsets is %s, wanted begin and end", at.c_str(), shown(part("data_offsets")).c_str());
+        t.begin = offsets[0], t.end = offsets[1];
+        if (t.end > data_bytes)
+            fail("%s: data_offsets end at %llu, but the file has %llu bytes of data", at.c_str(), (unsigned long long)t.end,
+                 (unsigned long long)data_bytes);
+        if (uint64_t bytes = dtype_bytes(t.dtype)) {
+            for (uint64_t d : t.shape) bytes = checked_mul(bytes, d, (at + ": shape").c_str());
+            if (bytes != t.end - t.begin)
+                fail("%s: data_offsets span %llu bytes, wanted %llu for %s %s", at.c_str(), (unsigned long long)(t.end - t.begin),
+                     (unsigned long long)bytes, t.dtype.c_str(), shape_text(t.shape).c_str());
+        }
+        tensors.push_back(std::move(t));
+    }
+    std::sort(tensors.begin(), tensors.end(),
+              [](const Tensor& a, const Tensor& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
+    for (size_t i = 1; i < tensors.size(); i++)
+        if (tensors[i].begin < tensors[i - 1].end)
+            fail("%s: tensors %s and %s overlap", where.c_str(), shown(tensors[i - 1].name).c_str(), shown(tensors[i].name).c_str());
+    return tensors;
+}
+
+// 'text' as one word of a shell command.
+inline std::string shell_word(const std::string& text) {
+    if (!text.empty() && text.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./+:@%-") ==
+                             std::string::npos)
+        return text;
+    std::string s = "'";
+    for (char c : text) s += c == '\'' ? std::string("'\\''") : std::string(1, c);
+    return s + "'";
+}
+
+// All tensors of a folder: model.safetensors, or the shards that model.safetensors.index.json lists.
+class Safetensors {
+  public:
+    std::string path;                       // what error messages name: the file or the index
+    std::map<std::string, Tensor> tensors;  // by name, without the prefix "transformer."
+
+    explicit Safetensors(const std::string& dir) : path(dir + "/model.safetensors") {
+        std::string index = path + ".index.json";
+        if (file_exists(path)) add_file(path);
+        else if (file_exists(index)) add_shards(dir, path = index);
+        else if (file_exists(dir + "/pytorch_model.bin") || file_exists(dir + "/pytorch_model.bin.index.json"))
+            fail("%s: is missing; this makes it from pytorch_model.bin: cd %s && python3 -c \"import glob, torch; from "
+                 "safetensors.torch import save_file; d = {}; [d.update(torch.load(f, map_location='cpu', weights_only=True)) for f "
+                 "in sorted(glob.glob('pytorch_model*.bin'))]; save_file({k: v.clone().contiguous() for k, v in d.items()}, "
+                 "'model.safetensors', {'format': 'pt'})\"",
+                 path.c_str(), shell_word(dir).c_str());
+        else fail("%s: is missing, and so is model.safetensors.index.json", path.c_str());
+    }
+    size_t num_files() const { return files_.size(); }
+    const Tensor* find(const std::string& name) const {
+        auto it = tensors.find(name);
+        return it == tensors.end() ? nullptr : &it->second;
+    }
+    // The tensor, which must have `rank` dimensions.
+    const Tensor& need(const std::string& name, size_t rank) const {
+        const Tensor* t = find(name);
+        if (!t) fail("%s: tensor %s is missing", path.c_str(), name.c_str());
+        if (t->shape.size() != rank)
+            fail("%s: shape is %s, wanted %zu dimensions", at(*t).c_str(), shape_text(t->shape).c_str(), rank);
+        return *t;
+    }
+    std::string at(const Tensor& t) const { return files_[t.file]->path + ": tensor " + shown(t.name); }
+
+    // Reads n numbers from the first-th on, as floats; refuses NaN and infinity.
+    void read(const Tensor& t, uint64_t first, size_t n, float* dst) {
+        Reader& file = *files_[t.file];
+        file.seek(data_start_[t.file] + t.begin + first * dtype_bytes(t.dtype));
+        if (t.dtype == "F32") {
+            file.read(dst, n * 4, t.name.c_str());
+        } else {
+            half_.resize(std::min(n, CHUNK));
+            for (size_t i = 0; i < n; i += CHUNK) {
+                size_t k = std::min(CHUNK, n - i);
+                file.read(half_.data(), k * 2, t.name.c_str());
+                if (t.dtype == "BF16")
+                    for (size_t j = 0; j < k; j++) dst[i + j] = bf16_to_float(half_[j]);
+                else
+                    for (size_t j = 0; j < k; j++) dst[i + j] = f16_to_float(half_[j]);
+            }
+        }
+        float zero = 0;  // stays 0 unless something is NaN or infinite
+        for (size_t i = 0; i < n; i++) zero += dst[i] * 0.0f;
+        if (zero == 0) return;
+        size_t i = 0;
+        while (dst[i] - dst[i] == 0) i++;
+        fail("%s: element %llu is %f", at(t).c_str(), (unsigned long long)(first + i), dst[i]);
+    }
+
+  private:
+    void add_file(const std::string& file_path) {
+        files_.push_back(std::make_unique<Reader>(file_path));
+        Reader& file = *files_.back();
+        uint64_t length = 0;
+        if (file.size >= 8) file.read(&length, 8, "header length");
+        const char lfs[] = "version https://git-lfs";  // what a clone without git-lfs leaves in the file's place
+        if (memcmp(&length, lfs, 8) == 0)
+            fail("%s: is a Git LFS pointer, not the tensors; fetch them with: git lfs pull", file_path.c_str());
+        if (file.size < 8) fail("%s: has %llu bytes, wanted a header length of 8", file_path.c_str(), (unsigned long long)file.size);
+        if (length > MAX_TEXT)
+            fail("%s: header length is %llu, wanted at most %llu", file_path.c_str(), (unsigned long long)length,
+                 (unsigned long long)MAX_TEXT);
+        if (length > file.size - 8)
+            fail("%s: truncated: header length is %llu, but %llu bytes follow", file_path.c_str(), (unsigned long long)length,
+                 (unsigned long long)(file.size - 8));
+        std::string text(length, '\0');
+        file.read(&text[0], length, "header");
+        data_start_.push_back(8 + length);
+        for (Tensor& t : parse_header(text, file.size - 8 - length, file_path)) {
+            t.file = files_.size() - 1;
+            std::string name = t.name.compare(0, 12, "transformer.") == 0 ? t.name.substr(12) : t.name;
+            auto added = tensors.emplace(name, std::move(t));
+            if (!added.second)
+                fail("%s: tensor %s stands twice, also as %s", file_path.c_str(), shown(name).c_str(),
+                     at(added.first->second).c_str());
+        }
+    }
+    void add_shards(const std::string& dir, const std::string& index_path) {
+        JsonFile index(index_path);
+        const Json* map = index.find("weight_map");
+        if (!map || !map->is_object() || map->empty()) fail("%s: weight_map is missing or empty", index_path.c_str());
+        std::map<std::string, std::string> shard_of;
+        std::set<std::string> shards;
+        for (auto& entry : map->items()) {
+            std::string shard = entry.value().is_string() ? entry.value().get<std::string>() : "";
+            if (shard.empty() || shard[0] == '.' || shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos)
+                fail("%s: weight_map of %s is %s, wanted a file name", index_path.c_str(), shown(entry.key()).c_str(),
+                     shown(entry.value()).c_str());
+            shard_of[entry.key()] = shard;
+            shards.insert(shard);
+        }
+        for (const std::string& shard : shards) {
+            if (!file_exists(dir + "/" + shard))
+                fail("%s/%s: is missing; %s names it", dir.c_str(), shown(shard).c_str(), index_path.c_str());
+            add_file(dir + "/" + shard);
+        }
+        std::set<std::pair<std::string, std::string>> held;  // shard, tensor
+        for (auto& entry : tensors) held.insert({files_[entry.second.file]->path, entry.second.name});
+        for (auto& entry : shard_of)
+            if (!held.count({dir + "/" + entry.second, entry.first}))
+                fail("%s: weight_map places %s in %s, which lacks it", index_path.c_str(), shown(entry.first).c_str(),
+                     shown(entry.second).c_str());
+    }
+
+    std::vector<std::unique_ptr<Reader>> files_;
+    std::vector<uint64_t> data_start_;
+    std::vector<uint16_t> half_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Names: which published tensor is which of our sixteen
+
+// '#' is the block's number. GROVER's blocks end in a LayerNorm, GPT-2's start with one, so that GROVER's
+// block l-1 holds what we call layer l's first LayerNorm; number -1 is the one after the embedding.
+enum Kind { TABLE, VECTOR, CONV1D };  // CONV1D is published as (in, out); ours is (out, in)
+struct Name {
+    ParamId param;
+    Kind kind;
+    const char *gpt2, *grover;
+    int grover_shift;
+};
+constexpr Name NAMES[NUM_PARAMS] = {
+    {WTE, TABLE, "wte.weight", "wte.weight", 0},
+    {WPE, TABLE, "wpe.weight", "wpe.weight", 0},
+    {LN1W, VECTOR, "h.#.ln_1.weight", "h.#.ln_2.weight", -1},
+    {LN1B, VECTOR, "h.#.ln_1.bias", "h.#.ln_2.bias", -1},
+    {QKVW, CONV1D, "h.#.attn.c_attn.weight", "h.#.attn.c_attn.weight", 0},
+    {QKVB, VECTOR, "h.#.attn.c_attn.bias", "h.#.attn.c_attn.bias", 0},
+    {ATTPROJW, CONV1D, "h.#.attn.c_proj.weight", "h.#.attn.c_proj.weight", 0},
+    {ATTPROJB, VECTOR, "h.#.attn.c_proj.bias", "h.#.attn.c_proj.bias", 0},
+    {LN2W, VECTOR, "h.#.ln_2.weight", "h.#.ln_1.weight", 0},
+    {LN2B, VECTOR, "h.#.ln_2.bias", "h.#.ln_1.bias", 0},
+    {FCW, CONV1D, "h.#.mlp.c_fc.weight", "h.#.mlp.c_fc.weight", 0},
+    {FCB, VECTOR, "h.#.mlp.c_fc.bias", "h.#.mlp.c_fc.bias", 0},
+    {FCPROJW, CONV1D, "h.#.mlp.c_proj.weight", "h.#.mlp.c_proj.weight", 0},
+    {FCPROJB, VECTOR, "h.#.mlp.c_proj.bias", "h.#.mlp.c_proj.bias", 0},
+    {LNFW, VECTOR, "ln_f.weight", "h.#.ln_2.weight", -1},
+    {LNFB, VECTOR, "ln_f.bias", "h.#.ln_2.bias", -1},
+};
+
+// One published tensor: (rows, cols) as our model file has it.
+struct Slot {
+    std::string name;
+    Kind kind;
+    size_t rows, cols, pad_rows;  // pad_rows of zeros follow in our file only: the padded vocabulary
+
+    size_t size() const { return rows * cols; }
+    std::vector<uint64_t> published_shape() const {
+        if (kind == VECTOR) return {cols};
+        return kind == CONV1D ? std::vector<uint64_t>{cols, rows} : std::vector<uint64_t>{rows, cols};
+    }
+};
+
+// All tensors in the order of our model file.
+inline std::vector<Slot> slots_of(const Config& c) {
+    std::vector<Slot> slots;
+    ParamTable table = param_table(c);
+    for (const Name& n : NAMES) {
+        const ParamInfo& p = table[n.param];
+        for (size_t l = 0; l < p.layers; l++) {
+            bool grover = c.arch == GROVER_ARCH, after_last = n.param == LNFW || n.param == LNFB;
+            int block = (after_last ? c.L : (int)l) + (grover ? n.grover_shift : 0);
+            std::string name = grover ? n.grover : n.gpt2;
+            size_t mark = name.find('#');
+            if (mark != std::string::npos && block < 0) name = "emb_norm" + name.substr(name.rfind('.'));
+            else if (mark != std::string::npos) name.replace(mark, 1, std::to_string(block));
+            size_t pad = n.param == WTE ? c.Vp - c.V : 0;
+            slots.push_back({name, n.kind, p.rows - pad, p.cols, pad});
+        }
+    }
+    return slots;
+}
+
+// For names h.N.rest: the block's number, else -1; *rest is what follows.
+inline int block_number(const std::string& name, std::string* rest) {
+    size_t i = 2;
+    int n = 0;
+    if (name.compare(0, 2, "h.") != 0) return -1;
+    while (i < name.size() && i < 8 && name[i] >= '0' && name[i] <= '9') n = n * 10 + (name[i++] - '0');
+    if (i == 2 || i >= name.size() || name[i] != '.') return -1;
+    *rest = name.substr(i + 1);
+    return n;
+}
+// The causal mask that old versions of transformers saved with the weights.
+inline bool is_mask_buffer(const std::string& name) {
+    std::string rest;
+    return block_number(name, &rest) >= 0 && (rest == "attn.bias" || rest == "attn.masked_bias");
+}
+
+// dst (cols, rows) = src (rows, cols) transposed, in tiles that fit the cache.
+inline void transpose(float* dst, const float* src, size_t rows, size_t cols) {
+    constexpr size_t TILE = 32;
+    for (size_t r0 = 0; r0 < rows; r0 += TILE)
+        for (size_t c0 = 0; c0 < cols; c0 += TILE)
+            for (size_t r = r0; r < std::min(rows, r0 + TILE); r++)
+                for (size_t c = c0; c < std::min(cols, c0 + TILE); c++) dst[c * rows + r] = src[r * cols + c];
+}
+
+// Passes one tensor on, from read(first, n, dst) to write(src, n): a Conv1D matrix whole and transposed,
+// where (rows, cols) is its shape on the way in, everything else piece by piece.
+template <class Read, class Write>
+void pass_tensor(const Slot& s, size_t rows, size_t cols, Read read, Write write) {
+    std::vector<float> in(s.kind == CONV1D ? s.size() : std::min(CHUNK, s.size()));
+    if (s.kind == CONV1D) {
+        std::vector<float> turned(s.size());
+        read(0, s.size(), in.data());
+        transpose(turned.data(), in.data(), rows, cols);
+        return write(turned.data(), s.size());
+    }
+    for (size_t i = 0; i < s.size(); i += CHUNK) {
+        size_t n = std::min(CHUNK, s.size() - i);
+        read(i, n, in.data());
+        write(in.data(), n);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// config.json
+
+struct ActivationName {
+    const char* name;
+    Activation kind;
+};
+// The first name of each kind is the one that to_hf writes.
+constexpr ActivationName ACTIVATIONS[] = {{"gelu_new", GELU_TANH}, {"gelu_pytorch_tanh", GELU_TANH}, {"gelu_fast", GELU_TANH},
+                                          {"gelu", GELU_ERF},      {"gelu_python", GELU_ERF}};
+
+// What config.json says alone: refuses by name whatever our model does not compute.
+inline Config config_from_json(const JsonFile& f) {
+    std::string type = f.text("model_type", "gpt2");
+    if (type != "gpt2" && type != "aragpt2") f.wrong("model_type", type, "gpt2 or aragpt2");
+    Config c;
+    c.L = f.size("n_layer", "num_hidden_layers", 4096);
+    c.C = f.size("n_embd", "hidden_size", 1 << 17);
+    c.NH = f.size("n_head", "num_attention_heads", 4096);
+    c.V = f.size("vocab_size", "vocab_size", 1 << 20);
+    c.maxT = f.size("n_positions", "max_position_embeddings", 1 << 20);
+    c.Vp = pad_vocab(c.V);
+    if (c.C % c.NH) fail("%s: n_head is %d, wanted a divisor of n_embd = %d", f.path.c_str(), c.NH, c.C);
+    if (const Json* inner = f.find("n_inner"))
+        if (*inner != 4 * c.C) f.wrong("n_inner", *inner, strf("null or 4 n_embd = %d", 4 * c.C));
+
+    struct {
+        const char* name;
+        bool implemented;  // and the value where the field is absent
+    } flags[] = {{"scale_attn_weights", true}, {"scale_attn_by_inverse_layer_idx", false}, {"add_cross_attention", false}};
+    for (auto& flag : flags)
+        if (f.flag(flag.name, flag.implemented) != flag.implemented)
+            f.wrong(flag.name, !flag.implemented, strf("%s (the other is not implemented)", flag.implemented ? "true" : "false"));
+    double eps = f.number("layer_norm_epsilon", 1e-5);
+    if ((float)eps != 1e-5f) f.wrong("layer_norm_epsilon", eps, "1e-05 (others are not implemented)");
+
+    std::string activation = f.text("activation_function", "gelu_new"), known;
+    c.activation = -1;
+    for (const ActivationName& a : ACTIVATIONS) {
+        if (activation == a.name) c.activation = a.kind;
+        known += std::string(known.empty() ? "" : ", ") + a.name;
+    }
+    if (c.activation < 0) f.wrong("activation_function", activation, "one of " + known);
+    return c;
+}
+
+// The rest, which the tensors say: the architecture. Refuses a config.json that contradicts them.
+inline Config config_of(const JsonFile& f, const Safetensors& st) {
+    Config c = config_from_json(f);
+    auto agree = [&](const char* field, int value, const char* tensor, size_t dimension) {
+        const Tensor& t = st.need(tensor, 2);
+        if (t.shape[dimension] != (uint64_t)value)
+            fail("%s: %s is %d, but %s has shape %s", f.path.c_str(), field, value, st.at(t).c_str(), shape_text(t.shape).c_str());
+    };
+    agree("vocab_size", c.V, "wte.weight", 0);
+    agree("n_embd", c.C, "wte.weight", 1);
+    agree("n_positions", c.maxT, "wpe.weight", 0);
+    int blocks = 0;
+    for (auto& entry : st.tensors) {
+        std::string rest;
+        blocks = std::max(blocks, block_number(entry.first, &rest) + 1);
+    }
+    if (blocks != c.L) fail("%s: n_layer is %d, but %s holds %d blocks", f.path.c_str(), c.L, st.path.c_str(), blocks);
+
+    bool emb_norm = st.find("emb_norm.weight"), ln_f = st.find("ln_f.weight");
+    if (emb_norm == ln_f)
+        fail("%s: holds %s ln_f.weight (GPT-2) %s emb_norm.weight (GROVER), wanted one of the two", st.path.c_str(),
+             ln_f ? "both" : "neither", ln_f ? "and" : "nor");
+    c.arch = emb_norm ? GROVER_ARCH : GPT2_ARCH;
+    if (c.arch == GPT2_ARCH && f.text("model_type", "gpt2") == "aragpt2")
+        fail("%s: model_type is \"aragpt2\" (GROVER), but %s holds ln_f.weight (GPT-2)", f.path.c_str(), st.path.c_str());
+    check_config(c, f.path.c_str());
+    return c;
+}
+
+// A config.json that transformers loads without a warning. What our file does not hold (dropout, the
+// initialiser) has GPT-2's published values. end_of_text is -1 where it is not known.
+inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int end_of_text) {
+    bool grover = c.arch == GROVER_ARCH;
+    nlohmann::ordered_json eot = end_of_text < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(end_of_text);
+    const char* activation = nullptr;
+    for (const ActivationName& a : ACTIVATIONS)
+        if (!activation && a.kind == c.activation) activation = a.name;
+    nlohmann::ordered_json j;
+    j["activation_function"] = activation;
+    j["architectures"] = {grover ? "AraGPT2LMHeadModel" : "GPT2LMHeadModel"};
+    j["attn_pdrop"] = 0.1;
+    j["bos_token_id"] = eot;
+    j["embd_pdrop"] = 0.1;
+    j["eos_token_id"] = eot;
+    j["initializer_range"] = 0.02;
+    j["layer_norm_epsilon"] = 1e-5;
+    j["model_type"] = grover ? "aragpt2" : "gpt2";
+    j["n_ctx"] = c.maxT;
+    j["n_embd"] = c.C;
+    j["n_head"] = c.NH;
+    j["n_inner"] = nullptr;
+    j["n_layer"] = c.L;
+    j["n_positions"] = c.maxT;
+    j["reorder_and_upcast_attn"] = false;
+    j["resid_pdrop"] = 0.1;
+    j["scale_attn_by_inverse_layer_idx"] = false;
+    j["scale_attn_weights"] = true;
+    j["summary_activation"] = nullptr;
+    j["summary_first_dropout"] = 0.1;
+    j["summary_proj_to_labels"] = true;
+    j["summary_type"] = "cls_index";
+    j["summary_use_proj"] = true;
+    j["tie_word_embeddings"] = true;
+    j["torch_dtype"] = bf16 ? "bfloat16" : "float32";
+    j["use_cache"] = true;
+    j["vocab_size"] = c.V;
+    return j;
+}
+
+// ---------------------------------------------------------------------------------------------
+// from_hf
+
+// What a conversion found and made, for people.
+struct Summary {
+    Config cfg;
+    std::string read, written, next;
+};
+
+// Every tensor that the model needs is there in its shape, and nothing is left over that would be lost.
+inline void check_tensors(const std::vector<Slot>& slots, const Safetensors& st) {
+    std::set<std::string> known = {"lm_head.weight"};
+    for (const Slot& s : slots) {
+        std::vector<uint64_t> want = s.published_shape();
+        const Tensor& t = st.need(s.name, want.size());
+        if (t.shape != want)
+            fail("%s: shape is %s, wanted %s", st.at(t).c_str(), shape_text(t.shape).c_str(), shape_text(want).c_str());
+        if (t.dtype != "F32" && t.dtype != "F16" && t.dtype != "BF16")
+            fail("%s: dtype is %s, wanted F32, F16 or BF16", st.at(t).c_str(), shown(t.dtype).c_str());
+        known.insert(s.name);
+    }
+    const Tensor* first = nullptr;
+    size_t unknown = 0;
+    for (auto& entry : st.tensors)
+        if (!known.count(entry.first) && !is_mask_buffer(entry.first) && unknown++ == 0) first = &entry.second;
+    if (first) {
+        std::string more = unknown > 1 ? strf(" (nor are %zu more)", unknown - 1) : "";
+        fail("%s: is not part of the model%s", st.at(*first).c_str(), more.c_str());
+    }
+}
+
+// Our model has one matrix for input and output, so a separate output matrix must be its equal.
+inline void check_head(const JsonFile& config, Safetensors& st, const Config& c) {
+    const Tensor *head = st.find("lm_head.weight"), &wte = st.need("wte.weight", 2);
+    bool tied = config.flag("tie_word_embeddings", true);
+    if (!head && !tied) fail("%s: tie_word_embeddings is false, but %s has no lm_head.weight", config.path.c_str(), st.path.c_str());
+    if (!head) return;
+    if (head->shape != wte.shape)
+        fail("%s: shape is %s, wanted %s as wte.weight", st.at(*head).c_str(), shape_text(head->shape).c_str(),
+             shape_text(wte.shape).c_str());
+    if (head->dtype != wte.dtype)
+        fail("%s: dtype is %s, wanted %s as wte.weight", st.at(*head).c_str(), shown(head->dtype).c_str(), wte.dtype.c_str());
+    std::vector<float> a(CHUNK), b(CHUNK);
+    size_t size = (size_t)c.V * c.C;
+    for (size_t i = 0; i < size; i += CHUNK) {
+        size_t n = std::min(CHUNK, size - i);
+        st.read(*head, i, n, a.data());
+        st.read(wte, i, n, b.data());
+        if (memcmp(a.data(), b.data(), n * 4) == 0) continue;
+        fail("%s: differs from wte.weight (%s: tie_word_embeddings is %s); a model with its own output matrix is not implemented",
+             st.at(*head).c_str(), config.path.c_str(), tied ? "true" : "false");
+    }
+}
+
+// Converts the folder `dir` to the model file `out`. dtype: "fp32", "bf16", or "" for bf16 where all
+// tensors are bf16, else fp32.
+inline Summary from_hf(const std::string& dir, const std::string& out, std::string dtype = "") {
+    JsonFile config(dir + "/config.json");
+    Safetensors st(dir);
+    Config c = config_of(config, st);
+    std::vector<Slot> slots = slots_of(c);
+    check_tensors(slots, st);
+    check_head(config, st, c);
+
+    std::set<std::string> dtypes;
+    for (const Slot& s : slots) dtypes.insert(st.find(s.name)->dtype);
+    if (dtype.empty()) dtype = dtypes == std::set<std::string>{"BF16"} ? "bf16" : "fp32";
+    bool bf16 = dtype == "bf16";
+
+    ModelWriter writer(out, c, bf16 ? MODEL_BF16 : MODEL_FP32);
+    for (const Slot& s : slots) {
+        const Tensor& t = *st.find(s.name);
+        auto read = [&](size_t first, size_t n, float* dst) { st.read(t, first, n, dst); };
+        auto write = [&](const float* x, size_t n) {
+            float most = 0;
+            for (size_t i = 0; bf16 && i < n; i++) most = std::max(most, std::fabs(x[i]));
+            if (!std::isfinite(bf16_to_float(float_to_bf16(most))))
+                fail("%s: %g is too large for bf16; convert with --dtype fp32", st.at(t).c_str(), most);
+            writer.add(x, n);
+        };
+        pass_tensor(s, s.cols, s.rows, read, write);
+        std::vector<float> zeros(s.cols);
+        for (size_t r = 0; r < s.pad_rows; r++) writer.add(zeros.data(), s.cols);
+    }
+    writer.finish();
+
+    std::string kinds, shards = st.num_files() > 1 ? strf(" (%zu shards)", st.num_files()) : "";
+    for (const std::string& d : dtypes) kinds += (kinds.empty() ? "" : " and ") + d;
+    double bytes = 1024 + (double)num_params(c) * (bf16 ? 2 : 4);
+    return {c, strf("%s%s, %zu tensors, %s", st.path.c_str(), shards.c_str(), slots.size(), kinds.c_str()),
+            strf("%s, %s, %s", out.c_str(), dtype.c_str(), human_bytes(bytes).c_str()),
+            strf("./train_gpt2 -e %s --data DIR", shell_word(out).c_str())};
+}
+
+// ---------------------------------------------------------------------------------------------
+// to_hf
+
+constexpr const char* TOKENIZER_FILES[] = {"vocab.json",           "merges.txt",
+                                           "tokenizer.json",       "tokenizer_config.json",
+                                           "special_tokens_map.json", "added_tokens.json"};
+
+// What goes along with the weights: files to copy, and what config.json takes from them.
+struct Companions {
+    std::vector<std::pair<std::string, std::string>> files;  // name, content
+    int end_of_text = -1;
+    Json auto_map;  // where transformers finds AraGPT2's own modelling code
+};
+
+// Token ids of a tokenizer file; each must be a row of wte.
+inline void note_token(Companions* k, const std::string& where, const std::string& token, const Json& id, const Config& c) {
+    if (!id.is_number_unsigned()) 
+        fail("%s: id of %s is %s, wanted a whole number", where.c_str(), shown(Json(token)).c_str(), shown(id).c_str());
+    if (id.get<uint64_t>() >= (uint64_t)c.V)
+        fail("%s: id of %s is %s, but the model's vocabulary has %d tokens", where.c_str(), shown(Json(token)).c_str(),
+             shown(id).c_str(), c.V);
+    if (token == "<|endoftext|>") k->end_of_text = id.get<int>();
+}
+
+inline Companions read_companions(const std::string& src, const Config& c) {
+    Companions k;
+    for (const char* name : TOKENIZER_FILES) {
+        std::string path = src + "/" + name, file = name;
+        if (!file_exists(path)) continue;
+        k.files.push_back({file, read_text(path)});
+        if (file != "vocab.json" && file != "tokenizer.json" && file != "added_tokens.json") continue;
+        Json j = parse_json(k.files.back().second, path);
+        if (!j.is_object()) fail("%s: is %s, wanted an object", path.c_str(), shown(j).c_str());
+        if (file != "tokenizer.json") {
+            for (auto& entry : j.items()) note_token(&k, path, entry.key(), entry.value(), c);
+            continue;
+        }
+        Json::json_pointer vocab("/model/vocab"), added("/added_tokens");
+        if (j.contains(vocab) && j[vocab].is_object())
+            for (auto& entry : j[vocab].items()) note_token(&k, path, entry.key(), entry.value(), c);
+        if (j.contains(added) && j[added].is_array())
+            for (const Json& t : j[added])
+                if (t.is_object() && t.contains("content") && t["content"].is_string() && t.contains("id"))
+                    note_token(&k, path, t["content"].get<std::string>(), t["id"], c);
+    }
+    auto has = [&](const char* name) {
+        return std::any_of(k.files.begin(), k.files.end(), [&](auto& f) { return f.first == name; });
+    };
+    if (!has("tokenizer.json") && !(has("vocab.json") && has("merges.txt")))
+        fail("%s: holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt", src.c_str());
+
+    // GROVER is not a part of transformers: the model's publisher keeps the code beside the weights.
+    if (c.arch != GROVER_ARCH || !file_exists(src + "/config.json")) return k;
+    JsonFile config(src + "/config.json");
+    const Json* map = config.find("auto_map");
+    if (!map || !map->is_object()) return k;
+    k.auto_map = *map;
+    std::set<std::string> modules;
+    for (const Json& j : *map)
+        if (j.is_string()) modules.insert(j.get<std::string>().substr(0, j.get<std::string>().find('.')));
+    for (const std::string& m : modules) {
+        if (m.find_first_of("/-") != std::string::npos) continue;  // "owner/repository--module" is fetched from there
+        k.files.push_back({m + ".py", read_text(src + "/" + m + ".py")});
+    }
+    return k;
+}
+
+// Writes a safetensors file piece by piece: construct, add() all slots in order, commit().
+class SafetensorsWriter {
+  public:
+    SafetensorsWriter(const std::string& path, const std::vector<Slot>& slots, bool bf16) : bf16_(bf16), file_(path) {
+        nlohmann::ordered_json header;
+        header["__metadata__"]["format"] = "pt";
+        uint64_t end = 0;
+        for (const Slot& s : slots) {
+            uint64_t begin = end;
+            end += (uint64_t)s.size() * (bf16 ? 2 : 4);
+            auto& j = header["transformer." + s.name];
+            j["dtype"] = bf16 ? "BF16" : "F32";
+            j["shape"] = s.published_shape();
+            j["data_offsets"] = {begin, end};
+        }
+        std::string text = header.dump();
+        text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the numbers are aligned in memory when mapped
+        uint64_t length = text.size();
+        file_.write(&length, 8);
+        file_.write(text);
+        bytes = 8 + length + end;
+    }
+    void add(const float* x, size_t n) {
+        if (!bf16_) return file_.write(x, n * 4);
+        half_.resize(std::min(n, CHUNK));
+        for (size_t i = 0; i < n; i += CHUNK) {
+            size_t k = std::min(CHUNK, n - i);
+            for (size_t j = 0; j < k; j++) half_[j] = float_to_bf16(x[i + j]);
+            file_.write(half_.data(), k * 2);
+        }
+    }
+    void commit() { file_.commit(); }
+    uint64_t bytes;  // of the whole file
+
+  private:
+    bool bf16_;
+    AtomicFile file_;
+    std::vector<uint16_t> half_;
+};
+
+// Converts the model file `in` to the folder `dir`, which then looks as Hugging Face publishes models.
+// tokenizer_dir: the folder whose tokenizer goes along, or "".
+inline Summary to_hf(const std::string& in, const std::string& dir, const std::string& tokenizer_dir = "") {
+    ModelReader reader(in);
+    const Config c = reader.cfg;
+    bool bf16 = reader.version == MODEL_BF16;
+    Companions along;
+    if (c.V == preset_config("gpt2").V) along.end_of_text = c.V - 1;
+    if (!tokenizer_dir.empty()) along = read_companions(tokenizer_dir, c);
+
+    // All files are whole under temporary names before the first takes its place.
+    make_dirs(dir);
+    std::vector<Slot> slots = slots_of(c);
+    SafetensorsWriter model(dir + "/model.safetensors", slots, bf16);
+    for (const Slot& s : slots) {
+        auto read = [&](size_t, size_t n, float* dst) { reader.read(dst, n); };
+        auto write = [&](const float* x, size_t n) { model.add(x, n); };
+        pass_tensor(s, s.rows, s.cols, read, write);
+        std::vector<float> unused(s.cols);
+        for (size_t r = 0; r < s.pad_rows; r++) reader.read(unused.data(), s.cols);
+    }
+    nlohmann::ordered_json config = json_of_config(c, bf16, along.end_of_text);
+    if (!along.auto_map.is_null()) config["auto_map"] = along.auto_map;
+    along.files.push_back({"config.json", config.dump(2) + "\n"});
+    std::vector<std::unique_ptr<AtomicFile>> small;
+    std::string names;
+    for (auto& f : along.files) {
+        small.push_back(std::make_unique<AtomicFile>(dir + "/" + f.first));
+        small.back()->write(f.second);
+        names += ", " + f.first;
+    }
+    model.commit();
+    for (auto& f : small) f->commit();
+
+    const char* loader = c.arch == GPT2_ARCH ? "GPT2LMHeadModel" : "AutoModelForCausalLM";
+    std::string next = strf("python3 -c \"from transformers import %s as M; print(M.from_pretrained('%s'%s))\"", loader, dir.c_str(),
+                            c.arch == GPT2_ARCH ? "" : ", trust_remote_code=True");
+    if (c.arch == GROVER_ARCH && along.auto_map.is_null())
+        next = "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, where SRC is the folder that the\n"
+               "model came from: its modelling code (auto_map in config.json) and its tokenizer then go along";
+    return {c, strf("%s, %s", in.c_str(), bf16 ? "bf16" : "fp32"),
+            strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(), bf16 ? "BF16" : "F32",
+                 human_bytes((double)model.bytes).c_str(), names.c_str()), next};
+}
+
+inline void print(const Summary& s) {
+    const Config& c = s.cfg;
+    printf("architecture  %s\n", c.arch == GPT2_ARCH ? "GPT-2" : "GROVER, as AraGPT2-large and -mega");
+    printf("sizes         %d layers, %d heads, %d channels, context %d, vocabulary %d (padded to %d)\n", c.L, c.NH, c.C, c.maxT,
+           c.V, c.Vp);
+    printf("activation    GELU, %s form\n", c.activation == GELU_TANH ? "tanh" : "erf");
+    printf("parameters    %s\n", commas(num_params(c) - (size_t)(c.Vp - c.V) * c.C).c_str());
+    printf("read          %s\nwritten       %s\n\nnext: %s\n", s.read.c_str(), s.written.c_str(), s.next.c_str());
+}
+
+// ---------------------------------------------------------------------------------------------
+// The program
+
+constexpr const char* EPILOGUE =
+    "from-hf reads DIR/config.json and DIR/model.safetensors (or the shards of model.safetensors.index.json) as\n"
+    "Hugging Face publishes gpt2 ... gpt2-xl and aragpt2-base ... -mega. It finds out by itself whether the\n"
+    "model is a GPT-2 or a GROVER (aragpt2-large, -mega), and refuses what the trainer would compute wrongly.\n"
+    "to-hf writes config.json and model.safetensors, so that GPT2LMHeadModel.from_pretrained(\"DIR\") loads them.\n"
+    "\n"
+    "Fine-tune a published model and give it back:\n"
+    "  ./convert_gpt2 from-hf aragpt2-base aragpt2.bin\n"
+    "  ./train_gpt2 -e aragpt2.bin --data DIR\n"
+    "  ./convert_gpt2 to-hf out/model.bin poet --tokenizer_dir aragpt2-base\n";
+
+inline int run(int argc, char** argv) {
+    std::string dtype, tokenizer_dir;
+    std::vector<std::string> words;
+    Flags f("convert_gpt2", "GPT-2 and AraGPT2 checkpoints from Hugging Face's form and back, bit for bit");
+    f.positional(&words, "from-hf DIR out.bin | to-hf in.bin DIR");
+    f.section("from-hf");
+    f.add("dtype", "", &dtype, "fp32|bf16", "numbers in out.bin; without it bf16 if DIR has bf16, else fp32");
+    f.section("to-hf");
+    f.add("tokenizer_dir", "", &tokenizer_dir, "SRC", "also copies the tokenizer (vocab.json, merges.txt, ...) from here");
+    f.epilogue(EPILOGUE);
+    f.parse(argc, argv);
+    if (words.empty()) throw UsageError("wanted from-hf DIR out.bin, or to-hf in.bin DIR; --help explains");
+    bool from = words[0] == "from-hf", to = words[0] == "to-hf";
+    if (!from && !to) throw UsageError(strf("'%s' is not a command; wanted from-hf or to-hf", words[0].c_str()));
+    if (words.size() != 3)
+        throw UsageError(strf("%s takes two names, found %zu: %s", words[0].c_str(), words.size() - 1,
+                              from ? "from-hf DIR out.bin" : "to-hf in.bin DIR"));
+    if (from && f.given("tokenizer_dir")) throw UsageError("--tokenizer_dir belongs to to-hf");
+    if (to && f.given("dtype")) throw UsageError("--dtype belongs to from-hf; to-hf keeps the numbers as they are");
+    if (f.given("dtype") && dtype != "fp32" && dtype != "bf16")
+        throw UsageError(strf("--dtype is '%s', wanted fp32 or bf16", dtype.c_str()));
+    print(from ? from_hf(words[1], words[2], dtype) : to_hf(words[1], words[2], tokenizer_dir));
+    return 0;
+}
+
+}  // namespace convert
+
+#ifndef ARAPOET_NO_MAIN
+int main(int argc, char** argv) {
+    return run_main("convert_gpt2", [&] { return convert::run(argc, argv); });
+}
+#endif
+#endif  // CONVERT_GPT2_CPP

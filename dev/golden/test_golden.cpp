@@ -1,0 +1,188 @@
+// test_golden.cpp - the CPU trainer against PyTorch: logits, loss, every gradient, ten AdamW steps, and the decoder.
+//
+// Runs in the repository's root; golden.bin comes from golden.py. The measured errors are printed, since a bound that
+// is nearly reached deserves a look before it is broken.
+#ifndef ARAPOET_NO_MAIN
+#define ARAPOET_NO_MAIN
+#endif
+#include "train_gpt2.cpp"
+
+#include <doctest/doctest.h>
+
+#include "dev/golden/golden.h"
+
+namespace {
+
+const char* const PATH = "dev/golden/golden.bin";
+const char* const CASES[] = {"gpt2", "grover_erf", "grover_tanh"};
+
+// Largest absolute difference; NaN where any is.
+double max_abs(const float* a, const float* b, size_t n) {
+    double worst = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = std::fabs((double)a[i] - b[i]);
+        if (d > worst || d != d) worst = d;
+    }
+    return worst;
+}
+
+double relative_l2(const float* a, const float* want, size_t n) {
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = (double)a[i] - want[i];
+        diff += d * d, norm += (double)want[i] * want[i];
+    }
+    return std::sqrt(diff / norm);
+}
+
+void load(cpu::GPT2& model, const Golden& g) { std::copy(g.params.begin(), g.params.end(), model.params()); }
+
+Pass training_pass(const Golden& g) {
+    Pass pass;
+    pass.train = true;
+    pass.grad_scale = 1.0f / (float)g.counted();
+    return pass;
+}
+
+double forward(cpu::GPT2& model, const Golden& g, const Pass& pass) {
+    return model.forward(g.tokens.data(), g.targets.data(), g.B, g.T, pass);
+}
+
+}  // namespace
+
+TEST_CASE("logits are PyTorch's within 1e-4 and the loss within 1e-5, when training and when only evaluating") {
+    for (const char* name : CASES)
+        for (bool train : {true, false}) {
+            CAPTURE(name);
+            CAPTURE(train);
+            Golden g = read_golden(PATH, name);
+            cpu::GPT2 model(g.cfg, g.B, g.T, train);
+            load(model, g);
+            double loss_error = std::fabs(forward(model, g, train ? training_pass(g) : Pass{}) - g.loss);
+            std::vector<float> logits(g.logits.size());
+            model.logits(logits.data());
+            double error = max_abs(logits.data(), g.logits.data(), logits.size());
+            printf("%-12s %-10s logits %.1e  loss %.1e\n", name, train ? "training" : "evaluating", error, loss_error);
+            CHECK(error <= 1e-4);
+            CHECK(loss_error <= 1e-5);
+            CHECK(model.counted() == g.counted());
+        }
+}
+
+TEST_CASE("every gradient is PyTorch's within a relative L2 error of 1e-4") {
+    for (const char* name : CASES) {
+        CAPTURE(name);
+        Golden g = read_golden(PATH, name);
+        cpu::GPT2 model(g.cfg, g.B, g.T, true);
+        load(model, g);
+        forward(model, g, training_pass(g));
+        model.backward();
+        ParamTable table = param_table(g.cfg);
+        auto off = param_offsets(g.cfg);
+        double worst = 0;
+        const char* worst_name = "";
+        for (int i = 0; i < NUM_PARAMS; i++)
+            for (size_t layer = 0; layer < table[i].layers; layer++) {  // by layer, so that a loud one hides no other
+                const char* tensor = table[i].name;
+                size_t n = table[i].per_layer(), at = off[i] + layer * n;
+                double error = relative_l2(model.grads() + at, g.grads.data() + at, n);
+                CAPTURE(tensor);
+                CAPTURE(layer);
+                CHECK(error <= 1e-4);
+                if (error > worst) worst = error, worst_name = tensor;
+            }
+        printf("%-12s gradients  %.1e at worst (%s)\n", name, worst, worst_name);
+        size_t used = (size_t)g.cfg.V * g.cfg.C;
+        CHECK(max_abs(model.grads() + used, g.grads.data() + used, off[WPE] - used) == 0);
+    }
+}
+
+TEST_CASE("ten AdamW steps with decay and clipping follow PyTorch's losses within 1e-4") {
+    for (const char* name : CASES) {
+        CAPTURE(name);
+        Golden g = read_golden(PATH, name);
+        cpu::GPT2 model(g.cfg, g.B, g.T, true);
+        load(model, g);
+        AdamW adam;
+        adam.lr = 1e-3f, adam.beta1 = 0.9f, adam.beta2 = 0.95f, adam.eps = 1e-8f, adam.weight_decay = 0.1f;
+        double worst = 0, worst_norm = 0;
+        for (size_t step = 0; step < g.losses.size(); step++) {
+            CAPTURE(step);
+            double error = std::fabs(forward(model, g, training_pass(g)) - g.losses[step]);
+            CHECK(error <= 1e-4);
+            worst = std::max(worst, error);
+            if (step == g.norms.size()) break;
+            model.backward();
+            double norm = model.grad_norm(), norm_error = std::fabs(norm / g.norms[step] - 1);
+            CHECK(norm_error <= 1e-3);
+            worst_norm = std::max(worst_norm, norm_error);
+            model.update(adam, (uint32_t)step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
+        }
+        printf("%-12s ten steps  losses %.1e  gradient norms %.1e (relative)\n", name, worst, worst_norm);
+        size_t used = (size_t)g.cfg.V * g.cfg.C, end = param_offsets(g.cfg)[WPE];
+        CHECK(max_abs(model.params() + used, g.params.data() + used, end - used) == 0);
+    }
+}
+
+TEST_CASE("the key/value cache gives PyTorch's logits at every position, token by token and in pieces") {
+    for (const char* name : CASES) {
+        CAPTURE(name);
+        Golden g = read_golden(PATH, name);
+        cpu::GPT2 model(g.cfg, 0, 0, false);
+        load(model, g);
+        cpu::Decoder decoder(model, g.B, g.T);
+        double worst = 0;
+        for (size_t piece : {(size_t)1, (size_t)5, g.T}) {
+            CAPTURE(piece);
+            decoder.reset();
+            for (size_t t = 0, n; t < g.T; t += n) {
+                n = std::min(piece, g.T - t);
+                std::vector<int> tokens;
+                for (size_t b = 0; b < g.B; b++)
+                    tokens.insert(tokens.end(), &g.tokens[b * g.T + t], &g.tokens[b * g.T + t] + n);
+                const float* logits = decoder.append(tokens.data(), n);
+                for (size_t b = 0; b < g.B; b++) {
+                    double error = max_abs(logits + b * g.cfg.V, &g.logits[(b * g.T + t + n - 1) * g.cfg.V], g.cfg.V);
+                    CHECK(error <= 1e-4);
+                    worst = std::max(worst, error);
+                }
+            }
+        }
+        printf("%-12s decoder    logits %.1e\n", name, worst);
+    }
+}
+
+TEST_CASE("a damaged golden file is refused with a line that names it") {
+    std::string whole = Reader(PATH).rest(), path = strf("%s/golden-%d.bin", P_tmpdir, (int)getpid());
+    auto refused = [&](const std::string& bytes) {
+        AtomicFile f(path);
+        f.write(bytes);
+        f.commit();
+        std::string message;
+        try {
+            read_golden(path, "gpt2");
+        } catch (const Error& e) {
+            message = e.what();
+        }
+        unlink(path.c_str());
+        return message.compare(0, path.size(), path) == 0;
+    };
+    auto with = [&](size_t at, char byte) {
+        std::string s = whole;
+        s[at] = byte;
+        return s;
+    };
+    CHECK(!refused(whole));
+    for (size_t n : {(size_t)0, (size_t)15, (size_t)40, (size_t)200, whole.size() / 2, whole.size() - 1})
+        CHECK(refused(whole.substr(0, n)));
+    CHECK(refused(whole + '\0'));
+    CHECK(refused(with(0, 'g')));
+    CHECK(refused(with(4, 2)));
+    size_t config = 16 + (unsigned char)whole[12], data = config + 48;
+    CHECK(refused(with(config, 'k')));            // no tensor 'config'
+    CHECK(refused(with(config + 24, 0)));         // config as floats
+    CHECK(refused(with(config + 32, 7)));         // config with 7 numbers
+    CHECK(refused(with(data + 12, 5)));           // C not a multiple of NH
+    CHECK(refused(with(data + 32 + 48 + 3, 1)));  // the first token out of range
+    CHECK_THROWS_AS(read_golden(PATH, "gpt3"), Error);
+}

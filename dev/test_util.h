@@ -1,0 +1,57 @@
+// test_util.h - what several tests need: a folder that goes away, an error's text, whole files.
+#pragma once
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include "io.h"
+
+// A fresh folder under /tmp, removed with all its content at the end.
+struct TempDir {
+    std::string path;
+    TempDir() {
+        char name[] = "/tmp/arapoet_test_XXXXXX";
+        if (!mkdtemp(name)) fail("%s: cannot make the folder: %s", name, strerror(errno));
+        path = name;
+    }
+    ~TempDir() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path, ignored);
+    }
+    TempDir(const TempDir&) = delete;
+    TempDir& operator=(const TempDir&) = delete;
+    std::string operator/(const std::string& name) const { return path + "/" + name; }
+};
+
+// The one line that f's Error says; "" where f throws none.
+template <class F>
+std::string error_of(F f) {
+    try {
+        f();
+    } catch (const Error& e) {
+        return e.what();
+    }
+    return "";
+}
+
+inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+inline void write_file(const std::string& path, const std::string& content) {
+    std::ofstream out(path, std::ios::binary);
+    out.write(content.data(), (std::streamsize)content.size());
+    out.flush();
+    if (!out) fail("%s: cannot write", path.c_str());
+}
+inline std::string read_file(const std::string& path) {
+    std::ifstream in(path, std::ios::binary);
+    if (!in) fail("%s: cannot open", path.c_str());
+    return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+}
+
+// A binary file's content with one int32 of its header changed.
+inline std::string with_header(std::string content, size_t index, int32_t value) {
+    memcpy(&content.at(index * 4), &value, 4);
+    return content;
+}

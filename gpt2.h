@@ -1,0 +1,255 @@
+// gpt2.h - the model on paper: its sizes, its 16 parameter tensors, and its checkpoint file.
+//
+// GPT-2 (Radford et al. 2019) as published, and GROVER (Zellers et al. 2019), the block that
+// AraGPT2-large and -mega use. Sixteen tensors in this order, each holding all layers:
+//     wte (Vp,C)  wpe (maxT,C)  ln1w ln1b (L,C)  qkvw (L,3C,C)  qkvb (L,3C)  attprojw (L,C,C)
+//     attprojb (L,C)  ln2w ln2b (L,C)  fcw (L,4C,C)  fcb (L,4C)  fcprojw (L,C,4C)  fcprojb (L,C)
+//     lnfw lnfb (C)
+// Matrices are (out, in). Vp is V padded up to a multiple of 128; padded rows are zero and stay zero.
+//
+// The model file is llm.c's, so that its published files load as they are: 256 int32, then the tensors.
+//     [0] 20240326  [1] 3 = fp32, 5 = bf16  [2] maxT [3] V [4] L [5] NH [6] C [7] Vp
+//     [8] arch, [9] activation: ours; 0 in llm.c's files, which is GPT-2
+#pragma once
+
+#include <array>
+#include <cmath>
+
+#include "io.h"
+
+enum Arch { GPT2_ARCH = 0, GROVER_ARCH = 1 };
+enum Activation { GELU_TANH = 0, GELU_ERF = 1 };
+
+struct Config {
+    int maxT = 1024, V = 50257, Vp = 50304, L = 12, NH = 12, C = 768;
+    int arch = GPT2_ARCH, activation = GELU_TANH;
+
+    int hs() const { return C / NH; }
+    bool same_shape(const Config& o) const {
+        return maxT == o.maxT && V == o.V && Vp == o.Vp && L == o.L && NH == o.NH && C == o.C && arch == o.arch &&
+               activation == o.activation;
+    }
+    std::string text() const {
+        return strf("%s, %d layers, %d heads, %d channels, context %d, vocabulary %d", arch == GPT2_ARCH ? "GPT-2" : "GROVER", L,
+                    NH, C, maxT, V);
+    }
+};
+
+inline int pad_vocab(int V) { return (V + 127) / 128 * 128; }
+
+// Throws with the field's name where a size is impossible. `where` starts the message (file or flag).
+inline void check_config(const Config& c, const char* where) {
+    struct {
+        const char* name;
+        int value, lo, hi;
+    } range[] = {{"maxT", c.maxT, 1, 1 << 20}, {"V", c.V, 1, 1 << 20},          {"Vp", c.Vp, 1, 1 << 21},
+                 {"L", c.L, 1, 4096},          {"NH", c.NH, 1, 4096},           {"C", c.C, 1, 1 << 17},
+                 {"arch", c.arch, 0, 1},       {"activation", c.activation, 0, 1}};
+    for (auto& r : range)
+        if (r.value < r.lo || r.value > r.hi)
+            fail("%s: %s is %d, wanted %d to %d", where, r.name, r.value, r.lo, r.hi);
+    if (c.C % c.NH) fail("%s: C is %d, wanted a multiple of NH = %d", where, c.C, c.NH);
+    if (c.Vp < c.V) fail("%s: Vp is %d, wanted at least V = %d", where, c.Vp, c.V);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The parameters
+
+constexpr int NUM_PARAMS = 16;
+enum ParamId { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB };
+
+struct ParamInfo {
+    const char* name;
+    size_t rows, cols;  // of one layer; a vector has rows 1
+    size_t layers;      // 1 for what stands outside the blocks
+    bool decay;         // weight decay applies: matrices and embeddings, as in nanoGPT
+    bool residual;      // writes into the residual stream: initialised smaller
+    size_t per_layer() const { return rows * cols; }
+    size_t size() const { return rows * cols * layers; }
+};
+
+using ParamTable = std::array<ParamInfo, NUM_PARAMS>;
+
+inline ParamTable param_table(const Config& c) {
+    size_t C = c.C, L = c.L, Vp = c.Vp, T = c.maxT;
+    return {{{"wte", Vp, C, 1, true, false},
+             {"wpe", T, C, 1, true, false},
+             {"ln1w", 1, C, L, false, false},
+             {"ln1b", 1, C, L, false, false},
+             {"qkvw", 3 * C, C, L, true, false},
+             {"qkvb", 1, 3 * C, L, false, false},
+             {"attprojw", C, C, L, true, true},
+             {"attprojb", 1, C, L, false, false},
+             {"ln2w", 1, C, L, false, false},
+             {"ln2b", 1, C, L, false, false},
+             {"fcw", 4 * C, C, L, true, false},
+             {"fcb", 1, 4 * C, L, false, false},
+             {"fcprojw", C, 4 * C, L, true, true},
+             {"fcprojb", 1, C, L, false, false},
+             {"lnfw", 1, C, 1, false, false},
+             {"lnfb", 1, C, 1, false, false}}};
+}
+
+inline size_t num_params(const Config& c) {
+    size_t n = 0;
+    for (const ParamInfo& p : param_table(c)) n += p.size();
+    return n;
+}
+
+// Where each tensor starts inside one array of all parameters (elements); [NUM_PARAMS] is the total.
+inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
+    std::array<size_t, NUM_PARAMS + 1> off{};
+    ParamTable t = param_table(c);
+    for (int i = 0; i < NUM_PARAMS; i++) off[i + 1] = off[i] + t[i].size();
+    return off;
+}
+
+// Floating-point operations of one training step over B sequences of T tokens, counted as usual
+// (Kaplan et al. 2020): 6 per parameter and token, wpe left out, plus attention counted in full.
+inline double step_flops(const Config& c, double B, double T) {
+    double N = (double)num_params(c) - (double)c.maxT * c.C - (double)(c.Vp - c.V) * c.C;
+    return 6.0 * N * B * T + 12.0 * c.L * c.C * T * B * T;
+}
+
+// Published shapes and two small ones of our own, by name; throws for an unknown name.
+inline Config preset_config(const std::string& name) {
+    struct Preset {
+        const char* name;
+        int L, NH, C, maxT;
+    };
+    static const Preset presets[] = {{"tiny", 4, 4, 128, 64},          {"char", 6, 6, 384, 256},
+                                     {"gpt2", 12, 12, 768, 1024},      {"gpt2-medium", 24, 16, 1024, 1024},
+                                     {"gpt2-large", 36, 20, 1280, 1024}, {"gpt2-xl", 48, 25, 1600, 1024}};
+    std::string known;
+    for (const Preset& p : presets) {
+        if (name == p.name) {
+            Config c;
+            c.L = p.L, c.NH = p.NH, c.C = p.C, c.maxT = p.maxT;
+            return c;
+        }
+        known += std::string(known.empty() ? "" : ", ") + p.name;
+    }
+    throw UsageError(strf("--preset: '%s' is unknown; known are %s", name.c_str(), known.c_str()));
+}
+
+// ---------------------------------------------------------------------------------------------
+// What the trainer says to a model, CPU or GPU
+
+// What one forward pass is for. Training keeps activations, applies dropout and computes the head's gradient.
+struct Pass {
+    bool train = false;
+    uint32_t step = 0;       // keys the dropout masks
+    uint64_t seq0 = 0;       // number of the first sequence within the step's whole batch
+    float grad_scale = 1;    // 1 / (tokens of the whole batch)
+};
+
+// AdamW's settings for one step.
+struct AdamW {
+    float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
+};
+
+// Bytes that a model needs, by purpose.
+struct MemoryNeed {
+    size_t params = 0, grads = 0, optimizer = 0, activations = 0, scratch = 0;
+    size_t total() const { return params + grads + optimizer + activations + scratch; }
+};
+
+// ---------------------------------------------------------------------------------------------
+// bf16: the upper half of a float
+
+inline float bf16_to_float(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+// Rounds to nearest even; NaN stays NaN.
+inline uint16_t float_to_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The model file
+
+constexpr int32_t MODEL_MAGIC = 20240326, MODEL_FP32 = 3, MODEL_BF16 = 5;
+
+inline std::vector<int32_t> model_header(const Config& c, int version) {
+    std::vector<int32_t> h(256);
+    const int32_t v[] = {MODEL_MAGIC, version, c.maxT, c.V, c.L, c.NH, c.C, c.Vp, c.arch, c.activation};
+    std::copy(std::begin(v), std::end(v), h.begin());
+    return h;
+}
+
+// Writes a model file piece by piece: construct, add() all parameters in order, finish().
+class ModelWriter {
+  public:
+    ModelWriter(const std::string& path, const Config& c, int version = MODEL_FP32)
+        : file_(path), bf16_(version == MODEL_BF16), left_(num_params(c)) {
+        std::vector<int32_t> h = model_header(c, version);
+        file_.write(h.data(), 1024);
+    }
+    void add(const float* p, size_t n) {
+        if (n > left_) fail("model file: %zu parameters too many", n - left_);
+        left_ -= n;
+        if (!bf16_) return file_.write(p, n * 4);
+        for (size_t i = 0; i < n; i += buf_.size()) {
+            size_t k = std::min(n - i, buf_.size());
+            for (size_t j = 0; j < k; j++) buf_[j] = float_to_bf16(p[i + j]);
+            file_.write(buf_.data(), k * 2);
+        }
+    }
+    void finish() {
+        if (left_) fail("model file: %zu parameters missing", left_);
+        file_.commit();
+    }
+
+  private:
+    AtomicFile file_;
+    bool bf16_;
+    size_t left_;
+    std::vector<uint16_t> buf_ = std::vector<uint16_t>(1 << 16);
+};
+
+// Reads a model file: the constructor checks header and length; read() hands out parameters in order as
+// floats and refuses NaN and infinity.
+class ModelReader {
+  public:
+    Config cfg;
+    int version;
+
+    explicit ModelReader(const std::string& path) : file_(path) {
+        std::vector<int32_t> h = file_.header(MODEL_MAGIC, "model");
+        version = h[1];
+        if (version != MODEL_FP32 && version != MODEL_BF16)
+            fail("%s: version is %d, wanted 3 (fp32) or 5 (bf16)", path.c_str(), version);
+        cfg.maxT = h[2], cfg.V = h[3], cfg.L = h[4], cfg.NH = h[5], cfg.C = h[6], cfg.Vp = h[7];
+        cfg.arch = h[8], cfg.activation = h[9];
+        check_config(cfg, path.c_str());
+        left_ = num_params(cfg);
+        file_.expect_size(1024 + (uint64_t)left_ * (version == MODEL_FP32 ? 4 : 2));
+    }
+    void read(float* dst, size_t n) {
+        if (n > left_) fail("%s: %zu parameters too many asked for", file_.path.c_str(), n - left_);
+        left_ -= n;
+        if (version == MODEL_FP32) {
+            file_.read(dst, n * 4, "parameters");
+        } else {
+            for (size_t i = 0; i < n; i += buf_.size()) {
+                size_t k = std::min(n - i, buf_.size());
+                file_.read(buf_.data(), k * 2, "parameters");
+                for (size_t j = 0; j < k; j++) dst[i + j] = bf16_to_float(buf_[j]);
+            }
+        }
+        float zero = 0;  // stays 0 unless something is NaN or infinite
+        for (size_t i = 0; i < n; i++) zero += dst[i] * 0.0f;
+        if (zero != 0) fail("%s: the parameters hold NaN or infinity", file_.path.c_str());
+    }
+
+  private:
+    Reader file_;
+    size_t left_;
+    std::vector<uint16_t> buf_ = std::vector<uint16_t>(1 << 16);
+};

@@ -1,0 +1,213 @@
+// io.h - errors and files.
+//
+// Every program of this project reports a user's mistake as one line and exit code 1:
+//     throw through fail("out/model.bin: version is 7, wanted 3 or 5") and end main in run_main().
+// Files are little-endian. A Reader checks every length against the file's true size. An AtomicFile
+// is written under a temporary name, synced, and renamed, so that a crash or a full disk leaves the
+// old file whole.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the file formats are little-endian");
+
+// A mistake in the user's input or machine; what() is the one line to print.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+// A mistake on the command line (exit code 2 instead of 1).
+struct UsageError : Error {
+    using Error::Error;
+};
+
+// printf into a string.
+__attribute__((format(printf, 1, 2))) inline std::string strf(const char* fmt, ...) {
+    va_list a, b;
+    va_start(a, fmt);
+    va_copy(b, a);
+    int n = vsnprintf(nullptr, 0, fmt, a);
+    va_end(a);
+    std::string s(n > 0 ? n : 0, '\0');
+    if (n > 0) vsnprintf(&s[0], n + 1, fmt, b);
+    va_end(b);
+    return s;
+}
+
+template <class... A>
+[[noreturn]] inline void fail(const char* fmt, A... a) {
+    throw Error(strf(fmt, a...));
+}
+[[noreturn]] inline void fail(const char* text) { throw Error(text); }
+
+// Runs a program's body; turns exceptions into one line on stderr and an exit code:
+// 0 done, 1 bad input or machine, 2 bad command line.
+template <class F>
+int run_main(const char* program, F body) {
+    try {
+        return body();
+    } catch (const UsageError& e) {
+        fflush(stdout);
+        fprintf(stderr, "%s: %s\n", program, e.what());
+        return 2;
+    } catch (const std::bad_alloc&) {
+        fflush(stdout);
+        fprintf(stderr, "%s: out of memory\n", program);
+        return 1;
+    } catch (const std::exception& e) {
+        fflush(stdout);
+        fprintf(stderr, "%s: %s\n", program, e.what());
+        return 1;
+    }
+}
+
+// 1234567 -> "1,234,567", for people.
+inline std::string commas(uint64_t n) {
+    std::string s = std::to_string(n);
+    for (int i = (int)s.size() - 3; i > 0; i -= 3) s.insert(i, ",");
+    return s;
+}
+// Bytes as "3.2 GiB", for people.
+inline std::string human_bytes(double b) {
+    const char* unit[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+    int u = 0;
+    while (b >= 1024 && u < 6) b /= 1024, u++;
+    return strf(u ? "%.1f %s" : "%.0f %s", b, unit[u]);
+}
+
+// a * b in size_t; an overflow is the user's absurd size, named by `what`.
+inline size_t checked_mul(size_t a, size_t b, const char* what) {
+    size_t r;
+    if (__builtin_mul_overflow(a, b, &r)) fail("%s: %zu x %zu is too large to address", what, a, b);
+    return r;
+}
+
+inline bool file_exists(const std::string& path) {
+    struct stat st;
+    return stat(path.c_str(), &st) == 0;
+}
+inline std::string dirname_of(const std::string& path) {
+    size_t s = path.find_last_of('/');
+    return s == std::string::npos ? "." : s == 0 ? "/" : path.substr(0, s);
+}
+// Makes a folder and its parents.
+inline void make_dirs(const std::string& path) {
+    for (size_t i = 1; i <= path.size(); i++) {
+        if (i < path.size() && path[i] != '/') continue;
+        std::string p = path.substr(0, i);
+        if (mkdir(p.c_str(), 0777) && errno != EEXIST) fail("%s: cannot make the folder: %s", p.c_str(), strerror(errno));
+    }
+    struct stat st;
+    if (stat(path.c_str(), &st) || !S_ISDIR(st.st_mode)) fail("%s: is not a folder", path.c_str());
+}
+
+// A file read from front to back, with its length known.
+class Reader {
+  public:
+    const std::string path;
+    uint64_t size = 0, pos = 0;
+
+    explicit Reader(const std::string& p) : path(p) {
+        struct stat st;
+        fd_ = open(p.c_str(), O_RDONLY | O_CLOEXEC);
+        if (fd_ < 0) fail("%s: cannot open: %s", p.c_str(), strerror(errno));
+        if (fstat(fd_, &st) || !S_ISREG(st.st_mode)) {
+            close(fd_);
+            fail("%s: is not a regular file", p.c_str());
+        }
+        size = (uint64_t)st.st_size;
+    }
+    ~Reader() { close(fd_); }
+    Reader(const Reader&) = delete;
+    Reader& operator=(const Reader&) = delete;
+
+    // Reads exactly n bytes of `what` into dst.
+    void read(void* dst, size_t n, const char* what) {
+        if (n > size - pos)
+            fail("%s: truncated in %s: %llu bytes at offset %llu, wanted %zu", path.c_str(), what,
+                 (unsigned long long)(size - pos), (unsigned long long)pos, n);
+        char* d = (char*)dst;
+        while (n) {
+            ssize_t k = ::read(fd_, d, n);
+            if (k < 0 && errno == EINTR) continue;
+            if (k <= 0) fail("%s: cannot read %s: %s", path.c_str(), what, k ? strerror(errno) : "the file shrank");
+            d += k, n -= k, pos += k;
+        }
+    }
+    void seek(uint64_t to) {
+        if (to > size || lseek(fd_, (off_t)to, SEEK_SET) < 0)
+            fail("%s: offset %llu lies beyond its %llu bytes", path.c_str(), (unsigned long long)to, (unsigned long long)size);
+        pos = to;
+    }
+    // Reads the header of 256 int32 that starts every .bin file; `kind` names the file's kind.
+    std::vector<int32_t> header(int32_t magic, const char* kind) {
+        std::vector<int32_t> h(256);
+        if (size < 1024)
+            fail("%s: is not a %s file: %llu bytes, the header alone has 1024", path.c_str(), kind, (unsigned long long)size);
+        read(h.data(), 1024, "header");
+        if (h[0] != magic) fail("%s: is not a %s file: magic number is %d, wanted %d", path.c_str(), kind, h[0], magic);
+        return h;
+    }
+    void expect_size(uint64_t want) const {
+        if (size != want)
+            fail("%s: has %llu bytes, its header asks for %llu (%s)", path.c_str(), (unsigned long long)size,
+                 (unsigned long long)want, size < want ? "truncated" : "trailing data");
+    }
+    std::string rest() {
+        std::string s(size - pos, '\0');
+        read(&s[0], s.size(), "text");
+        return s;
+    }
+
+  private:
+    int fd_ = -1;
+};
+
+// A file that appears whole or not at all. Call commit(); without it the destructor discards.
+class AtomicFile {
+  public:
+    explicit AtomicFile(const std::string& path) : path_(path), tmp_(path + ".tmp" + std::to_string(getpid())) {
+        fd_ = open(tmp_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (fd_ < 0) fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
+    }
+    ~AtomicFile() {
+        if (fd_ >= 0) close(fd_), unlink(tmp_.c_str());
+    }
+    AtomicFile(const AtomicFile&) = delete;
+    AtomicFile& operator=(const AtomicFile&) = delete;
+
+    void write(const void* src, size_t n) {
+        const char* s = (const char*)src;
+        while (n) {
+            ssize_t k = ::write(fd_, s, n);
+            if (k < 0 && errno == EINTR) continue;
+            if (k <= 0) fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(), strerror(errno));
+            s += k, n -= k;
+        }
+    }
+    void write(const std::string& s) { write(s.data(), s.size()); }
+    void commit() {
+        if (fsync(fd_) && errno != EINVAL && errno != EROFS)
+            fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(), strerror(errno));
+        if (rename(tmp_.c_str(), path_.c_str())) fail("%s: cannot rename into place: %s", path_.c_str(), strerror(errno));
+        close(fd_), fd_ = -1;
+        int dir = open(dirname_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (dir >= 0) fsync(dir), close(dir);  // makes the rename itself durable
+    }
+
+  private:
+    std::string path_, tmp_;
+    int fd_ = -1;
+};

@@ -1,0 +1,832 @@
+// train_gpt2.cpp - GPT-2 on the CPU, forward and backward by hand, and the reference for every GPU kernel.
+//
+// Read it from top to bottom: numbers, layers (each a forward and a backward), the model, AdamW, the
+// decoder with its key/value cache, and a main that hands the model to the trainer in trainer.h.
+//
+// Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary.
+// Every result is independent of the number of threads, bit for bit: a sum is made by one thread in one
+// order, or in blocks whose size is fixed. Other programs include this file with ARAPOET_NO_MAIN defined.
+#ifndef TRAIN_GPT2_CPP
+#define TRAIN_GPT2_CPP
+
+#include "gemm.h"
+#include "gpt2.h"
+#include "rng.h"
+
+namespace cpu {
+
+// ---------------------------------------------------------------------------------------------
+// Numbers: plain loops that the compiler turns into vector code
+
+// e^x to 1 ulp or so for x in [-87, 88], clamped outside: x = n ln2 + r, Taylor series of e^r, |r| <= ln2/2.
+inline float exp_approx(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    float shifted = x * 1.44269504f + magic, n = shifted - magic;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720, p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6;
+    p = p * r + 0.5f, p = p * r + 1.0f, p = p * r + 1.0f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+// The normal distribution function, 0.5 erfc(-x/sqrt2), to 1e-7 (Abramowitz and Stegun 7.1.26), and its density.
+inline float normal_cdf(float x, float* density) {
+    float a = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a), e = exp_approx(-a * a);
+    float tail = 0.5f * e * t *
+                 (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    *density = 0.39894228f * e;
+    return x < 0 ? tail : 1.0f - tail;
+}
+
+// GELU (Hendrycks and Gimpel 2016) and its derivative. The tanh form is x sigmoid(2u),
+// u = sqrt(2/pi) (x + 0.044715 x^3), which is the published 0.5 x (1 + tanh u) without cancellation.
+inline float gelu_tanh(float x, float* derivative) {
+    float u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = 1.0f / (1.0f + exp_approx(-u2));
+    *derivative = s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
+    return x * s;
+}
+inline float gelu_erf(float x, float* derivative) {
+    float density, cdf = normal_cdf(x, &density);
+    *derivative = cdf + x * density;
+    return x * cdf;
+}
+
+// y = gelu(x), n values.
+inline void gelu_forward(float* y, const float* x, size_t n, int activation) {
+    float unused;
+    if (activation == GELU_TANH)
+#pragma omp simd private(unused)
+        for (size_t i = 0; i < n; i++) y[i] = gelu_tanh(x[i], &unused);
+    else
+#pragma omp simd private(unused)
+        for (size_t i = 0; i < n; i++) y[i] = gelu_erf(x[i], &unused);
+}
+// d *= gelu'(x), n values.
+inline void gelu_backward(float* d, const float* x, size_t n, int activation) {
+    float g;
+    if (activation == GELU_TANH)
+#pragma omp simd private(g)
+        for (size_t i = 0; i < n; i++) gelu_tanh(x[i], &g), d[i] *= g;
+    else
+#pragma omp simd private(g)
+        for (size_t i = 0; i < n; i++) gelu_erf(x[i], &g), d[i] *= g;
+}
+
+// Dropout (Srivastava et al. 2014): an element is kept with probability 1-p and then scaled by 1/(1-p).
+// The draw depends on (seed, step, site, layer, element); elements are counted over the whole batch.
+struct Dropout {
+    float p = 0;
+    rng::Key key{0, 0, rng::EMB_DROPOUT, 0};
+    static constexpr size_t CHUNK = 1024;
+
+    // The factors, 0 or 1/(1-p), of elements [e, e + n), n <= CHUNK; buf holds CHUNK + 8.
+    const float* factors(float* buf, uint64_t e, size_t n) const {
+        uint32_t threshold = rng::drop_threshold(p);
+        float scale = 1.0f / (1.0f - p);
+        uint64_t first = e / 4;
+        size_t blocks = (size_t)((e + n + 3) / 4 - first);
+#pragma omp simd
+        for (size_t i = 0; i < blocks; i++) {
+            rng::Block b = key.block(first + i);
+            for (int w = 0; w < 4; w++) buf[4 * i + w] = b.w[w] >= threshold ? scale : 0.0f;
+        }
+        return buf + e % 4;
+    }
+    // y = x * factors, elements [e, e + n); y may be x.
+    void apply(float* y, const float* x, uint64_t e, size_t n) const {
+        float buf[CHUNK + 8];
+        for (size_t i = 0; i < n; i += CHUNK) {
+            size_t k = std::min(CHUNK, n - i);
+            const float* f = factors(buf, e + i, k);
+            for (size_t j = 0; j < k; j++) y[i + j] = x[i + j] * f[j];
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Layers. Forward functions overwrite their output; backward functions add to parameter gradients.
+
+// out (B,T,C) = wte[token] + wpe[t], then dropout. e0: the batch's first element within the whole batch.
+inline void embedding_forward(float* out, const int* tokens, const float* wte, const float* wpe, size_t B, size_t T, size_t C,
+                              const Dropout& drop, uint64_t e0) {
+#pragma omp parallel for schedule(static)
+    for (size_t m = 0; m < B * T; m++) {
+        const float *e = wte + (size_t)tokens[m] * C, *p = wpe + m % T * C;
+        float* o = out + m * C;
+        for (size_t c = 0; c < C; c++) o[c] = e[c] + p[c];
+        if (drop.p > 0) drop.apply(o, o, e0 + m * C, C);
+    }
+}
+
+// dwte[token] += dout, dwpe[t] += dout; dout (B,T,C) is masked in place. Each thread owns some channels, so
+// that a token that occurs twice is summed in one order.
+inline void embedding_backward(float* dwte, float* dwpe, float* dout, const int* tokens, size_t B, size_t T, size_t C,
+                               const Dropout& drop, uint64_t e0) {
+    constexpr size_t STRIP = 64;
+#pragma omp parallel
+    {
+        if (drop.p > 0)
+#pragma omp for schedule(static)
+            for (size_t m = 0; m < B * T; m++) drop.apply(dout + m * C, dout + m * C, e0 + m * C, C);
+#pragma omp for schedule(static)
+        for (size_t c0 = 0; c0 < C; c0 += STRIP)
+            for (size_t m = 0; m < B * T; m++) {
+                float *e = dwte + (size_t)tokens[m] * C, *p = dwpe + m % T * C;
+                const float* d = dout + m * C;
+                for (size_t c = c0; c < std::min(C, c0 + STRIP); c++) e[c] += d[c], p[c] += d[c];
+            }
+    }
+}
+
+constexpr float LAYERNORM_EPS = 1e-5f;
+
+// One row: y = (x - mean) rstd w + b (Ba et al. 2016), n = C values.
+inline void layernorm_row(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t C) {
+    float sum = 0, var = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t c = 0; c < C; c++) sum += x[c];
+    float mu = sum / (float)C;
+#pragma omp simd reduction(+ : var)
+    for (size_t c = 0; c < C; c++) var += (x[c] - mu) * (x[c] - mu);
+    float rs = 1.0f / std::sqrt(var / (float)C + LAYERNORM_EPS);
+    for (size_t c = 0; c < C; c++) y[c] = (x[c] - mu) * rs * w[c] + b[c];
+    *mean = mu, *rstd = rs;
+}
+
+// y (M,C) = LayerNorm(x); mean, rstd (M) are kept for backward.
+inline void layernorm_forward(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t M,
+                              size_t C) {
+#pragma omp parallel for schedule(static)
+    for (size_t m = 0; m < M; m++) layernorm_row(y + m * C, mean + m, rstd + m, x + m * C, w, b, C);
+}
+
+// The residual connection and the LayerNorm that follows it, in one pass over memory:
+// sum (M,C) = skip + dropout(branch); y = LayerNorm(sum).
+inline void residual_layernorm_forward(float* sum, float* y, float* mean, float* rstd, const float* skip, const float* branch,
+                                       const float* w, const float* b, size_t M, size_t C, const Dropout& drop, uint64_t e0) {
+#pragma omp parallel for schedule(static)
+    for (size_t m = 0; m < M; m++) {
+        float* s = sum + m * C;
+        const float *a = skip + m * C, *x = branch + m * C;
+        if (drop.p > 0) {
+            drop.apply(s, x, e0 + m * C, C);
+            for (size_t c = 0; c < C; c++) s[c] += a[c];
+        } else {
+            for (size_t c = 0; c < C; c++) s[c] = a[c] + x[c];
+        }
+        layernorm_row(y + m * C, mean + m, rstd + m, s, w, b, C);
+    }
+}
+
+// dx (M,C) += (or = where !accumulate) the gradient through LayerNorm; dw, db (C) +=.
+inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy, const float* x, const float* mean,
+                               const float* rstd, const float* w, size_t M, size_t C, bool accumulate) {
+    constexpr size_t STRIP = 16;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (size_t c0 = 0; c0 < C; c0 += STRIP) {
+            float sw[STRIP] = {}, sb[STRIP] = {};
+            size_t n = std::min(STRIP, C - c0);
+            for (size_t m = 0; m < M; m++) {
+                const float *d = dy + m * C + c0, *xm = x + m * C + c0, mu = mean[m], rs = rstd[m];
+                if (n == STRIP)
+                    for (size_t c = 0; c < STRIP; c++) sw[c] += d[c] * ((xm[c] - mu) * rs), sb[c] += d[c];
+                else
+                    for (size_t c = 0; c < n; c++) sw[c] += d[c] * ((xm[c] - mu) * rs), sb[c] += d[c];
+            }
+            for (size_t c = 0; c < n; c++) dw[c0 + c] += sw[c], db[c0 + c] += sb[c];
+        }
+#pragma omp for schedule(static)
+        for (size_t m = 0; m < M; m++) {
+            const float *d = dy + m * C, *xm = x + m * C, mu = mean[m], rs = rstd[m];
+            float* o = dx + m * C;
+            float sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+            for (size_t c = 0; c < C; c++) {
+                float dn = d[c] * w[c];
+                sum += dn, dot += dn * ((xm[c] - mu) * rs);
+            }
+            sum /= (float)C, dot /= (float)C;
+            if (accumulate)
+                for (size_t c = 0; c < C; c++) o[c] += rs * (d[c] * w[c] - sum - (xm[c] - mu) * rs * dot);
+            else
+                for (size_t c = 0; c < C; c++) o[c] = rs * (d[c] * w[c] - sum - (xm[c] - mu) * rs * dot);
+        }
+    }
+}
+
+// Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue.
+template <class Epilogue = gemm::NoEpilogue>
+inline void matmul_forward(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N,
+                           Epilogue epi = {}) {
+    gemm::multiply(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi);
+}
+
+// db (N) += column sums of dY (M,N).
+inline void bias_backward(float* db, const float* dY, size_t M, size_t N) {
+    constexpr size_t STRIP = 64;
+#pragma omp parallel for schedule(static)
+    for (size_t n0 = 0; n0 < N; n0 += STRIP) {
+        float sum[STRIP] = {};
+        size_t n = std::min(STRIP, N - n0);
+        for (size_t m = 0; m < M; m++)
+            for (size_t i = 0; i < n; i++) sum[i] += dY[m * N + n0 + i];
+        for (size_t i = 0; i < n; i++) db[n0 + i] += sum[i];
+    }
+}
+
+// dX (M,K) = dY (M,N) W, then the epilogue on dX; dW (N,K) += dY^T X; db (N) += column sums of dY.
+template <class Epilogue = gemm::NoEpilogue>
+inline void matmul_backward(float* dX, float* dW, float* db, const float* dY, const float* X, const float* W, size_t M, size_t K,
+                            size_t N, Epilogue epi = {}) {
+    gemm::multiply(N, K, M, dY, 1, N, X, K, 1, dW, K, gemm::ACCUMULATE);
+    bias_backward(db, dY, M, N);
+    gemm::multiply(M, K, N, dY, N, 1, W, K, 1, dX, K, gemm::OVERWRITE, nullptr, epi);
+}
+
+// Causal self-attention, softmax(Q K^T / sqrt(hs)) V per head (Vaswani et al. 2017). qkv (B,T,3C) holds Q, K
+// and V side by side. One thread works on one (sequence, head) at a time and holds the scores of TQ queries
+// only; the log-sum-exp of each row, lse (B,NH,T), lets backward rebuild the probabilities.
+struct Attention {
+    static constexpr size_t TQ = 96;
+    size_t B, T, C, NH;
+
+    size_t hs() const { return C / NH; }
+    // Floats of scratch that one thread needs.
+    static size_t scratch(size_t T, size_t hs) {
+        size_t wide = std::max(gemm::PackedB::floats(hs, T), gemm::PackedB::floats(T, hs));
+        return 3 * wide + 2 * gemm::PackedB::floats(TQ, hs) + 3 * TQ * T + gemm::MC * gemm::KC;
+    }
+
+    // S (n rows, ld T) = probabilities of queries q0.. over keys 0..q0+i; later keys up to `keys` get 0.
+    // Where lse is not yet known (forward), it is computed first.
+    void probabilities(float* S, float* lse, bool known, size_t q0, size_t n, size_t keys) const {
+        float scale = 1.0f / std::sqrt((float)hs());
+        for (size_t i = 0; i < n; i++) {
+            float* s = S + i * T;
+            size_t len = q0 + i + 1;
+            if (!known) {
+                float max = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : max)
+                for (size_t j = 0; j < len; j++) max = s[j] > max ? s[j] : max;
+#pragma omp simd reduction(+ : sum)
+                for (size_t j = 0; j < len; j++) sum += s[j] = exp_approx((s[j] - max) * scale);
+                float inv = 1.0f / sum;
+                for (size_t j = 0; j < len; j++) s[j] *= inv;
+                lse[i] = max * scale + std::log(sum);
+            } else {
+                float l = lse[i];
+#pragma omp simd
+                for (size_t j = 0; j < len; j++) s[j] = exp_approx(s[j] * scale - l);
+            }
+            for (size_t j = len; j < keys; j++) s[j] = 0;
+        }
+    }
+
+    // out (B,T,C), lse (B,NH,T) from qkv (B,T,3C); seq0: the first sequence's number within the whole batch.
+    void forward(float* out, float* lse, const float* qkv, const Dropout& drop, uint64_t seq0, float* scratch_mem) const {
+        size_t h_size = hs(), ld = 3 * C;
+#pragma omp parallel for schedule(dynamic, 1)
+        for (size_t bh = 0; bh < B * NH; bh++) {
+            const float *q = qkv + bh / NH * T * ld + bh % NH * h_size, *k = q + C, *v = k + C;
+            float* o = out + bh / NH * T * C + bh % NH * h_size;
+            float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
+            auto take = [&](size_t n) { return mem += n, mem - n; };
+            auto kt = gemm::pack_b(take(gemm::PackedB::floats(h_size, T)), k, 1, ld, h_size, T);
+            auto vp = gemm::pack_b(take(gemm::PackedB::floats(T, h_size)), v, ld, 1, T, h_size);
+            float *S = take(TQ * T), *apack = take(gemm::MC * gemm::KC);
+            for (size_t q0 = 0; q0 < T; q0 += TQ) {
+                size_t n = std::min(TQ, T - q0), keys = q0 + n;
+                gemm::multiply_rows(n, keys, h_size, q + q0 * ld, ld, 1, kt, S, T, gemm::OVERWRITE, apack);
+                probabilities(S, lse + bh * T + q0, false, q0, n, keys);
+                if (drop.p > 0)
+                    for (size_t i = 0; i < n; i++)
+                        drop.apply(S + i * T, S + i * T, ((seq0 * NH + bh) * T + q0 + i) * T, q0 + i + 1);
+                gemm::multiply_rows(n, h_size, keys, S, T, 1, vp, o + q0 * C, C, gemm::OVERWRITE, apack);
+            }
+        }
+    }
+
+    // dqkv (B,T,3C) from dout (B,T,C); probabilities and dropout masks are computed again.
+    void backward(float* dqkv, const float* dout, const float* qkv, const float* lse, const Dropout& drop, uint64_t seq0,
+                  float* scratch_mem) const {
+        size_t h_size = hs(), ld = 3 * C;
+        float scale = 1.0f / std::sqrt((float)h_size);
+#pragma omp parallel for schedule(dynamic, 1)
+        for (size_t bh = 0; bh < B * NH; bh++) {
+            size_t first = bh / NH * T * ld + bh % NH * h_size;
+            const float *q = qkv + first, *k = q + C, *v = k + C, *d_o = dout + bh / NH * T * C + bh % NH * h_size;
+            float *dq = dqkv + first, *dk = dq + C, *dv = dk + C;
+            float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
+            auto take = [&](size_t n) { return mem += n, mem - n; };
+            auto kt = gemm::pack_b(take(gemm::PackedB::floats(h_size, T)), k, 1, ld, h_size, T);
+            auto vt = gemm::pack_b(take(gemm::PackedB::floats(h_size, T)), v, 1, ld, h_size, T);
+            auto kp = gemm::pack_b(take(gemm::PackedB::floats(T, h_size)), k, ld, 1, T, h_size);
+            float *qbuf = take(gemm::PackedB::floats(TQ, h_size)), *obuf = take(gemm::PackedB::floats(TQ, h_size));
+            float *P = take(TQ * T), *D = take(TQ * T), *F = take(TQ * T), *apack = take(gemm::MC * gemm::KC);
+            for (size_t t = 0; t < T; t++)
+                for (size_t c = 0; c < h_size; c++) dk[t * ld + c] = dv[t * ld + c] = 0;
+            for (size_t q0 = 0; q0 < T; q0 += TQ) {
+                size_t n = std::min(TQ, T - q0), keys = q0 + n;
+                auto qp = gemm::pack_b(qbuf, q + q0 * ld, ld, 1, n, h_size);
+                auto op = gemm::pack_b(obuf, d_o + q0 * C, C, 1, n, h_size);
+                gemm::multiply_rows(n, keys, h_size, q + q0 * ld, ld, 1, kt, P, T, gemm::OVERWRITE, apack);
+                probabilities(P, const_cast<float*>(lse) + bh * T + q0, true, q0, n, keys);
+                gemm::multiply_rows(n, keys, h_size, d_o + q0 * C, C, 1, vt, D, T, gemm::OVERWRITE, apack);
+                float* dropped = P;  // what multiplied V in forward
+                if (drop.p > 0) {
+                    dropped = F;
+                    for (size_t i = 0; i < n; i++) {
+                        uint64_t e = ((seq0 * NH + bh) * T + q0 + i) * T;
+                        drop.apply(F + i * T, P + i * T, e, q0 + i + 1);
+                        drop.apply(D + i * T, D + i * T, e, q0 + i + 1);
+                        for (size_t j = q0 + i + 1; j < keys; j++) F[i * T + j] = 0;
+                    }
+                }
+                gemm::multiply_rows(keys, h_size, n, dropped, 1, T, op, dv, ld, gemm::ACCUMULATE, apack);
+                for (size_t i = 0; i < n; i++) {  // through the softmax: dS = P (dP - sum_j P dP) / sqrt(hs)
+                    float *p = P + i * T, *d = D + i * T, dot = 0;
+                    size_t len = q0 + i + 1;
+#pragma omp simd reduction(+ : dot)
+                    for (size_t j = 0; j < len; j++) dot += p[j] * d[j];
+                    for (size_t j = 0; j < len; j++) d[j] = p[j] * (d[j] - dot) * scale;
+                    for (size_t j = len; j < keys; j++) d[j] = 0;
+                }
+                gemm::multiply_rows(n, h_size, keys, D, T, 1, kp, dq + q0 * ld, ld, gemm::OVERWRITE, apack);
+                gemm::multiply_rows(keys, h_size, n, D, 1, T, qp, dk, ld, gemm::ACCUMULATE, apack);
+            }
+        }
+    }
+};
+
+// Softmax cross-entropy of logits (M,V), row stride ld: losses (M) = -log p[target], 0 where target < 0. Where
+// dscale is not 0 the logits become their gradient, (p - onehot) * dscale.
+inline void cross_entropy(float* losses, float* logits, size_t ld, const int* targets, size_t M, size_t V, float dscale) {
+#pragma omp parallel for schedule(static)
+    for (size_t m = 0; m < M; m++) {
+        float *x = logits + m * ld, max = -INFINITY, sum = 0;
+        int target = targets[m];
+        if (target < 0) {
+            losses[m] = 0;
+            if (dscale != 0) memset(x, 0, V * sizeof(float));
+            continue;
+        }
+#pragma omp simd reduction(max : max)
+        for (size_t v = 0; v < V; v++) max = x[v] > max ? x[v] : max;
+        float at_target = x[target] - max;
+        if (dscale != 0) {
+#pragma omp simd reduction(+ : sum)
+            for (size_t v = 0; v < V; v++) sum += x[v] = exp_approx(x[v] - max);
+            float s = dscale / sum;
+            for (size_t v = 0; v < V; v++) x[v] *= s;
+            x[target] -= dscale;
+        } else {
+#pragma omp simd reduction(+ : sum)
+            for (size_t v = 0; v < V; v++) sum += exp_approx(x[v] - max);
+        }
+        losses[m] = std::log(sum) - at_target;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The model
+
+// Hands out pieces of one block of memory; with no block it only counts. Sizes in floats, overflow checked.
+struct Arena {
+    float* base = nullptr;
+    size_t used = 0;
+    float* take(size_t a, size_t b = 1, size_t c = 1) {
+        size_t n = checked_mul(checked_mul(a, b, "batch size x sequence length x channels"), c, "batch size x sequence length x channels");
+        n = gemm::round_up(n, 16);
+        float* p = base ? base + used : nullptr;
+        if (__builtin_add_overflow(used, n, &used) || used > SIZE_MAX / 8) fail("batch size x sequence length x channels is too large to address");
+        return p;
+    }
+};
+
+struct Params {
+    float *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
+    void point_into(float* base, const Config& c) {
+        float** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
+                                 &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
+        auto off = param_offsets(c);
+        for (int i = 0; i < NUM_PARAMS; i++) *p[i] = base + off[i];
+    }
+};
+
+// What forward keeps for backward; M = B*T rows. Each holds all layers.
+struct Activations {
+    float *embedded, *ln1, *ln1_mean, *ln1_rstd, *qkv, *lse, *atty, *resid2, *ln2, *ln2_mean, *ln2_rstd, *fch, *fch_gelu, *resid3;
+    float *lnf, *lnf_mean, *lnf_rstd, *branch, *losses;
+    void place(Arena& a, const Config& c, size_t M, size_t layers) {
+        size_t C = c.C, L = layers;
+        embedded = a.take(M, C);
+        ln1 = a.take(L, M, C), ln1_mean = a.take(L, M), ln1_rstd = a.take(L, M);
+        qkv = a.take(L, M, 3 * C), lse = a.take(L, M, c.NH), atty = a.take(L, M, C), resid2 = a.take(L, M, C);
+        ln2 = a.take(L, M, C), ln2_mean = a.take(L, M), ln2_rstd = a.take(L, M);
+        fch = a.take(L, M, 4 * C), fch_gelu = a.take(L, M, 4 * C), resid3 = a.take(L, M, C);
+        lnf = a.take(M, C), lnf_mean = a.take(M), lnf_rstd = a.take(M), branch = a.take(M, C), losses = a.take(M);
+    }
+};
+
+// What backward needs beside: gradients of activations, one layer at a time.
+struct Gradients {
+    float *dresid, *dbranch, *dln, *dqkv, *dfch;
+    void place(Arena& a, const Config& c, size_t M) {
+        size_t C = c.C;
+        dresid = a.take(M, C), dbranch = a.take(M, C), dln = a.take(M, C), dqkv = a.take(M, 3 * C), dfch = a.take(M, 4 * C);
+    }
+};
+
+struct GPT2 {
+    const Config cfg;
+    const size_t B, T;  // largest batch; both 0 for a model that only generates
+    const bool trains;
+    float dropout = 0;
+    uint64_t seed = 1337;
+    Params p{}, g{};
+
+    static constexpr size_t HEAD_FLOATS = 32 << 20;  // logits held at once: 128 MiB
+
+    static size_t head_rows(const Config& c, size_t M) {
+        return std::min(M, std::max<size_t>(64, HEAD_FLOATS / gemm::round_up(c.V, 16)));
+    }
+    static void set_threads(int n) { omp_set_num_threads(n); }
+    static double peak_flops() { return gemm::measure_peak_flops(); }
+    static std::string device() {
+        return strf("CPU, %d threads, %zu-bit vectors", omp_get_max_threads(), gemm::VL * 32);
+    }
+    // Bytes that this process may still take: the machine's, or its control group's if that is less.
+    static size_t memory_available() {
+        size_t best = SIZE_MAX;
+        if (FILE* f = fopen("/proc/meminfo", "r")) {
+            char line[128];
+            size_t kib;
+            while (fgets(line, sizeof line, f))
+                if (sscanf(line, "MemAvailable: %zu", &kib) == 1) best = kib * 1024;
+            fclose(f);
+        }
+        size_t limit, used;
+        FILE *m = fopen("/sys/fs/cgroup/memory.max", "r"), *c = fopen("/sys/fs/cgroup/memory.current", "r");
+        if (m && c && fscanf(m, "%zu", &limit) == 1 && fscanf(c, "%zu", &used) == 1) best = std::min(best, limit > used ? limit - used : 0);
+        if (m) fclose(m);
+        if (c) fclose(c);
+        return best;
+    }
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains) {
+        MemoryNeed n;
+        n.params = checked_mul(num_params(c), 4, "parameters");
+        n.grads = trains ? n.params : 0;
+        n.optimizer = 2 * n.grads;
+        Arena a;
+        Activations acts;
+        Gradients grads;
+        size_t M = checked_mul(B, T, "batch size x sequence length");
+        if (M) acts.place(a, c, M, trains ? c.L : 1);
+        if (M && trains) grads.place(a, c, M);
+        n.activations = a.used * 4;
+        if (M) n.scratch = (head_rows(c, M) * gemm::round_up(c.V, 16) + omp_get_max_threads() * Attention::scratch(T, c.hs())) * 4;
+        n.scratch += gemm::Workspace::bytes(omp_get_max_threads());
+        return n;
+    }
+
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_) : cfg(c), B(B_), T(T_), trains(trains_) {
+        check_config(c, "model");
+        need_ = memory_need(c, B, T, trains);
+        params_mem_ = (float*)gemm::allocate(need_.params, "parameters");
+        p.point_into(params_mem_, c);
+        if (trains) {
+            grads_mem_ = (float*)gemm::allocate(need_.grads, "gradients");
+            moments_ = (float*)gemm::allocate(need_.optimizer, "optimizer state");
+            g.point_into(grads_mem_, c);
+        }
+        size_t M = B * T;
+        if (M) {
+            Arena a;
+            a.base = acts_mem_ = (float*)gemm::allocate(need_.activations, "activations");
+            act_.place(a, c, M, trains ? c.L : 1);
+            if (trains) grad_.place(a, c, M);
+            size_t head = head_rows(c, M) * gemm::round_up(c.V, 16);
+            scratch_ = (float*)gemm::allocate((head + omp_get_max_threads() * Attention::scratch(T, c.hs())) * 4, "scratch memory");
+            logits_ = scratch_, att_scratch_ = scratch_ + head;
+            scratch_threads_ = omp_get_max_threads();
+        }
+        gemm::workspace().reserve(omp_get_max_threads());
+    }
+    ~GPT2() {
+        gemm::release(params_mem_, need_.params), gemm::release(grads_mem_, need_.grads);
+        gemm::release(moments_, need_.optimizer), gemm::release(acts_mem_, need_.activations);
+        gemm::release(scratch_, need_.scratch - gemm::Workspace::bytes(scratch_threads_));
+    }
+    GPT2(const GPT2&) = delete;
+    GPT2& operator=(const GPT2&) = delete;
+
+    // GPT-2's initialisation from the seed: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), LayerNorm
+    // weights 1, biases 0, padded vocabulary rows 0.
+    void init_weights(uint64_t from_seed) {
+        ParamTable table = param_table(cfg);
+        auto off = param_offsets(cfg);
+        for (int i = 0; i < NUM_PARAMS; i++) {
+            const ParamInfo& info = table[i];
+            float* w = params_mem_ + off[i];
+            size_t n = i == WTE ? (size_t)cfg.V * cfg.C : info.size();
+            bool ones = i == LN1W || i == LN2W || i == LNFW;
+            double std_dev = info.residual ? 0.02 / std::sqrt(2.0 * cfg.L) : 0.02;
+            rng::Key key(from_seed, 0, rng::INIT, (uint32_t)i);
+#pragma omp parallel for schedule(static)
+            for (size_t j = 0; j < n; j++) w[j] = !info.decay ? (ones ? 1.0f : 0.0f) : (float)(std_dev * key.normal(j));
+        }
+    }
+
+    // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T; counted() tells how
+    // many. A training pass also leaves what backward() needs.
+    double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
+        size_t C = cfg.C, M = B_ * T_;
+        if (B_ > B || T_ > T || (pass.train && !trains)) throw std::logic_error("forward: batch larger than the model was built for");
+        pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
+        bool grover = cfg.arch == GROVER_ARCH;
+        auto act = cfg.activation;
+        embedding_forward(act_.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
+        layernorm_forward(act_.ln1, act_.ln1_mean, act_.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C);
+        for (size_t l = 0; l < (size_t)cfg.L; l++) {
+            size_t k = kept(l), next = kept(l + 1);
+            const float* resid = l ? act_.resid3 + kept(l - 1) * M * C : act_.embedded;
+            float *ln1 = act_.ln1 + k * M * C, *qkv = act_.qkv + k * M * 3 * C, *atty = act_.atty + k * M * C;
+            float *resid2 = act_.resid2 + k * M * C, *resid3 = act_.resid3 + k * M * C, *ln2 = act_.ln2 + k * M * C;
+            float *fch = act_.fch + k * M * 4 * C, *fch_gelu = act_.fch_gelu + k * M * 4 * C;
+
+            matmul_forward(qkv, ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+            attention().forward(atty, act_.lse + k * M * cfg.NH, qkv, drop(rng::ATT_DROPOUT, l), pass.seq0, att_scratch_);
+            matmul_forward(act_.branch, atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+            residual_layernorm_forward(resid2, ln2, act_.ln2_mean + k * M, act_.ln2_rstd + k * M, grover ? ln1 : resid, act_.branch,
+                                       p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass.seq0 * T_ * C);
+            matmul_forward(fch, ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
+                           [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(fch_gelu + m * 4 * C + n, c, count, act); });
+            matmul_forward(act_.branch, fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            bool last = l + 1 == (size_t)cfg.L;  // the next LayerNorm is the following block's first, or the final one
+            residual_layernorm_forward(resid3, last ? act_.lnf : act_.ln1 + next * M * C, last ? act_.lnf_mean : act_.ln1_mean + next * M,
+                                       last ? act_.lnf_rstd : act_.ln1_rstd + next * M, resid2, act_.branch,
+                                       last ? p.lnfw : p.ln1w + (l + 1) * C, last ? p.lnfb : p.ln1b + (l + 1) * C, M, C,
+                                       drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C);
+        }
+        return head(targets, M);
+    }
+    size_t counted() const { return counted_; }
+
+    // The logits (M,V) of the last forward pass, for tests and for small models.
+    void logits(float* out) {
+        matmul_forward(out, act_.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
+    }
+
+    // Adds the gradients of the last training pass (its mean loss times grad_scale times its token count).
+    void backward() {
+        size_t C = cfg.C, M = b_ * t_;
+        bool grover = cfg.arch == GROVER_ARCH;
+        auto act = cfg.activation;
+        float* dresid = grad_.dresid;
+        const float* last = act_.resid3 + (size_t)(cfg.L - 1) * M * C;
+        layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, last, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false);
+        for (size_t l = cfg.L; l-- > 0;) {
+            const float* resid = l ? act_.resid3 + (l - 1) * M * C : act_.embedded;
+            const float *ln1 = act_.ln1 + l * M * C, *qkv = act_.qkv + l * M * 3 * C, *atty = act_.atty + l * M * C;
+            const float *resid2 = act_.resid2 + l * M * C, *ln2 = act_.ln2 + l * M * C;
+            const float *fch = act_.fch + l * M * 4 * C, *fch_gelu = act_.fch_gelu + l * M * 4 * C;
+
+            const float* dbranch = masked(dresid, rng::FCPROJ_DROPOUT, l);
+            matmul_backward(grad_.dfch, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, fch_gelu, p.fcprojw + l * 4 * C * C, M,
+                            4 * C, C, [=](size_t m, size_t n, size_t count, float* d) { gelu_backward(d, fch + m * 4 * C + n, count, act); });
+            matmul_backward(grad_.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad_.dfch, ln2, p.fcw + l * 4 * C * C, M, C, 4 * C);
+            layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad_.dln, resid2, act_.ln2_mean + l * M, act_.ln2_rstd + l * M,
+                               p.ln2w + l * C, M, C, true);
+
+            dbranch = masked(dresid, rng::ATTPROJ_DROPOUT, l);
+            matmul_backward(grad_.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, atty, p.attprojw + l * C * C, M, C, C);
+            attention().backward(grad_.dqkv, grad_.dln, qkv, act_.lse + l * M * cfg.NH, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
+            // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
+            matmul_backward(grad_.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad_.dqkv, ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
+                            [=](size_t m, size_t n, size_t count, float* d) {
+                                if (grover)
+                                    for (size_t i = 0; i < count; i++) d[i] += dresid[m * C + n + i];
+                            });
+            layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad_.dln, resid, act_.ln1_mean + l * M, act_.ln1_rstd + l * M,
+                               p.ln1w + l * C, M, C, !grover);
+        }
+        embedding_backward(g.wte, g.wpe, dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
+    }
+
+    // The gradients' global L2 norm; blocks of fixed size make it independent of the threads.
+    double grad_norm() const {
+        constexpr size_t BLOCK = 1 << 16;
+        size_t n = num_params(cfg), blocks = (n + BLOCK - 1) / BLOCK;
+        if (norm_parts_.size() < blocks) norm_parts_.resize(blocks);
+#pragma omp parallel for schedule(static)
+        for (size_t b = 0; b < blocks; b++) {
+            const float* x = grads_mem_ + b * BLOCK;
+            size_t k = std::min(BLOCK, n - b * BLOCK);
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (size_t i = 0; i < k; i++) sum += (double)x[i] * x[i];
+            norm_parts_[b] = sum;
+        }
+        double sum = 0;
+        for (size_t b = 0; b < blocks; b++) sum += norm_parts_[b];
+        return std::sqrt(sum);
+    }
+
+    // One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on gradients times grad_scale; decay on
+    // matrices and embeddings only. Leaves the gradients zero.
+    void update(const AdamW& a, uint32_t t, float grad_scale) {
+        ParamTable table = param_table(cfg);
+        auto off = param_offsets(cfg);
+        float c1 = (float)(1 / (1 - std::pow((double)a.beta1, t))), c2 = (float)(1 / (1 - std::pow((double)a.beta2, t)));
+        for (int i = 0; i < NUM_PARAMS; i++) {
+            size_t n = table[i].size();
+            float *w = params_mem_ + off[i], *d = grads_mem_ + off[i], *m = moments_ + off[i], *v = m + off[NUM_PARAMS];
+            float shrink = 1.0f - (table[i].decay ? a.lr * a.weight_decay : 0.0f);
+            float b1 = a.beta1, b2 = a.beta2, lr = a.lr, eps = a.eps;
+#pragma omp parallel for simd schedule(static)
+            for (size_t j = 0; j < n; j++) {
+                float gj = d[j] * grad_scale;
+                m[j] = b1 * m[j] + (1 - b1) * gj;
+                v[j] = b2 * v[j] + (1 - b2) * gj * gj;
+                w[j] = w[j] * shrink - lr * (m[j] * c1) / (std::sqrt(v[j] * c2) + eps);
+                d[j] = 0;
+            }
+        }
+    }
+
+    // State out and in, piece by piece in order, so that a GPU can stream it: f(pointer, number of floats).
+    enum State { PARAMS, ADAM_M, ADAM_V };
+    template <class F>
+    void each_piece(State s, F f) {
+        size_t n = num_params(cfg);
+        f(s == PARAMS ? params_mem_ : s == ADAM_M ? moments_ : moments_ + n, n);
+    }
+    float* grads() { return grads_mem_; }  // all, in the order of param_table
+    float* params() { return params_mem_; }
+
+  private:
+    Attention attention() const { return {b_, t_, (size_t)cfg.C, (size_t)cfg.NH}; }
+    Dropout drop(rng::Stream site, size_t layer) const {
+        return {pass_.train ? dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
+    }
+    // Which slot of the activations layer l uses: its own in training, else the only one.
+    size_t kept(size_t l) const { return trains ? l : 0; }
+
+    // The gradient of a residual branch's output: dresid under its dropout mask.
+    const float* masked(const float* dresid, rng::Stream site, size_t layer) {
+        Dropout d = drop(site, layer);
+        if (d.p == 0) return dresid;
+        size_t C = cfg.C, M = b_ * t_;
+#pragma omp parallel for schedule(static)
+        for (size_t m = 0; m < M; m++) d.apply(grad_.dbranch + m * C, dresid + m * C, (pass_.seq0 * t_ + m) * C, C);
+        return grad_.dbranch;
+    }
+
+    // Output layer and loss, a chunk of rows at a time so that the logits of the whole batch never exist at once.
+    // In training also dln = dlogits wte and dwte += dlogits^T lnf.
+    double head(const int* targets, size_t M) {
+        size_t C = cfg.C, V = cfg.V, ld = gemm::round_up(V, 16), R = head_rows(cfg, M);
+        for (size_t m = 0; m < M; m += R) {
+            size_t n = std::min(R, M - m);
+            const float* x = act_.lnf + m * C;
+            gemm::multiply(n, V, C, x, C, 1, p.wte, 1, C, logits_, ld);
+            cross_entropy(act_.losses + m, logits_, ld, targets + m, n, V, pass_.train ? pass_.grad_scale : 0.0f);
+            if (!pass_.train) continue;
+            gemm::multiply(V, C, n, logits_, 1, ld, x, C, 1, g.wte, C, gemm::ACCUMULATE);
+            gemm::multiply(n, C, V, logits_, ld, 1, p.wte, C, 1, grad_.dln + m * C, C);
+        }
+        double sum = 0;
+        counted_ = 0;
+        for (size_t m = 0; m < M; m++) sum += act_.losses[m], counted_ += targets[m] >= 0;
+        return counted_ ? sum / (double)counted_ : 0;
+    }
+
+    MemoryNeed need_;
+    float *params_mem_ = nullptr, *grads_mem_ = nullptr, *moments_ = nullptr, *acts_mem_ = nullptr, *scratch_ = nullptr;
+    float *logits_ = nullptr, *att_scratch_ = nullptr;
+    int scratch_threads_ = 0;
+    Activations act_{};
+    Gradients grad_{};
+    Pass pass_;
+    const int* tokens_ = nullptr;
+    size_t b_ = 0, t_ = 0, counted_ = 0;
+    mutable std::vector<double> norm_parts_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Generation: keys and values of past tokens are kept, so that a new token costs the same each time.
+
+class Decoder {
+  public:
+    // N sequences side by side, contexts of up to `context` tokens (at most maxT).
+    Decoder(const GPT2& model, size_t N, size_t context)
+        : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
+        Arena a;
+        place(a);
+        bytes_ = a.used * 4;
+        mem_ = (float*)gemm::allocate(bytes_, "key/value cache");
+        a = Arena{mem_, 0};
+        place(a);
+    }
+    ~Decoder() { gemm::release(mem_, bytes_); }
+    Decoder(const Decoder&) = delete;
+    Decoder& operator=(const Decoder&) = delete;
+
+    size_t length() const { return pos_; }
+    size_t capacity() const { return T_; }
+    void reset() { pos_ = 0; }
+
+    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one.
+    const float* append(const int* tokens, size_t n) {
+        if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
+        for (size_t i = 0; i < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - i), i + CHUNK >= n);
+        return logits_;
+    }
+
+  private:
+    static constexpr size_t CHUNK = 64;
+
+    void place(Arena& a) {
+        const Config& c = m_.cfg;
+        size_t C = c.C;
+        cache_ = a.take(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
+        x_ = a.take(rows_, C), ln_ = a.take(rows_, C), qkv_ = a.take(rows_, 3 * C), att_ = a.take(rows_, C), br_ = a.take(rows_, C);
+        fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take(omp_get_max_threads(), T_);
+        logits_ = a.take(N_, c.V), last_ = a.take(N_, C);
+    }
+    // One token a sequence is bound by reading W; and the number of sequences must not change a sequence's sums.
+    static void matmul(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N, bool one_token) {
+        if (one_token) gemm::multiply_few(M, N, K, X, W, Y, N, b);
+        else matmul_forward(Y, X, W, b, M, K, N);
+    }
+
+    // One chunk: the first n of `stride` tokens of each sequence.
+    void run(const int* tokens, size_t stride, size_t n, bool want_logits) {
+        const Config& c = m_.cfg;
+        const Params& p = m_.p;
+        size_t C = c.C, NH = c.NH, hs = c.hs(), M = N_ * n;
+        bool grover = c.arch == GROVER_ARCH;
+        float scale = 1.0f / std::sqrt((float)hs), *mean = stat_, *rstd = stat_ + M;
+        for (size_t r = 0; r < M; r++)
+            for (size_t i = 0; i < C; i++)
+                x_[r * C + i] = p.wte[(size_t)tokens[r / n * stride + r % n] * C + i] + p.wpe[(pos_ + r % n) * C + i];
+        for (size_t l = 0; l < (size_t)c.L; l++) {
+            float* cache = cache_ + l * N_ * T_ * 2 * C;
+            layernorm_forward(ln_, mean, rstd, x_, p.ln1w + l * C, p.ln1b + l * C, M, C);
+            if (grover) memcpy(x_, ln_, M * C * sizeof(float));
+            matmul(qkv_, ln_, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C, n == 1);
+            for (size_t r = 0; r < M; r++)
+                memcpy(cache + ((r / n) * T_ + pos_ + r % n) * 2 * C, qkv_ + r * 3 * C + C, 2 * C * sizeof(float));
+#pragma omp parallel for schedule(static)
+            for (size_t rh = 0; rh < M * NH; rh++) {
+                size_t r = rh / NH, h = rh % NH, len = pos_ + r % n + 1;
+                const float *q = qkv_ + r * 3 * C + h * hs, *k = cache + r / n * T_ * 2 * C + h * hs, *v = k + C;
+                float *s = scores_ + (size_t)omp_get_thread_num() * T_, *o = att_ + r * C + h * hs, max = -INFINITY, sum = 0;
+                for (size_t j = 0; j < len; j++) {
+                    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+                    for (size_t i = 0; i < hs; i++) dot += q[i] * k[j * 2 * C + i];
+                    s[j] = dot * scale, max = s[j] > max ? s[j] : max;
+                }
+#pragma omp simd reduction(+ : sum)
+                for (size_t j = 0; j < len; j++) sum += s[j] = exp_approx(s[j] - max);
+                for (size_t i = 0; i < hs; i++) o[i] = 0;
+                for (size_t j = 0; j < len; j++)
+                    for (size_t i = 0; i < hs; i++) o[i] += s[j] / sum * v[j * 2 * C + i];
+            }
+            matmul(br_, att_, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C, n == 1);
+            for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
+            layernorm_forward(ln_, mean, rstd, x_, p.ln2w + l * C, p.ln2b + l * C, M, C);
+            matmul(fc_, ln_, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, n == 1);
+            gelu_forward(fc_, fc_, M * 4 * C, c.activation);
+            matmul(br_, fc_, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C, n == 1);
+            for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
+        }
+        pos_ += n;
+        if (!want_logits) return;
+        for (size_t s = 0; s < N_; s++) memcpy(last_ + s * C, x_ + (s * n + n - 1) * C, C * sizeof(float));
+        layernorm_forward(ln_, mean, rstd, last_, p.lnfw, p.lnfb, N_, C);
+        matmul(logits_, ln_, p.wte, nullptr, N_, C, c.V, true);
+    }
+
+    const GPT2& m_;
+    size_t N_, T_, rows_, pos_ = 0, bytes_ = 0;
+    float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_;
+};
+
+}  // namespace cpu
+
+#ifndef ARAPOET_NO_MAIN
+#include "trainer.h"
+int main(int argc, char** argv) { return train<cpu::GPT2, cpu::Decoder>(argc, argv); }
+#endif
+#endif  // TRAIN_GPT2_CPP

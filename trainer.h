@@ -1,0 +1,737 @@
+// trainer.h - what the CPU and the GPU trainer share: flags, schedule, training loop, log, checkpoints, resume.
+//
+// A run's folder (--out) holds
+//     model.bin                     the best model by validation loss: what sample_gpt2 reads
+//     tokenizer.bin                 a copy, so that the folder stands alone
+//     model_00000500.bin            the model after 500 steps, and
+//     state_00000500.bin            what --resume needs beside it; the last --keep pairs stay
+//     main.log, log.csv             the losses, in llm.c's form and as a table
+//
+// The state file: 256 int32 (20261123, version 1, step, bytes of settings, ...), the settings as text, AdamW's
+// two moments, and a checksum of all that and of the model's parameters.
+#pragma once
+
+#include <csignal>
+#include <chrono>
+#include <cinttypes>
+#include <dirent.h>
+#include <memory>
+
+#include "data/dataloader.h"
+#include "flags.h"
+#include "gpt2.h"
+#include "sampler.h"
+#include "tokenizer/tokenizer.h"
+
+namespace trainer {
+
+// ---------------------------------------------------------------------------------------------
+// Settings
+
+struct Options {
+    // data
+    std::string data = "data/sample", train_data, val_data, tokenizer;
+    // model: 0, -1 and "" mean "as the preset or the checkpoint says"
+    std::string init_from, preset = "tiny", activation;
+    int depth = 0, heads = 0, channels = 0, seq_len = 0;
+    float dropout = -1;
+    // optimisation
+    int batch_size = 0, total_batch_size = 0, max_steps = -1, warmup_steps = -1;
+    float learning_rate = 0, final_lr_fraction = -1, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, grad_clip = 1;
+    std::string lr_schedule;
+    uint64_t seed = 1337;
+    int threads = 0;
+    // watching
+    int val_every = -1, val_batches = 20, sample_every = -1, sample_tokens = 200, log_every = 1;
+    float temperature = 0.8f;
+    std::string prompt;
+    // keeping
+    std::string out = "out";
+    int save_every = -1, keep = 2;
+    bool resume = false, overwrite = false;
+};
+
+inline void add_flags(Flags& f, Options& o) {
+    f.section("Data");
+    f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
+    f.add("train_data", "i", &o.train_data, "FILE", "training tokens, instead of DIR/train.bin");
+    f.add("val_data", "j", &o.val_data, "FILE", "validation tokens, instead of DIR/val.bin");
+    f.add("tokenizer", "", &o.tokenizer, "FILE", "tokenizer, instead of DIR/tokenizer.bin");
+    f.section("Model");
+    f.add("init_from", "e", &o.init_from, "FILE", "start from this checkpoint instead of random weights");
+    f.add("preset", "", &o.preset, "NAME", "tiny, char, gpt2, gpt2-medium, gpt2-large or gpt2-xl: sizes and defaults");
+    f.add("depth", "", &o.depth, "L", "layers, instead of the preset's");
+    f.add("heads", "", &o.heads, "NH", "attention heads, instead of the preset's");
+    f.add("channels", "", &o.channels, "C", "width, instead of the preset's; a multiple of the heads");
+    f.add("seq_len", "t", &o.seq_len, "T", "tokens of context; 0: the preset's");
+    f.add("activation", "", &o.activation, "NAME", "gelu_new (GPT-2's) or gelu (erf)");
+    f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training; -1: the preset's");
+    f.section("Optimisation");
+    f.add("batch_size", "b", &o.batch_size, "B", "sequences at once; 0: the preset's");
+    f.add("total_batch_size", "d", &o.total_batch_size, "N", "tokens per step, accumulated over N/(B*T) batches; 0: B*T");
+    f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's");
+    f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's");
+    f.add("lr_schedule", "k", &o.lr_schedule, "NAME", "constant, cosine, linear or wsd (constant, then a fast decay)");
+    f.add("warmup_steps", "u", &o.warmup_steps, "N", "steps over which the learning rate rises from 0; -1: 5% of all");
+    f.add("final_lr_fraction", "q", &o.final_lr_fraction, "F", "where the schedule ends, as a share of the peak; -1: 0.1");
+    f.add("weight_decay", "c", &o.weight_decay, "W", "AdamW's decay of matrices and embeddings");
+    f.add("beta1", "", &o.beta1, "X", "AdamW's beta1");
+    f.add("beta2", "", &o.beta2, "X", "AdamW's beta2");
+    f.add("eps", "", &o.eps, "X", "AdamW's epsilon");
+    f.add("grad_clip", "", &o.grad_clip, "X", "largest global norm of the gradient; 0: no limit");
+    f.add("seed", "", &o.seed, "N", "weights, shuffling, dropout and samples follow from it");
+    f.add("threads", "", &o.threads, "N", "threads of the CPU; 0: all cores");
+    f.section("Watching");
+    f.add("val_every", "v", &o.val_every, "N", "steps between validations; 0: never; -1: 20 times a run");
+    f.add("val_batches", "m", &o.val_batches, "N", "batches of a validation; 0: the whole file");
+    f.add("sample_every", "s", &o.sample_every, "N", "steps between sample poems; 0: never; -1: 4 times a run");
+    f.add("sample_tokens", "g", &o.sample_tokens, "N", "length of a sample poem");
+    f.add("temperature", "", &o.temperature, "X", "of the sample poems: lower is safer, higher is wilder");
+    f.add("prompt", "", &o.prompt, "TEXT", "how the sample poems begin");
+    f.add("log_every", "lg", &o.log_every, "N", "steps between lines where the output is no terminal");
+    f.section("Keeping");
+    f.add("out", "o", &o.out, "DIR", "folder for the model, checkpoints and logs");
+    f.add("save_every", "n", &o.save_every, "N", "steps between checkpoints; 0: only at the end; -1: 4 times a run");
+    f.add("keep", "nk", &o.keep, "N", "checkpoints to keep, beside the best model");
+    f.add("resume", "y", &o.resume, "go on from the last checkpoint in --out, with its settings");
+    f.add("overwrite", "", &o.overwrite, "start anew in a folder that already holds a run");
+    f.epilogue(
+        "Examples:\n"
+        "  ./prepare_data poems.csv -o data/poems && ./train_gpt2 --data data/poems --preset char -o out/poems\n"
+        "  ./train_gpt2 -o out/poems --resume                      goes on where it stopped\n"
+        "  ./train_gpt2 -e out/poems/model.bin --data data/poems --max_steps 0     only evaluates\n"
+        "  ./sample_gpt2 -e out/poems/model.bin --prompt \"قفا نبك\"\n");
+}
+
+// Defaults that depend on the model's size. Fine-tuning keeps the learning rate low and constant.
+inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
+    bool small = c.C <= 128, middle = c.C <= 512;
+    if (!o.batch_size) o.batch_size = small ? 16 : middle ? 32 : 4;
+    if (o.max_steps < 0) o.max_steps = fine_tune ? 1000 : small ? 1000 : 5000;
+    if (o.learning_rate == 0) o.learning_rate = fine_tune ? 3e-5f : small ? 2e-3f : middle ? 5e-4f : 3e-4f;
+    if (o.lr_schedule.empty()) o.lr_schedule = fine_tune ? "constant" : "cosine";
+    if (o.dropout < 0) o.dropout = fine_tune || !middle ? 0.0f : small ? 0.1f : 0.2f;
+    if (o.final_lr_fraction < 0) o.final_lr_fraction = 0.1f;
+    if (o.warmup_steps < 0) o.warmup_steps = o.max_steps / 20;
+    if (o.val_every < 0) o.val_every = std::max(1, o.max_steps / 20);
+    if (o.sample_every < 0) o.sample_every = std::max(1, o.max_steps / 4);
+    if (o.save_every < 0) o.save_every = std::max(1, o.max_steps / 4);
+}
+
+inline void check_options(const Options& o) {
+    struct {
+        const char* name;
+        double value, lo, hi;
+    } range[] = {{"batch_size", (double)o.batch_size, 1, 1 << 24},  {"max_steps", (double)o.max_steps, 0, INT32_MAX},
+                 {"learning_rate", o.learning_rate, 0, 1e3},        {"dropout", o.dropout, 0, 0.99},
+                 {"beta1", o.beta1, 0, 0.99999},                    {"beta2", o.beta2, 0, 0.999999},
+                 {"eps", o.eps, 0, 1},                              {"weight_decay", o.weight_decay, 0, 1e3},
+                 {"grad_clip", o.grad_clip, 0, 1e30},               {"final_lr_fraction", o.final_lr_fraction, 0, 1},
+                 {"total_batch_size", (double)o.total_batch_size, 0, INT32_MAX}, {"threads", (double)o.threads, 0, 4096},
+                 {"warmup_steps", (double)o.warmup_steps, 0, INT32_MAX}, {"val_every", (double)o.val_every, 0, INT32_MAX},
+                 {"val_batches", (double)o.val_batches, 0, INT32_MAX}, {"sample_every", (double)o.sample_every, 0, INT32_MAX},
+                 {"sample_tokens", (double)o.sample_tokens, 1, 1 << 24}, {"save_every", (double)o.save_every, 0, INT32_MAX},
+                 {"keep", (double)o.keep, 1, 1 << 20},              {"log_every", (double)o.log_every, 1, INT32_MAX},
+                 {"temperature", o.temperature, 0, 1e6}};
+    for (auto& r : range)
+        if (!(r.value >= r.lo && r.value <= r.hi)) throw UsageError(strf("--%s is %g, wanted %g to %g", r.name, r.value, r.lo, r.hi));
+}
+
+// The learning rate of step `step` (from 0): linear warm-up, then the schedule down to final_fraction * peak.
+// wsd holds the peak for 80% of the run and then falls as 1 - sqrt (Hägele et al. 2024).
+inline double learning_rate(const std::string& schedule, double peak, int step, int warmup, int max_steps, double final_fraction) {
+    if (step < warmup) return peak * (step + 1) / warmup;
+    double done = max_steps > warmup ? (double)(step - warmup) / (max_steps - warmup) : 1, floor = peak * final_fraction;
+    done = std::min(done, 1.0);
+    if (schedule == "constant") return peak;
+    if (schedule == "cosine") return floor + (peak - floor) * 0.5 * (1 + std::cos(M_PI * done));
+    if (schedule == "linear") return peak + (floor - peak) * done;
+    if (schedule == "wsd") {
+        double start = 0.8 * max_steps;
+        if (step < start) return peak;
+        return floor + (peak - floor) * (1 - std::sqrt(std::min(1.0, (step - start) / (max_steps - start))));
+    }
+    throw UsageError(strf("--lr_schedule: '%s' is unknown; known are constant, cosine, linear, wsd", schedule.c_str()));
+}
+
+// ---------------------------------------------------------------------------------------------
+// The state file
+
+// A 64-bit checksum, word by word; catches any changed, missing or swapped bytes.
+class Checksum {
+  public:
+    void add(const void* data, size_t bytes) {
+        const char* d = (const char*)data;
+        for (; bytes >= 8; d += 8, bytes -= 8) {
+            uint64_t w;
+            memcpy(&w, d, 8);
+            mix(w);
+        }
+        uint64_t w = 0;
+        memcpy(&w, d, bytes);
+        if (bytes) mix(w);
+    }
+    uint64_t value() const { return h_; }
+
+  private:
+    void mix(uint64_t w) { h_ = (h_ ^ w) * 0x9E3779B97F4A7C15u, h_ ^= h_ >> 29; }
+    uint64_t h_ = 0x243F6A8885A308D3u;
+};
+
+constexpr int32_t STATE_MAGIC = 20261123, STATE_VERSION = 1;
+
+// Where a run stands, beside the model and AdamW's moments.
+struct Progress {
+    int step = 0;                  // updates done
+    uint64_t position = 0;         // of the training data, in windows
+    double best_val = INFINITY;    // lowest validation loss so far
+    int best_step = -1;
+    double smoothed = 0, smoothed_weight = 0;  // exponential mean of the training loss, and its bias correction
+    double seconds = 0;            // of training so far
+};
+
+inline std::string numbered(const std::string& dir, const char* kind, int step) {
+    return dir + strf("/%s_%08d.bin", kind, step);
+}
+
+// Steps with a checkpoint in dir, ascending.
+inline std::vector<int> checkpoints_in(const std::string& dir) {
+    std::vector<int> steps;
+    if (DIR* d = opendir(dir.c_str())) {
+        while (dirent* e = readdir(d)) {
+            int step, used = 0;
+            if (sscanf(e->d_name, "state_%8d.bin%n", &step, &used) == 1 && used && !e->d_name[used] && step >= 0 &&
+                file_exists(numbered(dir, "model", step)))
+                steps.push_back(step);
+        }
+        closedir(d);
+    }
+    std::sort(steps.begin(), steps.end());
+    return steps;
+}
+
+template <class Model>
+void save_model(Model& model, const std::string& path) {
+    ModelWriter w(path, model.cfg);
+    model.each_piece(Model::PARAMS, [&](const float* p, size_t n) { w.add(p, n); });
+    w.finish();
+}
+
+template <class Model>
+void load_model(Model& model, ModelReader& r) {
+    model.each_piece(Model::PARAMS, [&](float* p, size_t n) { r.read(p, n); });
+}
+
+template <class Model>
+void save_state(Model& model, const Progress& p, const std::string& settings, const std::string& path) {
+    AtomicFile out(path);
+    Checksum sum;
+    auto put = [&](const void* d, size_t n) { out.write(d, n), sum.add(d, n); };
+    std::vector<int32_t> h(256);
+    h[0] = STATE_MAGIC, h[1] = STATE_VERSION, h[2] = p.step, h[3] = (int32_t)settings.size(), h[4] = p.best_step;
+    uint64_t count = num_params(model.cfg);
+    memcpy(&h[8], &count, 8), memcpy(&h[10], &p.position, 8);
+    const double d[] = {p.best_val, p.smoothed, p.smoothed_weight, p.seconds};
+    memcpy(&h[12], d, sizeof d);
+    put(h.data(), 1024);
+    put(settings.data(), settings.size());
+    model.each_piece(Model::ADAM_M, [&](const float* x, size_t n) { put(x, n * 4); });
+    model.each_piece(Model::ADAM_V, [&](const float* x, size_t n) { put(x, n * 4); });
+    model.each_piece(Model::PARAMS, [&](const float* x, size_t n) { sum.add(x, n * 4); });
+    uint64_t check = sum.value();
+    out.write(&check, 8);
+    out.commit();
+}
+
+// The first part of a state file, enough to build the model; load_moments() reads the rest.
+class StateReader {
+  public:
+    Progress progress;
+    std::string settings;
+
+    explicit StateReader(const std::string& path) : file_(path) {
+        std::vector<int32_t> h = file_.header(STATE_MAGIC, "training state");
+        const char* p = path.c_str();
+        if (h[1] != STATE_VERSION) fail("%s: version is %d, wanted %d", p, h[1], STATE_VERSION);
+        double d[4];
+        progress.step = h[2], progress.best_step = h[4];
+        memcpy(&count_, &h[8], 8), memcpy(&progress.position, &h[10], 8), memcpy(d, &h[12], sizeof d);
+        progress.best_val = d[0], progress.smoothed = d[1], progress.smoothed_weight = d[2], progress.seconds = d[3];
+        if (h[2] < 0) fail("%s: step is %d, wanted at least 0", p, h[2]);
+        if (h[3] < 0 || h[3] > 1 << 20) fail("%s: settings have %d bytes, wanted 0 to %d", p, h[3], 1 << 20);
+        if (count_ > file_.size / 8) fail("%s: parameter count is %" PRIu64 ", too many for its %" PRIu64 " bytes", p, count_, file_.size);
+        file_.expect_size(1024 + (uint64_t)h[3] + 8 * count_ + 8);
+        sum_.add(h.data(), 1024);
+        settings.resize((size_t)h[3]);
+        file_.read(&settings[0], settings.size(), "settings");
+        sum_.add(settings.data(), settings.size());
+    }
+    // Fills AdamW's moments; the model's parameters must be loaded already, the checksum covers them.
+    template <class Model>
+    void load_moments(Model& model) {
+        if (count_ != num_params(model.cfg))
+            fail("%s: holds %" PRIu64 " parameters, the model has %zu", file_.path.c_str(), count_, num_params(model.cfg));
+        auto get = [&](float* x, size_t n) { file_.read(x, n * 4, "optimizer state"), sum_.add(x, n * 4); };
+        model.each_piece(Model::ADAM_M, get);
+        model.each_piece(Model::ADAM_V, get);
+        model.each_piece(Model::PARAMS, [&](const float* x, size_t n) { sum_.add(x, n * 4); });
+        uint64_t check;
+        file_.read(&check, 8, "checksum");
+        if (check != sum_.value())
+            fail("%s: checksum does not match: this file or its model file is damaged; delete the pair to resume from the one before",
+                 file_.path.c_str());
+    }
+
+  private:
+    Reader file_;
+    Checksum sum_;
+    uint64_t count_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Small parts of the loop
+
+inline volatile sig_atomic_t g_stop = 0;  // the signal that asked for an end
+inline void on_signal(int s) {
+    g_stop = s;
+    signal(s, SIG_DFL);  // a second one ends at once
+}
+
+inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// 3725 seconds -> "1:02:05".
+inline std::string clock_text(double s) {
+    long t = (long)(s + 0.5);
+    return t >= 3600 ? strf("%ld:%02ld:%02ld", t / 3600, t / 60 % 60, t % 60) : strf("%ld:%02ld", t / 60, t % 60);
+}
+
+// A log file that is appended to line by line; on resume, lines of later steps go. Throws when the disk is full.
+class LogFile {
+  public:
+    // keep(line) says which lines of an existing file stay; null: none.
+    LogFile(const std::string& path, const std::string& header, const std::function<bool(const std::string&)>& keep) : path_(path) {
+        std::string text = header;
+        if (keep && file_exists(path)) {
+            Reader r(path);
+            std::string old = r.rest();
+            for (size_t i = 0, end; i < old.size(); i = end + 1) {
+                end = std::min(old.find('\n', i), old.size());
+                std::string line = old.substr(i, end - i);
+                if (end < old.size() && keep(line)) text += line + "\n";
+            }
+        }
+        AtomicFile out(path);
+        out.write(text);
+        out.commit();
+        file_ = fopen(path.c_str(), "a");
+        if (!file_) fail("%s: cannot write: %s", path.c_str(), strerror(errno));
+    }
+    ~LogFile() {
+        if (file_) fclose(file_);
+    }
+    LogFile(const LogFile&) = delete;
+    LogFile& operator=(const LogFile&) = delete;
+    void line(const std::string& s) {
+        if (fprintf(file_, "%s\n", s.c_str()) < 0 || fflush(file_)) fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
+    }
+
+  private:
+    std::string path_;
+    FILE* file_ = nullptr;
+};
+
+struct Evaluation {
+    double nats = 0;             // mean per token
+    double nats_per_char = NAN;  // NaN without a tokenizer
+    size_t tokens = 0;
+    std::string text() const {
+        std::string s = strf("loss %.4f, perplexity %.2f", nats, std::exp(nats));
+        if (nats_per_char == nats_per_char) s += strf(", %.4f bits per character", nats_per_char / M_LN2);
+        return s;
+    }
+};
+
+// Mean loss over the first `batches` batches (0: all).
+template <class Model>
+Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t batches, const Tokenizer* tokenizer,
+                    std::vector<int>& x, std::vector<int>& y) {
+    Evaluation e;
+    double sum = 0;
+    size_t chars = 0, n = batches ? std::min(batches, loader.batches()) : loader.batches();
+    for (size_t i = 0; i < n && !g_stop; i++) {
+        loader.get(i, x.data(), y.data());
+        double loss = model.forward(x.data(), y.data(), B, T, Pass{});
+        sum += loss * (double)model.counted(), e.tokens += model.counted();
+        if (tokenizer)
+            for (size_t k = 0; k < B * T; k++)
+                if (y[k] >= 0) chars += (size_t)tokenizer->chars(y[k]);
+    }
+    e.nats = sum / (double)std::max<size_t>(e.tokens, 1);
+    if (chars) e.nats_per_char = sum / (double)chars;
+    return e;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Training
+
+template <class Model, class Decoder>
+class Run {
+  public:
+    Run(int argc, char** argv) : flags_("train_gpt2", "trains and fine-tunes GPT-2 on poems") {
+        add_flags(flags_, o_);
+        flags_.parse(argc, argv);
+    }
+
+    int main() {
+        std::unique_ptr<StateReader> state;
+        if (o_.resume) state = find_state();
+        settle_settings();
+        load_data();
+        build_model(state.get());
+        if (o_.max_steps == 0) return only_evaluate();
+        settings_text_ = flags_.values();
+        open_folder();
+        print_table();
+        signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
+        train();
+        signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
+        return 0;
+    }
+
+  private:
+    std::unique_ptr<StateReader> find_state() {
+        std::vector<int> steps = checkpoints_in(o_.out);
+        if (steps.empty()) fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
+        auto state = std::make_unique<StateReader>(numbered(o_.out, "state", steps.back()));
+        flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+        progress_ = state->progress;
+        o_.init_from = numbered(o_.out, "model", steps.back());
+        return state;
+    }
+
+    // Fills in what the command line left open: from the checkpoint, the preset, and the model's size.
+    void settle_settings() {
+        if (o_.threads > 0) Model::set_threads(o_.threads);
+        if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
+        if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
+        if (o_.tokenizer.empty()) o_.tokenizer = o_.data + "/tokenizer.bin";
+        if (!file_exists(o_.train_data) && !flags_.given("train_data"))
+            fail("%s: not found; make it with: ./prepare_data poems.csv -o %s", o_.train_data.c_str(), o_.data.c_str());
+        if (file_exists(o_.tokenizer)) tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(o_.tokenizer));
+        else if (flags_.given("tokenizer") || o_.init_from.empty()) fail("%s: tokenizer not found", o_.tokenizer.c_str());
+        if (!o_.activation.empty() && o_.activation != "gelu_new" && o_.activation != "gelu")
+            throw UsageError(strf("--activation: '%s' is unknown; known are gelu_new, gelu", o_.activation.c_str()));
+        int activation = o_.activation == "gelu" ? GELU_ERF : GELU_TANH;
+
+        bool from_file = !o_.init_from.empty();
+        if (from_file) {
+            checkpoint_ = std::make_unique<ModelReader>(o_.init_from);
+            cfg_ = checkpoint_->cfg;
+            struct {
+                const char* flag;
+                int given, have;
+            } shape[] = {{"depth", o_.depth, cfg_.L}, {"heads", o_.heads, cfg_.NH}, {"channels", o_.channels, cfg_.C}};
+            for (auto& s : shape)
+                if (s.given && s.given != s.have)
+                    fail("%s: has %s %d, --%s asks for %d", o_.init_from.c_str(), s.flag, s.have, s.flag, s.given);
+            if (!o_.activation.empty() && activation != cfg_.activation)
+                fail("%s: has activation %s, --activation asks for %s", o_.init_from.c_str(), cfg_.activation == GELU_ERF ? "gelu" : "gelu_new",
+                     o_.activation.c_str());
+            if (tokenizer_ && tokenizer_->vocab_size() != cfg_.V)
+                fail("%s: has %d tokens, %s has a vocabulary of %d", o_.tokenizer.c_str(), tokenizer_->vocab_size(), o_.init_from.c_str(), cfg_.V);
+            if (o_.seq_len > cfg_.maxT) fail("%s: takes at most %d tokens of context, --seq_len asks for %d", o_.init_from.c_str(), cfg_.maxT, o_.seq_len);
+        } else {
+            cfg_ = preset_config(o_.preset);
+            if (o_.depth) cfg_.L = o_.depth;
+            if (o_.heads) cfg_.NH = o_.heads;
+            if (o_.channels) cfg_.C = o_.channels;
+            if (o_.seq_len) cfg_.maxT = o_.seq_len;
+            cfg_.activation = activation;
+            cfg_.V = tokenizer_->vocab_size(), cfg_.Vp = pad_vocab(cfg_.V);
+            check_config(cfg_, "--depth, --heads, --channels, --seq_len");
+        }
+        if (o_.seq_len < 0) throw UsageError(strf("--seq_len is %d, wanted at least 1", o_.seq_len));
+        if (!o_.seq_len) o_.seq_len = cfg_.maxT;
+        apply_preset_defaults(o_, cfg_, from_file && !o_.resume);
+        check_options(o_);
+        learning_rate(o_.lr_schedule, 1, 0, 0, 1, 0);  // throws for an unknown name
+        B_ = (size_t)o_.batch_size, T_ = (size_t)o_.seq_len;
+        size_t tokens = checked_mul(B_, T_, "--batch_size x --seq_len");
+        if (!o_.total_batch_size) o_.total_batch_size = (int)std::min<size_t>(tokens, INT32_MAX);
+        if (tokens > INT32_MAX || (size_t)o_.total_batch_size % tokens)
+            fail("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu", o_.total_batch_size, B_, T_, tokens);
+        micro_steps_ = (size_t)o_.total_batch_size / tokens;
+    }
+
+    void load_data() {
+        if (o_.max_steps > 0 || !file_exists(o_.val_data)) {
+            train_file_ = std::make_unique<TokenFile>(o_.train_data);
+            train_file_->check_vocab(cfg_.V);
+            train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, true);
+            train_loader_->seek(progress_.position);
+        }
+        if (file_exists(o_.val_data)) {
+            val_file_ = std::make_unique<TokenFile>(o_.val_data);
+            val_file_->check_vocab(cfg_.V);
+            val_loader_ = std::make_unique<EvalLoader>(*val_file_, (int)B_, (int)T_);
+        } else if (flags_.given("val_data") || o_.max_steps == 0) {
+            fail("%s: validation tokens not found", o_.val_data.c_str());
+        }
+    }
+
+    void build_model(StateReader* state) {
+        bool trains = o_.max_steps > 0;
+        auto need_of = [&](size_t B) { return Model::memory_need(cfg_, B, T_, trains).total(); };
+        need_ = Model::memory_need(cfg_, B_, T_, trains);
+        size_t have = Model::memory_available();
+        if (need_.total() > have) {
+            size_t fits = 0;
+            for (size_t bit = (size_t)1 << 24; bit; bit >>= 1)
+                if (fits + bit < B_ && need_of(fits + bit) <= have) fits += bit;
+            std::string hint = fits ? strf("--batch_size %zu would fit", fits) : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
+            fail("this run needs %s of memory, %s are free; %s", human_bytes((double)need_.total()).c_str(), human_bytes((double)have).c_str(),
+                 hint.c_str());
+        }
+        model_ = std::make_unique<Model>(cfg_, B_, T_, trains);
+        model_->dropout = o_.dropout, model_->seed = o_.seed;
+        if (checkpoint_) load_model(*model_, *checkpoint_), checkpoint_.reset();
+        else model_->init_weights(o_.seed);
+        if (state && trains) state->load_moments(*model_);
+        x_.resize(B_ * T_), y_.resize(B_ * T_);
+    }
+
+    int only_evaluate() {
+        if (o_.init_from.empty()) fail("--max_steps 0 evaluates a checkpoint: name one with -e FILE");
+        double t0 = now();
+        Evaluation e = evaluate(*model_, *val_loader_, B_, T_, 0, tokenizer_.get(), x_, y_);
+        printf("%s on the whole of %s: %s tokens in %.1f s\n", o_.init_from.c_str(), o_.val_data.c_str(), commas(e.tokens).c_str(), now() - t0);
+        printf("validation loss %.6f nats per token, perplexity %.3f\n", e.nats, std::exp(e.nats));
+        if (e.nats_per_char == e.nats_per_char)
+            printf("%.6f nats per character, %.6f bits per character\n", e.nats_per_char, e.nats_per_char / M_LN2);
+        return 0;
+    }
+
+    void open_folder() {
+        make_dirs(o_.out);
+        bool holds_run = !checkpoints_in(o_.out).empty() || file_exists(o_.out + "/model.bin");
+        if (!o_.resume && holds_run) {
+            if (!o_.overwrite)
+                fail("%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes another folder", o_.out.c_str());
+            for (int step : checkpoints_in(o_.out)) remove_checkpoint(step);
+            unlink((o_.out + "/model.bin").c_str());
+        }
+        int at = progress_.step;
+        auto keep_csv = [at](const std::string& line) {
+            char* end;
+            long s = strtol(line.c_str(), &end, 10);
+            return *end == ',' && end != line.c_str() && s <= at;
+        };
+        auto keep_main = [at](const std::string& line) {
+            int s;
+            char kind[8] = "";
+            return sscanf(line.c_str(), "s:%d %3s", &s, kind) == 2 && (strcmp(kind, "trl") ? s <= at : s < at);
+        };
+        csv_ = std::make_unique<LogFile>(o_.out + "/log.csv", CSV_HEADER, o_.resume ? keep_csv : std::function<bool(const std::string&)>());
+        log_ = std::make_unique<LogFile>(o_.out + "/main.log", "", o_.resume ? keep_main : std::function<bool(const std::string&)>());
+        if (tokenizer_) tokenizer_->save(o_.out + "/tokenizer.bin");
+    }
+
+    void print_table() {
+        peak_ = Model::peak_flops();
+        auto row = [](const char* name, const std::string& value) { printf("%-16s %s\n", name, value.c_str()); };
+        auto size = [](size_t b) { return human_bytes((double)b); };
+        row("machine", Model::device() + strf(", peak %.0f GFLOP/s measured", peak_ / 1e9));
+        row("model", cfg_.text());
+        row("parameters", commas(num_params(cfg_)) + (o_.init_from.empty() ? strf(" (random, seed %" PRIu64 ")", o_.seed) : " from " + o_.init_from));
+        row("training data", strf("%s: %s tokens, %.1f epochs in this run", o_.train_data.c_str(), commas(train_file_->size()).c_str(),
+                                  (double)o_.max_steps * o_.total_batch_size / (double)train_file_->size()));
+        row("validation data", val_file_ ? strf("%s: %s tokens", o_.val_data.c_str(), commas(val_file_->size()).c_str()) : "none");
+        row("batch", strf("%zu x %zu tokens%s", B_, T_, micro_steps_ > 1 ? strf(", %zu accumulated: %d a step", micro_steps_, o_.total_batch_size).c_str() : ""));
+        row("steps", strf("%d%s, validation every %d, poem every %d, checkpoint every %d", o_.max_steps,
+                          progress_.step ? strf(" (%d done)", progress_.step).c_str() : "", o_.val_every, o_.sample_every, o_.save_every));
+        row("learning rate", strf("%g, %s to %g, warm-up %d steps", o_.learning_rate, o_.lr_schedule.c_str(),
+                                  o_.lr_schedule == "constant" ? o_.learning_rate : o_.learning_rate * o_.final_lr_fraction, o_.warmup_steps));
+        row("AdamW", strf("beta %g %g, eps %g, weight decay %g, gradient clip %g, dropout %g", o_.beta1, o_.beta2, o_.eps, o_.weight_decay,
+                          o_.grad_clip, o_.dropout));
+        row("memory", strf("%s: parameters %s, gradients %s, AdamW %s, activations %s, scratch %s", size(need_.total()).c_str(),
+                           size(need_.params).c_str(), size(need_.grads).c_str(), size(need_.optimizer).c_str(), size(need_.activations).c_str(),
+                           size(need_.scratch).c_str()));
+        row("output", o_.out + "/");
+        printf("\n");
+        fflush(stdout);
+    }
+
+    void train() {
+        bool fresh = true;  // the first iteration of a resumed run has been validated and saved already
+        for (;; fresh = false) {
+            int step = progress_.step;
+            bool last = step >= o_.max_steps, done_before = fresh && o_.resume;
+            if (!done_before) {
+                Evaluation e;
+                bool validated = val_loader_ && o_.val_every && (last || step % o_.val_every == 0) && !g_stop;
+                if (validated) validated = validate(&e);
+                if (step || validated) write_row(validated ? &e : nullptr);
+                if (o_.sample_every && tokenizer_ && step && (last || step % o_.sample_every == 0) && !g_stop) sample();
+                if (step && (last || g_stop || (o_.save_every && step % o_.save_every == 0))) save();
+            }
+            if (g_stop) {
+                end_line();
+                if (step) printf("stopped by %s after step %d; go on with: ./train_gpt2 -o %s --resume\n", g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, o_.out.c_str());
+                else printf("stopped before the first step; nothing to resume\n");
+                return;
+            }
+            if (last) break;
+            one_step();
+        }
+        end_line();
+        if (!val_loader_ || !o_.val_every) save_model(*model_, o_.out + "/model.bin");
+        printf("\n%d steps in %s. ", progress_.step, clock_text(progress_.seconds).c_str());
+        if (progress_.best_step >= 0)
+            printf("Best validation loss %.4f at step %d, kept in %s/model.bin\n", progress_.best_val, progress_.best_step, o_.out.c_str());
+        else printf("The model is %s/model.bin\n", o_.out.c_str());
+        printf("loss curve: %s/log.csv (make plot draws it to %s/loss.png)\nmore poems: ./sample_gpt2 -e %s/model.bin\n", o_.out.c_str(), o_.out.c_str(), o_.out.c_str());
+    }
+
+    void one_step() {
+        double t0 = now(), loss = 0;
+        int step = progress_.step;
+        uint64_t first_window = train_loader_->position();
+        for (size_t m = 0; m < micro_steps_; m++) {
+            train_loader_->next((int)B_, x_.data(), y_.data());
+            Pass pass;
+            pass.train = true, pass.step = (uint32_t)step;
+            pass.seq0 = train_loader_->position() - B_ - first_window;
+            pass.grad_scale = 1.0f / (float)o_.total_batch_size;
+            loss += model_->forward(x_.data(), y_.data(), B_, T_, pass) / (double)micro_steps_;
+            model_->backward();
+        }
+        double norm = model_->grad_norm();
+        if (!std::isfinite(loss) || !std::isfinite(norm)) {
+            std::vector<int> kept = checkpoints_in(o_.out);
+            fail("step %d: the %s is %s; training stops before it spoils a checkpoint (%s). Try a lower --learning_rate or --grad_clip", step + 1,
+                 std::isfinite(loss) ? "gradient norm" : "loss", std::isnan(std::isfinite(loss) ? norm : loss) ? "NaN" : "infinite",
+                 kept.empty() ? "none written yet" : ("the last good one is " + numbered(o_.out, "model", kept.back())).c_str());
+        }
+        AdamW a;
+        a.lr = (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps, o_.final_lr_fraction);
+        a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay;
+        float scale = o_.grad_clip > 0 && norm > o_.grad_clip ? (float)(o_.grad_clip / norm) : 1.0f;
+        model_->update(a, (uint32_t)step + 1, scale);
+
+        double s = now() - t0;
+        progress_.step++, progress_.position = train_loader_->position(), progress_.seconds += s;
+        progress_.smoothed = 0.95 * progress_.smoothed + 0.05 * loss;
+        progress_.smoothed_weight = 0.95 * progress_.smoothed_weight + 0.05;
+        session_steps_++, session_seconds_ += s;
+        row_ = {loss, progress_.smoothed / progress_.smoothed_weight, norm, a.lr, s};
+        log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, loss, a.lr, norm));
+        report();
+    }
+
+    // One line a step: redrawn in place on a terminal, plain lines elsewhere.
+    void report() {
+        int step = progress_.step;
+        bool terminal = isatty(1);
+        if (!terminal && step % o_.log_every && step != o_.max_steps) return;
+        double tokens = o_.total_batch_size, flops = step_flops(cfg_, (double)B_ * (double)micro_steps_, (double)T_) / row_.seconds;
+        double eta = session_seconds_ / session_steps_ * (o_.max_steps - step);
+        std::string line = strf("step %*d/%d | loss %.4f | mean %.4f | norm %.3f | lr %.2e | %.0f ms | %s tokens/s | %.0f%% of peak | ETA %s",
+                                (int)std::to_string(o_.max_steps).size(), step, o_.max_steps, row_.loss, row_.smoothed, row_.norm, row_.lr,
+                                row_.seconds * 1e3, commas((uint64_t)(tokens / row_.seconds)).c_str(), 100 * flops / peak_, clock_text(eta).c_str());
+        printf(terminal ? "\r%s\x1b[K" : "%s\n", line.c_str());
+        open_line_ = terminal;
+        fflush(stdout);
+    }
+    void end_line() {
+        if (open_line_) printf("\n");
+        open_line_ = false;
+    }
+
+    // False when a signal cut it short.
+    bool validate(Evaluation* e) {
+        *e = evaluate(*model_, *val_loader_, B_, T_, (size_t)o_.val_batches, tokenizer_.get(), x_, y_);
+        if (g_stop) return false;
+        if (!std::isfinite(e->nats)) fail("step %d: the validation loss is not a number; no checkpoint was overwritten", progress_.step);
+        end_line();
+        bool best = progress_.step && e->nats < progress_.best_val;
+        printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(), best ? " (best so far, saved)" : "");
+        fflush(stdout);
+        log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
+        if (best) {
+            save_model(*model_, o_.out + "/model.bin");
+            progress_.best_val = e->nats, progress_.best_step = progress_.step;
+        }
+        return true;
+    }
+
+    void write_row(const Evaluation* e) {
+        std::string s = std::to_string(progress_.step);
+        if (progress_.step) s += strf(",%.9g,%.9g", row_.loss, row_.smoothed);
+        else s += ",,";
+        s += e ? strf(",%.9g", e->nats) : ",";
+        s += e && e->nats_per_char == e->nats_per_char ? strf(",%.9g", e->nats_per_char / M_LN2) : ",";
+        if (progress_.step) s += strf(",%.9g,%.9g,%.2f,%.1f", row_.norm, row_.lr, row_.seconds * 1e3, o_.total_batch_size / row_.seconds);
+        else s += ",,,,";
+        csv_->line(s);
+    }
+
+    void sample() {
+        end_line();
+        if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
+        std::vector<int> prompt = tokenizer_->encode(o_.prompt);
+        prompt.insert(prompt.begin(), tokenizer_->eot());
+        SampleOptions so;
+        so.temperature = o_.temperature;
+        Utf8Stream stream;
+        printf("\n--- a poem after step %d ---\n%s", progress_.step, o_.prompt.c_str());
+        generate(*decoder_, 1, prompt, cfg_.V, tokenizer_->eot(), o_.sample_tokens, o_.seed + (uint64_t)progress_.step, so,
+                 [&](size_t, int token) { fputs(stream.feed(tokenizer_->bytes(token)).c_str(), stdout), fflush(stdout); });
+        printf("\n---\n");
+        fflush(stdout);
+    }
+
+    void save() {
+        int step = progress_.step;
+        save_model(*model_, numbered(o_.out, "model", step));
+        save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", step));
+        std::vector<int> steps = checkpoints_in(o_.out);
+        for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) remove_checkpoint(steps[i]);
+    }
+    void remove_checkpoint(int step) {
+        unlink(numbered(o_.out, "state", step).c_str());  // first: a model without its state is no checkpoint
+        unlink(numbered(o_.out, "model", step).c_str());
+    }
+
+    static constexpr const char* CSV_HEADER = "step,train_loss,smoothed_loss,val_loss,val_bits_per_char,grad_norm,lr,ms,tokens_per_s\n";
+
+    Flags flags_;
+    Options o_;
+    Config cfg_;
+    size_t B_ = 0, T_ = 0, micro_steps_ = 1;
+    MemoryNeed need_;
+    std::unique_ptr<Tokenizer> tokenizer_;
+    std::unique_ptr<ModelReader> checkpoint_;
+    std::unique_ptr<TokenFile> train_file_, val_file_;
+    std::unique_ptr<TrainLoader> train_loader_;
+    std::unique_ptr<EvalLoader> val_loader_;
+    std::unique_ptr<Model> model_;
+    std::unique_ptr<Decoder> decoder_;
+    std::unique_ptr<LogFile> csv_, log_;
+    std::vector<int> x_, y_;
+    Progress progress_;
+    std::string settings_text_;
+    struct {
+        double loss, smoothed, norm, lr, seconds;
+    } row_{};
+    double peak_ = 1, session_seconds_ = 0;
+    int session_steps_ = 0;
+    bool open_line_ = false;
+};
+
+}  // namespace trainer
+
+// A trainer's main: everything from the command line to the last poem.
+template <class Model, class Decoder>
+int train(int argc, char** argv) {
+    return run_main("train_gpt2", [&] { return trainer::Run<Model, Decoder>(argc, argv).main(); });
+}
