@@ -35,7 +35,9 @@ train: $(PROGRAMS)
 	./train_gpt2 --data $(DATA) --preset $(PRESET) -o $(OUT) --overwrite $(TRAIN_FLAGS)
 
 plot:
-	@dev/plot/plot_loss.sh $(OUT)/log.csv $(OUT)/loss.png
+	@dev/setup.sh plot
+	@test -s $(OUT)/log.csv || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
+	gnuplot -c dev/plot/loss.gp $(OUT)/log.csv $(OUT)/loss.png
 
 train_gpt2: train_gpt2.cpp $(HEADERS)
 	$(CXX) $(FLAGS) $< -o $@

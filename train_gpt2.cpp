@@ -422,17 +422,22 @@ struct Params {
     }
 };
 
-// What forward keeps for backward; M = B*T rows. Each holds all layers.
+// What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
+// used again: by every layer of a model that does not train, and in training by what is recomputed.
 struct Activations {
     float *embedded, *ln1, *ln1_mean, *ln1_rstd, *qkv, *lse, *atty, *resid2, *ln2, *ln2_mean, *ln2_rstd, *fch, *fch_gelu, *resid3;
     float *lnf, *lnf_mean, *lnf_rstd, *branch, *losses;
-    void place(Arena& a, const Config& c, size_t M, size_t layers) {
-        size_t C = c.C, L = layers;
-        embedded = a.take(M, C);
-        ln1 = a.take(L, M, C), ln1_mean = a.take(L, M), ln1_rstd = a.take(L, M);
-        qkv = a.take(L, M, 3 * C), lse = a.take(L, M, c.NH), atty = a.take(L, M, C), resid2 = a.take(L, M, C);
-        ln2 = a.take(L, M, C), ln2_mean = a.take(L, M), ln2_rstd = a.take(L, M);
-        fch = a.take(L, M, 4 * C), fch_gelu = a.take(L, M, 4 * C), resid3 = a.take(L, M, C);
+    size_t cheap_slots, block_slots, resid_slots;
+
+    void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
+        size_t C = c.C, L = c.L;
+        resid_slots = trains ? L : 1, block_slots = trains && recompute < 2 ? L : 1, cheap_slots = trains && recompute < 1 ? L : 1;
+        embedded = a.take(M, C), resid3 = a.take(resid_slots, M, C);
+        qkv = a.take(block_slots, M, 3 * C), lse = a.take(block_slots, M, c.NH), atty = a.take(block_slots, M, C);
+        resid2 = a.take(block_slots, M, C), fch = a.take(block_slots, M, 4 * C);
+        ln1_mean = a.take(block_slots, M), ln1_rstd = a.take(block_slots, M);
+        ln2_mean = a.take(block_slots, M), ln2_rstd = a.take(block_slots, M);
+        ln1 = a.take(cheap_slots, M, C), ln2 = a.take(cheap_slots, M, C), fch_gelu = a.take(cheap_slots, M, 4 * C);
         lnf = a.take(M, C), lnf_mean = a.take(M), lnf_rstd = a.take(M), branch = a.take(M, C), losses = a.take(M);
     }
 };
@@ -450,6 +455,7 @@ struct GPT2 {
     const Config cfg;
     const size_t B, T;  // largest batch; both 0 for a model that only generates
     const bool trains;
+    const int recompute;
     float dropout = 0;
     uint64_t seed = 1337;
     Params p{}, g{};
@@ -481,7 +487,7 @@ struct GPT2 {
         if (c) fclose(c);
         return best;
     }
-    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains) {
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0) {
         MemoryNeed n;
         n.params = checked_mul(num_params(c), 4, "parameters");
         n.grads = trains ? n.params : 0;
@@ -490,7 +496,7 @@ struct GPT2 {
         Activations acts;
         Gradients grads;
         size_t M = checked_mul(B, T, "batch size x sequence length");
-        if (M) acts.place(a, c, M, trains ? c.L : 1);
+        if (M) acts.place(a, c, M, trains, recompute);
         if (M && trains) grads.place(a, c, M);
         n.activations = a.used * 4;
         if (M) n.scratch = (head_rows(c, M) * gemm::round_up(c.V, 16) + omp_get_max_threads() * Attention::scratch(T, c.hs())) * 4;
@@ -498,9 +504,12 @@ struct GPT2 {
         return n;
     }
 
-    GPT2(const Config& c, size_t B_, size_t T_, bool trains_) : cfg(c), B(B_), T(T_), trains(trains_) {
+    // recompute: what backward computes again instead of keeping it. 0 nothing; 1 LayerNorm and GELU outputs,
+    // 6C of the 16C floats per token and layer; 2 whole blocks, all but C.
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0)
+        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
         check_config(c, "model");
-        need_ = memory_need(c, B, T, trains);
+        need_ = memory_need(c, B, T, trains, recompute);
         params_mem_ = (float*)gemm::allocate(need_.params, "parameters");
         p.point_into(params_mem_, c);
         if (trains) {
@@ -512,7 +521,7 @@ struct GPT2 {
         if (M) {
             Arena a;
             a.base = acts_mem_ = (float*)gemm::allocate(need_.activations, "activations");
-            act_.place(a, c, M, trains ? c.L : 1);
+            act_.place(a, c, M, trains, recompute);
             if (trains) grad_.place(a, c, M);
             size_t head = head_rows(c, M) * gemm::round_up(c.V, 16);
             scratch_ = (float*)gemm::allocate((head + omp_get_max_threads() * Attention::scratch(T, c.hs())) * 4, "scratch memory");
@@ -549,33 +558,20 @@ struct GPT2 {
     // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T; counted() tells how
     // many. A training pass also leaves what backward() needs.
     double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
-        size_t C = cfg.C, M = B_ * T_;
+        size_t C = cfg.C, M = B_ * T_, L = cfg.L;
         if (B_ > B || T_ > T || (pass.train && !trains)) throw std::logic_error("forward: batch larger than the model was built for");
         pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
-        bool grover = cfg.arch == GROVER_ARCH;
-        auto act = cfg.activation;
         embedding_forward(act_.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
-        layernorm_forward(act_.ln1, act_.ln1_mean, act_.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C);
-        for (size_t l = 0; l < (size_t)cfg.L; l++) {
-            size_t k = kept(l), next = kept(l + 1);
-            const float* resid = l ? act_.resid3 + kept(l - 1) * M * C : act_.embedded;
-            float *ln1 = act_.ln1 + k * M * C, *qkv = act_.qkv + k * M * 3 * C, *atty = act_.atty + k * M * C;
-            float *resid2 = act_.resid2 + k * M * C, *resid3 = act_.resid3 + k * M * C, *ln2 = act_.ln2 + k * M * C;
-            float *fch = act_.fch + k * M * 4 * C, *fch_gelu = act_.fch_gelu + k * M * 4 * C;
-
-            matmul_forward(qkv, ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
-            attention().forward(atty, act_.lse + k * M * cfg.NH, qkv, drop(rng::ATT_DROPOUT, l), pass.seq0, att_scratch_);
-            matmul_forward(act_.branch, atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
-            residual_layernorm_forward(resid2, ln2, act_.ln2_mean + k * M, act_.ln2_rstd + k * M, grover ? ln1 : resid, act_.branch,
-                                       p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass.seq0 * T_ * C);
-            matmul_forward(fch, ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
-                           [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(fch_gelu + m * 4 * C + n, c, count, act); });
-            matmul_forward(act_.branch, fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
-            bool last = l + 1 == (size_t)cfg.L;  // the next LayerNorm is the following block's first, or the final one
-            residual_layernorm_forward(resid3, last ? act_.lnf : act_.ln1 + next * M * C, last ? act_.lnf_mean : act_.ln1_mean + next * M,
-                                       last ? act_.lnf_rstd : act_.ln1_rstd + next * M, resid2, act_.branch,
-                                       last ? p.lnfw : p.ln1w + (l + 1) * C, last ? p.lnfb : p.ln1b + (l + 1) * C, M, C,
-                                       drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C);
+        Block first = block(0);
+        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C);
+        for (size_t l = 0; l < L; l++) {
+            block_forward(l);
+            Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
+            matmul_forward(act_.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
+            residual_layernorm_forward(a.resid3, last ? act_.lnf : next.ln1, last ? act_.lnf_mean : next.ln1_mean,
+                                       last ? act_.lnf_rstd : next.ln1_rstd, a.resid2, act_.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
+                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C);
         }
         return head(targets, M);
     }
@@ -592,31 +588,36 @@ struct GPT2 {
         bool grover = cfg.arch == GROVER_ARCH;
         auto act = cfg.activation;
         float* dresid = grad_.dresid;
-        const float* last = act_.resid3 + (size_t)(cfg.L - 1) * M * C;
-        layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, last, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false);
+        layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, block(cfg.L - 1).resid3, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false);
         for (size_t l = cfg.L; l-- > 0;) {
-            const float* resid = l ? act_.resid3 + (l - 1) * M * C : act_.embedded;
-            const float *ln1 = act_.ln1 + l * M * C, *qkv = act_.qkv + l * M * 3 * C, *atty = act_.atty + l * M * C;
-            const float *resid2 = act_.resid2 + l * M * C, *ln2 = act_.ln2 + l * M * C;
-            const float *fch = act_.fch + l * M * 4 * C, *fch_gelu = act_.fch_gelu + l * M * 4 * C;
+            Block a = block(l);
+            if (recompute == 1) {
+                layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C);
+                layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C);
+#pragma omp parallel for schedule(static)
+                for (size_t m = 0; m < M; m++) gelu_forward(a.fch_gelu + m * 4 * C, a.fch + m * 4 * C, 4 * C, act);
+            } else if (recompute == 2) {
+                layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C);
+                block_forward(l);
+            }
 
             const float* dbranch = masked(dresid, rng::FCPROJ_DROPOUT, l);
-            matmul_backward(grad_.dfch, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, fch_gelu, p.fcprojw + l * 4 * C * C, M,
-                            4 * C, C, [=](size_t m, size_t n, size_t count, float* d) { gelu_backward(d, fch + m * 4 * C + n, count, act); });
-            matmul_backward(grad_.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad_.dfch, ln2, p.fcw + l * 4 * C * C, M, C, 4 * C);
-            layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad_.dln, resid2, act_.ln2_mean + l * M, act_.ln2_rstd + l * M,
+            matmul_backward(grad_.dfch, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, p.fcprojw + l * 4 * C * C, M,
+                            4 * C, C, [=](size_t m, size_t n, size_t count, float* d) { gelu_backward(d, a.fch + m * 4 * C + n, count, act); });
+            matmul_backward(grad_.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad_.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C);
+            layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad_.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
                                p.ln2w + l * C, M, C, true);
 
             dbranch = masked(dresid, rng::ATTPROJ_DROPOUT, l);
-            matmul_backward(grad_.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, atty, p.attprojw + l * C * C, M, C, C);
-            attention().backward(grad_.dqkv, grad_.dln, qkv, act_.lse + l * M * cfg.NH, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
+            matmul_backward(grad_.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, p.attprojw + l * C * C, M, C, C);
+            attention().backward(grad_.dqkv, grad_.dln, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
             // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
-            matmul_backward(grad_.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad_.dqkv, ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
+            matmul_backward(grad_.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad_.dqkv, a.ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
                             [=](size_t m, size_t n, size_t count, float* d) {
                                 if (grover)
                                     for (size_t i = 0; i < count; i++) d[i] += dresid[m * C + n + i];
                             });
-            layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad_.dln, resid, act_.ln1_mean + l * M, act_.ln1_rstd + l * M,
+            layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad_.dln, a.resid, a.ln1_mean, a.ln1_rstd,
                                p.ln1w + l * C, M, C, !grover);
         }
         embedding_backward(g.wte, g.wpe, dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
@@ -678,8 +679,33 @@ struct GPT2 {
     Dropout drop(rng::Stream site, size_t layer) const {
         return {pass_.train ? dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
     }
-    // Which slot of the activations layer l uses: its own in training, else the only one.
-    size_t kept(size_t l) const { return trains ? l : 0; }
+    // Where the activations of one layer stand.
+    struct Block {
+        const float* resid;  // what the block reads
+        float *ln1, *ln1_mean, *ln1_rstd, *qkv, *lse, *atty, *resid2, *ln2, *ln2_mean, *ln2_rstd, *fch, *fch_gelu, *resid3;
+    };
+    Block block(size_t l) const {
+        const Activations& a = act_;
+        size_t C = cfg.C, M = b_ * t_, cheap = l % a.cheap_slots * M, blk = l % a.block_slots * M, res = l % a.resid_slots * M;
+        size_t before = (l + a.resid_slots - 1) % a.resid_slots * M;
+        return {l ? a.resid3 + before * C : a.embedded, a.ln1 + cheap * C, a.ln1_mean + blk, a.ln1_rstd + blk, a.qkv + blk * 3 * C,
+                a.lse + blk * cfg.NH, a.atty + blk * C, a.resid2 + blk * C, a.ln2 + cheap * C, a.ln2_mean + blk, a.ln2_rstd + blk,
+                a.fch + blk * 4 * C, a.fch_gelu + cheap * 4 * C, a.resid3 + res * C};
+    }
+
+    // Block l from its ln1 up to the GELU.
+    void block_forward(size_t l) {
+        Block a = block(l);
+        size_t C = cfg.C, M = b_ * t_;
+        auto act = cfg.activation;
+        matmul_forward(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+        attention().forward(a.atty, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
+        matmul_forward(act_.branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, cfg.arch == GROVER_ARCH ? a.ln1 : a.resid, act_.branch,
+                                   p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass_.seq0 * t_ * C);
+        matmul_forward(a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
+                       [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, act); });
+    }
 
     // The gradient of a residual branch's output: dresid under its dropout mask.
     const float* masked(const float* dresid, rng::Stream site, size_t layer) {

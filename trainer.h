@@ -40,7 +40,7 @@ struct Options {
     float learning_rate = 0, final_lr_fraction = -1, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, grad_clip = 1;
     std::string lr_schedule;
     uint64_t seed = 1337;
-    int threads = 0;
+    int threads = 0, recompute = 0;
     // watching
     int val_every = -1, val_batches = 20, sample_every = -1, sample_tokens = 200, log_every = 1;
     float temperature = 0.8f;
@@ -81,6 +81,7 @@ inline void add_flags(Flags& f, Options& o) {
     f.add("grad_clip", "", &o.grad_clip, "X", "largest global norm of the gradient; 0: no limit");
     f.add("seed", "", &o.seed, "N", "weights, shuffling, dropout and samples follow from it");
     f.add("threads", "", &o.threads, "N", "threads of the CPU; 0: all cores");
+    f.add("recompute", "r", &o.recompute, "0|1|2", "to save memory backward recomputes: 1 LayerNorm and GELU, 2 whole blocks");
     f.section("Watching");
     f.add("val_every", "v", &o.val_every, "N", "steps between validations; 0: never; -1: 20 times a run");
     f.add("val_batches", "m", &o.val_batches, "N", "batches of a validation; 0: the whole file");
@@ -107,7 +108,7 @@ inline void add_flags(Flags& f, Options& o) {
 inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     bool small = c.C <= 128, middle = c.C <= 512;
     if (!o.batch_size) o.batch_size = small ? 16 : middle ? 32 : 4;
-    if (o.max_steps < 0) o.max_steps = fine_tune ? 1000 : small ? 1000 : 5000;
+    if (o.max_steps < 0) o.max_steps = fine_tune ? 1000 : small ? 700 : 5000;
     if (o.learning_rate == 0) o.learning_rate = fine_tune ? 3e-5f : small ? 2e-3f : middle ? 5e-4f : 3e-4f;
     if (o.lr_schedule.empty()) o.lr_schedule = fine_tune ? "constant" : "cosine";
     if (o.dropout < 0) o.dropout = fine_tune || !middle ? 0.0f : small ? 0.1f : 0.2f;
@@ -132,7 +133,7 @@ inline void check_options(const Options& o) {
                  {"val_batches", (double)o.val_batches, 0, INT32_MAX}, {"sample_every", (double)o.sample_every, 0, INT32_MAX},
                  {"sample_tokens", (double)o.sample_tokens, 1, 1 << 24}, {"save_every", (double)o.save_every, 0, INT32_MAX},
                  {"keep", (double)o.keep, 1, 1 << 20},              {"log_every", (double)o.log_every, 1, INT32_MAX},
-                 {"temperature", o.temperature, 0, 1e6}};
+                 {"temperature", o.temperature, 0, 1e6},            {"recompute", (double)o.recompute, 0, 2}};
     for (auto& r : range)
         if (!(r.value >= r.lo && r.value <= r.hi)) throw UsageError(strf("--%s is %g, wanted %g to %g", r.name, r.value, r.lo, r.hi));
 }
@@ -386,6 +387,7 @@ class Run {
         std::unique_ptr<StateReader> state;
         if (o_.resume) state = find_state();
         settle_settings();
+        fit_memory(o_.max_steps > 0);
         load_data();
         build_model(state.get());
         if (o_.max_steps == 0) return only_evaluate();
@@ -452,12 +454,13 @@ class Run {
         }
         if (o_.seq_len < 0) throw UsageError(strf("--seq_len is %d, wanted at least 1", o_.seq_len));
         if (!o_.seq_len) o_.seq_len = cfg_.maxT;
-        apply_preset_defaults(o_, cfg_, from_file && !o_.resume);
+        bool fine_tune = from_file && !o_.resume;
+        apply_preset_defaults(o_, cfg_, fine_tune);
         check_options(o_);
         learning_rate(o_.lr_schedule, 1, 0, 0, 1, 0);  // throws for an unknown name
         B_ = (size_t)o_.batch_size, T_ = (size_t)o_.seq_len;
         size_t tokens = checked_mul(B_, T_, "--batch_size x --seq_len");
-        if (!o_.total_batch_size) o_.total_batch_size = (int)std::min<size_t>(tokens, INT32_MAX);
+        if (!o_.total_batch_size) o_.total_batch_size = (int)std::min<size_t>(tokens * (fine_tune && cfg_.C > 512 ? 32 : 1), INT32_MAX);
         if (tokens > INT32_MAX || (size_t)o_.total_batch_size % tokens)
             fail("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu", o_.total_batch_size, B_, T_, tokens);
         micro_steps_ = (size_t)o_.total_batch_size / tokens;
@@ -479,20 +482,33 @@ class Run {
         }
     }
 
-    void build_model(StateReader* state) {
-        bool trains = o_.max_steps > 0;
-        auto need_of = [&](size_t B) { return Model::memory_need(cfg_, B, T_, trains).total(); };
-        need_ = Model::memory_need(cfg_, B_, T_, trains);
+    // Where memory is short: recompute more, then accumulate over smaller batches, as far as the flags leave it open.
+    void fit_memory(bool trains) {
         size_t have = Model::memory_available();
-        if (need_.total() > have) {
+        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute).total(); };
+        size_t wanted = need_of(B_, o_.recompute), B = B_;
+        int r = o_.recompute;
+        while (need_of(B, r) > have && r < 2 && trains && !flags_.given("recompute")) r++;
+        while (need_of(B, r) > have && B % 2 == 0 && !flags_.given("batch_size")) B /= 2;
+        if (need_of(B, r) > have) {
             size_t fits = 0;
             for (size_t bit = (size_t)1 << 24; bit; bit >>= 1)
-                if (fits + bit < B_ && need_of(fits + bit) <= have) fits += bit;
-            std::string hint = fits ? strf("--batch_size %zu would fit", fits) : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
-            fail("this run needs %s of memory, %s are free; %s", human_bytes((double)need_.total()).c_str(), human_bytes((double)have).c_str(),
-                 hint.c_str());
+                if (fits + bit < B_ && need_of(fits + bit, r) <= have) fits += bit;
+            std::string hint = fits ? strf("--batch_size %zu%s would fit", fits, r > o_.recompute ? strf(" --recompute %d", r).c_str() : "") : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
+            if (r < 2 && trains && need_of(B_, 2) <= have) hint += ", or --recompute 2 with this batch";
+            fail("this run needs %s of memory, %s are free; %s", human_bytes((double)wanted).c_str(), human_bytes((double)have).c_str(), hint.c_str());
         }
-        model_ = std::make_unique<Model>(cfg_, B_, T_, trains);
+        if (r != o_.recompute || B != B_)
+            printf("memory is short (%s needed, %s free), so this run takes --recompute %d --batch_size %zu; the step stays %d tokens\n",
+                   human_bytes((double)wanted).c_str(), human_bytes((double)have).c_str(), r, B, o_.total_batch_size);
+        micro_steps_ *= B_ / B;
+        B_ = B, o_.batch_size = (int)B, o_.recompute = r;
+        need_ = Model::memory_need(cfg_, B_, T_, trains, r);
+    }
+
+    void build_model(StateReader* state) {
+        bool trains = o_.max_steps > 0;
+        model_ = std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute);
         model_->dropout = o_.dropout, model_->seed = o_.seed;
         if (checkpoint_) load_model(*model_, *checkpoint_), checkpoint_.reset();
         else model_->init_weights(o_.seed);

@@ -25,6 +25,11 @@ struct TempDir {
     std::string operator/(const std::string& name) const { return path + "/" + name; }
 };
 
+// Says that the running test cannot run here, and why; it counts as skipped instead of passed:
+//     if (!file_exists(corpus)) return skip(corpus + ": not found");
+inline std::string skip_reason;
+inline void skip(const std::string& reason) { skip_reason = reason; }
+
 // The one line that f's Error says; "" where f throws none.
 template <class F>
 std::string error_of(F f) {

@@ -4,7 +4,7 @@
 //     ./convert_gpt2 to-hf in.bin DIR        and back, under the names that the tensors came with
 //
 // Read it from top to bottom: JSON, safetensors files, the table of names, config.json, from_hf, to_hf.
-// Tensors pass through one at a time, so a model of 1.5 billion parameters needs well under 1 GB here.
+// Tensors pass through one at a time, so 1.5 billion parameters are converted in 100 MB.
 // Numbers are never changed: what was fp32 or bf16 comes back bit for bit.
 #ifndef CONVERT_GPT2_CPP
 #define CONVERT_GPT2_CPP
@@ -23,6 +23,7 @@ namespace convert {
 // JSON from strangers
 
 using Json = nlohmann::json;
+using ull = unsigned long long;  // what %llu prints
 
 constexpr int MAX_JSON_DEPTH = 64;
 constexpr size_t MAX_JSON_VALUES = 4000000;  // a model's header has some thousands, a tokenizer 200,000
@@ -61,8 +62,7 @@ inline Json parse_json(const std::string& text, const std::string& where) {
 
 inline std::string read_text(const std::string& path) {
     Reader file(path);
-    if (file.size > MAX_TEXT)
-        fail("%s: has %llu bytes, wanted at most %llu", path.c_str(), (unsigned long long)file.size, (unsigned long long)MAX_TEXT);
+    if (file.size > MAX_TEXT) fail("%s: has %llu bytes, wanted at most %llu", path.c_str(), (ull)file.size, (ull)MAX_TEXT);
     return file.rest();
 }
 
@@ -178,13 +178,12 @@ inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_b
             fail("%s: data_offsets is %s, wanted begin and end", at.c_str(), shown(part("data_offsets")).c_str());
         t.begin = offsets[0], t.end = offsets[1];
         if (t.end > data_bytes)
-            fail("%s: data_offsets end at %llu, but the file has %llu bytes of data", at.c_str(), (unsigned long long)t.end,
-                 (unsigned long long)data_bytes);
+            fail("%s: data_offsets end at %llu, but the file has %llu bytes of data", at.c_str(), (ull)t.end, (ull)data_bytes);
         if (uint64_t bytes = dtype_bytes(t.dtype)) {
             for (uint64_t d : t.shape) bytes = checked_mul(bytes, d, (at + ": shape").c_str());
             if (bytes != t.end - t.begin)
-                fail("%s: data_offsets span %llu bytes, wanted %llu for %s %s", at.c_str(), (unsigned long long)(t.end - t.begin),
-                     (unsigned long long)bytes, t.dtype.c_str(), shape_text(t.shape).c_str());
+                fail("%s: data_offsets span %llu bytes, wanted %llu for %s %s", at.c_str(), (ull)(t.end - t.begin), (ull)bytes,
+                     t.dtype.c_str(), shape_text(t.shape).c_str());
         }
         tensors.push_back(std::move(t));
     }
@@ -192,19 +191,25 @@ inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_b
               [](const Tensor& a, const Tensor& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
     for (size_t i = 1; i < tensors.size(); i++)
         if (tensors[i].begin < tensors[i - 1].end)
-            fail("%s: tensors %s and %s overlap", where.c_str(), shown(tensors[i - 1].name).c_str(), shown(tensors[i].name).c_str());
+            fail("%s: tensors %s and %s overlap", where.c_str(), shown(tensors[i - 1].name).c_str(),
+                 shown(tensors[i].name).c_str());
     return tensors;
 }
 
 // 'text' as one word of a shell command.
 inline std::string shell_word(const std::string& text) {
-    if (!text.empty() && text.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./+:@%-") ==
-                             std::string::npos)
-        return text;
+    const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./+:@%-";
+    if (!text.empty() && text.find_first_not_of(plain) == std::string::npos) return text;
     std::string s = "'";
     for (char c : text) s += c == '\'' ? std::string("'\\''") : std::string(1, c);
     return s + "'";
 }
+
+// clone() because tensors that share memory, as tied ones do, cannot be saved; glob because there may be shards.
+constexpr const char* FROM_PYTORCH =
+    "python3 -c \"import glob, torch; from safetensors.torch import save_file; d = {}; "
+    "[d.update(torch.load(f, map_location='cpu', weights_only=True)) for f in sorted(glob.glob('pytorch_model*.bin'))]; "
+    "save_file({k: v.clone().contiguous() for k, v in d.items()}, 'model.safetensors', {'format': 'pt'})\"";
 
 // All tensors of a folder: model.safetensors, or the shards that model.safetensors.index.json lists.
 class Safetensors {
@@ -217,11 +222,8 @@ class Safetensors {
         if (file_exists(path)) add_file(path);
         else if (file_exists(index)) add_shards(dir, path = index);
         else if (file_exists(dir + "/pytorch_model.bin") || file_exists(dir + "/pytorch_model.bin.index.json"))
-            fail("%s: is missing; this makes it from pytorch_model.bin: cd %s && python3 -c \"import glob, torch; from "
-                 "safetensors.torch import save_file; d = {}; [d.update(torch.load(f, map_location='cpu', weights_only=True)) for f "
-                 "in sorted(glob.glob('pytorch_model*.bin'))]; save_file({k: v.clone().contiguous() for k, v in d.items()}, "
-                 "'model.safetensors', {'format': 'pt'})\"",
-                 path.c_str(), shell_word(dir).c_str());
+            fail("%s: is missing; this makes it from pytorch_model.bin: cd %s && %s", path.c_str(), shell_word(dir).c_str(),
+                 FROM_PYTORCH);
         else fail("%s: is missing, and so is model.safetensors.index.json", path.c_str());
     }
     size_t num_files() const { return files_.size(); }
@@ -261,7 +263,7 @@ class Safetensors {
         if (zero == 0) return;
         size_t i = 0;
         while (dst[i] - dst[i] == 0) i++;
-        fail("%s: element %llu is %f", at(t).c_str(), (unsigned long long)(first + i), dst[i]);
+        fail("%s: element %llu is %f", at(t).c_str(), (ull)(first + i), dst[i]);
     }
 
   private:
@@ -273,13 +275,12 @@ class Safetensors {
         const char lfs[] = "version https://git-lfs";  // what a clone without git-lfs leaves in the file's place
         if (memcmp(&length, lfs, 8) == 0)
             fail("%s: is a Git LFS pointer, not the tensors; fetch them with: git lfs pull", file_path.c_str());
-        if (file.size < 8) fail("%s: has %llu bytes, wanted a header length of 8", file_path.c_str(), (unsigned long long)file.size);
+        if (file.size < 8) fail("%s: has %llu bytes, wanted a header length of 8", file_path.c_str(), (ull)file.size);
         if (length > MAX_TEXT)
-            fail("%s: header length is %llu, wanted at most %llu", file_path.c_str(), (unsigned long long)length,
-                 (unsigned long long)MAX_TEXT);
+            fail("%s: header length is %llu, wanted at most %llu", file_path.c_str(), (ull)length, (ull)MAX_TEXT);
         if (length > file.size - 8)
-            fail("%s: truncated: header length is %llu, but %llu bytes follow", file_path.c_str(), (unsigned long long)length,
-                 (unsigned long long)(file.size - 8));
+            fail("%s: truncated: header length is %llu, but %llu bytes follow", file_path.c_str(), (ull)length,
+                 (ull)(file.size - 8));
         std::string text(length, '\0');
         file.read(&text[0], length, "header");
         data_start_.push_back(8 + length);
@@ -483,7 +484,8 @@ inline Config config_of(const JsonFile& f, const Safetensors& st) {
     auto agree = [&](const char* field, int value, const char* tensor, size_t dimension) {
         const Tensor& t = st.need(tensor, 2);
         if (t.shape[dimension] != (uint64_t)value)
-            fail("%s: %s is %d, but %s has shape %s", f.path.c_str(), field, value, st.at(t).c_str(), shape_text(t.shape).c_str());
+            fail("%s: %s is %d, but %s has shape %s", f.path.c_str(), field, value, st.at(t).c_str(),
+                 shape_text(t.shape).c_str());
     };
     agree("vocab_size", c.V, "wte.weight", 0);
     agree("n_embd", c.C, "wte.weight", 1);
@@ -581,7 +583,8 @@ inline void check_tensors(const std::vector<Slot>& slots, const Safetensors& st)
 inline void check_head(const JsonFile& config, Safetensors& st, const Config& c) {
     const Tensor *head = st.find("lm_head.weight"), &wte = st.need("wte.weight", 2);
     bool tied = config.flag("tie_word_embeddings", true);
-    if (!head && !tied) fail("%s: tie_word_embeddings is false, but %s has no lm_head.weight", config.path.c_str(), st.path.c_str());
+    if (!head && !tied)
+        fail("%s: tie_word_embeddings is false, but %s has no lm_head.weight", config.path.c_str(), st.path.c_str());
     if (!head) return;
     if (head->shape != wte.shape)
         fail("%s: shape is %s, wanted %s as wte.weight", st.at(*head).c_str(), shape_text(head->shape).c_str(),
@@ -643,9 +646,8 @@ inline Summary from_hf(const std::string& dir, const std::string& out, std::stri
 // ---------------------------------------------------------------------------------------------
 // to_hf
 
-constexpr const char* TOKENIZER_FILES[] = {"vocab.json",           "merges.txt",
-                                           "tokenizer.json",       "tokenizer_config.json",
-                                           "special_tokens_map.json", "added_tokens.json"};
+constexpr const char* TOKENIZER_FILES[] = {
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"};
 
 // What goes along with the weights: files to copy, and what config.json takes from them.
 struct Companions {
@@ -656,7 +658,7 @@ struct Companions {
 
 // Token ids of a tokenizer file; each must be a row of wte.
 inline void note_token(Companions* k, const std::string& where, const std::string& token, const Json& id, const Config& c) {
-    if (!id.is_number_unsigned()) 
+    if (!id.is_number_unsigned())
         fail("%s: id of %s is %s, wanted a whole number", where.c_str(), shown(Json(token)).c_str(), shown(id).c_str());
     if (id.get<uint64_t>() >= (uint64_t)c.V)
         fail("%s: id of %s is %s, but the model's vocabulary has %d tokens", where.c_str(), shown(Json(token)).c_str(),
@@ -781,12 +783,12 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
     model.commit();
     for (auto& f : small) f->commit();
 
-    const char* loader = c.arch == GPT2_ARCH ? "GPT2LMHeadModel" : "AutoModelForCausalLM";
-    std::string next = strf("python3 -c \"from transformers import %s as M; print(M.from_pretrained('%s'%s))\"", loader, dir.c_str(),
-                            c.arch == GPT2_ARCH ? "" : ", trust_remote_code=True");
+    std::string next = strf("python3 -c \"from transformers import GPT2LMHeadModel as M; print(M.from_pretrained('%s'))\"",
+                            dir.c_str());
+    if (c.arch == GROVER_ARCH) next = strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
     if (c.arch == GROVER_ARCH && along.auto_map.is_null())
-        next = "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, where SRC is the folder that the\n"
-               "model came from: its modelling code (auto_map in config.json) and its tokenizer then go along";
+        next = "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, the folder that the model came\n"
+               "      from: its modelling code (auto_map in its config.json) and its tokenizer then go along";
     return {c, strf("%s, %s", in.c_str(), bf16 ? "bf16" : "fp32"),
             strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(), bf16 ? "BF16" : "F32",
                  human_bytes((double)model.bytes).c_str(), names.c_str()), next};

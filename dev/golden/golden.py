@@ -8,7 +8,8 @@ Three cases share one set of weights, tokens and targets:
     gpt2         transformers' own GPT2LMHeadModel (tanh GELU)
     grover_erf   GROVER, as AraGPT2-large and -mega, written below from its definition
     grover_tanh  the same with the tanh GELU
-Everything is computed in float64 by one thread and stored as float32; the same versions give the same bytes.
+Everything is computed in float64 by one thread and stored as float32; running it twice gives the same bytes. It needs
+torch 2.0 or newer (torch.func) and a transformers that accepts it; Debian 12's python3-torch, 1.13, is too old.
 
 The sizes are odd on purpose: T < maxT, V < Vp, and no two of B, T, L, NH, hs, C, V alike, so that a swapped pair
 shows. Weights are far larger than GPT-2's initial ones, biases are not zero and LayerNorm weights not one, so that

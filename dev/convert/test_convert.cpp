@@ -1,0 +1,661 @@
+// Tests of convert_gpt2.cpp: small checkpoints written by hand, converted, read back, and spoilt in every way.
+#define ARAPOET_NO_MAIN
+#include "convert_gpt2.cpp"
+
+#include <cfloat>
+#include <doctest/doctest.h>
+
+#include "dev/test_util.h"
+
+namespace {
+
+using convert::Json;
+
+// What lies in a published folder, before it is written: numbers as bits of the dtype.
+struct Published {
+    struct Entry {
+        std::string dtype;
+        std::vector<uint64_t> shape;
+        std::string bytes;
+    };
+    Json config;
+    std::vector<std::pair<std::string, Entry>> tensors;
+    std::string prefix = "transformer.";
+
+    Entry& at(const std::string& name) {
+        for (auto& t : tensors)
+            if (t.first == name) return t.second;
+        throw std::runtime_error("test: no tensor " + name);
+    }
+    void erase(const std::string& name) {
+        tensors.erase(std::remove_if(tensors.begin(), tensors.end(), [&](auto& t) { return t.first == name; }), tensors.end());
+    }
+};
+
+std::string with_length(const std::string& header, const std::string& data = "") {
+    uint64_t n = header.size();
+    return std::string((const char*)&n, 8) + header + data;
+}
+
+// A safetensors file of the tensors whose index i has take(i); `gap` bytes lie between neighbours.
+template <class Take>
+std::string safetensors(const Published& p, Take take, size_t gap = 0) {
+    Json header = {{"__metadata__", {{"format", "pt"}}}};
+    std::string data;
+    for (size_t i = 0; i < p.tensors.size(); i++) {
+        const auto& [name, e] = p.tensors[i];
+        if (!take(i)) continue;
+        std::string full = name == "lm_head.weight" ? name : p.prefix + name;
+        header[full] = {{"dtype", e.dtype}, {"shape", e.shape}, {"data_offsets", {data.size(), data.size() + e.bytes.size()}}};
+        data += e.bytes + std::string(gap, 'x');
+    }
+    return with_length(header.dump(), data);
+}
+std::string safetensors(const Published& p) {
+    return safetensors(p, [](size_t) { return true; });
+}
+void save(const std::string& dir, const Published& p) {
+    make_dirs(dir);
+    write_file(dir + "/config.json", p.config.dump());
+    write_file(dir + "/model.safetensors", safetensors(p));
+}
+
+// Numbers that look random and differ everywhere, as bits of the dtype.
+std::string numbers(const std::string& dtype, size_t n) {
+    static uint32_t state = 1;
+    std::string bytes;
+    for (size_t i = 0; i < n; i++) {
+        state = state * 1664525u + 1013904223u;
+        float f = (float)(int32_t)state * 0x1p-31f;
+        uint16_t bf16 = float_to_bf16(f), f16 = (uint16_t)((state >> 16 & 0x83ff) | 0x3000);  // |x| in [0.125, 0.25)
+        if (dtype == "F32") bytes.append((const char*)&f, 4);
+        else bytes.append((const char*)(dtype == "BF16" ? &bf16 : &f16), 2);
+    }
+    return bytes;
+}
+
+constexpr int V = 131, T = 9, C = 12, L = 3, NH = 4;
+
+// A model of odd sizes. The names stand here once more, so that a slip in the converter's table shows.
+Published example(bool grover, const std::string& dtype = "F32") {
+    Published p;
+    p.config = {{"model_type", "gpt2"}, {"n_layer", L}, {"n_head", NH}, {"n_embd", C}, {"vocab_size", V}, {"n_positions", T}};
+    auto add = [&](const std::string& name, std::vector<uint64_t> shape) {
+        size_t n = 1;
+        for (uint64_t d : shape) n *= d;
+        p.tensors.push_back({name, {dtype, shape, numbers(dtype, n)}});
+    };
+    add("wte.weight", {V, C}), add("wpe.weight", {T, C});
+    if (grover) add("emb_norm.weight", {C}), add("emb_norm.bias", {C});
+    for (int l = 0; l < L; l++) {
+        std::string h = "h." + std::to_string(l) + ".";
+        add(h + "ln_1.weight", {C}), add(h + "ln_1.bias", {C});
+        add(h + "attn.c_attn.weight", {C, 3 * C}), add(h + "attn.c_attn.bias", {3 * C});
+        add(h + "attn.c_proj.weight", {C, C}), add(h + "attn.c_proj.bias", {C});
+        add(h + "ln_2.weight", {C}), add(h + "ln_2.bias", {C});
+        add(h + "mlp.c_fc.weight", {C, 4 * C}), add(h + "mlp.c_fc.bias", {4 * C});
+        add(h + "mlp.c_proj.weight", {4 * C, C}), add(h + "mlp.c_proj.bias", {C});
+    }
+    if (!grover) add("ln_f.weight", {C}), add("ln_f.bias", {C});
+    return p;
+}
+
+float value(const Published::Entry& e, size_t i) {
+    float f;
+    uint16_t h;
+    if (e.dtype == "F32") return memcpy(&f, &e.bytes[4 * i], 4), f;
+    memcpy(&h, &e.bytes[2 * i], 2);
+    if (e.dtype == "BF16") return bf16_to_float(h);
+    double x = (h >> 10 & 31) ? std::ldexp(1024 + (h & 1023), (h >> 10 & 31) - 25) : std::ldexp(h & 1023, -24);
+    return (float)(h & 0x8000 ? -x : x);
+}
+
+// The parameters that the model file must hold, by DESIGN.md's rule, element by element.
+std::vector<float> expected(Published& p, bool grover) {
+    std::vector<float> out;
+    auto plain = [&](const std::string& name) {
+        const auto& e = p.at(name);
+        size_t n = e.shape[0] * (e.shape.size() == 2 ? e.shape[1] : 1);
+        for (size_t i = 0; i < n; i++) out.push_back(value(e, i));
+    };
+    auto turned = [&](const std::string& name) {
+        const auto& e = p.at(name);
+        for (size_t o = 0; o < e.shape[1]; o++)
+            for (size_t i = 0; i < e.shape[0]; i++) out.push_back(value(e, i * e.shape[1] + o));
+    };
+    auto layers = [&](auto f) {
+        for (int l = 0; l < L; l++) f("h." + std::to_string(l) + ".", l ? "h." + std::to_string(l - 1) + ".ln_2" : "emb_norm");
+    };
+    plain("wte.weight");
+    out.resize(256 * C);
+    plain("wpe.weight");
+    for (std::string kind : {".weight", ".bias"})
+        layers([&](std::string h, std::string before) { plain((grover ? before : h + "ln_1") + kind); });
+    layers([&](std::string h, std::string) { turned(h + "attn.c_attn.weight"); });
+    layers([&](std::string h, std::string) { plain(h + "attn.c_attn.bias"); });
+    layers([&](std::string h, std::string) { turned(h + "attn.c_proj.weight"); });
+    layers([&](std::string h, std::string) { plain(h + "attn.c_proj.bias"); });
+    for (std::string kind : {".weight", ".bias"})
+        layers([&](std::string h, std::string) { plain(h + (grover ? "ln_1" : "ln_2") + kind); });
+    layers([&](std::string h, std::string) { turned(h + "mlp.c_fc.weight"); });
+    layers([&](std::string h, std::string) { plain(h + "mlp.c_fc.bias"); });
+    layers([&](std::string h, std::string) { turned(h + "mlp.c_proj.weight"); });
+    layers([&](std::string h, std::string) { plain(h + "mlp.c_proj.bias"); });
+    for (std::string kind : {".weight", ".bias"}) plain((grover ? "h.2.ln_2" : "ln_f") + kind);
+    return out;
+}
+
+std::vector<float> parameters(const std::string& path, Config* c = nullptr, int* version = nullptr) {
+    ModelReader r(path);
+    std::vector<float> x(num_params(r.cfg));
+    r.read(x.data(), x.size());
+    if (c) *c = r.cfg;
+    if (version) *version = r.version;
+    return x;
+}
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * 4) == 0;
+}
+
+// The tensors of a folder that to_hf wrote equal those of p, bit for bit, and there are no others.
+void check_published(const std::string& dir, Published& p) {
+    std::string file = read_file(dir + "/model.safetensors");
+    uint64_t n;
+    memcpy(&n, file.data(), 8);
+    CHECK((8 + n) % 8 == 0);
+    Json header = Json::parse(file.substr(8, n));
+    CHECK(header["__metadata__"]["format"] == "pt");
+    CHECK(header.size() == p.tensors.size() + 1);
+    for (auto& [name, e] : p.tensors) {
+        INFO(name);
+        const Json& j = header["transformer." + name];
+        CHECK(j["dtype"] == e.dtype);
+        CHECK(j["shape"] == Json(e.shape));
+        uint64_t begin = j["data_offsets"][0], end = j["data_offsets"][1];
+        CHECK(file.substr(8 + n + begin, end - begin) == e.bytes);
+    }
+}
+
+// One tensor of a header that is written by hand.
+std::string entry(const char* name, const char* dtype, const char* shape, const char* offsets) {
+    return strf("{\"%s\": {\"dtype\": %s, \"shape\": %s, \"data_offsets\": %s}}", name, dtype, shape, offsets);
+}
+
+}  // namespace
+
+TEST_CASE("convert: F16 values") {
+    for (uint32_t h = 0; h < 65536; h++) {
+        float found = convert::f16_to_float((uint16_t)h);
+        if ((h & 0x7c00) == 0x7c00) {
+            CHECK(std::isnan(found) == ((h & 0x3ff) != 0));
+            CHECK(!std::isfinite(found));
+            continue;
+        }
+        float want = value({"F16", {1}, std::string((const char*)&h, 2)}, 0);
+        if (memcmp(&found, &want, 4) != 0) FAIL(h);
+    }
+}
+
+TEST_CASE("convert: GPT-2 and GROVER, every dtype, with and without prefix, there and back") {
+    for (bool grover : {false, true})
+        for (std::string dtype : {"F32", "F16", "BF16"})
+            for (std::string prefix : {"transformer.", ""}) {
+                INFO(grover, " ", dtype, " '", prefix, "'");
+                TempDir dir;
+                Published p = example(grover, dtype);
+                p.prefix = prefix;
+                if (grover && prefix.empty()) p.config["model_type"] = "aragpt2";
+                if (prefix.empty()) p.config["activation_function"] = "gelu";
+                save(dir / "hf", p);
+                convert::from_hf(dir / "hf", dir / "a.bin");
+                Config c;
+                int version;
+                CHECK(same_bits(parameters(dir / "a.bin", &c, &version), expected(p, grover)));
+                CHECK(version == (dtype == "BF16" ? MODEL_BF16 : MODEL_FP32));
+                CHECK(c.arch == (grover ? GROVER_ARCH : GPT2_ARCH));
+                CHECK(c.activation == (prefix.empty() ? GELU_ERF : GELU_TANH));
+                CHECK(c.maxT == T);
+                CHECK(c.V == V);
+                CHECK(c.Vp == 256);
+                CHECK(c.L == L);
+                CHECK(c.NH == NH);
+                CHECK(c.C == C);
+
+                convert::to_hf(dir / "a.bin", dir / "back/again");
+                if (dtype != "F16") check_published(dir / "back/again", p);
+                convert::from_hf(dir / "back/again", dir / "b.bin");
+                CHECK(read_file(dir / "a.bin") == read_file(dir / "b.bin"));
+                Json j = Json::parse(read_file(dir / "back/again/config.json"));
+                CHECK(j["model_type"] == (grover ? "aragpt2" : "gpt2"));
+                CHECK(j["architectures"][0] == (grover ? "AraGPT2LMHeadModel" : "GPT2LMHeadModel"));
+                CHECK(j["activation_function"] == (prefix.empty() ? "gelu" : "gelu_new"));
+                CHECK(j["torch_dtype"] == (dtype == "BF16" ? "bfloat16" : "float32"));
+                CHECK(j["eos_token_id"].is_null());
+            }
+}
+
+TEST_CASE("convert: extreme numbers keep their bits") {
+    TempDir dir;
+    Published p = example(false);
+    const float odd[] = {-0.0f, FLT_MIN / 8, -FLT_MIN / 1024, FLT_MAX, -FLT_MAX, 1.0f + FLT_EPSILON};
+    memcpy(&p.at("h.1.mlp.c_fc.weight").bytes[40], odd, sizeof odd);
+    memcpy(&p.at("wte.weight").bytes[40], odd, sizeof odd);
+    save(dir / "hf", p);
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    CHECK(same_bits(parameters(dir / "a.bin"), expected(p, false)));
+    convert::to_hf(dir / "a.bin", dir / "back");
+    check_published(dir / "back", p);
+    std::string error = error_of([&] { convert::from_hf(dir / "hf", dir / "b.bin", "bf16"); });
+    CHECK(contains(error, "tensor transformer.wte.weight: 3.40282e+38 is too large for bf16; convert with --dtype fp32"));
+}
+
+TEST_CASE("convert: --dtype") {
+    TempDir dir;
+    Published p = example(false);
+    save(dir / "hf", p);
+    convert::from_hf(dir / "hf", dir / "a.bin", "bf16");
+    std::vector<float> want = expected(p, false);
+    for (float& x : want) x = bf16_to_float(float_to_bf16(x));
+    int version;
+    CHECK(same_bits(parameters(dir / "a.bin", nullptr, &version), want));
+    CHECK(version == MODEL_BF16);
+
+    p = example(false, "BF16");
+    save(dir / "bf", p);
+    convert::from_hf(dir / "bf", dir / "b.bin", "fp32");
+    CHECK(same_bits(parameters(dir / "b.bin", nullptr, &version), expected(p, false)));
+    CHECK(version == MODEL_FP32);
+    // one tensor of another dtype makes the whole fp32
+    p.at("ln_f.bias") = {"F32", {C}, numbers("F32", C)};
+    save(dir / "bf", p);
+    convert::from_hf(dir / "bf", dir / "b.bin");
+    CHECK(same_bits(parameters(dir / "b.bin", nullptr, &version), expected(p, false)));
+    CHECK(version == MODEL_FP32);
+}
+
+TEST_CASE("convert: mask buffers, a tied lm_head, gaps, other names of sizes") {
+    TempDir dir;
+    Published p = example(false), plain = p;
+    p.tensors.push_back({"h.0.attn.bias", {"BOOL", {1, 1, T, T}, std::string(T * T, '\1')}});
+    p.tensors.push_back({"h.2.attn.bias", {"U8", {1, 1, T, T}, std::string(T * T, '\1')}});
+    p.tensors.push_back({"h.1.attn.masked_bias", {"F32", {}, numbers("F32", 1)}});
+    p.tensors.push_back({"lm_head.weight", p.at("wte.weight")});
+    p.config["hidden_size"] = C;
+    p.config.erase("n_positions");
+    p.config["max_position_embeddings"] = T;
+    p.config["n_inner"] = 4 * C;
+    p.config["summary_type"] = "cls_index";
+    p.config["reorder_and_upcast_attn"] = true;
+    for (bool tied : {true, false}) {
+        p.config["tie_word_embeddings"] = tied;
+        save(dir / "hf", p);
+        write_file(dir / "hf/model.safetensors", safetensors(p, [](size_t) { return true; }, 5));
+        convert::from_hf(dir / "hf", dir / "a.bin");
+        CHECK(same_bits(parameters(dir / "a.bin"), expected(plain, false)));
+    }
+}
+
+TEST_CASE("convert: shards") {
+    TempDir dir;
+    Published p = example(true, "BF16");
+    make_dirs(dir / "hf");
+    write_file(dir / "hf/config.json", p.config.dump());
+    Json map;
+    for (size_t k = 0; k < 3; k++) {
+        std::string name = strf("model-%05zu-of-00003.safetensors", k + 1);
+        write_file(dir / "hf/" + name, safetensors(p, [&](size_t i) { return i % 3 == k; }));
+        for (size_t i = k; i < p.tensors.size(); i += 3) map[p.prefix + p.tensors[i].first] = name;
+    }
+    auto index = [&](const Json& j) { write_file(dir / "hf/model.safetensors.index.json", j.dump()); };
+    auto error = [&] { return error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); }); };
+    index({{"metadata", {{"total_size", 1}}}, {"weight_map", map}});
+    CHECK(error() == "");
+    CHECK(same_bits(parameters(dir / "a.bin"), expected(p, true)));
+
+    Json wrong = map;
+    wrong["transformer.wte.weight"] = "model-00002-of-00003.safetensors";
+    index({{"weight_map", wrong}});
+    CHECK(contains(error(), "index.json: weight_map places transformer.wte.weight in model-00002-of-00003.safetensors, which "
+                            "lacks it"));
+    wrong["transformer.wte.weight"] = "model-00009-of-00003.safetensors";
+    index({{"weight_map", wrong}});
+    CHECK(contains(error(), "/hf/model-00009-of-00003.safetensors: is missing; " +
+                                (dir / "hf/model.safetensors.index.json names it")));
+    for (Json bad : {Json("../model-00001-of-00003.safetensors"), Json(""), Json(3), Json()}) {
+        wrong["transformer.wte.weight"] = bad;
+        index({{"weight_map", wrong}});
+        CHECK(contains(error(), "weight_map of transformer.wte.weight is " + bad.dump() + ", wanted a file name"));
+    }
+    index({{"weight_map", Json::object()}});
+    CHECK(contains(error(), "index.json: weight_map is missing or empty"));
+    index(Json::array());
+    CHECK(contains(error(), "index.json: is [], wanted an object"));
+    index({{"weight_map", map}});
+    p.tensors.resize(1);  // wte stands in the second shard as well
+    write_file(dir / "hf/model-00002-of-00003.safetensors", safetensors(p));
+    CHECK(contains(error(), "model-00002-of-00003.safetensors: tensor wte.weight stands twice, also as "));
+}
+
+TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts the tensors") {
+    TempDir dir;
+    auto error = [&](Published p, const char* field, Json value) {
+        if (value.is_discarded()) p.config.erase(field);
+        else p.config[field] = value;
+        save(dir / "hf", p);
+        std::string e = error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); });
+        std::string file = dir / "hf/config.json: ";
+        return e.compare(0, file.size(), file) == 0 ? e.substr(file.size()) : e;
+    };
+    Published p = example(false), g = example(true);
+    const Json absent(Json::value_t::discarded);
+    std::string st = dir / "hf/model.safetensors", wte = st + ": tensor transformer.wte.weight has shape (131, 12)";
+    CHECK(error(p, "model_type", "gpt_neo") == "model_type is \"gpt_neo\", wanted gpt2 or aragpt2");
+    CHECK(error(p, "model_type", 2) == "model_type is 2, wanted a string");
+    CHECK(error(p, "model_type", "aragpt2") == "model_type is \"aragpt2\" (GROVER), but " + st + " holds ln_f.weight (GPT-2)");
+    CHECK(error(p, "n_layer", absent) == "n_layer is missing, wanted a whole number");
+    CHECK(error(p, "n_layer", 2) == "n_layer is 2, but " + st + " holds 3 blocks");
+    CHECK(error(g, "n_layer", 4) == "n_layer is 4, but " + st + " holds 3 blocks");
+    CHECK(error(p, "num_hidden_layers", 4) == "n_layer is 3, but num_hidden_layers is 4");
+    CHECK(error(p, "n_head", 5) == "n_head is 5, wanted a divisor of n_embd = 12");
+    CHECK(error(p, "n_head", 0) == "n_head is 0, wanted a whole number from 1 to 4096");
+    CHECK(error(p, "n_head", -4) == "n_head is -4, wanted a whole number from 1 to 4096");
+    CHECK(error(p, "n_head", 4.5) == "n_head is 4.5, wanted a whole number from 1 to 4096");
+    CHECK(error(p, "n_head", "4") == "n_head is \"4\", wanted a whole number from 1 to 4096");
+    CHECK(error(p, "n_layer", 1ull << 40) == "n_layer is 1099511627776, wanted a whole number from 1 to 4096");
+    CHECK(error(p, "vocab_size", 130) == "vocab_size is 130, but " + wte);
+    CHECK(error(p, "n_embd", 16) == "n_embd is 16, but " + wte);
+    CHECK(error(p, "n_positions", 8) == "n_positions is 8, but " + st + ": tensor transformer.wpe.weight has shape (9, 12)");
+    CHECK(error(p, "n_inner", 24) == "n_inner is 24, wanted null or 4 n_embd = 48");
+    CHECK(error(p, "scale_attn_weights", false) == "scale_attn_weights is false, wanted true (the other is not implemented)");
+    CHECK(error(p, "scale_attn_by_inverse_layer_idx", true) ==
+          "scale_attn_by_inverse_layer_idx is true, wanted false (the other is not implemented)");
+    CHECK(error(p, "add_cross_attention", true) == "add_cross_attention is true, wanted false (the other is not implemented)");
+    CHECK(error(p, "add_cross_attention", 1) == "add_cross_attention is 1, wanted true or false");
+    CHECK(error(p, "layer_norm_epsilon", 1e-6) == "layer_norm_epsilon is 1e-06, wanted 1e-05 (others are not implemented)");
+    CHECK(error(p, "layer_norm_epsilon", "x") == "layer_norm_epsilon is \"x\", wanted a number");
+    CHECK(error(p, "activation_function", "relu") ==
+          "activation_function is \"relu\", wanted one of gelu_new, gelu_pytorch_tanh, gelu_fast, gelu, gelu_python");
+    CHECK(error(p, "tie_word_embeddings", false) == "tie_word_embeddings is false, but " + st + " has no lm_head.weight");
+    for (const char* tanh : {"gelu_new", "gelu_pytorch_tanh", "gelu_fast"}) {
+        CHECK(error(p, "activation_function", tanh) == "");
+        Config c;
+        parameters(dir / "a.bin", &c);
+        CHECK(c.activation == GELU_TANH);
+    }
+
+    auto raw = [&](const std::string& text) {
+        write_file(dir / "hf/config.json", text);
+        return error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); });
+    };
+    CHECK(raw("{\"n_layer\": 3") == (dir / "hf/config.json: is not JSON (byte 14 of 13)"));
+    CHECK(raw("{\"n_layer\": 1e999}") == (dir / "hf/config.json: is not JSON (a number is out of range)"));
+    CHECK(raw("[3]") == (dir / "hf/config.json: is [3], wanted an object"));
+    CHECK(raw("{\"a\nb\": 1}") == (dir / "hf/config.json: is not JSON (byte 4 of 10)"));
+    CHECK(raw("{\"n_head\": 4, \"n_head\": 3}") == (dir / "hf/config.json: \"n_head\" stands twice"));
+    CHECK(raw(std::string(1000000, '[')) == (dir / "hf/config.json: JSON is nested deeper than 64"));
+    CHECK(contains(raw("[" + std::string(9000000, '1').replace(1, 0, ",")), "hf/config.json: is not JSON"));
+    std::string many = "[0";
+    for (int i = 0; i < 4000000; i++) many += ",0";
+    CHECK(raw(many + "]") == (dir / "hf/config.json: JSON has more than 4000000 values"));
+    std::filesystem::remove(dir / "hf/config.json");
+    CHECK(error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); }) ==
+          (dir / "hf/config.json: cannot open: No such file or directory"));
+}
+
+TEST_CASE("convert: a safetensors header that is truncated or corrupt") {
+    TempDir dir;
+    save(dir / "hf", example(false));
+    std::string file = dir / "hf/model.safetensors", good = read_file(file);
+    auto error = [&](const std::string& content) {
+        write_file(file, content);
+        std::string e = error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); });
+        CHECK(!file_exists(dir / "a.bin"));
+        return e.compare(0, file.size() + 2, file + ": ") == 0 ? e.substr(file.size() + 2) : e;
+    };
+    uint64_t length;
+    memcpy(&length, good.data(), 8);
+    CHECK(error("") == "has 0 bytes, wanted a header length of 8");
+    CHECK(error("1234567") == "has 7 bytes, wanted a header length of 8");
+    CHECK(error(good.substr(0, 8)) == strf("truncated: header length is %llu, but 0 bytes follow", (unsigned long long)length));
+    CHECK(contains(error(good.substr(0, 8 + length)), "data_offsets end at "));
+    CHECK(contains(error(good.substr(0, good.size() - 1)), ", but the file has "));
+    CHECK(error(std::string(8, '\xff') + good) == "header length is 18446744073709551615, wanted at most 100000000");
+    CHECK(error(with_length("")) == "header: is not JSON (byte 1 of 0)");
+    CHECK(error(with_length("{")) == "header: is not JSON (byte 2 of 1)");
+    CHECK(error(with_length("[]")) == "header is [], wanted an object");
+    CHECK(error(with_length("{\"\xff\": 0}")) == "header: is not JSON (byte 3 of 8)");
+    CHECK(error(with_length(std::string(1000000, '['))) == "header: JSON is nested deeper than 64");
+    CHECK(error("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n") ==
+          "is a Git LFS pointer, not the tensors; fetch them with: git lfs pull");
+
+    CHECK(error(with_length("{\"a\": 3}")) == "tensor a: dtype is missing in the header");
+    CHECK(error(with_length("{\"a\": {\"dtype\": \"F32\"}}")) == "tensor a: shape is missing in the header");
+    CHECK(error(with_length(entry("a", "7", "[1]", "[0, 4]"), "0000")) == "tensor a: dtype is 7, wanted a string");
+    CHECK(error(with_length(entry("a", "\"F32\"", "[-1]", "[0, 4]"), "0000")) ==
+          "tensor a: shape is [-1], wanted a list of whole numbers");
+    CHECK(error(with_length(entry("a", "\"F32\"", "3", "[0, 4]"), "0000")) ==
+          "tensor a: shape is 3, wanted a list of whole numbers");
+    CHECK(error(with_length(entry("a", "\"F32\"", "[1]", "[0, 4, 8]"), "0000")) ==
+          "tensor a: data_offsets is [0,4,8], wanted begin and end");
+    CHECK(error(with_length(entry("a", "\"F32\"", "[1]", "[4, 0]"), "0000")) ==
+          "tensor a: data_offsets is [4,0], wanted begin and end");
+    CHECK(error(with_length(entry("a", "\"F32\"", "[1]", "[0, 8]"), "0000")) ==
+          "tensor a: data_offsets end at 8, but the file has 4 bytes of data");
+    CHECK(error(with_length(entry("a", "\"F32\"", "[1]", "[0, 18446744073709551615]"), "0000")) ==
+          "tensor a: data_offsets end at 18446744073709551615, but the file has 4 bytes of data");
+    CHECK(error(with_length(entry("a", "\"F32\"", "[2]", "[0, 4]"), "0000")) ==
+          "tensor a: data_offsets span 4 bytes, wanted 8 for F32 (2)");
+    CHECK(contains(error(with_length(entry("a", "\"F32\"", "[4294967296, 4294967296]", "[0, 0]"))),
+                   "tensor a: shape: 17179869184 x 4294967296 is too large to address"));
+    CHECK(error(with_length("{\"a\\n\": {\"dtype\": \"F32\"}}")) == "tensor a?: shape is missing in the header");
+    std::string two = entry("a", "\"F32\"", "[2]", "[0, 8]"), b = entry("b", "\"F32\"", "[2]", "[4, 12]");
+    CHECK(error(with_length(two.substr(0, two.size() - 1) + "," + b.substr(1), std::string(12, '0'))) ==
+          "tensors a and b overlap");
+    CHECK(error(with_length(two.substr(0, two.size() - 1) + "," + two.substr(1), std::string(12, '0'))) ==
+          "header: \"a\" stands twice");
+}
+
+TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype, or not finite") {
+    TempDir dir;
+    auto error = [&](Published p, auto change, Json config = Json::object()) {
+        change(p);
+        p.config.update(config);
+        save(dir / "hf", p);
+        std::string e = error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); }), file = dir / "hf/model.safetensors: ";
+        CHECK(!file_exists(dir / "a.bin"));
+        CHECK(std::distance(std::filesystem::directory_iterator(dir.path), {}) == 1);  // no temporary file stays
+        return e.compare(0, file.size(), file) == 0 ? e.substr(file.size()) : e;
+    };
+    Published p = example(false), g = example(true);
+    CHECK(error(p, [](auto& p) { p.erase("wte.weight"); }) == "tensor wte.weight is missing");
+    CHECK(error(p, [](auto& p) { p.erase("h.1.ln_2.bias"); }) == "tensor h.1.ln_2.bias is missing");
+    CHECK(error(g, [](auto& p) { p.erase("emb_norm.bias"); }) == "tensor emb_norm.bias is missing");
+    CHECK(error(p, [](auto& p) { p.erase("ln_f.weight"); }) ==
+          "holds neither ln_f.weight (GPT-2) nor emb_norm.weight (GROVER), wanted one of the two");
+    CHECK(error(p, [](auto& p) { p.tensors.push_back({"emb_norm.weight", p.at("ln_f.weight")}); }) ==
+          "holds both ln_f.weight (GPT-2) and emb_norm.weight (GROVER), wanted one of the two");
+    CHECK(error(p, [](auto& p) { p.tensors.push_back({"score.weight", p.at("ln_f.weight")}); }) ==
+          "tensor transformer.score.weight: is not part of the model");
+    CHECK(error(p, [](auto& p) {
+              p.tensors.push_back({"h.0.attn.rotary", p.at("ln_f.weight")});
+              p.tensors.push_back({"h.1.attn.rotary", p.at("ln_f.weight")});
+          }) == "tensor transformer.h.0.attn.rotary: is not part of the model (nor are 1 more)");
+    CHECK(error(p, [](auto& p) { p.at("h.0.attn.c_attn.weight").shape = {3 * C, C}; }) ==
+          "tensor transformer.h.0.attn.c_attn.weight: shape is (36, 12), wanted (12, 36)");
+    CHECK(error(p, [](auto& p) { p.at("h.0.attn.c_attn.weight").shape = {3 * C * C}; }) ==
+          "tensor transformer.h.0.attn.c_attn.weight: shape is (432), wanted 2 dimensions");
+    CHECK(error(p, [](auto& p) { p.at("wte.weight").shape = {V * C}; }) ==
+          "tensor transformer.wte.weight: shape is (1572), wanted 2 dimensions");
+    CHECK(error(p, [](auto& p) { p.at("h.0.ln_1.bias").dtype = "I32"; }) ==
+          "tensor transformer.h.0.ln_1.bias: dtype is I32, wanted F32, F16 or BF16");
+    CHECK(error(p, [](auto& p) { p.at("h.0.ln_1.bias").dtype = "F8_E4M3"; }) ==
+          "tensor transformer.h.0.ln_1.bias: dtype is F8_E4M3, wanted F32, F16 or BF16");
+    CHECK(error(p, [](auto& p) { p.tensors.push_back({"lm_head.weight", p.at("wpe.weight")}); }) ==
+          "tensor lm_head.weight: shape is (9, 12), wanted (131, 12) as wte.weight");
+    CHECK(error(p, [](auto& p) {
+              p.tensors.push_back({"lm_head.weight", {"F16", {V, C}, numbers("F16", V * C)}});
+          }) == "tensor lm_head.weight: dtype is F16, wanted F32 as wte.weight");
+    auto other_head = [](auto& p) { p.tensors.push_back({"lm_head.weight", {"F32", {V, C}, numbers("F32", V * C)}}); };
+    for (bool tied : {true, false})
+        CHECK(error(p, other_head, {{"tie_word_embeddings", tied}}) ==
+              strf("tensor lm_head.weight: differs from wte.weight (%s: tie_word_embeddings is %s); a model with its own output "
+                   "matrix is not implemented",
+                   (dir / "hf/config.json").c_str(), tied ? "true" : "false"));
+    Published both = p;  // the same tensor with and without the prefix
+    both.tensors.push_back({"transformer.wpe.weight", both.at("wpe.weight")});
+    both.prefix = "";
+    CHECK(contains(error(both, [](auto&) {}), "tensor wpe.weight stands twice, also as "));
+
+    for (float bad : {NAN, INFINITY, -INFINITY}) {
+        std::string shown = strf("%f", bad);
+        CHECK(error(p, [&](auto& p) { memcpy(&p.at("h.2.mlp.c_proj.weight").bytes[4 * 17], &bad, 4); }) ==
+              "tensor transformer.h.2.mlp.c_proj.weight: element 17 is " + shown);
+        CHECK(error(p, [&](auto& p) { memcpy(&p.at("wte.weight").bytes[4 * 1571], &bad, 4); }) ==
+              "tensor transformer.wte.weight: element 1571 is " + shown);
+    }
+    for (std::string dtype : {"F16", "BF16"}) {
+        uint16_t inf = dtype == "F16" ? 0x7c00 : 0x7f80;
+        CHECK(error(example(false, dtype), [&](auto& p) { memcpy(&p.at("ln_f.bias").bytes[2 * 3], &inf, 2); }) ==
+              "tensor transformer.ln_f.bias: element 3 is inf");
+    }
+}
+
+TEST_CASE("convert: missing files") {
+    TempDir dir;
+    Published p = example(false);
+    make_dirs(dir / "it's");
+    write_file(dir / "it's/config.json", p.config.dump());
+    auto error = [&] { return error_of([&] { convert::from_hf(dir / "it's", dir / "a.bin"); }); };
+    CHECK(error() == (dir / "it's/model.safetensors: is missing, and so is model.safetensors.index.json"));
+    write_file(dir / "it's/pytorch_model.bin", "");
+    CHECK(contains(error(), (dir / "it's/model.safetensors: is missing; this makes it from pytorch_model.bin: cd '") + dir.path +
+                                "/it'\\''s' && python3 -c \"import glob, torch;"));
+    save(dir / "it's", p);
+    CHECK(error() == "");
+    CHECK(contains(error_of([&] { convert::from_hf(dir / "it's", dir / "no/a.bin"); }), "no/a.bin: cannot write: No such file"));
+    CHECK(contains(error_of([&] { convert::to_hf(dir / "none.bin", dir / "back"); }), "none.bin: cannot open"));
+    CHECK(contains(error_of([&] { convert::to_hf(dir / "it's/config.json", dir / "back"); }), "is not a model file"));
+    CHECK(!file_exists(dir / "back"));
+}
+
+TEST_CASE("convert: to_hf drops padding, and takes the tokenizer along") {
+    TempDir dir;
+    Published p = example(true);
+    save(dir / "hf", p);
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    std::string src = dir / "src";
+    make_dirs(src);
+    auto error = [&] { return error_of([&] { convert::to_hf(dir / "a.bin", dir / "back", src); }); };
+    auto config = [&] { return Json::parse(read_file(dir / "back/config.json")); };
+    CHECK(error() == src + ": holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt");
+    CHECK(!file_exists(dir / "back"));
+
+    write_file(src + "/vocab.json", "{\"a\": 0, \"<|endoftext|>\": 130}");
+    CHECK(contains(error(), "holds no tokenizer"));
+    write_file(src + "/merges.txt", "#version: 0.2\na a\n");
+    write_file(src + "/special_tokens_map.json", "{}");
+    CHECK(error() == "");
+    for (const char* name : {"vocab.json", "merges.txt", "special_tokens_map.json"})
+        CHECK(read_file(dir / "back/" + name) == read_file(src + "/" + name));
+    CHECK(!file_exists(dir / "back/tokenizer.json"));
+    CHECK(config()["eos_token_id"] == 130);
+    CHECK(config()["bos_token_id"] == 130);
+    check_published(dir / "back", p);
+
+    write_file(src + "/vocab.json", "{\"a\": 0, \"b\\n\": 131}");
+    CHECK(error() == src + "/vocab.json: id of \"b\\n\" is 131, but the model's vocabulary has 131 tokens");
+    write_file(src + "/vocab.json", "{\"a\": -1}");
+    CHECK(error() == src + "/vocab.json: id of \"a\" is -1, wanted a whole number");
+    write_file(src + "/vocab.json", "[1");
+    CHECK(error() == src + "/vocab.json: is not JSON (byte 3 of 2)");
+    std::filesystem::remove(src + "/vocab.json");
+    write_file(src + "/tokenizer.json",
+               "{\"model\": {\"vocab\": {\"a\": 5}}, \"added_tokens\": [{\"content\": \"<|endoftext|>\", \"id\": 7}]}");
+    CHECK(error() == "");
+    CHECK(config()["eos_token_id"] == 7);
+    for (const char* odd :
+         {"{}", "{\"model\": 1}", "{\"model\": {\"vocab\": [1]}, \"added_tokens\": 3}", "{\"added_tokens\": [1]}"}) {
+        write_file(src + "/tokenizer.json", odd);
+        CHECK(error() == "");
+        CHECK(config()["eos_token_id"].is_null());
+    }
+    write_file(src + "/tokenizer.json", "{\"added_tokens\": [{\"content\": \"x\", \"id\": 131}]}");
+    CHECK(error() == src + "/tokenizer.json: id of \"x\" is 131, but the model's vocabulary has 131 tokens");
+    write_file(src + "/tokenizer.json", "{}");
+    write_file(src + "/added_tokens.json", "{\"<|endoftext|>\": 9}");
+    CHECK(error() == "");
+    CHECK(config()["eos_token_id"] == 9);
+
+    // GROVER's modelling code, which transformers finds through auto_map
+    CHECK(!config().contains("auto_map"));
+    Json map = {{"AutoConfig", "configuration_aragpt2.C"}, {"AutoModelForCausalLM", "modeling_aragpt2.M"}, {"AutoX", "o/r--x.Y"}};
+    write_file(src + "/config.json", Json({{"auto_map", map}}).dump());
+    CHECK(contains(error(), "src/configuration_aragpt2.py: cannot open"));
+    write_file(src + "/configuration_aragpt2.py", "C = 1\n");
+    write_file(src + "/modeling_aragpt2.py", "M = 1\n");
+    CHECK(error() == "");
+    CHECK(config()["auto_map"] == map);
+    CHECK(read_file(dir / "back/modeling_aragpt2.py") == "M = 1\n");
+    CHECK(read_file(dir / "back/configuration_aragpt2.py") == "C = 1\n");
+    CHECK(error_of([&] { convert::to_hf(dir / "a.bin", src, src); }) == "");  // onto itself
+    CHECK(read_file(src + "/modeling_aragpt2.py") == "M = 1\n");
+}
+
+TEST_CASE("convert: NaN in a model file leaves the folder as it was") {
+    TempDir dir;
+    save(dir / "hf", example(false));
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    convert::to_hf(dir / "a.bin", dir / "back");
+    std::string before = read_file(dir / "back/model.safetensors"), bin = read_file(dir / "a.bin");
+    float nan = NAN;
+    memcpy(&bin[bin.size() - 4], &nan, 4);
+    write_file(dir / "a.bin", bin);
+    CHECK(contains(error_of([&] { convert::to_hf(dir / "a.bin", dir / "back"); }), "a.bin: the parameters hold NaN or infinity"));
+    CHECK(read_file(dir / "back/model.safetensors") == before);
+    CHECK(std::distance(std::filesystem::directory_iterator(dir / "back"), {}) == 2);
+    bin.resize(bin.size() - 4);
+    write_file(dir / "a.bin", bin);
+    CHECK(contains(error_of([&] { convert::to_hf(dir / "a.bin", dir / "back"); }), "(truncated)"));
+}
+
+TEST_CASE("convert: one channel, one position, one token, one layer") {
+    TempDir dir;
+    Published p;
+    p.config = {{"n_layer", 1}, {"n_head", 1}, {"n_embd", 1}, {"vocab_size", 1}, {"n_positions", 1}};
+    for (auto& [name, e] : example(false).tensors) {
+        if (contains(name, "h.1.") || contains(name, "h.2.")) continue;
+        auto shape = e.shape;
+        bool embedding = name[0] == 'w';
+        for (uint64_t& d : shape) d = embedding ? 1 : d / C;
+        size_t n = 1;
+        for (uint64_t d : shape) n *= d;
+        p.tensors.push_back({name, {"F32", shape, numbers("F32", n)}});
+    }
+    save(dir / "hf", p);
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    convert::to_hf(dir / "a.bin", dir / "back");
+    check_published(dir / "back", p);
+}
+
+TEST_CASE("convert: the command line") {
+    auto error = [](std::vector<const char*> words) {
+        words.insert(words.begin(), "convert_gpt2");
+        try {
+            convert::run((int)words.size(), const_cast<char**>(words.data()));
+        } catch (const UsageError& e) {
+            return std::string(e.what());
+        } catch (const Error& e) {
+            return "not a usage error: " + std::string(e.what());
+        }
+        return std::string();
+    };
+    CHECK(error({}) == "wanted from-hf DIR out.bin, or to-hf in.bin DIR; --help explains");
+    CHECK(error({"from_hf", "a", "b"}) == "'from_hf' is not a command; wanted from-hf or to-hf");
+    CHECK(error({"from-hf", "a"}) == "from-hf takes two names, found 1: from-hf DIR out.bin");
+    CHECK(error({"to-hf", "a", "b", "c"}) == "to-hf takes two names, found 3: to-hf in.bin DIR");
+    CHECK(error({"from-hf", "a", "b", "--dtype", "fp16"}) == "--dtype is 'fp16', wanted fp32 or bf16");
+    CHECK(error({"from-hf", "a", "b", "--tokenizer_dir", "c"}) == "--tokenizer_dir belongs to to-hf");
+    CHECK(error({"to-hf", "a", "b", "--dtype", "bf16"}) == "--dtype belongs to from-hf; to-hf keeps the numbers as they are");
+    CHECK(contains(error({"from-hf", "a", "b", "--dtipe", "bf16"}), "did you mean --dtype?"));
+    CHECK(contains(error({"from-hf", "/nonexistent", "b"}), "not a usage error: /nonexistent/config.json: cannot open"));
+}
