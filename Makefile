@@ -16,7 +16,7 @@ OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
 
-.PHONY: all help train plot test test-asan clean
+.PHONY: all help train finetune export plot test test-asan golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -25,14 +25,35 @@ help:
 	@echo "           PRESET=char         a larger model (tiny, char, gpt2, gpt2-medium, gpt2-large, gpt2-xl)"
 	@echo "           OUT=out/mine        another folder   TRAIN_FLAGS='--max_steps 3000'   more flags"
 	@echo "make plot                      draw the losses of OUT/log.csv to OUT/loss.png"
+	@echo "make finetune HF=DIR POEMS=poems.csv OUT=out/mine"
+	@echo "                               fine-tune a checkpoint in Hugging Face's form (GPT-2, AraGPT2) on your poems"
+	@echo "make export HF=DIR OUT=out/mine"
+	@echo "                               give the result back in that form, to OUT/hf"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make test-asan                 the same under AddressSanitizer and UBSan"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
+	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
+	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
 	@echo "make clean                     remove the programs (never your data or models)"
 
 train: $(PROGRAMS)
 	./prepare_data $(POEMS) -o $(DATA)
 	./train_gpt2 --data $(DATA) --preset $(PRESET) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+
+# HF: a folder as Hugging Face publishes it, with config.json, model.safetensors and the tokenizer's files
+HF ?=
+finetune: $(PROGRAMS) convert_gpt2 export_tokenizer
+	@test -n "$(HF)" || { echo "make finetune: name the checkpoint's folder: make finetune HF=DIR POEMS=poems.csv" >&2; exit 2; }
+	@mkdir -p $(OUT)
+	./convert_gpt2 from-hf $(HF) $(OUT)/pretrained.bin
+	./export_tokenizer $(HF) $(OUT)/pretrained_tokenizer.bin
+	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(OUT)/pretrained_tokenizer.bin
+	./train_gpt2 -e $(OUT)/pretrained.bin --data $(DATA) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+	./sample_gpt2 -e $(OUT)/model.bin
+
+export: convert_gpt2
+	@test -n "$(HF)" || { echo "make export: name the folder whose tokenizer goes along: make export HF=DIR OUT=$(OUT)" >&2; exit 2; }
+	./convert_gpt2 to-hf $(OUT)/model.bin $(OUT)/hf --tokenizer_dir $(HF)
 
 plot:
 	@dev/setup.sh plot
@@ -44,6 +65,15 @@ train_gpt2: train_gpt2.cpp $(HEADERS)
 sample_gpt2: sample_gpt2.cpp train_gpt2.cpp $(HEADERS)
 	$(CXX) $(FLAGS) $< -o $@
 prepare_data: data/prepare_data.cpp $(HEADERS)
+	$(CXX) $(FLAGS) $< -o $@
+
+convert_gpt2: dev/convert/convert_gpt2.cpp $(HEADERS)
+	@dev/setup.sh convert
+	$(CXX) $(FLAGS) $< -o $@
+export_tokenizer: tokenizer/export_tokenizer.cpp $(HEADERS)
+	@dev/setup.sh convert
+	$(CXX) $(FLAGS) $< -o $@
+tokenize: tokenizer/tokenize.cpp $(HEADERS)
 	$(CXX) $(FLAGS) $< -o $@
 
 # --- tests: one program from several files; test_gpt2.cpp has its main
@@ -64,5 +94,20 @@ $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildc
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -DARAPOET_NO_MAIN -c $< -o $@
 
+PYTHON ?= python3
+golden:
+	@$(PYTHON) -c 'import torch, transformers' 2>/dev/null || { echo "make golden: $(PYTHON) lacks torch or transformers; install them with: $(PYTHON) -m pip install -r dev/golden/requirements.txt" >&2; exit 1; }
+	$(PYTHON) dev/golden/golden.py
+
+FUZZ_SECONDS ?= 60
+FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/convert/fuzz_*.cpp)
+fuzz:
+	@dev/setup.sh fuzz
+	@mkdir -p $(BUILD)
+	@for f in $(FUZZERS); do b=$(BUILD)/$$(basename $$f .cpp); echo "== $$f"; \
+	  clang++ -std=c++17 -g -O1 -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $$f -o $$b && \
+	  $$b -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -print_final_stats=1 -artifact_prefix=$(BUILD)/ >$$b.log 2>&1 || { tail -40 $$b.log; exit 1; }; \
+	  grep -h number_of_executed $$b.log; done
+
 clean:
-	rm -rf $(PROGRAMS) build
+	rm -rf $(PROGRAMS) convert_gpt2 export_tokenizer tokenize build

@@ -93,8 +93,9 @@ inline void pack(float* dst, const float* src, size_t sr, size_t sk, size_t n, s
     }
 }
 
-// tile (MR,NR) = sum over k of a[k*MR + i] * b[k*NR + j].
-inline void micro_kernel(size_t kc, const float* __restrict a, const float* __restrict b, float* __restrict tile) {
+// tile (MR,NR) = sum over k of a[k*MR + i] * b[k*NR + j]. Not inlined: among the variables of a caller the compiler
+// runs out of registers and spills the accumulators, which costs a third of the speed.
+__attribute__((noinline)) inline void micro_kernel(size_t kc, const float* __restrict a, const float* __restrict b, float* __restrict tile) {
     vec acc[MR][NV] = {};
     for (size_t k = 0; k < kc; k++, a += MR, b += NR) {
         vec bv[NV];

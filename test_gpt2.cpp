@@ -422,7 +422,7 @@ void randomise(cpu::GPT2& m, uint64_t seed) {
     auto off = param_offsets(m.cfg);
     for (int i = 0; i < NUM_PARAMS; i++) {
         bool weight = i == LN1W || i == LN2W || i == LNFW, embedding = i == WTE || i == WPE;
-        double scale = !table[i].decay ? 0.3 : embedding ? 0.4 : 2 / std::sqrt((double)m.cfg.C) * (i == QKVW ? 1 : 0.5);
+        double scale = !table[i].decay ? 0.3 : embedding ? 0.4 : (i == QKVW ? 1.5 : 1) / std::sqrt((double)m.cfg.C);
         Floats w = r.floats(i == WTE ? (size_t)m.cfg.V * table[i].cols : table[i].size(), scale, weight ? 1 : 0);
         std::copy(w.begin(), w.end(), m.params() + off[i]);
     }
@@ -1042,7 +1042,7 @@ TEST_CASE("the reference's gradients are its loss's central differences, 40 para
 
 // fp32 rounds the loss, so a single parameter's difference says little. Along a tensor's gradient the loss changes
 // most; and along a random direction it must change as the gradient says.
-TEST_CASE("the fp32 model's gradients are its own loss's central differences along two directions of each tensor, within 3e-3") {
+TEST_CASE("the fp32 model's gradients are its own loss's central differences along two directions of each tensor, within 1e-3") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         Config c = config(2, 3, 48, 97, 40, arch, arch == GPT2_ARCH ? GELU_TANH : GELU_ERF);
         cpu::GPT2 m(c, 3, 37, true);
@@ -1080,10 +1080,10 @@ TEST_CASE("the fp32 model's gradients are its own loss's central differences alo
                     std::copy(w.begin(), w.end(), m.params());
                     return (loss[1] - loss[0]) / (2 * h);
                 };
-                double h = 0.01, measured = (4 * difference(h) - difference(2 * h)) / 3;  // Richardson: no h^2 term
+                double h = 0.005, measured = (4 * difference(h) - difference(2 * h)) / 3;  // Richardson: no h^2 term
                 double error = std::fabs(measured - slope) / norm;
-                note("finite differences, fp32 (of the norm)", error, 3e-3);
-                CHECK_MESSAGE(error <= 3e-3, "slope ", measured, ", the gradient says ", slope, " of ", norm);
+                note("finite differences, fp32 (of the norm)", error, 1e-3);
+                CHECK_MESSAGE(error <= 1e-3, "slope ", measured, ", the gradient says ", slope, " of ", norm);
             }
         }
     }
@@ -1291,4 +1291,780 @@ TEST_CASE("what is too large to address is refused in one line, and what fits is
     CHECK(trains.optimizer == 2 * trains.params);
     CHECK(reads.grads + reads.optimizer == 0);
     CHECK(reads.activations < trains.activations);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Initialisation, sizes, and learning
+
+TEST_CASE("the parameter table has GPT-2's tensors, and presets have the published numbers of parameters") {
+    struct {
+        const char* name;
+        size_t params;  // published, vocabulary of 50257
+    } published[] = {{"gpt2", 124439808}, {"gpt2-medium", 354823168}, {"gpt2-large", 774030080}, {"gpt2-xl", 1557611200}};
+    for (auto& p : published) {
+        Config c = preset_config(p.name);
+        CHECK(num_params(c) - (size_t)(c.Vp - c.V) * c.C == p.params);
+    }
+    std::string e = error_of([] { preset_config("gpt3"); });
+    CHECK(contains(e, "'gpt3' is unknown; known are tiny, char, gpt2"));
+    Config c = config(2, 3, 48, 97, 40);
+    CHECK(c.Vp == 128);
+    CHECK(pad_vocab(128) == 128);
+    CHECK(pad_vocab(129) == 256);
+    auto off = param_offsets(c);
+    CHECK(off[WPE] - off[WTE] == 128 * 48);
+    CHECK(off[QKVB] - off[QKVW] == 2 * 3 * 48 * 48);
+    CHECK(off[NUM_PARAMS] == num_params(c));
+    // 6 per parameter and token, and the attention: 12 L C T per token.
+    double per_token = 6.0 * (double)(num_params(c) - 40 * 48 - (128 - 97) * 48) + 12.0 * 2 * 48 * 37;
+    check_close("step_flops", step_flops(c, 3, 37), per_token * 3 * 37, 1e-12);
+}
+
+TEST_CASE("initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), biases 0, LayerNorm 1, padding 0") {
+    Config c = config(3, 4, 96, 200, 64);
+    cpu::GPT2 m(c, 0, 0, false), same(c, 0, 0, false), other(c, 0, 0, false);
+    {
+        Threads guard(1);
+        same.init_weights(7);
+    }
+    m.init_weights(7), other.init_weights(8);
+    CHECK(same_bits(parameters(m), parameters(same)));
+    CHECK(!same_bits(parameters(m), parameters(other)));
+    ParamTable table = param_table(c);
+    auto off = param_offsets(c);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        INFO(table[i].name);
+        bool matrix = i == WTE || i == WPE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW;
+        bool residual = i == ATTPROJW || i == FCPROJW, weight = i == LN1W || i == LN2W || i == LNFW;
+        const float* w = m.params() + off[i];
+        if (!matrix) {
+            CHECK(std::all_of(w, w + table[i].size(), [=](float f) { return f == (weight ? 1.0f : 0.0f); }));
+            continue;
+        }
+        size_t n = i == WTE ? 200 * 96 : table[i].size();
+        double sum = 0, squares = 0, fourth = 0, want = residual ? 0.02 / std::sqrt(6.0) : 0.02;
+        for (size_t j = 0; j < n; j++) sum += w[j], squares += (double)w[j] * w[j], fourth += std::pow(w[j] / want, 4);
+        double mean = sum / (double)n, deviation = std::sqrt(squares / (double)n), error = 5 / std::sqrt((double)n);
+        CHECK(std::fabs(mean) < want * error);
+        CHECK(std::fabs(deviation / want - 1) < error);
+        CHECK(std::fabs(fourth / (double)n - 3) < 10 * error);  // of a normal distribution
+        CHECK(std::all_of(w + n, w + table[i].size(), [](float f) { return f == 0; }));
+        for (size_t l = 1; l < table[i].layers; l++) CHECK(memcmp(w, w + l * table[i].per_layer(), 64));  // no two layers alike
+    }
+}
+
+TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER") {
+    const int V = 12, T = 16, B = 4;
+    const char* text = "abcabdabcabeffgahiabcjkl";
+    Tokens ids;
+    for (int i = 0; i < 200; i++) ids.push_back(text[i % 24] - 'a');
+    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
+        cpu::GPT2 m(config(2, 2, 32, V, T, arch), B, T, true);
+        m.init_weights(1);
+        Random r(1);
+        double first = 0, loss = 0;
+        for (uint32_t step = 0; step < 60; step++) {
+            Tokens x, y;
+            for (int b = 0; b < B; b++) {
+                size_t at = r.below(ids.size() - T - 1);
+                x.insert(x.end(), &ids[at], &ids[at] + T), y.insert(y.end(), &ids[at + 1], &ids[at + 1] + T);
+            }
+            loss = m.forward(x.data(), y.data(), B, T, training_pass(B * T, step));
+            m.backward();
+            if (!step) first = loss;
+            double norm = m.grad_norm();
+            AdamW a;
+            a.lr = (float)trainer::learning_rate("cosine", 1e-2, (int)step, 5, 60, 0.1);
+            m.update(a, step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
+        }
+        INFO("first loss ", first, ", last ", loss);
+        CHECK(std::fabs(first - std::log((double)V)) < 0.1);
+        CHECK(loss < 0.5);  // "ab" leaves something open only at a window's beginning
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The optimizer
+
+TEST_CASE("AdamW follows its formulas over six steps; decays only matrices and embeddings; leaves gradients and padding zero") {
+    Config c = config(2, 3, 12, 23, 9);
+    const bool decays[NUM_PARAMS] = {true, true, false, false, true, false, true, false, false, false, true, false, true, false, false, false};
+    cpu::GPT2 m(c, 1, 1, true);
+    randomise(m, 50);
+    auto off = param_offsets(c);
+    const size_t n = num_params(c), used = (size_t)c.V * c.C, pad_end = off[WPE];
+    Doubles w(m.params(), m.params() + n), m1(n), m2(n);
+    AdamW a;
+    a.beta1 = 0.85f, a.beta2 = 0.96f, a.eps = 1e-6f, a.weight_decay = 0.3f;
+    Random r(51);
+    for (uint32_t t = 1; t <= 6; t++) {
+        a.lr = 0.01f * (float)t;
+        const float scale = t % 2 ? 1.0f : 0.25f;
+        Floats g = r.floats(n, t == 3 ? 1e-5 : 0.1);
+        std::fill(&g[used], &g[pad_end], 0.0f);
+        std::copy(g.begin(), g.end(), m.grads());
+        m.update(a, t, scale);
+        int id = 0;
+        for (size_t j = 0; j < n; j++) {
+            while (j >= off[id + 1]) id++;
+            double gj = (double)g[j] * scale, b1 = a.beta1, b2 = a.beta2;
+            m1[j] = b1 * m1[j] + (1 - b1) * gj, m2[j] = b2 * m2[j] + (1 - b2) * gj * gj;
+            double m_hat = m1[j] / (1 - std::pow(b1, t)), v_hat = m2[j] / (1 - std::pow(b2, t));
+            w[j] -= a.lr * (m_hat / (std::sqrt(v_hat) + a.eps) + (decays[id] ? (double)a.weight_decay * w[j] : 0));
+        }
+        for (int i = 0; i < NUM_PARAMS; i++)
+            check_close(strf("AdamW: %s after step %u", param_table(c)[i].name, t), m.params() + off[i], &w[off[i]], off[i + 1] - off[i], 1e-6);
+        check_close("AdamW: first moment", piece(m, cpu::GPT2::ADAM_M), m1, 1e-6);
+        check_close("AdamW: second moment", piece(m, cpu::GPT2::ADAM_V), m2, 1e-6);
+        CHECK(std::all_of(m.grads(), m.grads() + n, [](float f) { return f == 0; }));
+        CHECK(std::all_of(m.params() + used, m.params() + pad_end, [](float f) { return f == 0; }));
+    }
+}
+
+TEST_CASE("AdamW's first step is the learning rate in the gradient's direction, whatever its size: the bias is corrected") {
+    cpu::GPT2 m(config(1, 1, 4, 3, 2), 1, 1, true);
+    size_t n = num_params(m.cfg);
+    for (size_t j = 0; j < n; j++) m.grads()[j] = j % 2 ? 1e-3f * (float)(1 + j) : -2.0f;
+    AdamW a;
+    a.lr = 0.1f;
+    m.update(a, 1, 1);
+    for (size_t j = 0; j < n; j++) CHECK(std::fabs(m.params()[j] - (j % 2 ? -0.1 : 0.1)) < 1e-5);
+}
+
+TEST_CASE("the gradients' norm is that of all parameters, past the borders of its blocks; relative 1e-12") {
+    Config c = config(2, 3, 96, 300, 40);
+    cpu::GPT2 m(c, 1, 1, true);
+    REQUIRE(num_params(c) > 3 << 16);
+    Floats g = Random(52).floats(num_params(c), 0.01);
+    std::copy(g.begin(), g.end(), m.grads());
+    double sum = 0;
+    for (float x : g) sum += (double)x * x;
+    check_close("gradients' norm", m.grad_norm(), std::sqrt(sum), 1e-12);
+    CHECK(same_bits(g, gradients(m)));
+    m.grads()[12345] = NAN;
+    CHECK(std::isnan(m.grad_norm()));
+}
+
+TEST_CASE("clipping: a gradient longer than the limit counts as one of the limit's length, a shorter one as it is") {
+    for (double length : {5.0, 0.5}) {
+        cpu::GPT2 m(config(1, 1, 4, 3, 2), 1, 1, true);
+        size_t n = num_params(m.cfg);
+        Floats g = Random(53).floats(n);
+        double norm = 0;
+        for (float x : g) norm += (double)x * x;
+        for (float& x : g) x *= (float)(length / std::sqrt(norm));
+        std::copy(g.begin(), g.end(), m.grads());
+        double measured = m.grad_norm(), limit = 1;
+        AdamW a;
+        m.update(a, 1, measured > limit ? (float)(limit / measured) : 1.0f);  // as trainer.h does
+        Doubles want(n);
+        for (size_t j = 0; j < n; j++) want[j] = 0.1 * g[j] * std::min(1.0, limit / length);
+        check_close("clipping", piece(m, cpu::GPT2::ADAM_M), want, 1e-6);
+    }
+}
+
+TEST_CASE("learning-rate schedules: linear warm-up, then constant, cosine, linear or wsd to the end; unknown names are refused") {
+    auto lr = [](const char* schedule, int step) { return trainer::learning_rate(schedule, 2.0, step, 10, 110, 0.1); };
+    for (const char* schedule : {"constant", "cosine", "linear", "wsd"}) {
+        INFO(schedule);
+        CHECK(lr(schedule, 0) == doctest::Approx(0.2));
+        CHECK(lr(schedule, 4) == doctest::Approx(1.0));
+        CHECK(lr(schedule, 9) == doctest::Approx(2.0));
+        CHECK(lr(schedule, 10) == doctest::Approx(2.0));
+        double end = schedule == std::string("constant") ? 2.0 : 0.2;
+        CHECK(lr(schedule, 110) == doctest::Approx(end));
+        CHECK(lr(schedule, 1000) == doctest::Approx(end));  // and stays there
+        for (int step = 10; step < 110; step++) CHECK(lr(schedule, step + 1) <= lr(schedule, step));
+        CHECK(trainer::learning_rate(schedule, 2.0, 0, 0, 100, 0.1) == doctest::Approx(2.0));  // no warm-up
+        CHECK(trainer::learning_rate(schedule, 2.0, 99, 200, 100, 0.1) == doctest::Approx(1.0));  // nothing but warm-up
+    }
+    CHECK(lr("constant", 60) == 2.0);
+    CHECK(lr("cosine", 60) == doctest::Approx(1.1));                              // half way between 2 and 0.2
+    CHECK(lr("cosine", 35) == doctest::Approx(0.2 + 1.8 * 0.5 * (1 + std::sqrt(0.5))));  // a quarter of the way: cos 45 degrees
+    CHECK(lr("linear", 60) == doctest::Approx(1.1));
+    CHECK(lr("linear", 35) == doctest::Approx(1.55));
+    CHECK(lr("wsd", 60) == 2.0);
+    CHECK(lr("wsd", 88) == doctest::Approx(2.0));  // 80% of the run
+    CHECK(lr("wsd", 99) == doctest::Approx(0.2 + 1.8 * (1 - std::sqrt(0.5))));
+    for (const char* unknown : {"", "cosin", "Cosine"}) {
+        std::string e = error_of([&] { trainer::learning_rate(unknown, 1, 0, 0, 1, 0); });
+        CHECK(contains(e, "--lr_schedule: '" + std::string(unknown) + "' is unknown; known are constant, cosine, linear, wsd"));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Generation
+
+TEST_CASE("the decoder's logits are the full forward pass's after every prefix, for chunks of any size and several sequences; relative L2 1e-5") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH})
+        for (int activation : {GELU_TANH, GELU_ERF}) {
+            const size_t N = 3, T = 140;
+            Config c = config(2, 3, 48, 97, 150, arch, activation);
+            INFO(variant(c, 0));
+            cpu::GPT2 m(c, N, T, false);
+            randomise(m, 60);
+            Random r(60);
+            Batch batch(r, N, T, c.V);
+            batch.forward(m);
+            const size_t V = (size_t)c.V;
+            Floats want(N * T * V);
+            m.logits(want.data());
+            cpu::Decoder decoder(m, N, T);
+            CHECK(decoder.capacity() == T);
+            for (size_t chunk : {1, 2, 5, 63, 64, 65, 128, 129, 140, 0}) {  // 0: chunks of changing size
+                INFO("chunk ", chunk);
+                decoder.reset();
+                for (size_t t = 0, n; t < T; t += n) {
+                    n = std::min(T - t, chunk ? chunk : 1 + r.below(70));
+                    Tokens next;
+                    for (size_t s = 0; s < N; s++) next.insert(next.end(), &batch.tokens[s * T + t], &batch.tokens[s * T + t] + n);
+                    const float* logits = decoder.append(next.data(), n);
+                    CHECK(decoder.length() == t + n);
+                    for (size_t s = 0; s < N; s++)
+                        check_close("decoder, logits", logits + s * V, &want[(s * T + t + n - 1) * V], V, 1e-5);
+                }
+                CHECK_THROWS_AS(decoder.append(batch.tokens.data(), 1), std::logic_error);
+            }
+            CHECK(cpu::Decoder(m, 1, 1000).capacity() == 150);  // never more than the positions the model knows
+        }
+}
+
+TEST_CASE("a sequence's logits have the same bits however many are written beside it, and with any number of threads") {
+    Config c = config(2, 3, 51, 97, 80);  // an odd width, so that no vector divides a row
+    cpu::GPT2 m(c, 0, 0, false);
+    randomise(m, 61);
+    Tokens prompt = Random(61).tokens(70, c.V);
+    std::vector<Floats> first;
+    for (int threads : {1, 2, 3})
+        for (size_t N : {1, 2, 5, 9}) {
+            Threads guard(threads);
+            cpu::Decoder decoder(m, N, 80);
+            std::vector<Floats> logits;
+            size_t t = 0;
+            for (size_t n : {1, 66, 1, 2}) {
+                Tokens next;
+                for (size_t s = 0; s < N; s++)
+                    for (size_t i = 0; i < n; i++) next.push_back((prompt[t + i] + (int)s) % c.V);
+                const float* l = decoder.append(next.data(), n);
+                logits.push_back(Floats(l, l + c.V));
+                t += n;
+            }
+            if (first.empty()) first = logits;
+            for (size_t i = 0; i < logits.size(); i++) CHECK(same_bits(logits[i], first[i]));
+        }
+}
+
+namespace {
+
+// Stands in for a model: the next token is always the last one plus one, modulo 100. Notes what it was asked.
+struct CountingDecoder {
+    size_t N, limit, held = 0;
+    std::vector<size_t> appended, resets_at;
+    Floats logits;
+    CountingDecoder(size_t N_, size_t limit_) : N(N_), limit(limit_), logits(N_ * 100) {}
+    size_t length() const { return held; }
+    size_t capacity() const { return limit; }
+    void reset() { resets_at.push_back(appended.size()), held = 0; }
+    const float* append(const int* tokens, size_t n) {
+        held += n, appended.push_back(n);
+        REQUIRE(held <= limit);
+        for (size_t s = 0; s < N; s++)
+            for (int v = 0; v < 100; v++) logits[s * 100 + (size_t)v] = v == (tokens[s * n + n - 1] + 1) % 100 ? 50.0f : 0.0f;
+        return logits.data();
+    }
+};
+
+}  // namespace
+
+TEST_CASE("generate goes on past the context with its second half, and computes each token once otherwise") {
+    CountingDecoder decoder(2, 8);
+    std::vector<Tokens> out(2);
+    SampleOptions greedy;
+    greedy.temperature = 0;
+    generate(decoder, 2, {10, 11, 12}, 100, 99, 20, 1, greedy, [&](size_t s, int token) { out[s].push_back(token); });
+    for (auto& text : out) {
+        REQUIRE(text.size() == 20);
+        for (int i = 0; i < 20; i++) CHECK(text[(size_t)i] == 13 + i);
+    }
+    // The prompt, five single tokens until 8 are held, then 4 of the last and four single ones, and so on.
+    CHECK(decoder.appended == std::vector<size_t>{3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1});
+    CHECK(decoder.resets_at == std::vector<size_t>{0, 6, 11, 16});
+
+    CountingDecoder one(1, 1);  // even a context of one token works
+    Tokens text;
+    generate(one, 1, {5}, 100, 99, 4, 1, greedy, [&](size_t, int token) { text.push_back(token); });
+    CHECK(text == Tokens{6, 7, 8, 9});
+    std::string e = error_of([&] { generate(decoder, 2, Tokens(9, 1), 100, 99, 1, 1, greedy, [](size_t, int) {}); });
+    CHECK(contains(e, "the prompt has 9 tokens, the context takes 1 to 8"));
+    CHECK(contains(error_of([&] { generate(decoder, 2, {}, 100, 99, 1, 1, greedy, [](size_t, int) {}); }), "the prompt has 0 tokens"));
+}
+
+TEST_CASE("generate ends a sequence at end-of-text, shows nothing of it, and stops when all have ended") {
+    CountingDecoder decoder(3, 64);
+    SampleOptions greedy;
+    greedy.temperature = 0;
+    Tokens text;
+    generate(decoder, 3, {40}, 100, 43, 1000, 1, greedy, [&](size_t, int token) { text.push_back(token); });
+    CHECK(text == Tokens{41, 41, 41, 42, 42, 42});
+    CHECK(decoder.appended.size() == 3);
+
+    // Real draws: sequences end at different times, and none of them says anything afterwards.
+    Config c = config(1, 2, 16, 5, 12);
+    cpu::GPT2 m(c, 0, 0, false);
+    m.init_weights(3);
+    cpu::Decoder real(m, 6, 12);
+    SampleOptions plain;
+    plain.temperature = 1;
+    std::vector<Tokens> out(6);
+    generate(real, 6, {4}, 5, 4, 300, 11, plain, [&](size_t s, int token) { out[s].push_back(token); });
+    size_t shortest = 1000, longest = 0;
+    for (auto& t : out) {
+        CHECK(std::count(t.begin(), t.end(), 4) == 0);
+        shortest = std::min(shortest, t.size()), longest = std::max(longest, t.size());
+    }
+    CHECK(shortest < longest);
+    CHECK(longest < 100);  // one in five tokens ends it
+}
+
+TEST_CASE("generated text is what the full forward pass would choose, past the context too, and does not depend on its neighbours") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
+        const size_t capacity = 16;
+        Config c = config(2, 3, 48, 40, (int)capacity, arch);
+        cpu::GPT2 m(c, 1, capacity, false);
+        randomise(m, 62);
+        auto write = [&](size_t N, uint64_t seed, float temperature) {
+            cpu::Decoder decoder(m, N, capacity);
+            SampleOptions o;
+            o.temperature = temperature, o.top_k = 20, o.top_p = 0.95f;
+            std::vector<Tokens> out(N);
+            generate(decoder, N, {1, 2, 3}, c.V, -1, 50, seed, o, [&](size_t s, int token) { out[s].push_back(token); });
+            return out;
+        };
+        auto one = write(1, 5, 1), five = write(5, 5, 1), again = write(5, 5, 1), other = write(5, 6, 1);
+        CHECK(one[0] == five[0]);
+        CHECK(five == again);
+        CHECK(five[0] != five[1]);
+        CHECK(five != other);
+
+        Tokens window = {1, 2, 3}, want, unused(capacity, 0);
+        Floats logits(capacity * (size_t)c.V);
+        for (int i = 0; i < 50; i++) {
+            if (window.size() > capacity) window.erase(window.begin(), window.end() - (ptrdiff_t)capacity / 2);
+            m.forward(window.data(), unused.data(), 1, window.size());
+            m.logits(logits.data());
+            const float* last = &logits[(window.size() - 1) * (size_t)c.V];
+            want.push_back((int)(std::max_element(last, last + c.V) - last));
+            window.push_back(want.back());
+        }
+        CHECK(write(1, 5, 0)[0] == want);
+    }
+}
+
+TEST_CASE("the sampler draws from softmax(logits / temperature) cut to top_k, then to top_p") {
+    const int V = 9;
+    const float logits[V] = {0.5f, 2.0f, -1.0f, 1.9f, 0.0f, -3.0f, 1.2f, 0.7f, -0.4f};
+    struct {
+        float temperature;
+        int top_k;
+        float top_p;
+    } cases[] = {{1, 0, 1}, {0.5f, 0, 1}, {2, 0, 1}, {1, 3, 1}, {1, 1, 1}, {1, 100, 1}, {1, 0, 0.5f}, {1, 0, 0.9f}, {0.8f, 5, 0.7f}, {1, 0, 0}, {3, 4, 0.999f}};
+    Sampler sampler;
+    for (auto& o : cases) {
+        INFO("temperature ", o.temperature, " top_k ", o.top_k, " top_p ", o.top_p);
+        // What is allowed, from the definitions: sort, cut, normalise.
+        std::vector<int> order(V);
+        std::iota(order.begin(), order.end(), 0);
+        std::sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
+        if (o.top_k && o.top_k < V) order.resize((size_t)o.top_k);
+        Doubles want(V);
+        double total = 0, reached = 0;
+        for (int v : order) total += std::exp((double)logits[v] / o.temperature);
+        for (int v : order) {
+            if (reached >= o.top_p && reached > 0) break;
+            want[(size_t)v] = std::exp((double)logits[v] / o.temperature) / total, reached += want[(size_t)v];
+        }
+        const int draws = 100000;
+        std::vector<int> times(V);
+        SampleOptions options;
+        options.temperature = o.temperature, options.top_k = o.top_k, options.top_p = o.top_p;
+        Random r(70);
+        for (int i = 0; i < draws; i++) times[(size_t)sampler.pick(logits, V, options, r.uniform())]++;
+        double chi_square = 0;
+        for (size_t v = 0; v < V; v++) {
+            double expected = draws * want[v] / reached;
+            if (expected == 0) CHECK(times[v] == 0);
+            else chi_square += std::pow(times[v] - expected, 2) / expected;
+        }
+        CHECK(chi_square < 35);  // at most 8 degrees of freedom: once in 30,000 by chance
+    }
+}
+
+TEST_CASE("the sampler: temperature 0 takes the most likely token, and u picks from the most to the least likely") {
+    Sampler sampler;
+    SampleOptions o;
+    const float logits[4] = {std::log(0.2f), std::log(0.4f), std::log(0.1f), std::log(0.3f)};
+    o.temperature = 0;
+    for (double u : {0.0, 0.5, 0.999999}) CHECK(sampler.pick(logits, 4, o, u) == 1);
+    o.temperature = 1;
+    struct {
+        double u;
+        int token;
+    } picks[] = {{0, 1}, {0.399, 1}, {0.401, 3}, {0.699, 3}, {0.701, 0}, {0.899, 0}, {0.901, 2}, {1 - 0x1p-53, 2}};
+    for (auto& p : picks) CHECK(sampler.pick(logits, 4, o, p.u) == p.token);
+    o.top_p = 0.65f;  // 0.4 + 0.3 reach it
+    CHECK(sampler.pick(logits, 4, o, 0.57) == 1);
+    CHECK(sampler.pick(logits, 4, o, 0.58) == 3);
+    CHECK(sampler.pick(logits, 4, o, 1 - 0x1p-53) == 3);
+    const float equal[3] = {1, 1, 1};  // ties fall to the lower token
+    o = SampleOptions();
+    o.top_k = 1;
+    CHECK(sampler.pick(equal, 3, o, 0.9) == 0);
+    const float far[3] = {-2000, 3000, -INFINITY};
+    o = SampleOptions();
+    o.temperature = 1e-3f;
+    CHECK(sampler.pick(far, 3, o, 0.9999) == 1);
+    CHECK(sampler.pick(far, 1, o, 0.5) == 0);  // a vocabulary of one
+}
+
+// ---------------------------------------------------------------------------------------------
+// Files
+
+namespace {
+
+Config small_config() {
+    Config c = config(2, 2, 8, 11, 5, GROVER_ARCH, GELU_ERF);
+    c.Vp = 16;
+    return c;
+}
+
+// Every way to read a model file that a program has.
+std::string reading_error(const std::string& path) {
+    return error_of([&] {
+        ModelReader reader(path);
+        cpu::GPT2 m(reader.cfg, 0, 0, false);
+        trainer::load_model(m, reader);
+    });
+}
+
+size_t files_in(const std::string& dir) {
+    return (size_t)std::distance(std::filesystem::directory_iterator(dir), std::filesystem::directory_iterator());
+}
+
+// No file may grow beyond so many bytes, as on a full disk.
+struct FullDisk {
+    rlimit before;
+    void (*handler)(int);
+    explicit FullDisk(rlim_t bytes) {
+        handler = signal(SIGXFSZ, SIG_IGN);
+        getrlimit(RLIMIT_FSIZE, &before);
+        rlimit now = {bytes, before.rlim_max};
+        setrlimit(RLIMIT_FSIZE, &now);
+    }
+    ~FullDisk() { setrlimit(RLIMIT_FSIZE, &before), signal(SIGXFSZ, handler); }
+};
+
+}  // namespace
+
+TEST_CASE("bf16 keeps every bf16 number, rounds others to the nearest, ties to even, and NaN stays NaN") {
+    for (uint32_t h = 0; h < 65536; h++) {
+        float f = bf16_to_float((uint16_t)h);
+        if (std::isnan(f)) CHECK(std::isnan(bf16_to_float(float_to_bf16(f))));
+        else if (float_to_bf16(f) != h) FAIL("bf16 ", h, " came back as ", float_to_bf16(f));
+    }
+    Random r(80);
+    size_t wrong = 0;
+    for (int i = 0; i < 20000; i++) {
+        float f = (float)(r.normal() * std::pow(10.0, r.uniform() * 20 - 10));
+        uint16_t h = float_to_bf16(f);
+        double error = std::fabs((double)bf16_to_float(h) - f);
+        for (int step : {-1, 1}) wrong += std::fabs((double)bf16_to_float((uint16_t)(h + step)) - f) < error;
+    }
+    CHECK(wrong == 0);
+    CHECK(float_to_bf16(1.0f + 0x1p-8f) == 0x3F80);           // half way: to the even one below
+    CHECK(float_to_bf16(1.0f + 0x1p-7f + 0x1p-8f) == 0x3F82);  // and above
+    CHECK(float_to_bf16(-3.4e38f) == 0xFF80);                 // overflows to infinity
+    uint32_t bits = 0x7F800001;                               // a NaN whose upper half alone would be infinity
+    float nan;
+    memcpy(&nan, &bits, 4);
+    CHECK(std::isnan(bf16_to_float(float_to_bf16(nan))));
+}
+
+TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header") {
+    TempDir dir;
+    Config c = small_config();
+    cpu::GPT2 m(c, 0, 0, false), back(c, 0, 0, false);
+    randomise(m, 81);
+    std::string path = dir / "model.bin";
+    trainer::save_model(m, path);
+    CHECK(files_in(dir.path) == 1);  // no temporary file is left
+    {
+        ModelReader reader(path);
+        CHECK(reader.cfg.same_shape(c));
+        CHECK(reader.version == MODEL_FP32);
+        trainer::load_model(back, reader);
+    }
+    CHECK(same_bits(parameters(m), parameters(back)));
+    std::string bytes = read_file(path);
+    REQUIRE(bytes.size() == 1024 + 4 * num_params(c));
+    const int32_t want[12] = {20240326, 3, c.maxT, c.V, c.L, c.NH, c.C, c.Vp, 1, 1, 0, 0};
+    CHECK(!memcmp(bytes.data(), want, sizeof want));
+    CHECK(!memcmp(bytes.data() + 1024, m.params(), 4 * num_params(c)));
+
+    auto write_bf16 = [&](cpu::GPT2& model, const std::string& to) {
+        ModelWriter w(to, c, MODEL_BF16);
+        w.add(model.params(), 100), w.add(model.params() + 100, num_params(c) - 100);  // in pieces
+        w.finish();
+        return read_file(to);
+    };
+    std::string half = write_bf16(m, dir / "half.bin");
+    REQUIRE(half.size() == 1024 + 2 * num_params(c));
+    {
+        ModelReader reader(dir / "half.bin");
+        CHECK(reader.version == MODEL_BF16);
+        trainer::load_model(back, reader);
+    }
+    for (size_t i = 0; i < num_params(c); i++) CHECK(back.params()[i] == bf16_to_float(float_to_bf16(m.params()[i])));
+    CHECK(write_bf16(back, dir / "half2.bin") == half);
+
+    CHECK(contains(error_of([&] { ModelWriter(dir / "x", c).finish(); }), "parameters missing"));
+    CHECK(contains(error_of([&] {
+              ModelWriter w(dir / "x", c);
+              w.add(m.params(), num_params(c)), w.add(m.params(), 3);
+          }),
+                   "3 parameters too many"));
+    CHECK(!file_exists(dir / "x"));
+}
+
+TEST_CASE("model files with any header field impossible are refused, by the names of file and field") {
+    TempDir dir;
+    cpu::GPT2 m(small_config(), 0, 0, false);
+    randomise(m, 82);
+    trainer::save_model(m, dir / "good");
+    const std::string good = read_file(dir / "good"), path = dir / "bad";
+    struct {
+        size_t index;
+        const char* says;
+        std::vector<int32_t> values;
+    } fields[] = {{0, "magic number is %d, wanted 20240326", {0, 1, 20240520, -1}},
+                  {1, "version is %d, wanted 3 (fp32) or 5 (bf16)", {0, 1, 2, 4, 6, -3}},
+                  {2, "maxT is %d, wanted 1 to", {0, -1, INT32_MIN, INT32_MAX}},
+                  {3, "V is %d, wanted 1 to", {0, -1, INT32_MIN, INT32_MAX}},
+                  {3, "Vp is 16, wanted at least V = %d", {17, 50257}},
+                  {4, "L is %d, wanted 1 to", {0, -1, INT32_MIN, INT32_MAX}},
+                  {5, "NH is %d, wanted 1 to", {0, -1, INT32_MIN, INT32_MAX}},
+                  {5, "C is 8, wanted a multiple of NH = %d", {3, 16}},
+                  {6, "C is %d, wanted 1 to", {0, -1, INT32_MIN, INT32_MAX}},
+                  {6, "C is %d, wanted a multiple of NH = 2", {7, 9}},
+                  {7, "Vp is %d, wanted 1 to", {0, -1, INT32_MIN, INT32_MAX}},
+                  {7, "Vp is %d, wanted at least V = 11", {1, 10}},
+                  {8, "arch is %d, wanted 0 to 1", {2, -1, INT32_MAX}},
+                  {9, "activation is %d, wanted 0 to 1", {2, -1, INT32_MAX}}};
+    for (auto& f : fields)
+        for (int32_t value : f.values) {
+            write_file(path, with_header(good, f.index, value));
+            std::string e = reading_error(path), want = f.says;
+            size_t at = want.find("%d");
+            if (at != std::string::npos) want.replace(at, 2, std::to_string(value));
+            CHECK_MESSAGE((contains(e, path) && contains(e, want)), "field ", f.index, " = ", value, ": ", e);
+        }
+    // Possible values that do not fit the file's length.
+    for (size_t index : {2, 4, 6, 7}) {
+        int32_t value;
+        memcpy(&value, &good[index * 4], 4);
+        write_file(path, with_header(good, index, index == 6 ? value + 2 : value + 1));
+        std::string e = reading_error(path);
+        CHECK_MESSAGE((contains(e, path) && contains(e, "its header asks for") && contains(e, "truncated")), e);
+    }
+    write_file(path, with_header(good, 1, 5));  // half as long as it says
+    CHECK(contains(reading_error(path), "trailing data"));
+}
+
+TEST_CASE("model files truncated anywhere, with trailing bytes, with NaN, or missing are refused by name") {
+    TempDir dir;
+    Config c = small_config();
+    cpu::GPT2 m(c, 0, 0, false);
+    randomise(m, 83);
+    trainer::save_model(m, dir / "good");
+    const std::string good = read_file(dir / "good"), path = dir / "bad";
+    CHECK(reading_error(dir / "good").empty());
+    std::vector<size_t> lengths = {0, 1, 3, 4, 1020, 1023, 1024, good.size() - 4, good.size() - 1};
+    for (size_t o : param_offsets(c))
+        if (o && o < num_params(c)) lengths.push_back(1024 + 4 * o), lengths.push_back(1024 + 4 * o + 1);
+    for (size_t n : lengths) {
+        write_file(path, good.substr(0, n));
+        std::string e = reading_error(path);
+        CHECK_MESSAGE((contains(e, path) && contains(e, n < 1024 ? "is not a model file" : "truncated")), n, " bytes: ", e);
+    }
+    for (size_t extra : {1, 4, 1024}) {
+        write_file(path, good + std::string(extra, '\0'));
+        std::string e = reading_error(path);
+        CHECK((contains(e, path) && contains(e, "trailing data")));
+    }
+    for (float bad : {NAN, INFINITY, -INFINITY})
+        for (size_t at : {(size_t)0, num_params(c) / 2, num_params(c) - 1}) {
+            std::string damaged = good;
+            memcpy(&damaged[1024 + 4 * at], &bad, 4);
+            write_file(path, damaged);
+            std::string e = reading_error(path);
+            CHECK((contains(e, path) && contains(e, "NaN or infinity")));
+        }
+    CHECK(contains(reading_error(dir / "missing"), "missing: cannot open"));
+    CHECK(contains(reading_error(dir.path), dir.path));
+}
+
+TEST_CASE("a full disk leaves the old model and state whole, and no temporary file") {
+    TempDir dir;
+    cpu::GPT2 m(config(2, 2, 16, 11, 5), 1, 1, true), next(m.cfg, 1, 1, true);
+    randomise(m, 84), randomise(next, 85);
+    std::string path = dir / "model.bin", state = dir / "state.bin";
+    trainer::save_model(m, path), trainer::save_state(m, {}, "a=1\n", state);
+    const std::string old = read_file(path), old_state = read_file(state);
+    for (rlim_t room : {(rlim_t)0, (rlim_t)100, (rlim_t)1024, (rlim_t)5000, (rlim_t)(old.size() - 1)}) {
+        std::string e, e_state;
+        {
+            FullDisk disk(room);
+            e = error_of([&] { trainer::save_model(next, path); });
+            e_state = error_of([&] { trainer::save_state(next, {}, "a=1\n", state); });
+        }
+        CHECK((contains(e, path + ": cannot write") && contains(e, "untouched")));
+        CHECK((contains(e_state, state + ": cannot write") && contains(e_state, "untouched")));
+        CHECK(read_file(path) == old);
+        CHECK(read_file(state) == old_state);
+        CHECK(files_in(dir.path) == 2);
+    }
+    CHECK(contains(error_of([&] { trainer::save_model(m, dir / "no/such/folder.bin"); }), "no/such/folder.bin: cannot write"));
+}
+
+TEST_CASE("the training state comes back as it was: progress, settings, moments") {
+    TempDir dir;
+    cpu::GPT2 m(small_config(), 1, 1, true), back(m.cfg, 1, 1, true);
+    randomise(m, 86), randomise(back, 86);
+    Floats moments = Random(86).floats(2 * num_params(m.cfg));
+    std::copy(moments.begin(), moments.begin() + (ptrdiff_t)num_params(m.cfg), m.grads());
+    AdamW a;
+    m.update(a, 1, 1);
+    std::copy(m.params(), m.params() + num_params(m.cfg), back.params());
+    trainer::Progress p;
+    p.step = 1234, p.position = ((uint64_t)1 << 40) + 17, p.best_val = 2.25, p.best_step = 1200, p.smoothed = 0.1, p.smoothed_weight = 0.7, p.seconds = 99.5;
+    trainer::save_state(m, p, "batch_size=4\nprompt=قفا نبك\n", dir / "state.bin");
+    trainer::StateReader reader(dir / "state.bin");
+    CHECK(reader.settings == "batch_size=4\nprompt=قفا نبك\n");
+    CHECK(reader.progress.step == p.step);
+    CHECK(reader.progress.position == p.position);
+    CHECK(reader.progress.best_val == p.best_val);
+    CHECK(reader.progress.best_step == p.best_step);
+    CHECK(reader.progress.smoothed == p.smoothed);
+    CHECK(reader.progress.smoothed_weight == p.smoothed_weight);
+    CHECK(reader.progress.seconds == p.seconds);
+    reader.load_moments(back);
+    CHECK(same_bits(piece(m, cpu::GPT2::ADAM_M), piece(back, cpu::GPT2::ADAM_M)));
+    CHECK(same_bits(piece(m, cpu::GPT2::ADAM_V), piece(back, cpu::GPT2::ADAM_V)));
+}
+
+TEST_CASE("a training state with any byte changed, cut short, prolonged, or beside another model is refused by name") {
+    TempDir dir;
+    Config c = config(1, 1, 2, 3, 2);
+    c.Vp = 3;
+    cpu::GPT2 m(c, 1, 1, true);
+    randomise(m, 87);
+    for (size_t j = 0; j < num_params(c); j++) m.grads()[j] = (float)(j + 1);
+    m.update(AdamW(), 1, 1);
+    trainer::Progress p;
+    p.step = 5;
+    trainer::save_state(m, p, "a=1\n", dir / "state.bin");
+    const std::string good = read_file(dir / "state.bin"), path = dir / "bad.bin";
+    auto error_at = [&](const std::string& file) {
+        return error_of([&] {
+            trainer::StateReader reader(file);
+            reader.load_moments(m);
+        });
+    };
+    CHECK(error_at(dir / "state.bin").empty());
+    size_t accepted = 0, unnamed = 0;
+    for (size_t i = 0; i < good.size(); i++) {
+        std::string damaged = good;
+        damaged[i] = (char)(damaged[i] ^ (1 << i * 5 % 8));
+        write_file(path, damaged);
+        std::string e = error_at(path);
+        accepted += e.empty(), unnamed += !contains(e, path);
+    }
+    CHECK(accepted == 0);
+    CHECK(unnamed == 0);
+    for (size_t n : {(size_t)0, (size_t)1023, (size_t)1024, (size_t)1028, good.size() - 8, good.size() - 1}) {
+        write_file(path, good.substr(0, n));
+        CHECK((contains(error_at(path), path)));
+    }
+    write_file(path, good + "x");
+    CHECK(contains(error_at(path), "trailing data"));
+    for (size_t at : {(size_t)0, num_params(c) - 1}) {  // the checksum covers the model beside it
+        float before = m.params()[at];
+        m.params()[at] = std::nextafter(before, 10.0f);
+        CHECK(contains(error_at(dir / "state.bin"), "checksum does not match"));
+        m.params()[at] = before;
+    }
+    trainer::StateReader reader(dir / "state.bin");
+    cpu::GPT2 other(config(1, 1, 4, 3, 2), 1, 1, true);
+    CHECK(contains(error_of([&] { reader.load_moments(other); }), strf("holds %zu parameters", num_params(c))));
+}
+
+TEST_CASE("training goes on from model and state files with the same bits as without a stop") {
+    TempDir dir;
+    Config c = config(2, 3, 24, 31, 19);
+    auto train = [&](cpu::GPT2& m, uint32_t from, uint32_t to) {
+        Doubles losses;
+        m.dropout = 0.2f;
+        for (uint32_t step = from; step < to; step++) {
+            Random r(step);
+            Batch batch(r, 3, 19, c.V);
+            losses.push_back(batch.forward(m, training_pass(batch.counted(), step)));
+            m.backward();
+            m.update(AdamW(), step + 1, 1);
+        }
+        return losses;
+    };
+    cpu::GPT2 unbroken(c, 3, 19, true), stopped(c, 3, 19, true), resumed(c, 3, 19, true);
+    unbroken.init_weights(1), stopped.init_weights(1);
+    Doubles want = train(unbroken, 0, 6);
+    train(stopped, 0, 3);
+    trainer::save_model(stopped, dir / "model.bin"), trainer::save_state(stopped, {}, "", dir / "state.bin");
+    ModelReader reader(dir / "model.bin");
+    trainer::load_model(resumed, reader);
+    trainer::StateReader state(dir / "state.bin");
+    state.load_moments(resumed);
+    Doubles got = train(resumed, 3, 6);
+    CHECK(got == Doubles(want.begin() + 3, want.end()));
+    CHECK(same_bits(parameters(unbroken), parameters(resumed)));
+}
+
+TEST_CASE("evaluation counts every token of a file once, and every character of its targets") {
+    TempDir dir;
+    Tokenizer tokenizer = Tokenizer::characters("abcdefg");
+    const int V = tokenizer.vocab_size();
+    Tokens text = Random(90).tokens(100, V);
+    std::vector<int32_t> header(256);
+    header[0] = 20240520, header[1] = 1, header[2] = 100;
+    std::string bytes((const char*)header.data(), 1024);
+    for (int t : text) bytes += (char)t, bytes += '\0';
+    write_file(dir / "val.bin", bytes);
+    TokenFile file(dir / "val.bin");
+    const size_t B = 2, T = 7;
+    EvalLoader loader(file, (int)B, (int)T);
+    cpu::GPT2 m(config(1, 2, 8, V, (int)T), B, T, false);
+    randomise(m, 90);
+    Tokens x(B * T), y(B * T);
+    trainer::Evaluation e = trainer::evaluate(m, loader, B, T, 0, &tokenizer, x, y);
+    ref::Model model(m);
+    double sum = 0;
+    size_t chars = 0;
+    for (size_t at = 0; at + 1 < text.size(); at += T) {
+        size_t n = std::min(T, text.size() - 1 - at);
+        Tokens in(text.begin() + (ptrdiff_t)at, text.begin() + (ptrdiff_t)(at + n)), out(text.begin() + (ptrdiff_t)at + 1, text.begin() + (ptrdiff_t)(at + n) + 1);
+        sum += model.loss(in, out, 1, n, Pass{}, false) * (double)n;
+        for (int t : out) chars += (size_t)tokenizer.chars(t);
+    }
+    CHECK(e.tokens == 99);
+    check_close("evaluation: nats per token", e.nats, sum / 99, 1e-6);
+    check_close("evaluation: nats per character", e.nats_per_char, sum / (double)chars, 1e-6);
+    CHECK(std::isnan(trainer::evaluate(m, loader, B, T, 1, nullptr, x, y).nats_per_char));
+    CHECK(trainer::evaluate(m, loader, B, T, 2, nullptr, x, y).tokens == 2 * B * T);
 }

@@ -79,6 +79,7 @@ TEST_CASE("utf-8: a stream that prints the printable prefix never prints half a 
     CHECK(utf8::printable_prefix("\x80\x80\x80\x80") == 4);  // garbage is not held back for ever
     CHECK(utf8::printable_prefix("\xFF") == 1);
     CHECK(utf8::printable_prefix("") == 0);
+    for (const char* whole : {"z", "az", "\u0628", "a\u20AC", "\U0001F600"}) CHECK(utf8::printable_prefix(whole) == strlen(whole));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -518,7 +519,7 @@ TEST_CASE("a text holds one poem a line, or poems between blank lines, told by t
         return run.train;
     };
     std::string how;
-    CHECK(read("a\nb\n\n", "auto", &how) == Strings{"a", "b"});  // blank lines at the end do not count
+    CHECK(read("\na\nb\n\n", "auto", &how) == Strings{"a", "b"});  // blank lines at either end do not count
     CHECK(contains(how, "one poem a line"));
     CHECK(read("\na\nb\r\n \t\r\n\nc\td\n", "auto", &how) == Strings{"a\nb", "c\td"});
     CHECK(contains(how, "separated by blank lines"));
@@ -555,6 +556,7 @@ TEST_CASE("a run of white space becomes its strongest sign: newline, TAB, space;
     CHECK(cleaned("\n a \r\n\t\n b\rc\u2028d\t\n", keep_all) == "a\nb\nc\nd");
     CHECK(cleaned("\u0628 \u060C \u062A") == "\u0628 \u062A");          // removed punctuation leaves no double space
     CHECK(cleaned("\u0628 \u060C\n: \u062A") == "\u0628\n\u062A");
+    CHECK(cleaned("a\n\tb \n \t c", keep_all) == "a\nb\nc");
     CHECK(cleaned(" \u060C \n") == "");
 }
 
@@ -704,9 +706,12 @@ TEST_CASE("two poems go one to each side, whatever the fraction; one poem alone 
     for (float fraction : {0.001f, 0.1f, 0.5f, 0.999f}) {
         Run run("\u0628\u062A\u0628\u0628\n\u062A\u0628\n", "poems.txt");
         run.o.val_fraction = fraction;
-        run.go();
-        CHECK(run.train.size() == 1);
-        CHECK(run.val.size() == 1);
+        for (bool own_tokenizer : {false, true}) {
+            if (own_tokenizer) Tokenizer::characters("\u0628\u062A").save(run.o.tokenizer = run.dir / "t.bin");
+            run.go();
+            CHECK(run.train.size() == 1);
+            CHECK(run.val.size() == 1);
+        }
     }
     Run run("\u0628\n", "poems.txt");
     run.o.val_fraction = 0.1f;

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what a target needs beyond g++ and make, or says how: dev/setup.sh tests|plot|convert
+# Installs what a target needs beyond g++ and make, or says how: dev/setup.sh tests|convert|plot|fuzz
 set -e
 
 # header-or-command, Debian package
@@ -16,9 +16,16 @@ need() {
     exit 1
 }
 
+# libFuzzer comes in a package of its own, named after clang's version.
+need_fuzzer() {
+    v=$(clang++ -dumpversion | cut -d. -f1)
+    ls "$(clang++ -print-resource-dir)"/lib/linux/libclang_rt.fuzzer-* >/dev/null 2>&1 || need libclang_rt.fuzzer "libclang-rt-$v-dev"
+}
+
 case "$1" in
     tests) need doctest/doctest.h doctest-dev; need nlohmann/json.hpp nlohmann-json3-dev ;;
     convert) need nlohmann/json.hpp nlohmann-json3-dev ;;
+    fuzz) need nlohmann/json.hpp nlohmann-json3-dev; need clang++ clang; need_fuzzer ;;
     plot) need gnuplot gnuplot-nox ;;
-    *) echo "usage: dev/setup.sh tests|convert|plot" >&2; exit 2 ;;
+    *) echo "usage: dev/setup.sh tests|convert|plot|fuzz" >&2; exit 2 ;;
 esac
