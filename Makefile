@@ -92,7 +92,7 @@ $(BUILD)/test_gpt2: $(TEST_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@
 $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp) $(HEADERS)
 	@mkdir -p $(@D)
-	$(CXX) $(FLAGS) -DARAPOET_NO_MAIN -c $< -o $@
+	$(CXX) $(FLAGS) -c $< -o $@
 
 PYTHON ?= python3
 golden:
