@@ -30,7 +30,7 @@ namespace trainer {
 
 struct Options {
     // data
-    std::string data = "data/sample", train_data, val_data, tokenizer;
+    std::string data = "out/data", train_data, val_data, tokenizer;
     // model: 0, -1 and "" mean "as the preset or the checkpoint says"
     std::string init_from, preset = "tiny", activation;
     int depth = 0, heads = 0, channels = 0, seq_len = 0;
@@ -418,7 +418,7 @@ class Run {
         if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
         if (o_.tokenizer.empty()) o_.tokenizer = o_.data + "/tokenizer.bin";
         if (!file_exists(o_.train_data) && !flags_.given("train_data"))
-            fail("%s: not found; make it with: ./prepare_data poems.csv -o %s", o_.train_data.c_str(), o_.data.c_str());
+            fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", o_.train_data.c_str(), o_.data.c_str());
         if (file_exists(o_.tokenizer)) tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(o_.tokenizer));
         else if (flags_.given("tokenizer") || o_.init_from.empty()) fail("%s: tokenizer not found", o_.tokenizer.c_str());
         if (!o_.activation.empty() && o_.activation != "gelu_new" && o_.activation != "gelu")

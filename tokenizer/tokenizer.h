@@ -7,17 +7,28 @@
 // A character tokenizer gives every code point of the training text one token, sorted by code point,
 // and ends with end-of-text, which separates the poems of a corpus and starts a new one.
 //
+// Byte-level BPE is GPT-2's and AraGPT2's (./export_tokenizer makes the file from a published folder). It encodes
+// like tiktoken's encode_ordinary and Hugging Face's ByteLevel BPE: the text is cut into pieces, words mostly, and
+// within a piece the pair of tokens that makes the lowest token merges until none does. It takes any bytes.
+//
 // The file is llm.c's: 256 int32, then per token one length byte and its bytes.
 //     [0] 20240328  [1] 2  [2] V  [3] end-of-text
 //     [4] kind, [5] add_prefix_space: ours; 0 in llm.c's files, which hold GPT-2's byte-level BPE
+// It holds no list of merges and needs none, because the order of the tokens is the order of the merges: the two
+// tokens that merge into token t are what the tokens below t make of its bytes. A token that these make no pair of
+// is special: text never becomes it. export_tokenizer checks that the merges found so are the published ones.
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <queue>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "io.h"
+#include "tokenizer/unicode_tables.h"
 
 // ---------------------------------------------------------------------------------------------
 // UTF-8
@@ -116,6 +127,208 @@ void for_each(std::string_view s, F f) {
 }  // namespace utf8
 
 // ---------------------------------------------------------------------------------------------
+// Byte-level BPE
+
+namespace bpe {
+
+enum Class : unsigned char { OTHER, LETTER, NUMBER, SPACE };
+
+// The class of every code point.
+inline const std::vector<Class>& classes() {
+    static const std::vector<Class> table = [] {
+        std::vector<Class> t(utf8::MAX_CODE_POINT + 1, OTHER);
+        auto fill = [&](const auto& ranges, Class c) {
+            for (const unicode::Range& r : ranges) std::fill(t.begin() + r.first, t.begin() + r.last + 1, c);
+        };
+        fill(unicode::LETTERS, LETTER), fill(unicode::NUMBERS, NUMBER), fill(unicode::WHITE_SPACE, SPACE);
+        return t;
+    }();
+    return table;
+}
+
+// Cuts a text into the pieces that GPT-2's pattern matches one after another:
+//     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+// The pieces are the whole text. A byte that is not valid UTF-8 counts as a character of no class.
+class Splitter {
+  public:
+    explicit Splitter(std::string_view text) : text_(text), class_of_(classes().data()) {}
+
+    bool next(std::string_view* piece) {
+        if (pos_ == text_.size()) return false;
+        size_t end = piece_end(pos_);
+        *piece = text_.substr(pos_, end - pos_);
+        pos_ = end;
+        return true;
+    }
+
+  private:
+    // The class of the character at i, and where the next one begins.
+    Class class_at(size_t i, size_t* next) const {
+        uint32_t c = (unsigned char)text_[i];
+        size_t n = c < 0x80 ? 1 : utf8::decode(text_, i, &c);
+        *next = i + std::max<size_t>(n, 1);
+        return n == 0 ? OTHER : class_of_[c];
+    }
+    size_t piece_end(size_t begin) const {
+        if (text_[begin] == '\'')
+            for (std::string_view ending : {"s", "t", "re", "ve", "m", "ll", "d"})
+                if (text_.compare(begin + 1, ending.size(), ending) == 0) return begin + 1 + ending.size();
+
+        size_t end, next;
+        Class c = class_at(begin, &end);
+        if (c == SPACE) {
+            size_t last = begin;  // where the last character of the white space begins
+            for (; end < text_.size() && class_at(end, &next) == SPACE; end = next) last = end;
+            if (end == text_.size()) return end;
+            if (last > begin) return last;  // \s+(?!\S): all but the last, which may belong to the word
+            if (text_[begin] != ' ') return end;
+            c = class_at(end, &end);
+        }
+        while (end < text_.size() && class_at(end, &next) == c) end = next;
+        return end;
+    }
+
+    std::string_view text_;
+    const Class* class_of_;
+    size_t pos_ = 0;
+};
+
+// Which two tokens merge into which, and the merging itself.
+class Merges {
+  public:
+    static constexpr int ID_BITS = 20;
+
+    // Makes room for so many merges.
+    explicit Merges(size_t most = 0) {
+        while (((size_t)1 << bits_) < 2 * most) bits_++;
+        table_.assign((size_t)1 << bits_, EMPTY);
+    }
+    void add(int left, int right, int result) { *slot(left, right) = key(left, right) << ID_BITS | (uint64_t)result; }
+
+    // Merges the n tokens at ids until no pair merges: the lowest result first, the leftmost among equals.
+    // Returns how many tokens are left.
+    size_t apply(int* ids, size_t n) const { return n <= SHORT ? apply_to_few(ids, n) : apply_to_many(ids, n); }
+
+    // How many tokens apply() has looked at so far: what it costs, for tests.
+    uint64_t work() const { return work_; }
+
+  private:
+    static constexpr uint64_t EMPTY = ~(uint64_t)0;
+    static constexpr int NONE = 1 << ID_BITS;
+    static constexpr size_t SHORT = 64;
+
+    static uint64_t key(int left, int right) { return (uint64_t)left << ID_BITS | (uint64_t)right; }
+    // Where the pair stands, or would.
+    const uint64_t* slot(int left, int right) const {
+        const uint64_t k = key(left, right), mask = table_.size() - 1;
+        uint64_t i = k * 0x9E3779B97F4A7C15u >> (64 - bits_);
+        while (table_[i] != EMPTY && table_[i] >> ID_BITS != k) i = (i + 1) & mask;
+        return &table_[i];
+    }
+    uint64_t* slot(int left, int right) { return const_cast<uint64_t*>(std::as_const(*this).slot(left, right)); }
+    int find(int left, int right) const {
+        uint64_t s = *slot(left, right);
+        return s == EMPTY ? NONE : (int)(s & (NONE - 1));
+    }
+
+    // Goes through all pairs for each merge: quadratic, and the fastest for a word.
+    size_t apply_to_few(int* ids, size_t n) const {
+        int result[SHORT];  // of merging ids[i] and ids[i + 1]
+        for (size_t i = 0; i + 1 < n; i++) result[i] = find(ids[i], ids[i + 1]);
+        for (; n > 1; n--) {
+            work_ += n;
+            size_t i = (size_t)(std::min_element(result, result + n - 1) - result);
+            if (result[i] == NONE) break;
+            ids[i] = result[i];
+            std::copy(ids + i + 2, ids + n, ids + i + 1);
+            std::copy(result + i + 1, result + n - 1, result + i);
+            if (i > 0) result[i - 1] = find(ids[i - 1], ids[i]);
+            if (i + 2 < n) result[i] = find(ids[i], ids[i + 1]);
+        }
+        return n;
+    }
+
+    // The same with a linked list and a heap: n log n.
+    size_t apply_to_many(int* ids, size_t n) const {
+        struct Node {
+            int id;  // NONE once merged into its left neighbour
+            size_t left, right;
+        };
+        using Pair = std::pair<int, size_t>;  // result, left node
+        std::vector<Node> nodes(n);
+        std::vector<Pair> pairs;
+        for (size_t i = 0; i < n; i++) nodes[i] = {ids[i], i - 1, i + 1};
+        auto result_at = [&](size_t i) {
+            return nodes[i].id == NONE || nodes[i].right == n ? NONE : find(nodes[i].id, nodes[nodes[i].right].id);
+        };
+        for (size_t i = 0; i < n; i++)
+            if (int r = result_at(i); r != NONE) pairs.push_back({r, i});
+        std::priority_queue<Pair, std::vector<Pair>, std::greater<>> heap(std::greater<>(), std::move(pairs));
+        work_ += n;
+        while (!heap.empty()) {
+            auto [result, i] = heap.top();
+            heap.pop();
+            work_++;
+            if (result_at(i) != result) continue;  // one of the two has merged otherwise
+            Node &a = nodes[i], &b = nodes[a.right];
+            a.id = result, a.right = b.right, b.id = NONE;
+            if (a.right < n) nodes[a.right].left = i;
+            if (int r = result_at(i); r != NONE) heap.push({r, i});
+            if (i == 0) continue;
+            if (int r = result_at(a.left); r != NONE) heap.push({r, a.left});
+        }
+        size_t count = 0;
+        for (size_t i = 0; i < n; i = nodes[i].right) ids[count++] = nodes[i].id;
+        return count;
+    }
+
+    std::vector<uint64_t> table_;  // left, right and result in one number; linear probing
+    int bits_ = 1;
+    mutable uint64_t work_ = 0;
+};
+
+// Remembers the tokens of short pieces, because a text repeats its words. A newer piece replaces an older one.
+class PieceCache {
+  public:
+    struct Entry {
+        unsigned char length, count;  // 0: empty
+        char piece[46];
+        int ids[20];
+
+        bool holds(std::string_view p) const { return length == p.size() && !memcmp(piece, p.data(), p.size()); }
+        void store(std::string_view p, const int* tokens, size_t n) {
+            if (n > std::size(ids)) return;
+            length = (unsigned char)p.size(), count = (unsigned char)n;
+            std::copy(p.begin(), p.end(), piece);
+            std::copy(tokens, tokens + n, ids);
+        }
+    };
+
+    // The one entry that may hold the piece; null for a long one.
+    Entry* find(std::string_view piece) {
+        return piece.size() > sizeof Entry::piece ? nullptr : &entries_[hash(piece) >> (64 - BITS)];
+    }
+    void clear() { entries_.assign((size_t)1 << BITS, {}); }
+
+  private:
+    static constexpr int BITS = 15;
+
+    static uint64_t hash(std::string_view s) {
+        uint64_t h = s.size(), word;
+        size_t i = 0;
+        auto mix = [&] { h = (h ^ word) * 0x9E3779B97F4A7C15u, h ^= h >> 32; };
+        for (; i + 8 <= s.size(); i += 8) memcpy(&word, &s[i], 8), mix();
+        word = 0;
+        memcpy(&word, s.data() + i, s.size() - i), mix();
+        return h * 0x9E3779B97F4A7C15u;
+    }
+
+    std::vector<Entry> entries_;
+};
+
+}  // namespace bpe
+
+// ---------------------------------------------------------------------------------------------
 // The tokenizer
 
 class Tokenizer {
@@ -142,6 +355,14 @@ class Tokenizer {
         return t;
     }
 
+    // Byte-level BPE from its tokens in merge order; `where` names their origin in errors.
+    static Tokenizer byte_bpe(std::vector<std::string> tokens, int eot, bool add_prefix_space, const std::string& where) {
+        Tokenizer t;
+        t.kind_ = BYTE_BPE, t.eot_ = eot, t.add_prefix_space_ = add_prefix_space, t.tokens_ = std::move(tokens);
+        t.index_bpe(where);
+        return t;
+    }
+
     // Reads a tokenizer file; every doubt about it is an Error that names file, field, found and wanted.
     static Tokenizer load(const std::string& path) {
         Reader in(path);
@@ -157,7 +378,6 @@ class Tokenizer {
         check(3, "end-of-text token", 0, h[2] - 1);
         check(4, "kind", BYTE_BPE, CHARACTERS);
         check(5, "add_prefix_space", 0, h[4] == BYTE_BPE ? 1 : 0);
-        if (h[4] == BYTE_BPE) fail("%s: byte-level BPE is not built in yet", p);
 
         Tokenizer t;
         t.kind_ = (Kind)h[4], t.eot_ = h[3], t.add_prefix_space_ = h[5] != 0;
@@ -171,6 +391,7 @@ class Tokenizer {
         }
         in.expect_size(in.pos);
         if (t.kind_ == CHARACTERS) t.index_characters(path);
+        else t.index_bpe(path);
         return t;
     }
 
@@ -195,13 +416,22 @@ class Tokenizer {
 
     Kind kind() const { return kind_; }
     int vocab_size() const { return (int)tokens_.size(); }
-    // The token that separates poems. encode() never yields it: a program places it.
+    // The token that separates poems. encode() never yields it, even for text that spells it: a program places it.
     int eot() const { return eot_; }
+    // Does encode() put a space before a text that begins with none?
+    bool add_prefix_space() const { return add_prefix_space_; }
 
-    // The text's tokens. A character without a token, and invalid UTF-8, is an Error that names it and its byte offset.
+    // The text's tokens. Characters: one without a token, and invalid UTF-8, is an Error that names it and its byte
+    // offset. Byte-level BPE takes any bytes, and decode() gives them back; it remembers words, so that two threads
+    // must not encode with one Tokenizer at once.
     std::vector<int> encode(std::string_view text) const {
         std::vector<int> ids;
         ids.reserve(text.size() / 2 + 1);
+        if (kind_ == BYTE_BPE) {
+            if (!text.empty() && text[0] != ' ' && add_prefix_space_) encode_bpe(" " + std::string(text), ids);
+            else encode_bpe(text, ids);
+            return ids;
+        }
         utf8::for_each(text, [&](uint32_t c, size_t offset) {
             int id = c < token_of_.size() ? token_of_[c] : -1;
             if (id < 0)
@@ -211,7 +441,8 @@ class Tokenizer {
         return ids;
     }
 
-    // A token's bytes; with byte-level BPE they need not be whole characters. End-of-text is "<|endoftext|>".
+    // A token's bytes; with byte-level BPE they need not be whole characters. End-of-text is "<|endoftext|>", or what
+    // the folder that a BPE comes from calls it.
     const std::string& bytes(int token) const {
         if (token < 0 || token >= vocab_size()) fail("token %d is out of range, the tokenizer has %d", token, vocab_size());
         return tokens_[(size_t)token];
@@ -221,13 +452,37 @@ class Tokenizer {
         for (int id : ids) text += bytes(id);
         return text;
     }
-    // How many characters begin in the token; end-of-text counts as one. Summed over a text it does not depend
-    // on the tokenizer, so that loss in bits per character compares them.
-    int chars(int token) const { return token == eot_ ? 1 : (int)utf8::count(bytes(token)); }
+    // How many characters begin in the token; end-of-text counts as one, which it leaves to the space that
+    // add_prefix_space puts behind it. Summed over a stream of texts, each after end-of-text, this does not depend on
+    // the tokenizer, so that loss in bits per character compares them.
+    int chars(int token) const { return token == eot_ ? !add_prefix_space_ : (int)utf8::count(bytes(token)); }
+
+    // Byte-level BPE: the two tokens that merge into this one; -1 and -1 for single bytes and special tokens.
+    std::pair<int, int> parts(int token) const {
+        if (kind_ != BYTE_BPE) fail("a character tokenizer merges no tokens");
+        return bytes(token), parts_[(size_t)token];
+    }
+    // What encoding has cost so far, in tokens looked at while merging, for tests.
+    uint64_t work() const { return merges_.work(); }
+
+    // A token for an error message: 'ab', with every byte that would garble the line as \xNN.
+    std::string name(int token) const {
+        const std::string& s = bytes(token);
+        std::string quoted = "'";
+        for (size_t i = 0; i < s.size();) {
+            uint32_t c;
+            size_t n = utf8::decode(s, i, &c);
+            bool printable = n && utf8::name(c)[0] == '\'';
+            n = std::max<size_t>(n, 1);
+            for (size_t k = i; k < i + n; k++) quoted += printable ? std::string(1, s[k]) : strf("\\x%02X", (unsigned char)s[k]);
+            i += n;
+        }
+        return quoted + "'";
+    }
 
   private:
     static constexpr int32_t MAGIC = 20240328, VERSION = 2;
-    static constexpr int MAX_VOCAB = 1 << 20;
+    static constexpr int MAX_VOCAB = 1 << bpe::Merges::ID_BITS;
     static constexpr const char* EOT_TEXT = "<|endoftext|>";
 
     // Fills token_of_; checks that end-of-text is spelled as ever and that each other token is one character, once.
@@ -246,9 +501,58 @@ class Tokenizer {
         }
     }
 
+    // Fills token_of_, by byte, and finds the merges.
+    void index_bpe(const std::string& where) {
+        token_of_.assign(256, -1);
+        for (int i = 0; i < vocab_size(); i++) {
+            if (i == eot_ || tokens_[(size_t)i].size() != 1) continue;
+            int& token = token_of_[(unsigned char)tokens_[(size_t)i][0]];
+            if (token >= 0) fail("%s: tokens %d and %d are both the byte %s", where.c_str(), token, i, name(i).c_str());
+            token = i;
+        }
+        for (size_t b = 0; b < 256; b++)
+            if (token_of_[b] < 0) fail("%s: no token is the single byte 0x%02X", where.c_str(), (unsigned)b);
+
+        merges_ = bpe::Merges(tokens_.size()), cache_.clear();
+        parts_.assign(tokens_.size(), {-1, -1});
+        std::vector<int> ids;
+        for (int i = 0; i < vocab_size(); i++) {
+            if (i == eot_ || tokens_[(size_t)i].size() == 1) continue;
+            ids.clear();
+            merge_bytes(tokens_[(size_t)i], ids);
+            if (ids.size() == 1) fail("%s: tokens %d and %d are both %s", where.c_str(), ids[0], i, name(i).c_str());
+            // A special token may stand below the bytes; then it is no merge of them.
+            if (ids.size() != 2 || ids[0] > i || ids[1] > i) continue;
+            parts_[(size_t)i] = {ids[0], ids[1]};
+            merges_.add(ids[0], ids[1], i);
+        }
+    }
+    // Appends the tokens of a piece.
+    void merge_bytes(std::string_view piece, std::vector<int>& ids) const {
+        size_t begin = ids.size();
+        for (char c : piece) ids.push_back(token_of_[(unsigned char)c]);
+        ids.resize(begin + merges_.apply(ids.data() + begin, piece.size()));
+    }
+    void encode_bpe(std::string_view text, std::vector<int>& ids) const {
+        bpe::Splitter pieces(text);
+        for (std::string_view piece; pieces.next(&piece);) {
+            bpe::PieceCache::Entry* entry = cache_.find(piece);
+            if (entry && entry->holds(piece)) {
+                ids.insert(ids.end(), entry->ids, entry->ids + entry->count);
+                continue;
+            }
+            size_t begin = ids.size();
+            merge_bytes(piece, ids);
+            if (entry) entry->store(piece, ids.data() + begin, ids.size() - begin);
+        }
+    }
+
     Kind kind_ = CHARACTERS;
     bool add_prefix_space_ = false;
     int eot_ = 0;
     std::vector<std::string> tokens_;
-    std::vector<int> token_of_;  // CHARACTERS: by code point, -1 where there is none
+    std::vector<int> token_of_;  // by code point, or by byte in a BPE; -1 where there is none
+    bpe::Merges merges_;
+    std::vector<std::pair<int, int>> parts_;
+    mutable bpe::PieceCache cache_;
 };

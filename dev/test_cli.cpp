@@ -1,0 +1,964 @@
+// test_cli.cpp - what ./prepare_data, ./train_gpt2 and ./sample_gpt2 promise to a user: exit codes, output and
+// files. Runs the built programs from the repository root, in folders of their own.
+#include <doctest/doctest.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <set>
+
+#include "data/dataloader.h"
+#include "dev/test_util.h"
+#include "gpt2.h"
+#include "tokenizer/tokenizer.h"
+
+namespace {
+
+using Strings = std::vector<std::string>;
+
+// ---------------------------------------------------------------------------------------------
+// Running a program
+
+struct Result {
+    int code = -1;  // the exit code, or 128 + the signal that ended it
+    std::string out, err;
+    long peak_kib = 0;
+};
+
+// How a program is run, where the defaults will not do.
+struct How {
+    rlim_t file_limit = RLIM_INFINITY;  // bytes a file may have: a disk that is full, for the program
+    std::string until;                  // when stdout says this,
+    int signal = 0;                     // send this
+    int columns = 0;                    // not 0: stdout is a terminal of this width
+};
+
+// A terminal's two ends; raw, so that what is read is what was written.
+void open_terminal(int columns, int ends[2]) {
+    ends[0] = posix_openpt(O_RDWR | O_NOCTTY);
+    if (ends[0] < 0 || grantpt(ends[0]) || unlockpt(ends[0])) fail("no terminal: %s", strerror(errno));
+    ends[1] = open(ptsname(ends[0]), O_RDWR | O_NOCTTY);
+    winsize size{};
+    size.ws_row = 24, size.ws_col = (unsigned short)columns;
+    if (ends[1] < 0 || ioctl(ends[1], TIOCSWINSZ, &size)) fail("no terminal: %s", strerror(errno));
+}
+
+Result run(const Strings& words, const How& how = {}) {
+    if (!file_exists(words[0])) fail("%s: not found; make builds it, and the tests run in the repository's root", words[0].c_str());
+    int out[2], err[2];
+    if (how.columns) open_terminal(how.columns, out);
+    else if (pipe2(out, O_CLOEXEC)) fail("no pipe: %s", strerror(errno));
+    if (pipe2(err, O_CLOEXEC)) fail("no pipe: %s", strerror(errno));
+    // A short pipe keeps the program from running far ahead of us before it gets the signal.
+    if (how.signal) fcntl(out[1], F_SETPIPE_SZ, 4096);
+    std::vector<char*> argv;
+    for (const std::string& w : words) argv.push_back(const_cast<char*>(w.c_str()));
+    argv.push_back(nullptr);
+    // Threads that wait without spinning: the tests stay fast where the cores are busy with other work.
+    setenv("OMP_WAIT_POLICY", "passive", 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(out[1], 1), dup2(err[1], 2);
+        rlimit limit = {how.file_limit, how.file_limit};
+        if (how.file_limit != RLIM_INFINITY) signal(SIGXFSZ, SIG_IGN), setrlimit(RLIMIT_FSIZE, &limit);
+        signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
+        alarm(60);  // nothing here takes a second, unless it hangs
+        execv(argv[0], argv.data());
+        _exit(127);
+    }
+    close(out[1]), close(err[1]);
+    Result r;
+    pollfd ends[2] = {{out[0], POLLIN, 0}, {err[0], POLLIN, 0}};
+    for (bool sent = false; ends[0].fd >= 0 || ends[1].fd >= 0;) {
+        if (poll(ends, 2, -1) < 0) continue;
+        for (pollfd& p : ends) {
+            char part[512];
+            if (p.fd < 0 || !p.revents) continue;
+            ssize_t n = read(p.fd, part, sizeof part);
+            if (n > 0) (&p == ends ? r.out : r.err).append(part, (size_t)n);
+            else close(p.fd), p.fd = -1;
+        }
+        if (how.signal && !sent && contains(r.out, how.until)) sent = true, kill(pid, how.signal);
+    }
+    int status;
+    rusage usage;
+    wait4(pid, &status, 0, &usage);
+    r.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    r.peak_kib = usage.ru_maxrss;
+    return r;
+}
+
+Strings split(const std::string& text, char at) {
+    Strings parts(1);
+    for (char c : text) {
+        if (c == at) parts.emplace_back();
+        else parts.back() += c;
+    }
+    return parts;
+}
+Strings words(const std::string& command) {
+    Strings w = split(command, ' ');
+    w.erase(std::remove(w.begin(), w.end(), ""), w.end());
+    return w;
+}
+Strings lines(const std::string& text) {
+    Strings l = split(text, '\n');
+    if (l.back().empty()) l.pop_back();
+    return l;
+}
+Result train(const std::string& flags, const How& how = {}) { return run(words("./train_gpt2 " + flags), how); }
+Result prepare(const std::string& flags, const How& how = {}) { return run(words("./prepare_data " + flags), how); }
+Result sample(const std::string& flags, const std::string& prompt = "") {
+    Strings w = words("./sample_gpt2 " + flags);
+    w.push_back("--prompt"), w.push_back(prompt);
+    return run(w);
+}
+
+// ---------------------------------------------------------------------------------------------
+// What came out
+
+void check_success(const Result& r) {
+    CHECK(r.code == 0);
+    CHECK(r.err == "");
+}
+// The exit code, and one readable line on stderr that begins with the program's name and says all the parts.
+void check_failure(const Result& r, const char* program, int code, const Strings& parts) {
+    INFO("stderr: " << r.err);
+    CHECK(r.code == code);
+    CHECK(r.err.compare(0, strlen(program) + 2, std::string(program) + ": ") == 0);
+    CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+    CHECK((!r.err.empty() && r.err.back() == '\n'));
+    CHECK(utf8::find_invalid(r.err) == std::string::npos);
+    for (const std::string& p : parts) {
+        INFO("wanted in it: " << p);
+        CHECK(contains(r.err, p));
+    }
+}
+
+std::set<std::string> files_in(const std::string& folder) {
+    std::set<std::string> names;
+    for (auto& f : std::filesystem::directory_iterator(folder)) names.insert(f.path().filename().string());
+    return names;
+}
+std::map<std::string, std::string> contents_of(const std::string& folder) {
+    std::map<std::string, std::string> all;
+    for (const std::string& name : files_in(folder)) all[name] = read_file(folder + "/" + name);
+    return all;
+}
+Strings with_prefix(const std::string& folder, const std::string& prefix) {
+    Strings found;
+    for (const std::string& name : files_in(folder))
+        if (name.compare(0, prefix.size(), prefix) == 0) found.push_back(name);
+    return found;
+}
+bool holds_temporary_file(const std::string& folder) {
+    for (const std::string& name : files_in(folder))
+        if (contains(name, ".tmp")) return true;
+    return false;
+}
+
+// log.csv by column.
+struct Log {
+    Strings header;
+    std::vector<Strings> rows;
+    explicit Log(const std::string& folder) {
+        for (const std::string& line : lines(read_file(folder + "/log.csv"))) rows.push_back(split(line, ','));
+        header = rows.at(0), rows.erase(rows.begin());
+        for (const Strings& row : rows)
+            if (row.size() != header.size()) fail("log.csv: a row has %zu fields, the header %zu", row.size(), header.size());
+    }
+    Strings column(const std::string& name) const {
+        auto at = std::find(header.begin(), header.end(), name);
+        if (at == header.end()) fail("log.csv: no column %s", name.c_str());
+        Strings c;
+        for (const Strings& row : rows) c.push_back(row[(size_t)(at - header.begin())]);
+        return c;
+    }
+    // All that must not depend on the machine's speed.
+    std::vector<Strings> losses() const {
+        return {column("step"), column("train_loss"), column("smoothed_loss"), column("val_loss"), column("val_bits_per_char"),
+                column("grad_norm"), column("lr")};
+    }
+};
+
+// The number after `label`.
+double number_after(const std::string& text, const std::string& label) {
+    size_t at = text.find(label);
+    if (at == std::string::npos) fail("'%s' is missing in: %s", label.c_str(), text.c_str());
+    return strtod(text.c_str() + at + label.size(), nullptr);
+}
+double number_before(const std::string& text, const std::string& label) {
+    size_t at = text.find(label);
+    if (at == std::string::npos) fail("'%s' is missing in: %s", label.c_str(), text.c_str());
+    size_t begin = text.find_last_not_of("0123456789.e+-", at - 1);
+    return strtod(text.c_str() + begin + 1, nullptr);
+}
+
+// AdamW's moments in a state file; the header before them holds the time that training took.
+std::string moments_in(const std::string& state) {
+    int32_t settings;
+    memcpy(&settings, &state.at(12), 4);
+    return state.substr(1024 + (size_t)settings, state.size() - 1024 - (size_t)settings - 8);
+}
+
+bool loads_and_is_finite(const std::string& model) {
+    ModelReader r(model);
+    std::vector<float> p(num_params(r.cfg));
+    return error_of([&] { r.read(p.data(), p.size()); }).empty();
+}
+
+// ---------------------------------------------------------------------------------------------
+// A small diwan, its tokens, and a small model of it, made once
+
+constexpr const char* MODEL = " --depth 1 --heads 2 --channels 16 --seq_len 16 --batch_size 4 --sample_every 0 ";
+
+// Poems of the given words, four verses each, as a CSV like the real corpus.
+std::string diwan(const Strings& vocabulary, int poems) {
+    std::string csv = "id,poet,poem_text\n";
+    uint32_t state = 12345;
+    auto word = [&] { return vocabulary[(state = state * 1664525u + 1013904223u) / 65536 % vocabulary.size()]; };
+    for (int i = 0; i < poems; i++) {
+        csv += strf("%d,\"nobody, I say\",\"", i);
+        for (int verse = 0; verse < 4; verse++) {
+            if (verse) csv += "\n";
+            for (int w = 0; w < 8; w++) csv += word() + (w == 7 ? "" : w == 3 ? "\t" : " ");
+        }
+        csv += "\"\n";
+    }
+    return csv;
+}
+
+struct Fixture {
+    TempDir dir;
+    std::string csv = dir / "poems.csv", data = dir / "data", out = dir / "run", model = out + "/model.bin";
+    std::string other_csv = dir / "other.csv", other = dir / "other";  // of fewer characters
+    Result prepared, trained;
+    Fixture() {
+        write_file(csv, diwan({"قفا", "نبك", "من", "ذكرى", "حبيب", "ومنزل", "بسقط", "اللوى", "بين", "الدخول", "فحومل", "ليل", "طويل",
+                               "سلام", "على", "أرض", "بعيد", "شوق", "قمر", "غيث"}, 40));
+        write_file(other_csv, diwan({"باب", "بيت", "تاب", "بات"}, 40));
+        prepared = prepare(csv + " -o " + data);
+        prepare(other_csv + " -o " + other);
+        trained = train("--data " + data + MODEL + "--max_steps 20 -o " + out);
+    }
+    // Flags of a small run on the small diwan.
+    std::string flags() const { return "--data " + data + MODEL; }
+};
+const Fixture& tiny() {
+    static Fixture f;
+    return f;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The way through
+
+TEST_CASE("cli: from a CSV to a poem by the commands that the programs themselves suggest") {
+    const Fixture& f = tiny();
+    check_success(f.prepared);
+    CHECK(contains(f.prepared.out, "./train_gpt2 --data " + f.data));
+    CHECK(files_in(f.data) == std::set<std::string>{"train.bin", "val.bin", "tokenizer.bin"});
+    check_success(f.trained);
+    for (const char* name : {"model.bin", "tokenizer.bin", "log.csv", "main.log"}) CHECK(files_in(f.out).count(name) == 1);
+    CHECK(read_file(f.out + "/tokenizer.bin") == read_file(f.data + "/tokenizer.bin"));
+    CHECK(loads_and_is_finite(f.model));
+    std::string command = "./sample_gpt2 -e " + f.model;
+    CHECK(contains(f.trained.out, command + "\n"));
+    Result poem = run(words(command));
+    check_success(poem);
+    CHECK(poem.out.size() > 1);
+    CHECK(utf8::find_invalid(poem.out) == std::string::npos);
+}
+
+TEST_CASE("cli: prepare_data says what it read, kept and dropped") {
+    const Fixture& f = tiny();
+    for (const char* part : {"poem_text", "40 poems", "characters", "verses", "vocabulary", "train", "val"}) CHECK(contains(f.prepared.out, part));
+    int32_t h[3];
+    memcpy(h, read_file(f.data + "/train.bin").data(), sizeof h);
+    CHECK(contains(f.prepared.out, " " + commas((uint64_t)h[2]) + " "));  // the tokens of train
+}
+
+TEST_CASE("cli: train_gpt2 shows model, data, memory and settings, then a line a step") {
+    const std::string& out = tiny().trained.out;
+    for (const char* part : {"1 layer", "2 heads", "16 channels", "parameters", "memory", "learning rate", "AdamW", "dropout", "GFLOP/s"}) CHECK(contains(out, part));
+    for (const char* part : {"step  1/20 | ", "step 20/20 | ", "loss ", "norm ", "lr ", " ms", "tokens/s", "% of peak", "ETA ", "perplexity", "bits per character"})
+        CHECK(contains(out, part));
+}
+
+TEST_CASE("cli: the loss falls") {
+    TempDir d;
+    check_success(train(tiny().flags() + "--max_steps 60 --learning_rate 1e-2 -o " + (d / "run")));
+    Strings val = Log(d / "run").column("val_loss");
+    CHECK(std::stod(val.front()) == doctest::Approx(std::log(Tokenizer::load(tiny().data + "/tokenizer.bin").vocab_size())).epsilon(0.02));
+    CHECK(std::stod(val.back()) < std::stod(val.front()) - 0.3);
+}
+
+TEST_CASE("cli: log.csv has a row a step, all of it finite numbers") {
+    Log log(tiny().out);
+    REQUIRE(log.rows.size() == 21);
+    for (size_t i = 0; i < log.rows.size(); i++) {
+        CHECK(log.rows[i][0] == std::to_string(i));
+        for (const std::string& cell : log.rows[i]) {
+            char* end;
+            if (!cell.empty()) CHECK((std::isfinite(strtod(cell.c_str(), &end)) && *end == 0));
+        }
+    }
+    for (const char* name : {"train_loss", "smoothed_loss", "grad_norm", "lr", "ms", "tokens_per_s"}) {
+        Strings c = log.column(name);
+        CHECK(c[0] == "");  // before the first step there is only a validation
+        CHECK(std::count(c.begin() + 1, c.end(), "") == 0);
+    }
+    CHECK(log.column("val_loss")[0] != "");
+    CHECK(log.column("val_loss")[20] != "");
+}
+
+TEST_CASE("cli: main.log is in llm.c's format and agrees with log.csv") {
+    Log log(tiny().out);
+    size_t train_lines = 0, val_lines = 0;
+    for (const std::string& line : lines(read_file(tiny().out + "/main.log"))) {
+        int step = -1;
+        double loss, lr, norm;
+        if (sscanf(line.c_str(), "s:%d trl:%lf lr:%lf norm:%lf", &step, &loss, &lr, &norm) == 4) {
+            CHECK(line == strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, loss, lr, norm));
+            CHECK(strf("%.4f", loss) == strf("%.4f", std::stod(log.column("train_loss").at((size_t)step + 1))));
+            train_lines++;
+        } else {
+            REQUIRE(sscanf(line.c_str(), "s:%d tel:%lf", &step, &loss) == 2);
+            CHECK(line == strf("s:%d tel:%.4f", step, loss));
+            CHECK(strf("%.4f", loss) == strf("%.4f", std::stod(log.column("val_loss").at((size_t)step))));
+            val_lines++;
+        }
+    }
+    CHECK(train_lines == 20);
+    CHECK(val_lines == 21);  // 20 times a run, and at the start
+}
+
+TEST_CASE("cli: neither ANSI codes nor carriage returns where the output is no terminal") {
+    const Fixture& f = tiny();
+    TempDir d;
+    Result with_poems = train(f.flags() + "--sample_every 2 --sample_tokens 20 --max_steps 4 -o " + (d / "run"));
+    check_success(with_poems);
+    CHECK(contains(with_poems.out, "--- a poem after step 2 ---"));
+    for (const Result& r : {f.prepared, f.trained, with_poems, sample("-e " + f.model), train("--help"), train("--nonsense")}) {
+        CHECK(!contains(r.out + r.err, "\x1b"));
+        CHECK(!contains(r.out + r.err, "\r"));
+        CHECK(utf8::find_invalid(r.out) == std::string::npos);
+    }
+}
+
+TEST_CASE("cli: on a terminal the step line is redrawn in place and never wraps") {
+    TempDir d;
+    How how;
+    how.columns = 80;
+    Result r = train(tiny().flags() + "--max_steps 4 --val_every 0 -o " + (d / "run"), how);
+    CHECK(r.code == 0);
+    size_t redrawn = 0;
+    for (const std::string& piece : split(r.out, '\r')) {
+        if (piece.compare(0, 4, "step") || !contains(piece, "loss")) continue;
+        redrawn++;
+        std::string shown = piece.substr(0, piece.find_first_of("\x1b\n"));
+        INFO(shown);
+        CHECK(shown.size() < 80);
+    }
+    CHECK(redrawn == 4);
+}
+
+TEST_CASE("cli: --help exits with 0 and explains every flag") {
+    for (const char* ask : {"--help", "-h"}) {
+        Result r = train(ask);
+        check_success(r);
+        for (const char* flag : {"data", "train_data", "val_data", "tokenizer", "init_from", "preset", "depth", "heads", "channels", "seq_len", "dropout",
+                                 "batch_size", "total_batch_size", "max_steps", "learning_rate", "lr_schedule", "warmup_steps", "final_lr_fraction",
+                                 "weight_decay", "beta1", "beta2", "eps", "grad_clip", "seed", "threads", "val_every", "val_batches", "sample_every",
+                                 "sample_tokens", "temperature", "prompt", "out", "save_every", "keep", "resume", "overwrite"}) {
+            INFO(flag);
+            CHECK((contains(r.out, std::string("\n  --") + flag + " ") || contains(r.out, std::string("\n  --") + flag + ",")));
+        }
+        for (char alias : std::string("ijeobtdluqcvmsgnx")) {
+            INFO(alias);
+            CHECK(contains(r.out, std::string(", -") + alias + " "));
+        }
+    }
+    Result s = run({"./sample_gpt2", "--help"}), p = prepare("--help");
+    check_success(s), check_success(p);
+    for (const char* flag : {"--init_from", "--tokenizer", "--prompt", "--tokens", "--num", "--temperature", "--top_k", "--top_p", "--seed", ", -e "})
+        CHECK(contains(s.out, flag));
+    for (const char* flag : {"--out", "--column", "--layout", "--keep", "--on_error", "--normalize_alef", "--normalize_hamza", "--normalize_ya",
+                             "--normalize_ta", "--remove_tatweel", "--remove_tashkeel", "--val_fraction", "--seed", ", -o "})
+        CHECK(contains(p.out, flag));
+}
+
+TEST_CASE("cli: llm.c's short flags, --name=value and dashes mean the same as the long flags") {
+    const Fixture& f = tiny();
+    TempDir d;
+    std::string size = " --depth 1 --heads 2 --channels 16 --tokenizer " + f.data + "/tokenizer.bin ";
+    check_success(train(size + "--train_data " + f.data + "/train.bin --val_data " + f.data + "/val.bin --out " + (d / "a") +
+                        " --batch_size 2 --seq_len 8 --total_batch_size 32 --learning_rate 0.01 --warmup_steps 3 --final_lr_fraction 0.5"
+                        " --weight_decay 0.2 --val_every 2 --val_batches 3 --sample_every 5 --sample_tokens 7 --save_every 3 --max_steps 6"));
+    check_success(train(size + "-i " + f.data + "/train.bin -j " + f.data + "/val.bin -o " + (d / "b") +
+                        " -b 2 -t 8 -d 32 -l 0.01 -u 3 -q 0.5 -c 0.2 -v 2 -m 3 -s 5 -g 7 -n 3 -x 6"));
+    check_success(train(size + "--train-data=" + f.data + "/train.bin --val-data=" + f.data + "/val.bin --out=" + (d / "c") +
+                        " --batch-size=2 --seq-len=8 --total-batch-size=32 --learning-rate=0.01 --warmup-steps=3 --final-lr-fraction=0.5"
+                        " --weight-decay=0.2 --val-every=2 --val-batches=3 --sample-every=5 --sample-tokens=7 --save-every=3 --max-steps=6"));
+    for (const char* name : {"b", "c"}) {
+        CHECK(Log(d / name).losses() == Log(d / "a").losses());
+        CHECK(files_in(d / name) == files_in(d / "a"));
+        CHECK(read_file((d / name) + "/model.bin") == read_file((d / "a") + "/model.bin"));
+    }
+    CHECK(Log(d / "a").rows.size() == 7);
+    CHECK(with_prefix(d / "a", "state_") == Strings{"state_00000003.bin", "state_00000006.bin"});
+}
+
+// ---------------------------------------------------------------------------------------------
+// The same again
+
+TEST_CASE("cli: training is the same to the bit when repeated, and on 1, 2 or 3 threads") {
+    TempDir d;
+    std::string flags = tiny().flags() + "--max_steps 12 --dropout 0.2 --total_batch_size 128 -o ";
+    check_success(train(flags + (d / "a")));
+    for (const char* how : {"", " --threads 1", " --threads 2", " --threads 3"}) {
+        INFO("threads: " << how);
+        check_success(train(flags + (d / "b") + " --overwrite" + how));
+        CHECK(Log(d / "b").losses() == Log(d / "a").losses());
+        CHECK(read_file((d / "b") + "/main.log") == read_file((d / "a") + "/main.log"));
+        CHECK(files_in(d / "b") == files_in(d / "a"));
+        for (const std::string& name : with_prefix(d / "a", "model")) CHECK(read_file((d / "b") + "/" + name) == read_file((d / "a") + "/" + name));
+        CHECK(moments_in(read_file((d / "b") + "/state_00000012.bin")) == moments_in(read_file((d / "a") + "/state_00000012.bin")));
+    }
+    check_success(train(flags + (d / "c") + " --seed 4"));
+    CHECK(Log(d / "c").losses() != Log(d / "a").losses());
+}
+
+// Equal in all that training computes: losses, logs, models, moments.
+void check_same_run(const std::string& a, const std::string& b, int last) {
+    CHECK(Log(a).losses() == Log(b).losses());
+    CHECK(read_file(a + "/main.log") == read_file(b + "/main.log"));
+    CHECK(read_file(a + "/model.bin") == read_file(b + "/model.bin"));
+    std::string model = strf("/model_%08d.bin", last), state = strf("/state_%08d.bin", last);
+    CHECK(read_file(a + model) == read_file(b + model));
+    CHECK(moments_in(read_file(a + state)) == moments_in(read_file(b + state)));
+}
+
+TEST_CASE("cli: a run that Ctrl-C, SIGTERM or kill -9 ended goes on as if nothing had happened") {
+    // With val_every 1 the signal meets a step that is to be validated; with 9 most often one that is not.
+    for (int val_every : {1, 9}) {
+        TempDir d;
+        std::string flags = tiny().flags() + strf("--max_steps 150 --dropout 0.2 --total_batch_size 128 --save_every 10 --val_every %d --val_batches 2 -o ", val_every);
+        check_success(train(flags + (d / "whole")));
+        for (int signal : {SIGINT, SIGTERM, SIGKILL}) {
+            CAPTURE(val_every);
+            CAPTURE(signal);
+            std::string out = d / strf("signal_%d", signal);
+            How how;
+            how.until = "step  15/150 |", how.signal = signal;
+            Result r = train(flags + out, how);
+            if (signal == SIGKILL) {
+                CHECK(r.code == 128 + SIGKILL);
+            } else {
+                check_success(r);
+                Strings steps = Log(out).column("step");
+                CHECK(std::set<std::string>(steps.begin(), steps.end()).size() == steps.size());
+            }
+            REQUIRE(std::stoi(Log(out).column("step").back()) < 150);
+            // Once more in mid-run, by the command that the program names.
+            std::string again = "./train_gpt2 -o " + out + " --resume";
+            if (signal != SIGKILL) CHECK(contains(r.out, again + "\n"));
+            how.until = strf("step %3d/150 |", std::stoi(with_prefix(out, "state_").back().substr(6)) + 12);
+            r = run(words(again), how);
+            CHECK(r.code == (signal == SIGKILL ? 128 + SIGKILL : 0));
+            check_success(run(words(again)));
+            check_same_run(out, d / "whole", 150);
+            CHECK(Log(out).rows.size() == 151);
+            CHECK((signal == SIGKILL || !holds_temporary_file(out)));
+        }
+    }
+}
+
+TEST_CASE("cli: a finished run goes on with a longer --max_steps") {
+    TempDir d;
+    std::string flags = tiny().flags() + "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 --val_every 3 --save_every 4 -o ";
+    check_success(train(flags + (d / "a") + " --max_steps 24"));
+    check_success(train(flags + (d / "b") + " --max_steps 12"));
+    check_success(train("--resume --max_steps 24 -o " + (d / "b")));
+    check_same_run(d / "a", d / "b", 24);
+    auto before = contents_of(d / "b");
+    check_success(train("--resume -o " + (d / "b")));  // nothing is left to do, and nothing changes
+    CHECK(contents_of(d / "b") == before);
+}
+
+TEST_CASE("cli: --resume fails where there is nothing to resume") {
+    TempDir d;
+    check_failure(train("--resume -o " + (d / "none")), "train_gpt2", 1, {d / "none", "no checkpoint"});
+    CHECK(!file_exists(d / "none"));
+}
+
+TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the one before still works") {
+    TempDir d;
+    check_success(train(tiny().flags() + "--max_steps 8 --save_every 4 -o " + (d / "good")));
+    struct {
+        const char* file;
+        std::function<std::string(std::string)> damage;
+    } cases[] = {
+        {"state_00000008.bin", [](std::string s) { return s.substr(0, s.size() - 4); }},
+        {"state_00000008.bin", [](std::string s) { return s.substr(0, 100); }},
+        {"state_00000008.bin", [](std::string) { return std::string(); }},
+        {"state_00000008.bin", [](std::string s) { return with_header(s, 0, 1); }},
+        {"state_00000008.bin", [](std::string s) { return with_header(s, 1, 77); }},
+        {"state_00000008.bin", [](std::string s) { return with_header(s, 2, 9); }},
+        {"state_00000008.bin", [](std::string s) { return s[1030] ^= 1, s; }},
+        {"state_00000008.bin", [](std::string s) { return s[9000] ^= 1, s; }},
+        {"state_00000008.bin", [](std::string s) { return s[s.size() - 3] ^= 1, s; }},
+        {"model_00000008.bin", [](std::string s) { return s.substr(0, s.size() - 4); }},
+        {"model_00000008.bin", [](std::string s) { return with_header(s, 0, 1); }},
+        {"model_00000008.bin", [](std::string s) { return with_header(s, 4, 2); }},
+        {"model_00000008.bin", [](std::string s) { return with_header(s, 700, 0x7fc00000); }},  // a parameter becomes NaN
+        {"model_00000008.bin", [](std::string s) { return s[5000] ^= 1, s; }},
+    };
+    int number = 0;
+    for (auto& c : cases) {
+        CAPTURE(number++);
+        std::string run = d / "run";
+        std::filesystem::remove_all(run);
+        std::filesystem::copy(d / "good", run);
+        write_file(run + "/" + c.file, c.damage(read_file(run + "/" + c.file)));
+        auto before = contents_of(run);
+        // One of the pair is named; the checksum cannot tell which of them is damaged.
+        Result r = train("--resume --max_steps 10 -o " + run);
+        check_failure(r, "train_gpt2", 1, {run + "/", "_00000008.bin", "delete"});
+        CHECK(contents_of(run) == before);
+        std::filesystem::remove(run + "/state_00000008.bin"), std::filesystem::remove(run + "/model_00000008.bin");
+        check_success(train("--resume -o " + run));
+        check_same_run(run, d / "good", 8);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Evaluating and keeping
+
+TEST_CASE("cli: --max_steps 0 prints the loss of the whole validation file in every unit, and writes nothing") {
+    const Fixture& f = tiny();
+    TempDir d;
+    check_success(train(f.flags() + "--max_steps 10 --val_batches 0 -o " + (d / "run")));
+    Log log(d / "run");
+    double logged = std::stod(log.column("val_loss").back()), bits = std::stod(log.column("val_bits_per_char").back());
+    uint64_t targets = TokenFile(f.data + "/val.bin").size() - 1;
+    for (const char* batch : {"", " -b 1", " -b 7", " -b 64"}) {
+        INFO(batch);
+        Result r = train("--max_steps 0 --data " + f.data + " -o " + (d / "untouched") + " -e " + (d / "run") + "/model_00000010.bin" + batch);
+        check_success(r);
+        double nats = number_before(r.out, " nats per token");
+        CHECK(std::abs(nats - logged) < 2e-6 * (1 + logged));
+        CHECK(std::abs(number_after(r.out, "perplexity ") - std::exp(logged)) < 1e-3);
+        CHECK(std::abs(number_before(r.out, " bits per character") - bits) < 1e-5);
+        CHECK(std::abs(number_before(r.out, " nats per character") - logged) < 1e-5);  // each token is one character
+        CHECK(contains(r.out, " " + commas(targets) + " tokens"));
+        CHECK(lines(r.out).size() <= 4);
+    }
+    CHECK(!file_exists(d / "untouched"));
+    check_failure(train("--max_steps 0 --data " + f.data), "train_gpt2", 1, {"-e FILE"});
+}
+
+TEST_CASE("cli: evaluating needs no training data") {
+    const Fixture& f = tiny();
+    Result r = train("--max_steps 0 -e " + f.model + " -j " + f.data + "/val.bin --data /nowhere");
+    check_success(r);
+    CHECK(contains(r.out, "nats per token"));
+    CHECK(contains(r.out, "bits per character"));  // by the tokenizer beside the model
+}
+
+TEST_CASE("cli: --keep N keeps the last N checkpoints") {
+    for (int keep : {1, 3}) {
+        TempDir d;
+        check_success(train(tiny().flags() + strf("--max_steps 12 --save_every 2 --keep %d -o ", keep) + (d / "run")));
+        Strings models, states;
+        for (int step = 14 - 2 * keep; step <= 12; step += 2) models.push_back(strf("model_%08d.bin", step)), states.push_back(strf("state_%08d.bin", step));
+        CHECK(with_prefix(d / "run", "model_") == models);
+        CHECK(with_prefix(d / "run", "state_") == states);
+        CHECK(files_in(d / "run").count("model.bin") == 1);
+    }
+}
+
+TEST_CASE("cli: model.bin is the best by validation loss, also when training gets worse afterwards") {
+    const Fixture& f = tiny();
+    TempDir d;
+    check_success(train(f.flags() + "--max_steps 10 --lr_schedule constant --learning_rate 0.01 --val_every 1 --val_batches 0 -o " + (d / "run")));
+    Result r = train("--resume --max_steps 14 --learning_rate 1 -o " + (d / "run"));  // unlearns
+    check_success(r);
+    std::vector<double> val;
+    for (const std::string& v : Log(d / "run").column("val_loss")) val.push_back(std::stod(v));
+    size_t best = (size_t)(std::min_element(val.begin() + 1, val.end()) - val.begin());
+    CHECK(best <= 10);
+    CHECK(contains(r.out, strf("Best validation loss %.4f at step %zu", val[best], best)));
+    double of_model = number_before(train("--max_steps 0 --data " + f.data + " -e " + (d / "run") + "/model.bin").out, " nats per token");
+    CHECK(std::abs(of_model - val[best]) < 2e-6 * (1 + val[best]));
+    CHECK(val.back() > val[best] + 0.05);
+}
+
+TEST_CASE("cli: a folder that holds a run is not overwritten without --overwrite") {
+    TempDir d;
+    std::string flags = tiny().flags() + "-o " + (d / "run");
+    check_success(train(flags + " --max_steps 8"));
+    auto before = contents_of(d / "run");
+    check_failure(train(flags + " --max_steps 4"), "train_gpt2", 1, {d / "run", "--resume", "--overwrite"});
+    CHECK(contents_of(d / "run") == before);
+    check_success(train(flags + " --max_steps 4 --overwrite"));
+    CHECK(with_prefix(d / "run", "state_").back() == "state_00000004.bin");  // none of the old run's is left
+    CHECK(Log(d / "run").rows.size() == 5);
+}
+
+TEST_CASE("cli: fine-tuning starts from the checkpoint's weights and shape") {
+    const Fixture& f = tiny();
+    TempDir d;
+    check_success(train("--data " + f.data + " -e " + f.model + " --batch_size 4 -s 0 --max_steps 3 --val_batches 0 -o " + (d / "tuned")));
+    double start = std::stod(Log(d / "tuned").column("val_loss").front());
+    double of_model = number_before(train("--max_steps 0 --data " + f.data + " -e " + f.model).out, " nats per token");
+    CHECK(std::abs(start - of_model) < 2e-6 * (1 + of_model));
+    CHECK(ModelReader((d / "tuned") + "/model.bin").cfg.same_shape(ModelReader(f.model).cfg));
+}
+
+// ---------------------------------------------------------------------------------------------
+// When training goes wrong
+
+TEST_CASE("cli: a loss that is no number stops training before it spoils a checkpoint") {
+    for (const char* absurd : {"--learning_rate 1e3 --grad_clip 0", "--learning_rate 1e3 --grad_clip 0 --save_every 1 --val_every 0",
+                               "--learning_rate 1e3 --weight_decay 1e3 --save_every 1 --val_every 0", "--learning_rate 30 --grad_clip 0 --warmup_steps 0 --save_every 2"}) {
+        CAPTURE(absurd);
+        TempDir d;
+        Result r = train(tiny().flags() + "--max_steps 60 --keep 1 -o " + (d / "run") + " " + absurd);
+        check_failure(r, "train_gpt2", 1, {"step ", "--learning_rate"});
+        CHECK((contains(r.err, "NaN") || contains(r.err, "infinite") || contains(r.err, "not a number")));
+        for (const std::string& name : with_prefix(d / "run", "model")) CHECK(loads_and_is_finite((d / "run") + "/" + name));
+        CHECK(with_prefix(d / "run", "model_").size() == with_prefix(d / "run", "state_").size());
+        CHECK(!holds_temporary_file(d / "run"));
+    }
+}
+
+TEST_CASE("cli: no setting makes a run that claims success and leaves a model that cannot be loaded") {
+    for (const char* odd : {"--eps 0", "--eps 0 --val_every 0", "--beta1 0 --beta2 0", "--learning_rate 1e-30", "--grad_clip 1e-30", "--dropout 0.99",
+                            "--learning_rate 1e3 --weight_decay 0"}) {
+        CAPTURE(odd);
+        TempDir d;
+        Result r = train(tiny().flags() + "--max_steps 3 --save_every 1 -o " + (d / "run") + " " + odd);
+        CHECK((r.code == 0 || lines(r.err).size() == 1));
+        if (!file_exists(d / "run")) continue;
+        for (const std::string& name : with_prefix(d / "run", "model")) CHECK(loads_and_is_finite((d / "run") + "/" + name));
+        if (r.code == 0) check_success(sample("-e " + (d / "run") + "/model.bin --tokens 5"));
+    }
+}
+
+TEST_CASE("cli: a disk that is full while saving leaves the old checkpoint whole, and the run can go on") {
+    // 24 KB a model, 46 KB a state: the first limit stops model.bin, the second the state.
+    for (rlim_t limit : {10000, 30000}) {
+        CAPTURE(limit);
+        TempDir d;
+        std::string flags = tiny().flags() + "--max_steps 8 --val_every 2 --save_every 4 -o ";
+        check_success(train(flags + (d / "whole")));
+        check_success(train(flags + (d / "run") + " --lr_schedule cosine --max_steps 8"));
+        for (const char* kind : {"model", "state"}) std::filesystem::remove((d / "run") + "/" + kind + "_00000008.bin");
+        auto before = contents_of(d / "run");
+        How how;
+        how.file_limit = limit;
+        std::string again = "--resume -o " + (d / "run");
+        Result r = train(again, how);
+        // model.bin is as good as at the end of the whole run, so only what is better than its checkpoint is saved.
+        check_failure(r, "train_gpt2", 1, {d / "run", "cannot write", strerror(EFBIG)});
+        CHECK(!holds_temporary_file(d / "run"));
+        for (const char* name : {"model_00000004.bin", "state_00000004.bin"}) CHECK(read_file((d / "run") + "/" + name) == before[name]);
+        CHECK(loads_and_is_finite((d / "run") + "/model.bin"));
+        CHECK(with_prefix(d / "run", "model_") == Strings{"model_00000004.bin"});  // no half of a new checkpoint
+        CHECK(!contains(lines(r.out).back(), "saved"));                             // nor the claim of one
+        check_success(train(again));
+        check_same_run(d / "run", d / "whole", 8);
+    }
+}
+
+TEST_CASE("cli: prepare_data on a full disk leaves the old files as they were") {
+    TempDir d;
+    check_success(prepare(tiny().other_csv + " -o " + (d / "data")));
+    auto before = contents_of(d / "data");
+    How how;
+    for (rlim_t limit : {500, 1100, 3000}) {
+        how.file_limit = limit;
+        check_failure(prepare(tiny().csv + " -o " + (d / "data"), how), "prepare_data", 1, {d / "data", "cannot write"});
+        CHECK(contents_of(d / "data") == before);
+    }
+}
+
+TEST_CASE("cli: output that cannot be written is an error, not a success") {
+    if (!file_exists("/dev/full")) return skip("/dev/full: not found");
+    const Fixture& f = tiny();
+    TempDir d;
+    for (const std::string& command : {"./sample_gpt2 -e " + f.model, "./prepare_data " + f.csv + " -o " + (d / "data")}) {
+        INFO(command);
+        Result r = run({"/bin/sh", "-c", command + " > /dev/full"});
+        CHECK(r.code == 1);
+        CHECK(contains(r.err, strerror(ENOSPC)));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Mistakes
+
+TEST_CASE("cli: a mistake on the command line is named, with what was wanted, and exits with 2") {
+    const Fixture& f = tiny();
+    struct {
+        const char* flags;
+        Strings parts;
+    } cases[] = {
+        {"--nonsense 1", {"--nonsense", "--help"}},
+        {"--batchsize 1", {"--batchsize", "did you mean --batch_size?"}},
+        {"--learning-rates 1", {"did you mean --learning_rate?"}},
+        {"-z 1", {"-z", "--help"}},
+        {"poems.csv", {"'poems.csv'", "--help"}},
+        {"--max_steps", {"--max_steps needs a value"}},
+        {"-x", {"-x needs a value"}},
+        {"--max_steps ten", {"--max_steps", "'ten'", "whole number"}},
+        {"--max_steps 1.5", {"--max_steps", "'1.5'", "whole number"}},
+        {"--max_steps=", {"--max_steps", "''"}},
+        {"--batch_size 4x", {"--batch_size", "'4x'"}},
+        {"--learning_rate fast", {"--learning_rate", "'fast'", "not a number"}},
+        {"--learning_rate nan", {"--learning_rate", "'nan'"}},
+        {"--learning_rate 1e99", {"--learning_rate", "'1e99'"}},
+        {"--batch_size 0x10", {"--batch_size", "'0x10'"}},
+        {"--batch_size -3", {"--batch_size", "-3", "wanted 1 to 16777216"}},
+        {"--batch_size 99999999999999999999", {"--batch_size", "99999999999999999999", "wanted"}},
+        {"--seed -1", {"--seed", "-1", "wanted"}},
+        {"--keep 0", {"--keep", "0", "wanted 1 to 1048576"}},
+        {"--dropout 1.5", {"--dropout", "1.5", "wanted 0 to 0.99"}},
+        {"--resume=maybe", {"--resume", "'maybe'", "0", "1"}},
+        {"--preset huge", {"--preset", "'huge'", "tiny", "char", "gpt2-xl"}},
+        {"--lr_schedule cosin", {"--lr_schedule", "'cosin'", "constant", "cosine", "linear", "wsd"}},
+        {"--activation relu", {"--activation", "'relu'", "gelu"}},
+        {"--depth -1", {"--depth", "-1", "wanted 1 to 4096"}},
+        {"--seq_len -5", {"--seq_len", "-5", "wanted 1 to"}},
+        {"--channels 17", {"--channels", "17", "multiple of", "--heads", "2"}},
+        {"--total_batch_size 100", {"--total_batch_size", "100", "multiple of", "64"}},
+        {"--batch_size 16777215 --seq_len 1000000", {"--batch_size", "--seq_len", "16777215", "1000000"}},
+    };
+    TempDir d;
+    for (auto& c : cases) {
+        CAPTURE(c.flags);
+        Result r = train(f.flags() + " -o " + (d / "run") + " --max_steps 1 " + c.flags);
+        check_failure(r, "train_gpt2", 2, c.parts);
+        CHECK(r.out == "");
+        CHECK(r.err.size() < 300);
+    }
+    CHECK(!contains(train(f.flags() + "--batch_size 16777215 --seq_len 1000000").err, "total_batch_size"));  // which nobody gave
+    check_failure(sample("--nonsense"), "sample_gpt2", 2, {"--nonsense"});
+    check_failure(sample("--temprature 1"), "sample_gpt2", 2, {"did you mean --temperature?"});
+    for (const char* bad : {"--tokens 0", "--num 0", "--temperature -1", "--top_k -1", "--top_p 0", "--top_p 1.5", "--threads -1"})
+        check_failure(sample("-e " + f.model + " " + bad), "sample_gpt2", 2, {words(bad)[0], words(bad)[1], "wanted"});
+    check_failure(prepare(""), "prepare_data", 2, {"--help"});
+    check_failure(prepare(f.csv), "prepare_data", 2, {"-o DIR"});
+    for (const char* bad : {"--format xml", "--layout prose", "--keep none", "--on_error panic"})
+        check_failure(prepare(f.csv + " -o " + (d / "data") + " " + bad), "prepare_data", 2, {words(bad)[0], "'" + words(bad)[1] + "'", "known are"});
+    check_failure(prepare(f.csv + " -o " + (d / "data") + " --val_fraction 1"), "prepare_data", 2, {"--val_fraction", "1", "wanted"});
+    CHECK(files_in(d.path).empty());
+}
+
+TEST_CASE("cli: poems that cannot be read are named, with what is wrong") {
+    TempDir d;
+    write_file(d / "empty.csv", "");
+    write_file(d / "bad.csv", "poem_text\nقف\xD9 نبك\n");
+    write_file(d / "latin.csv", "poem_text\nabc\n");
+    write_file(d / "binary.csv", std::string("\x1f\x8b\x08\xff\x00\x01\x1b[31m,\x80\n\x02", 16));
+    write_file(d / "open.csv", "poem_text\n\"قفا\n");
+    struct {
+        std::string flags;
+        Strings parts;
+    } cases[] = {
+        {d / "missing.csv", {d / "missing.csv", "No such file"}},
+        {d / "empty.csv", {d / "empty.csv", "is empty"}},
+        {d.path, {d.path, "not a regular file"}},
+        {d / "bad.csv", {d / "bad.csv", "invalid UTF-8 at byte 14", "0xD9", "line 2", "--on_error skip"}},
+        {d / "latin.csv", {"nothing is left", "1 empty", "--keep all"}},
+        {d / "binary.csv", {d / "binary.csv", "UTF-8"}},
+        {d / "open.csv", {d / "open.csv", "line 2", "quote"}},
+        {tiny().csv + " --column verse", {tiny().csv, "no column 'verse'", "id, poet, poem_text"}},
+        {tiny().csv + " --tokenizer " + (d / "none"), {d / "none", "No such file"}},
+        {tiny().csv + " --tokenizer " + tiny().other + "/tokenizer.bin", {tiny().other + "/tokenizer.bin", "U+"}},
+    };
+    for (auto& c : cases) {
+        CAPTURE(c.flags);
+        Result r = prepare(c.flags + " -o " + (d / "data"));
+        check_failure(r, "prepare_data", 1, c.parts);
+        CHECK(!contains(r.err, "\x1b"));
+        CHECK(!file_exists(d / "data"));
+    }
+    check_failure(prepare(tiny().csv + " -o " + (d / "empty.csv") + "/data"), "prepare_data", 1, {d / "empty.csv", "folder"});
+}
+
+TEST_CASE("cli: data and checkpoints that do not fit are named, with found and wanted") {
+    const Fixture& f = tiny();
+    TempDir d;
+    write_file(d / "file", "");
+    write_file(d / "poem.csv", "poem_text\nقفا نبك\n");
+    prepare((d / "poem.csv") + " -o " + (d / "short"));
+    write_tokens(d / "alien.bin", std::vector<uint16_t>(200, 5000));
+    std::string val = read_file(f.data + "/val.bin");
+    write_file(d / "cut.bin", val.substr(0, val.size() - 1));
+    int vocabulary = Tokenizer::load(f.data + "/tokenizer.bin").vocab_size(), fewer = Tokenizer::load(f.other + "/tokenizer.bin").vocab_size();
+    std::string run = f.flags() + "--max_steps 2 -o " + (d / "run") + " ", tune = "--data " + f.data + " --max_steps 2 -o " + (d / "run") + " -e " + f.model + " ";
+    struct {
+        std::string flags;
+        Strings parts;
+    } cases[] = {
+        {run + "--data /nowhere", {"/nowhere/train.bin", "not found", "./prepare_data"}},
+        {run + "-i /nowhere/a.bin", {"/nowhere/a.bin"}},
+        {run + "-j /nowhere/b.bin", {"/nowhere/b.bin"}},
+        {run + "--tokenizer /nowhere/c.bin", {"/nowhere/c.bin"}},
+        {run + "-i " + (d / "file"), {d / "file", "0 bytes"}},
+        {run + "-i " + f.csv, {f.csv, "magic number", "wanted 20240520"}},
+        {run + "-j " + (d / "cut.bin"), {d / "cut.bin", "truncated"}},
+        {run + "--data " + (d / "short"), {(d / "short") + "/train.bin", "shorter than one window", "8 tokens", "17"}},
+        {run + "-i " + (d / "alien.bin"), {d / "alien.bin", "token 5000", "position 0", std::to_string(vocabulary)}},
+        {run + "-j " + (d / "alien.bin"), {d / "alien.bin", "token 5000", "position 0", std::to_string(vocabulary)}},
+        {run + "--tokenizer " + f.other + "/tokenizer.bin", {f.data + "/train.bin", "token ", std::to_string(fewer)}},
+        {run + "--tokenizer " + f.csv, {f.csv, "not a tokenizer file"}},
+        {tune + "--depth 3", {f.model, "depth 1", "--depth", "3"}},
+        {tune + "--heads 4", {f.model, "heads 2", "--heads", "4"}},
+        {tune + "--channels 32", {f.model, "channels 16", "--channels", "32"}},
+        {tune + "--seq_len 17", {f.model, "16", "--seq_len", "17"}},
+        {tune + "--activation gelu", {f.model, "gelu_new", "--activation"}},
+        {tune + "--preset char", {f.model, "--preset"}},
+        {tune + "--data " + f.other, {f.other + "/tokenizer.bin", std::to_string(fewer), f.model, std::to_string(vocabulary)}},
+        {tune + "-e " + f.csv, {f.csv, "not a model file", "magic number"}},
+        {tune + "-e /nowhere/model.bin", {"/nowhere/model.bin", "No such file"}},
+        {run + "-o " + (d / "file") + "/run", {d / "file", "folder"}},
+        {run + "-o " + (d / "file"), {d / "file", "folder"}},
+    };
+    for (auto& c : cases) {
+        CAPTURE(c.flags);
+        Result r = train(c.flags);
+        check_failure(r, "train_gpt2", 1, c.parts);
+        CHECK(r.out == "");
+        CHECK(!file_exists(d / "run"));
+    }
+}
+
+TEST_CASE("cli: a model or batch that no machine holds is refused at once, without taking the memory") {
+    TempDir d;
+    std::string run = "--data " + tiny().data + " -s 0 --max_steps 1 -o " + (d / "run") + " ";
+    for (const char* huge : {"--depth 4000 --heads 4 --channels 100000 --seq_len 16", "--depth 4096 --heads 4096 --channels 131072 --seq_len 1048576 --batch_size 1",
+                             "--depth 4096 --heads 1 --channels 131072 --seq_len 16 --batch_size 16777216", "--seq_len 16 --batch_size 16777215 --depth 4096"}) {
+        CAPTURE(huge);
+        Result r = train(run + huge);
+        check_failure(r, "train_gpt2", 1, {"memory", "iB"});
+        CHECK(r.peak_kib < 300000);
+        CHECK(!file_exists(d / "run"));
+    }
+    for (const char* impossible : {"--depth 2000000000", "--channels 2000000000", "--heads 2000000000", "--seq_len 2000000000", "--batch_size 16777216 --seq_len 1048576"}) {
+        CAPTURE(impossible);
+        Result r = train(run + impossible);
+        check_failure(r, "train_gpt2", 2, {words(impossible)[0], words(impossible)[1]});
+        CHECK(r.peak_kib < 300000);
+    }
+}
+
+TEST_CASE("cli: a batch larger than the memory is refused with the largest that fits") {
+    std::string run = "--data " + tiny().data + " --seq_len 16 --recompute 0 --max_steps 1 -o /nowhere/run --batch_size ";
+    Result r = train(run + "16000000 --depth 1024");
+    check_failure(r, "train_gpt2", 1, {"memory", "free", "would fit"});
+    double fits = number_after(r.err, "--batch_size ");
+    CHECK(fits >= 1);
+    CHECK(fits < 16000000);
+    // Twice as much does not fit, so that what was named is the largest, give or take what else runs here.
+    Result twice = train(run + strf("%.0f --depth 1024", 2 * fits + 1));
+    check_failure(twice, "train_gpt2", 1, {"memory", "would fit"});
+    CHECK(number_after(twice.err, "--batch_size ") < 1.5 * fits + 1);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Sampling
+
+TEST_CASE("cli: the same seed writes the same poem, on any number of threads; another seed another") {
+    std::string flags = "-e " + tiny().model + " --tokens 60 --ignore_end";
+    Result a = sample(flags + " --seed 7"), b = sample(flags + " --seed 7"), c = sample(flags + " --seed 8");
+    check_success(a);
+    CHECK(a.out == b.out);
+    CHECK(a.out != c.out);
+    for (const char* threads : {" --threads 1", " --threads 2"}) CHECK(sample(flags + " --seed 7" + threads).out == a.out);
+}
+
+TEST_CASE("cli: --num 3 writes three poems, the first as if alone") {
+    std::string flags = "-e " + tiny().model + " --tokens 40 --seed 7";
+    Result one = sample(flags, "قفا"), three = sample(flags + " --num 3", "قفا");
+    check_success(one), check_success(three);
+    std::string text = three.out;
+    Strings poems;
+    for (int i = 1; i <= 3; i++) {
+        std::string title = strf("--- %d ---\n", i);
+        size_t at = text.find(title);
+        REQUIRE(at != std::string::npos);
+        if (i > 1) poems.push_back(text.substr(0, at));
+        text = text.substr(at + title.size());
+    }
+    poems.push_back(text);
+    CHECK(!contains(text, "---"));
+    CHECK(poems[0] == one.out + "\n");  // an empty line before the next title
+    for (const std::string& p : poems) CHECK(p.compare(0, strlen("قفا"), "قفا") == 0);
+    CHECK(poems[0] != poems[1]);
+    CHECK(poems[1] != poems[2] + "\n");
+}
+
+TEST_CASE("cli: the poem begins with the prompt, is valid UTF-8 wherever it is cut, and as long as asked for") {
+    std::string flags = "-e " + tiny().model + " --ignore_end --temperature 0.5 --tokens ", longest = sample(flags + "60", "قفا نبك").out;
+    for (int tokens : {1, 2, 3, 20, 59}) {  // the context has 16
+        Result r = sample(flags + std::to_string(tokens), "قفا نبك");
+        check_success(r);
+        CHECK(utf8::find_invalid(r.out) == std::string::npos);
+        REQUIRE(r.out.compare(0, strlen("قفا نبك"), "قفا نبك") == 0);
+        CHECK(r.out.back() == '\n');
+        r.out.pop_back();
+        CHECK(longest.compare(0, r.out.size(), r.out) == 0);
+        if (!contains(r.out, "\n\n")) CHECK(utf8::count(r.out) == 7 + (size_t)tokens);
+    }
+}
+
+TEST_CASE("cli: temperature 0 does not depend on the seed, and --top_k 1 is the same") {
+    std::string flags = "-e " + tiny().model + " --tokens 30";
+    Result a = sample(flags + " --temperature 0 --seed 1", "نبك");
+    check_success(a);
+    CHECK(sample(flags + " --temperature 0 --seed 2", "نبك").out == a.out);
+    CHECK(sample(flags + " --top_k 1 --seed 3", "نبك").out == a.out);
+    CHECK(sample(flags + " --top_k 1 --temperature 5 --seed 4", "نبك").out == a.out);
+    CHECK(sample(flags + " --top_p 1e-6 --seed 5", "نبك").out == a.out);
+}
+
+TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is named, and nothing else is printed") {
+    const Fixture& f = tiny();
+    TempDir d;
+    write_file(d / "model.bin", read_file(f.model));
+    std::string model = read_file(f.model);
+    write_file(d / "cut.bin", model.substr(0, model.size() / 2));
+    struct {
+        std::string flags, prompt;
+        Strings parts;
+    } cases[] = {
+        {"-e " + f.model, "قفاx", {"'x' U+0078", "byte 6"}},
+        {"-e " + f.model, "\u0638", {"'\u0638' U+0638", "byte 0"}},
+        {"-e " + f.model, "قف\xD9", {"invalid UTF-8 at byte 4"}},
+        {"-e " + f.model, "قفا نبك من ذكرى حبيب ومنزل", {"prompt", "27", "16"}},
+        {"-e " + (d / "model.bin"), "", {d / "tokenizer.bin", "not found", "--tokenizer"}},
+        {"-e " + f.model + " --tokenizer " + (d / "none"), "", {d / "none", "not found"}},
+        {"-e " + f.model + " --tokenizer " + f.csv, "", {f.csv, "not a tokenizer file"}},
+        {"-e " + f.model + " --tokenizer " + f.other + "/tokenizer.bin", "", {f.other + "/tokenizer.bin", f.model, "vocabulary"}},
+        {"-e " + (d / "none"), "", {d / "none", "No such file"}},
+        {"-e " + (d / "cut.bin"), "", {d / "cut.bin", "truncated"}},
+        {"-e " + f.csv, "", {f.csv, "not a model file"}},
+    };
+    for (auto& c : cases) {
+        CAPTURE(c.flags);
+        Result r = sample(c.flags, c.prompt);
+        check_failure(r, "sample_gpt2", 1, c.parts);
+        CHECK(r.out == "");
+    }
+}
+
+}  // namespace

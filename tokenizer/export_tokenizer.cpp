@@ -1,0 +1,297 @@
+// export_tokenizer.cpp - makes a tokenizer file from a published model's folder.
+//
+//     ./export_tokenizer gpt2/ gpt2.bin
+//
+// Reads tokenizer.json, or vocab.json and merges.txt, in Hugging Face's format; eos_token and add_prefix_space from
+// tokenizer_config.json. Refuses what it would encode otherwise than Hugging Face does: only GPT-2's byte-level BPE
+// is right, and the merges must be those that tokenizer.h finds in the order of the tokens.
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "flags.h"
+#include "io.h"
+#include "tokenizer/tokenizer.h"
+
+namespace exporter {
+
+using Json = nlohmann::json;
+
+// What the folder says, in its own spelling.
+struct Published {
+    std::string vocab_path, merges_path;
+    std::vector<std::string> tokens;  // by id
+    std::unordered_map<std::string, int> id_of;
+    std::vector<std::pair<std::string, std::string>> merges;
+    std::vector<std::string> merge_places;  // "line 5" or "merge 3", for messages
+    std::set<int> special;                  // added tokens: plain text instead of bytes in disguise
+    bool add_prefix_space = false;
+    int eot = 0;
+};
+
+inline Json read_json(const std::string& path) {
+    Reader in(path);
+    try {
+        Json j = Json::parse(in.rest());
+        if (!j.is_object()) fail("%s: is a JSON %s, wanted an object", path.c_str(), j.type_name());
+        return j;
+    } catch (const Json::exception& e) {
+        fail("%s: is not JSON: %s", path.c_str(), e.what());
+    }
+}
+// A member, or null where it is missing.
+inline const Json& member(const Json& j, const char* name) {
+    static const Json none;
+    auto it = j.is_object() ? j.find(name) : j.end();
+    return it == j.end() ? none : *it;
+}
+// A piece of the folder's text in an error message; long ones are cut.
+inline std::string quote(const std::string& s) {
+    std::string out = "'";
+    size_t n = s.size() > 40 ? utf8::printable_prefix(std::string_view(s).substr(0, 40)) : s.size();
+    for (char c : s.substr(0, n)) out += (unsigned char)c < 0x20 || c == 0x7F ? strf("\\x%02X", (unsigned char)c) : std::string(1, c);
+    return out + (n < s.size() ? "...'" : "'");
+}
+
+// ---------------------------------------------------------------------------------------------
+// Reading the folder
+
+// GPT-2 writes bytes as characters that can be seen: a printable byte of Latin-1 as itself, the k-th of the others
+// as U+0100 + k. Returns the bytes; false where a character stands for none.
+inline bool bytes_of(const std::string& token, std::string* bytes) {
+    static const std::map<uint32_t, char> byte_of = [] {
+        std::map<uint32_t, char> m;
+        uint32_t others = 0;
+        for (uint32_t b = 0; b < 256; b++) {
+            bool visible = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD);
+            m[visible ? b : 0x100 + others++] = (char)b;
+        }
+        return m;
+    }();
+    bytes->clear();
+    bool all = true;
+    utf8::for_each(token, [&](uint32_t c, size_t) {
+        auto it = byte_of.find(c);
+        all = all && it != byte_of.end();
+        if (all) *bytes += it->second;
+    });
+    return all;
+}
+
+class Folder {
+  public:
+    explicit Folder(const std::string& dir) : dir_(dir) {}
+
+    Published read() {
+        const std::string json = dir_ + "/tokenizer.json", vocab = dir_ + "/vocab.json", merges = dir_ + "/merges.txt";
+        if (file_exists(json)) {
+            read_tokenizer_json(json);
+        } else if (file_exists(vocab)) {
+            p_.vocab_path = vocab, p_.merges_path = merges;
+            add_vocab(read_json(vocab));
+            read_merges(merges);
+        } else {
+            fail("%s: has neither tokenizer.json nor vocab.json and merges.txt", dir_.c_str());
+        }
+        if (const std::string path = dir_ + "/added_tokens.json"; file_exists(path)) {
+            const Json added = read_json(path);
+            for (auto& [token, id] : added.items()) add_special(token, id, path);
+        }
+        read_config();
+        finish();
+        return std::move(p_);
+    }
+
+  private:
+    int id(const Json& j, const std::string& token, const std::string& path) {
+        constexpr int64_t most = (1 << bpe::Merges::ID_BITS) - 1;
+        if (!j.is_number_integer() || j.get<int64_t>() < 0 || j.get<int64_t>() > most)
+            fail("%s: the id of %s is %s, wanted 0 to %d", path.c_str(), quote(token).c_str(), quote(j.dump()).c_str(), (int)most);
+        return j.get<int>();
+    }
+    void add_vocab(const Json& vocab) {
+        if (!vocab.is_object()) fail("%s: has no vocabulary", p_.vocab_path.c_str());
+        for (auto& [token, number] : vocab.items()) add_token(token, id(number, token, p_.vocab_path), p_.vocab_path);
+    }
+    void add_token(const std::string& token, int id, const std::string& path) {
+        auto [other, is_new] = by_id_.insert({id, token});
+        if (!is_new) fail("%s: %s and %s both have id %d", path.c_str(), quote(other->second).c_str(), quote(token).c_str(), id);
+        p_.id_of[token] = id;
+    }
+    void add_special(const std::string& token, const Json& number, const std::string& path) {
+        int i = id(number, token, path);
+        auto known = p_.id_of.find(token);
+        if (known == p_.id_of.end()) add_token(token, i, path);
+        else if (known->second != i)
+            fail("%s: %s has id %d, in the vocabulary it has %d", path.c_str(), quote(token).c_str(), i, known->second);
+        p_.special.insert(i);
+    }
+
+    void read_merges(const std::string& path) {
+        Reader in(path);
+        const std::string text = in.rest();
+        size_t number = 0;
+        for (size_t i = 0, end; i < text.size(); i = end + 1) {
+            end = std::min(text.find('\n', i), text.size());
+            std::string line = text.substr(i, end - i), place = strf("line %zu", ++number);
+            if (!line.empty() && line.back() == '\r') line.pop_back();
+            if (line.empty() || (number == 1 && line.compare(0, 9, "#version:") == 0)) continue;
+            add_merge(line, place);
+        }
+    }
+    void add_merge(const std::string& line, const std::string& place) {
+        size_t space = line.find(' ');
+        if (space == 0 || space + 1 >= line.size() || space == std::string::npos || line.find(' ', space + 1) != std::string::npos)
+            fail("%s: %s: %s is not two tokens with a space between them", p_.merges_path.c_str(), place.c_str(), quote(line).c_str());
+        p_.merges.push_back({line.substr(0, space), line.substr(space + 1)}), p_.merge_places.push_back(place);
+    }
+
+    void read_tokenizer_json(const std::string& path) {
+        p_.vocab_path = p_.merges_path = path;
+        const Json j = read_json(path), &model = member(j, "model"), &type = member(model, "type");
+        auto refuse = [&](const char* what, const Json& found, const char* wanted) {
+            fail("%s: %s is %s, wanted %s", path.c_str(), what, quote(found.dump()).c_str(), wanted);
+        };
+        if (!type.is_null() && type != "BPE") refuse("model.type", type, "\"BPE\"");
+        if (const Json& n = member(j, "normalizer"); !n.is_null()) refuse("normalizer", n, "none");
+        for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"}) {
+            const Json& v = member(model, name);
+            if (!v.is_null() && v != "" && v != false && v != 0) refuse(name, v, "none");
+        }
+        const Json *pre = &member(j, "pre_tokenizer"), &list = member(*pre, "pretokenizers");
+        if (list.is_array() && list.size() == 1) pre = &list[0];
+        if (member(*pre, "type") != "ByteLevel") refuse("pre_tokenizer", *pre, "ByteLevel");
+        if (member(*pre, "use_regex") == false) refuse("pre_tokenizer.use_regex", false, "true");
+        p_.add_prefix_space = member(*pre, "add_prefix_space") == true;
+
+        add_vocab(member(model, "vocab"));
+        const Json& merges = member(model, "merges");
+        if (!merges.is_array()) fail("%s: model.merges is missing", path.c_str());
+        for (const Json& m : merges) {
+            std::string place = strf("merge %zu", p_.merges.size());
+            if (m.is_string()) add_merge(m.get<std::string>(), place);
+            else if (m.is_array() && m.size() == 2 && m[0].is_string() && m[1].is_string())
+                p_.merges.push_back({m[0], m[1]}), p_.merge_places.push_back(place);
+            else refuse(place.c_str(), m, "two tokens");
+        }
+        const Json& added = member(j, "added_tokens");
+        if (!added.is_null() && !added.is_array()) refuse("added_tokens", added, "a list");
+        for (const Json& a : added) {
+            const Json &content = member(a, "content"), &special = member(a, "special");
+            if (!content.is_string()) refuse("an added token", a, "one with content");
+            if (special == false)
+                fail("%s: the added token %s is not special, so that it would be cut out of the text before the merges; that is not "
+                     "built in", path.c_str(), quote(content.get<std::string>()).c_str());
+            add_special(content.get<std::string>(), member(a, "id"), path);
+        }
+    }
+
+    // eos_token and add_prefix_space; what tokenizer_config.json says goes before tokenizer.json, as in transformers.
+    void read_config() {
+        std::string eos = "<|endoftext|>", from = dir_;
+        for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"}) {
+            std::string path = dir_ + name;
+            if (!file_exists(path)) continue;
+            const Json j = read_json(path), &token = member(j, "eos_token"), &space = member(j, "add_prefix_space");
+            const Json& text = token.is_object() ? member(token, "content") : token;
+            if (text.is_string()) eos = text.get<std::string>(), from = path;
+            else if (!text.is_null()) fail("%s: eos_token is %s, wanted a text", path.c_str(), quote(text.dump()).c_str());
+            if (space.is_boolean()) p_.add_prefix_space = space.get<bool>();
+            else if (!space.is_null())
+                fail("%s: add_prefix_space is %s, wanted true or false", path.c_str(), quote(space.dump()).c_str());
+        }
+        auto it = p_.id_of.find(eos);
+        if (it == p_.id_of.end()) fail("%s: end-of-text %s is not in %s", from.c_str(), quote(eos).c_str(), p_.vocab_path.c_str());
+        p_.special.insert(p_.eot = it->second);
+    }
+
+    void finish() {
+        for (auto& [id, token] : by_id_) {
+            if (id != (int)p_.tokens.size())
+                fail("%s: no token has id %zu, yet %s has %d", p_.vocab_path.c_str(), p_.tokens.size(), quote(token).c_str(), id);
+            p_.tokens.push_back(token);
+        }
+    }
+
+    std::string dir_;
+    std::map<int, std::string> by_id_;
+    Published p_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Checking and writing
+
+inline Tokenizer make_tokenizer(const Published& p) {
+    const char *vocab = p.vocab_path.c_str(), *merges = p.merges_path.c_str();
+    // Bytes first, since a token in plain text may need it to be told from one in disguise.
+    std::vector<std::string> tokens(p.tokens.size());
+    for (size_t i = 0; i < tokens.size(); i++) {
+        if (p.special.count((int)i) || !bytes_of(p.tokens[i], &tokens[i])) tokens[i] = p.tokens[i];
+        if (tokens[i].empty() || tokens[i].size() > 255)
+            fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", vocab, i, quote(p.tokens[i]).c_str(), tokens[i].size());
+    }
+
+    std::vector<std::pair<int, int>> parts(tokens.size(), {-1, -1});
+    int previous = -1;
+    for (size_t m = 0; m < p.merges.size(); m++) {
+        const auto& [left, right] = p.merges[m];
+        const std::string whole = left + right;
+        auto id = [&](const std::string& token) {
+            auto it = p.id_of.find(token);
+            if (it == p.id_of.end())
+                fail("%s: %s: %s is not in the vocabulary: are these the merges of another tokenizer?", merges,
+                     p.merge_places[m].c_str(), quote(token).c_str());
+            return it->second;
+        };
+        int l = id(left), r = id(right), made = id(whole);
+        if (p.special.count(made)) fail("%s: %s makes the special token %s", merges, p.merge_places[m].c_str(), quote(whole).c_str());
+        if (made <= previous)
+            fail("%s: %s makes token %d %s, an earlier one made token %d: the ids must ascend with the merges", merges,
+                 p.merge_places[m].c_str(), made, quote(whole).c_str(), previous);
+        previous = made;
+        parts[(size_t)made] = {l, r};
+    }
+
+    Tokenizer tok = Tokenizer::byte_bpe(tokens, p.eot, p.add_prefix_space, p.vocab_path);
+    size_t m = 0;
+    for (int i = 0; i < tok.vocab_size(); i++) {
+        const bool is_merge = parts[(size_t)i].first >= 0, would_be = tok.parts(i).first >= 0;
+        const std::string token = quote(p.tokens[(size_t)i]);
+        if (is_merge && tok.parts(i) != parts[(size_t)i])
+            fail("%s: %s never makes token %d %s: the merges before it make something else of its bytes", merges,
+                 p.merge_places[m].c_str(), i, token.c_str());
+        if (!is_merge && would_be)
+            fail("%s: no merge makes token %d %s, but '%s' and '%s' would: the merges are incomplete, or of another tokenizer", merges, i,
+                 token.c_str(), p.tokens[(size_t)tok.parts(i).first].c_str(), p.tokens[(size_t)tok.parts(i).second].c_str());
+        m += is_merge;
+    }
+    return tok;
+}
+
+inline int export_main(int argc, char** argv) {
+    std::vector<std::string> words;
+    Flags f("export_tokenizer", "makes a tokenizer file from a published model's folder");
+    f.positional(&words, "DIR out.bin");
+    f.epilogue("DIR holds tokenizer.json, or vocab.json and merges.txt, as Hugging Face publishes them.\n"
+               "next: ./prepare_data poems.csv --tokenizer out.bin -o poems\n");
+    f.parse(argc, argv);
+    if (words.size() != 2) throw UsageError("wanted two names: ./export_tokenizer DIR out.bin; --help tells more");
+    const Published p = Folder(words[0]).read();
+    const Tokenizer tok = make_tokenizer(p);
+    tok.save(words[1]);
+    printf("%s: %s tokens, %s merges, end-of-text %d %s%s\n", words[1].c_str(), commas((uint64_t)tok.vocab_size()).c_str(),
+           commas(p.merges.size()).c_str(), tok.eot(), quote(tok.bytes(tok.eot())).c_str(),
+           tok.add_prefix_space() ? ", a space before every text" : "");
+    return 0;
+}
+
+}  // namespace exporter
+
+#ifndef ARAPOET_NO_MAIN
+int main(int argc, char** argv) {
+    return run_main("export_tokenizer", [&] { return exporter::export_main(argc, argv); });
+}
+#endif

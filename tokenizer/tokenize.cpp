@@ -1,0 +1,97 @@
+// tokenize.cpp - text to tokens and back, on the command line.
+//
+//     ./tokenize gpt2.bin < poem.txt > ids.txt           one token a line
+//     ./tokenize gpt2.bin --decode < ids.txt > poem.txt
+//
+// --framed is for programs that ask for many texts (check_tokenizer.py): a uint32 length and that many bytes for
+// each text; back come a uint32 count and that many uint32 tokens.
+#include <chrono>
+#include <iostream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "flags.h"
+#include "io.h"
+#include "tokenizer/tokenizer.h"
+
+namespace tokenize {
+
+inline void print(const std::string& s) {
+    if (fwrite(s.data(), 1, s.size(), stdout) != s.size()) fail("cannot write the output: %s", strerror(errno));
+}
+
+inline std::vector<int> read_ids(const std::string& text) {
+    std::vector<int> ids;
+    for (const char* p = text.c_str();;) {
+        p += strspn(p, " \t\r\n");
+        if (p == text.c_str() + text.size()) return ids;
+        size_t length = strcspn(p, " \t\r\n");
+        char* end;
+        long id = strtol(p, &end, 10);
+        if (end != p + length || id < INT32_MIN || id > INT32_MAX) fail("'%.*s' is not a token", (int)std::min<size_t>(length, 20), p);
+        ids.push_back((int)id);
+        p = end;
+    }
+}
+
+inline std::vector<std::string_view> read_frames(std::string_view input) {
+    std::vector<std::string_view> texts;
+    for (size_t i = 0, end; i < input.size(); i = end) {
+        uint32_t length = 0;
+        if (input.size() - i >= 4) memcpy(&length, &input[i], 4);
+        if (input.size() - i < 4 || length > input.size() - i - 4) fail("the text at byte %zu is truncated", i);
+        end = i + 4 + length;
+        texts.push_back(input.substr(i + 4, length));
+    }
+    return texts;
+}
+
+inline int tokenize_main(int argc, char** argv) {
+    std::vector<std::string> files;
+    bool decode = false, framed = false;
+    int time = 0;
+    Flags f("tokenize", "turns the text on standard input into tokens");
+    f.positional(&files, "tokenizer.bin < text");
+    f.add("decode", "", &decode, "turn tokens into text");
+    f.add("framed", "", &framed, "many texts, as the head of tokenize.cpp tells");
+    f.add("time", "", &time, "N", "encode the texts N times, each time with a tokenizer fresh from its file; print the seconds");
+    f.parse(argc, argv);
+    if (files.size() != 1) throw UsageError("which tokenizer? ./tokenize tokenizer.bin < text; --help tells more");
+
+    Tokenizer tok = Tokenizer::load(files[0]);
+    const std::string input{std::istreambuf_iterator<char>(std::cin), {}};
+    if (decode) {
+        print(tok.decode(read_ids(input)));
+        return 0;
+    }
+    const std::vector<std::string_view> texts = framed ? read_frames(input) : std::vector<std::string_view>{input};
+    for (int i = 0; i < time; i++) {
+        Tokenizer fresh = Tokenizer::load(files[0]);
+        size_t tokens = 0;
+        auto start = std::chrono::steady_clock::now();
+        for (std::string_view text : texts) tokens += fresh.encode(text).size();
+        printf("%.6f s, %zu tokens\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), tokens);
+    }
+    if (time) return 0;
+    for (std::string_view text : texts) {
+        std::vector<int> ids = tok.encode(text);
+        std::string out;
+        if (framed) {
+            uint32_t count = (uint32_t)ids.size();
+            out.append((const char*)&count, 4).append((const char*)ids.data(), 4 * ids.size());
+        } else {
+            for (int id : ids) out += std::to_string(id) + "\n";
+        }
+        print(out);
+    }
+    return 0;
+}
+
+}  // namespace tokenize
+
+#ifndef ARAPOET_NO_MAIN
+int main(int argc, char** argv) {
+    return run_main("tokenize", [&] { return tokenize::tokenize_main(argc, argv); });
+}
+#endif
