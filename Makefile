@@ -16,7 +16,7 @@ OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
 
-.PHONY: all help train finetune export plot test test-asan golden fuzz clean
+.PHONY: all help train finetune export plot test test-asan bench golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make test-asan                 the same under AddressSanitizer and UBSan"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
+	@echo "make bench                     time the matrix product and training steps"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
 	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
 	@echo "make clean                     remove the programs (never your data or models)"
@@ -93,6 +94,12 @@ $(BUILD)/test_gpt2: $(TEST_OBJECTS)
 $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -c $< -o $@
+
+bench: $(BUILD)/bench
+	$(BUILD)/bench
+$(BUILD)/bench: dev/bench/bench.cpp train_gpt2.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $< -o $@
 
 PYTHON ?= python3
 golden:

@@ -140,7 +140,8 @@ class Flags {
         errno = 0;
         long long n = strtoll(s.c_str(), &end, 10);
         if (s.empty() || *end) throw UsageError(strf("%s: '%s' is not a whole number", flag, s.c_str()));
-        if (errno || n < lo || n > hi) throw UsageError(strf("%s: %s is out of range", flag, s.c_str()));
+        if (errno || n < lo || n > hi)
+            throw UsageError(strf("%s: %s is out of range, wanted %lld to %lld", flag, s.c_str(), (long long)lo, (long long)hi));
         return n;
     }
     static std::string plain(std::string a) {

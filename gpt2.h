@@ -183,17 +183,25 @@ inline std::vector<int32_t> model_header(const Config& c, int version) {
     return h;
 }
 
-// Writes a model file piece by piece: construct, add() all parameters in order, finish().
+inline bool all_finite(const float* p, size_t n) {
+    float zero = 0;  // stays 0 unless something is NaN or infinite
+    for (size_t i = 0; i < n; i++) zero += p[i] * 0.0f;
+    return zero == 0;
+}
+
+// Writes a model file piece by piece: construct, add() all parameters in order, finish(). NaN and infinity are
+// refused, and what stood there before stays.
 class ModelWriter {
   public:
     ModelWriter(const std::string& path, const Config& c, int version = MODEL_FP32)
-        : file_(path), bf16_(version == MODEL_BF16), left_(num_params(c)) {
+        : path_(path), file_(path), bf16_(version == MODEL_BF16), left_(num_params(c)) {
         std::vector<int32_t> h = model_header(c, version);
         file_.write(h.data(), 1024);
     }
     void add(const float* p, size_t n) {
         if (n > left_) fail("model file: %zu parameters too many", n - left_);
         left_ -= n;
+        if (!all_finite(p, n)) fail("%s: not written, the parameters hold NaN or infinity; try a lower --learning_rate", path_.c_str());
         if (!bf16_) return file_.write(p, n * 4);
         for (size_t i = 0; i < n; i += buf_.size()) {
             size_t k = std::min(n - i, buf_.size());
@@ -207,6 +215,7 @@ class ModelWriter {
     }
 
   private:
+    std::string path_;
     AtomicFile file_;
     bool bf16_;
     size_t left_;
@@ -243,9 +252,7 @@ class ModelReader {
                 for (size_t j = 0; j < k; j++) dst[i + j] = bf16_to_float(buf_[j]);
             }
         }
-        float zero = 0;  // stays 0 unless something is NaN or infinite
-        for (size_t i = 0; i < n; i++) zero += dst[i] * 0.0f;
-        if (zero != 0) fail("%s: the parameters hold NaN or infinity", file_.path.c_str());
+        if (!all_finite(dst, n)) fail("%s: the parameters hold NaN or infinity", file_.path.c_str());
     }
 
   private:

@@ -52,12 +52,15 @@ template <class... A>
 }
 [[noreturn]] inline void fail(const char* text) { throw Error(text); }
 
-// Runs a program's body; turns exceptions into one line on stderr and an exit code:
-// 0 done, 1 bad input or machine, 2 bad command line.
+// Runs a program's body; turns exceptions, and output that could not be written, into one line on stderr and an
+// exit code: 0 done, 1 bad input or machine, 2 bad command line.
 template <class F>
 int run_main(const char* program, F body) {
     try {
-        return body();
+        int code = body();
+        errno = 0;
+        if (fflush(stdout) || ferror(stdout)) fail("standard output: cannot write: %s", strerror(errno ? errno : EIO));
+        return code;
     } catch (const UsageError& e) {
         fflush(stdout);
         fprintf(stderr, "%s: %s\n", program, e.what());

@@ -42,6 +42,8 @@ int main(int argc, char** argv) {
             fail("%s: has %d tokens, %s has a vocabulary of %d", tokenizer_path.c_str(), tokenizer.vocab_size(), checkpoint.c_str(), reader.cfg.V);
         std::vector<int> start = {tokenizer.eot()};
         for (int t : tokenizer.encode(prompt)) start.push_back(t);
+        if (start.size() > (size_t)reader.cfg.maxT)
+            fail("--prompt: has %zu tokens with the one that begins a poem, the model's context takes %d", start.size(), reader.cfg.maxT);
 
         cpu::GPT2 model(reader.cfg, 0, 0, false);
         reader.read(model.params(), num_params(reader.cfg));

@@ -401,13 +401,14 @@ inline void cross_entropy(float* losses, float* logits, size_t ld, const int* ta
 
 // Hands out pieces of one block of memory; with no block it only counts. Sizes in floats, overflow checked.
 struct Arena {
+    static constexpr size_t MOST = (size_t)1 << 60;
     float* base = nullptr;
     size_t used = 0;
     float* take(size_t a, size_t b = 1, size_t c = 1) {
-        size_t n = checked_mul(checked_mul(a, b, "batch size x sequence length x channels"), c, "batch size x sequence length x channels");
-        n = gemm::round_up(n, 16);
         float* p = base ? base + used : nullptr;
-        if (__builtin_add_overflow(used, n, &used) || used > SIZE_MAX / 8) fail("batch size x sequence length x channels is too large to address");
+        size_t n;
+        if (__builtin_mul_overflow(a, b, &n) || __builtin_mul_overflow(n, c, &n) || n > MOST || (used += gemm::round_up(n, 16)) > MOST)
+            fail("this model and batch need more than %s of memory, more than can be addressed", human_bytes((double)MOST * 4).c_str());
         return p;
     }
 };

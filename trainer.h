@@ -15,6 +15,7 @@
 #include <chrono>
 #include <cinttypes>
 #include <dirent.h>
+#include <sys/ioctl.h>
 #include <memory>
 
 #include "data/dataloader.h"
@@ -135,7 +136,7 @@ inline void check_options(const Options& o) {
                  {"keep", (double)o.keep, 1, 1 << 20},              {"log_every", (double)o.log_every, 1, INT32_MAX},
                  {"temperature", o.temperature, 0, 1e6},            {"recompute", (double)o.recompute, 0, 2}};
     for (auto& r : range)
-        if (!(r.value >= r.lo && r.value <= r.hi)) throw UsageError(strf("--%s is %g, wanted %g to %g", r.name, r.value, r.lo, r.hi));
+        if (!(r.value >= r.lo && r.value <= r.hi)) throw UsageError(strf("--%s is %.10g, wanted %.10g to %.10g", r.name, r.value, r.lo, r.hi));
 }
 
 // The learning rate of step `step` (from 0): linear warm-up, then the schedule down to final_fraction * peak.
@@ -189,6 +190,10 @@ struct Progress {
     int best_step = -1;
     double smoothed = 0, smoothed_weight = 0;  // exponential mean of the training loss, and its bias correction
     double seconds = 0;            // of training so far
+    bool pending = false;          // a stop came before the validation and the log of this step
+    struct {
+        double loss, smoothed, norm, lr, seconds;
+    } last{};                      // the last step, for its row in the log
 };
 
 inline std::string numbered(const std::string& dir, const char* kind, int step) {
@@ -229,11 +234,11 @@ void save_state(Model& model, const Progress& p, const std::string& settings, co
     Checksum sum;
     auto put = [&](const void* d, size_t n) { out.write(d, n), sum.add(d, n); };
     std::vector<int32_t> h(256);
-    h[0] = STATE_MAGIC, h[1] = STATE_VERSION, h[2] = p.step, h[3] = (int32_t)settings.size(), h[4] = p.best_step;
+    h[0] = STATE_MAGIC, h[1] = STATE_VERSION, h[2] = p.step, h[3] = (int32_t)settings.size(), h[4] = p.best_step, h[5] = p.pending;
     uint64_t count = num_params(model.cfg);
     memcpy(&h[8], &count, 8), memcpy(&h[10], &p.position, 8);
     const double d[] = {p.best_val, p.smoothed, p.smoothed_weight, p.seconds};
-    memcpy(&h[12], d, sizeof d);
+    memcpy(&h[12], d, sizeof d), memcpy(&h[20], &p.last, sizeof p.last);
     put(h.data(), 1024);
     put(settings.data(), settings.size());
     model.each_piece(Model::ADAM_M, [&](const float* x, size_t n) { put(x, n * 4); });
@@ -255,7 +260,8 @@ class StateReader {
         const char* p = path.c_str();
         if (h[1] != STATE_VERSION) fail("%s: version is %d, wanted %d", p, h[1], STATE_VERSION);
         double d[4];
-        progress.step = h[2], progress.best_step = h[4];
+        progress.step = h[2], progress.best_step = h[4], progress.pending = h[5];
+        memcpy(&progress.last, &h[20], sizeof progress.last);
         memcpy(&count_, &h[8], 8), memcpy(&progress.position, &h[10], 8), memcpy(d, &h[12], sizeof d);
         progress.best_val = d[0], progress.smoothed = d[1], progress.smoothed_weight = d[2], progress.seconds = d[3];
         if (h[2] < 0) fail("%s: step is %d, wanted at least 0", p, h[2]);
@@ -279,8 +285,7 @@ class StateReader {
         uint64_t check;
         file_.read(&check, 8, "checksum");
         if (check != sum_.value())
-            fail("%s: checksum does not match: this file or its model file is damaged; delete the pair to resume from the one before",
-                 file_.path.c_str());
+            fail("%s: checksum does not match: this file or its model file is damaged", file_.path.c_str());
     }
 
   private:
@@ -384,12 +389,22 @@ class Run {
     }
 
     int main() {
-        std::unique_ptr<StateReader> state;
-        if (o_.resume) state = find_state();
-        settle_settings();
-        fit_memory(o_.max_steps > 0);
-        load_data();
-        build_model(state.get());
+        if (o_.resume) {
+            std::vector<int> steps = checkpoints_in(o_.out);
+            if (steps.empty()) fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
+            int step = steps.back();
+            try {
+                prepare_run(numbered(o_.out, "model", step), numbered(o_.out, "state", step));
+            } catch (const UsageError&) {
+                throw;
+            } catch (const Error& e) {
+                std::string what = e.what(), pair = strf("_%08d.bin", step);
+                if (what.find(o_.out) != 0 || what.find(pair) == std::string::npos) throw;
+                fail("%s; to resume from the checkpoint before, delete model%s and state%s", e.what(), pair.c_str(), pair.c_str());
+            }
+        } else {
+            prepare_run("", "");
+        }
         if (o_.max_steps == 0) return only_evaluate();
         settings_text_ = flags_.values();
         open_folder();
@@ -401,14 +416,19 @@ class Run {
     }
 
   private:
-    std::unique_ptr<StateReader> find_state() {
-        std::vector<int> steps = checkpoints_in(o_.out);
-        if (steps.empty()) fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
-        auto state = std::make_unique<StateReader>(numbered(o_.out, "state", steps.back()));
-        flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
-        progress_ = state->progress;
-        o_.init_from = numbered(o_.out, "model", steps.back());
-        return state;
+    // Everything up to a model in memory; with the files of a checkpoint, as it stood there.
+    void prepare_run(const std::string& model_path, const std::string& state_path) {
+        std::unique_ptr<StateReader> state;
+        if (!state_path.empty()) {
+            state = std::make_unique<StateReader>(state_path);
+            flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+            progress_ = state->progress;
+            o_.init_from = model_path;
+        }
+        settle_settings();
+        fit_memory(o_.max_steps > 0);
+        load_data();
+        build_model(state.get());
     }
 
     // Fills in what the command line left open: from the checkpoint, the preset, and the model's size.
@@ -417,7 +437,9 @@ class Run {
         if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
         if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
         if (o_.tokenizer.empty()) o_.tokenizer = o_.data + "/tokenizer.bin";
-        if (!file_exists(o_.train_data) && !flags_.given("train_data"))
+        if (!file_exists(o_.tokenizer) && !flags_.given("tokenizer") && !o_.init_from.empty())
+            o_.tokenizer = dirname_of(o_.init_from) + "/tokenizer.bin";
+        if (o_.max_steps && !file_exists(o_.train_data) && !flags_.given("train_data"))
             fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", o_.train_data.c_str(), o_.data.c_str());
         if (file_exists(o_.tokenizer)) tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(o_.tokenizer));
         else if (flags_.given("tokenizer") || o_.init_from.empty()) fail("%s: tokenizer not found", o_.tokenizer.c_str());
@@ -436,6 +458,8 @@ class Run {
             for (auto& s : shape)
                 if (s.given && s.given != s.have)
                     fail("%s: has %s %d, --%s asks for %d", o_.init_from.c_str(), s.flag, s.have, s.flag, s.given);
+            if (flags_.given("preset") && !o_.resume)
+                fail("%s: has a shape of its own (%s); leave --preset out", o_.init_from.c_str(), cfg_.text().c_str());
             if (!o_.activation.empty() && activation != cfg_.activation)
                 fail("%s: has activation %s, --activation asks for %s", o_.init_from.c_str(), cfg_.activation == GELU_ERF ? "gelu" : "gelu_new",
                      o_.activation.c_str());
@@ -444,30 +468,36 @@ class Run {
             if (o_.seq_len > cfg_.maxT) fail("%s: takes at most %d tokens of context, --seq_len asks for %d", o_.init_from.c_str(), cfg_.maxT, o_.seq_len);
         } else {
             cfg_ = preset_config(o_.preset);
-            if (o_.depth) cfg_.L = o_.depth;
-            if (o_.heads) cfg_.NH = o_.heads;
-            if (o_.channels) cfg_.C = o_.channels;
-            if (o_.seq_len) cfg_.maxT = o_.seq_len;
+            struct {
+                const char* flag;
+                int given, most, *field;
+            } shape[] = {{"depth", o_.depth, 4096, &cfg_.L}, {"heads", o_.heads, 4096, &cfg_.NH}, {"channels", o_.channels, 1 << 17, &cfg_.C}};
+            for (auto& s : shape) {
+                if (s.given < 0 || s.given > s.most) throw UsageError(strf("--%s is %d, wanted 1 to %d", s.flag, s.given, s.most));
+                if (s.given) *s.field = s.given;
+            }
+            if (cfg_.C % cfg_.NH) throw UsageError(strf("--channels is %d, wanted a multiple of --heads = %d", cfg_.C, cfg_.NH));
+            if (o_.seq_len > 0) cfg_.maxT = o_.seq_len;
             cfg_.activation = activation;
             cfg_.V = tokenizer_->vocab_size(), cfg_.Vp = pad_vocab(cfg_.V);
-            check_config(cfg_, "--depth, --heads, --channels, --seq_len");
         }
-        if (o_.seq_len < 0) throw UsageError(strf("--seq_len is %d, wanted at least 1", o_.seq_len));
+        if (o_.seq_len < 0 || o_.seq_len > 1 << 20) throw UsageError(strf("--seq_len is %d, wanted 1 to %d", o_.seq_len, 1 << 20));
         if (!o_.seq_len) o_.seq_len = cfg_.maxT;
         bool fine_tune = from_file && !o_.resume;
         apply_preset_defaults(o_, cfg_, fine_tune);
         check_options(o_);
         learning_rate(o_.lr_schedule, 1, 0, 0, 1, 0);  // throws for an unknown name
         B_ = (size_t)o_.batch_size, T_ = (size_t)o_.seq_len;
-        size_t tokens = checked_mul(B_, T_, "--batch_size x --seq_len");
+        size_t tokens = B_ * T_;
+        if (tokens > INT32_MAX) throw UsageError(strf("--batch_size %zu x --seq_len %zu is %zu tokens, wanted at most %d", B_, T_, tokens, INT32_MAX));
         if (!o_.total_batch_size) o_.total_batch_size = (int)std::min<size_t>(tokens * (fine_tune && cfg_.C > 512 ? 32 : 1), INT32_MAX);
-        if (tokens > INT32_MAX || (size_t)o_.total_batch_size % tokens)
-            fail("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu", o_.total_batch_size, B_, T_, tokens);
+        if ((size_t)o_.total_batch_size % tokens)
+            throw UsageError(strf("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu", o_.total_batch_size, B_, T_, tokens));
         micro_steps_ = (size_t)o_.total_batch_size / tokens;
     }
 
     void load_data() {
-        if (o_.max_steps > 0 || !file_exists(o_.val_data)) {
+        if (o_.max_steps > 0) {
             train_file_ = std::make_unique<TokenFile>(o_.train_data);
             train_file_->check_vocab(cfg_.V);
             train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, true);
@@ -581,12 +611,12 @@ class Run {
         bool fresh = true;  // the first iteration of a resumed run has been validated and saved already
         for (;; fresh = false) {
             int step = progress_.step;
-            bool last = step >= o_.max_steps, done_before = fresh && o_.resume;
+            bool last = step >= o_.max_steps, done_before = fresh && o_.resume && !progress_.pending;
             if (!done_before) {
                 Evaluation e;
-                bool validated = val_loader_ && o_.val_every && (last || step % o_.val_every == 0) && !g_stop;
-                if (validated) validated = validate(&e);
-                if (step || validated) write_row(validated ? &e : nullptr);
+                bool validation_due = val_loader_ && o_.val_every && (last || step % o_.val_every == 0);
+                progress_.pending = validation_due && (g_stop || !validate(&e));
+                if (!progress_.pending && (step || validation_due)) write_row(validation_due ? &e : nullptr);
                 if (o_.sample_every && tokenizer_ && step && (last || step % o_.sample_every == 0) && !g_stop) sample();
                 if (step && (last || g_stop || (o_.save_every && step % o_.save_every == 0))) save();
             }
@@ -639,7 +669,7 @@ class Run {
         progress_.smoothed = 0.95 * progress_.smoothed + 0.05 * loss;
         progress_.smoothed_weight = 0.95 * progress_.smoothed_weight + 0.05;
         session_steps_++, session_seconds_ += s;
-        row_ = {loss, progress_.smoothed / progress_.smoothed_weight, norm, a.lr, s};
+        progress_.last = {loss, progress_.smoothed / progress_.smoothed_weight, norm, a.lr, s};
         log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, loss, a.lr, norm));
         report();
     }
@@ -649,11 +679,28 @@ class Run {
         int step = progress_.step;
         bool terminal = isatty(1);
         if (!terminal && step % o_.log_every && step != o_.max_steps) return;
-        double tokens = o_.total_batch_size, flops = step_flops(cfg_, (double)B_ * (double)micro_steps_, (double)T_) / row_.seconds;
-        double eta = session_seconds_ / session_steps_ * (o_.max_steps - step);
-        std::string line = strf("step %*d/%d | loss %.4f | mean %.4f | norm %.3f | lr %.2e | %.0f ms | %s tokens/s | %.0f%% of peak | ETA %s",
-                                (int)std::to_string(o_.max_steps).size(), step, o_.max_steps, row_.loss, row_.smoothed, row_.norm, row_.lr,
-                                row_.seconds * 1e3, commas((uint64_t)(tokens / row_.seconds)).c_str(), 100 * flops / peak_, clock_text(eta).c_str());
+        auto& r = progress_.last;
+        double flops = step_flops(cfg_, (double)B_ * (double)micro_steps_, (double)T_) / r.seconds;
+        struct {
+            int rank;  // the last to go where the terminal is narrow has rank 0
+            std::string text;
+        } parts[] = {{0, strf("step %*d/%d", (int)std::to_string(o_.max_steps).size(), step, o_.max_steps)},
+                     {1, strf("loss %.4f", r.loss)},
+                     {3, strf("mean %.4f", r.smoothed)},
+                     {5, strf("norm %.3f", r.norm)},
+                     {7, strf("lr %.2e", r.lr)},
+                     {6, strf("%.0f ms", r.seconds * 1e3)},
+                     {4, commas((uint64_t)(o_.total_batch_size / r.seconds)) + " tokens/s"},
+                     {8, strf("%.0f%% of peak", 100 * flops / peak_)},
+                     {2, "ETA " + clock_text(session_seconds_ / session_steps_ * (o_.max_steps - step))}};
+        winsize window{};
+        size_t width = terminal ? (ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col ? window.ws_col : 80) : SIZE_MAX;
+        std::string line;
+        for (int ranks = 9; ranks > 0 && (line.empty() || line.size() >= width); ranks--) {
+            line.clear();
+            for (auto& part : parts)
+                if (part.rank < ranks) line += (line.empty() ? "" : " | ") + part.text;
+        }
         printf(terminal ? "\r%s\x1b[K" : "%s\n", line.c_str());
         open_line_ = terminal;
         fflush(stdout);
@@ -670,23 +717,24 @@ class Run {
         if (!std::isfinite(e->nats)) fail("step %d: the validation loss is not a number; no checkpoint was overwritten", progress_.step);
         end_line();
         bool best = progress_.step && e->nats < progress_.best_val;
-        printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(), best ? " (best so far, saved)" : "");
-        fflush(stdout);
-        log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
         if (best) {
             save_model(*model_, o_.out + "/model.bin");
             progress_.best_val = e->nats, progress_.best_step = progress_.step;
         }
+        printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(), best ? strf(" (best so far: %s/model.bin)", o_.out.c_str()).c_str() : "");
+        fflush(stdout);
+        log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
         return true;
     }
 
     void write_row(const Evaluation* e) {
         std::string s = std::to_string(progress_.step);
-        if (progress_.step) s += strf(",%.9g,%.9g", row_.loss, row_.smoothed);
+        const auto& r = progress_.last;
+        if (progress_.step) s += strf(",%.9g,%.9g", r.loss, r.smoothed);
         else s += ",,";
         s += e ? strf(",%.9g", e->nats) : ",";
         s += e && e->nats_per_char == e->nats_per_char ? strf(",%.9g", e->nats_per_char / M_LN2) : ",";
-        if (progress_.step) s += strf(",%.9g,%.9g,%.2f,%.1f", row_.norm, row_.lr, row_.seconds * 1e3, o_.total_batch_size / row_.seconds);
+        if (progress_.step) s += strf(",%.9g,%.9g,%.2f,%.1f", r.norm, r.lr, r.seconds * 1e3, o_.total_batch_size / r.seconds);
         else s += ",,,,";
         csv_->line(s);
     }
@@ -709,7 +757,12 @@ class Run {
     void save() {
         int step = progress_.step;
         save_model(*model_, numbered(o_.out, "model", step));
-        save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", step));
+        try {
+            save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", step));
+        } catch (...) {
+            unlink(numbered(o_.out, "model", step).c_str());  // half a checkpoint is none
+            throw;
+        }
         std::vector<int> steps = checkpoints_in(o_.out);
         for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) remove_checkpoint(steps[i]);
     }
@@ -736,9 +789,6 @@ class Run {
     std::vector<int> x_, y_;
     Progress progress_;
     std::string settings_text_;
-    struct {
-        double loss, smoothed, norm, lr, seconds;
-    } row_{};
     double peak_ = 1, session_seconds_ = 0;
     int session_steps_ = 0;
     bool open_line_ = false;

@@ -58,6 +58,7 @@ struct Report {
     Side train, val;
     std::string no_val;                                      // why there is no validation split
     int vocab_size = 0;
+    bool byte_bpe = false;                                   // instead of one token a character
 };
 
 constexpr size_t EXAMPLES = 3;  // how many places a message names before it only counts
@@ -290,6 +291,8 @@ class Collector {
         const size_t columns = csv.fields.size(), column = column_of(csv);
         if (column == columns) {
             std::string found;
+            for (const auto& f : csv.fields)
+                if (utf8::find_invalid(f.raw) != std::string::npos) fail("%s: is not UTF-8 text: its header line has other bytes", path_->c_str());
             for (size_t i = 0; i < columns; i++) found += (i ? ", " : "") + excerpt(csv.fields[i].text());
             fail("%s: has no column '%s'; its columns are %s (--column chooses one)", path_->c_str(), o_.column.c_str(),
                  found.c_str());
@@ -500,8 +503,8 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
     std::vector<uint16_t> stream;
     auto put = [&](int id) {
         if (id > UINT16_MAX)
-            fail("%s: token %d ('%s') does not fit a token file, whose tokens have 16 bits", o.tokenizer.c_str(), id,
-                 excerpt(tok.bytes(id)).c_str());
+            fail("%s: token %d (%s) does not fit a token file, whose tokens have 16 bits", o.tokenizer.c_str(), id,
+                 utf8::quote(tok.bytes(id)).c_str());
         stream.push_back((uint16_t)id);
     };
     for (size_t i = 0; i < poems.size(); i++) {
@@ -562,7 +565,7 @@ inline Report prepare(const Options& o) {
     } else {
         tok = Tokenizer::load(o.tokenizer);
     }
-    r.vocab_size = tok.vocab_size();
+    r.vocab_size = tok.vocab_size(), r.byte_bpe = tok.kind() == Tokenizer::BYTE_BPE;
     std::vector<uint16_t> train = tokenize(tok, poems, in_val, false, o, r.train);
     std::vector<uint16_t> val = tokenize(tok, poems, in_val, true, o, r.val);
 
@@ -628,8 +631,10 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
                 commas(s->verses).c_str(), commas(s->chars).c_str(), commas(s->tokens).c_str(), 100.0 * (double)s->chars / chars);
     fprintf(f, "\n");
 
+    double text_tokens = (double)(r.train.tokens - r.train.poems + r.val.tokens - r.val.poems);
     row("vocabulary", strf("%d tokens", r.vocab_size) +
-                          (o.tokenizer.empty() ? ": the characters of train, and end-of-text" : " of " + o.tokenizer));
+                          (o.tokenizer.empty() ? ": the characters of train, and end-of-text" : " of " + o.tokenizer) +
+                          (r.byte_bpe ? strf(": byte-level BPE, %.2f characters a token", chars / text_tokens) : ""));
     row("wrote", strf("%s/{train.bin, %stokenizer.bin}", o.out.c_str(), r.no_val.empty() ? "val.bin, " : ""));
     if (!r.no_val.empty()) row("", "no val.bin: " + r.no_val);
     row("next", "./train_gpt2 --data " + o.out);

@@ -511,14 +511,14 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
         {"state_00000008.bin", [](std::string s) { return with_header(s, 0, 1); }},
         {"state_00000008.bin", [](std::string s) { return with_header(s, 1, 77); }},
         {"state_00000008.bin", [](std::string s) { return with_header(s, 2, 9); }},
-        {"state_00000008.bin", [](std::string s) { return s[1030] ^= 1, s; }},
-        {"state_00000008.bin", [](std::string s) { return s[9000] ^= 1, s; }},
-        {"state_00000008.bin", [](std::string s) { return s[s.size() - 3] ^= 1, s; }},
+        {"state_00000008.bin", [](std::string s) { return s.at(1030) ^= 1, s; }},
+        {"state_00000008.bin", [](std::string s) { return s.at(9000) ^= 1, s; }},
+        {"state_00000008.bin", [](std::string s) { return s.at(s.size() - 3) ^= 1, s; }},
         {"model_00000008.bin", [](std::string s) { return s.substr(0, s.size() - 4); }},
         {"model_00000008.bin", [](std::string s) { return with_header(s, 0, 1); }},
         {"model_00000008.bin", [](std::string s) { return with_header(s, 4, 2); }},
         {"model_00000008.bin", [](std::string s) { return with_header(s, 700, 0x7fc00000); }},  // a parameter becomes NaN
-        {"model_00000008.bin", [](std::string s) { return s[5000] ^= 1, s; }},
+        {"model_00000008.bin", [](std::string s) { return s.at(5000) ^= 1, s; }},
     };
     int number = 0;
     for (auto& c : cases) {

@@ -19,6 +19,7 @@
 namespace exporter {
 
 using Json = nlohmann::json;
+using utf8::quote;
 
 // What the folder says, in its own spelling.
 struct Published {
@@ -47,13 +48,6 @@ inline const Json& member(const Json& j, const char* name) {
     static const Json none;
     auto it = j.is_object() ? j.find(name) : j.end();
     return it == j.end() ? none : *it;
-}
-// A piece of the folder's text in an error message; long ones are cut.
-inline std::string quote(const std::string& s) {
-    std::string out = "'";
-    size_t n = s.size() > 40 ? utf8::printable_prefix(std::string_view(s).substr(0, 40)) : s.size();
-    for (char c : s.substr(0, n)) out += (unsigned char)c < 0x20 || c == 0x7F ? strf("\\x%02X", (unsigned char)c) : std::string(1, c);
-    return out + (n < s.size() ? "...'" : "'");
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -109,7 +103,8 @@ class Folder {
     int id(const Json& j, const std::string& token, const std::string& path) {
         constexpr int64_t most = (1 << bpe::Merges::ID_BITS) - 1;
         if (!j.is_number_integer() || j.get<int64_t>() < 0 || j.get<int64_t>() > most)
-            fail("%s: the id of %s is %s, wanted 0 to %d", path.c_str(), quote(token).c_str(), quote(j.dump()).c_str(), (int)most);
+            fail("%s: the id of %s is %s, wanted 0 to %d", path.c_str(), quote(token).c_str(), quote(j.dump()).c_str(),
+                 (int)most);
         return j.get<int>();
     }
     void add_vocab(const Json& vocab) {
@@ -144,8 +139,9 @@ class Folder {
     }
     void add_merge(const std::string& line, const std::string& place) {
         size_t space = line.find(' ');
-        if (space == 0 || space + 1 >= line.size() || space == std::string::npos || line.find(' ', space + 1) != std::string::npos)
-            fail("%s: %s: %s is not two tokens with a space between them", p_.merges_path.c_str(), place.c_str(), quote(line).c_str());
+        if (space == 0 || space == std::string::npos || space + 1 == line.size() || space != line.rfind(' '))
+            fail("%s: %s: %s is not two tokens with a space between them", p_.merges_path.c_str(), place.c_str(),
+                 quote(line).c_str());
         p_.merges.push_back({line.substr(0, space), line.substr(space + 1)}), p_.merge_places.push_back(place);
     }
 
@@ -157,7 +153,8 @@ class Folder {
         };
         if (!type.is_null() && type != "BPE") refuse("model.type", type, "\"BPE\"");
         if (const Json& n = member(j, "normalizer"); !n.is_null()) refuse("normalizer", n, "none");
-        for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"}) {
+        for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                                 "ignore_merges"}) {
             const Json& v = member(model, name);
             if (!v.is_null() && v != "" && v != false && v != 0) refuse(name, v, "none");
         }
@@ -183,8 +180,8 @@ class Folder {
             const Json &content = member(a, "content"), &special = member(a, "special");
             if (!content.is_string()) refuse("an added token", a, "one with content");
             if (special == false)
-                fail("%s: the added token %s is not special, so that it would be cut out of the text before the merges; that is not "
-                     "built in", path.c_str(), quote(content.get<std::string>()).c_str());
+                fail("%s: the added token %s is not special: it would be cut out of the text first, which is not built in",
+                     path.c_str(), quote(content.get<std::string>()).c_str());
             add_special(content.get<std::string>(), member(a, "id"), path);
         }
     }
@@ -204,7 +201,8 @@ class Folder {
                 fail("%s: add_prefix_space is %s, wanted true or false", path.c_str(), quote(space.dump()).c_str());
         }
         auto it = p_.id_of.find(eos);
-        if (it == p_.id_of.end()) fail("%s: end-of-text %s is not in %s", from.c_str(), quote(eos).c_str(), p_.vocab_path.c_str());
+        if (it == p_.id_of.end())
+            fail("%s: end-of-text %s is not in %s", from.c_str(), quote(eos).c_str(), p_.vocab_path.c_str());
         p_.special.insert(p_.eot = it->second);
     }
 
@@ -231,7 +229,8 @@ inline Tokenizer make_tokenizer(const Published& p) {
     for (size_t i = 0; i < tokens.size(); i++) {
         if (p.special.count((int)i) || !bytes_of(p.tokens[i], &tokens[i])) tokens[i] = p.tokens[i];
         if (tokens[i].empty() || tokens[i].size() > 255)
-            fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", vocab, i, quote(p.tokens[i]).c_str(), tokens[i].size());
+            fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", vocab, i, quote(p.tokens[i]).c_str(),
+                 tokens[i].size());
     }
 
     std::vector<std::pair<int, int>> parts(tokens.size(), {-1, -1});
@@ -247,7 +246,8 @@ inline Tokenizer make_tokenizer(const Published& p) {
             return it->second;
         };
         int l = id(left), r = id(right), made = id(whole);
-        if (p.special.count(made)) fail("%s: %s makes the special token %s", merges, p.merge_places[m].c_str(), quote(whole).c_str());
+        if (p.special.count(made))
+            fail("%s: %s makes the special token %s", merges, p.merge_places[m].c_str(), quote(whole).c_str());
         if (made <= previous)
             fail("%s: %s makes token %d %s, an earlier one made token %d: the ids must ascend with the merges", merges,
                  p.merge_places[m].c_str(), made, quote(whole).c_str(), previous);
@@ -264,8 +264,9 @@ inline Tokenizer make_tokenizer(const Published& p) {
             fail("%s: %s never makes token %d %s: the merges before it make something else of its bytes", merges,
                  p.merge_places[m].c_str(), i, token.c_str());
         if (!is_merge && would_be)
-            fail("%s: no merge makes token %d %s, but '%s' and '%s' would: the merges are incomplete, or of another tokenizer", merges, i,
-                 token.c_str(), p.tokens[(size_t)tok.parts(i).first].c_str(), p.tokens[(size_t)tok.parts(i).second].c_str());
+            fail("%s: no merge makes token %d %s, but %s and %s would: the merges are incomplete, or of another tokenizer",
+                 merges, i, token.c_str(), quote(p.tokens[(size_t)tok.parts(i).first]).c_str(),
+                 quote(p.tokens[(size_t)tok.parts(i).second]).c_str());
         m += is_merge;
     }
     return tok;

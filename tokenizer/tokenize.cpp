@@ -6,8 +6,6 @@
 // --framed is for programs that ask for many texts (check_tokenizer.py): a uint32 length and that many bytes for
 // each text; back come a uint32 count and that many uint32 tokens.
 #include <chrono>
-#include <iostream>
-#include <iterator>
 #include <string>
 #include <vector>
 
@@ -21,18 +19,26 @@ inline void print(const std::string& s) {
     if (fwrite(s.data(), 1, s.size(), stdout) != s.size()) fail("cannot write the output: %s", strerror(errno));
 }
 
+inline std::string read_all(FILE* f) {
+    std::string s;
+    char part[1 << 16];
+    for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) s.append(part, n);
+    if (ferror(f)) fail("cannot read the input: %s", strerror(errno));
+    return s;
+}
+
 inline std::vector<int> read_ids(const std::string& text) {
+    constexpr const char* WHITE = " \t\r\n";
     std::vector<int> ids;
-    for (const char* p = text.c_str();;) {
-        p += strspn(p, " \t\r\n");
-        if (p == text.c_str() + text.size()) return ids;
-        size_t length = strcspn(p, " \t\r\n");
-        char* end;
-        long id = strtol(p, &end, 10);
-        if (end != p + length || id < INT32_MIN || id > INT32_MAX) fail("'%.*s' is not a token", (int)std::min<size_t>(length, 20), p);
+    for (size_t i = 0, end; (i = text.find_first_not_of(WHITE, i)) != std::string::npos; i = end) {
+        end = std::min(text.find_first_of(WHITE, i), text.size());
+        char* stop;
+        long id = strtol(&text[i], &stop, 10);
+        if (stop != &text[0] + end || id < INT32_MIN || id > INT32_MAX)
+            fail("%s is not a token", utf8::quote(std::string_view(text).substr(i, end - i)).c_str());
         ids.push_back((int)id);
-        p = end;
     }
+    return ids;
 }
 
 inline std::vector<std::string_view> read_frames(std::string_view input) {
@@ -60,7 +66,7 @@ inline int tokenize_main(int argc, char** argv) {
     if (files.size() != 1) throw UsageError("which tokenizer? ./tokenize tokenizer.bin < text; --help tells more");
 
     Tokenizer tok = Tokenizer::load(files[0]);
-    const std::string input{std::istreambuf_iterator<char>(std::cin), {}};
+    const std::string input = read_all(stdin);
     if (decode) {
         print(tok.decode(read_ids(input)));
         return 0;

@@ -112,6 +112,23 @@ inline std::string name(uint32_t c) {
     return quoted + strf("U+%04X", c);
 }
 
+// A text for an error message: 'ab', in one line, with \xNN for the bytes that would garble it; a long one is cut.
+inline std::string quote(std::string_view s, size_t most = 60) {
+    std::string quoted = "'";
+    size_t i = 0;
+    while (i < s.size() && i < most) {
+        uint32_t c;
+        size_t n = decode(s, i, &c);
+        bool visible = n && name(c)[0] == '\'';
+        n = std::max<size_t>(n, 1);
+        if (visible) quoted += s.substr(i, n);
+        else
+            for (size_t k = i; k < i + n; k++) quoted += strf("\\x%02X", (unsigned)(unsigned char)s[k]);
+        i += n;
+    }
+    return quoted + (i < s.size() ? "...'" : "'");
+}
+
 // Calls f(code_point, byte_offset) for every character of s; the first invalid byte is an Error.
 template <class F>
 void for_each(std::string_view s, F f) {
@@ -311,7 +328,7 @@ class PieceCache {
     void clear() { entries_.assign((size_t)1 << BITS, {}); }
 
   private:
-    static constexpr int BITS = 15;
+    static constexpr int BITS = 13;
 
     static uint64_t hash(std::string_view s) {
         uint64_t h = s.size(), word;
@@ -465,20 +482,6 @@ class Tokenizer {
     // What encoding has cost so far, in tokens looked at while merging, for tests.
     uint64_t work() const { return merges_.work(); }
 
-    // A token for an error message: 'ab', with every byte that would garble the line as \xNN.
-    std::string name(int token) const {
-        const std::string& s = bytes(token);
-        std::string quoted = "'";
-        for (size_t i = 0; i < s.size();) {
-            uint32_t c;
-            size_t n = utf8::decode(s, i, &c);
-            bool printable = n && utf8::name(c)[0] == '\'';
-            n = std::max<size_t>(n, 1);
-            for (size_t k = i; k < i + n; k++) quoted += printable ? std::string(1, s[k]) : strf("\\x%02X", (unsigned char)s[k]);
-            i += n;
-        }
-        return quoted + "'";
-    }
 
   private:
     static constexpr int32_t MAGIC = 20240328, VERSION = 2;
@@ -503,15 +506,16 @@ class Tokenizer {
 
     // Fills token_of_, by byte, and finds the merges.
     void index_bpe(const std::string& where) {
+        const char* w = where.c_str();
         token_of_.assign(256, -1);
         for (int i = 0; i < vocab_size(); i++) {
             if (i == eot_ || tokens_[(size_t)i].size() != 1) continue;
             int& token = token_of_[(unsigned char)tokens_[(size_t)i][0]];
-            if (token >= 0) fail("%s: tokens %d and %d are both the byte %s", where.c_str(), token, i, name(i).c_str());
+            if (token >= 0) fail("%s: tokens %d and %d are both %s", w, token, i, utf8::quote(bytes(i)).c_str());
             token = i;
         }
         for (size_t b = 0; b < 256; b++)
-            if (token_of_[b] < 0) fail("%s: no token is the single byte 0x%02X", where.c_str(), (unsigned)b);
+            if (token_of_[b] < 0) fail("%s: no token is the single byte 0x%02X", w, (unsigned)b);
 
         merges_ = bpe::Merges(tokens_.size()), cache_.clear();
         parts_.assign(tokens_.size(), {-1, -1});
@@ -520,7 +524,7 @@ class Tokenizer {
             if (i == eot_ || tokens_[(size_t)i].size() == 1) continue;
             ids.clear();
             merge_bytes(tokens_[(size_t)i], ids);
-            if (ids.size() == 1) fail("%s: tokens %d and %d are both %s", where.c_str(), ids[0], i, name(i).c_str());
+            if (ids.size() == 1) fail("%s: tokens %d and %d are both %s", w, ids[0], i, utf8::quote(bytes(i)).c_str());
             // A special token may stand below the bytes; then it is no merge of them.
             if (ids.size() != 2 || ids[0] > i || ids[1] > i) continue;
             parts_[(size_t)i] = {ids[0], ids[1]};
