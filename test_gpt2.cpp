@@ -1227,6 +1227,33 @@ TEST_CASE("four micro-batches have the gradient of one big batch, dropout and al
         }
 }
 
+TEST_CASE("what backward computes again instead of keeping it changes no loss and no gradient; relative L2 1e-6") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH})
+        for (int activation : {GELU_TANH, GELU_ERF}) {
+            Config c = config(3, 3, 51, 97, 40, arch, activation);
+            INFO(variant(c, 0.2f));
+            Random r(48);
+            Batch batch(r, 3, 37, c.V), next(r, 2, 29, c.V);
+            Floats want;
+            Doubles losses;
+            for (int recompute : {0, 1, 2}) {
+                cpu::GPT2 m(c, 3, 37, true, recompute);
+                randomise(m, 48);
+                m.dropout = 0.2f;
+                Doubles now = {batch.forward(m, training_pass(batch.counted()))};
+                m.backward();
+                now.push_back(batch.forward(m)), now.push_back(next.forward(m, training_pass(batch.counted(), 4, 3)));
+                m.backward();
+                if (!recompute) want = gradients(m), losses = now;
+                CHECK(now == losses);
+                auto off = param_offsets(c);
+                for (int i = 0; i < NUM_PARAMS; i++)
+                    check_close(strf("recomputation: %s", param_table(c)[i].name), m.grads() + off[i], &want[off[i]],
+                                off[i + 1] - off[i], 1e-6);
+            }
+        }
+}
+
 TEST_CASE("the head in several chunks of rows equals the head in one; relative L2 1e-5") {
     Config c = config(1, 1, 4, 1 << 19, 35);
     c.Vp = c.V;
@@ -1293,10 +1320,11 @@ TEST_CASE("losses, gradients' norms and weights have the same bits with 1, 2, 3 
 
 TEST_CASE("what is too large to address is refused in one line, and what fits is counted") {
     Config c = config(2, 3, 48, 97, 40);
-    std::string e = error_of([&] { cpu::GPT2::memory_need(c, SIZE_MAX / 2, 37, true); });
-    CHECK(contains(e, "batch size x sequence length"));
-    CHECK(contains(e, "too large to address"));
-    CHECK(contains(error_of([&] { cpu::GPT2::memory_need(c, (size_t)1 << 40, 1 << 20, true); }), "too large to address"));
+    const size_t absurd[][2] = {{SIZE_MAX / 2, 37}, {(size_t)1 << 40, 1 << 20}, {SIZE_MAX / 48, 1}, {1, SIZE_MAX / 1000}};
+    for (auto& [B, T] : absurd) {
+        std::string e = error_of([&c, B = B, T = T] { cpu::GPT2::memory_need(c, B, T, true); });
+        CHECK_MESSAGE((contains(e, "address") && !contains(e, "\n")), B, " x ", T, ": ", e);
+    }
     CHECK(contains(error_of([&] { cpu::GPT2 m(config(2, 5, 48, 97, 40), 1, 1, true); }), "model: C is 48, wanted a multiple of NH = 5"));
     MemoryNeed trains = cpu::GPT2::memory_need(c, 3, 37, true), reads = cpu::GPT2::memory_need(c, 3, 37, false);
     CHECK(trains.params == num_params(c) * 4);
@@ -1304,6 +1332,8 @@ TEST_CASE("what is too large to address is refused in one line, and what fits is
     CHECK(trains.optimizer == 2 * trains.params);
     CHECK(reads.grads + reads.optimizer == 0);
     CHECK(reads.activations < trains.activations);
+    CHECK(cpu::GPT2::memory_need(c, 3, 37, true, 1).activations < trains.activations);
+    CHECK(cpu::GPT2::memory_need(c, 3, 37, true, 2).activations < cpu::GPT2::memory_need(c, 3, 37, true, 1).activations);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1848,6 +1878,12 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
           }),
                    "3 parameters too many"));
     CHECK(!file_exists(dir / "x"));
+    for (float bad : {NAN, INFINITY}) {  // a model that is no model does not replace one
+        m.params()[num_params(c) - 1] = bad;
+        CHECK(contains(error_of([&] { trainer::save_model(m, path); }), path + ": not written, the parameters hold NaN or infinity"));
+    }
+    CHECK(read_file(path) == bytes);
+    CHECK(files_in(dir.path) == 3);
 }
 
 TEST_CASE("model files with any header field impossible are refused, by the names of file and field") {
@@ -1961,7 +1997,8 @@ TEST_CASE("the training state comes back as it was: progress, settings, moments"
     std::copy(m.params(), m.params() + num_params(m.cfg), back.params());
     trainer::Progress p;
     p.step = 1234, p.position = ((uint64_t)1 << 40) + 17, p.best_val = 2.25, p.best_step = 1200;
-    p.smoothed = 0.1, p.smoothed_weight = 0.7, p.seconds = 99.5;
+    p.smoothed = 0.1, p.smoothed_weight = 0.7, p.seconds = 99.5, p.pending = true;
+    p.last = {1.5, 1.25, 0.5, 3e-4, 0.125};
     trainer::save_state(m, p, "batch_size=4\nprompt=قفا نبك\n", dir / "state.bin");
     trainer::StateReader reader(dir / "state.bin");
     CHECK(reader.settings == "batch_size=4\nprompt=قفا نبك\n");
@@ -1972,6 +2009,8 @@ TEST_CASE("the training state comes back as it was: progress, settings, moments"
     CHECK(reader.progress.smoothed == p.smoothed);
     CHECK(reader.progress.smoothed_weight == p.smoothed_weight);
     CHECK(reader.progress.seconds == p.seconds);
+    CHECK(reader.progress.pending);
+    CHECK(!memcmp(&reader.progress.last, &p.last, sizeof p.last));
     reader.load_moments(back);
     CHECK(same_bits(piece(m, cpu::GPT2::ADAM_M), piece(back, cpu::GPT2::ADAM_M)));
     CHECK(same_bits(piece(m, cpu::GPT2::ADAM_V), piece(back, cpu::GPT2::ADAM_V)));

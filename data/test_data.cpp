@@ -773,6 +773,38 @@ TEST_CASE("an existing tokenizer is used as it is; a character it lacks, and a t
     CHECK(contains(run.error(), "token 69634 ('<|endoftext|>') does not fit a token file"));
 }
 
+// A byte-level BPE: end-of-text, the bytes in order, the given tokens.
+void save_bpe(const std::string& path, const Strings& more, bool add_prefix_space = false) {
+    Strings tokens = {EOT};
+    for (int b = 0; b < 256; b++) tokens.push_back(std::string(1, (char)b));
+    tokens.insert(tokens.end(), more.begin(), more.end());
+    Tokenizer::byte_bpe(tokens, 0, add_prefix_space, "test").save(path);
+}
+
+TEST_CASE("a byte-level BPE tokenizes any poem; only its tokens beyond 16 bits are refused") {
+    Run run("\u0628\u062A \u0628!\n\u064A\u064A\n", "poems.txt");
+    run.o.tokenizer = run.dir / "t.bin";
+    for (bool prefix : {false, true}) {
+        save_bpe(run.o.tokenizer, {"\u0628", "\u062A", "\u0628\u062A"}, prefix);
+        run.go();
+        const std::string space = prefix ? " " : "";
+        CHECK(run.train == Strings{space + "\u0628\u062A \u0628", space + "\u064A\u064A"});
+        CHECK(run.r.vocab_size == 260);
+        CHECK(run.r.train.tokens == (prefix ? 11 : 9));
+        Tokenizer t = Tokenizer::load(run.o.out + "/tokenizer.bin");
+        size_t chars = 0;
+        TokenFile file(run.o.out + "/train.bin");
+        for (size_t i = 0; i < file.size(); i++) chars += (size_t)t.chars(file[i]);
+        CHECK(chars == run.r.train.chars + run.r.train.poems);
+    }
+
+    Strings many(70000);
+    for (size_t i = 0; i < many.size(); i++) utf8::append(many[i], (uint32_t)(0x10000 + i));
+    many.push_back("\u064A");
+    save_bpe(run.o.tokenizer, many);
+    CHECK(contains(run.error(), "t.bin: token 70257 ('\u064A') does not fit a token file"));
+}
+
 TEST_CASE("missing and empty files, and a corpus that cleaning empties, are one-line errors that write nothing") {
     Run run("");
     CHECK(contains(run.error(), "poems.csv: is empty"));

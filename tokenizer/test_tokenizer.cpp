@@ -194,8 +194,9 @@ TEST_CASE("gpt-2's pattern: random mixes are cut as the pattern's alternatives a
 // Merging
 
 TEST_CASE("bpe: the pair that makes the lowest token merges first, the leftmost among equals") {
-    Tokenizer t = bpe_of({"bc", "ab", "aa", "abc", "aab"});
-    CHECK(t.encode("abc") == Ids{'a', 256});       // bc is lower than ab, and leaves nothing for abc
+    Tokenizer t = bpe_of({"bc", "ab", "aa"});
+    CHECK(t.encode("abc") == Ids{'a', 256});
+    CHECK(bpe_of({"ab", "bc"}).encode("abc") == Ids{256, 'c'});
     CHECK(t.encode("abab") == Ids{257, 257});
     CHECK(t.encode("aaa") == Ids{258, 'a'});
     CHECK(t.encode("aaab") == Ids{258, 257});
@@ -333,8 +334,8 @@ TEST_CASE("bpe: the cost grows with the text, not with its square, on text witho
 TEST_CASE("bpe: the characters of a stream add up to those of its texts and one for each end-of-text") {
     Random random{11};
     const Strings texts = {"\u0642\u0641\u0627 \u0646\u0628\u0643", "a\u20AC\U0001F600!", "\u0628", "\n\u0628 "};
-    Strings merged = trained_tokens(random, 50, {"\u0642", "\u0641", "\u20AC", "\U0001F600", "a"});
-    merged.push_back("\x82\xAC"), merged.push_back("\x82\xAC\xF0");  // parts of characters, and across them
+    // Some of the tokens are parts of characters, some go across them.
+    const Strings merged = trained_tokens(random, 50, {"\u0642", "\u0641", "\u20AC", "\U0001F600", "a"});
     for (bool prefix : {false, true}) {
         Tokenizer t = bpe_of(merged, prefix);
         size_t want = 0, found = 0;
