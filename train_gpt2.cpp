@@ -408,7 +408,7 @@ struct Arena {
         float* p = base ? base + used : nullptr;
         size_t n;
         if (__builtin_mul_overflow(a, b, &n) || __builtin_mul_overflow(n, c, &n) || n > MOST || (used += gemm::round_up(n, 16)) > MOST)
-            fail("this model and batch need more than %s of memory, more than can be addressed", human_bytes((double)MOST * 4).c_str());
+            fail("this model and batch are too large to address: they need more than %s of memory", human_bytes((double)MOST * 4).c_str());
         return p;
     }
 };
