@@ -43,7 +43,8 @@ int main(int argc, char** argv) {
         std::vector<int> start = {tokenizer.eot()};
         for (int t : tokenizer.encode(prompt)) start.push_back(t);
         if (start.size() > (size_t)reader.cfg.maxT)
-            fail("--prompt: has %zu tokens with the one that begins a poem, the model's context takes %d", start.size(), reader.cfg.maxT);
+            fail("the prompt has %zu tokens, %s takes at most %d after the one that begins a poem", start.size() - 1, checkpoint.c_str(),
+                 reader.cfg.maxT - 1);
 
         cpu::GPT2 model(reader.cfg, 0, 0, false);
         reader.read(model.params(), num_params(reader.cfg));

@@ -23,11 +23,11 @@ class Sampler {
         for (int v = 0; v < V; v++) candidates_[(size_t)v] = {logits[v], v};
         size_t n = o.top_k > 0 ? std::min((size_t)o.top_k, (size_t)V) : (size_t)V;
         auto more_likely = [](const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.token < b.token; };
-        std::partial_sort(candidates_.begin(), candidates_.begin() + (ptrdiff_t)n, candidates_.end(), more_likely);
-        double sum = 0;
+        if (n < (size_t)V || o.top_p < 1)  // without a cut the order does not matter
+            std::partial_sort(candidates_.begin(), candidates_.begin() + (ptrdiff_t)n, candidates_.end(), more_likely);
+        double sum = 0, max = *std::max_element(logits, logits + V);
         weights_.resize(n);
-        for (size_t i = 0; i < n; i++)
-            sum += weights_[i] = std::exp(((double)candidates_[i].logit - candidates_[0].logit) / o.temperature);
+        for (size_t i = 0; i < n; i++) sum += weights_[i] = std::exp((candidates_[i].logit - max) / o.temperature);
         if (o.top_p < 1) {
             double reached = 0, wanted = o.top_p * sum;
             size_t k = 0;

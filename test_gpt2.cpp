@@ -601,7 +601,7 @@ TEST_CASE("exp_approx is e^x within 2e-7, clamped outside [-87, 88], and keeps N
     CHECK(std::all_of(y.begin(), y.end(), [](float f) { return std::isnan(f); }));
 }
 
-TEST_CASE("normal_cdf is the normal distribution function within 3e-7, and its density within 1e-7") {
+TEST_CASE("normal_cdf is the normal distribution function within 4e-7, and its density within 1e-7") {
     double worst = 0, worst_density = 0;
     for (int i = -120000; i <= 120000; i++) {
         float x = (float)i * 1e-4f, density;
@@ -609,9 +609,9 @@ TEST_CASE("normal_cdf is the normal distribution function within 3e-7, and its d
         worst = std::max(worst, std::fabs(cdf - 0.5 * std::erfc(-(double)x / std::sqrt(2.0))));
         worst_density = std::max(worst_density, std::fabs(density - std::exp(-(double)x * x / 2) / std::sqrt(2 * M_PI)));
     }
-    note("normal_cdf (largest absolute)", worst, 3e-7);
+    note("normal_cdf (largest absolute)", worst, 4e-7);
     note("normal density (largest absolute)", worst_density, 1e-7);
-    CHECK(worst <= 3e-7);
+    CHECK(worst <= 4e-7);
     CHECK(worst_density <= 1e-7);
 }
 
@@ -1744,22 +1744,26 @@ TEST_CASE("the sampler draws from softmax(logits / temperature) cut to top_k, th
     }
 }
 
-TEST_CASE("the sampler: temperature 0 takes the most likely token, and u picks from the most to the least likely") {
+TEST_CASE("the sampler: temperature 0 takes the most likely token; each token owns its share of u, after a cut by likelihood") {
     Sampler sampler;
     SampleOptions o;
-    const float logits[4] = {std::log(0.2f), std::log(0.4f), std::log(0.1f), std::log(0.3f)};
+    const float logits[5] = {std::log(0.2f), std::log(0.4f), std::log(0.1f), std::log(0.3f), -50};
     o.temperature = 0;
-    for (double u : {0.0, 0.5, 0.999999}) CHECK(sampler.pick(logits, 4, o, u) == 1);
+    for (double u : {0.0, 0.5, 0.999999}) CHECK(sampler.pick(logits, 5, o, u) == 1);
     o.temperature = 1;
+    int times[5] = {}, share[5] = {200, 400, 100, 300, 0};
+    for (int i = 0; i < 1000; i++) times[sampler.pick(logits, 5, o, (i + 0.5) / 1000)]++;
+    for (int v = 0; v < 5; v++) CHECK(times[v] == share[v]);
+    o.top_k = 4;
     struct {
         double u;
         int token;
     } picks[] = {{0, 1}, {0.399, 1}, {0.401, 3}, {0.699, 3}, {0.701, 0}, {0.899, 0}, {0.901, 2}, {1 - 0x1p-53, 2}};
-    for (auto& p : picks) CHECK(sampler.pick(logits, 4, o, p.u) == p.token);
+    for (auto& p : picks) CHECK(sampler.pick(logits, 5, o, p.u) == p.token);
     o.top_p = 0.65f;  // 0.4 + 0.3 reach it
-    CHECK(sampler.pick(logits, 4, o, 0.57) == 1);
-    CHECK(sampler.pick(logits, 4, o, 0.58) == 3);
-    CHECK(sampler.pick(logits, 4, o, 1 - 0x1p-53) == 3);
+    CHECK(sampler.pick(logits, 5, o, 0.57) == 1);
+    CHECK(sampler.pick(logits, 5, o, 0.58) == 3);
+    CHECK(sampler.pick(logits, 5, o, 1 - 0x1p-53) == 3);
     const float equal[3] = {1, 1, 1};  // ties fall to the lower token
     o = SampleOptions();
     o.top_k = 1;
@@ -1869,7 +1873,7 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
         trainer::load_model(back, reader);
     }
     for (size_t i = 0; i < num_params(c); i++) CHECK(back.params()[i] == bf16_to_float(float_to_bf16(m.params()[i])));
-    CHECK(write_bf16(back, dir / "half2.bin") == half);
+    CHECK((write_bf16(back, dir / "half2.bin") == half));
 
     CHECK(contains(error_of([&] { ModelWriter(dir / "x", c).finish(); }), "parameters missing"));
     CHECK(contains(error_of([&] {
@@ -1882,7 +1886,7 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
         m.params()[num_params(c) - 1] = bad;
         CHECK(contains(error_of([&] { trainer::save_model(m, path); }), path + ": not written, the parameters hold NaN or infinity"));
     }
-    CHECK(read_file(path) == bytes);
+    CHECK((read_file(path) == bytes));
     CHECK(files_in(dir.path) == 3);
 }
 
@@ -1979,8 +1983,8 @@ TEST_CASE("a full disk leaves the old model and state whole, and no temporary fi
         }
         CHECK((contains(e, path + ": cannot write") && contains(e, "untouched")));
         CHECK((contains(e_state, state + ": cannot write") && contains(e_state, "untouched")));
-        CHECK(read_file(path) == old);
-        CHECK(read_file(state) == old_state);
+        CHECK((read_file(path) == old));
+        CHECK((read_file(state) == old_state));
         CHECK(files_in(dir.path) == 2);
     }
     CHECK(contains(error_of([&] { trainer::save_model(m, dir / "no/such/folder.bin"); }), "no/such/folder.bin: cannot write"));

@@ -760,6 +760,9 @@ class Decoder {
         Arena a;
         place(a);
         bytes_ = a.used * 4;
+        if (size_t have = GPT2::memory_available(); bytes_ > have)
+            fail("%zu texts side by side need %s of memory for keys and values, %s are free; write fewer at once", N,
+                 human_bytes((double)bytes_).c_str(), human_bytes((double)have).c_str());
         mem_ = (float*)gemm::allocate(bytes_, "key/value cache");
         a = Arena{mem_, 0};
         place(a);

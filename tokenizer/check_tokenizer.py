@@ -22,6 +22,7 @@ import time
 from array import array
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RUST_BACKTRACE"] = "0"
 import tiktoken
 import tokenizers
 

@@ -16,6 +16,8 @@ extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
 namespace {
 
+using namespace std::string_literals;
+
 enum Mode { BPE_FILE, CHARACTER_FILE, TEXT, VOCAB, MERGES, JSON, NUM_MODES };
 
 void require(bool holds) {
@@ -45,7 +47,7 @@ struct Valid {
         content[BPE_FILE] = Reader(dir + "/t.bin").rest();
         Tokenizer::characters("ab\u0628 \n").save(dir + "/t.bin");
         content[CHARACTER_FILE] = Reader(dir + "/t.bin").rest();
-        content[TEXT] = std::string("\2ab\3abc\2\xD8\xA8\0abc 12's \xD8\xA8\xFF  x", 29);
+        content[TEXT] = "\2ab\3abc\2\xD8\xA8\0abc 12's \xD8\xA8\xFF  x"s;
 
         exporter::Json vocab, merges = {"a b", "ab c"};
         for (uint32_t c = 0, next = 0; next < 256; c++) {
