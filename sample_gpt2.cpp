@@ -6,6 +6,7 @@
 #include "tokenizer/tokenizer.h"
 
 int main(int argc, char** argv) {
+    gemm::spin_less(argv);
     return run_main("sample_gpt2", [&]() -> int {
         std::string checkpoint = "out/model.bin", tokenizer_path, prompt;
         int tokens = 400, num = 1, threads = 0;

@@ -36,7 +36,8 @@ inline float exp_approx(float x) {
     return p * scale;
 }
 
-// The normal distribution function, 0.5 erfc(-x/sqrt2), to 1e-7 (Abramowitz and Stegun 7.1.26), and its density.
+// The normal distribution function, 0.5 erfc(-x/sqrt2), to 3e-7 (Abramowitz and Stegun 7.1.26, in floats), and its
+// density.
 inline float normal_cdf(float x, float* density) {
     float a = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a), e = exp_approx(-a * a);
     float tail = 0.5f * e * t *
@@ -561,6 +562,7 @@ struct GPT2 {
     double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
         size_t C = cfg.C, M = B_ * T_, L = cfg.L;
         if (B_ > B || T_ > T || (pass.train && !trains)) throw std::logic_error("forward: batch larger than the model was built for");
+        if (omp_get_max_threads() > scratch_threads_) throw std::logic_error("forward: more threads than the model was built for");
         pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
         embedding_forward(act_.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
         Block first = block(0);
@@ -778,6 +780,7 @@ class Decoder {
     // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one.
     const float* append(const int* tokens, size_t n) {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
+        if (omp_get_max_threads() > threads_) throw std::logic_error("decoder: more threads than it was built for");
         for (size_t i = 0; i < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - i), i + CHUNK >= n);
         return logits_;
     }
@@ -790,7 +793,7 @@ class Decoder {
         size_t C = c.C;
         cache_ = a.take(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
         x_ = a.take(rows_, C), ln_ = a.take(rows_, C), qkv_ = a.take(rows_, 3 * C), att_ = a.take(rows_, C), br_ = a.take(rows_, C);
-        fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take(omp_get_max_threads(), T_);
+        fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take((size_t)threads_, T_);
         logits_ = a.take(N_, c.V), last_ = a.take(N_, C);
     }
     // One token a sequence is bound by reading W; and the number of sequences must not change a sequence's sums.
@@ -850,6 +853,7 @@ class Decoder {
 
     const GPT2& m_;
     size_t N_, T_, rows_, pos_ = 0, bytes_ = 0;
+    int threads_ = omp_get_max_threads();
     float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_;
 };
 
@@ -857,6 +861,9 @@ class Decoder {
 
 #ifndef ARAPOET_NO_MAIN
 #include "trainer.h"
-int main(int argc, char** argv) { return train<cpu::GPT2, cpu::Decoder>(argc, argv); }
+int main(int argc, char** argv) {
+    gemm::spin_less(argv);
+    return train<cpu::GPT2, cpu::Decoder>(argc, argv);
+}
 #endif
 #endif  // TRAIN_GPT2_CPP

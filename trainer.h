@@ -127,7 +127,7 @@ inline void check_options(const Options& o) {
     } range[] = {{"batch_size", (double)o.batch_size, 1, 1 << 24},  {"max_steps", (double)o.max_steps, 0, INT32_MAX},
                  {"learning_rate", o.learning_rate, 0, 1e3},        {"dropout", o.dropout, 0, 0.99},
                  {"beta1", o.beta1, 0, 0.99999},                    {"beta2", o.beta2, 0, 0.999999},
-                 {"eps", o.eps, 0, 1},                              {"weight_decay", o.weight_decay, 0, 1e3},
+                 {"eps", o.eps, 1e-12, 1},                          {"weight_decay", o.weight_decay, 0, 1e3},
                  {"grad_clip", o.grad_clip, 0, 1e30},               {"final_lr_fraction", o.final_lr_fraction, 0, 1},
                  {"total_batch_size", (double)o.total_batch_size, 0, INT32_MAX}, {"threads", (double)o.threads, 0, 4096},
                  {"warmup_steps", (double)o.warmup_steps, 0, INT32_MAX}, {"val_every", (double)o.val_every, 0, INT32_MAX},
@@ -566,6 +566,7 @@ class Run {
             for (int step : checkpoints_in(o_.out)) remove_checkpoint(step);
             unlink((o_.out + "/model.bin").c_str());
         }
+        remove_leftovers();
         int at = progress_.step;
         auto keep_csv = [at](const std::string& line) {
             char* end;
@@ -580,6 +581,18 @@ class Run {
         csv_ = std::make_unique<LogFile>(o_.out + "/log.csv", CSV_HEADER, o_.resume ? keep_csv : std::function<bool(const std::string&)>());
         log_ = std::make_unique<LogFile>(o_.out + "/main.log", "", o_.resume ? keep_main : std::function<bool(const std::string&)>());
         if (tokenizer_) tokenizer_->save(o_.out + "/tokenizer.bin");
+    }
+
+    // Temporary files of a run that was killed while it wrote them: NAME.tmpPID, where no such process lives.
+    void remove_leftovers() {
+        DIR* d = opendir(o_.out.c_str());
+        while (dirent* e = d ? readdir(d) : nullptr) {
+            std::string name = e->d_name;
+            size_t at = name.rfind(".tmp");
+            int pid = at == std::string::npos ? 0 : atoi(name.c_str() + at + 4);
+            if (pid > 0 && kill(pid, 0) && errno == ESRCH) unlink((o_.out + "/" + name).c_str());
+        }
+        if (d) closedir(d);
     }
 
     void print_table() {
@@ -631,7 +644,8 @@ class Run {
         }
         end_line();
         if (!val_loader_ || !o_.val_every) save_model(*model_, o_.out + "/model.bin");
-        printf("\n%d steps in %s. ", progress_.step, clock_text(progress_.seconds).c_str());
+        if (!session_steps_) printf("nothing to do: %d steps are done, --max_steps is %d; a larger --max_steps goes on\n", progress_.step, o_.max_steps);
+        printf("\n%d steps in %s of training. ", progress_.step, clock_text(progress_.seconds).c_str());
         if (progress_.best_step >= 0)
             printf("Best validation loss %.4f at step %d, kept in %s/model.bin\n", progress_.best_val, progress_.best_step, o_.out.c_str());
         else printf("The model is %s/model.bin\n", o_.out.c_str());

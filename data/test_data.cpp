@@ -904,7 +904,7 @@ TEST_CASE("the command line reports counts, files and the next command, and says
 TEST_CASE("the corpus of classical poems comes out whole") {
     std::string path = getenv("ARAPOET_CORPUS") ? getenv("ARAPOET_CORPUS") : "../shared/corpus/poems.csv";
     if (!file_exists(path)) {
-        printf("skipped: no corpus at %s; set ARAPOET_CORPUS to its poems.csv\n", path.c_str());
+        skip("no corpus at " + path + "; set ARAPOET_CORPUS to its poems.csv");
         return;
     }
     TempDir dir;

@@ -250,22 +250,30 @@ class Merges {
 
     // Goes through all pairs for each merge: quadratic, and the fastest for a word.
     size_t apply_to_few(int* ids, size_t n) const {
-        int result[SHORT];  // of merging ids[i] and ids[i + 1]
-        for (size_t i = 0; i + 1 < n; i++) result[i] = find(ids[i], ids[i + 1]);
-        for (; n > 1; n--) {
+        uint32_t pairs[SHORT];  // by left token: what it makes with its right neighbour, then its place; the least is next
+        unsigned char left[SHORT + 1], right[SHORT];
+        auto look_at = [&](size_t i) {
+            pairs[i] = (uint32_t)(right[i] == n ? NONE : find(ids[i], ids[right[i]])) * SHORT + (uint32_t)i;
+        };
+        for (size_t i = 0; i < n; i++) left[i] = (unsigned char)(i - 1), right[i] = (unsigned char)(i + 1);
+        for (size_t i = 0; i < n; i++) look_at(i);
+        for (;;) {
             work_ += n;
-            size_t i = (size_t)(std::min_element(result, result + n - 1) - result);
-            if (result[i] == NONE) break;
-            ids[i] = result[i];
-            std::copy(ids + i + 2, ids + n, ids + i + 1);
-            std::copy(result + i + 1, result + n - 1, result + i);
-            if (i > 0) result[i - 1] = find(ids[i - 1], ids[i]);
-            if (i + 2 < n) result[i] = find(ids[i], ids[i + 1]);
+            const uint32_t least = *std::min_element(pairs, pairs + n);
+            if (least / SHORT == NONE) break;
+            const size_t i = least % SHORT, gone = right[i];
+            ids[i] = (int)(least / SHORT);
+            right[i] = right[gone], left[right[i]] = (unsigned char)i;
+            pairs[gone] = NONE * SHORT;
+            look_at(i);
+            if (i > 0) look_at(left[i]);
         }
-        return n;
+        size_t count = 0;
+        for (size_t i = 0; i < n; i = right[i]) ids[count++] = ids[i];
+        return count;
     }
 
-    // The same with a linked list and a heap: n log n.
+    // The same with a heap: n log n.
     size_t apply_to_many(int* ids, size_t n) const {
         struct Node {
             int id;  // NONE once merged into its left neighbour

@@ -77,6 +77,7 @@ void bench_step(double peak, int L, int NH, int C, int V, size_t B, size_t T) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    gemm::spin_less(argv);
     return run_main("bench", [&] {
         std::string what = argc > 1 ? argv[1] : "all";
         double peak = gemm::measure_peak_flops();
