@@ -42,7 +42,7 @@ def main():
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(o.vocabulary / name, hf / name)
 
-    flags = f"--seq_len {seq_len} --batch_size 4 --total_batch_size {8 * seq_len} --max_steps {o.steps} --val_every 5 --val_batches 4 --sample_every 0"
+    flags = f"--seq_len {seq_len} --batch_size 4 --total_batch_size {8 * seq_len} --max_steps {o.steps} --val_every 5 --val_batches 4 --sample_every 0 --save_every 0"
     run("make", "finetune", f"HF={hf}", f"POEMS={o.poems}", f"OUT={out}", f"TRAIN_FLAGS={flags}")
     run("make", "export", f"HF={hf}", f"OUT={out}")
 
