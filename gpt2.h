@@ -9,7 +9,7 @@
 //
 // The model file is llm.c's, so that its published files load as they are: 256 int32, then the tensors.
 //     [0] 20240326  [1] 3 = fp32, 5 = bf16  [2] maxT [3] V [4] L [5] NH [6] C [7] Vp
-//     [8] arch, [9] activation: ours; 0 in llm.c's files, which is GPT-2
+//     ours, 0 in llm.c's files: [8] arch, [9] activation, [10] LayerNorm's epsilon as a float's bits (0: 1e-5)
 #pragma once
 
 #include <array>
@@ -19,15 +19,17 @@
 
 enum Arch { GPT2_ARCH = 0, GROVER_ARCH = 1 };
 enum Activation { GELU_TANH = 0, GELU_ERF = 1 };
+constexpr float LAYERNORM_EPS = 1e-5f;
 
 struct Config {
     int maxT = 1024, V = 50257, Vp = 50304, L = 12, NH = 12, C = 768;
     int arch = GPT2_ARCH, activation = GELU_TANH;
+    float eps = LAYERNORM_EPS;  // of every LayerNorm
 
     int hs() const { return C / NH; }
     bool same_shape(const Config& o) const {
         return maxT == o.maxT && V == o.V && Vp == o.Vp && L == o.L && NH == o.NH && C == o.C && arch == o.arch &&
-               activation == o.activation;
+               activation == o.activation && eps == o.eps;
     }
     std::string text() const {
         return strf("%s, %d layers, %d heads, %d channels, context %d, vocabulary %d", arch == GPT2_ARCH ? "GPT-2" : "GROVER", L,
@@ -48,6 +50,7 @@ inline void check_config(const Config& c, const char* where) {
     for (auto& r : range)
         if (r.value < r.lo || r.value > r.hi)
             fail("%s: %s is %d, wanted %d to %d", where, r.name, r.value, r.lo, r.hi);
+    if (!(c.eps > 0 && c.eps <= 1)) fail("%s: LayerNorm's epsilon is %g, wanted above 0 and at most 1", where, c.eps);
     if (c.C % c.NH) fail("%s: C is %d, wanted a multiple of NH = %d", where, c.C, c.NH);
     if (c.Vp < c.V) fail("%s: Vp is %d, wanted at least V = %d", where, c.Vp, c.V);
 }
@@ -143,9 +146,23 @@ struct Pass {
     float grad_scale = 1;    // 1 / (tokens of the whole batch)
 };
 
-// AdamW's settings for one step.
+// AdamW's settings for one step; gradients longer than grad_clip count as that long (0: no limit).
 struct AdamW {
-    float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
+    float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
+};
+
+// What a step found: the mean loss of its batches, and the gradient's norm before clipping. Where either is not
+// finite the parameters were left alone.
+struct StepResult {
+    double loss = 0, norm = 0;
+    bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
+};
+
+// What numbers a model computes with. bf16 keeps fp32 master weights beside its bf16 parameters unless told not to.
+enum Dtype { FP32, BF16 };
+struct Precision {
+    Dtype dtype = FP32;
+    bool master_weights = true;
 };
 
 // Bytes that a model needs, by purpose.
@@ -180,6 +197,7 @@ inline std::vector<int32_t> model_header(const Config& c, int version) {
     std::vector<int32_t> h(256);
     const int32_t v[] = {MODEL_MAGIC, version, c.maxT, c.V, c.L, c.NH, c.C, c.Vp, c.arch, c.activation};
     std::copy(std::begin(v), std::end(v), h.begin());
+    if (c.eps != LAYERNORM_EPS) memcpy(&h[10], &c.eps, 4);
     return h;
 }
 
@@ -236,6 +254,7 @@ class ModelReader {
             fail("%s: version is %d, wanted 3 (fp32) or 5 (bf16)", path.c_str(), version);
         cfg.maxT = h[2], cfg.V = h[3], cfg.L = h[4], cfg.NH = h[5], cfg.C = h[6], cfg.Vp = h[7];
         cfg.arch = h[8], cfg.activation = h[9];
+        if (h[10]) memcpy(&cfg.eps, &h[10], 4);
         check_config(cfg, path.c_str());
         left_ = num_params(cfg);
         file_.expect_size(1024 + (uint64_t)left_ * (version == MODEL_FP32 ? 4 : 2));

@@ -1236,7 +1236,7 @@ TEST_CASE("what backward computes again instead of keeping it changes no loss an
             Batch batch(r, 3, 37, c.V), next(r, 2, 29, c.V);
             Floats want;
             Doubles losses;
-            for (int recompute : {0, 1, 2}) {
+            for (int recompute : {0, 1, 2, 3}) {
                 cpu::GPT2 m(c, 3, 37, true, recompute);
                 randomise(m, 48);
                 m.dropout = 0.2f;

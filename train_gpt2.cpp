@@ -146,32 +146,32 @@ inline void embedding_backward(float* dwte, float* dwpe, float* dout, const int*
     }
 }
 
-constexpr float LAYERNORM_EPS = 1e-5f;
-
 // One row: y = (x - mean) rstd w + b (Ba et al. 2016), n = C values.
-inline void layernorm_row(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t C) {
+inline void layernorm_row(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t C,
+                          float eps) {
     float sum = 0, var = 0;
 #pragma omp simd reduction(+ : sum)
     for (size_t c = 0; c < C; c++) sum += x[c];
     float mu = sum / (float)C;
 #pragma omp simd reduction(+ : var)
     for (size_t c = 0; c < C; c++) var += (x[c] - mu) * (x[c] - mu);
-    float rs = 1.0f / std::sqrt(var / (float)C + LAYERNORM_EPS);
+    float rs = 1.0f / std::sqrt(var / (float)C + eps);
     for (size_t c = 0; c < C; c++) y[c] = (x[c] - mu) * rs * w[c] + b[c];
     *mean = mu, *rstd = rs;
 }
 
 // y (M,C) = LayerNorm(x); mean, rstd (M) are kept for backward.
 inline void layernorm_forward(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t M,
-                              size_t C) {
+                              size_t C, float eps = LAYERNORM_EPS) {
 #pragma omp parallel for schedule(static)
-    for (size_t m = 0; m < M; m++) layernorm_row(y + m * C, mean + m, rstd + m, x + m * C, w, b, C);
+    for (size_t m = 0; m < M; m++) layernorm_row(y + m * C, mean + m, rstd + m, x + m * C, w, b, C, eps);
 }
 
 // The residual connection and the LayerNorm that follows it, in one pass over memory:
 // sum (M,C) = skip + dropout(branch); y = LayerNorm(sum).
 inline void residual_layernorm_forward(float* sum, float* y, float* mean, float* rstd, const float* skip, const float* branch,
-                                       const float* w, const float* b, size_t M, size_t C, const Dropout& drop, uint64_t e0) {
+                                       const float* w, const float* b, size_t M, size_t C, const Dropout& drop, uint64_t e0,
+                                       float eps = LAYERNORM_EPS) {
 #pragma omp parallel for schedule(static)
     for (size_t m = 0; m < M; m++) {
         float* s = sum + m * C;
@@ -182,7 +182,7 @@ inline void residual_layernorm_forward(float* sum, float* y, float* mean, float*
         } else {
             for (size_t c = 0; c < C; c++) s[c] = a[c] + x[c];
         }
-        layernorm_row(y + m * C, mean + m, rstd + m, s, w, b, C);
+        layernorm_row(y + m * C, mean + m, rstd + m, s, w, b, C, eps);
     }
 }
 
@@ -429,17 +429,18 @@ struct Params {
 struct Activations {
     float *embedded, *ln1, *ln1_mean, *ln1_rstd, *qkv, *lse, *atty, *resid2, *ln2, *ln2_mean, *ln2_rstd, *fch, *fch_gelu, *resid3;
     float *lnf, *lnf_mean, *lnf_rstd, *branch, *losses;
-    size_t cheap_slots, block_slots, resid_slots;
+    size_t gelu_slots, ln_slots, block_slots, resid_slots;
 
     void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
         size_t C = c.C, L = c.L;
-        resid_slots = trains ? L : 1, block_slots = trains && recompute < 2 ? L : 1, cheap_slots = trains && recompute < 1 ? L : 1;
+        auto kept_below = [&](int level) { return trains && recompute < level ? L : 1; };
+        gelu_slots = kept_below(1), ln_slots = kept_below(2), block_slots = kept_below(3), resid_slots = trains ? L : 1;
         embedded = a.take(M, C), resid3 = a.take(resid_slots, M, C);
         qkv = a.take(block_slots, M, 3 * C), lse = a.take(block_slots, M, c.NH), atty = a.take(block_slots, M, C);
         resid2 = a.take(block_slots, M, C), fch = a.take(block_slots, M, 4 * C);
         ln1_mean = a.take(block_slots, M), ln1_rstd = a.take(block_slots, M);
         ln2_mean = a.take(block_slots, M), ln2_rstd = a.take(block_slots, M);
-        ln1 = a.take(cheap_slots, M, C), ln2 = a.take(cheap_slots, M, C), fch_gelu = a.take(cheap_slots, M, 4 * C);
+        ln1 = a.take(ln_slots, M, C), ln2 = a.take(ln_slots, M, C), fch_gelu = a.take(gelu_slots, M, 4 * C);
         lnf = a.take(M, C), lnf_mean = a.take(M), lnf_rstd = a.take(M), branch = a.take(M, C), losses = a.take(M);
     }
 };
@@ -489,7 +490,11 @@ struct GPT2 {
         if (c) fclose(c);
         return best;
     }
-    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0) {
+    static constexpr Dtype DEFAULT_DTYPE = FP32;
+    static void check_precision(Precision p) {
+        if (p.dtype != FP32) throw UsageError("--dtype: the CPU trainer computes in fp32");
+    }
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision = {}) {
         MemoryNeed n;
         n.params = checked_mul(num_params(c), 4, "parameters");
         n.grads = trains ? n.params : 0;
@@ -506,11 +511,11 @@ struct GPT2 {
         return n;
     }
 
-    // recompute: what backward computes again instead of keeping it. 0 nothing; 1 LayerNorm and GELU outputs,
-    // 6C of the 16C floats per token and layer; 2 whole blocks, all but C.
-    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0)
+    // recompute: what backward computes again instead of keeping it. Of 16C floats per token and layer 0 keeps all;
+    // 1 drops GELU's output, 4C; 2 that and LayerNorm's, 6C; 3 whole blocks, all but C.
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision = {})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
-        check_config(c, "model");
+        check_config(c, "model"), check_precision(precision);
         need_ = memory_need(c, B, T, trains, recompute);
         params_mem_ = (float*)gemm::allocate(need_.params, "parameters");
         p.point_into(params_mem_, c);
@@ -566,7 +571,7 @@ struct GPT2 {
         pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
         embedding_forward(act_.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
         Block first = block(0);
-        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C);
+        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C, cfg.eps);
         for (size_t l = 0; l < L; l++) {
             block_forward(l);
             Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
@@ -574,7 +579,7 @@ struct GPT2 {
             bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
             residual_layernorm_forward(a.resid3, last ? act_.lnf : next.ln1, last ? act_.lnf_mean : next.ln1_mean,
                                        last ? act_.lnf_rstd : next.ln1_rstd, a.resid2, act_.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
-                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C);
+                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C, cfg.eps);
         }
         return head(targets, M);
     }
@@ -594,15 +599,12 @@ struct GPT2 {
         layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, block(cfg.L - 1).resid3, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false);
         for (size_t l = cfg.L; l-- > 0;) {
             Block a = block(l);
-            if (recompute == 1) {
-                layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C);
-                layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C);
+            if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps);
+            if (recompute == 2) layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C, cfg.eps);
+            if (recompute == 1 || recompute == 2)
 #pragma omp parallel for schedule(static)
                 for (size_t m = 0; m < M; m++) gelu_forward(a.fch_gelu + m * 4 * C, a.fch + m * 4 * C, 4 * C, act);
-            } else if (recompute == 2) {
-                layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C);
-                block_forward(l);
-            }
+            if (recompute == 3) block_forward(l);
 
             const float* dbranch = masked(dresid, rng::FCPROJ_DROPOUT, l);
             matmul_backward(grad_.dfch, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, p.fcprojw + l * 4 * C * C, M,
@@ -667,6 +669,20 @@ struct GPT2 {
         }
     }
 
+    // What a trainer calls: a micro-batch's gradients and loss are added to the step's; then the step is taken.
+    void accumulate(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
+        double loss = forward(tokens, targets, B_, T_, pass);
+        step_loss_ += loss * (double)counted_ * pass.grad_scale;
+        backward();
+    }
+    // One AdamW step, number t from 1, with the gradient clipped; where it is not finite, nothing changes.
+    StepResult step(const AdamW& a, uint32_t t) {
+        StepResult r = {step_loss_, grad_norm()};
+        step_loss_ = 0;
+        if (r.finite()) update(a, t, a.grad_clip > 0 && r.norm > a.grad_clip ? (float)(a.grad_clip / r.norm) : 1.0f);
+        return r;
+    }
+
     // State out and in, piece by piece in order, so that a GPU can stream it: f(pointer, number of floats).
     enum State { PARAMS, ADAM_M, ADAM_V };
     template <class F>
@@ -689,11 +705,11 @@ struct GPT2 {
     };
     Block block(size_t l) const {
         const Activations& a = act_;
-        size_t C = cfg.C, M = b_ * t_, cheap = l % a.cheap_slots * M, blk = l % a.block_slots * M, res = l % a.resid_slots * M;
+        size_t C = cfg.C, M = b_ * t_, gelu = l % a.gelu_slots * M, ln = l % a.ln_slots * M, blk = l % a.block_slots * M, res = l % a.resid_slots * M;
         size_t before = (l + a.resid_slots - 1) % a.resid_slots * M;
-        return {l ? a.resid3 + before * C : a.embedded, a.ln1 + cheap * C, a.ln1_mean + blk, a.ln1_rstd + blk, a.qkv + blk * 3 * C,
-                a.lse + blk * cfg.NH, a.atty + blk * C, a.resid2 + blk * C, a.ln2 + cheap * C, a.ln2_mean + blk, a.ln2_rstd + blk,
-                a.fch + blk * 4 * C, a.fch_gelu + cheap * 4 * C, a.resid3 + res * C};
+        return {l ? a.resid3 + before * C : a.embedded, a.ln1 + ln * C, a.ln1_mean + blk, a.ln1_rstd + blk, a.qkv + blk * 3 * C,
+                a.lse + blk * cfg.NH, a.atty + blk * C, a.resid2 + blk * C, a.ln2 + ln * C, a.ln2_mean + blk, a.ln2_rstd + blk,
+                a.fch + blk * 4 * C, a.fch_gelu + gelu * 4 * C, a.resid3 + res * C};
     }
 
     // Block l from its ln1 up to the GELU.
@@ -705,7 +721,7 @@ struct GPT2 {
         attention().forward(a.atty, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
         matmul_forward(act_.branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
         residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, cfg.arch == GROVER_ARCH ? a.ln1 : a.resid, act_.branch,
-                                   p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass_.seq0 * t_ * C);
+                                   p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass_.seq0 * t_ * C, cfg.eps);
         matmul_forward(a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
                        [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, act); });
     }
@@ -746,6 +762,7 @@ struct GPT2 {
     Activations act_{};
     Gradients grad_{};
     Pass pass_;
+    double step_loss_ = 0;
     const int* tokens_ = nullptr;
     size_t b_ = 0, t_ = 0, counted_ = 0;
     mutable std::vector<double> norm_parts_;
@@ -814,7 +831,7 @@ class Decoder {
                 x_[r * C + i] = p.wte[(size_t)tokens[r / n * stride + r % n] * C + i] + p.wpe[(pos_ + r % n) * C + i];
         for (size_t l = 0; l < (size_t)c.L; l++) {
             float* cache = cache_ + l * N_ * T_ * 2 * C;
-            layernorm_forward(ln_, mean, rstd, x_, p.ln1w + l * C, p.ln1b + l * C, M, C);
+            layernorm_forward(ln_, mean, rstd, x_, p.ln1w + l * C, p.ln1b + l * C, M, C, c.eps);
             if (grover) memcpy(x_, ln_, M * C * sizeof(float));
             matmul(qkv_, ln_, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C, n == 1);
             for (size_t r = 0; r < M; r++)
@@ -838,7 +855,7 @@ class Decoder {
             }
             matmul(br_, att_, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
-            layernorm_forward(ln_, mean, rstd, x_, p.ln2w + l * C, p.ln2b + l * C, M, C);
+            layernorm_forward(ln_, mean, rstd, x_, p.ln2w + l * C, p.ln2b + l * C, M, C, c.eps);
             matmul(fc_, ln_, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, n == 1);
             gelu_forward(fc_, fc_, M * 4 * C, c.activation);
             matmul(br_, fc_, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C, n == 1);
@@ -847,7 +864,7 @@ class Decoder {
         pos_ += n;
         if (!want_logits) return;
         for (size_t s = 0; s < N_; s++) memcpy(last_ + s * C, x_ + (s * n + n - 1) * C, C * sizeof(float));
-        layernorm_forward(ln_, mean, rstd, last_, p.lnfw, p.lnfb, N_, C);
+        layernorm_forward(ln_, mean, rstd, last_, p.lnfw, p.lnfb, N_, C, c.eps);
         matmul(logits_, ln_, p.wte, nullptr, N_, C, c.V, true);
     }
 

@@ -42,6 +42,8 @@ struct Options {
     std::string lr_schedule;
     uint64_t seed = 1337;
     int threads = 0, recompute = 0;
+    std::string dtype;
+    bool master_weights = true;
     // watching
     int val_every = -1, val_batches = 20, sample_every = -1, sample_tokens = 200, log_every = 1;
     float temperature = 0.8f;
@@ -82,7 +84,9 @@ inline void add_flags(Flags& f, Options& o) {
     f.add("grad_clip", "", &o.grad_clip, "X", "largest global norm of the gradient; 0: no limit");
     f.add("seed", "", &o.seed, "N", "weights, shuffling, dropout and samples follow from it");
     f.add("threads", "", &o.threads, "N", "threads of the CPU; 0: all cores");
-    f.add("recompute", "r", &o.recompute, "0|1|2", "to save memory backward recomputes: 1 LayerNorm and GELU, 2 whole blocks");
+    f.add("recompute", "r", &o.recompute, "0|1|2|3", "to save memory backward recomputes: 1 GELU, 2 also LayerNorm, 3 whole blocks");
+    f.add("dtype", "", &o.dtype, "NAME", "numbers to compute with: fp32 or bf16; \"\": this trainer's own");
+    f.add("master_weights", "w", &o.master_weights, "with bf16 also keep the weights in fp32; 0 saves memory (GPU)");
     f.section("Watching");
     f.add("val_every", "v", &o.val_every, "N", "steps between validations; 0: never; -1: 20 times a run");
     f.add("val_batches", "m", &o.val_batches, "N", "batches of a validation; 0: the whole file");
@@ -134,7 +138,7 @@ inline void check_options(const Options& o) {
                  {"val_batches", (double)o.val_batches, 0, INT32_MAX}, {"sample_every", (double)o.sample_every, 0, INT32_MAX},
                  {"sample_tokens", (double)o.sample_tokens, 1, 1 << 24}, {"save_every", (double)o.save_every, 0, INT32_MAX},
                  {"keep", (double)o.keep, 1, 1 << 20},              {"log_every", (double)o.log_every, 1, INT32_MAX},
-                 {"temperature", o.temperature, 0, 1e6},            {"recompute", (double)o.recompute, 0, 2}};
+                 {"temperature", o.temperature, 0, 1e6},            {"recompute", (double)o.recompute, 0, 3}};
     for (auto& r : range)
         if (!(r.value >= r.lo && r.value <= r.hi)) throw UsageError(strf("--%s is %.10g, wanted %.10g to %.10g", r.name, r.value, r.lo, r.hi));
 }
@@ -434,6 +438,7 @@ class Run {
     // Fills in what the command line left open: from the checkpoint, the preset, and the model's size.
     void settle_settings() {
         if (o_.threads > 0) Model::set_threads(o_.threads);
+        precision_ = precision();
         if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
         if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
         if (o_.tokenizer.empty()) o_.tokenizer = o_.data + "/tokenizer.bin";
@@ -496,6 +501,16 @@ class Run {
         micro_steps_ = (size_t)o_.total_batch_size / tokens;
     }
 
+    Precision precision() const {
+        Precision p = {Model::DEFAULT_DTYPE, o_.master_weights};
+        if (o_.dtype == "bf16") p.dtype = BF16;
+        else if (o_.dtype == "fp32") p.dtype = FP32;
+        else if (o_.dtype == "fp16") throw UsageError("--dtype: fp16 is not supported, its range is too small for gradients without loss scaling; take bf16");
+        else if (!o_.dtype.empty()) throw UsageError(strf("--dtype: '%s' is unknown; known are fp32, bf16", o_.dtype.c_str()));
+        Model::check_precision(p);
+        return p;
+    }
+
     void load_data() {
         if (o_.max_steps > 0) {
             train_file_ = std::make_unique<TokenFile>(o_.train_data);
@@ -515,17 +530,17 @@ class Run {
     // Where memory is short: recompute more, then accumulate over smaller batches, as far as the flags leave it open.
     void fit_memory(bool trains) {
         size_t have = Model::memory_available();
-        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute).total(); };
+        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total(); };
         size_t wanted = need_of(B_, o_.recompute), B = B_;
         int r = o_.recompute;
-        while (need_of(B, r) > have && r < 2 && trains && !flags_.given("recompute")) r++;
+        while (need_of(B, r) > have && r < 3 && trains && !flags_.given("recompute")) r++;
         while (need_of(B, r) > have && B % 2 == 0 && !flags_.given("batch_size")) B /= 2;
         if (need_of(B, r) > have) {
             size_t fits = 0;
             for (size_t bit = (size_t)1 << 24; bit; bit >>= 1)
                 if (fits + bit < B_ && need_of(fits + bit, r) <= have) fits += bit;
             std::string hint = fits ? strf("--batch_size %zu%s would fit", fits, r > o_.recompute ? strf(" --recompute %d", r).c_str() : "") : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
-            if (r < 2 && trains && need_of(B_, 2) <= have) hint += ", or --recompute 2 with this batch";
+            if (r < 3 && trains && need_of(B_, 3) <= have) hint += ", or --recompute 3 with this batch";
             fail("this run needs %s of memory, %s are free; %s", human_bytes((double)wanted).c_str(), human_bytes((double)have).c_str(), hint.c_str());
         }
         if (r != o_.recompute || B != B_)
@@ -533,12 +548,12 @@ class Run {
                    human_bytes((double)wanted).c_str(), human_bytes((double)have).c_str(), r, B, o_.total_batch_size);
         micro_steps_ *= B_ / B;
         B_ = B, o_.batch_size = (int)B, o_.recompute = r;
-        need_ = Model::memory_need(cfg_, B_, T_, trains, r);
+        need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_);
     }
 
     void build_model(StateReader* state) {
         bool trains = o_.max_steps > 0;
-        model_ = std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute);
+        model_ = std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute, precision_);
         model_->dropout = o_.dropout, model_->seed = o_.seed;
         if (checkpoint_) load_model(*model_, *checkpoint_), checkpoint_.reset();
         else model_->init_weights(o_.seed);
@@ -653,7 +668,7 @@ class Run {
     }
 
     void one_step() {
-        double t0 = now(), loss = 0;
+        double t0 = now();
         int step = progress_.step;
         uint64_t first_window = train_loader_->position();
         for (size_t m = 0; m < micro_steps_; m++) {
@@ -662,21 +677,18 @@ class Run {
             pass.train = true, pass.step = (uint32_t)step;
             pass.seq0 = train_loader_->position() - B_ - first_window;
             pass.grad_scale = 1.0f / (float)o_.total_batch_size;
-            loss += model_->forward(x_.data(), y_.data(), B_, T_, pass) / (double)micro_steps_;
-            model_->backward();
+            model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
         }
-        double norm = model_->grad_norm();
+        AdamW a;
+        a.lr = (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps, o_.final_lr_fraction);
+        a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay, a.grad_clip = o_.grad_clip;
+        auto [loss, norm] = model_->step(a, (uint32_t)step + 1);
         if (!std::isfinite(loss) || !std::isfinite(norm)) {
             std::vector<int> kept = checkpoints_in(o_.out);
             fail("step %d: the %s is %s; training stops before it spoils a checkpoint (%s). Try a lower --learning_rate or --grad_clip", step + 1,
                  std::isfinite(loss) ? "gradient norm" : "loss", std::isnan(std::isfinite(loss) ? norm : loss) ? "NaN" : "infinite",
                  kept.empty() ? "none written yet" : ("the last good one is " + numbered(o_.out, "model", kept.back())).c_str());
         }
-        AdamW a;
-        a.lr = (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps, o_.final_lr_fraction);
-        a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay;
-        float scale = o_.grad_clip > 0 && norm > o_.grad_clip ? (float)(o_.grad_clip / norm) : 1.0f;
-        model_->update(a, (uint32_t)step + 1, scale);
 
         double s = now() - t0;
         progress_.step++, progress_.position = train_loader_->position(), progress_.seconds += s;
@@ -792,6 +804,7 @@ class Run {
     Config cfg_;
     size_t B_ = 0, T_ = 0, micro_steps_ = 1;
     MemoryNeed need_;
+    Precision precision_;
     std::unique_ptr<Tokenizer> tokenizer_;
     std::unique_ptr<ModelReader> checkpoint_;
     std::unique_ptr<TokenFile> train_file_, val_file_;

@@ -78,7 +78,7 @@ TEST_CASE("every gradient is PyTorch's within a relative L2 error of 1e-4, also 
         auto off = param_offsets(g.cfg);
         double worst = 0;
         std::string worst_name;
-        for (int recompute : {0, 1, 2})
+        for (int recompute : {0, 1, 2, 3})
             for (size_t sequences : {g.B, (size_t)1}) {
                 CAPTURE(recompute);
                 CAPTURE(sequences);
