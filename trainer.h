@@ -425,7 +425,11 @@ class Run {
         std::unique_ptr<StateReader> state;
         if (!state_path.empty()) {
             state = std::make_unique<StateReader>(state_path);
-            flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+            try {
+                flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+            } catch (const UsageError& e) {  // not of this command line
+                fail("%s: settings: %s", state_path.c_str(), e.what());
+            }
             progress_ = state->progress;
             o_.init_from = model_path;
         }

@@ -528,6 +528,7 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
         {"state_00000008.bin", [](std::string s) { return with_header(s, 2, 9); }},
         {"state_00000008.bin", [](std::string s) { return flipped(s, 1030); }},
         {"state_00000008.bin", [](std::string s) { return flipped(s, 9000); }},
+        {"state_00000008.bin", [](std::string s) { return s.replace(s.find("seed=1337"), 9, "seed=l337"); }},
         {"state_00000008.bin", [](std::string s) { return flipped(s, s.size() - 3); }},
         {"model_00000008.bin", [](std::string s) { return s.substr(0, s.size() - 4); }},
         {"model_00000008.bin", [](std::string s) { return with_header(s, 0, 1); }},

@@ -788,8 +788,11 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
                             dir.c_str());
     if (c.arch == GROVER_ARCH) next = strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
     if (c.arch == GROVER_ARCH && along.auto_map.is_null())
-        next = "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, the folder that the model came\n"
-               "      from: its modelling code (auto_map in its config.json) and its tokenizer then go along";
+        next = tokenizer_dir.empty()
+                   ? "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, the folder that the model came\n"
+                     "      from: its modelling code (auto_map in its config.json) and its tokenizer then go along"
+                   : strf("transformers has no GROVER of its own, and %s/config.json names no modelling code (auto_map); load it\n"
+                          "      with the code that the model's publisher provides", tokenizer_dir.c_str());
     return {c, strf("%s, %s", in.c_str(), bf16 ? "bf16" : "fp32"),
             strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(), bf16 ? "BF16" : "F32",
                  human_bytes((double)model.bytes).c_str(), names.c_str()), next};
