@@ -1901,6 +1901,38 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
     CHECK(files_in(dir.path) == 3);
 }
 
+TEST_CASE("files as llm.c writes them, fp32 and bf16, load: seven header words, then its sixteen tensors in its order") {
+    TempDir dir;
+    const size_t T = 5, V = 11, Vp = 128, L = 3, C = 8;
+    const size_t sizes[16] = {Vp * C, T * C, L * C, L * C, L * 3 * C * C, L * 3 * C, L * C * C, L * C,  // wte wpe ln1 qkv attproj
+                              L * C, L * C, L * 4 * C * C, L * 4 * C, L * C * 4 * C, L * C, C, C};      // ln2 fc fcproj lnf
+    for (int version : {3, 5}) {
+        std::string bytes(1024, '\0');
+        const int32_t header[8] = {20240326, version, (int)T, (int)V, (int)L, 2, (int)C, (int)Vp};
+        memcpy(&bytes[0], header, sizeof header);
+        auto value = [](size_t tensor, size_t i) { return (float)(tensor + 1) + (float)(i % 8) / 8; };  // a bf16 number
+        for (size_t k = 0; k < 16; k++)
+            for (size_t i = 0; i < sizes[k]; i++) {
+                float x = k == 0 && i >= V * C ? 0 : value(k, i);
+                if (version == 3) bytes.append((const char*)&x, 4);
+                else bytes.append((const char*)&x + 2, 2);
+            }
+        write_file(dir / "llmc.bin", bytes);
+        ModelReader reader(dir / "llmc.bin");
+        CHECK((reader.cfg.arch == GPT2_ARCH && reader.cfg.activation == GELU_TANH && reader.cfg.eps == 1e-5f));
+        cpu::GPT2 m(reader.cfg, 0, 0, false);
+        trainer::load_model(m, reader);
+        const float* tensors[16] = {m.p.wte,  m.p.wpe,  m.p.ln1w, m.p.ln1b, m.p.qkvw,    m.p.qkvb,    m.p.attprojw, m.p.attprojb,
+                                    m.p.ln2w, m.p.ln2b, m.p.fcw,  m.p.fcb,  m.p.fcprojw, m.p.fcprojb, m.p.lnfw,     m.p.lnfb};
+        for (size_t k = 0; k < 16; k++)
+            for (size_t i = 0; i < sizes[k]; i++)
+                if (tensors[k][i] != (k == 0 && i >= V * C ? 0 : value(k, i))) FAIL("version ", version, ", tensor ", k, ", element ", i);
+        ModelWriter writer(dir / "ours.bin", reader.cfg, version);  // and what we write is that file
+        writer.add(m.params(), num_params(m.cfg)), writer.finish();
+        CHECK((read_file(dir / "ours.bin") == bytes));
+    }
+}
+
 TEST_CASE("model files with any header field impossible are refused, by the names of file and field") {
     TempDir dir;
     cpu::GPT2 m(small_config(), 0, 0, false);

@@ -37,7 +37,7 @@ def run(*command):
 
 
 def write_gpt2(hf, vocabulary, full):
-    sizes = {} if full else dict(n_layer=3, n_head=4, n_embd=64, n_positions=SEQ_LEN)
+    sizes = {} if full else dict(n_layer=3, n_head=4, n_embd=64, n_positions=SEQ_LEN, layer_norm_epsilon=1e-3)
     GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(hf)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(vocabulary / name, hf / name)
