@@ -107,7 +107,7 @@ golden:
 	$(PYTHON) dev/golden/golden.py
 
 FUZZ_SECONDS ?= 60
-FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/convert/fuzz_*.cpp)
+FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/fuzz_*.cpp dev/convert/fuzz_*.cpp)
 fuzz:
 	@dev/setup.sh fuzz
 	@mkdir -p $(BUILD)

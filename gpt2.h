@@ -107,6 +107,11 @@ inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
     return off;
 }
 
+// Bytes of the keys and values that generation keeps for N sequences of T tokens, in fp32.
+inline size_t key_value_bytes(const Config& c, size_t N, size_t T) {
+    return checked_mul(checked_mul(c.L, N, "sequences"), T * 2 * c.C * sizeof(float), "keys and values");
+}
+
 // Floating-point operations of one training step over B sequences of T tokens, counted as usual
 // (Kaplan et al. 2020): 6 per parameter and token, wpe left out, plus attention counted in full.
 inline double step_flops(const Config& c, double B, double T) {

@@ -808,7 +808,7 @@ class Decoder {
     void place(Arena& a) {
         const Config& c = m_.cfg;
         size_t C = c.C;
-        cache_ = a.take(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
+        cache_ = a.take(key_value_bytes(c, N_, T_) / sizeof(float));
         x_ = a.take(rows_, C), ln_ = a.take(rows_, C), qkv_ = a.take(rows_, 3 * C), att_ = a.take(rows_, C), br_ = a.take(rows_, C);
         fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take((size_t)threads_, T_);
         logits_ = a.take(N_, c.V), last_ = a.take(N_, C);

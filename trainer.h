@@ -425,7 +425,11 @@ class Run {
         std::unique_ptr<StateReader> state;
         if (!state_path.empty()) {
             state = std::make_unique<StateReader>(state_path);
-            flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+            try {
+                flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+            } catch (const UsageError& e) {  // not of this command line
+                fail("%s: settings: %s", state_path.c_str(), e.what());
+            }
             progress_ = state->progress;
             o_.init_from = model_path;
         }
@@ -530,7 +534,8 @@ class Run {
     // Where memory is short: recompute more, then accumulate over smaller batches, as far as the flags leave it open.
     void fit_memory(bool trains) {
         size_t have = Model::memory_available();
-        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total(); };
+        size_t poem = trains && o_.sample_every && tokenizer_ ? key_value_bytes(cfg_, 1, T_) : 0;
+        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total() + poem; };
         size_t wanted = need_of(B_, o_.recompute), B = B_;
         int r = o_.recompute;
         while (need_of(B, r) > have && r < 3 && trains && !flags_.given("recompute")) r++;
@@ -549,6 +554,7 @@ class Run {
         micro_steps_ *= B_ / B;
         B_ = B, o_.batch_size = (int)B, o_.recompute = r;
         need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_);
+        need_.scratch += poem;
     }
 
     void build_model(StateReader* state) {
@@ -767,7 +773,12 @@ class Run {
 
     void sample() {
         end_line();
-        if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
+        try {
+            if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
+        } catch (const Error& e) {  // memory that was free at the start is not any more: no reason to end the training
+            printf("\nno poem after step %d: %s\n", progress_.step, e.what());
+            return;
+        }
         std::vector<int> prompt = tokenizer_->encode(o_.prompt);
         prompt.insert(prompt.begin(), tokenizer_->eot());
         SampleOptions so;
