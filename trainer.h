@@ -75,7 +75,7 @@ inline void add_flags(Flags& f, Options& o) {
     f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's");
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's");
     f.add("lr_schedule", "k", &o.lr_schedule, "NAME", "constant, cosine, linear or wsd (constant, then a fast decay)");
-    f.add("warmup_steps", "u", &o.warmup_steps, "N", "steps over which the learning rate rises from 0; -1: 5% of all");
+    f.add("warmup_steps", "u", &o.warmup_steps, "N", "steps over which the learning rate rises from 0; -1: 5% of all, fine-tuning none");
     f.add("final_lr_fraction", "q", &o.final_lr_fraction, "F", "where the schedule ends, as a share of the peak; -1: 0.1");
     f.add("weight_decay", "c", &o.weight_decay, "W", "AdamW's decay of matrices and embeddings");
     f.add("beta1", "", &o.beta1, "X", "AdamW's beta1");
@@ -118,7 +118,7 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     if (o.lr_schedule.empty()) o.lr_schedule = fine_tune ? "constant" : "cosine";
     if (o.dropout < 0) o.dropout = fine_tune || !middle ? 0.0f : small ? 0.1f : 0.2f;
     if (o.final_lr_fraction < 0) o.final_lr_fraction = 0.1f;
-    if (o.warmup_steps < 0) o.warmup_steps = o.max_steps / 20;
+    if (o.warmup_steps < 0) o.warmup_steps = fine_tune ? 0 : o.max_steps / 20;
     if (o.val_every < 0) o.val_every = std::max(1, o.max_steps / 20);
     if (o.sample_every < 0) o.sample_every = std::max(1, o.max_steps / 4);
     if (o.save_every < 0) o.save_every = std::max(1, o.max_steps / 4);

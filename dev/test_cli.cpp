@@ -638,6 +638,19 @@ TEST_CASE("cli: fine-tuning starts from the checkpoint's weights and shape") {
     CHECK(ModelReader((d / "tuned") + "/model.bin").cfg.same_shape(ModelReader(f.model).cfg));
 }
 
+TEST_CASE("cli: fine-tuning keeps the learning rate at 3e-5 from the first step on; a large model accumulates 32 batches of 4") {
+    const Fixture& f = tiny();
+    TempDir d;
+    Result small = train("--data " + f.data + " -e " + f.model + " -s 0 --max_steps 3 -o " + (d / "small"));
+    check_success(small);
+    CHECK(contains(small.out, "learning rate    3e-05, constant to 3e-05, warm-up 0 steps\n"));
+    for (const std::string& lr : Log(d / "small").column("lr")) CHECK((lr.empty() || std::stof(lr) == 3e-5f));
+    check_success(train("--data " + f.data + " --depth 1 --heads 1 --channels 516 --seq_len 4 --batch_size 1 -s 0 --max_steps 1 -o " + (d / "wide")));
+    Result wide = train("--data " + f.data + " -e " + (d / "wide") + "/model.bin -s 0 --max_steps 1 -o " + (d / "tuned"));
+    check_success(wide);
+    CHECK(contains(wide.out, "batch            4 x 4 tokens, 32 accumulated: 512 a step\n"));
+}
+
 // ---------------------------------------------------------------------------------------------
 // When training goes wrong
 
