@@ -18,6 +18,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cfloat>
 #include <utility>
 
 #include "gpt2.h"
@@ -82,7 +84,172 @@ struct Dropout {
     const StepState* state = nullptr;
 };
 
-// @@SECTION common: K
+// 16 bytes of T in registers: what one load or store instruction moves.
+template <class T>
+struct alignas(16) Vec {
+    static constexpr int SIZE = 16 / sizeof(T);
+    T v[SIZE];
+    __device__ T& operator[](int i) { return v[i]; }
+    __device__ const T& operator[](int i) const { return v[i]; }
+};
+constexpr int VEC = Vec<floatX>::SIZE;
+
+// The _once forms ask the caches not to keep what will not be read again soon. Addresses are multiples of 16.
+template <class T>
+__device__ inline Vec<T> from_bits(int4 bits) {
+    Vec<T> x;
+    memcpy(&x, &bits, 16);
+    return x;
+}
+template <class T>
+__device__ inline int4 to_bits(const Vec<T>& x) {
+    int4 bits;
+    memcpy(&bits, &x, 16);
+    return bits;
+}
+template <class T>
+__device__ inline Vec<T> load(const T* p) { return from_bits<T>(*reinterpret_cast<const int4*>(p)); }
+template <class T>
+__device__ inline Vec<T> load_once(const T* p) { return from_bits<T>(__ldcs(reinterpret_cast<const int4*>(p))); }
+template <class T>
+__device__ inline void store(T* p, const Vec<T>& x) { *reinterpret_cast<int4*>(p) = to_bits(x); }
+template <class T>
+__device__ inline void store_once(T* p, const Vec<T>& x) { __stcs(reinterpret_cast<int4*>(p), to_bits(x)); }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ inline T from_float(float x) {
+    if constexpr (sizeof(T) == 2) return __float2bfloat16_rn(x);
+    else return x;
+}
+
+// As many floats as a Vec<floatX> holds numbers, for the arithmetic in between.
+struct Floats {
+    float v[VEC];
+    __device__ float& operator[](int i) { return v[i]; }
+    __device__ const float& operator[](int i) const { return v[i]; }
+};
+__device__ inline Floats widen(const Vec<floatX>& x) {
+    Floats f;
+    for (int k = 0; k < VEC; k++) f[k] = to_float(x[k]);
+    return f;
+}
+__device__ inline Vec<floatX> narrow(const Floats& f) {
+    Vec<floatX> x;
+    for (int k = 0; k < VEC; k++) x[k] = from_float<floatX>(f[k]);
+    return x;
+}
+// The same count of numbers from and to memory that holds floats in every build.
+__device__ inline Floats load_floats(const float* p) {
+    Floats f;
+    for (int i = 0; i < VEC; i += 4) {
+        Vec<float> x = load_once(p + i);
+        for (int k = 0; k < 4; k++) f[i + k] = x[k];
+    }
+    return f;
+}
+__device__ inline void store_floats(float* p, const Floats& f) {
+    for (int i = 0; i < VEC; i += 4) store_once(p + i, Vec<float>{{f[i], f[i + 1], f[i + 2], f[i + 3]}});
+}
+
+// e^x: the hardware's approximation where results are rounded to bf16 anyway.
+__device__ inline float exponential(float x) {
+    if constexpr (BUILD_DTYPE == BF16) return __expf(x);
+    else return expf(x);
+}
+
+template <class T>
+__device__ inline T warp_sum(T x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
+// Each x[i] becomes its sum over the `warps` neighbouring warps that the caller belongs to, in a fixed order. All threads
+// of the block call it; blockDim is one-dimensional, a multiple of 32 * warps.
+template <class T, int N>
+__device__ inline void group_sum(T (&x)[N], int warps) {
+    for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
+    if (warps == 1) return;
+    __shared__ T part[N][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first = warp / warps * warps;
+    __syncthreads();  // until the previous call's parts have been read
+    if (lane == 0)
+        for (int i = 0; i < N; i++) part[i][warp] = x[i];
+    __syncthreads();
+    for (int i = 0; i < N; i++) x[i] = warp_sum(lane < warps ? part[i][first + lane] : T(0));
+}
+__device__ inline float block_sum(float x) {
+    float sum[1] = {x};
+    group_sum(sum, blockDim.x / WARP);
+    return sum[0];
+}
+__device__ inline float block_max(float x) {
+    __shared__ float part[WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) part[warp] = x;
+    __syncthreads();
+    return warp_max(part[lane < (int)(blockDim.x / WARP) ? lane : 0]);
+}
+
+// Dropout inside a kernel. With p = 0 the state is not read, and may be null.
+__device__ inline rng::Key dropout_key(const Dropout& d) { return rng::Key(d.seed, d.p > 0 ? d.state->step : 0, d.site, d.layer); }
+// Row 0's number within the step's whole batch.
+__device__ inline uint64_t dropout_row(const Dropout& d, size_t T) { return d.p > 0 ? d.state->seq0 * T : 0; }
+// The factors, 0 or 1/(1-p), of elements 4 * block to 4 * block + 3.
+__device__ inline float4 dropout_factors(const rng::Key& key, uint64_t block, float p) {
+    rng::Block b = key.block(block);
+    uint32_t threshold = rng::drop_threshold(p);
+    float scale = 1.0f / (1.0f - p);
+    return make_float4(b.w[0] >= threshold ? scale : 0.0f, b.w[1] >= threshold ? scale : 0.0f, b.w[2] >= threshold ? scale : 0.0f,
+                       b.w[3] >= threshold ? scale : 0.0f);
+}
+// x *= the factors of the elements from e on, a multiple of 4; where p = 0 nothing happens.
+__device__ inline void apply_dropout(Floats& x, const rng::Key& key, uint64_t e, float p) {
+    if (p == 0) return;
+    for (int i = 0; i < VEC; i += 4) {
+        float4 f = dropout_factors(key, (e + i) / 4, p);
+        x[i] *= f.x, x[i + 1] *= f.y, x[i + 2] *= f.z, x[i + 3] *= f.w;
+    }
+}
+
+// Streaming multiprocessors of the device. Kernels whose blocks each leave one partial sum are sized by it.
+inline int multiprocessors() {
+    static const int count = [] {
+        int device, n;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+        return n;
+    }();
+    return count;
+}
+
+// a[i] += sum over p of partials[p][i] for i < na, and likewise b[i - na] for the other columns; partials (parts, n).
+// A block owns 32 columns; its warps share the parts and are added in order.
+constexpr int ADD_WARPS = 16;
+__global__ void __launch_bounds__(ADD_WARPS* WARP) add_partials_kernel(float* a, float* b, const float* partials, int parts, size_t na, size_t n) {
+    __shared__ float sums[ADD_WARPS][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    size_t i = (size_t)blockIdx.x * WARP + lane;
+    float sum = 0;
+    if (i < n)
+#pragma unroll 4
+        for (int p = warp; p < parts; p += ADD_WARPS) sum += partials[p * n + i];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp != 0 || i >= n) return;
+    for (int w = 1; w < ADD_WARPS; w++) sum += sums[w][lane];
+    (i < na ? a[i] : b[i - na]) += sum;
+}
+inline void add_partials(float* a, float* b, const float* partials, int parts, size_t na, size_t n, cudaStream_t s) {
+    launch(add_partials_kernel, dim3((unsigned)ceil_div(n, WARP)), ADD_WARPS * WARP, 0, s, a, b, partials, parts, na, n);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Tensor-core and copy instructions, each with its body for the emulator
@@ -92,12 +259,316 @@ struct Dropout {
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-// @@SECTION embedding: K
+// cpu::embedding_forward. out (B,T,C) = wte[token] + wpe[t], then dropout. A block works on one row.
+__global__ void __launch_bounds__(256) embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t T,
+                                                                size_t C, Dropout drop) {
+    size_t m = blockIdx.x;
+    const floatX *e = wte + (size_t)tokens[m] * C, *p = wpe + m % T * C;
+    rng::Key key = dropout_key(drop);
+    uint64_t row = dropout_row(drop, T) + m;
+    for (size_t c = threadIdx.x * VEC; c < C; c += blockDim.x * VEC) {
+        Floats x = widen(load(e + c)), y = widen(load(p + c));
+        for (int k = 0; k < VEC; k++) x[k] += y[k];
+        apply_dropout(x, key, row * C + c, drop.p);
+        store(out + m * C + c, narrow(x));
+    }
+}
+
+// As many threads as n items fill, in whole warps and at most `most`.
+inline unsigned threads_for(size_t n, size_t most) { return (unsigned)std::min(most, ceil_div(n, WARP) * WARP); }
+
+inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t B, size_t T, size_t C, Dropout drop,
+                              cudaStream_t s) {
+    launch(embedding_forward_kernel, dim3((unsigned)(B * T)), threads_for(C / VEC, 256), 0, s, out, tokens, wte, wpe, T, C, drop);
+}
+
+// The positions of a batch sorted by token, so that all gradients of one wte row are summed by one block or warp in one
+// order. Bucket u holds token[u] at the positions order[starts[u]..starts[u+1]). A token that stands at more than FREQUENT
+// positions (in a model of characters: the space) is also listed in frequent, and gets a whole block.
+struct EmbeddingBuckets {
+    static constexpr int FREQUENT = 64;
+    int *count;  // [0] buckets, [1] frequent ones
+    int *order, *starts, *token, *frequent;
+
+    static size_t ints(size_t M) { return 2 + M + (M + 1) + M + M / FREQUENT; }
+    // The arrays for M positions inside one block of ints(M) ints, in host or device memory.
+    static EmbeddingBuckets at(int* memory, size_t M) {
+        int* order = memory + 2;
+        return {memory, order, order + M, order + M + M + 1, order + M + M + 1 + M};
+    }
+};
+
+// On the host: fills the buckets of tokens (M). Allocates nothing.
+inline void bucket_tokens(const EmbeddingBuckets& b, const int* tokens, size_t M) {
+    for (size_t m = 0; m < M; m++) b.order[m] = (int)m;
+    std::sort(b.order, b.order + M, [=](int i, int j) { return tokens[i] != tokens[j] ? tokens[i] < tokens[j] : i < j; });
+    int u = 0, f = 0;
+    for (size_t begin = 0, end; begin < M; begin = end, u++) {
+        int token = tokens[b.order[begin]];
+        for (end = begin + 1; end < M && tokens[b.order[end]] == token;) end++;
+        b.token[u] = token, b.starts[u] = (int)begin;
+        if (end - begin > EmbeddingBuckets::FREQUENT) b.frequent[f++] = u;
+    }
+    b.starts[u] = (int)M;
+    b.count[0] = u, b.count[1] = f;
+}
+
+// sum += dout[m], columns c..c+VEC, under the mask.
+__device__ inline void add_masked(Floats& sum, const floatX* dout, size_t m, size_t c, size_t C, const Dropout& drop, const rng::Key& key, uint64_t row0) {
+    Floats x = widen(load(dout + m * C + c));
+    apply_dropout(x, key, (row0 + m) * C + c, drop.p);
+    for (int k = 0; k < VEC; k++) sum[k] += x[k];
+}
+__device__ inline void add_to_memory(float* p, const Floats& sum) {
+    Floats x = load_floats(p);
+    for (int k = 0; k < VEC; k++) x[k] += sum[k];
+    store_floats(p, x);
+}
+
+// dwpe[t] += sum over b of dout[b,t]: one thread per position and vector of channels.
+__global__ void __launch_bounds__(128) wpe_backward_kernel(float* dwpe, const floatX* dout, size_t B, size_t T, size_t C, Dropout drop) {
+    size_t t = blockIdx.x, c = ((size_t)blockIdx.y * blockDim.x + threadIdx.x) * VEC;
+    if (c >= C) return;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats sum = {};
+#pragma unroll 4
+    for (size_t b = 0; b < B; b++) add_masked(sum, dout, b * T + t, c, C, drop, key, row0);
+    add_to_memory(dwpe + t * C + c, sum);
+}
+
+// dwte[token] += the gradients at the token's few positions: one warp per bucket and 32 vectors of channels.
+constexpr int BUCKET_WARPS = 4;
+__global__ void __launch_bounds__(BUCKET_WARPS* WARP) wte_backward_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
+                                                                        Dropout drop) {
+    int u = blockIdx.x * BUCKET_WARPS + threadIdx.x / WARP;
+    size_t c = ((size_t)blockIdx.y * WARP + threadIdx.x % WARP) * VEC;
+    if (u >= buckets.count[0] || c >= C) return;
+    int begin = buckets.starts[u], end = buckets.starts[u + 1];
+    if (end - begin > EmbeddingBuckets::FREQUENT) return;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats sum = {};
+#pragma unroll 4
+    for (int i = begin; i < end; i++) add_masked(sum, dout, buckets.order[i], c, C, drop, key, row0);
+    add_to_memory(dwte + (size_t)buckets.token[u] * C + c, sum);
+}
+
+// The same for a frequent token: a block of 32 warps per bucket and 8 vectors of channels; each warp reads 4 positions at
+// a time.
+constexpr int STRIP_LANES = 8;
+__global__ void __launch_bounds__(1024) wte_backward_frequent_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
+                                                                     Dropout drop) {
+    constexpr int READERS = 1024 / STRIP_LANES;
+    __shared__ float sums[WARP][STRIP_LANES * VEC];
+    if ((int)blockIdx.x >= buckets.count[1]) return;
+    int u = buckets.frequent[blockIdx.x], begin = buckets.starts[u], end = buckets.starts[u + 1];
+    int strip_lane = threadIdx.x % STRIP_LANES, warp = threadIdx.x / WARP;
+    size_t c = ((size_t)blockIdx.y * STRIP_LANES + strip_lane) * VEC;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats sum = {};
+    if (c < C)
+#pragma unroll 2
+        for (int i = begin + threadIdx.x / STRIP_LANES; i < end; i += READERS) add_masked(sum, dout, buckets.order[i], c, C, drop, key, row0);
+    for (int k = 0; k < VEC; k++) {
+        for (int offset = STRIP_LANES; offset < WARP; offset *= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], offset);
+        if (threadIdx.x % WARP < STRIP_LANES) sums[warp][strip_lane * VEC + k] = sum[k];
+    }
+    __syncthreads();
+    size_t column = (size_t)blockIdx.y * STRIP_LANES * VEC + threadIdx.x;
+    if (threadIdx.x >= STRIP_LANES * VEC || column >= C) return;
+    float total = 0;
+    for (int w = 0; w < WARP; w++) total += sums[w][threadIdx.x];
+    dwte[(size_t)buckets.token[u] * C + column] += total;
+}
+
+// cpu::embedding_backward. dwte[token] += dout and dwpe[t] += dout under the mask; dout (B,T,C) stays as it is. The grids
+// are made for the most buckets that B*T tokens can have, so that one captured graph serves every batch.
+inline void embedding_backward(float* dwte, float* dwpe, const floatX* dout, const EmbeddingBuckets& buckets, size_t B, size_t T, size_t C,
+                               Dropout drop, cudaStream_t s) {
+    size_t M = B * T, vecs = C / VEC;
+    unsigned threads = threads_for(vecs, 128);
+    launch(wpe_backward_kernel, dim3((unsigned)T, (unsigned)ceil_div(vecs, threads)), threads, 0, s, dwpe, dout, B, T, C, drop);
+    launch(wte_backward_kernel, dim3((unsigned)ceil_div(M, BUCKET_WARPS), (unsigned)ceil_div(vecs, WARP)), BUCKET_WARPS * WARP, 0, s, dwte, dout,
+           buckets, T, C, drop);
+    if (M > EmbeddingBuckets::FREQUENT)
+        launch(wte_backward_frequent_kernel, dim3((unsigned)(M / EmbeddingBuckets::FREQUENT), (unsigned)ceil_div(vecs, STRIP_LANES)), 1024, 0, s, dwte,
+               dout, buckets, T, C, drop);
+}
 
 // ---------------------------------------------------------------------------------------------
 // LayerNorm and residual
 
-// @@SECTION layernorm: K
+// A row of C channels, a multiple of 8, is held in the registers of `warps` warps that share it: thread t of them holds the
+// vectors t, t + 32 warps, ... of the row.
+constexpr int ROW_VECS = 24 / VEC;                      // vectors of one row that a thread holds
+constexpr int ROW_WARPS = 16;                           // most warps that share a row
+constexpr size_t WARP_CHANNELS = ROW_VECS * VEC * WARP;  // 768: GPT-2's rows fit one warp exactly
+constexpr size_t MAX_CHANNELS = ROW_WARPS * WARP_CHANNELS;
+
+struct Rows {
+    int warps;  // that share a row
+    int block;  // rows of a block
+    unsigned threads() const { return (unsigned)(warps * block * WARP); }
+};
+// For blocks of at least `fewest` warps.
+inline Rows row_layout(size_t C, int fewest) {
+    int warps = 1;
+    while (warps * WARP_CHANNELS < C) warps *= 2;
+    if (C % 8 || C > MAX_CHANNELS) throw std::logic_error("LayerNorm kernels: C is no multiple of 8, or above 12288");
+    return {warps, std::max(1, fewest / warps)};
+}
+
+// LayerNorm of x, or with RESIDUAL of sum = x + dropout(branch), which is written too. The statistics are those of the row
+// as rounded to floatX: backward sees no other.
+template <bool RESIDUAL>
+__global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_forward_kernel(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* x,
+                                                                           const floatX* branch, const floatX* w, const floatX* b, size_t M, size_t T,
+                                                                           int C, Dropout drop, float eps, int warps) {
+    int threads = warps * WARP, t = threadIdx.x % threads;
+    size_t m = (size_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
+    bool inside = m < M;  // rows past the end still meet at the barriers
+    Floats row[ROW_VECS];
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    float total[1] = {0};
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++) {
+        int c = (i * threads + t) * VEC;
+        if (!inside || c >= C) continue;
+        row[i] = widen(load_once(x + m * C + c));
+        if constexpr (RESIDUAL) {
+            Floats add = widen(load_once(branch + m * C + c));
+            apply_dropout(add, key, (row0 + m) * C + c, drop.p);
+            for (int k = 0; k < VEC; k++) row[i][k] += add[k];
+            Vec<floatX> rounded = narrow(row[i]);
+            store(sum + m * C + c, rounded);
+            row[i] = widen(rounded);
+        }
+        for (int k = 0; k < VEC; k++) total[0] += row[i][k];
+    }
+    group_sum(total, warps);
+    float mu = total[0] / (float)C;
+    total[0] = 0;
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++)
+        if (inside && (i * threads + t) * VEC < C)
+            for (int k = 0; k < VEC; k++) total[0] += (row[i][k] - mu) * (row[i][k] - mu);
+    group_sum(total, warps);
+    float rs = rsqrtf(total[0] / (float)C + eps);
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++) {
+        int c = (i * threads + t) * VEC;
+        if (!inside || c >= C) continue;
+        Floats weight = widen(load(w + c)), bias = widen(load(b + c));
+        for (int k = 0; k < VEC; k++) row[i][k] = (row[i][k] - mu) * rs * weight[k] + bias[k];
+        store(y + m * C + c, narrow(row[i]));
+    }
+    if (inside && t == 0) mean[m] = mu, rstd[m] = rs;
+}
+
+// cpu::layernorm_forward. y (M,C) = LayerNorm(x); mean, rstd (M) are kept for backward.
+inline void layernorm_forward(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w, const floatX* b, size_t M, size_t C, float eps,
+                              cudaStream_t s) {
+    Rows rows = row_layout(C, 4);
+    launch(layernorm_forward_kernel<false>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, nullptr, y, mean, rstd, x, nullptr, w, b, M,
+           M, (int)C, Dropout{}, eps, rows.warps);
+}
+
+// cpu::residual_layernorm_forward. sum (M,C) = skip + dropout(branch); y = LayerNorm(sum). sum may be skip or branch.
+inline void residual_layernorm_forward(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* skip, const floatX* branch, const floatX* w,
+                                       const floatX* b, size_t M, size_t T, size_t C, Dropout drop, float eps, cudaStream_t s) {
+    Rows rows = row_layout(C, 4);
+    launch(layernorm_forward_kernel<true>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, sum, y, mean, rstd, skip, branch, w, b, M, T,
+           (int)C, drop, eps, rows.warps);
+}
+
+// Each group of warps takes every so many-th row, and keeps the sums of dw and db for its channels in registers; at the end
+// the block's groups are added up, in order, into partials (blocks, 2, C).
+__global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_backward_kernel(floatX* dresid, floatX* masked, float* partials, const floatX* dy,
+                                                                            const floatX* dskip, const floatX* x, const float* mean,
+                                                                            const float* rstd, const floatX* w, size_t M, size_t T, int C,
+                                                                            bool accumulate, Dropout drop, int warps) {
+    int threads = warps * WARP, t = threadIdx.x % threads, group = threadIdx.x / threads, groups = blockDim.x / threads;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats dw[ROW_VECS] = {}, db[ROW_VECS] = {};
+    for (size_t first = (size_t)blockIdx.x * groups; first < M; first += (size_t)gridDim.x * groups) {
+        size_t m = first + group;
+        bool inside = m < M;
+        float mu = inside ? mean[m] : 0, rs = inside ? rstd[m] : 0, sums[2] = {0, 0};
+        Floats d[ROW_VECS];
+#pragma unroll
+        for (int i = 0; i < ROW_VECS; i++) {
+            int c = (i * threads + t) * VEC;
+            if (!inside || c >= C) continue;
+            d[i] = widen(load_once(dy + m * C + c));
+            if (dskip) {
+                Floats add = widen(load(dskip + m * C + c));
+                for (int k = 0; k < VEC; k++) d[i][k] += add[k];
+            }
+            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);
+            for (int k = 0; k < VEC; k++) {
+                float normalised = (to_float(row[k]) - mu) * rs, dn = d[i][k] * to_float(weight[k]);
+                sums[0] += dn, sums[1] += dn * normalised;
+                dw[i][k] += d[i][k] * normalised, db[i][k] += d[i][k];
+            }
+        }
+        group_sum(sums, warps);
+        float mean_dn = sums[0] / (float)C, mean_dot = sums[1] / (float)C;
+#pragma unroll
+        for (int i = 0; i < ROW_VECS; i++) {
+            int c = (i * threads + t) * VEC;
+            if (!inside || c >= C) continue;
+            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);  // from the cache; registers are short
+            Floats dx;
+            for (int k = 0; k < VEC; k++)
+                dx[k] = rs * (d[i][k] * to_float(weight[k]) - mean_dn - (to_float(row[k]) - mu) * rs * mean_dot);
+            if (accumulate) {
+                Floats before = widen(load(dresid + m * C + c));
+                for (int k = 0; k < VEC; k++) dx[k] += before[k];
+            }
+            store(dresid + m * C + c, narrow(dx));
+            if (masked) {
+                apply_dropout(dx, key, (row0 + m) * C + c, drop.p);
+                store(masked + m * C + c, narrow(dx));
+            }
+        }
+    }
+    __shared__ alignas(16) float part[ROW_WARPS * WARP * VEC];
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++)
+        for (int which = 0; which < 2; which++) {
+            int c = (i * threads + t) * VEC;
+            __syncthreads();
+            for (int k = 0; k < VEC; k++) part[threadIdx.x * VEC + k] = which ? db[i][k] : dw[i][k];
+            __syncthreads();
+            if (group > 0 || c >= C) continue;
+            Floats total = {};
+            for (int g = 0; g < groups; g++)
+                for (int k = 0; k < VEC; k++) total[k] += part[(g * threads + t) * VEC + k];
+            store_floats(partials + ((size_t)blockIdx.x * 2 + which) * C + c, total);
+        }
+}
+
+inline int layernorm_backward_blocks() { return 2 * multiprocessors(); }
+// Floats of scratch that layernorm_backward needs.
+inline size_t layernorm_backward_scratch(size_t C) { return 2 * C * layernorm_backward_blocks(); }
+
+// cpu::layernorm_backward. dresid (M,C) = (+= where accumulate) the gradient of dy + dskip through LayerNorm; dw, db (C) +=.
+// dskip may be null; GROVER's residual starts from the normalised row, so its gradient passes through too. masked, which may
+// be null, receives dresid under drop's mask: the gradient of the branch whose output was dropped. dy and dskip may be the
+// same memory as dresid and masked.
+inline void layernorm_backward(floatX* dresid, floatX* masked, float* dw, float* db, float* scratch, const floatX* dy, const floatX* dskip,
+                               const floatX* x, const float* mean, const float* rstd, const floatX* w, size_t M, size_t T, size_t C, bool accumulate,
+                               Dropout drop, cudaStream_t s) {
+    Rows rows = row_layout(C, 8);
+    size_t blocks = std::min<size_t>(layernorm_backward_blocks(), ceil_div(M, rows.block));
+    launch(layernorm_backward_kernel, dim3((unsigned)blocks), rows.threads(), 0, s, dresid, masked, scratch, dy, dskip, x, mean, rstd, w, M, T, (int)C,
+           accumulate, drop, rows.warps);
+    add_partials(dw, db, scratch, (int)blocks, C, 2 * C, s);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Attention
@@ -107,17 +578,293 @@ struct Dropout {
 // ---------------------------------------------------------------------------------------------
 // GELU and bias
 
-// @@SECTION gelu: K
+// cpu::gelu_tanh and cpu::gelu_erf: GELU and its derivative. The sigmoid form of the one has no cancellation; the normal
+// distribution function of the other is Abramowitz and Stegun 7.1.26, to 3e-7.
+__device__ inline float gelu(float x, float* derivative, int activation) {
+    if (activation == GELU_TANH) {
+        float u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = __fdividef(1.0f, 1.0f + exponential(-u2));
+        *derivative = s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
+        return x * s;
+    }
+    float a = fabsf(x) * 0.70710678f, t = __fdividef(1.0f, 1.0f + 0.3275911f * a), e = exponential(-a * a);
+    float tail = 0.5f * e * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float cdf = x < 0 ? tail : 1.0f - tail;
+    *derivative = cdf + x * 0.39894228f * e;
+    return x * cdf;
+}
+
+__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, const floatX* x, size_t n, int activation) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    Floats f = widen(load_once(x + i));
+    float unused;
+    for (int k = 0; k < VEC; k++) f[k] = gelu(f[k], &unused, activation);
+    store(y + i, narrow(f));
+}
+// cpu::gelu_forward. y = gelu(x), n values, a multiple of 8; y may be x.
+inline void gelu_forward(floatX* y, const floatX* x, size_t n, int activation, cudaStream_t s) {
+    launch(gelu_forward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, y, x, n, activation);
+}
+
+__global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* d, const floatX* x, size_t n, int activation) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    Floats f = widen(load_once(x + i)), g = widen(load_once(d + i));
+    for (int k = 0; k < VEC; k++) {
+        float derivative;
+        gelu(f[k], &derivative, activation);
+        g[k] *= derivative;
+    }
+    store(d + i, narrow(g));
+}
+// cpu::gelu_backward. d *= gelu'(x), n values, a multiple of 8.
+inline void gelu_backward(floatX* d, const floatX* x, size_t n, int activation, cudaStream_t s) {
+    launch(gelu_backward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, d, x, n, activation);
+}
+
+// Rows blockIdx.y, blockIdx.y + gridDim.y, ...; each thread stays in its columns, and keeps their bias.
+__global__ void __launch_bounds__(256) bias_gelu_forward_kernel(floatX* pre, floatX* out, const floatX* bias, size_t M, size_t N, int activation) {
+    size_t c = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (c >= N) return;
+    Floats b = widen(load(bias + c));
+    for (size_t m = blockIdx.y; m < M; m += gridDim.y) {
+        Floats f = widen(load_once(pre + m * N + c));
+        for (int k = 0; k < VEC; k++) f[k] += b[k];
+        Vec<floatX> rounded = narrow(f);
+        store(pre + m * N + c, rounded);
+        if (!out) continue;
+        f = widen(rounded);  // what backward will differentiate at
+        float unused;
+        for (int k = 0; k < VEC; k++) f[k] = gelu(f[k], &unused, activation);
+        store(out + m * N + c, narrow(f));
+    }
+}
+// pre (M,N) += bias, N a multiple of 8; then out = gelu(pre), unless out is null.
+inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size_t M, size_t N, int activation, cudaStream_t s) {
+    unsigned threads = threads_for(N / VEC, 256);
+    size_t strips = ceil_div(N / VEC, threads), rows = std::min(M, ceil_div((size_t)multiprocessors() * 32, strips));
+    launch(bias_gelu_forward_kernel, dim3((unsigned)strips, (unsigned)rows), threads, 0, s, pre, out, bias, M, N, activation);
+}
+
+// Partial column sums: a block owns 32 vectors of columns and every gridDim.y-th group of rows; partials (gridDim.y, N).
+constexpr int BIAS_WARPS = 8;
+__global__ void __launch_bounds__(BIAS_WARPS* WARP) bias_backward_kernel(float* partials, const floatX* dY, size_t M, size_t N) {
+    __shared__ alignas(16) float part[BIAS_WARPS * WARP * VEC];
+    int warp = threadIdx.x / WARP;
+    size_t c = ((size_t)blockIdx.x * WARP + threadIdx.x % WARP) * VEC;
+    Floats sum = {};
+    if (c < N)
+#pragma unroll 4
+        for (size_t m = (size_t)blockIdx.y * BIAS_WARPS + warp; m < M; m += (size_t)gridDim.y * BIAS_WARPS) {
+            Floats d = widen(load(dY + m * N + c));
+            for (int k = 0; k < VEC; k++) sum[k] += d[k];
+        }
+    for (int k = 0; k < VEC; k++) part[threadIdx.x * VEC + k] = sum[k];
+    __syncthreads();
+    if (warp != 0 || c >= N) return;
+    for (int w = 1; w < BIAS_WARPS; w++)
+        for (int k = 0; k < VEC; k++) sum[k] += part[(w * WARP + threadIdx.x) * VEC + k];
+    store_floats(partials + blockIdx.y * N + c, sum);
+}
+inline size_t bias_backward_parts(size_t N) { return ceil_div((size_t)multiprocessors() * 4, ceil_div(N / VEC, WARP)); }
+// Floats of scratch that bias_backward needs.
+inline size_t bias_backward_scratch(size_t N) { return bias_backward_parts(N) * N; }
+
+// cpu::bias_backward. db (N) += column sums of dY (M,N), N a multiple of 8.
+inline void bias_backward(float* db, float* scratch, const floatX* dY, size_t M, size_t N, cudaStream_t s) {
+    size_t parts = std::min(bias_backward_parts(N), ceil_div(M, BIAS_WARPS));
+    launch(bias_backward_kernel, dim3((unsigned)ceil_div(N / VEC, WARP), (unsigned)parts), BIAS_WARPS * WARP, 0, s, scratch, dY, M, N);
+    add_partials(db, nullptr, scratch, (int)parts, N, N, s);
+}
+
+__global__ void __launch_bounds__(256) add_to_kernel(float* y, const float* x, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] += x[i];
+}
+// y += x, n values.
+inline void add_to(float* y, const float* x, size_t n, cudaStream_t s) {
+    launch(add_to_kernel, dim3((unsigned)ceil_div(n, 256)), 256, 0, s, y, x, n);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Softmax cross-entropy
 
-// @@SECTION head: K
+// VEC logits from column v on; -infinity past the vocabulary.
+__device__ inline Floats load_logits(const floatX* row, size_t v, size_t V) {
+    Floats f = widen(load(row + v));
+    if (v + VEC > V)
+        for (int k = 0; k < VEC; k++)
+            if (v + k >= V) f[k] = -INFINITY;
+    return f;
+}
+
+// One block works on one row and reads it twice: for the maximum and the sum of exponentials together (Milakov and
+// Gimelshein 2018), then backwards, from what the caches still hold, for the gradient.
+__global__ void __launch_bounds__(512) cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t V, size_t Vp, bool train,
+                                                            const StepState* state) {
+    floatX* row = logits + blockIdx.x * Vp;
+    int target = targets[blockIdx.x];
+    size_t stride = blockDim.x * VEC, rounds = (Vp + stride - 1) / stride;
+    if (target < 0) {
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0;
+        if (train)
+            for (size_t v = threadIdx.x * VEC; v < Vp; v += stride) store(row + v, narrow(Floats{}));
+        return;
+    }
+    float at_target = to_float(row[target]), max = -FLT_MAX, sum = 0;
+    for (size_t v = threadIdx.x * VEC; v < V; v += stride) {
+        Floats f = load_logits(row, v, V);
+        float before = max;
+        for (int k = 0; k < VEC; k++) max = fmaxf(max, f[k]);
+        sum *= exponential(before - max);
+        for (int k = 0; k < VEC; k++) sum += exponential(f[k] - max);
+    }
+    float row_max = block_max(max);
+    sum = block_sum(sum * exponential(max - row_max));
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) - (at_target - row_max);
+    if (!train) return;
+    float scale = state->grad_scale, factor = scale / sum;
+    for (size_t r = rounds; r-- > 0;) {
+        size_t v = r * stride + threadIdx.x * VEC;
+        if (v >= Vp) continue;
+        Floats f = load_logits(row, v, V);
+        for (int k = 0; k < VEC; k++) f[k] = exponential(f[k] - row_max) * factor - (v + k == (size_t)target ? scale : 0.0f);
+        store(row + v, narrow(f));
+    }
+}
+// cpu::cross_entropy. logits (rows, Vp), Vp a multiple of 8: losses = -log p[target], 0 where target < 0. With train the
+// logits become their gradient, (p - onehot) * state->grad_scale, and columns V..Vp become 0; without, state may be null.
+inline void cross_entropy(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp, bool train, const StepState* state,
+                          cudaStream_t s) {
+    launch(cross_entropy_kernel, dim3((unsigned)rows), threads_for(Vp / VEC, 512), 0, s, losses, logits, targets, V, Vp, train, state);
+}
+
+// One block: the sum has one order.
+__global__ void __launch_bounds__(1024) sum_losses_kernel(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets,
+                                                          size_t M, const StepState* state) {
+    double sums[2] = {0, 0};
+#pragma unroll 4
+    for (size_t m = threadIdx.x; m < M; m += blockDim.x) sums[0] += losses[m], sums[1] += targets[m] >= 0;
+    group_sum(sums, blockDim.x / WARP);
+    if (threadIdx.x != 0) return;
+    *loss_sum += state ? sums[0] * state->grad_scale : sums[0];
+    if (counted) *counted += (unsigned long long)sums[1];
+}
+// *loss_sum += the sum of losses (M), in training (state not null) times grad_scale; *counted, which may be null, += the
+// number of targets >= 0.
+inline void sum_losses(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets, size_t M, const StepState* state,
+                       cudaStream_t s) {
+    launch(sum_losses_kernel, 1, 1024, 0, s, loss_sum, counted, losses, targets, M, state);
+}
 
 // ---------------------------------------------------------------------------------------------
 // AdamW
 
-// @@SECTION adamw: K
+// Rounds to bf16, up or down at random so that the mean is x: 16 random bits are added below the last place that is kept,
+// and what is below is cut off. bits: the draw of this element.
+__device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
+    if (x != x) return __float2bfloat16_rn(x);
+    __nv_bfloat16_raw r;
+    r.x = (unsigned short)((__float_as_uint(x) + (bits & 0xffff)) >> 16);
+    return r;
+}
+// Writes VEC parameters, from element e of all on. bf16: element e takes 16 bits of Philox block e / 8.
+__device__ inline void store_parameters(floatX* params, size_t e, const Floats& w, const rng::Key& key) {
+    if constexpr (BUILD_DTYPE == BF16) {
+        rng::Block r = key.block(e / 8);
+        Vec<floatX> x;
+        for (int k = 0; k < VEC; k++) x[k] = round_stochastic(w[k], r.w[k / 2] >> (k % 2 * 16));
+        store_once(params + e, x);
+    } else {
+        store_once(params + e, narrow(w));
+    }
+}
+
+// Pass 1: the sum of squares of this block's share of the gradients, in doubles as in cpu::GPT2::grad_norm.
+constexpr int ADAMW_THREADS = 256;
+__global__ void __launch_bounds__(ADAMW_THREADS) grad_norm_kernel(double* partials, const float* grads, size_t n) {
+    double sum[1] = {0};
+#pragma unroll 4
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; e < n; e += (size_t)gridDim.x * blockDim.x * 4) {
+        Vec<float> g = load_once(grads + e);
+        for (int k = 0; k < 4; k++) sum[0] += (double)g[k] * g[k];
+    }
+    group_sum(sum, blockDim.x / WARP);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
+}
+
+// One step's settings, and which tensors decay: tensor i ends before element end[i], bit i of decays.
+struct AdamWStep {
+    AdamW a;
+    float c1, c2;  // bias corrections 1 / (1 - beta^t)
+    uint32_t t;
+    uint64_t seed;
+    uint32_t decays;
+    size_t end[NUM_PARAMS];
+};
+
+// Pass 2. Each block sums pass 1's parts by itself, in the same order.
+__global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(StepResult* report, floatX* params, float* master, const float* grads, float* moment1,
+                                                              float* moment2, const double* partials, int parts, const double* loss, AdamWStep step) {
+    double sum[1] = {0};
+    for (int i = threadIdx.x; i < parts; i += blockDim.x) sum[0] += partials[i];
+    group_sum(sum, blockDim.x / WARP);
+    double norm = sqrt(sum[0]);
+    if (blockIdx.x == 0 && threadIdx.x == 0) report->loss = *loss, report->norm = norm;
+    if (!(norm <= DBL_MAX && fabs(*loss) <= DBL_MAX)) return;  // NaN is not <= anything
+
+    const AdamW& a = step.a;
+    float scale = a.grad_clip > 0 && norm > a.grad_clip ? (float)(a.grad_clip / norm) : 1.0f;
+    rng::Key key(step.seed, step.t, rng::ROUNDING);
+    int tensor = 0;
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < step.end[NUM_PARAMS - 1]; e += (size_t)gridDim.x * blockDim.x * VEC) {
+        while (e >= step.end[tensor]) tensor++;
+        float shrink = 1.0f - (step.decays >> tensor & 1 ? a.lr * a.weight_decay : 0.0f);
+        Floats g = load_floats(grads + e), m = load_floats(moment1 + e), v = load_floats(moment2 + e);
+        Floats w = master ? load_floats(master + e) : widen(load_once(params + e));
+        for (int k = 0; k < VEC; k++) {
+            float gk = g[k] * scale;
+            m[k] = a.beta1 * m[k] + (1 - a.beta1) * gk;
+            v[k] = a.beta2 * v[k] + (1 - a.beta2) * gk * gk;
+            w[k] = w[k] * shrink - a.lr * (m[k] * step.c1) / (sqrtf(v[k] * step.c2) + a.eps);
+        }
+        store_floats(moment1 + e, m), store_floats(moment2 + e, v);
+        if (master) store_floats(master + e, w);
+        store_parameters(params, e, w, key);
+    }
+}
+
+inline int grad_norm_blocks() { return 8 * multiprocessors(); }
+// Doubles of scratch that adamw_step needs.
+inline size_t adamw_scratch() { return grad_norm_blocks(); }
+
+// cpu::GPT2::step. One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a model with this
+// config: gradients longer than grad_clip count as that long; weight decay where param_table says so. params, master, grads,
+// moment1 and moment2 are arrays of all parameters; master is null without master weights, and in fp32. bf16 parameters are
+// rounded stochastically, keyed by seed and t. The gradients stay as they are. *report receives *loss and the gradient's norm
+// before clipping; where either is not finite, nothing else changes.
+inline void adamw_step(StepResult* report, floatX* params, float* master, const float* grads, float* moment1, float* moment2, double* scratch,
+                       const double* loss, const Config& c, const AdamW& a, uint32_t t, uint64_t seed, cudaStream_t s) {
+    ParamTable table = param_table(c);
+    auto off = param_offsets(c);
+    AdamWStep step = {a, (float)(1 / (1 - std::pow((double)a.beta1, t))), (float)(1 / (1 - std::pow((double)a.beta2, t))), t, seed, 0, {}};
+    for (int i = 0; i < NUM_PARAMS; i++) step.end[i] = off[i + 1], step.decays |= (uint32_t)table[i].decay << i;
+    size_t n = off[NUM_PARAMS];
+    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(n, ADAMW_THREADS * 4));
+    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, scratch, grads, n);
+    size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(n, ADAMW_THREADS * VEC));
+    launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, report, params, master, grads, moment1, moment2, scratch, parts, loss, step);
+}
+
+__global__ void __launch_bounds__(ADAMW_THREADS) round_parameters_kernel(floatX* params, const float* master, size_t n, rng::Key key) {
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < n; e += (size_t)gridDim.x * blockDim.x * VEC)
+        store_parameters(params, e, load_floats(master + e), key);
+}
+// params = what step number t wrote from the master weights, n in all: a resumed run continues bit for bit.
+inline void round_parameters(floatX* params, const float* master, size_t n, uint64_t seed, uint32_t t, cudaStream_t s) {
+    size_t blocks = std::min<size_t>(8 * multiprocessors(), ceil_div(n, ADAMW_THREADS * VEC));
+    launch(round_parameters_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, params, master, n, rng::Key(seed, t, rng::ROUNDING));
+}
 
 // ---------------------------------------------------------------------------------------------
 // Matrix products by cuBLASLt
