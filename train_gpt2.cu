@@ -20,6 +20,8 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <map>
+#include <memory>
 #include <utility>
 
 #include "gpt2.h"
@@ -869,17 +871,1035 @@ inline void round_parameters(floatX* params, const float* master, size_t n, uint
 // ---------------------------------------------------------------------------------------------
 // Matrix products by cuBLASLt
 
-// @@SECTION matmul: M
+// A stream, an event, memory of the GPU, and pinned memory of the host (which the GPU copies by itself), each released at the end.
+struct Stream {
+    cudaStream_t stream = nullptr;
+    Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+    ~Stream() { cudaStreamDestroy(stream); }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    void wait() const { CUDA_CHECK(cudaStreamSynchronize(stream)); }
+};
+struct Event {
+    cudaEvent_t event = nullptr;
+    Event() { CUDA_CHECK(cudaEventCreate(&event)); }
+    ~Event() { cudaEventDestroy(event); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    void record(cudaStream_t s) { CUDA_CHECK(cudaEventRecord(event, s)); }
+    void wait() const { CUDA_CHECK(cudaEventSynchronize(event)); }
+};
+struct DeviceMemory {
+    char* p = nullptr;
+    DeviceMemory() = default;
+    ~DeviceMemory() { cudaFree(p); }
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+    void allocate(size_t bytes) { CUDA_CHECK(cudaMalloc(&p, bytes)); }
+};
+struct PinnedMemory {
+    char* p = nullptr;
+    PinnedMemory() = default;
+    ~PinnedMemory() { cudaFreeHost(p); }
+    PinnedMemory(const PinnedMemory&) = delete;
+    PinnedMemory& operator=(const PinnedMemory&) = delete;
+    void allocate(size_t bytes) { CUDA_CHECK(cudaMallocHost(&p, bytes)); }
+};
+
+// Y (M,N) = X (M,K) W^T + b, W (N,K), and its gradients. All matrices are row-major; cuBLASLt reads memory by columns, and
+// so is asked for the transposed product:
+//     FORWARD          Y^T (N,M)  = W X^T           A = W transposed, B = X
+//     INPUT_GRADIENT   dX^T (K,M) = W^T dY^T        A = W, B = dY
+//     WEIGHT_GRADIENT  dW^T (K,N) = X^T dY [+ dW^T] A = X, B = dY transposed; float
+// Products are summed in fp32. The fp32 build computes in true fp32: TF32 would be faster and would not agree with the CPU.
+enum Product { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
+
+// Which algorithm a product took when it was timed, in a file named by the GPU and cuBLASLt's version, so that the next run
+// takes the same ones and repeats bit for bit. A line is "algorithm in hex, space, product"; lines that say nothing useful are
+// passed over, and their products are timed again.
+class AlgorithmCache {
+  public:
+    AlgorithmCache() {
+        const char *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+        if (xdg && *xdg) dir_ = xdg;
+        else if (home && *home) dir_ = std::string(home) + "/.cache";
+        else return;
+        dir_ += "/arapoet";
+        cudaDeviceProp device;
+        CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+        std::string name = device.name;
+        for (char& c : name)
+            if (!isalnum((unsigned char)c)) c = '_';
+        path_ = dir_ + strf("/gemm-%s-%zu.txt", name.c_str(), cublasLtGetVersion());
+        if (!file_exists(path_)) return;
+        try {
+            std::string text = Reader(path_).rest();
+            for (size_t i = 0, end; i < text.size(); i = end + 1) {
+                end = std::min(text.find('\n', i), text.size());
+                size_t space = text.find(' ', i);
+                if (space < end) hex_[text.substr(space + 1, end - space - 1)] = text.substr(i, space - i);
+            }
+        } catch (const Error& e) {
+            fprintf(stderr, "%s; the products are timed again\n", e.what());
+        }
+    }
+    bool find(const std::string& product, cublasLtMatmulAlgo_t* algo) const {
+        auto at = hex_.find(product);
+        if (at == hex_.end() || at->second.size() != 2 * sizeof *algo) return false;
+        for (size_t i = 0; i < sizeof *algo; i++) {
+            int used = 0;
+            unsigned byte;
+            if (sscanf(at->second.c_str() + 2 * i, "%2x%n", &byte, &used) != 1 || used != 2) return false;
+            ((unsigned char*)algo)[i] = (unsigned char)byte;
+        }
+        return true;
+    }
+    void put(const std::string& product, const cublasLtMatmulAlgo_t& algo) {
+        std::string hex;
+        for (size_t i = 0; i < sizeof algo; i++) hex += strf("%02x", ((const unsigned char*)&algo)[i]);
+        hex_[product] = hex, changed_ = true;
+    }
+    // A cache that cannot be written costs the next run its time, not this one its life.
+    void save() {
+        if (!changed_ || path_.empty()) return;
+        try {
+            make_dirs(dir_);
+            AtomicFile file(path_);
+            for (auto& [product, hex] : hex_) file.write(hex + " " + product + "\n");
+            file.commit();
+        } catch (const Error& e) {
+            fprintf(stderr, "%s; the next run times the products again, and may differ in the last bits\n", e.what());
+        }
+        changed_ = false;
+    }
+
+  private:
+    std::string dir_, path_;
+    std::map<std::string, std::string> hex_;
+    bool changed_ = false;
+};
+
+// The products of linear layers on one stream. A plan (descriptors and an algorithm) is made once for each product, shape and
+// epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel does its work after the plain product.
+class Matmul {
+  public:
+    static constexpr size_t WORKSPACE = 32 << 20;  // bytes; what cuBLAS asks for on Hopper
+    // Floats of scratch for the bias gradients of a model with C channels.
+    static size_t scratch(size_t C) {
+        return std::max({4 * C, bias_backward_scratch(C), bias_backward_scratch(3 * C), bias_backward_scratch(4 * C)});
+    }
+
+    bool timing = false;  // a new plan takes the fastest algorithm, and not cuBLASLt's first guess
+
+    Matmul(void* workspace, float* bias_scratch, cudaStream_t stream) : workspace_(workspace), bias_scratch_(bias_scratch), stream_(stream) {
+        CUBLAS_CHECK(cublasLtCreate(&handle_));
+    }
+    ~Matmul() {
+        for (auto& [key, p] : plans_) {
+            for (cublasLtMatrixLayout_t layout : {p.a, p.b, p.d})
+                if (layout) cublasLtMatrixLayoutDestroy(layout);
+            if (p.operation) cublasLtMatmulDescDestroy(p.operation);
+        }
+        cublasLtDestroy(handle_);
+    }
+    Matmul(const Matmul&) = delete;
+    Matmul& operator=(const Matmul&) = delete;
+
+    // Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null.
+    void forward(floatX* Y, const floatX* X, const floatX* W, const floatX* b, size_t M, size_t K, size_t N) {
+        if (b && run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, W, X, Y, false, b, nullptr)) return;
+        run_plain(FORWARD, M, K, N, W, X, Y, false);
+        if (b) bias_gelu_forward(Y, nullptr, b, M, N, GELU_TANH, stream_);
+    }
+    // pre (M,N) = X (M,K) W^T + b; Y = gelu(pre).
+    void forward_gelu(floatX* Y, floatX* pre, const floatX* X, const floatX* W, const floatX* b, size_t M, size_t K, size_t N,
+                      int activation) {
+        if (activation == GELU_TANH && run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, W, X, Y, false, b, pre)) return;
+        if (run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, W, X, pre, false, b, nullptr))
+            return gelu_forward(Y, pre, M * N, activation, stream_);
+        run_plain(FORWARD, M, K, N, W, X, pre, false);
+        bias_gelu_forward(pre, Y, b, M, N, activation, stream_);
+    }
+    // dX (M,K) = dY (M,N) W.
+    void input_gradient(floatX* dX, const floatX* dY, const floatX* W, size_t M, size_t K, size_t N) {
+        run_plain(INPUT_GRADIENT, M, K, N, W, dY, dX, false);
+    }
+    // dX (M,K) = (dY W) gelu'(pre): the gradient of what the GELU read.
+    void input_gradient_gelu(floatX* dX, const floatX* dY, const floatX* W, const floatX* pre, size_t M, size_t K, size_t N,
+                             int activation) {
+        if (activation == GELU_TANH && run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, W, dY, dX, false, nullptr, pre)) return;
+        input_gradient(dX, dY, W, M, K, N);
+        gelu_backward(dX, pre, M * K, activation, stream_);
+    }
+    // dW (N,K) = dY^T X, or += where accumulate; db (N) += column sums of dY, unless null.
+    void weight_gradient(float* dW, float* db, const floatX* dY, const floatX* X, size_t M, size_t K, size_t N, bool accumulate) {
+        if (db && run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N, X, dY, dW, accumulate, bias_scratch_, nullptr))
+            return add_to(db, bias_scratch_, N, stream_);
+        run_plain(WEIGHT_GRADIENT, M, K, N, X, dY, dW, accumulate);
+        if (db) bias_backward(db, bias_scratch_, dY, M, N, stream_);
+    }
+    void save_timings() { cache_.save(); }
+
+  private:
+    struct Plan {
+        cublasLtMatmulDesc_t operation = nullptr;
+        cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+        cublasLtMatmulAlgo_t algo{};
+        bool possible = false;
+    };
+    // What one call multiplies.
+    struct Operands {
+        const floatX *a, *b;
+        void* d;
+        bool accumulate;
+    };
+    static constexpr int CANDIDATES = 8, TIMED_RUNS = 4;
+
+    void run_plain(Product product, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d, bool accumulate) {
+        if (!run(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, a, b, d, accumulate, nullptr, nullptr))
+            fail("cuBLASLt has no algorithm for %s", name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str());
+    }
+    // One product; false, and nothing done, where cuBLASLt has no algorithm with this epilogue.
+    // bias: BIAS and GELU_AUX_BIAS read it, BGRADB writes it. aux: GELU_AUX_BIAS writes what the GELU reads, DGELU reads it.
+    bool run(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d,
+             bool accumulate, const void* bias, const void* aux) {
+        auto [at, fresh] = plans_.try_emplace(name(product, epilogue, M, K, N));
+        Plan& p = at->second;
+        if (fresh) describe(p, product, epilogue, M, K, N);
+        if (bias) set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        if (aux) set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        Operands o = {a, b, d, accumulate};
+        if (fresh) choose(p, at->first, o, (K | N) * sizeof(floatX));
+        if (p.possible) CUBLAS_CHECK(multiply(p, p.algo, o));
+        return p.possible;
+    }
+    static std::string name(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
+        const char* names[] = {"forward", "input_gradient", "weight_gradient"};
+        return strf("%s %s M %zu K %zu N %zu epilogue %d", names[product], BUILD_DTYPE == BF16 ? "bf16" : "fp32", M, K, N, (int)epilogue);
+    }
+    template <class V>
+    static void set(Plan& p, cublasLtMatmulDescAttributes_t attribute, const V& value) {
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(p.operation, attribute, &value, sizeof value));
+    }
+
+    static void describe(Plan& p, Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
+        const cudaDataType_t type = BUILD_DTYPE == BF16 ? CUDA_R_16BF : CUDA_R_32F;
+        CUBLAS_CHECK(cublasLtMatmulDescCreate(&p.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        set(p, CUBLASLT_MATMUL_DESC_TRANSA, product == FORWARD ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(p, CUBLASLT_MATMUL_DESC_TRANSB, product == WEIGHT_GRADIENT ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+        size_t out = product == FORWARD ? N : K;  // length of D's rows
+        if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
+            set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)out);
+        // A row-major (rows, cols) matrix is a column-major (cols, rows) one.
+        auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType_t t, size_t rows, size_t cols) {
+            CUBLAS_CHECK(cublasLtMatrixLayoutCreate(l, t, cols, rows, (int64_t)cols));
+        };
+        layout(&p.a, type, product == WEIGHT_GRADIENT ? M : N, K);
+        layout(&p.b, type, M, product == FORWARD ? K : N);
+        layout(&p.d, product == WEIGHT_GRADIENT ? CUDA_R_32F : type, product == WEIGHT_GRADIENT ? N : M, out);
+    }
+    cublasStatus_t multiply(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
+        const float one = 1, beta = o.accumulate ? 1 : 0;
+        return cublasLtMatmul(handle_, p.operation, &one, o.a, p.a, o.b, p.b, &beta, o.d, p.d, o.d, p.d, &algo, workspace_, WORKSPACE, stream_);
+    }
+
+    // Finds the plan's algorithm: the one in the cache, or the fastest of cuBLASLt's candidates (which writes o.d many times
+    // over), or its first. row_bytes: every operand starts at a multiple of its lowest set bit.
+    void choose(Plan& p, const std::string& product, const Operands& o, size_t row_bytes) {
+        cublasLtMatmulHeuristicResult_t result[CANDIDATES]{};
+        if (cache_.find(product, &p.algo) &&
+            cublasLtMatmulAlgoCheck(handle_, p.operation, p.a, p.b, p.d, p.d, &p.algo, result) == CUBLAS_STATUS_SUCCESS &&
+            result->workspaceSize <= WORKSPACE) {
+            p.possible = true;
+            return;
+        }
+        cublasLtMatmulPreference_t preference;
+        CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+            CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value));
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)WORKSPACE);
+        // A sum that several blocks share is kept in fp32 until it is whole.
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+        uint32_t alignment = (uint32_t)std::min<size_t>(256, row_bytes & (~row_bytes + 1));
+        for (auto a : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            prefer(a, alignment);
+        int found = 0;
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.operation, p.a, p.b, p.d, p.d, preference, CANDIDATES, result, &found);
+        cublasLtMatmulPreferenceDestroy(preference);
+        // An epilogue that is not supported is answered with an error or with no results, depending on the version.
+        if (status != CUBLAS_STATUS_SUCCESS) found = 0;
+        float best = INFINITY;
+        for (int i = 0; i < found; i++) {
+            if (result[i].state != CUBLAS_STATUS_SUCCESS) continue;
+            float ms = timing ? time(p, result[i].algo, o) : 0;
+            if (ms < best) best = ms, p.algo = result[i].algo, p.possible = true;
+        }
+        if (p.possible && timing) cache_.put(product, p.algo);
+    }
+    // Milliseconds of some runs after one that is not counted; infinite where the algorithm does not run after all.
+    float time(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
+        if (multiply(p, algo, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
+        Event start, stop;
+        start.record(stream_);
+        for (int i = 0; i < TIMED_RUNS; i++) CUBLAS_CHECK(multiply(p, algo, o));
+        stop.record(stream_);
+        stop.wait();
+        float ms;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, start.event, stop.event));
+        return ms;
+    }
+
+    void* workspace_;
+    float* bias_scratch_;
+    cudaStream_t stream_;
+    cublasLtHandle_t handle_ = nullptr;
+    AlgorithmCache cache_;
+    std::map<std::string, Plan> plans_;
+};
 
 // ---------------------------------------------------------------------------------------------
 // The model
 
-// @@SECTION model: M
+// Between floatX and floats on the host; to bf16 by rounding to nearest.
+inline void to_floats(float* out, const floatX* in, size_t n) {
+    if constexpr (BUILD_DTYPE == FP32) memcpy(out, in, n * sizeof(float));
+    else
+        for (size_t i = 0; i < n; i++) out[i] = bf16_to_float(((const uint16_t*)in)[i]);
+}
+inline void from_floats(floatX* out, const float* in, size_t n) {
+    if constexpr (BUILD_DTYPE == FP32) memcpy((void*)out, in, n * sizeof(float));
+    else
+        for (size_t i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_bf16(in[i]);
+}
+
+// Hands out pieces of one block of device memory; with no block it only counts. In the emulator's builds a gap that nothing
+// may touch follows each piece.
+struct Arena {
+    static constexpr size_t MOST = (size_t)1 << 60;
+    char* base = nullptr;
+    size_t used = 0;
+    template <class E>
+    E* take(size_t a, size_t b = 1, size_t c = 1) {
+        E* p = base ? (E*)(base + used) : nullptr;
+        size_t n, end;
+        if (__builtin_mul_overflow(a, b, &n) || __builtin_mul_overflow(n, c, &n) || n > MOST / sizeof(E) || (end = used + n * sizeof(E)) > MOST)
+            fail("this model and batch are too large to address: they need more than %s of memory", human_bytes((double)MOST).c_str());
+#ifdef EMULATOR
+        used = emu::arena_gap(end);
+        if (base) CUDA_CHECK(emu::poison(base + end, used - end));
+#else
+        used = ceil_div(end, 256) * 256;
+#endif
+        return p;
+    }
+};
+
+// The tensors of gpt2.h inside one array of parameters (floatX) or gradients (float).
+template <class E>
+struct Tensors {
+    E *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
+    void point_into(E* base, const Config& c) {
+        E** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
+                             &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
+        auto off = param_offsets(c);
+        for (int i = 0; i < NUM_PARAMS; i++) *p[i] = base + off[i];
+    }
+};
+
+// What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
+// used again: by every layer of a model that does not train, and in training by what is recomputed.
+struct Activations {
+    floatX *embedded, *ln1, *qkv, *atty, *resid2, *ln2, *fch, *fch_gelu, *resid3, *lnf;
+    float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd, *lnf_mean, *lnf_rstd, *losses;
+    size_t gelu_slots, ln_slots, block_slots, resid_slots;
+
+    void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
+        size_t C = c.C, L = c.L;
+        auto kept_below = [&](int level) { return trains && recompute < level ? L : 1; };
+        gelu_slots = kept_below(1), ln_slots = kept_below(2), block_slots = kept_below(3), resid_slots = trains ? L : 1;
+        embedded = a.take<floatX>(M, C), resid3 = a.take<floatX>(resid_slots, M, C);
+        qkv = a.take<floatX>(block_slots, M, 3 * C), lse = a.take<float>(block_slots, M, c.NH), atty = a.take<floatX>(block_slots, M, C);
+        resid2 = a.take<floatX>(block_slots, M, C), fch = a.take<floatX>(block_slots, M, 4 * C);
+        ln1_mean = a.take<float>(block_slots, M), ln1_rstd = a.take<float>(block_slots, M);
+        ln2_mean = a.take<float>(block_slots, M), ln2_rstd = a.take<float>(block_slots, M);
+        ln1 = a.take<floatX>(ln_slots, M, C), ln2 = a.take<floatX>(ln_slots, M, C), fch_gelu = a.take<floatX>(gelu_slots, M, 4 * C);
+        lnf = a.take<floatX>(M, C), lnf_mean = a.take<float>(M), lnf_rstd = a.take<float>(M), losses = a.take<float>(M);
+    }
+};
+
+// What is used and used again within a pass: gradients of activations, one layer at a time, the logits of some rows, scratch.
+struct Workspace {
+    floatX *dresid, *dbranch, *dln, *dqkv, *dfch, *branch, *logits;
+    float *layernorm, *attention, *bias;
+    void* products;
+
+    void place(Arena& a, const Config& c, size_t B, size_t T, size_t head_rows, bool trains) {
+        size_t M = B * T, C = c.C;
+        // A branch's output has met its residual before dln is first written; dfch is spent before dqkv comes to be.
+        branch = dln = a.take<floatX>(M, C);
+        logits = a.take<floatX>(head_rows, c.Vp);
+        products = a.take<char>(Matmul::WORKSPACE);
+        if (!trains) return;
+        dresid = a.take<floatX>(M, C), dbranch = a.take<floatX>(M, C);
+        dqkv = dfch = a.take<floatX>(M, 4 * C);
+        layernorm = a.take<float>(layernorm_backward_scratch(C)), attention = a.take<float>(attention_backward_scratch(B, T, C, c.NH));
+        bias = a.take<float>(Matmul::scratch(C));
+    }
+};
+
+// What the host gives to one micro-step, in one piece so that one copy brings it over.
+struct Batch {
+    StepState* state;
+    int *tokens, *targets;
+    EmbeddingBuckets buckets;
+
+    static constexpr size_t STATE_INTS = 16;  // room for the state, and for the alignment of what follows
+    static size_t bytes(size_t M) { return (STATE_INTS + 2 * M + EmbeddingBuckets::ints(M)) * sizeof(int); }
+    Batch(char* memory, size_t M) {
+        static_assert(sizeof(StepState) <= STATE_INTS * sizeof(int), "the state's room");
+        int* ints = (int*)memory + STATE_INTS;
+        state = (StepState*)memory, tokens = ints, targets = ints + M, buckets = EmbeddingBuckets::at(ints + 2 * M, M);
+    }
+    Batch() = default;
+};
+
+// What a pass and a step report.
+struct Report {
+    double loss;                // sum over targets; in training that of the step so far, times grad_scale
+    unsigned long long counted;
+    StepResult step;
+};
+
+// Throws one line where this machine has no GPU that this program can use.
+inline void require_gpu() {
+    const char* other = "./train_gpt2 trains on the CPU";
+    int count = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaErrorInsufficientDriver) {
+        int driver = 0, runtime = 0;
+        cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
+        if (!driver) fail("no NVIDIA driver on this machine; %s", other);
+        fail("the NVIDIA driver takes CUDA up to %d.%d, this program was built with %d.%d: update the driver; %s", driver / 1000,
+             driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, other);
+    }
+    if (status == cudaErrorNoDevice || (status == cudaSuccess && !count)) fail("no NVIDIA GPU on this machine; %s", other);
+    if (status != cudaSuccess) fail("no usable GPU: %s (%s); %s", cudaGetErrorString(status), cudaGetErrorName(status), other);
+    cudaDeviceProp p;
+    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    if (p.major < 8) fail("%s has compute capability %d.%d, wanted 8.0 (Ampere) or later; %s", p.name, p.major, p.minor, other);
+}
+
+struct GPT2 {
+    const Config cfg;
+    const size_t B, T;  // largest batch; both 0 for a model that only generates
+    const bool trains;
+    const int recompute;
+    float dropout = 0;
+    uint64_t seed = 1337;
+    bool use_graphs = true;  // false launches every kernel by itself
+    Tensors<floatX> p{};
+    Tensors<float> g{};
+    Stream stream;
+
+    static constexpr const char* PROGRAM = "train_gpt2cu";
+    static constexpr Dtype DEFAULT_DTYPE = BUILD_DTYPE;
+    static constexpr size_t PIECE = 4 << 20;           // floats that come and go at once through pinned memory
+    static inline size_t head_logits = (size_t)1 << 27;  // logits held at once: 256 MiB in bf16
+
+    // The head's rows are cut into parts of equal length.
+    static size_t head_rows(const Config& c, size_t M) {
+        size_t most = std::max<size_t>(head_logits / c.Vp, 1), parts = std::max<size_t>(ceil_div(M, most), 1);
+        return std::min(M, ceil_div(ceil_div(M, parts), 8) * 8);
+    }
+
+    static void require_device() { require_gpu(); }
+    static void set_threads(int) {}
+    static std::string device() {
+        cudaDeviceProp d;
+        CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
+        return strf("%s, %s, %s", d.name, human_bytes((double)d.totalGlobalMem).c_str(), BUILD_DTYPE == BF16 ? "bf16" : "fp32");
+    }
+    // By NVIDIA's data sheets, dense; of another GPU what its processors can do at their highest clock.
+    static Peak peak_flops() {
+        struct {
+            const char* name;  // what the device's name contains; the first match counts
+            double bf16, fp32;  // TFLOP/s
+        } known[] = {{"A100", 312, 19.5},    {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H200", 989, 67},
+                     {"GH200", 989, 67},     {"H800", 989, 67},      {"A40", 149.7, 37.4},  {"L40S", 362, 91.6}, {"L4", 121, 30.3},
+                     {"RTX 3090", 71, 35.6}, {"RTX 4090", 165.2, 82.6}};
+        cudaDeviceProp d;
+        CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
+        for (auto& k : known)
+            if (strstr(d.name, k.name)) return {(BUILD_DTYPE == BF16 ? k.bf16 : k.fp32) * 1e12, "by its data sheet"};
+        int khz = 0;
+        CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
+        // Floating-point operations of one multiprocessor in one cycle.
+        double tensor = d.major >= 10 && d.major < 12 ? 8192 : d.major == 9 ? 4096 : d.major == 8 && d.minor == 0 ? 2048 : 1024;
+        double plain = d.major == 8 && d.minor == 0 ? 128 : 256;
+        return {(BUILD_DTYPE == BF16 ? tensor : plain) * d.multiProcessorCount * khz * 1e3, "at its highest clock"};
+    }
+    // Bytes that can be allocated, less what CUDA itself takes as kernels and graphs are loaded.
+    static size_t memory_available() {
+        size_t free_bytes, total;
+        CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+        return free_bytes - free_bytes / 32;
+    }
+    static void check_precision(Precision precision) {
+        if (precision.dtype == BUILD_DTYPE) return;
+        throw UsageError(strf("--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
+                              BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
+    }
+    // Throws where the kernels do not take the model.
+    static void check_sizes(const Config& c, size_t T) {
+        check_config(c, "model");
+        std::string sizes;
+        bool taken = false;
+        for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs), taken |= hs == c.hs();
+        if (!taken) fail("model: the head size, channels / heads, is %d, the GPU trainer takes %s; ./train_gpt2 takes any", c.hs(), sizes.c_str());
+        if ((size_t)c.C > MAX_CHANNELS) fail("model: C is %d, the GPU trainer takes at most %zu; ./train_gpt2 takes any", c.C, MAX_CHANNELS);
+        if (c.Vp % 8) fail("model: Vp is %d, the GPU trainer wants a multiple of 8; ./train_gpt2 takes any", c.Vp);
+        if (T > (size_t)c.maxT) fail("model: takes at most %d tokens of context, %zu were asked for", c.maxT, T);
+    }
+    // What each arena needs. Parameters and gradients share one, activations and scratch another.
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision precision = {BUILD_DTYPE}) {
+        check_sizes(c, T);
+        size_t M = checked_mul(B, T, "batch size x sequence length");
+        MemoryNeed n;
+        Memory m;
+        Arena params, all, optimizer, activations, scratch;
+        m.place_params(params, c), m.place_params(all, c), m.place_gradients(all, c, trains);
+        m.place_optimizer(optimizer, c, trains, precision);
+        m.place_activations(activations, c, M, trains, recompute);
+        m.place_scratch(scratch, c, B, T, trains);
+        n.params = params.used, n.grads = all.used - params.used, n.optimizer = optimizer.used;
+        n.activations = activations.used, n.scratch = scratch.used;
+        return n;
+    }
+
+    // recompute: what backward computes again instead of keeping it. Of 16C numbers per token and layer 0 keeps all;
+    // 1 drops GELU's output, 4C; 2 that and LayerNorm's, 6C; 3 whole blocks, all but C.
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision = {BUILD_DTYPE})
+        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
+        check_precision(precision);
+        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
+        size_t M = B * T;
+        Arena a;
+        weights_.allocate(need.params + need.grads);
+        a = {weights_.p, 0};
+        mem_.place_params(a, c), mem_.place_gradients(a, c, trains);
+        p.point_into(mem_.params, c);
+        if (trains) {
+            g.point_into(mem_.grads, c);
+            optimizer_.allocate(need.optimizer);
+            a = {optimizer_.p, 0};
+            mem_.place_optimizer(a, c, trains, precision);
+            CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, num_params(c) * sizeof(float), stream.stream));
+            CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, num_params(c) * sizeof(float), stream.stream));
+        }
+        activations_.allocate(need.activations + need.scratch);
+        a = {activations_.p, 0};
+        mem_.place_activations(a, c, M, trains, recompute);
+        mem_.place_scratch(a, c, B, T, trains);
+        staging_.allocate(PIECE * (sizeof(float) + sizeof(floatX)));
+        report_.allocate(sizeof(Report));
+        for (Slot& slot : slots_) {
+            slot.memory.allocate(Batch::bytes(M));
+            slot.batch = Batch(slot.memory.p, M);
+        }
+        attention_init(c.hs());
+        matmul_ = std::make_unique<Matmul>(mem_.work.products, mem_.work.bias, stream.stream);
+        if (M) time_products(M);
+        stream.wait();
+    }
+    ~GPT2() {
+        cudaStreamSynchronize(stream.stream);
+        for (Graph& graph : graphs_) cudaGraphExecDestroy(graph.exec);
+    }
+    GPT2(const GPT2&) = delete;
+    GPT2& operator=(const GPT2&) = delete;
+
+    // The CPU's initial weights, bit for bit.
+    void init_weights(uint64_t from_seed) {
+        auto off = param_offsets(cfg);
+        size_t at = 0;
+        each_piece(PARAMS, [&](float* w, size_t n) {
+            for (int i = 0; i < NUM_PARAMS; i++) {
+                size_t begin = std::max(at, off[i]), end = std::min(at + n, off[i + 1]);
+                if (begin < end) initial_weights(w + (begin - at), cfg, i, begin - off[i], end - begin, from_seed);
+            }
+            at += n;
+        });
+    }
+
+    // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T, without dropout; counted() tells
+    // how many.
+    double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
+        if (pass.train || micro_steps_) throw std::logic_error("forward: evaluates between steps; a training pass is accumulate()");
+        run(tokens, targets, B_, T_, pass);
+        Report r = read_report();
+        counted_ = r.counted;
+        return counted_ ? r.loss / (double)counted_ : 0;
+    }
+    size_t counted() const { return counted_; }
+
+    // Adds a micro-batch's gradients and loss to the step's; returns before the GPU is done.
+    void accumulate(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
+        if (!trains || !pass.train) throw std::logic_error("accumulate: not a training pass of a model that trains");
+        run(tokens, targets, B_, T_, pass);
+        micro_steps_++;
+    }
+    // One AdamW step, number t from 1, with the gradient clipped; where it is not finite, nothing changes.
+    StepResult step(const AdamW& a, uint32_t t) {
+        if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
+        adamw_step(&mem_.report->step, mem_.params, mem_.master, mem_.grads, mem_.m, mem_.v, mem_.norm_parts, &mem_.report->loss, cfg, a, t,
+                   seed, stream.stream);
+        micro_steps_ = 0;
+        return read_report().step;
+    }
+
+    // State out and in, piece by piece in order through pinned memory: f(pointer, number of floats). An f that takes a pointer
+    // to const reads, any other writes.
+    enum State { PARAMS, ADAM_M, ADAM_V };
+    template <class F>
+    void each_piece(State s, F f) {
+        float* device = s == PARAMS ? mem_.master : s == ADAM_M ? mem_.m : mem_.v;
+        if (s != PARAMS && !trains) throw std::logic_error("each_piece: a model that does not train has no optimizer state");
+        constexpr bool writes = !std::is_invocable<F, const float*, size_t>::value;
+        for (size_t i = 0, total = num_params(cfg); i < total; i += PIECE) {
+            size_t n = std::min(PIECE, total - i);
+            float* host = (float*)staging_.p;
+            if (!writes && device) download(host, device + i, n);
+            else if (!writes) download_params(host, i, n);
+            f(host, n);
+            if (writes && device) upload(device + i, host, n);
+            if (writes && s == PARAMS) upload_params(host, i, n);
+        }
+    }
+    // Says that the state just loaded is that after update number t: the bf16 parameters are rounded from their masters as
+    // that update rounded them, so that the run goes on bit for bit.
+    void resumed(uint32_t t) {
+        if (t && mem_.master) round_parameters(mem_.params, mem_.master, num_params(cfg), seed, t, stream.stream);
+    }
+    // All gradients of the step so far, in the order of param_table, for tests.
+    std::vector<float> grads() {
+        std::vector<float> out(num_params(cfg));
+        for (size_t i = 0; i < out.size(); i += PIECE) {
+            size_t n = std::min(PIECE, out.size() - i);
+            download((float*)staging_.p, mem_.grads + i, n);
+            memcpy(&out[i], staging_.p, n * sizeof(float));
+        }
+        return out;
+    }
+
+    Matmul& matmul() { return *matmul_; }
+
+  private:
+    // What stands in the three arenas.
+    struct Memory {
+        floatX* params = nullptr;
+        float *grads = nullptr, *m = nullptr, *v = nullptr, *master = nullptr;
+        double* norm_parts = nullptr;
+        Activations act{};
+        Workspace work{};
+        Batch batch;
+        Report* report = nullptr;
+
+        void place_params(Arena& a, const Config& c) { params = a.take<floatX>(num_params(c)); }
+        void place_gradients(Arena& a, const Config& c, bool trains) {
+            if (trains) grads = a.take<float>(num_params(c));
+        }
+        void place_optimizer(Arena& a, const Config& c, bool trains, Precision precision) {
+            if (!trains) return;
+            m = a.take<float>(num_params(c)), v = a.take<float>(num_params(c));
+            if (precision.dtype == BF16 && precision.master_weights) master = a.take<float>(num_params(c));
+            norm_parts = a.take<double>(adamw_scratch());
+        }
+        void place_activations(Arena& a, const Config& c, size_t M, bool trains, int recompute) { act.place(a, c, M, trains, recompute); }
+        void place_scratch(Arena& a, const Config& c, size_t B, size_t T, bool trains) {
+            work.place(a, c, B, T, head_rows(c, B * T), trains);
+            char* memory = a.take<char>(Batch::bytes(B * T));
+            if (memory) batch = Batch(memory, B * T);
+            report = a.take<Report>(1);
+        }
+    };
+    // Pinned memory that the host fills while the GPU may still copy from the other one.
+    struct Slot {
+        PinnedMemory memory;
+        Batch batch;
+        Event copied;
+    };
+    // A pass that was recorded, and what it was recorded for.
+    struct Graph {
+        size_t B, T;
+        bool train, first;
+        float dropout;
+        uint64_t seed;
+        cudaGraphExec_t exec;
+    };
+    // Where the activations of one layer stand.
+    struct Block {
+        const floatX* resid;  // what the block reads
+        floatX *ln1, *qkv, *atty, *resid2, *ln2, *fch, *fch_gelu, *resid3;
+        float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd;
+    };
+    Block block(size_t l) const {
+        const Activations& a = mem_.act;
+        size_t C = cfg.C, M = b_ * t_, gelu = l % a.gelu_slots * M, ln = l % a.ln_slots * M, blk = l % a.block_slots * M, res = l % a.resid_slots * M;
+        size_t before = (l + a.resid_slots - 1) % a.resid_slots * M;
+        return {l ? a.resid3 + before * C : a.embedded, a.ln1 + ln * C, a.qkv + blk * 3 * C, a.atty + blk * C, a.resid2 + blk * C,
+                a.ln2 + ln * C, a.fch + blk * 4 * C, a.fch_gelu + gelu * 4 * C, a.resid3 + res * C, a.ln1_mean + blk, a.ln1_rstd + blk,
+                a.lse + blk * cfg.NH, a.ln2_mean + blk, a.ln2_rstd + blk};
+    }
+    Dropout drop(rng::Stream site, size_t layer) const { return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state}; }
+
+    // One pass over a batch: its data go to the GPU, and the recorded kernels follow.
+    void run(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
+        if (B_ > B || T_ > T) throw std::logic_error("run: batch larger than the model was built for");
+        size_t M = B_ * T_;
+        Slot& slot = slots_[next_slot_++ % SLOTS];
+        slot.copied.wait();
+        *slot.batch.state = {pass.seq0, pass.step, pass.grad_scale};
+        memcpy(slot.batch.tokens, tokens, M * sizeof(int)), memcpy(slot.batch.targets, targets, M * sizeof(int));
+        if (pass.train) bucket_tokens(slot.batch.buckets, tokens, M);
+        CUDA_CHECK(cudaMemcpyAsync(mem_.batch.state, slot.memory.p, Batch::bytes(B * T), cudaMemcpyHostToDevice, stream.stream));
+        slot.copied.record(stream.stream);
+
+        b_ = B_, t_ = T_, train_ = pass.train;
+        bool first = pass.train && !micro_steps_;
+        if (!use_graphs) return launch_pass(first);
+        for (Graph& graph : graphs_)
+            if (graph.B == B_ && graph.T == T_ && graph.train == train_ && graph.first == first && (!train_ || (graph.dropout == dropout && graph.seed == seed)))
+                return CUDA_CHECK(cudaGraphLaunch(graph.exec, stream.stream));
+        graphs_.push_back({B_, T_, train_, first, dropout, seed, record_pass(first)});
+        CUDA_CHECK(cudaGraphLaunch(graphs_.back().exec, stream.stream));
+    }
+    cudaGraphExec_t record_pass(bool first) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeThreadLocal));
+        try {
+            launch_pass(first);
+        } catch (...) {
+            cudaStreamEndCapture(stream.stream, &graph);
+            throw;
+        }
+        CUDA_CHECK(cudaStreamEndCapture(stream.stream, &graph));
+        cudaError_t status = cudaGraphInstantiate(&exec, graph, 0);
+        cudaGraphDestroy(graph);
+        CUDA_CHECK(status);
+        return exec;
+    }
+    // All kernels of a pass. `first` training passes of a step overwrite its gradients and loss, later ones add.
+    void launch_pass(bool first) {
+        if (first) clear_gradients();
+        if (first || !train_) CUDA_CHECK(cudaMemsetAsync(mem_.report, 0, sizeof(Report), stream.stream));
+        forward_pass(!first);
+        if (train_) backward_pass(!first);
+    }
+    // Zeros, where gradients are only ever added to: all but the matrices that the products write.
+    void clear_gradients() {
+        auto off = param_offsets(cfg);
+        auto product = [](int i) { return i == WTE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW; };
+        for (int i = 0, end; i < NUM_PARAMS; i = end + 1) {
+            for (end = i; end < NUM_PARAMS && !product(end);) end++;
+            if (end > i) CUDA_CHECK(cudaMemsetAsync(mem_.grads + off[i], 0, (off[end] - off[i]) * sizeof(float), stream.stream));
+        }
+    }
+
+    void forward_pass(bool accumulate) {
+        const Activations& act = mem_.act;
+        size_t C = cfg.C, M = b_ * t_, L = cfg.L;
+        embedding_forward(act.embedded, mem_.batch.tokens, p.wte, p.wpe, b_, t_, C, drop(rng::EMB_DROPOUT, 0), stream.stream);
+        Block first = block(0);
+        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.embedded, p.ln1w, p.ln1b, M, C, cfg.eps, stream.stream);
+        for (size_t l = 0; l < L; l++) {
+            block_forward(l);
+            Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
+            matmul_->forward(mem_.work.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
+            residual_layernorm_forward(a.resid3, last ? act.lnf : next.ln1, last ? act.lnf_mean : next.ln1_mean,
+                                       last ? act.lnf_rstd : next.ln1_rstd, a.resid2, mem_.work.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
+                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, t_, C, drop(rng::FCPROJ_DROPOUT, l), cfg.eps, stream.stream);
+        }
+        head(M, accumulate);
+    }
+    // Block l from its ln1 up to the GELU.
+    void block_forward(size_t l) {
+        Block a = block(l);
+        size_t C = cfg.C, M = b_ * t_;
+        floatX* branch = mem_.work.branch;
+        matmul_->forward(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+        attention_forward(a.atty, a.lse, a.qkv, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), stream.stream);
+        matmul_->forward(branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, cfg.arch == GROVER_ARCH ? a.ln1 : a.resid, branch, p.ln2w + l * C,
+                                   p.ln2b + l * C, M, t_, C, drop(rng::ATTPROJ_DROPOUT, l), cfg.eps, stream.stream);
+        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, cfg.activation);
+    }
+    // Output layer and loss, some rows at a time so that the logits of the whole batch never exist at once.
+    // In training also dln = dlogits wte and dwte += dlogits^T lnf.
+    void head(size_t M, bool accumulate) {
+        const Workspace& w = mem_.work;
+        size_t C = cfg.C, Vp = cfg.Vp, R = head_rows(cfg, M);
+        for (size_t m = 0; m < M; m += R) {
+            size_t n = std::min(R, M - m);
+            const floatX* x = mem_.act.lnf + m * C;
+            matmul_->forward(w.logits, x, p.wte, nullptr, n, C, Vp);
+            cross_entropy(mem_.act.losses + m, w.logits, mem_.batch.targets + m, n, cfg.V, Vp, train_, mem_.batch.state, stream.stream);
+            if (!train_) continue;
+            matmul_->weight_gradient(g.wte, nullptr, w.logits, x, n, C, Vp, accumulate || m);
+            matmul_->input_gradient(w.dln + m * C, w.logits, p.wte, n, C, Vp);
+        }
+        sum_losses(&mem_.report->loss, &mem_.report->counted, mem_.act.losses, mem_.batch.targets, M, train_ ? mem_.batch.state : nullptr, stream.stream);
+    }
+
+    void backward_pass(bool accumulate) {
+        const Activations& act = mem_.act;
+        const Workspace& w = mem_.work;
+        cudaStream_t s = stream.stream;
+        size_t C = cfg.C, M = b_ * t_, L = cfg.L;
+        bool grover = cfg.arch == GROVER_ARCH;
+        int activation = cfg.activation;
+        // LayerNorm's backward also writes what the residual branch before it receives: dresid under that branch's mask.
+        floatX* masked = dropout > 0 ? w.dbranch : nullptr;
+        const floatX* dbranch = masked ? masked : w.dresid;
+        layernorm_backward(w.dresid, masked, g.lnfw, g.lnfb, w.layernorm, w.dln, nullptr, block(L - 1).resid3, act.lnf_mean, act.lnf_rstd,
+                           p.lnfw, M, t_, C, false, drop(rng::FCPROJ_DROPOUT, L - 1), s);
+        for (size_t l = L; l-- > 0;) {
+            Block a = block(l);
+            if (l + 1 < L) {  // the last block's activations still stand in their slots
+                if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps, s);
+                if (recompute == 2) layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C, cfg.eps, s);
+                if (recompute == 1 || recompute == 2) gelu_forward(a.fch_gelu, a.fch, M * 4 * C, activation, s);
+                if (recompute == 3) block_forward(l);
+            }
+            matmul_->weight_gradient(g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, M, 4 * C, C, accumulate);
+            matmul_->input_gradient_gelu(w.dfch, dbranch, p.fcprojw + l * 4 * C * C, a.fch, M, 4 * C, C, activation);
+            matmul_->weight_gradient(g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, w.dfch, a.ln2, M, C, 4 * C, accumulate);
+            matmul_->input_gradient(w.dln, w.dfch, p.fcw + l * 4 * C * C, M, C, 4 * C);
+            layernorm_backward(w.dresid, masked, g.ln2w + l * C, g.ln2b + l * C, w.layernorm, w.dln, nullptr, a.resid2, a.ln2_mean, a.ln2_rstd,
+                               p.ln2w + l * C, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
+
+            matmul_->weight_gradient(g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, M, C, C, accumulate);
+            matmul_->input_gradient(w.dln, dbranch, p.attprojw + l * C * C, M, C, C);
+            attention_backward(w.dqkv, w.attention, w.dln, a.atty, a.qkv, a.lse, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), s);
+            matmul_->weight_gradient(g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, w.dqkv, a.ln1, M, C, 3 * C, accumulate);
+            matmul_->input_gradient(w.dln, w.dqkv, p.qkvw + l * 3 * C * C, M, C, 3 * C);
+            // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
+            layernorm_backward(w.dresid, l ? masked : nullptr, g.ln1w + l * C, g.ln1b + l * C, w.layernorm, w.dln, grover ? w.dresid : nullptr, a.resid,
+                               a.ln1_mean, a.ln1_rstd, p.ln1w + l * C, M, t_, C, !grover, drop(rng::FCPROJ_DROPOUT, l ? l - 1 : 0), s);
+        }
+        embedding_backward(g.wte, g.wpe, w.dresid, mem_.batch.buckets, b_, t_, C, drop(rng::EMB_DROPOUT, 0), s);
+    }
+
+    // Lets every product of the largest batch find its fastest algorithm, before there is anything in memory to spoil.
+    void time_products(size_t M) {
+        const Workspace& w = mem_.work;
+        b_ = B, t_ = T, train_ = trains;
+        Block a = block(0);
+        size_t C = cfg.C, R = head_rows(cfg, M), rest = M % R;
+        matmul_->timing = true;
+        matmul_->forward(a.qkv, a.ln1, p.qkvw, p.qkvb, M, C, 3 * C);
+        matmul_->forward(w.branch, a.atty, p.attprojw, p.attprojb, M, C, C);
+        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, p.fcw, p.fcb, M, C, 4 * C, cfg.activation);
+        matmul_->forward(w.branch, a.fch_gelu, p.fcprojw, p.fcprojb, M, 4 * C, C);
+        if (trains) {
+            matmul_->weight_gradient(g.fcprojw, g.fcprojb, w.dresid, a.fch_gelu, M, 4 * C, C, true);
+            matmul_->input_gradient_gelu(w.dfch, w.dresid, p.fcprojw, a.fch, M, 4 * C, C, cfg.activation);
+            matmul_->weight_gradient(g.fcw, g.fcb, w.dfch, a.ln2, M, C, 4 * C, true);
+            matmul_->input_gradient(w.dln, w.dfch, p.fcw, M, C, 4 * C);
+            matmul_->weight_gradient(g.attprojw, g.attprojb, w.dresid, a.atty, M, C, C, true);
+            matmul_->input_gradient(w.dln, w.dresid, p.attprojw, M, C, C);
+            matmul_->weight_gradient(g.qkvw, g.qkvb, w.dqkv, a.ln1, M, C, 3 * C, true);
+            matmul_->input_gradient(w.dln, w.dqkv, p.qkvw, M, C, 3 * C);
+        }
+        for (size_t n : {R, rest}) {
+            if (!n) continue;
+            matmul_->forward(w.logits, mem_.act.lnf, p.wte, nullptr, n, C, cfg.Vp);
+            if (!trains) continue;
+            matmul_->weight_gradient(g.wte, nullptr, w.logits, mem_.act.lnf, n, C, cfg.Vp, true);
+            matmul_->input_gradient(w.dln, w.logits, p.wte, n, C, cfg.Vp);
+        }
+        matmul_->timing = false;
+        matmul_->save_timings();
+    }
+
+    Report read_report() {
+        CUDA_CHECK(cudaMemcpyAsync(report_.p, mem_.report, sizeof(Report), cudaMemcpyDeviceToHost, stream.stream));
+        stream.wait();
+        return *(Report*)report_.p;
+    }
+    void download(void* host, const float* device, size_t n) {
+        CUDA_CHECK(cudaMemcpyAsync(host, device, n * sizeof(float), cudaMemcpyDeviceToHost, stream.stream));
+        stream.wait();
+    }
+    void upload(float* device, const float* host, size_t n) {
+        CUDA_CHECK(cudaMemcpyAsync(device, host, n * sizeof(float), cudaMemcpyHostToDevice, stream.stream));
+        stream.wait();
+    }
+    // Parameters i.. to and from floats in the pinned memory, whose second part holds them as floatX.
+    void download_params(float* host, size_t i, size_t n) {
+        floatX* narrow = (floatX*)(host + PIECE);
+        CUDA_CHECK(cudaMemcpyAsync(narrow, mem_.params + i, n * sizeof(floatX), cudaMemcpyDeviceToHost, stream.stream));
+        stream.wait();
+        to_floats(host, narrow, n);
+    }
+    void upload_params(const float* host, size_t i, size_t n) {
+        floatX* narrow = (floatX*)(host + PIECE);
+        from_floats(narrow, host, n);
+        CUDA_CHECK(cudaMemcpyAsync(mem_.params + i, narrow, n * sizeof(floatX), cudaMemcpyHostToDevice, stream.stream));
+        stream.wait();
+    }
+
+    static constexpr size_t SLOTS = 2;
+    DeviceMemory weights_, optimizer_, activations_;
+    PinnedMemory staging_, report_;
+    Memory mem_;
+    Slot slots_[SLOTS];
+    size_t next_slot_ = 0, micro_steps_ = 0, counted_ = 0;
+    std::unique_ptr<Matmul> matmul_;
+    std::vector<Graph> graphs_;
+    size_t b_ = 0, t_ = 0;  // of the pass that is being launched
+    bool train_ = false;
+};
 
 // ---------------------------------------------------------------------------------------------
 // Generation: keys and values of past tokens are kept, so that a new token costs the same each time
 
-// @@SECTION decoder: M
+constexpr int DECODE_WARPS = 4;
+
+// Attention of the newest n tokens of each sequence to all so far. out (N*n,C), qkv (N*n,3C); cache (N,T,2C) holds keys and
+// values of the first `before` tokens, and gets the new ones. A block serves one token and head: each warp takes every
+// fourth key, its lanes the channels; the softmax is made online (Milakov and Gimelshein 2018), the warps' parts are joined
+// at the end. Grid (N*n, NH), block DECODE_WARPS * WARP.
+__global__ void decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n, size_t T, size_t C, int hs) {
+    constexpr int MOST = 128, PER_LANE = MOST / WARP;
+    __shared__ float warp_max[DECODE_WARPS], warp_sum_of[DECODE_WARPS], warp_out[DECODE_WARPS][MOST];
+    size_t row = blockIdx.x, i = row % n, len = before + i + 1, head = blockIdx.y * (size_t)hs;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    floatX* kept = cache + row / n * T * 2 * C + head;                 // key j at j * 2C, its value C further
+    const floatX* fresh = qkv + (row - i) * 3 * C + C + head;          // the same of the new tokens, at 3C
+    const floatX* query = qkv + row * 3 * C + head;
+    float scale = 1.0f / sqrtf((float)hs), q[PER_LANE], o[PER_LANE] = {}, max = -INFINITY, sum = 0;
+    for (int k = 0; k < PER_LANE; k++) {
+        int c = lane + k * WARP;
+        q[k] = c < hs ? to_float(query[c]) * scale : 0.0f;
+    }
+    for (size_t j = warp; j < len; j += DECODE_WARPS) {
+        const floatX* key = j < before ? kept + j * 2 * C : fresh + (j - before) * 3 * C;
+        float dot = 0;
+        for (int k = 0; k < PER_LANE; k++) {
+            int c = lane + k * WARP;
+            if (c < hs) dot += q[k] * to_float(key[c]);
+        }
+        float score = warp_sum(dot), higher = fmaxf(max, score), shrink = expf(max - higher), p = expf(score - higher);
+        sum = sum * shrink + p, max = higher;
+        for (int k = 0; k < PER_LANE; k++) {
+            int c = lane + k * WARP;
+            if (c < hs) o[k] = o[k] * shrink + p * to_float(key[C + c]);
+        }
+    }
+    if (lane == 0) warp_max[warp] = max, warp_sum_of[warp] = sum;
+    for (int k = 0; k < PER_LANE; k++) warp_out[warp][lane + k * WARP] = o[k];
+    __syncthreads();
+    for (int w = 0; w < DECODE_WARPS; w++) max = w ? fmaxf(max, warp_max[w]) : warp_max[0];
+    sum = 0;
+    for (int w = 0; w < DECODE_WARPS; w++) sum += warp_sum_of[w] * expf(warp_max[w] - max);
+    for (int c = threadIdx.x; c < hs; c += DECODE_WARPS * WARP) {
+        float v = 0;
+        for (int w = 0; w < DECODE_WARPS; w++) v += warp_out[w][c] * expf(warp_max[w] - max);
+        out[row * C + head + c] = from_float<floatX>(v / sum);
+        kept[(len - 1) * 2 * C + c] = fresh[i * 3 * C + c];
+        kept[(len - 1) * 2 * C + C + c] = fresh[i * 3 * C + C + c];
+    }
+}
+
+class Decoder {
+  public:
+    // N sequences side by side, contexts of up to `context` tokens (at most maxT).
+    Decoder(GPT2& model, size_t N, size_t context) : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
+        Arena a;
+        place(a);
+        if (size_t have = GPT2::memory_available(); a.used > have)
+            fail("%zu texts side by side need %s of GPU memory for keys and values, %s are free; write fewer at once", N,
+                 human_bytes((double)a.used).c_str(), human_bytes((double)have).c_str());
+        memory_.allocate(a.used);
+        a = {memory_.p, 0};
+        place(a);
+        host_tokens_.allocate(rows_ * sizeof(int)), host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
+        out_.resize(N * (size_t)m_.cfg.V);
+    }
+
+    size_t length() const { return pos_; }
+    size_t capacity() const { return T_; }
+    void reset() { pos_ = 0; }
+
+    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one.
+    const float* append(const int* tokens, size_t n) {
+        if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
+        for (size_t i = 0; i + 1 < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - 1 - i));
+        run(tokens + n - 1, n, 1);  // the last token by itself: its rows are those that the output layer takes
+        const Config& c = m_.cfg;
+        m_.matmul().forward(logits_, ln_, m_.p.wte, nullptr, N_, c.C, c.Vp);
+        CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, N_ * (size_t)c.Vp * sizeof(floatX), cudaMemcpyDeviceToHost, m_.stream.stream));
+        m_.stream.wait();
+        for (size_t s = 0; s < N_; s++)
+            to_floats(&out_[s * c.V], (const floatX*)host_logits_.p + s * c.Vp, (size_t)c.V);
+        return out_.data();
+    }
+
+  private:
+    static constexpr size_t CHUNK = 64;
+
+    void place(Arena& a) {
+        const Config& c = m_.cfg;
+        size_t C = c.C;
+        cache_ = a.take<floatX>(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
+        tokens_ = a.take<int>(rows_);
+        x_ = a.take<floatX>(rows_, C), ln_ = a.take<floatX>(rows_, C), qkv_ = a.take<floatX>(rows_, 3 * C);
+        att_ = a.take<floatX>(rows_, C), branch_ = a.take<floatX>(rows_, C), fc_ = a.take<floatX>(rows_, 4 * C);
+        fc_gelu_ = a.take<floatX>(rows_, 4 * C), mean_ = a.take<float>(rows_), rstd_ = a.take<float>(rows_);
+        logits_ = a.take<floatX>(N_, c.Vp);
+    }
+    // One chunk through all layers: the first n of `stride` tokens of each sequence. Leaves the final LayerNorm's output in ln_.
+    void run(const int* tokens, size_t stride, size_t n) {
+        const Config& c = m_.cfg;
+        const Tensors<floatX>& p = m_.p;
+        Matmul& matmul = m_.matmul();
+        cudaStream_t s = m_.stream.stream;
+        size_t C = c.C, M = N_ * n;
+        m_.stream.wait();  // the chunk before has been copied
+        for (size_t r = 0; r < M; r++) ((int*)host_tokens_.p)[r] = tokens[r / n * stride + r % n];
+        CUDA_CHECK(cudaMemcpyAsync(tokens_, host_tokens_.p, M * sizeof(int), cudaMemcpyHostToDevice, s));
+        embedding_forward(x_, tokens_, p.wte, p.wpe + pos_ * C, N_, n, C, Dropout{}, s);
+        layernorm_forward(ln_, mean_, rstd_, x_, p.ln1w, p.ln1b, M, C, c.eps, s);
+        for (size_t l = 0; l < (size_t)c.L; l++) {
+            matmul.forward(qkv_, ln_, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+            launch(decode_attention_kernel, dim3((unsigned)M, (unsigned)c.NH), DECODE_WARPS * WARP, 0, s, att_, cache_ + l * N_ * T_ * 2 * C, qkv_,
+                   pos_, n, T_, C, c.hs());
+            matmul.forward(branch_, att_, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+            residual_layernorm_forward(x_, ln_, mean_, rstd_, c.arch == GROVER_ARCH ? ln_ : x_, branch_, p.ln2w + l * C, p.ln2b + l * C, M, n, C,
+                                       Dropout{}, c.eps, s);
+            matmul.forward_gelu(fc_gelu_, fc_, ln_, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, c.activation);
+            matmul.forward(branch_, fc_gelu_, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            bool last = l + 1 == (size_t)c.L;
+            residual_layernorm_forward(x_, ln_, mean_, rstd_, x_, branch_, last ? p.lnfw : p.ln1w + (l + 1) * C, last ? p.lnfb : p.ln1b + (l + 1) * C,
+                                       M, n, C, Dropout{}, c.eps, s);
+        }
+        pos_ += n;
+    }
+
+    GPT2& m_;
+    size_t N_, T_, rows_, pos_ = 0;
+    DeviceMemory memory_;
+    PinnedMemory host_tokens_, host_logits_;
+    int* tokens_;
+    floatX *cache_, *x_, *ln_, *qkv_, *att_, *branch_, *fc_, *fc_gelu_, *logits_;
+    float *mean_, *rstd_;
+    std::vector<float> out_;
+};
 
 }  // namespace gpu
 
