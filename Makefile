@@ -16,7 +16,7 @@ OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
 
-.PHONY: all help train finetune export plot test test-asan bench golden fuzz clean
+.PHONY: all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -31,6 +31,8 @@ help:
 	@echo "                               give the result back in that form, to OUT/hf"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make test-asan                 the same under AddressSanitizer and UBSan"
+	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
+	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
 	@echo "make bench                     time the matrix product and training steps"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
@@ -77,23 +79,63 @@ export_tokenizer: tokenizer/export_tokenizer.cpp $(HEADERS)
 tokenize: tokenizer/tokenize.cpp $(HEADERS)
 	$(CXX) $(FLAGS) $< -o $@
 
-# --- tests: one program from several files; test_gpt2.cpp has its main
+# --- tests: test_gpt2 from several files, and programs of CUDA code that dev/emulator runs on the CPU
 TEST_SOURCES = test_gpt2.cpp $(wildcard data/test_*.cpp tokenizer/test_*.cpp dev/test_*.cpp dev/*/test_*.cpp)
 TEST_OBJECTS = $(TEST_SOURCES:%.cpp=$(BUILD)/%.o)
+EMULATED_TESTS = test_emulator
+TEST_PROGRAMS = $(BUILD)/test_gpt2 $(CUDA_TESTS)
+
+CUDA_HOME ?= /usr/local/cuda
+ifneq ($(wildcard $(CUDA_HOME)/include/cuda_runtime.h),)
+CUDA_TESTS = $(EMULATED_TESTS:%=$(BUILD)/%)
+else
+NO_CUDA = the CUDA Toolkit's headers are not in $(CUDA_HOME)/include; install it (https://developer.nvidia.com/cuda-downloads) or name its folder: make CUDA_HOME=DIR
+SKIPPED_TESTS = $(EMULATED_TESTS:%="skip:%: $(NO_CUDA)")
+endif
 
 test: $(PROGRAMS)
 	@dev/setup.sh tests
-	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/test_gpt2
-	$(BUILD)/test_gpt2
+	@$(MAKE) --no-print-directory -j$$(nproc) $(TEST_PROGRAMS)
+	@dev/run_tests.sh $(TEST_PROGRAMS) $(SKIPPED_TESTS)
 
 test-asan:
-	@$(MAKE) --no-print-directory test BUILD=build/asan PROGRAMS="$(PROGRAMS)" CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+	@$(MAKE) --no-print-directory test BUILD=build/asan CUDA_TESTS= PROGRAMS="$(PROGRAMS)" CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+# The same CUDA code under AddressSanitizer and UBSan, and under ThreadSanitizer with a TSan fiber for each CUDA thread
+test-emulator-asan: need-cuda
+	@dev/setup.sh tests
+	@$(MAKE) --no-print-directory emulated-tests BUILD=build/emulator-asan CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+test-emulator-tsan: need-cuda
+	@dev/setup.sh tests
+	@$(MAKE) --no-print-directory emulated-tests BUILD=build/emulator-tsan CXXFLAGS="-O1 -g -fsanitize=thread"
+emulated-tests:
+	@$(MAKE) --no-print-directory -j$$(nproc) $(CUDA_TESTS)
+	@dev/run_tests.sh $(CUDA_TESTS)
+need-cuda:
+	@test -z "$(NO_CUDA)" || { echo "make: $(NO_CUDA)" >&2; exit 1; }
 
 $(BUILD)/test_gpt2: $(TEST_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@
 $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -c $< -o $@
+
+# --- dev/emulator: CUDA code compiled as C++, and the library in place of cudart and cuBLASLt. The library is the same,
+# and never instrumented, in all builds.
+EMULATOR = dev/emulator
+LIBEMU = build/libemu.so
+LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp threads.cpp memory.cpp host_api.cpp)
+EMULATED_FLAGS = $(FLAGS) -g1 -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow
+EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
+
+$(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -shared -ftls-model=initial-exec -Wall -Wextra -isystem $(CUDA_HOME)/include $(LIBEMU_SOURCES) -o $@ -lpthread
+$(BUILD)/%.emulated.o: %.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) $(wildcard *.cu *.cpp) | need-cuda
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas -c $< -o $@
+$(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
 bench: $(BUILD)/bench
 	$(BUILD)/bench
