@@ -538,7 +538,7 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_backward_kernel(flo
             }
         }
     }
-    __shared__ alignas(16) float part[ROW_WARPS * WARP * VEC];
+    __shared__ __align__(16) float part[ROW_WARPS * WARP * VEC];
 #pragma unroll
     for (int i = 0; i < ROW_VECS; i++)
         for (int which = 0; which < 2; which++) {
@@ -651,7 +651,7 @@ inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size
 // Partial column sums: a block owns 32 vectors of columns and every gridDim.y-th group of rows; partials (gridDim.y, N).
 constexpr int BIAS_WARPS = 8;
 __global__ void __launch_bounds__(BIAS_WARPS* WARP) bias_backward_kernel(float* partials, const floatX* dY, size_t M, size_t N) {
-    __shared__ alignas(16) float part[BIAS_WARPS * WARP * VEC];
+    __shared__ __align__(16) float part[BIAS_WARPS * WARP * VEC];
     int warp = threadIdx.x / WARP;
     size_t c = ((size_t)blockIdx.x * WARP + threadIdx.x % WARP) * VEC;
     Floats sum = {};
