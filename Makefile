@@ -82,7 +82,7 @@ tokenize: tokenizer/tokenize.cpp $(HEADERS)
 # --- tests: test_gpt2 from several files, and programs of CUDA code that dev/emulator runs on the CPU
 TEST_SOURCES = test_gpt2.cpp $(wildcard data/test_*.cpp tokenizer/test_*.cpp dev/test_*.cpp dev/*/test_*.cpp)
 TEST_OBJECTS = $(TEST_SOURCES:%.cpp=$(BUILD)/%.o)
-EMULATED_TESTS = test_emulator
+EMULATED_TESTS = test_emulator test_gpu_kernels_bf16 test_gpu_kernels_fp32
 TEST_PROGRAMS = $(BUILD)/test_gpt2 $(CUDA_TESTS)
 
 CUDA_HOME ?= /usr/local/cuda
@@ -134,6 +134,17 @@ $(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
 $(BUILD)/%.emulated.o: %.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) $(wildcard *.cu *.cpp) | need-cuda
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas -c $< -o $@
+# dev/test_gpu_NAME.cu in both precisions
+EMULATED_DEPS = train_gpt2.cpp train_gpt2.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) | need-cuda
+EMULATE = $(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas
+$(BUILD)/dev/%_bf16.emulated.o: dev/%.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -c $< -o $@
+$(BUILD)/dev/%_fp32.emulated.o: dev/%.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -DPRECISION_FP32 -c $< -o $@
+$(BUILD)/test_gpu_%: $(BUILD)/dev/test_gpu_%.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 $(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
 	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
