@@ -104,8 +104,14 @@ __attribute__((noinline)) void multiply_tile(const float* a, const float* b, siz
 // Lays out element (r, i) = src[r*stride_r + i*stride_i], r < rows (the rest of the R zeros), i < k, as panel[i*R + r].
 template <size_t R>
 void pack(float* panel, const void* src, cudaDataType_t type, size_t stride_r, size_t stride_i, size_t rows, size_t k) {
-    for (size_t r = 0; r < R; r++)
-        for (size_t i = 0; i < k; i++) panel[i * R + r] = r < rows ? load(src, type, r * stride_r + i * stride_i) : 0;
+    auto place = [&](size_t r, size_t i) { panel[i * R + r] = r < rows ? load(src, type, r * stride_r + i * stride_i) : 0; };
+    if (stride_r < stride_i) {
+        for (size_t i = 0; i < k; i++)
+            for (size_t r = 0; r < R; r++) place(r, i);
+    } else {
+        for (size_t r = 0; r < R; r++)
+            for (size_t i = 0; i < k; i++) place(r, i);
+    }
 }
 
 // The finished element (row, col) of the sum: the rest of the formula. Returns what was stored, before rounding.
@@ -164,10 +170,18 @@ void run(const Matmul& f) {
 // ---------------------------------------------------------------------------------------------
 // What is supported, and what is right
 
-thread_local std::string refusal;
+thread_local std::string refusal;  // why the last call was refused
 cublasStatus_t refuse(cublasStatus_t status, const std::string& why) {
     refusal = why;
     return status;
+}
+
+// Of a matrix product, not of a question to the heuristic: an operand out of bounds is a fault, as it would be on a device.
+cublasStatus_t loud(cublasStatus_t s) {
+    const std::string text = "cublasLtMatmul: " + refusal;
+    if (s == CUBLAS_STATUS_EXECUTION_FAILED) report(cudaErrorIllegalAddress, text);
+    else emu::refuse(cudaErrorInvalidValue, text);
+    return s;
 }
 
 bool known_epilogue(uint32_t e) {
@@ -222,9 +236,8 @@ cublasStatus_t check_operands(const Matmul& f, const Algorithm& algorithm) {
     auto check = [&](const char* name, const void* p, uint32_t alignment, size_t bytes) {
         if (!p) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("%s is null", name));
         if ((uintptr_t)p % alignment) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("%s is %p, not aligned to %u bytes as the preference promised", name, p, alignment));
-        if (check_range(p, bytes, (std::string("cublasLtMatmul's ") + name).c_str()) != cudaSuccess)
-            return refuse(CUBLAS_STATUS_EXECUTION_FAILED, last_report());
-        return CUBLAS_STATUS_SUCCESS;
+        const std::string wrong = check_range(p, bytes, name);
+        return wrong.empty() ? CUBLAS_STATUS_SUCCESS : refuse(CUBLAS_STATUS_EXECUTION_FAILED, wrong);
     };
     auto matrix = [](const Layout& l) {
         return ((size_t)(l.batch - 1) * (size_t)l.stride + (l.cols - 1) * (size_t)l.ld + l.rows) * size_of(l.type);
@@ -434,13 +447,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
     f.A = (const char*)A, f.B = (const char*)B, f.C = (const char*)C, f.D = (char*)D;
     f.workspace = workspace, f.workspace_bytes = workspace_bytes;
-    if (cublasStatus_t s = check_shapes(f)) return s;
+    if (cublasStatus_t s = check_shapes(f)) return loud(s);
     if (f.p.pointer_mode == CUBLASLT_POINTER_MODE_HOST) f.alpha = *(const float*)alpha, f.beta = *(const float*)beta;
     else f.device_alpha = (const float*)alpha, f.device_beta = (const float*)beta;
     Algorithm algorithm = {ALGORITHM_ID, 0, {16, 16, 16, 16}};
     if (algo) memcpy(&algorithm, algo, sizeof algorithm);
     if (algorithm.id != ALGORITHM_ID) return refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one of the heuristic's");
-    if (cublasStatus_t s = check_operands(f, algorithm)) return s;
+    if (cublasStatus_t s = check_operands(f, algorithm)) return loud(s);
     cudaError_t e = submit(stream, [f, algorithm]() mutable {
         DeviceAccess open;
         if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
