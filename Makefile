@@ -7,6 +7,7 @@ CXXFLAGS ?= -O3
 FLAGS = -std=c++17 $(CXXFLAGS) -march=$(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -I.
 HEADERS = $(wildcard *.h tokenizer/*.h data/*.h dev/*.h dev/*/*.h)
 PROGRAMS = train_gpt2 sample_gpt2 prepare_data
+CUDA_HOME ?= /usr/local/cuda
 BUILD ?= build
 
 # What `make train` reads and where it writes; e.g. make train POEMS=poems.csv PRESET=char OUT=out/mine
@@ -16,7 +17,7 @@ OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
 
-.PHONY: all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
+.PHONY: need-nvcc all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -33,6 +34,7 @@ help:
 	@echo "make test-asan                 the same under AddressSanitizer and UBSan"
 	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
 	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
+	@echo "make train_gpt2cu              build the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
 	@echo "make bench                     time the matrix product and training steps"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
@@ -70,6 +72,25 @@ sample_gpt2: sample_gpt2.cpp train_gpt2.cpp $(HEADERS)
 prepare_data: data/prepare_data.cpp $(HEADERS)
 	$(CXX) $(FLAGS) $< -o $@
 
+# --- the GPU trainer: for the GPUs of this machine, or without one for Ampere, Hopper, Blackwell and what comes after
+PRECISION ?= BF16
+NVCC ?= $(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p' | sort -u)
+ARCHS = $(or $(GPUS),$(patsubst sm_%,%,$(filter sm_80 sm_90 sm_100,$(shell $(NVCC) --list-gpu-code))))
+NVCC_FLAGS = -std=c++17 -O3 --threads 0 -I. -Xcompiler -fopenmp,-Wall,-Wextra $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) \
+	$(foreach a,$(ARCHS),-gencode arch=compute_$a,code=sm_$a) -gencode arch=compute_$(lastword $(ARCHS)),code=compute_$(lastword $(ARCHS))
+
+train_gpt2cu: train_gpt2.cu $(HEADERS) $(BUILD)/precision.$(PRECISION) | need-nvcc
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+# There is one such file, so that the other precision is built anew.
+$(BUILD)/precision.%:
+	@case $* in BF16|FP32) ;; \
+	  FP16) echo "make train_gpt2cu: PRECISION=FP16 is not supported, its range is too small for gradients without loss scaling; take BF16" >&2; exit 2;; \
+	  *) echo "make train_gpt2cu: PRECISION=$* is unknown; known are BF16, FP32" >&2; exit 2;; esac
+	@mkdir -p $(@D); rm -f $(BUILD)/precision.*; touch $@
+need-nvcc:
+	@test -n "$(NVCC)" || { echo "make train_gpt2cu: nvcc is neither on the PATH nor in $(CUDA_HOME)/bin; install the CUDA Toolkit, 12 or later (https://developer.nvidia.com/cuda-downloads), or name it: make train_gpt2cu NVCC=FILE" >&2; exit 1; }
+
 convert_gpt2: dev/convert/convert_gpt2.cpp $(HEADERS)
 	@dev/setup.sh convert
 	$(CXX) $(FLAGS) $< -o $@
@@ -82,12 +103,13 @@ tokenize: tokenizer/tokenize.cpp $(HEADERS)
 # --- tests: test_gpt2 from several files, and programs of CUDA code that dev/emulator runs on the CPU
 TEST_SOURCES = test_gpt2.cpp $(wildcard data/test_*.cpp tokenizer/test_*.cpp dev/test_*.cpp dev/*/test_*.cpp)
 TEST_OBJECTS = $(TEST_SOURCES:%.cpp=$(BUILD)/%.o)
-EMULATED_TESTS = test_emulator test_gpu_kernels_bf16 test_gpu_kernels_fp32
+EMULATED_TESTS = test_emulator $(foreach t,kernels model,test_gpu_$t_bf16 test_gpu_$t_fp32)
+EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
 TEST_PROGRAMS = $(BUILD)/test_gpt2 $(CUDA_TESTS)
 
-CUDA_HOME ?= /usr/local/cuda
 ifneq ($(wildcard $(CUDA_HOME)/include/cuda_runtime.h),)
 CUDA_TESTS = $(EMULATED_TESTS:%=$(BUILD)/%)
+CUDA_PROGRAMS = $(EMULATED_TRAINERS:%=$(BUILD)/%)
 else
 NO_CUDA = the CUDA Toolkit's headers are not in $(CUDA_HOME)/include; install it (https://developer.nvidia.com/cuda-downloads) or name its folder: make CUDA_HOME=DIR
 SKIPPED_TESTS = $(EMULATED_TESTS:%="skip:%: $(NO_CUDA)")
@@ -95,11 +117,11 @@ endif
 
 test: $(PROGRAMS)
 	@dev/setup.sh tests
-	@$(MAKE) --no-print-directory -j$$(nproc) $(TEST_PROGRAMS)
+	@$(MAKE) --no-print-directory -j$$(nproc) $(TEST_PROGRAMS) $(CUDA_PROGRAMS)
 	@dev/run_tests.sh $(TEST_PROGRAMS) $(SKIPPED_TESTS)
 
 test-asan:
-	@$(MAKE) --no-print-directory test BUILD=build/asan CUDA_TESTS= PROGRAMS="$(PROGRAMS)" CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+	@$(MAKE) --no-print-directory test BUILD=build/asan CUDA_TESTS= CUDA_PROGRAMS= PROGRAMS="$(PROGRAMS)" CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 # The same CUDA code under AddressSanitizer and UBSan, and under ThreadSanitizer with a TSan fiber for each CUDA thread
 test-emulator-asan: need-cuda
@@ -145,6 +167,15 @@ $(BUILD)/dev/%_fp32.emulated.o: dev/%.cu $(EMULATED_DEPS)
 	$(EMULATE) -DPRECISION_FP32 -c $< -o $@
 $(BUILD)/test_gpu_%: $(BUILD)/dev/test_gpu_%.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
 	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
+# The whole GPU trainer as a program of the CPU
+$(BUILD)/train_gpt2cu_emu.o: train_gpt2.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -c $< -o $@
+$(BUILD)/train_gpt2cu_emu_fp32.o: train_gpt2.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -DPRECISION_FP32 -c $< -o $@
+$(BUILD)/train_gpt2cu_%: $(BUILD)/train_gpt2cu_%.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+	$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBEMU) -Wl,-rpath,$(abspath build) -o $@
 $(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
 	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
@@ -170,4 +201,4 @@ fuzz:
 	  grep -h number_of_executed $$b.log; done
 
 clean:
-	rm -rf $(PROGRAMS) convert_gpt2 export_tokenizer tokenize build
+	rm -rf $(PROGRAMS) train_gpt2cu convert_gpt2 export_tokenizer tokenize build

@@ -983,7 +983,11 @@ class AlgorithmCache {
 // epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel does its work after the plain product.
 class Matmul {
   public:
+#ifdef EMULATOR
+    static constexpr size_t WORKSPACE = 1 << 20;
+#else
     static constexpr size_t WORKSPACE = 32 << 20;  // bytes; what cuBLAS asks for on Hopper
+#endif
     // Floats of scratch for the bias gradients of a model with C channels.
     static size_t scratch(size_t C) {
         return std::max({4 * C, bias_backward_scratch(C), bias_backward_scratch(3 * C), bias_backward_scratch(4 * C)});
