@@ -82,7 +82,7 @@ tokenize: tokenizer/tokenize.cpp $(HEADERS)
 # --- tests: test_gpt2 from several files, and programs of CUDA code that dev/emulator runs on the CPU
 TEST_SOURCES = test_gpt2.cpp $(wildcard data/test_*.cpp tokenizer/test_*.cpp dev/test_*.cpp dev/*/test_*.cpp)
 TEST_OBJECTS = $(TEST_SOURCES:%.cpp=$(BUILD)/%.o)
-EMULATED_TESTS = test_emulator test_gpu_kernels_bf16 test_gpu_kernels_fp32
+EMULATED_TESTS = test_emulator test_gpu_kernels_bf16 test_gpu_kernels_fp32 test_gpu_attention_bf16 test_gpu_attention_fp32
 TEST_PROGRAMS = $(BUILD)/test_gpt2 $(CUDA_TESTS)
 
 CUDA_HOME ?= /usr/local/cuda
