@@ -103,7 +103,7 @@ tokenize: tokenizer/tokenize.cpp $(HEADERS)
 # --- tests: test_gpt2 from several files, and programs of CUDA code that dev/emulator runs on the CPU
 TEST_SOURCES = test_gpt2.cpp $(wildcard data/test_*.cpp tokenizer/test_*.cpp dev/test_*.cpp dev/*/test_*.cpp)
 TEST_OBJECTS = $(TEST_SOURCES:%.cpp=$(BUILD)/%.o)
-EMULATED_TESTS = test_emulator $(foreach t,kernels model,test_gpu_$t_bf16 test_gpu_$t_fp32)
+EMULATED_TESTS = test_emulator $(foreach t,kernels attention model,test_gpu_$t_bf16 test_gpu_$t_fp32)
 EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
 TEST_PROGRAMS = $(BUILD)/test_gpt2 $(CUDA_TESTS)
 

@@ -256,7 +256,72 @@ inline void add_partials(float* a, float* b, const float* partials, int parts, s
 // ---------------------------------------------------------------------------------------------
 // Tensor-core and copy instructions, each with its body for the emulator
 
-// @@SECTION ptx: A
+// d (16 x 8 floats) += a (16 x 16) b (16 x 8), bf16. With g = lane / 4 and t = lane % 4 a lane holds, two values a register,
+//     a: rows g, g+8, g, g+8 at columns 2t, 2t, 2t+8, 2t+8;  b: rows 2t, 2t+8 at column g;  d: rows g, g, g+8, g+8 at 2t, 2t+1, 2t, 2t+1.
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(EMULATOR)
+    emu::mma_m16n8k16_bf16(d, a, {b0, b1}, d);
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Four 8 x 8 matrices of bf16 from shared memory, row r of matrix m at lane 8m+r's address (16-byte aligned). Register m of a
+// lane: elements (lane / 4, lane % 4 * 2 and the next) of matrix m, or of its transpose.
+template <bool TRANSPOSED>
+__device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
+#if defined(EMULATOR)
+    emu::ldmatrix_x4(r, row, TRANSPOSED);
+#else
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+
+// Starts a copy of 16 bytes from global to shared memory; without `valid` nothing is read and zeros are written.
+__device__ inline void cp_async16(void* shared, const void* global, bool valid) {
+#if defined(EMULATOR)
+    emu::cp_async16(shared, global, valid);
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+#endif
+}
+// Closes a group of this thread's copies; cp_async_wait returns when at most PENDING younger groups are under way. What other
+// threads copied is there after a barrier.
+__device__ inline void cp_async_commit() {
+#if defined(EMULATOR)
+    emu::cp_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING>
+__device__ inline void cp_async_wait() {
+#if defined(EMULATOR)
+    emu::cp_async_wait(PENDING);
+#else
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+#endif
+}
+
+// 2^x in one instruction, to 2 ulp; results below 2^-126 are 0.
+__device__ inline float exp2_approx(float x) {
+#if defined(EMULATOR)
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------
 // Embedding
@@ -575,7 +640,750 @@ inline void layernorm_backward(floatX* dresid, floatX* masked, float* dw, float*
 // ---------------------------------------------------------------------------------------------
 // Attention
 
-// @@SECTION attention: A
+// Causal attention by tiles (FlashAttention-2, Dao 2023), per head: S = Q K^T / sqrt(hs), P = softmax of each row of S over the
+// keys up to the query, O = dropout(P) V. Only tiles of S exist, in registers; softmax runs along with them: a row's maximum
+// and sum so far are kept, and O is rescaled when the maximum grows. Kept for backward is lse, the logarithm of each row's sum
+// of e^S. Held against cpu::Attention.
+//
+// Backward: with D = rowsum(dO * O),  dP = dropout(dO V^T),  dS = P * (dP - D),
+//     dV = dropout(P)^T dO,  dQ = dS K / sqrt(hs),  dK = dS^T Q / sqrt(hs).
+// dQ sums over keys and dK, dV sum over queries, so one kernel cannot own both results. Two kernels compute S and dP twice, 7
+// products instead of 5. The alternatives: atomic additions to dQ, which change from run to run; or partial dQ per tile of 128
+// keys, which at T = 1024 and hs = 64 write and read 2.4 MB a head, 1.6 us of an A100's memory, where the two products more
+// take 0.13 GFLOP, about 0.8 us of its tensor cores. The dQ kernel goes first and leaves D to the other.
+
+constexpr int HEAD_SIZES[] = {32, 48, 64, 80, 96, 128};
+inline bool attention_head_size_ok(int hs) {
+    for (int known : HEAD_SIZES)
+        if (hs == known) return true;
+    return false;
+}
+
+// f(integral_constant of the head size); sizes that attention_head_size_ok refuses must not come here.
+template <class F>
+inline void with_head_size(size_t hs, F f) {
+    switch (hs) {
+        case 32: return f(std::integral_constant<int, 32>());
+        case 48: return f(std::integral_constant<int, 48>());
+        case 64: return f(std::integral_constant<int, 64>());
+        case 80: return f(std::integral_constant<int, 80>());
+        case 96: return f(std::integral_constant<int, 96>());
+        case 128: return f(std::integral_constant<int, 128>());
+    }
+    throw std::logic_error("attention: no kernel for this head size");
+}
+
+// What one block works on: head h of sequence b, blockIdx.x = b NH + h, and a tile of its rows, blockIdx.y. Rows of Q, K, V
+// stand where the QKV product left them, 3C apart.
+template <int HS>
+struct Head {
+    int T;
+    size_t C, index, qkv, out;  // index of the head, and where it starts in (B,T,3C) and (B,T,C)
+    __device__ Head(int T_, int NH) : T(T_), C((size_t)NH * HS), index(blockIdx.x) {
+        size_t row = index / NH * T, column = index % NH * HS;
+        qkv = row * 3 * C + column, out = row * C + column;
+    }
+};
+
+constexpr float LOG2E = 1.44269504f;  // softmax in powers of 2
+
+// What backward's second kernel needs of a query: lse / ln 2, and D. Rows beyond T have lse = infinity, so that P = 0.
+struct alignas(8) RowStats {
+    float lse2, d;
+};
+constexpr size_t STATS_ROWS = 64;  // per head they are padded to a multiple of this
+inline __host__ __device__ size_t stats_rows(size_t T) { return (T + STATS_ROWS - 1) / STATS_ROWS * STATS_ROWS; }
+
+// The dropout of one head's probabilities.
+struct HeadDropout {
+    rng::Key key;
+    uint32_t threshold;
+    float scale;     // 1/(1-p)
+    uint64_t first;  // number of this head's first element
+    uint64_t T;
+    bool on;
+    __device__ HeadDropout(const Dropout& d, int T_, int NH)
+        : key(dropout_key(d)), threshold(rng::drop_threshold(d.p)), scale(1.0f / (1.0f - d.p)),
+          first(d.p > 0 ? (d.state->seq0 * NH + blockIdx.x) * T_ * T_ : 0), T(T_), on(d.p > 0) {}
+    // Bit i: element 4 * block + i of the run is kept.
+    __device__ unsigned keep4(uint64_t block) const {
+        rng::Block draw = key.block(block);
+        unsigned bits = 0;
+        for (int i = 0; i < 4; i++) bits |= (unsigned)(draw.w[i] >= threshold) << i;
+        return bits;
+    }
+    __device__ uint64_t element(int query, int k) const { return first + query * T + k; }
+    __device__ unsigned keep(int query, int k) const { return keep4(element(query, k) / 4) >> element(query, k) % 4 & 1; }
+};
+
+#if !defined(PRECISION_FP32)
+
+// --- bf16: products on tensor cores
+
+// Rows of HS bf16 in shared memory, with 16 bytes between rows: eight rows then start in eight different groups of four banks,
+// for every HS that is a multiple of 16, and ldmatrix meets no bank conflict.
+template <int HS>
+struct Tile {
+    static constexpr int LD = HS + 8, CHUNKS = HS / 8;
+    static constexpr size_t BYTES = LD * sizeof(floatX);  // of a row
+    floatX* x;
+
+    __device__ Tile from_row(int r) const { return {x + r * LD}; }
+    // Starts copying ROWS rows, `stride` apart; from row `valid` on they become zero.
+    template <int ROWS, int THREADS>
+    __device__ void load(const floatX* from, size_t stride, int valid) const {
+#pragma unroll
+        for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
+            int chunk = i + threadIdx.x, r = chunk / CHUNKS, c = chunk % CHUNKS * 8;
+            if (ROWS * CHUNKS % THREADS == 0 || chunk < ROWS * CHUNKS) cp_async16(x + r * LD + c, from + r * stride + c, r < valid);
+        }
+    }
+    // The 16 x 16 at (row, col) as the left factor of mma.
+    __device__ void left(uint32_t (&a)[4], int row, int col) const {
+        int lane = threadIdx.x % WARP;
+        ldmatrix<false>(a, x + (row + lane % 16) * LD + col + lane / 16 * 8);
+    }
+    // The 16 x 16 at (row, col) as the right factor, b[0..1] its first eight columns and b[2..3] the others; and its transpose.
+    __device__ void right(uint32_t (&b)[4], int row, int col) const {
+        int lane = threadIdx.x % WARP;
+        ldmatrix<true>(b, x + (row + lane % 16) * LD + col + lane / 16 * 8);
+    }
+    __device__ void right_transposed(uint32_t (&b)[4], int row, int col) const {
+        int lane = threadIdx.x % WARP;
+        ldmatrix<false>(b, x + (row + lane / 16 * 8 + lane % 8) * LD + col + lane / 8 % 2 * 8);
+    }
+};
+
+// A warp's accumulators: MT x NT blocks of 16 x 8. Element i of a lane stands in a block at (element_row(i), element_col(i)).
+template <int MT, int NT>
+using Accumulators = float[MT][NT][4];
+__device__ inline int element_row(int i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
+__device__ inline int element_col(int i) { return threadIdx.x % 4 * 2 + i % 2; }
+
+// acc += A B^T over all HS columns: A the first 16 MT rows of `a`, B the first 8 NT of `b`.
+template <int HS, int MT, int NT>
+__device__ inline void multiply_transposed(Accumulators<MT, NT>& acc, Tile<HS> a, Tile<HS> b) {
+#pragma unroll
+    for (int k = 0; k < HS; k += 16) {
+        uint32_t left[MT][4];
+        for (int m = 0; m < MT; m++) a.left(left[m], 16 * m, k);
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            uint32_t right[4];
+            b.right_transposed(right, 8 * n, k);
+#pragma unroll
+            for (int m = 0; m < MT; m++) mma(acc[m][n], left[m], right[0], right[1]), mma(acc[m][n + 1], left[m], right[2], right[3]);
+        }
+    }
+}
+
+// acc += P B: P (16 MT x 8 NT) rounded to bf16 where it stands in registers, B the first 8 NT rows of `b`.
+template <int HS, int MT, int NT>
+__device__ inline void multiply(Accumulators<MT, HS / 8>& acc, const uint32_t (&p)[MT][NT / 2][4], Tile<HS> b) {
+#pragma unroll
+    for (int k = 0; k < NT / 2; k++)
+#pragma unroll
+        for (int n = 0; n < HS / 8; n += 2) {
+            uint32_t right[4];
+            b.right(right, 16 * k, 8 * n);
+#pragma unroll
+            for (int m = 0; m < MT; m++) mma(acc[m][n], p[m][k], right[0], right[1]), mma(acc[m][n + 1], p[m][k], right[2], right[3]);
+        }
+}
+
+__device__ inline uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+// Accumulators as left factors of the next product: an accumulator's two columns are one register of mma's a.
+template <int MT, int NT>
+__device__ inline void round_to_left(uint32_t (&p)[MT][NT / 2][4], const Accumulators<MT, NT>& acc) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) p[m][n / 2][n % 2 * 2 + half] = pack_bf16(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+}
+
+// Writes a warp's rows, `stride` apart and only the first `valid`, 16 bytes at a time; `stage` is shared memory for 16 MT rows
+// that no other warp reads.
+template <int HS, int MT>
+__device__ inline void store_rows(floatX* to, size_t stride, int valid, const Accumulators<MT, HS / 8>& acc, Tile<HS> stage) {
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < HS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                uint32_t pair = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
+                *(uint32_t*)(stage.from_row(16 * m + element_row(i)).x + 8 * n + element_col(i)) = pair;
+            }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * MT * Tile<HS>::CHUNKS; i += WARP) {
+        int chunk = i + threadIdx.x % WARP, r = chunk / Tile<HS>::CHUNKS, c = chunk % Tile<HS>::CHUNKS * 8;
+        if (r < valid) store(to + r * stride + c, load(stage.from_row(r).x + c));
+    }
+}
+
+// Sum and maximum over the four lanes that share a row of accumulators.
+__device__ inline float row_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ inline float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// The functions below know a warp's score tile by its first query and key; its rows are queries, or, with KEY_ROWS, keys.
+
+// A query sees no later key.
+template <bool KEY_ROWS, int MT, int NT>
+__device__ inline void hide_later_keys(Accumulators<MT, NT>& s, int query, int key) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int row = 16 * m + element_row(i), col = 8 * n + element_col(i);
+                if (KEY_ROWS ? key + row > query + col : key + col > query + row) s[m][n][i] = -INFINITY;
+            }
+}
+
+// Dropout's draws for a tile: bit 4 (m NT + n) + i stands for element i of block (m, n). Where a draw gives four keys of one query,
+// the lanes that hold those share it: each lane draws for one query and four keys, and asks the others. (By whole warps.)
+template <int MT, int NT>
+using KeepBits = uint32_t[(MT * NT + 7) / 8];
+template <bool KEY_ROWS, int MT, int NT>
+__device__ inline void draw(KeepBits<MT, NT>& kept, const HeadDropout& drop, int query, int key) {
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int first = 0; first < MT * NT; first += 8) {
+        uint32_t word = 0;
+#pragma unroll 2
+        for (int block = first; block < MT * NT && block < first + 8; block++) {
+            int row = block / NT * 16, col = block % NT * 8;
+            int q = query + (KEY_ROWS ? col : row), k = key + (KEY_ROWS ? row : col);
+            uint32_t bits = 0;
+            if (drop.T % 4) {
+                for (int i = 0; i < 4; i++) {
+                    int r = element_row(i), c = element_col(i);
+                    bits |= drop.keep(q + (KEY_ROWS ? c : r), k + (KEY_ROWS ? r : c)) << i;
+                }
+            } else if (KEY_ROWS) {  // lanes that differ in g % 4 hold four keys of two queries, and four keys eight further on
+                uint32_t all = drop.keep4(drop.element(q + 2 * t + g % 2, k + g / 4 * 4 + g % 4 / 2 * 8) / 4) << g % 4 * 4;
+                all |= __shfl_xor_sync(~0u, all, 4);
+                all |= __shfl_xor_sync(~0u, all, 8);
+                for (int i = 0; i < 4; i++) bits |= (all >> (4 * i + g % 4) & 1) << i;
+            } else {  // lanes that differ in t % 2 hold four keys of two queries
+                uint32_t mine = drop.keep4(drop.element(q + g + t % 2 * 8, k + t / 2 * 4) / 4), other = __shfl_xor_sync(~0u, mine, 1);
+                bits = t % 2 ? other >> 2 | (mine >> 2) << 2 : (mine & 3) | (other & 3) << 2;
+            }
+            word |= bits << block % 8 * 4;
+        }
+        kept[first / 8] = word;
+    }
+}
+template <int MT, int NT>
+__device__ inline void zero_dropped(Accumulators<MT, NT>& x, const KeepBits<MT, NT>& kept) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int bit = 4 * (m * NT + n) + i;
+                if (!(kept[bit / 32] >> bit % 32 & 1)) x[m][n][i] = 0;
+            }
+}
+
+// Forward: a block takes 128 queries, each of four warps 32 of them. Tiles of 64 keys and of 64 values take turns in two places,
+// one being copied while the other is multiplied.
+template <int HS>
+struct ForwardShape {
+    static constexpr int MT = 2, WARPS = 4, THREADS = WARPS * WARP, QUERIES = 16 * MT * WARPS, KEYS = HS <= 64 ? 64 : 32;
+    static constexpr size_t SMEM = (QUERIES + 2 * KEYS) * Tile<HS>::BYTES;
+};
+
+template <int HS>
+__global__ void __launch_bounds__(ForwardShape<HS>::THREADS)
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int MT = Shape::MT, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, NT = KEYS / 8;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
+    size_t stride = 3 * head.C;
+    Tile<HS> q_tile{(floatX*)dynamic_smem}, k_tile = q_tile.from_row(QUERIES), v_tile = k_tile.from_row(KEYS);
+
+    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;  // the longest rows first
+    int warp_row = threadIdx.x / WARP * 16 * MT, warp_q = q0 + warp_row;
+    int end = min(q0 + QUERIES, T);
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    Accumulators<MT, HS / 8> o = {};
+    float max[MT][2], sum[MT][2];  // of a lane's rows; its own part of the sum
+    for (int m = 0; m < MT; m++)
+        for (int r = 0; r < 2; r++) max[m][r] = -INFINITY, sum[m][r] = 0;
+
+    q_tile.template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
+    k_tile.template load<KEYS, Shape::THREADS>(k, stride, T);
+    cp_async_commit();
+    for (int k0 = 0; k0 < end; k0 += KEYS) {
+        bool active = k0 < warp_q + 16 * MT;  // some query of the warp sees some of the keys
+        uint32_t p[MT][NT / 2][4];
+        cp_async_wait<0>();
+        __syncthreads();
+        v_tile.template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+        cp_async_commit();
+        if (active) {
+            KeepBits<MT, NT> kept;
+            if (drop.on) draw<false, MT, NT>(kept, drop, warp_q, k0);
+            Accumulators<MT, NT> s = {};
+            multiply_transposed(s, q_tile.from_row(warp_row), k_tile);
+            if (k0 + KEYS > warp_q) hide_later_keys<false, MT, NT>(s, warp_q, k0);
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float top = max[m][r];
+                    for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+                    top = row_max(top);  // finite: the first tile has a key for every query
+                    float shrink = exp2_approx((max[m][r] - top) * scale2);
+                    max[m][r] = top, sum[m][r] *= shrink;
+                    for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= shrink, o[m][n][2 * r + 1] *= shrink;
+                    for (int n = 0; n < NT; n++)
+                        for (int i = 2 * r; i < 2 * r + 2; i++) sum[m][r] += s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - top * scale2);
+                }
+            if (drop.on) zero_dropped<MT, NT>(s, kept);
+            round_to_left(p, s);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if (k0 + KEYS < end) k_tile.template load<KEYS, Shape::THREADS>(k + (k0 + KEYS) * stride, stride, T - k0 - KEYS);
+        cp_async_commit();
+        if (active) multiply<HS, MT, NT>(o, p, v_tile);
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float total = row_sum(sum[m][r]), factor = drop.scale / total;
+            int query = warp_q + 16 * m + element_row(2 * r);
+            if (threadIdx.x % 4 == 0 && query < T) lse[head.index * T + query] = max[m][r] * scale + logf(total);
+            for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= factor, o[m][n][2 * r + 1] *= factor;
+        }
+    store_rows<HS, MT>(out + head.out + warp_q * head.C, head.C, T - warp_q, o, q_tile.from_row(warp_row));
+}
+
+// Backward: a block owns 128 rows of the result, of queries or of keys, and goes through the others 32 at a time, in two places
+// that are filled in turn. A warp owns 32 rows; 16 where two results of 32 x HS and two score tiles do not fit its registers.
+template <int HS>
+struct BackwardShape {
+    static constexpr int MT = HS <= 64 ? 2 : 1, WARPS = 8 / MT, THREADS = WARPS * WARP, ROWS = 128, STEP = 32;
+    static constexpr size_t SMEM = (2 * ROWS + 4 * STEP) * Tile<HS>::BYTES + 2 * STEP * sizeof(RowStats);
+};
+
+// dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
+template <int HS>
+__global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
+attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
+                                int T, int NH, Dropout dropout) {
+    using Shape = BackwardShape<HS>;
+    constexpr int MT = Shape::MT, QUERIES = Shape::ROWS, KEYS = Shape::STEP, NT = KEYS / 8;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    Tile<HS> q_tile{(floatX*)dynamic_smem}, do_tile = q_tile.from_row(QUERIES), ring = do_tile.from_row(QUERIES);
+    auto k_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS); };
+    auto v_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS + KEYS); };
+    auto fetch = [&](int turn) {
+        int k0 = turn * KEYS;
+        k_tile(turn).template load<KEYS, Shape::THREADS>(k + k0 * stride, stride, T - k0);
+        v_tile(turn).template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+        cp_async_commit();
+    };
+
+    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    int warp_row = threadIdx.x / WARP * 16 * MT, warp_q = q0 + warp_row;
+    int turns = (min(q0 + QUERIES, T) + KEYS - 1) / KEYS;
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    Accumulators<MT, HS / 8> dq = {};
+    RowStats row[MT][2];
+
+    q_tile.template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
+    do_tile.template load<QUERIES, Shape::THREADS>(d_o + q0 * head.C, head.C, T - q0);
+    fetch(0);
+    for (int turn = 0; turn < turns; turn++) {
+        int k0 = turn * KEYS;
+        cp_async_wait<0>();
+        __syncthreads();
+        if (turn + 1 < turns) fetch(turn + 1);
+        if (turn == 0)
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {  // D: four lanes share a row, 16 bytes at a time
+                    int i = 16 * m + element_row(2 * r), query = warp_q + i;
+                    float d = 0;
+                    if (query < T)
+                        for (int c = threadIdx.x % 4 * VEC; c < HS; c += 4 * VEC) {
+                            Floats x = widen(load(out + head.out + query * head.C + c));
+                            Floats y = widen(load(do_tile.from_row(warp_row + i).x + c));
+                            for (int e = 0; e < VEC; e++) d += x[e] * y[e];
+                        }
+                    row[m][r] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
+                    if (threadIdx.x % 4 == 0 && query < (int)stats_rows(T)) stats[head.index * stats_rows(T) + query] = row[m][r];
+                }
+        if (k0 >= warp_q + 16 * MT) continue;  // all keys come after the warp's queries
+        KeepBits<MT, NT> kept;
+        if (drop.on) draw<false, MT, NT>(kept, drop, warp_q, k0);
+        Accumulators<MT, NT> s = {}, dp = {};
+        multiply_transposed(s, q_tile.from_row(warp_row), k_tile(turn));
+        multiply_transposed(dp, do_tile.from_row(warp_row), v_tile(turn));
+        if (k0 + KEYS > warp_q) hide_later_keys<false, MT, NT>(s, warp_q, k0);
+        if (drop.on) zero_dropped<MT, NT>(dp, kept);
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - row[m][i / 2].lse2) * (dp[m][n][i] * drop.scale - row[m][i / 2].d);
+        uint32_t ds[MT][NT / 2][4];
+        round_to_left(ds, s);
+        multiply<HS, MT, NT>(dq, ds, k_tile(turn));
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+        for (int n = 0; n < HS / 8; n++)
+            for (int i = 0; i < 4; i++) dq[m][n][i] *= scale;
+    store_rows<HS, MT>(dqkv + head.qkv + warp_q * stride, stride, T - warp_q, dq, q_tile.from_row(warp_row));
+}
+
+// dK and dV. Scores are transposed, a key a row, so that P^T and dS^T are left factors where they stand.
+template <int HS>
+__global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
+attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv, int T, int NH, Dropout dropout) {
+    using Shape = BackwardShape<HS>;
+    constexpr int MT = Shape::MT, KEYS = Shape::ROWS, QUERIES = Shape::STEP, NT = QUERIES / 8;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    stats += head.index * stats_rows(T);
+    Tile<HS> k_tile{(floatX*)dynamic_smem}, v_tile = k_tile.from_row(KEYS), ring = v_tile.from_row(KEYS);
+    auto q_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * QUERIES); };
+    auto do_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * QUERIES + QUERIES); };
+    auto stats_tile = [&](int turn) { return (RowStats*)ring.from_row(4 * QUERIES).x + turn % 2 * QUERIES; };
+    auto fetch = [&](int turn) {
+        int q0 = turn * QUERIES;
+        q_tile(turn).template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
+        do_tile(turn).template load<QUERIES, Shape::THREADS>(d_o + q0 * head.C, head.C, T - q0);
+        if (threadIdx.x < QUERIES / 2) cp_async16(stats_tile(turn) + 2 * threadIdx.x, stats + q0 + 2 * threadIdx.x, true);
+        cp_async_commit();
+    };
+
+    int k0 = blockIdx.y * KEYS;  // the keys that most queries see first
+    int warp_row = threadIdx.x / WARP * 16 * MT, warp_k = k0 + warp_row;
+    int turns = (T + QUERIES - 1) / QUERIES;
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    Accumulators<MT, HS / 8> dk = {}, dv = {};
+
+    k_tile.template load<KEYS, Shape::THREADS>(k + k0 * stride, stride, T - k0);
+    v_tile.template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+    fetch(k0 / QUERIES);
+    for (int turn = k0 / QUERIES; turn < turns; turn++) {
+        int q0 = turn * QUERIES;
+        cp_async_wait<0>();
+        __syncthreads();
+        if (turn + 1 < turns) fetch(turn + 1);
+        if (q0 + QUERIES <= warp_k) continue;  // all queries come before the warp's keys
+        KeepBits<MT, NT> kept;
+        if (drop.on) draw<true, MT, NT>(kept, drop, q0, warp_k);
+        Accumulators<MT, NT> s = {}, dp = {};
+        multiply_transposed(s, k_tile.from_row(warp_row), q_tile(turn));
+        multiply_transposed(dp, v_tile.from_row(warp_row), do_tile(turn));
+        if (q0 < warp_k + 16 * MT) hide_later_keys<true, MT, NT>(s, q0, warp_k);
+        if (drop.on) zero_dropped<MT, NT>(dp, kept);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const RowStats* column = stats_tile(turn) + 8 * n + element_col(0);
+            RowStats query[2] = {column[0], column[1]};
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - query[i % 2].lse2);
+                    dp[m][n][i] = s[m][n][i] * (dp[m][n][i] * drop.scale - query[i % 2].d);
+                }
+        }
+        if (drop.on) zero_dropped<MT, NT>(s, kept);
+        uint32_t left[MT][NT / 2][4];
+        round_to_left(left, s);
+        multiply<HS, MT, NT>(dv, left, do_tile(turn));
+        round_to_left(left, dp);
+        multiply<HS, MT, NT>(dk, left, q_tile(turn));
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+        for (int n = 0; n < HS / 8; n++)
+            for (int i = 0; i < 4; i++) dk[m][n][i] *= scale, dv[m][n][i] *= drop.scale;
+    floatX* to = dqkv + head.qkv + warp_k * stride;
+    store_rows<HS, MT>(to + head.C, stride, T - warp_k, dk, k_tile.from_row(warp_row));
+    store_rows<HS, MT>(to + 2 * head.C, stride, T - warp_k, dv, v_tile.from_row(warp_row));
+}
+
+#else
+
+// --- fp32: the same mathematics, plain. 256 threads stand 16 x 16 before every product: thread (ty, tx) owns rows ty + 16i and
+// columns tx + 16j. Tiles are square, rows in shared memory one float longer than they need be, against bank conflicts.
+
+template <int HS>
+struct ForwardShape {
+    static constexpr int THREADS = 256, R = HS <= 64 ? 4 : 2, QUERIES = 16 * R, LD = HS + 1, P_LD = QUERIES + 1;
+    static constexpr size_t SMEM = (size_t)(3 * LD + P_LD) * QUERIES * sizeof(float);
+};
+template <int HS>
+struct BackwardShape : ForwardShape<HS> {
+    static constexpr int ROWS = ForwardShape<HS>::QUERIES;
+    static constexpr size_t SMEM = (size_t)(4 * ForwardShape<HS>::LD + 2 * ForwardShape<HS>::P_LD) * ROWS * sizeof(float);
+};
+
+// acc += A B over k < K, A (row, k) = a[row * a_row + k], B (k, col) = b[k * b_k + col * b_col].
+template <int R, int N>
+__device__ inline void multiply(float (&acc)[R][N], int K, const float* a, int a_row, const float* b, int b_k, int b_col) {
+    a += threadIdx.x / 16 * a_row, b += threadIdx.x % 16 * b_col;
+    for (int k = 0; k < K; k++) {
+        float left[R], right[N];
+        for (int i = 0; i < R; i++) left[i] = a[16 * i * a_row + k];
+        for (int j = 0; j < N; j++) right[j] = b[k * b_k + 16 * j * b_col];
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < N; j++) acc[i][j] += left[i] * right[j];
+    }
+}
+
+// Copies a tile's rows, `stride` apart; from row `valid` on they become zero.
+template <int HS>
+__device__ inline void load_rows(float* tile, const float* from, size_t stride, int valid) {
+    using Shape = ForwardShape<HS>;
+    for (int i = threadIdx.x; i < Shape::QUERIES * HS; i += Shape::THREADS)
+        tile[i / HS * Shape::LD + i % HS] = i / HS < valid ? from[i / HS * stride + i % HS] : 0;
+}
+template <int HS, int R>
+__device__ inline void store_rows(float* to, size_t stride, int valid, const float (&acc)[R][HS / 16], float factor) {
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < HS / 16; j++) {
+            int row = threadIdx.x / 16 + 16 * i;
+            if (row < valid) to[row * stride + threadIdx.x % 16 + 16 * j] = acc[i][j] * factor;
+        }
+}
+
+// Sum and maximum over the 16 threads that share their rows.
+__device__ inline float row_sum(float x) {
+    for (int d = 8; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+__device__ inline float row_max(float x) {
+    for (int d = 8; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+
+template <int HS>
+__global__ void __launch_bounds__(256) attention_forward_kernel(float* out, float* lse, const float* qkv, int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *p_tile = v_tile + ROWS * LD;
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
+    size_t stride = 3 * head.C;
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;  // the longest rows first
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    float o[R][HS / 16] = {}, max[R], sum[R] = {};
+    for (int i = 0; i < R; i++) max[i] = -INFINITY;
+    load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
+    for (int k0 = 0; k0 <= q0; k0 += ROWS) {
+        __syncthreads();
+        load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
+        load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
+        __syncthreads();
+        float s[R][R] = {};
+        multiply(s, HS, q_tile, LD, k_tile, 1, LD);
+        for (int i = 0; i < R; i++) {
+            int row = ty + 16 * i;
+            float top = max[i];
+            for (int j = 0; j < R; j++) {
+                if (k0 + tx + 16 * j > q0 + row) s[i][j] = -INFINITY;
+                top = fmaxf(top, s[i][j]);
+            }
+            top = row_max(top);  // finite: the first tile has a key for every query
+            float shrink = exp2_approx((max[i] - top) * scale2);
+            max[i] = top, sum[i] *= shrink;
+            for (int j = 0; j < HS / 16; j++) o[i][j] *= shrink;
+            for (int j = 0; j < R; j++) {
+                float p = exp2_approx((s[i][j] - top) * scale2);
+                sum[i] += p;
+                p_tile[row * P_LD + tx + 16 * j] = drop.on && !drop.keep(q0 + row, k0 + tx + 16 * j) ? 0 : p;
+            }
+        }
+        __syncwarp();  // a row of P is written and read by the same half of a warp
+        multiply(o, ROWS, p_tile, P_LD, v_tile, LD, 1);
+    }
+    for (int i = 0; i < R; i++) {
+        float total = row_sum(sum[i]);
+        int query = q0 + ty + 16 * i;
+        if (tx == 0 && query < T) lse[head.index * T + query] = max[i] * scale + logf(total);
+        for (int j = 0; j < HS / 16; j++) o[i][j] /= total;
+    }
+    store_rows<HS>(out + head.out + q0 * head.C, head.C, T - q0, o, drop.scale);
+}
+
+// dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
+template <int HS>
+__global__ void __launch_bounds__(256) attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out,
+                                                                       const float* qkv, const float* lse, int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *do_tile = v_tile + ROWS * LD;
+    float* ds_tile = do_tile + ROWS * LD;
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    float dq[R][HS / 16] = {};
+    RowStats of_row[R];
+    for (int i = 0; i < R; i++) {
+        int query = q0 + ty + 16 * i;
+        float d = 0;
+        if (query < T)
+            for (int c = tx; c < HS; c += 16) d += out[head.out + query * head.C + c] * d_o[query * head.C + c];
+        of_row[i] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
+        if (tx == 0) stats[head.index * stats_rows(T) + query] = of_row[i];
+    }
+    load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
+    load_rows<HS>(do_tile, d_o + q0 * head.C, head.C, T - q0);
+    for (int k0 = 0; k0 <= q0; k0 += ROWS) {
+        __syncthreads();
+        load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
+        load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
+        __syncthreads();
+        float s[R][R] = {}, dp[R][R] = {};
+        multiply(s, HS, q_tile, LD, k_tile, 1, LD);
+        multiply(dp, HS, do_tile, LD, v_tile, 1, LD);
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < R; j++) {
+                int query = q0 + ty + 16 * i, key = k0 + tx + 16 * j;
+                float p = key <= query ? exp2_approx(s[i][j] * scale2 - of_row[i].lse2) : 0;
+                float d = drop.on && !drop.keep(query, key) ? 0 : dp[i][j] * drop.scale;
+                ds_tile[(ty + 16 * i) * P_LD + tx + 16 * j] = p * (d - of_row[i].d);
+            }
+        __syncwarp();
+        multiply(dq, ROWS, ds_tile, P_LD, k_tile, LD, 1);
+    }
+    store_rows<HS>(dqkv + head.qkv + q0 * stride, stride, T - q0, dq, scale);
+}
+
+// dK and dV: a row of S is a key here.
+template <int HS>
+__global__ void __launch_bounds__(256) attention_backward_key_kernel(float* dqkv, const RowStats* stats, const float* dout, const float* qkv,
+                                                                     int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *do_tile = v_tile + ROWS * LD;
+    float *p_tile = do_tile + ROWS * LD, *ds_tile = p_tile + ROWS * P_LD;
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    stats += head.index * stats_rows(T);
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, k0 = blockIdx.y * ROWS;  // the keys that most queries see first
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    float dk[R][HS / 16] = {}, dv[R][HS / 16] = {};
+    load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
+    load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
+    for (int q0 = k0; q0 < T; q0 += ROWS) {
+        __syncthreads();
+        load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
+        load_rows<HS>(do_tile, d_o + q0 * head.C, head.C, T - q0);
+        __syncthreads();
+        float s[R][R] = {}, dp[R][R] = {};
+        multiply(s, HS, k_tile, LD, q_tile, 1, LD);
+        multiply(dp, HS, v_tile, LD, do_tile, 1, LD);
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < R; j++) {
+                int query = q0 + tx + 16 * j, key = k0 + ty + 16 * i, at = (ty + 16 * i) * P_LD + tx + 16 * j;
+                bool keep = !drop.on || drop.keep(query, key);
+                float p = key <= query ? exp2_approx(s[i][j] * scale2 - stats[query].lse2) : 0;
+                p_tile[at] = keep ? p : 0;
+                ds_tile[at] = p * ((keep ? dp[i][j] * drop.scale : 0) - stats[query].d);
+            }
+        __syncwarp();
+        multiply(dv, ROWS, p_tile, P_LD, do_tile, LD, 1);
+        multiply(dk, ROWS, ds_tile, P_LD, q_tile, LD, 1);
+    }
+    float* to = dqkv + head.qkv + k0 * stride;
+    store_rows<HS>(to + head.C, stride, T - k0, dk, scale);
+    store_rows<HS>(to + 2 * head.C, stride, T - k0, dv, drop.scale);
+}
+
+#endif
+
+template <class... P>
+inline void allow_smem(void (*kernel)(P...), size_t bytes) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+// To be called once per device before the functions below, and not while a graph is captured: lets the kernels of this head size
+// have the shared memory they need.
+inline void attention_init(size_t hs) {
+    with_head_size(hs, [](auto n) {
+        constexpr int HS = decltype(n)::value;
+        allow_smem(attention_forward_kernel<HS>, ForwardShape<HS>::SMEM);
+        allow_smem(attention_backward_query_kernel<HS>, BackwardShape<HS>::SMEM);
+        allow_smem(attention_backward_key_kernel<HS>, BackwardShape<HS>::SMEM);
+    });
+}
+
+// out (B,T,C) and lse (B,NH,T) from qkv (B,T,3C).
+inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t B, size_t T, size_t C, size_t NH, const Dropout& drop,
+                              cudaStream_t stream) {
+    with_head_size(C / NH, [&](auto n) {
+        constexpr int HS = decltype(n)::value;
+        using Shape = ForwardShape<HS>;
+        dim3 grid(B * NH, ceil_div(T, Shape::QUERIES));
+        launch(attention_forward_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, out, lse, qkv, T, NH, drop);
+    });
+}
+
+// Floats of scratch that attention_backward needs, 16-byte aligned.
+inline size_t attention_backward_scratch(size_t B, size_t T, size_t, size_t NH) { return B * NH * stats_rows(T) * 2; }
+
+// dqkv (B,T,3C) is written from dout (B,T,C) and what forward read and wrote.
+inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, size_t B,
+                               size_t T, size_t C, size_t NH, const Dropout& drop, cudaStream_t stream) {
+    with_head_size(C / NH, [&](auto n) {
+        constexpr int HS = decltype(n)::value;
+        using Shape = BackwardShape<HS>;
+        dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
+        RowStats* stats = (RowStats*)scratch;
+        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, out, qkv, lse, T, NH, drop);
+        launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, qkv, T, NH, drop);
+    });
+}
 
 // ---------------------------------------------------------------------------------------------
 // GELU and bias
