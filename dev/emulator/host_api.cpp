@@ -444,15 +444,14 @@ static cudaError_t check_copy(const void* target, const void* source, size_t row
     const bool want_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     const bool want_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     if (kind != cudaMemcpyDefault && (to != want_to || from != want_from)) {
-        static const char* const words[] = {"host", "device"};
-        return report(cudaErrorInvalidValue, format("cudaMemcpy: the kind says %s to %s, the pointers are %s to %s", words[want_from],
+        static const char* const words[] = {"host memory", "device memory"};
+        return refuse(cudaErrorInvalidValue, format("cudaMemcpy: the kind says %s to %s, the pointers say %s to %s", words[want_from],
                                                     words[want_to], words[from], words[to]));
     }
     for (size_t i = 0; i < rows; i++) {
-        if (find_allocation(target))
-            if (cudaError_t e = check_range((char*)target + i * target_pitch, row, "cudaMemcpy's target")) return e;
-        if (find_allocation(source))
-            if (cudaError_t e = check_range((char*)source + i * source_pitch, row, "cudaMemcpy's source")) return e;
+        std::string wrong = find_allocation(target) ? check_range((char*)target + i * target_pitch, row, "cudaMemcpy's target") : "";
+        if (wrong.empty() && find_allocation(source)) wrong = check_range((char*)source + i * source_pitch, row, "cudaMemcpy's source");
+        if (!wrong.empty()) return refuse(cudaErrorInvalidValue, wrong);
     }
     return cudaSuccess;
 }
@@ -502,7 +501,8 @@ cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* sou
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
     API;
-    if (cudaError_t e = check_range(p, bytes, "cudaMemset")) return failed(e);
+    const std::string wrong = check_range(p, bytes, "cudaMemset");
+    if (!wrong.empty()) return failed(refuse(cudaErrorInvalidValue, wrong));
     return failed(submit(stream, [=] {
         DeviceAccess open;
         memset(p, value, bytes);
