@@ -7,6 +7,7 @@ CXXFLAGS ?= -O3
 FLAGS = -std=c++17 $(CXXFLAGS) -march=$(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -I.
 HEADERS = $(wildcard *.h tokenizer/*.h data/*.h dev/*.h dev/*/*.h)
 PROGRAMS = train_gpt2 sample_gpt2 prepare_data
+CUDA_HOME ?= /usr/local/cuda
 BUILD ?= build
 
 # What `make train` reads and where it writes; e.g. make train POEMS=poems.csv PRESET=char OUT=out/mine
@@ -16,7 +17,7 @@ OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
 
-.PHONY: all help train finetune export plot test test-asan bench golden fuzz clean
+.PHONY: need-nvcc all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -31,6 +32,9 @@ help:
 	@echo "                               give the result back in that form, to OUT/hf"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make test-asan                 the same under AddressSanitizer and UBSan"
+	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
+	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
+	@echo "make train_gpt2cu              build the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
 	@echo "make bench                     time the matrix product and training steps"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
@@ -68,6 +72,25 @@ sample_gpt2: sample_gpt2.cpp train_gpt2.cpp $(HEADERS)
 prepare_data: data/prepare_data.cpp $(HEADERS)
 	$(CXX) $(FLAGS) $< -o $@
 
+# --- the GPU trainer: for the GPUs of this machine, or without one for Ampere, Hopper, Blackwell and what comes after
+PRECISION ?= BF16
+NVCC ?= $(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p' | sort -u)
+ARCHS = $(or $(GPUS),$(patsubst sm_%,%,$(filter sm_80 sm_90 sm_100,$(shell $(NVCC) --list-gpu-code))))
+NVCC_FLAGS = -std=c++17 -O3 --threads 0 -I. -Xcompiler -fopenmp,-Wall,-Wextra $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32) \
+	$(foreach a,$(ARCHS),-gencode arch=compute_$a,code=sm_$a) -gencode arch=compute_$(lastword $(ARCHS)),code=compute_$(lastword $(ARCHS))
+
+train_gpt2cu: train_gpt2.cu $(HEADERS) $(BUILD)/precision.$(PRECISION) | need-nvcc
+	$(NVCC) $(NVCC_FLAGS) $< -o $@ -lcublasLt
+# There is one such file, so that the other precision is built anew.
+$(BUILD)/precision.%:
+	@case $* in BF16|FP32) ;; \
+	  FP16) echo "make train_gpt2cu: PRECISION=FP16 is not supported, its range is too small for gradients without loss scaling; take BF16" >&2; exit 2;; \
+	  *) echo "make train_gpt2cu: PRECISION=$* is unknown; known are BF16, FP32" >&2; exit 2;; esac
+	@mkdir -p $(@D); rm -f $(BUILD)/precision.*; touch $@
+need-nvcc:
+	@test -n "$(NVCC)" || { echo "make train_gpt2cu: nvcc is neither on the PATH nor in $(CUDA_HOME)/bin; install the CUDA Toolkit, 12 or later (https://developer.nvidia.com/cuda-downloads), or name it: make train_gpt2cu NVCC=FILE" >&2; exit 1; }
+
 convert_gpt2: dev/convert/convert_gpt2.cpp $(HEADERS)
 	@dev/setup.sh convert
 	$(CXX) $(FLAGS) $< -o $@
@@ -77,23 +100,84 @@ export_tokenizer: tokenizer/export_tokenizer.cpp $(HEADERS)
 tokenize: tokenizer/tokenize.cpp $(HEADERS)
 	$(CXX) $(FLAGS) $< -o $@
 
-# --- tests: one program from several files; test_gpt2.cpp has its main
+# --- tests: test_gpt2 from several files, and programs of CUDA code that dev/emulator runs on the CPU
 TEST_SOURCES = test_gpt2.cpp $(wildcard data/test_*.cpp tokenizer/test_*.cpp dev/test_*.cpp dev/*/test_*.cpp)
 TEST_OBJECTS = $(TEST_SOURCES:%.cpp=$(BUILD)/%.o)
+EMULATED_TESTS = test_emulator $(foreach t,kernels attention model,test_gpu_$t_bf16 test_gpu_$t_fp32)
+EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
+TEST_PROGRAMS = $(BUILD)/test_gpt2 $(CUDA_TESTS)
+
+ifneq ($(wildcard $(CUDA_HOME)/include/cuda_runtime.h),)
+CUDA_TESTS = $(EMULATED_TESTS:%=$(BUILD)/%)
+CUDA_PROGRAMS = $(EMULATED_TRAINERS:%=$(BUILD)/%)
+else
+NO_CUDA = the CUDA Toolkit's headers are not in $(CUDA_HOME)/include; install it (https://developer.nvidia.com/cuda-downloads) or name its folder: make CUDA_HOME=DIR
+SKIPPED_TESTS = $(EMULATED_TESTS:%="skip:%: $(NO_CUDA)")
+endif
 
 test: $(PROGRAMS)
 	@dev/setup.sh tests
-	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/test_gpt2
-	$(BUILD)/test_gpt2
+	@$(MAKE) --no-print-directory -j$$(nproc) $(TEST_PROGRAMS) $(CUDA_PROGRAMS)
+	@dev/run_tests.sh $(TEST_PROGRAMS) $(SKIPPED_TESTS)
 
 test-asan:
-	@$(MAKE) --no-print-directory test BUILD=build/asan PROGRAMS="$(PROGRAMS)" CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+	@$(MAKE) --no-print-directory test BUILD=build/asan CUDA_TESTS= CUDA_PROGRAMS= PROGRAMS="$(PROGRAMS)" CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+# The same CUDA code under AddressSanitizer and UBSan, and under ThreadSanitizer with a TSan fiber for each CUDA thread
+test-emulator-asan: need-cuda
+	@dev/setup.sh tests
+	@$(MAKE) --no-print-directory emulated-tests BUILD=build/emulator-asan CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+test-emulator-tsan: need-cuda
+	@dev/setup.sh tests
+	@$(MAKE) --no-print-directory emulated-tests BUILD=build/emulator-tsan CXXFLAGS="-O1 -g -fsanitize=thread"
+emulated-tests:
+	@$(MAKE) --no-print-directory -j$$(nproc) $(CUDA_TESTS)
+	@dev/run_tests.sh $(CUDA_TESTS)
+need-cuda:
+	@test -z "$(NO_CUDA)" || { echo "make: $(NO_CUDA)" >&2; exit 1; }
 
 $(BUILD)/test_gpt2: $(TEST_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@
 $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -c $< -o $@
+
+# --- dev/emulator: CUDA code compiled as C++, and the library in place of cudart and cuBLASLt. The library is the same,
+# and never instrumented, in all builds; symbolic, lest it take a template from an instrumented program.
+EMULATOR = dev/emulator
+LIBEMU = build/libemu.so
+LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp threads.cpp memory.cpp host_api.cpp cublaslt.cpp)
+EMULATED_FLAGS = $(FLAGS) -g1 -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow
+EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
+
+$(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -shared -ftls-model=initial-exec -Wl,-Bsymbolic-functions -Wall -Wextra -isystem $(CUDA_HOME)/include $(LIBEMU_SOURCES) -o $@ -lpthread
+$(BUILD)/%.emulated.o: %.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) $(wildcard *.cu *.cpp) | need-cuda
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas -c $< -o $@
+# dev/test_gpu_NAME.cu in both precisions
+EMULATED_DEPS = train_gpt2.cpp train_gpt2.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) | need-cuda
+EMULATE = $(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas
+$(BUILD)/dev/%_bf16.emulated.o: dev/%.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -c $< -o $@
+$(BUILD)/dev/%_fp32.emulated.o: dev/%.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -DPRECISION_FP32 -c $< -o $@
+$(BUILD)/test_gpu_%: $(BUILD)/dev/test_gpu_%.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
+# The whole GPU trainer as a program of the CPU
+$(BUILD)/train_gpt2cu_emu.o: train_gpt2.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -c $< -o $@
+$(BUILD)/train_gpt2cu_emu_fp32.o: train_gpt2.cu $(EMULATED_DEPS)
+	@mkdir -p $(@D)
+	$(EMULATE) -DPRECISION_FP32 -c $< -o $@
+$(BUILD)/train_gpt2cu_%: $(BUILD)/train_gpt2cu_%.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+	$(CXX) $(FLAGS) $(filter %.o,$^) $(LIBEMU) -Wl,-rpath,$(abspath build) -o $@
+$(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
 bench: $(BUILD)/bench
 	$(BUILD)/bench
@@ -117,4 +201,4 @@ fuzz:
 	  grep -h number_of_executed $$b.log; done
 
 clean:
-	rm -rf $(PROGRAMS) convert_gpt2 export_tokenizer tokenize build
+	rm -rf $(PROGRAMS) train_gpt2cu convert_gpt2 export_tokenizer tokenize build

@@ -48,7 +48,7 @@ class Flags {
     }
     // Words that carry no flag (file names); without this they are an error.
     void positional(std::vector<std::string>* v, const char* usage) { pos_ = v, pos_usage_ = usage; }
-    void epilogue(const char* text) { epilogue_ = text; }
+    void epilogue(const std::string& text) { epilogue_ = text; }
 
     // Throws UsageError. Prints the help and exits 0 on --help.
     void parse(int argc, char** argv) {
@@ -115,7 +115,7 @@ class Flags {
             if (!r.fallback.empty()) fprintf(f, "%-36s %s [%s]\n", left.c_str(), r.help.c_str(), r.fallback.c_str());
             else fprintf(f, "%-36s %s\n", left.c_str(), r.help.c_str());
         }
-        if (*epilogue_) fprintf(f, "\n%s", epilogue_);
+        if (!epilogue_.empty()) fprintf(f, "\n%s", epilogue_.c_str());
     }
 
   private:
@@ -172,7 +172,8 @@ class Flags {
         return best.empty() ? "" : " (did you mean --" + best + "?)";
     }
 
-    const char *program_, *about_, *epilogue_ = "", *pos_usage_ = "";
+    const char *program_, *about_, *pos_usage_ = "";
+    std::string epilogue_;
     std::vector<std::string>* pos_ = nullptr;
     std::vector<Row> rows_;
 };

@@ -16,6 +16,7 @@
 #include <cmath>
 
 #include "io.h"
+#include "rng.h"
 
 enum Arch { GPT2_ARCH = 0, GROVER_ARCH = 1 };
 enum Activation { GELU_TANH = 0, GELU_ERF = 1 };
@@ -111,6 +112,17 @@ inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
 inline size_t key_value_bytes(const Config& c, size_t N, size_t T) {
     return checked_mul(checked_mul(c.L, N, "sequences"), T * 2 * c.C * sizeof(float), "keys and values");
 }
+// GPT-2's initialisation from the seed: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), LayerNorm weights 1, biases 0,
+// padded vocabulary rows 0. Writes elements [first, first + n) of tensor `id` to w.
+inline void initial_weights(float* w, const Config& c, int id, size_t first, size_t n, uint64_t seed) {
+    const ParamInfo info = param_table(c)[id];
+    bool ones = id == LN1W || id == LN2W || id == LNFW;
+    size_t drawn = !info.decay ? 0 : id == WTE ? (size_t)c.V * c.C : info.size();  // elements below are random
+    double std_dev = info.residual ? 0.02 / std::sqrt(2.0 * c.L) : 0.02;
+    rng::Key key(seed, 0, rng::INIT, (uint32_t)id);
+#pragma omp parallel for schedule(static)
+    for (size_t j = 0; j < n; j++) w[j] = first + j < drawn ? (float)(std_dev * key.normal(first + j)) : ones ? 1.0f : 0.0f;
+}
 
 // Floating-point operations of one training step over B sequences of T tokens, counted as usual
 // (Kaplan et al. 2020): 6 per parameter and token, wpe left out, plus attention counted in full.
@@ -168,6 +180,12 @@ enum Dtype { FP32, BF16 };
 struct Precision {
     Dtype dtype = FP32;
     bool master_weights = true;
+};
+
+// Floating-point operations a second that a machine can do, and how that is known.
+struct Peak {
+    double flops;
+    const char* source;
 };
 
 // Bytes that a model needs, by purpose.

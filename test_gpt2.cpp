@@ -5,11 +5,10 @@
 // train_gpt2.cpp is compared with it layer by layer and as a whole. Tensors are compared by relative L2 error; the
 // largest one of each kind is printed at the end.
 //
-// The other test files are linked into this program. Its last line is "N passed, N failed[, N skipped]".
+// The other test files and dev/test_main.cpp are linked into this program.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
-#define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include <sys/resource.h>
@@ -57,42 +56,6 @@ struct Random {
         return x;
     }
 };
-
-template <class A, class B>
-double relative_l2(const A* got, const B* want, size_t n) {
-    double diff = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) {
-        double d = (double)got[i] - (double)want[i];
-        diff += d * d, norm += (double)want[i] * (double)want[i];
-    }
-    return std::sqrt(diff) / std::max(std::sqrt(norm), 1e-30);  // where all of `want` is 0, only 0 will do
-}
-
-// The largest error of each kind, for the table at the end.
-struct Worst {
-    double error = 0, tolerance = 0;
-};
-std::map<std::string, Worst> worst_errors;
-
-void note(const std::string& kind, double error, double tolerance) {
-    Worst& w = worst_errors[kind];
-    if (error >= w.error || error != error) w = {error, tolerance};
-}
-
-// Fails unless the relative L2 error is within the tolerance. `what` is "kind: tensor".
-template <class A, class B>
-void check_close(const std::string& what, const A* got, const B* want, size_t n, double tolerance) {
-    double error = relative_l2(got, want, n);
-    note(what.substr(0, what.find(':')), error, tolerance);
-    CHECK_MESSAGE(error <= tolerance, what, ": relative L2 error ", error, ", wanted at most ", tolerance);
-}
-void check_close(const std::string& what, const Floats& got, const Doubles& want, double tolerance) {
-    REQUIRE(got.size() == want.size());
-    check_close(what, got.data(), want.data(), got.size(), tolerance);
-}
-void check_close(const std::string& what, double got, double want, double tolerance) {
-    check_close(what, &got, &want, 1, tolerance);
-}
 
 bool same_bits(const Floats& a, const Floats& b) {
     return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * sizeof(float));
@@ -447,58 +410,6 @@ size_t count_targets(const Tokens& y) {
 }
 
 }  // namespace
-
-// ---------------------------------------------------------------------------------------------
-// The program: runs the tests, counts them by case, and ends with one line
-
-namespace {
-
-struct Counter : doctest::IReporter {
-    static inline unsigned run = 0, failed = 0, skipped = 0;
-    const doctest::TestCaseData* current = nullptr;
-
-    explicit Counter(const doctest::ContextOptions&) {}
-    void test_case_start(const doctest::TestCaseData& test) override { current = &test, skip_reason.clear(); }
-    void test_case_end(const doctest::CurrentTestCaseStats& stats) override {
-        if (skip_reason.empty() || stats.failure_flags) return;
-        skipped++;
-        printf("skipped: %s: %s\n", current->m_name, skip_reason.c_str());
-        fflush(stdout);
-    }
-    void test_run_end(const doctest::TestRunStats& stats) override {
-        run = stats.numTestCasesPassingFilters, failed = stats.numTestCasesFailed;
-    }
-    void report_query(const doctest::QueryData&) override {}
-    void test_run_start() override {}
-    void test_case_reenter(const doctest::TestCaseData&) override {}
-    void test_case_exception(const doctest::TestCaseException&) override {}
-    void subcase_start(const doctest::SubcaseSignature&) override {}
-    void subcase_end() override {}
-    void log_assert(const doctest::AssertData&) override {}
-    void log_message(const doctest::MessageData&) override {}
-    void test_case_skipped(const doctest::TestCaseData&) override {}
-};
-DOCTEST_REGISTER_LISTENER("counter", 1, Counter);
-
-}  // namespace
-
-int main(int argc, char** argv) {
-    // The tests' parallel regions are short: on a busy machine, threads that spin while they wait take many times as
-    // long. OpenMP reads this setting before main, hence the second start. Programs that tests start inherit it.
-    if (!getenv("OMP_WAIT_POLICY")) {
-        setenv("OMP_WAIT_POLICY", "passive", 1);
-        execv("/proc/self/exe", argv);  // returns only where it cannot
-    }
-    doctest::Context context(argc, argv);
-    int rc = context.run();
-    if (context.shouldExit()) return rc;  // --help, --list-test-cases
-    if (!worst_errors.empty()) printf("largest errors (relative L2 where nothing else is said), and what is allowed:\n");
-    for (auto& [kind, w] : worst_errors) printf("  %-44s %.1e of %.0e\n", kind.c_str(), w.error, w.tolerance);
-    printf("%u passed, %u failed", Counter::run - Counter::failed - Counter::skipped, Counter::failed);
-    if (Counter::skipped) printf(", %u skipped", Counter::skipped);
-    printf("\n");
-    return rc;
-}
 
 // ---------------------------------------------------------------------------------------------
 // Random numbers

@@ -468,8 +468,9 @@ struct GPT2 {
     static size_t head_rows(const Config& c, size_t M) {
         return std::min(M, std::max<size_t>(64, HEAD_FLOATS / gemm::round_up(c.V, 16)));
     }
+    static void require_device() {}
     static void set_threads(int n) { omp_set_num_threads(n); }
-    static double peak_flops() { return gemm::measure_peak_flops(); }
+    static Peak peak_flops() { return {gemm::measure_peak_flops(), "measured"}; }
     static std::string device() {
         return strf("CPU, %d threads, %zu-bit vectors", omp_get_max_threads(), gemm::VL * 32);
     }
@@ -490,6 +491,7 @@ struct GPT2 {
         if (c) fclose(c);
         return best;
     }
+    static constexpr const char* PROGRAM = "train_gpt2";
     static constexpr Dtype DEFAULT_DTYPE = FP32;
     static void check_precision(Precision p) {
         if (p.dtype != FP32) throw UsageError("--dtype: the CPU trainer computes in fp32");
@@ -545,21 +547,9 @@ struct GPT2 {
     GPT2(const GPT2&) = delete;
     GPT2& operator=(const GPT2&) = delete;
 
-    // GPT-2's initialisation from the seed: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), LayerNorm
-    // weights 1, biases 0, padded vocabulary rows 0.
     void init_weights(uint64_t from_seed) {
-        ParamTable table = param_table(cfg);
         auto off = param_offsets(cfg);
-        for (int i = 0; i < NUM_PARAMS; i++) {
-            const ParamInfo& info = table[i];
-            float* w = params_mem_ + off[i];
-            size_t n = i == WTE ? (size_t)cfg.V * cfg.C : info.size();
-            bool ones = i == LN1W || i == LN2W || i == LNFW;
-            double std_dev = info.residual ? 0.02 / std::sqrt(2.0 * cfg.L) : 0.02;
-            rng::Key key(from_seed, 0, rng::INIT, (uint32_t)i);
-#pragma omp parallel for schedule(static)
-            for (size_t j = 0; j < n; j++) w[j] = !info.decay ? (ones ? 1.0f : 0.0f) : (float)(std_dev * key.normal(j));
-        }
+        for (int i = 0; i < NUM_PARAMS; i++) initial_weights(params_mem_ + off[i], cfg, i, 0, off[i + 1] - off[i], from_seed);
     }
 
     // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T; counted() tells how
@@ -690,6 +680,8 @@ struct GPT2 {
         size_t n = num_params(cfg);
         f(s == PARAMS ? params_mem_ : s == ADAM_M ? moments_ : moments_ + n, n);
     }
+    // Says that the state just loaded is that after update number t.
+    void resumed(uint32_t) {}
     float* grads() { return grads_mem_; }  // all, in the order of param_table
     float* params() { return params_mem_; }
 

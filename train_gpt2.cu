@@ -18,6 +18,10 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cfloat>
+#include <map>
+#include <memory>
 #include <utility>
 
 #include "gpt2.h"
@@ -82,57 +86,2632 @@ struct Dropout {
     const StepState* state = nullptr;
 };
 
-// @@SECTION common: K
+// 16 bytes of T in registers: what one load or store instruction moves.
+template <class T>
+struct alignas(16) Vec {
+    static constexpr int SIZE = 16 / sizeof(T);
+    T v[SIZE];
+    __device__ T& operator[](int i) { return v[i]; }
+    __device__ const T& operator[](int i) const { return v[i]; }
+};
+constexpr int VEC = Vec<floatX>::SIZE;
+
+// The _once forms ask the caches not to keep what will not be read again soon. Addresses are multiples of 16.
+template <class T>
+__device__ inline Vec<T> from_bits(int4 bits) {
+    Vec<T> x;
+    memcpy(&x, &bits, 16);
+    return x;
+}
+template <class T>
+__device__ inline int4 to_bits(const Vec<T>& x) {
+    int4 bits;
+    memcpy(&bits, &x, 16);
+    return bits;
+}
+template <class T>
+__device__ inline Vec<T> load(const T* p) { return from_bits<T>(*reinterpret_cast<const int4*>(p)); }
+template <class T>
+__device__ inline Vec<T> load_once(const T* p) { return from_bits<T>(__ldcs(reinterpret_cast<const int4*>(p))); }
+template <class T>
+__device__ inline void store(T* p, const Vec<T>& x) { *reinterpret_cast<int4*>(p) = to_bits(x); }
+template <class T>
+__device__ inline void store_once(T* p, const Vec<T>& x) { __stcs(reinterpret_cast<int4*>(p), to_bits(x)); }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ inline T from_float(float x) {
+    if constexpr (sizeof(T) == 2) return __float2bfloat16_rn(x);
+    else return x;
+}
+
+// As many floats as a Vec<floatX> holds numbers, for the arithmetic in between.
+struct Floats {
+    float v[VEC];
+    __device__ float& operator[](int i) { return v[i]; }
+    __device__ const float& operator[](int i) const { return v[i]; }
+};
+__device__ inline Floats widen(const Vec<floatX>& x) {
+    Floats f;
+    for (int k = 0; k < VEC; k++) f[k] = to_float(x[k]);
+    return f;
+}
+__device__ inline Vec<floatX> narrow(const Floats& f) {
+    Vec<floatX> x;
+    for (int k = 0; k < VEC; k++) x[k] = from_float<floatX>(f[k]);
+    return x;
+}
+// The same count of numbers from and to memory that holds floats in every build.
+__device__ inline Floats load_floats(const float* p) {
+    Floats f;
+    for (int i = 0; i < VEC; i += 4) {
+        Vec<float> x = load_once(p + i);
+        for (int k = 0; k < 4; k++) f[i + k] = x[k];
+    }
+    return f;
+}
+__device__ inline void store_floats(float* p, const Floats& f) {
+    for (int i = 0; i < VEC; i += 4) store_once(p + i, Vec<float>{{f[i], f[i + 1], f[i + 2], f[i + 3]}});
+}
+
+// e^x: the hardware's approximation where results are rounded to bf16 anyway.
+__device__ inline float exponential(float x) {
+    if constexpr (BUILD_DTYPE == BF16) return __expf(x);
+    else return expf(x);
+}
+
+template <class T>
+__device__ inline T warp_sum(T x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
+// Each x[i] becomes its sum over the `warps` neighbouring warps that the caller belongs to, in a fixed order. All threads
+// of the block call it; blockDim is one-dimensional, a multiple of 32 * warps.
+template <class T, int N>
+__device__ inline void group_sum(T (&x)[N], int warps) {
+    for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
+    if (warps == 1) return;
+    __shared__ T part[N][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first = warp / warps * warps;
+    __syncthreads();  // until the previous call's parts have been read
+    if (lane == 0)
+        for (int i = 0; i < N; i++) part[i][warp] = x[i];
+    __syncthreads();
+    for (int i = 0; i < N; i++) x[i] = warp_sum(lane < warps ? part[i][first + lane] : T(0));
+}
+__device__ inline float block_sum(float x) {
+    float sum[1] = {x};
+    group_sum(sum, blockDim.x / WARP);
+    return sum[0];
+}
+__device__ inline float block_max(float x) {
+    __shared__ float part[WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) part[warp] = x;
+    __syncthreads();
+    return warp_max(part[lane < (int)(blockDim.x / WARP) ? lane : 0]);
+}
+
+// Dropout inside a kernel. With p = 0 the state is not read, and may be null.
+__device__ inline rng::Key dropout_key(const Dropout& d) { return rng::Key(d.seed, d.p > 0 ? d.state->step : 0, d.site, d.layer); }
+// Row 0's number within the step's whole batch.
+__device__ inline uint64_t dropout_row(const Dropout& d, size_t T) { return d.p > 0 ? d.state->seq0 * T : 0; }
+// The factors, 0 or 1/(1-p), of elements 4 * block to 4 * block + 3.
+__device__ inline float4 dropout_factors(const rng::Key& key, uint64_t block, float p) {
+    rng::Block b = key.block(block);
+    uint32_t threshold = rng::drop_threshold(p);
+    float scale = 1.0f / (1.0f - p);
+    return make_float4(b.w[0] >= threshold ? scale : 0.0f, b.w[1] >= threshold ? scale : 0.0f, b.w[2] >= threshold ? scale : 0.0f,
+                       b.w[3] >= threshold ? scale : 0.0f);
+}
+// x *= the factors of the elements from e on, a multiple of 4; where p = 0 nothing happens.
+__device__ inline void apply_dropout(Floats& x, const rng::Key& key, uint64_t e, float p) {
+    if (p == 0) return;
+    for (int i = 0; i < VEC; i += 4) {
+        float4 f = dropout_factors(key, (e + i) / 4, p);
+        x[i] *= f.x, x[i + 1] *= f.y, x[i + 2] *= f.z, x[i + 3] *= f.w;
+    }
+}
+
+// Streaming multiprocessors of the device. Kernels whose blocks each leave one partial sum are sized by it.
+inline int multiprocessors() {
+    static const int count = [] {
+        int device, n;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+        return n;
+    }();
+    return count;
+}
+
+// a[i] += sum over p of partials[p][i] for i < na, and likewise b[i - na] for the other columns; partials (parts, n).
+// A block owns 32 columns; its warps share the parts and are added in order.
+constexpr int ADD_WARPS = 16;
+__global__ void __launch_bounds__(ADD_WARPS* WARP) add_partials_kernel(float* a, float* b, const float* partials, int parts, size_t na, size_t n) {
+    __shared__ float sums[ADD_WARPS][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    size_t i = (size_t)blockIdx.x * WARP + lane;
+    float sum = 0;
+    if (i < n)
+#pragma unroll 4
+        for (int p = warp; p < parts; p += ADD_WARPS) sum += partials[p * n + i];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp != 0 || i >= n) return;
+    for (int w = 1; w < ADD_WARPS; w++) sum += sums[w][lane];
+    (i < na ? a[i] : b[i - na]) += sum;
+}
+inline void add_partials(float* a, float* b, const float* partials, int parts, size_t na, size_t n, cudaStream_t s) {
+    launch(add_partials_kernel, dim3((unsigned)ceil_div(n, WARP)), ADD_WARPS * WARP, 0, s, a, b, partials, parts, na, n);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Tensor-core and copy instructions, each with its body for the emulator
 
-// @@SECTION ptx: A
+// d (16 x 8 floats) += a (16 x 16) b (16 x 8), bf16. With g = lane / 4 and t = lane % 4 a lane holds, two values a register,
+//     a: rows g, g+8, g, g+8 at columns 2t, 2t, 2t+8, 2t+8;  b: rows 2t, 2t+8 at column g;  d: rows g, g, g+8, g+8 at 2t, 2t+1, 2t, 2t+1.
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(EMULATOR)
+    emu::mma_m16n8k16_bf16(d, a, {b0, b1}, d);
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Four 8 x 8 matrices of bf16 from shared memory, row r of matrix m at lane 8m+r's address (16-byte aligned). Register m of a
+// lane: elements (lane / 4, lane % 4 * 2 and the next) of matrix m, or of its transpose.
+template <bool TRANSPOSED>
+__device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
+#if defined(EMULATOR)
+    emu::ldmatrix_x4(r, row, TRANSPOSED);
+#else
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+
+// Starts a copy of 16 bytes from global to shared memory; without `valid` nothing is read and zeros are written.
+__device__ inline void cp_async16(void* shared, const void* global, bool valid) {
+#if defined(EMULATOR)
+    emu::cp_async16(shared, global, valid);
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+#endif
+}
+// Closes a group of this thread's copies; cp_async_wait returns when at most PENDING younger groups are under way. What other
+// threads copied is there after a barrier.
+__device__ inline void cp_async_commit() {
+#if defined(EMULATOR)
+    emu::cp_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING>
+__device__ inline void cp_async_wait() {
+#if defined(EMULATOR)
+    emu::cp_async_wait(PENDING);
+#else
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+#endif
+}
+
+// 2^x in one instruction, to 2 ulp; results below 2^-126 are 0.
+__device__ inline float exp2_approx(float x) {
+#if defined(EMULATOR)
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-// @@SECTION embedding: K
+// cpu::embedding_forward. out (B,T,C) = wte[token] + wpe[t], then dropout. A block works on one row.
+__global__ void __launch_bounds__(256) embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t T,
+                                                                size_t C, Dropout drop) {
+    size_t m = blockIdx.x;
+    const floatX *e = wte + (size_t)tokens[m] * C, *p = wpe + m % T * C;
+    rng::Key key = dropout_key(drop);
+    uint64_t row = dropout_row(drop, T) + m;
+    for (size_t c = threadIdx.x * VEC; c < C; c += blockDim.x * VEC) {
+        Floats x = widen(load(e + c)), y = widen(load(p + c));
+        for (int k = 0; k < VEC; k++) x[k] += y[k];
+        apply_dropout(x, key, row * C + c, drop.p);
+        store(out + m * C + c, narrow(x));
+    }
+}
+
+// As many threads as n items fill, in whole warps and at most `most`.
+inline unsigned threads_for(size_t n, size_t most) { return (unsigned)std::min(most, ceil_div(n, WARP) * WARP); }
+
+inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t B, size_t T, size_t C, Dropout drop,
+                              cudaStream_t s) {
+    launch(embedding_forward_kernel, dim3((unsigned)(B * T)), threads_for(C / VEC, 256), 0, s, out, tokens, wte, wpe, T, C, drop);
+}
+
+// The positions of a batch sorted by token, so that all gradients of one wte row are summed by one block or warp in one
+// order. Bucket u holds token[u] at the positions order[starts[u]..starts[u+1]). A token that stands at more than FREQUENT
+// positions (in a model of characters: the space) is also listed in frequent, and gets a whole block.
+struct EmbeddingBuckets {
+    static constexpr int FREQUENT = 64;
+    int *count;  // [0] buckets, [1] frequent ones
+    int *order, *starts, *token, *frequent;
+
+    static size_t ints(size_t M) { return 2 + M + (M + 1) + M + M / FREQUENT; }
+    // The arrays for M positions inside one block of ints(M) ints, in host or device memory.
+    static EmbeddingBuckets at(int* memory, size_t M) {
+        int* order = memory + 2;
+        return {memory, order, order + M, order + M + M + 1, order + M + M + 1 + M};
+    }
+};
+
+// On the host: fills the buckets of tokens (M). Allocates nothing.
+inline void bucket_tokens(const EmbeddingBuckets& b, const int* tokens, size_t M) {
+    for (size_t m = 0; m < M; m++) b.order[m] = (int)m;
+    std::sort(b.order, b.order + M, [=](int i, int j) { return tokens[i] != tokens[j] ? tokens[i] < tokens[j] : i < j; });
+    int u = 0, f = 0;
+    for (size_t begin = 0, end; begin < M; begin = end, u++) {
+        int token = tokens[b.order[begin]];
+        for (end = begin + 1; end < M && tokens[b.order[end]] == token;) end++;
+        b.token[u] = token, b.starts[u] = (int)begin;
+        if (end - begin > EmbeddingBuckets::FREQUENT) b.frequent[f++] = u;
+    }
+    b.starts[u] = (int)M;
+    b.count[0] = u, b.count[1] = f;
+}
+
+// sum += dout[m], columns c..c+VEC, under the mask.
+__device__ inline void add_masked(Floats& sum, const floatX* dout, size_t m, size_t c, size_t C, const Dropout& drop, const rng::Key& key, uint64_t row0) {
+    Floats x = widen(load(dout + m * C + c));
+    apply_dropout(x, key, (row0 + m) * C + c, drop.p);
+    for (int k = 0; k < VEC; k++) sum[k] += x[k];
+}
+__device__ inline void add_to_memory(float* p, const Floats& sum) {
+    Floats x = load_floats(p);
+    for (int k = 0; k < VEC; k++) x[k] += sum[k];
+    store_floats(p, x);
+}
+
+// dwpe[t] += sum over b of dout[b,t]: one thread per position and vector of channels.
+__global__ void __launch_bounds__(128) wpe_backward_kernel(float* dwpe, const floatX* dout, size_t B, size_t T, size_t C, Dropout drop) {
+    size_t t = blockIdx.x, c = ((size_t)blockIdx.y * blockDim.x + threadIdx.x) * VEC;
+    if (c >= C) return;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats sum = {};
+#pragma unroll 4
+    for (size_t b = 0; b < B; b++) add_masked(sum, dout, b * T + t, c, C, drop, key, row0);
+    add_to_memory(dwpe + t * C + c, sum);
+}
+
+// dwte[token] += the gradients at the token's few positions: one warp per bucket and 32 vectors of channels.
+constexpr int BUCKET_WARPS = 4;
+__global__ void __launch_bounds__(BUCKET_WARPS* WARP) wte_backward_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
+                                                                        Dropout drop) {
+    int u = blockIdx.x * BUCKET_WARPS + threadIdx.x / WARP;
+    size_t c = ((size_t)blockIdx.y * WARP + threadIdx.x % WARP) * VEC;
+    if (u >= buckets.count[0] || c >= C) return;
+    int begin = buckets.starts[u], end = buckets.starts[u + 1];
+    if (end - begin > EmbeddingBuckets::FREQUENT) return;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats sum = {};
+#pragma unroll 4
+    for (int i = begin; i < end; i++) add_masked(sum, dout, buckets.order[i], c, C, drop, key, row0);
+    add_to_memory(dwte + (size_t)buckets.token[u] * C + c, sum);
+}
+
+// The same for a frequent token: a block of 32 warps per bucket and 8 vectors of channels; each warp reads 4 positions at
+// a time.
+constexpr int STRIP_LANES = 8;
+__global__ void __launch_bounds__(1024) wte_backward_frequent_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
+                                                                     Dropout drop) {
+    constexpr int READERS = 1024 / STRIP_LANES;
+    __shared__ float sums[WARP][STRIP_LANES * VEC];
+    if ((int)blockIdx.x >= buckets.count[1]) return;
+    int u = buckets.frequent[blockIdx.x], begin = buckets.starts[u], end = buckets.starts[u + 1];
+    int strip_lane = threadIdx.x % STRIP_LANES, warp = threadIdx.x / WARP;
+    size_t c = ((size_t)blockIdx.y * STRIP_LANES + strip_lane) * VEC;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats sum = {};
+    if (c < C)
+#pragma unroll 2
+        for (int i = begin + threadIdx.x / STRIP_LANES; i < end; i += READERS) add_masked(sum, dout, buckets.order[i], c, C, drop, key, row0);
+    for (int k = 0; k < VEC; k++) {
+        for (int offset = STRIP_LANES; offset < WARP; offset *= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], offset);
+        if (threadIdx.x % WARP < STRIP_LANES) sums[warp][strip_lane * VEC + k] = sum[k];
+    }
+    __syncthreads();
+    size_t column = (size_t)blockIdx.y * STRIP_LANES * VEC + threadIdx.x;
+    if (threadIdx.x >= STRIP_LANES * VEC || column >= C) return;
+    float total = 0;
+    for (int w = 0; w < WARP; w++) total += sums[w][threadIdx.x];
+    dwte[(size_t)buckets.token[u] * C + column] += total;
+}
+
+// cpu::embedding_backward. dwte[token] += dout and dwpe[t] += dout under the mask; dout (B,T,C) stays as it is. The grids
+// are made for the most buckets that B*T tokens can have, so that one captured graph serves every batch.
+inline void embedding_backward(float* dwte, float* dwpe, const floatX* dout, const EmbeddingBuckets& buckets, size_t B, size_t T, size_t C,
+                               Dropout drop, cudaStream_t s) {
+    size_t M = B * T, vecs = C / VEC;
+    unsigned threads = threads_for(vecs, 128);
+    launch(wpe_backward_kernel, dim3((unsigned)T, (unsigned)ceil_div(vecs, threads)), threads, 0, s, dwpe, dout, B, T, C, drop);
+    launch(wte_backward_kernel, dim3((unsigned)ceil_div(M, BUCKET_WARPS), (unsigned)ceil_div(vecs, WARP)), BUCKET_WARPS * WARP, 0, s, dwte, dout,
+           buckets, T, C, drop);
+    if (M > EmbeddingBuckets::FREQUENT)
+        launch(wte_backward_frequent_kernel, dim3((unsigned)(M / EmbeddingBuckets::FREQUENT), (unsigned)ceil_div(vecs, STRIP_LANES)), 1024, 0, s, dwte,
+               dout, buckets, T, C, drop);
+}
 
 // ---------------------------------------------------------------------------------------------
 // LayerNorm and residual
 
-// @@SECTION layernorm: K
+// A row of C channels, a multiple of 8, is held in the registers of `warps` warps that share it: thread t of them holds the
+// vectors t, t + 32 warps, ... of the row.
+constexpr int ROW_VECS = 24 / VEC;                      // vectors of one row that a thread holds
+constexpr int ROW_WARPS = 16;                           // most warps that share a row
+constexpr size_t WARP_CHANNELS = ROW_VECS * VEC * WARP;  // 768: GPT-2's rows fit one warp exactly
+constexpr size_t MAX_CHANNELS = ROW_WARPS * WARP_CHANNELS;
+
+struct Rows {
+    int warps;  // that share a row
+    int block;  // rows of a block
+    unsigned threads() const { return (unsigned)(warps * block * WARP); }
+};
+// For blocks of at least `fewest` warps.
+inline Rows row_layout(size_t C, int fewest) {
+    int warps = 1;
+    while (warps * WARP_CHANNELS < C) warps *= 2;
+    if (C % 8 || C > MAX_CHANNELS) throw std::logic_error("LayerNorm kernels: C is no multiple of 8, or above 12288");
+    return {warps, std::max(1, fewest / warps)};
+}
+
+// LayerNorm of x, or with RESIDUAL of sum = x + dropout(branch), which is written too. The statistics are those of the row
+// as rounded to floatX: backward sees no other.
+template <bool RESIDUAL>
+__global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_forward_kernel(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* x,
+                                                                           const floatX* branch, const floatX* w, const floatX* b, size_t M, size_t T,
+                                                                           int C, Dropout drop, float eps, int warps) {
+    int threads = warps * WARP, t = threadIdx.x % threads;
+    size_t m = (size_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
+    bool inside = m < M;  // rows past the end still meet at the barriers
+    Floats row[ROW_VECS];
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    float total[1] = {0};
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++) {
+        int c = (i * threads + t) * VEC;
+        if (!inside || c >= C) continue;
+        row[i] = widen(load_once(x + m * C + c));
+        if constexpr (RESIDUAL) {
+            Floats add = widen(load_once(branch + m * C + c));
+            apply_dropout(add, key, (row0 + m) * C + c, drop.p);
+            for (int k = 0; k < VEC; k++) row[i][k] += add[k];
+            Vec<floatX> rounded = narrow(row[i]);
+            store(sum + m * C + c, rounded);
+            row[i] = widen(rounded);
+        }
+        for (int k = 0; k < VEC; k++) total[0] += row[i][k];
+    }
+    group_sum(total, warps);
+    float mu = total[0] / (float)C;
+    total[0] = 0;
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++)
+        if (inside && (i * threads + t) * VEC < C)
+            for (int k = 0; k < VEC; k++) total[0] += (row[i][k] - mu) * (row[i][k] - mu);
+    group_sum(total, warps);
+    float rs = rsqrtf(total[0] / (float)C + eps);
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++) {
+        int c = (i * threads + t) * VEC;
+        if (!inside || c >= C) continue;
+        Floats weight = widen(load(w + c)), bias = widen(load(b + c));
+        for (int k = 0; k < VEC; k++) row[i][k] = (row[i][k] - mu) * rs * weight[k] + bias[k];
+        store(y + m * C + c, narrow(row[i]));
+    }
+    if (inside && t == 0) mean[m] = mu, rstd[m] = rs;
+}
+
+// cpu::layernorm_forward. y (M,C) = LayerNorm(x); mean, rstd (M) are kept for backward.
+inline void layernorm_forward(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w, const floatX* b, size_t M, size_t C, float eps,
+                              cudaStream_t s) {
+    Rows rows = row_layout(C, 4);
+    launch(layernorm_forward_kernel<false>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, nullptr, y, mean, rstd, x, nullptr, w, b, M,
+           M, (int)C, Dropout{}, eps, rows.warps);
+}
+
+// cpu::residual_layernorm_forward. sum (M,C) = skip + dropout(branch); y = LayerNorm(sum). sum may be skip or branch.
+inline void residual_layernorm_forward(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* skip, const floatX* branch, const floatX* w,
+                                       const floatX* b, size_t M, size_t T, size_t C, Dropout drop, float eps, cudaStream_t s) {
+    Rows rows = row_layout(C, 4);
+    launch(layernorm_forward_kernel<true>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, sum, y, mean, rstd, skip, branch, w, b, M, T,
+           (int)C, drop, eps, rows.warps);
+}
+
+// Each group of warps takes every so many-th row, and keeps the sums of dw and db for its channels in registers; at the end
+// the block's groups are added up, in order, into partials (blocks, 2, C).
+__global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_backward_kernel(floatX* dresid, floatX* masked, float* partials, const floatX* dy,
+                                                                            const floatX* dskip, const floatX* x, const float* mean,
+                                                                            const float* rstd, const floatX* w, size_t M, size_t T, int C,
+                                                                            bool accumulate, Dropout drop, int warps) {
+    int threads = warps * WARP, t = threadIdx.x % threads, group = threadIdx.x / threads, groups = blockDim.x / threads;
+    rng::Key key = dropout_key(drop);
+    uint64_t row0 = dropout_row(drop, T);
+    Floats dw[ROW_VECS] = {}, db[ROW_VECS] = {};
+    for (size_t first = (size_t)blockIdx.x * groups; first < M; first += (size_t)gridDim.x * groups) {
+        size_t m = first + group;
+        bool inside = m < M;
+        float mu = inside ? mean[m] : 0, rs = inside ? rstd[m] : 0, sums[2] = {0, 0};
+        Floats d[ROW_VECS];
+#pragma unroll
+        for (int i = 0; i < ROW_VECS; i++) {
+            int c = (i * threads + t) * VEC;
+            if (!inside || c >= C) continue;
+            d[i] = widen(load_once(dy + m * C + c));
+            if (dskip) {
+                Floats add = widen(load(dskip + m * C + c));
+                for (int k = 0; k < VEC; k++) d[i][k] += add[k];
+            }
+            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);
+            for (int k = 0; k < VEC; k++) {
+                float normalised = (to_float(row[k]) - mu) * rs, dn = d[i][k] * to_float(weight[k]);
+                sums[0] += dn, sums[1] += dn * normalised;
+                dw[i][k] += d[i][k] * normalised, db[i][k] += d[i][k];
+            }
+        }
+        group_sum(sums, warps);
+        float mean_dn = sums[0] / (float)C, mean_dot = sums[1] / (float)C;
+#pragma unroll
+        for (int i = 0; i < ROW_VECS; i++) {
+            int c = (i * threads + t) * VEC;
+            if (!inside || c >= C) continue;
+            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);  // from the cache; registers are short
+            Floats dx;
+            for (int k = 0; k < VEC; k++)
+                dx[k] = rs * (d[i][k] * to_float(weight[k]) - mean_dn - (to_float(row[k]) - mu) * rs * mean_dot);
+            if (accumulate) {
+                Floats before = widen(load(dresid + m * C + c));
+                for (int k = 0; k < VEC; k++) dx[k] += before[k];
+            }
+            store(dresid + m * C + c, narrow(dx));
+            if (masked) {
+                apply_dropout(dx, key, (row0 + m) * C + c, drop.p);
+                store(masked + m * C + c, narrow(dx));
+            }
+        }
+    }
+    __shared__ __align__(16) float part[ROW_WARPS * WARP * VEC];
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++)
+        for (int which = 0; which < 2; which++) {
+            int c = (i * threads + t) * VEC;
+            __syncthreads();
+            for (int k = 0; k < VEC; k++) part[threadIdx.x * VEC + k] = which ? db[i][k] : dw[i][k];
+            __syncthreads();
+            if (group > 0 || c >= C) continue;
+            Floats total = {};
+            for (int g = 0; g < groups; g++)
+                for (int k = 0; k < VEC; k++) total[k] += part[(g * threads + t) * VEC + k];
+            store_floats(partials + ((size_t)blockIdx.x * 2 + which) * C + c, total);
+        }
+}
+
+inline int layernorm_backward_blocks() { return 2 * multiprocessors(); }
+// Floats of scratch that layernorm_backward needs.
+inline size_t layernorm_backward_scratch(size_t C) { return 2 * C * layernorm_backward_blocks(); }
+
+// cpu::layernorm_backward. dresid (M,C) = (+= where accumulate) the gradient of dy + dskip through LayerNorm; dw, db (C) +=.
+// dskip may be null; GROVER's residual starts from the normalised row, so its gradient passes through too. masked, which may
+// be null, receives dresid under drop's mask: the gradient of the branch whose output was dropped. dy and dskip may be the
+// same memory as dresid and masked.
+inline void layernorm_backward(floatX* dresid, floatX* masked, float* dw, float* db, float* scratch, const floatX* dy, const floatX* dskip,
+                               const floatX* x, const float* mean, const float* rstd, const floatX* w, size_t M, size_t T, size_t C, bool accumulate,
+                               Dropout drop, cudaStream_t s) {
+    Rows rows = row_layout(C, 8);
+    size_t blocks = std::min<size_t>(layernorm_backward_blocks(), ceil_div(M, rows.block));
+    launch(layernorm_backward_kernel, dim3((unsigned)blocks), rows.threads(), 0, s, dresid, masked, scratch, dy, dskip, x, mean, rstd, w, M, T, (int)C,
+           accumulate, drop, rows.warps);
+    add_partials(dw, db, scratch, (int)blocks, C, 2 * C, s);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Attention
 
-// @@SECTION attention: A
+// Causal attention by tiles (FlashAttention-2, Dao 2023), per head: S = Q K^T / sqrt(hs), P = softmax of each row of S over the
+// keys up to the query, O = dropout(P) V. Only tiles of S exist, in registers; softmax runs along with them: a row's maximum
+// and sum so far are kept, and O is rescaled when the maximum grows. Kept for backward is lse, the logarithm of each row's sum
+// of e^S. Held against cpu::Attention.
+//
+// Backward: with D = rowsum(dO * O),  dP = dropout(dO V^T),  dS = P * (dP - D),
+//     dV = dropout(P)^T dO,  dQ = dS K / sqrt(hs),  dK = dS^T Q / sqrt(hs).
+// dQ sums over keys and dK, dV sum over queries, so one kernel cannot own both results. Two kernels compute S and dP twice, 7
+// products instead of 5. The alternatives: atomic additions to dQ, which change from run to run; or partial dQ per tile of 128
+// keys, which at T = 1024 and hs = 64 write and read 2.4 MB a head, 1.6 us of an A100's memory, where the two products more
+// take 0.13 GFLOP, about 0.8 us of its tensor cores. The dQ kernel goes first and leaves D to the other.
+
+constexpr int HEAD_SIZES[] = {32, 48, 64, 80, 96, 128};
+inline bool attention_head_size_ok(int hs) {
+    for (int known : HEAD_SIZES)
+        if (hs == known) return true;
+    return false;
+}
+
+// f(integral_constant of the head size); sizes that attention_head_size_ok refuses must not come here.
+template <class F>
+inline void with_head_size(size_t hs, F f) {
+    switch (hs) {
+        case 32: return f(std::integral_constant<int, 32>());
+        case 48: return f(std::integral_constant<int, 48>());
+        case 64: return f(std::integral_constant<int, 64>());
+        case 80: return f(std::integral_constant<int, 80>());
+        case 96: return f(std::integral_constant<int, 96>());
+        case 128: return f(std::integral_constant<int, 128>());
+    }
+    throw std::logic_error("attention: no kernel for this head size");
+}
+
+// What one block works on: head h of sequence b, blockIdx.x = b NH + h, and a tile of its rows, blockIdx.y. Rows of Q, K, V
+// stand where the QKV product left them, 3C apart.
+template <int HS>
+struct Head {
+    int T;
+    size_t C, index, qkv, out;  // index of the head, and where it starts in (B,T,3C) and (B,T,C)
+    __device__ Head(int T_, int NH) : T(T_), C((size_t)NH * HS), index(blockIdx.x) {
+        size_t row = index / NH * T, column = index % NH * HS;
+        qkv = row * 3 * C + column, out = row * C + column;
+    }
+};
+
+constexpr float LOG2E = 1.44269504f;  // softmax in powers of 2
+
+// What backward's second kernel needs of a query: lse / ln 2, and D. Rows beyond T have lse = infinity, so that P = 0.
+struct alignas(8) RowStats {
+    float lse2, d;
+};
+constexpr size_t STATS_ROWS = 64;  // per head they are padded to a multiple of this
+inline __host__ __device__ size_t stats_rows(size_t T) { return (T + STATS_ROWS - 1) / STATS_ROWS * STATS_ROWS; }
+
+// The dropout of one head's probabilities.
+struct HeadDropout {
+    rng::Key key;
+    uint32_t threshold;
+    float scale;     // 1/(1-p)
+    uint64_t first;  // number of this head's first element
+    uint64_t T;
+    bool on;
+    __device__ HeadDropout(const Dropout& d, int T_, int NH)
+        : key(dropout_key(d)), threshold(rng::drop_threshold(d.p)), scale(1.0f / (1.0f - d.p)),
+          first(d.p > 0 ? (d.state->seq0 * NH + blockIdx.x) * T_ * T_ : 0), T(T_), on(d.p > 0) {}
+    // Bit i: element 4 * block + i of the run is kept.
+    __device__ unsigned keep4(uint64_t block) const {
+        rng::Block draw = key.block(block);
+        unsigned bits = 0;
+        for (int i = 0; i < 4; i++) bits |= (unsigned)(draw.w[i] >= threshold) << i;
+        return bits;
+    }
+    __device__ uint64_t element(int query, int k) const { return first + query * T + k; }
+    __device__ unsigned keep(int query, int k) const { return keep4(element(query, k) / 4) >> element(query, k) % 4 & 1; }
+};
+
+#if !defined(PRECISION_FP32)
+
+// --- bf16: products on tensor cores
+
+// Rows of HS bf16 in shared memory, with 16 bytes between rows: eight rows then start in eight different groups of four banks,
+// for every HS that is a multiple of 16, and ldmatrix meets no bank conflict.
+template <int HS>
+struct Tile {
+    static constexpr int LD = HS + 8, CHUNKS = HS / 8;
+    static constexpr size_t BYTES = LD * sizeof(floatX);  // of a row
+    floatX* x;
+
+    __device__ Tile from_row(int r) const { return {x + r * LD}; }
+    // Starts copying ROWS rows, `stride` apart; from row `valid` on they become zero.
+    template <int ROWS, int THREADS>
+    __device__ void load(const floatX* from, size_t stride, int valid) const {
+#pragma unroll
+        for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
+            int chunk = i + threadIdx.x, r = chunk / CHUNKS, c = chunk % CHUNKS * 8;
+            if (ROWS * CHUNKS % THREADS == 0 || chunk < ROWS * CHUNKS) cp_async16(x + r * LD + c, from + r * stride + c, r < valid);
+        }
+    }
+    // The 16 x 16 at (row, col) as the left factor of mma.
+    __device__ void left(uint32_t (&a)[4], int row, int col) const {
+        int lane = threadIdx.x % WARP;
+        ldmatrix<false>(a, x + (row + lane % 16) * LD + col + lane / 16 * 8);
+    }
+    // The 16 x 16 at (row, col) as the right factor, b[0..1] its first eight columns and b[2..3] the others; and its transpose.
+    __device__ void right(uint32_t (&b)[4], int row, int col) const {
+        int lane = threadIdx.x % WARP;
+        ldmatrix<true>(b, x + (row + lane % 16) * LD + col + lane / 16 * 8);
+    }
+    __device__ void right_transposed(uint32_t (&b)[4], int row, int col) const {
+        int lane = threadIdx.x % WARP;
+        ldmatrix<false>(b, x + (row + lane / 16 * 8 + lane % 8) * LD + col + lane / 8 % 2 * 8);
+    }
+};
+
+// A warp's accumulators: MT x NT blocks of 16 x 8. Element i of a lane stands in a block at (element_row(i), element_col(i)).
+template <int MT, int NT>
+using Accumulators = float[MT][NT][4];
+__device__ inline int element_row(int i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
+__device__ inline int element_col(int i) { return threadIdx.x % 4 * 2 + i % 2; }
+
+// acc += A B^T over all HS columns: A the first 16 MT rows of `a`, B the first 8 NT of `b`.
+template <int HS, int MT, int NT>
+__device__ inline void multiply_transposed(Accumulators<MT, NT>& acc, Tile<HS> a, Tile<HS> b) {
+#pragma unroll
+    for (int k = 0; k < HS; k += 16) {
+        uint32_t left[MT][4];
+        for (int m = 0; m < MT; m++) a.left(left[m], 16 * m, k);
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            uint32_t right[4];
+            b.right_transposed(right, 8 * n, k);
+#pragma unroll
+            for (int m = 0; m < MT; m++) mma(acc[m][n], left[m], right[0], right[1]), mma(acc[m][n + 1], left[m], right[2], right[3]);
+        }
+    }
+}
+
+// acc += P B: P (16 MT x 8 NT) rounded to bf16 where it stands in registers, B the first 8 NT rows of `b`.
+template <int HS, int MT, int NT>
+__device__ inline void multiply(Accumulators<MT, HS / 8>& acc, const uint32_t (&p)[MT][NT / 2][4], Tile<HS> b) {
+#pragma unroll
+    for (int k = 0; k < NT / 2; k++)
+#pragma unroll
+        for (int n = 0; n < HS / 8; n += 2) {
+            uint32_t right[4];
+            b.right(right, 16 * k, 8 * n);
+#pragma unroll
+            for (int m = 0; m < MT; m++) mma(acc[m][n], p[m][k], right[0], right[1]), mma(acc[m][n + 1], p[m][k], right[2], right[3]);
+        }
+}
+
+__device__ inline uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+// Accumulators as left factors of the next product: an accumulator's two columns are one register of mma's a.
+template <int MT, int NT>
+__device__ inline void round_to_left(uint32_t (&p)[MT][NT / 2][4], const Accumulators<MT, NT>& acc) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) p[m][n / 2][n % 2 * 2 + half] = pack_bf16(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+}
+
+// Writes a warp's rows, `stride` apart and only the first `valid`, 16 bytes at a time; `stage` is shared memory for 16 MT rows
+// that no other warp reads.
+template <int HS, int MT>
+__device__ inline void store_rows(floatX* to, size_t stride, int valid, const Accumulators<MT, HS / 8>& acc, Tile<HS> stage) {
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < HS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                uint32_t pair = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
+                *(uint32_t*)(stage.from_row(16 * m + element_row(i)).x + 8 * n + element_col(i)) = pair;
+            }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * MT * Tile<HS>::CHUNKS; i += WARP) {
+        int chunk = i + threadIdx.x % WARP, r = chunk / Tile<HS>::CHUNKS, c = chunk % Tile<HS>::CHUNKS * 8;
+        if (r < valid) store(to + r * stride + c, load(stage.from_row(r).x + c));
+    }
+}
+
+// Sum and maximum over the four lanes that share a row of accumulators.
+__device__ inline float row_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ inline float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// The functions below know a warp's score tile by its first query and key; its rows are queries, or, with KEY_ROWS, keys.
+
+// A query sees no later key.
+template <bool KEY_ROWS, int MT, int NT>
+__device__ inline void hide_later_keys(Accumulators<MT, NT>& s, int query, int key) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int row = 16 * m + element_row(i), col = 8 * n + element_col(i);
+                if (KEY_ROWS ? key + row > query + col : key + col > query + row) s[m][n][i] = -INFINITY;
+            }
+}
+
+// Dropout's draws for a tile: bit 4 (m NT + n) + i stands for element i of block (m, n). Where a draw gives four keys of one query,
+// the lanes that hold those share it: each lane draws for one query and four keys, and asks the others. (By whole warps.)
+template <int MT, int NT>
+using KeepBits = uint32_t[(MT * NT + 7) / 8];
+template <bool KEY_ROWS, int MT, int NT>
+__device__ inline void draw(KeepBits<MT, NT>& kept, const HeadDropout& drop, int query, int key) {
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int first = 0; first < MT * NT; first += 8) {
+        uint32_t word = 0;
+#pragma unroll 2
+        for (int block = first; block < MT * NT && block < first + 8; block++) {
+            int row = block / NT * 16, col = block % NT * 8;
+            int q = query + (KEY_ROWS ? col : row), k = key + (KEY_ROWS ? row : col);
+            uint32_t bits = 0;
+            if (drop.T % 4) {
+                for (int i = 0; i < 4; i++) {
+                    int r = element_row(i), c = element_col(i);
+                    bits |= drop.keep(q + (KEY_ROWS ? c : r), k + (KEY_ROWS ? r : c)) << i;
+                }
+            } else if (KEY_ROWS) {  // lanes that differ in g % 4 hold four keys of two queries, and four keys eight further on
+                uint32_t all = drop.keep4(drop.element(q + 2 * t + g % 2, k + g / 4 * 4 + g % 4 / 2 * 8) / 4) << g % 4 * 4;
+                all |= __shfl_xor_sync(~0u, all, 4);
+                all |= __shfl_xor_sync(~0u, all, 8);
+                for (int i = 0; i < 4; i++) bits |= (all >> (4 * i + g % 4) & 1) << i;
+            } else {  // lanes that differ in t % 2 hold four keys of two queries
+                uint32_t mine = drop.keep4(drop.element(q + g + t % 2 * 8, k + t / 2 * 4) / 4), other = __shfl_xor_sync(~0u, mine, 1);
+                bits = t % 2 ? other >> 2 | (mine >> 2) << 2 : (mine & 3) | (other & 3) << 2;
+            }
+            word |= bits << block % 8 * 4;
+        }
+        kept[first / 8] = word;
+    }
+}
+template <int MT, int NT>
+__device__ inline void zero_dropped(Accumulators<MT, NT>& x, const KeepBits<MT, NT>& kept) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int bit = 4 * (m * NT + n) + i;
+                if (!(kept[bit / 32] >> bit % 32 & 1)) x[m][n][i] = 0;
+            }
+}
+
+// Forward: a block takes 128 queries, each of four warps 32 of them. Tiles of 64 keys and of 64 values take turns in two places,
+// one being copied while the other is multiplied.
+template <int HS>
+struct ForwardShape {
+    static constexpr int MT = 2, WARPS = 4, THREADS = WARPS * WARP, QUERIES = 16 * MT * WARPS, KEYS = HS <= 64 ? 64 : 32;
+    static constexpr size_t SMEM = (QUERIES + 2 * KEYS) * Tile<HS>::BYTES;
+};
+
+template <int HS>
+__global__ void __launch_bounds__(ForwardShape<HS>::THREADS)
+attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int MT = Shape::MT, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, NT = KEYS / 8;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
+    size_t stride = 3 * head.C;
+    Tile<HS> q_tile{(floatX*)dynamic_smem}, k_tile = q_tile.from_row(QUERIES), v_tile = k_tile.from_row(KEYS);
+
+    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;  // the longest rows first
+    int warp_row = threadIdx.x / WARP * 16 * MT, warp_q = q0 + warp_row;
+    int end = min(q0 + QUERIES, T);
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    Accumulators<MT, HS / 8> o = {};
+    float max[MT][2], sum[MT][2];  // of a lane's rows; its own part of the sum
+    for (int m = 0; m < MT; m++)
+        for (int r = 0; r < 2; r++) max[m][r] = -INFINITY, sum[m][r] = 0;
+
+    q_tile.template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
+    k_tile.template load<KEYS, Shape::THREADS>(k, stride, T);
+    cp_async_commit();
+    for (int k0 = 0; k0 < end; k0 += KEYS) {
+        bool active = k0 < warp_q + 16 * MT;  // some query of the warp sees some of the keys
+        uint32_t p[MT][NT / 2][4];
+        cp_async_wait<0>();
+        __syncthreads();
+        v_tile.template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+        cp_async_commit();
+        if (active) {
+            KeepBits<MT, NT> kept;
+            if (drop.on) draw<false, MT, NT>(kept, drop, warp_q, k0);
+            Accumulators<MT, NT> s = {};
+            multiply_transposed(s, q_tile.from_row(warp_row), k_tile);
+            if (k0 + KEYS > warp_q) hide_later_keys<false, MT, NT>(s, warp_q, k0);
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float top = max[m][r];
+                    for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+                    top = row_max(top);  // finite: the first tile has a key for every query
+                    float shrink = exp2_approx((max[m][r] - top) * scale2);
+                    max[m][r] = top, sum[m][r] *= shrink;
+                    for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= shrink, o[m][n][2 * r + 1] *= shrink;
+                    for (int n = 0; n < NT; n++)
+                        for (int i = 2 * r; i < 2 * r + 2; i++) sum[m][r] += s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - top * scale2);
+                }
+            if (drop.on) zero_dropped<MT, NT>(s, kept);
+            round_to_left(p, s);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if (k0 + KEYS < end) k_tile.template load<KEYS, Shape::THREADS>(k + (k0 + KEYS) * stride, stride, T - k0 - KEYS);
+        cp_async_commit();
+        if (active) multiply<HS, MT, NT>(o, p, v_tile);
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float total = row_sum(sum[m][r]), factor = drop.scale / total;
+            int query = warp_q + 16 * m + element_row(2 * r);
+            if (threadIdx.x % 4 == 0 && query < T) lse[head.index * T + query] = max[m][r] * scale + logf(total);
+            for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= factor, o[m][n][2 * r + 1] *= factor;
+        }
+    store_rows<HS, MT>(out + head.out + warp_q * head.C, head.C, T - warp_q, o, q_tile.from_row(warp_row));
+}
+
+// Backward: a block owns 128 rows of the result, of queries or of keys, and goes through the others 32 at a time, in two places
+// that are filled in turn. A warp owns 32 rows; 16 where two results of 32 x HS and two score tiles do not fit its registers.
+template <int HS>
+struct BackwardShape {
+    static constexpr int MT = HS <= 64 ? 2 : 1, WARPS = 8 / MT, THREADS = WARPS * WARP, ROWS = 128, STEP = 32;
+    static constexpr size_t SMEM = (2 * ROWS + 4 * STEP) * Tile<HS>::BYTES + 2 * STEP * sizeof(RowStats);
+};
+
+// dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
+template <int HS>
+__global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
+attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
+                                int T, int NH, Dropout dropout) {
+    using Shape = BackwardShape<HS>;
+    constexpr int MT = Shape::MT, QUERIES = Shape::ROWS, KEYS = Shape::STEP, NT = KEYS / 8;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    Tile<HS> q_tile{(floatX*)dynamic_smem}, do_tile = q_tile.from_row(QUERIES), ring = do_tile.from_row(QUERIES);
+    auto k_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS); };
+    auto v_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS + KEYS); };
+    auto fetch = [&](int turn) {
+        int k0 = turn * KEYS;
+        k_tile(turn).template load<KEYS, Shape::THREADS>(k + k0 * stride, stride, T - k0);
+        v_tile(turn).template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+        cp_async_commit();
+    };
+
+    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    int warp_row = threadIdx.x / WARP * 16 * MT, warp_q = q0 + warp_row;
+    int turns = (min(q0 + QUERIES, T) + KEYS - 1) / KEYS;
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    Accumulators<MT, HS / 8> dq = {};
+    RowStats row[MT][2];
+
+    q_tile.template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
+    do_tile.template load<QUERIES, Shape::THREADS>(d_o + q0 * head.C, head.C, T - q0);
+    fetch(0);
+    for (int turn = 0; turn < turns; turn++) {
+        int k0 = turn * KEYS;
+        cp_async_wait<0>();
+        __syncthreads();
+        if (turn + 1 < turns) fetch(turn + 1);
+        if (turn == 0)
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {  // D: four lanes share a row, 16 bytes at a time
+                    int i = 16 * m + element_row(2 * r), query = warp_q + i;
+                    float d = 0;
+                    if (query < T)
+                        for (int c = threadIdx.x % 4 * VEC; c < HS; c += 4 * VEC) {
+                            Floats x = widen(load(out + head.out + query * head.C + c));
+                            Floats y = widen(load(do_tile.from_row(warp_row + i).x + c));
+                            for (int e = 0; e < VEC; e++) d += x[e] * y[e];
+                        }
+                    row[m][r] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
+                    if (threadIdx.x % 4 == 0 && query < (int)stats_rows(T)) stats[head.index * stats_rows(T) + query] = row[m][r];
+                }
+        if (k0 >= warp_q + 16 * MT) continue;  // all keys come after the warp's queries
+        KeepBits<MT, NT> kept;
+        if (drop.on) draw<false, MT, NT>(kept, drop, warp_q, k0);
+        Accumulators<MT, NT> s = {}, dp = {};
+        multiply_transposed(s, q_tile.from_row(warp_row), k_tile(turn));
+        multiply_transposed(dp, do_tile.from_row(warp_row), v_tile(turn));
+        if (k0 + KEYS > warp_q) hide_later_keys<false, MT, NT>(s, warp_q, k0);
+        if (drop.on) zero_dropped<MT, NT>(dp, kept);
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - row[m][i / 2].lse2) * (dp[m][n][i] * drop.scale - row[m][i / 2].d);
+        uint32_t ds[MT][NT / 2][4];
+        round_to_left(ds, s);
+        multiply<HS, MT, NT>(dq, ds, k_tile(turn));
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+        for (int n = 0; n < HS / 8; n++)
+            for (int i = 0; i < 4; i++) dq[m][n][i] *= scale;
+    store_rows<HS, MT>(dqkv + head.qkv + warp_q * stride, stride, T - warp_q, dq, q_tile.from_row(warp_row));
+}
+
+// dK and dV. Scores are transposed, a key a row, so that P^T and dS^T are left factors where they stand.
+template <int HS>
+__global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
+attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv, int T, int NH, Dropout dropout) {
+    using Shape = BackwardShape<HS>;
+    constexpr int MT = Shape::MT, KEYS = Shape::ROWS, QUERIES = Shape::STEP, NT = QUERIES / 8;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    stats += head.index * stats_rows(T);
+    Tile<HS> k_tile{(floatX*)dynamic_smem}, v_tile = k_tile.from_row(KEYS), ring = v_tile.from_row(KEYS);
+    auto q_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * QUERIES); };
+    auto do_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * QUERIES + QUERIES); };
+    auto stats_tile = [&](int turn) { return (RowStats*)ring.from_row(4 * QUERIES).x + turn % 2 * QUERIES; };
+    auto fetch = [&](int turn) {
+        int q0 = turn * QUERIES;
+        q_tile(turn).template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
+        do_tile(turn).template load<QUERIES, Shape::THREADS>(d_o + q0 * head.C, head.C, T - q0);
+        if (threadIdx.x < QUERIES / 2) cp_async16(stats_tile(turn) + 2 * threadIdx.x, stats + q0 + 2 * threadIdx.x, true);
+        cp_async_commit();
+    };
+
+    int k0 = blockIdx.y * KEYS;  // the keys that most queries see first
+    int warp_row = threadIdx.x / WARP * 16 * MT, warp_k = k0 + warp_row;
+    int turns = (T + QUERIES - 1) / QUERIES;
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    Accumulators<MT, HS / 8> dk = {}, dv = {};
+
+    k_tile.template load<KEYS, Shape::THREADS>(k + k0 * stride, stride, T - k0);
+    v_tile.template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+    fetch(k0 / QUERIES);
+    for (int turn = k0 / QUERIES; turn < turns; turn++) {
+        int q0 = turn * QUERIES;
+        cp_async_wait<0>();
+        __syncthreads();
+        if (turn + 1 < turns) fetch(turn + 1);
+        if (q0 + QUERIES <= warp_k) continue;  // all queries come before the warp's keys
+        KeepBits<MT, NT> kept;
+        if (drop.on) draw<true, MT, NT>(kept, drop, q0, warp_k);
+        Accumulators<MT, NT> s = {}, dp = {};
+        multiply_transposed(s, k_tile.from_row(warp_row), q_tile(turn));
+        multiply_transposed(dp, v_tile.from_row(warp_row), do_tile(turn));
+        if (q0 < warp_k + 16 * MT) hide_later_keys<true, MT, NT>(s, q0, warp_k);
+        if (drop.on) zero_dropped<MT, NT>(dp, kept);
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const RowStats* column = stats_tile(turn) + 8 * n + element_col(0);
+            RowStats query[2] = {column[0], column[1]};
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - query[i % 2].lse2);
+                    dp[m][n][i] = s[m][n][i] * (dp[m][n][i] * drop.scale - query[i % 2].d);
+                }
+        }
+        if (drop.on) zero_dropped<MT, NT>(s, kept);
+        uint32_t left[MT][NT / 2][4];
+        round_to_left(left, s);
+        multiply<HS, MT, NT>(dv, left, do_tile(turn));
+        round_to_left(left, dp);
+        multiply<HS, MT, NT>(dk, left, q_tile(turn));
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+        for (int n = 0; n < HS / 8; n++)
+            for (int i = 0; i < 4; i++) dk[m][n][i] *= scale, dv[m][n][i] *= drop.scale;
+    floatX* to = dqkv + head.qkv + warp_k * stride;
+    store_rows<HS, MT>(to + head.C, stride, T - warp_k, dk, k_tile.from_row(warp_row));
+    store_rows<HS, MT>(to + 2 * head.C, stride, T - warp_k, dv, v_tile.from_row(warp_row));
+}
+
+#else
+
+// --- fp32: the same mathematics, plain. 256 threads stand 16 x 16 before every product: thread (ty, tx) owns rows ty + 16i and
+// columns tx + 16j. Tiles are square, rows in shared memory one float longer than they need be, against bank conflicts.
+
+template <int HS>
+struct ForwardShape {
+    static constexpr int THREADS = 256, R = HS <= 64 ? 4 : 2, QUERIES = 16 * R, LD = HS + 1, P_LD = QUERIES + 1;
+    static constexpr size_t SMEM = (size_t)(3 * LD + P_LD) * QUERIES * sizeof(float);
+};
+template <int HS>
+struct BackwardShape : ForwardShape<HS> {
+    static constexpr int ROWS = ForwardShape<HS>::QUERIES;
+    static constexpr size_t SMEM = (size_t)(4 * ForwardShape<HS>::LD + 2 * ForwardShape<HS>::P_LD) * ROWS * sizeof(float);
+};
+
+// acc += A B over k < K, A (row, k) = a[row * a_row + k], B (k, col) = b[k * b_k + col * b_col].
+template <int R, int N>
+__device__ inline void multiply(float (&acc)[R][N], int K, const float* a, int a_row, const float* b, int b_k, int b_col) {
+    a += threadIdx.x / 16 * a_row, b += threadIdx.x % 16 * b_col;
+    for (int k = 0; k < K; k++) {
+        float left[R], right[N];
+        for (int i = 0; i < R; i++) left[i] = a[16 * i * a_row + k];
+        for (int j = 0; j < N; j++) right[j] = b[k * b_k + 16 * j * b_col];
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < N; j++) acc[i][j] += left[i] * right[j];
+    }
+}
+
+// Copies a tile's rows, `stride` apart; from row `valid` on they become zero.
+template <int HS>
+__device__ inline void load_rows(float* tile, const float* from, size_t stride, int valid) {
+    using Shape = ForwardShape<HS>;
+    for (int i = threadIdx.x; i < Shape::QUERIES * HS; i += Shape::THREADS)
+        tile[i / HS * Shape::LD + i % HS] = i / HS < valid ? from[i / HS * stride + i % HS] : 0;
+}
+template <int HS, int R>
+__device__ inline void store_rows(float* to, size_t stride, int valid, const float (&acc)[R][HS / 16], float factor) {
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < HS / 16; j++) {
+            int row = threadIdx.x / 16 + 16 * i;
+            if (row < valid) to[row * stride + threadIdx.x % 16 + 16 * j] = acc[i][j] * factor;
+        }
+}
+
+// Sum and maximum over the 16 threads that share their rows.
+__device__ inline float row_sum(float x) {
+    for (int d = 8; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+__device__ inline float row_max(float x) {
+    for (int d = 8; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+
+template <int HS>
+__global__ void __launch_bounds__(256) attention_forward_kernel(float* out, float* lse, const float* qkv, int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *p_tile = v_tile + ROWS * LD;
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
+    size_t stride = 3 * head.C;
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;  // the longest rows first
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    float o[R][HS / 16] = {}, max[R], sum[R] = {};
+    for (int i = 0; i < R; i++) max[i] = -INFINITY;
+    load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
+    for (int k0 = 0; k0 <= q0; k0 += ROWS) {
+        __syncthreads();
+        load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
+        load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
+        __syncthreads();
+        float s[R][R] = {};
+        multiply(s, HS, q_tile, LD, k_tile, 1, LD);
+        for (int i = 0; i < R; i++) {
+            int row = ty + 16 * i;
+            float top = max[i];
+            for (int j = 0; j < R; j++) {
+                if (k0 + tx + 16 * j > q0 + row) s[i][j] = -INFINITY;
+                top = fmaxf(top, s[i][j]);
+            }
+            top = row_max(top);  // finite: the first tile has a key for every query
+            float shrink = exp2_approx((max[i] - top) * scale2);
+            max[i] = top, sum[i] *= shrink;
+            for (int j = 0; j < HS / 16; j++) o[i][j] *= shrink;
+            for (int j = 0; j < R; j++) {
+                float p = exp2_approx((s[i][j] - top) * scale2);
+                sum[i] += p;
+                p_tile[row * P_LD + tx + 16 * j] = drop.on && !drop.keep(q0 + row, k0 + tx + 16 * j) ? 0 : p;
+            }
+        }
+        __syncwarp();  // a row of P is written and read by the same half of a warp
+        multiply(o, ROWS, p_tile, P_LD, v_tile, LD, 1);
+    }
+    for (int i = 0; i < R; i++) {
+        float total = row_sum(sum[i]);
+        int query = q0 + ty + 16 * i;
+        if (tx == 0 && query < T) lse[head.index * T + query] = max[i] * scale + logf(total);
+        for (int j = 0; j < HS / 16; j++) o[i][j] /= total;
+    }
+    store_rows<HS>(out + head.out + q0 * head.C, head.C, T - q0, o, drop.scale);
+}
+
+// dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
+template <int HS>
+__global__ void __launch_bounds__(256) attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out,
+                                                                       const float* qkv, const float* lse, int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *do_tile = v_tile + ROWS * LD;
+    float* ds_tile = do_tile + ROWS * LD;
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    float dq[R][HS / 16] = {};
+    RowStats of_row[R];
+    for (int i = 0; i < R; i++) {
+        int query = q0 + ty + 16 * i;
+        float d = 0;
+        if (query < T)
+            for (int c = tx; c < HS; c += 16) d += out[head.out + query * head.C + c] * d_o[query * head.C + c];
+        of_row[i] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
+        if (tx == 0) stats[head.index * stats_rows(T) + query] = of_row[i];
+    }
+    load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
+    load_rows<HS>(do_tile, d_o + q0 * head.C, head.C, T - q0);
+    for (int k0 = 0; k0 <= q0; k0 += ROWS) {
+        __syncthreads();
+        load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
+        load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
+        __syncthreads();
+        float s[R][R] = {}, dp[R][R] = {};
+        multiply(s, HS, q_tile, LD, k_tile, 1, LD);
+        multiply(dp, HS, do_tile, LD, v_tile, 1, LD);
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < R; j++) {
+                int query = q0 + ty + 16 * i, key = k0 + tx + 16 * j;
+                float p = key <= query ? exp2_approx(s[i][j] * scale2 - of_row[i].lse2) : 0;
+                float d = drop.on && !drop.keep(query, key) ? 0 : dp[i][j] * drop.scale;
+                ds_tile[(ty + 16 * i) * P_LD + tx + 16 * j] = p * (d - of_row[i].d);
+            }
+        __syncwarp();
+        multiply(dq, ROWS, ds_tile, P_LD, k_tile, LD, 1);
+    }
+    store_rows<HS>(dqkv + head.qkv + q0 * stride, stride, T - q0, dq, scale);
+}
+
+// dK and dV: a row of S is a key here.
+template <int HS>
+__global__ void __launch_bounds__(256) attention_backward_key_kernel(float* dqkv, const RowStats* stats, const float* dout, const float* qkv,
+                                                                     int T, int NH, Dropout dropout) {
+    using Shape = ForwardShape<HS>;
+    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *do_tile = v_tile + ROWS * LD;
+    float *p_tile = do_tile + ROWS * LD, *ds_tile = p_tile + ROWS * P_LD;
+    Head<HS> head(T, NH);
+    HeadDropout drop(dropout, T, NH);
+    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
+    size_t stride = 3 * head.C;
+    stats += head.index * stats_rows(T);
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, k0 = blockIdx.y * ROWS;  // the keys that most queries see first
+    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    float dk[R][HS / 16] = {}, dv[R][HS / 16] = {};
+    load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
+    load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
+    for (int q0 = k0; q0 < T; q0 += ROWS) {
+        __syncthreads();
+        load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
+        load_rows<HS>(do_tile, d_o + q0 * head.C, head.C, T - q0);
+        __syncthreads();
+        float s[R][R] = {}, dp[R][R] = {};
+        multiply(s, HS, k_tile, LD, q_tile, 1, LD);
+        multiply(dp, HS, v_tile, LD, do_tile, 1, LD);
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < R; j++) {
+                int query = q0 + tx + 16 * j, key = k0 + ty + 16 * i, at = (ty + 16 * i) * P_LD + tx + 16 * j;
+                bool keep = !drop.on || drop.keep(query, key);
+                float p = key <= query ? exp2_approx(s[i][j] * scale2 - stats[query].lse2) : 0;
+                p_tile[at] = keep ? p : 0;
+                ds_tile[at] = p * ((keep ? dp[i][j] * drop.scale : 0) - stats[query].d);
+            }
+        __syncwarp();
+        multiply(dv, ROWS, p_tile, P_LD, do_tile, LD, 1);
+        multiply(dk, ROWS, ds_tile, P_LD, q_tile, LD, 1);
+    }
+    float* to = dqkv + head.qkv + k0 * stride;
+    store_rows<HS>(to + head.C, stride, T - k0, dk, scale);
+    store_rows<HS>(to + 2 * head.C, stride, T - k0, dv, drop.scale);
+}
+
+#endif
+
+template <class... P>
+inline void allow_smem(void (*kernel)(P...), size_t bytes) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+// To be called once per device before the functions below, and not while a graph is captured: lets the kernels of this head size
+// have the shared memory they need.
+inline void attention_init(size_t hs) {
+    with_head_size(hs, [](auto n) {
+        constexpr int HS = decltype(n)::value;
+        allow_smem(attention_forward_kernel<HS>, ForwardShape<HS>::SMEM);
+        allow_smem(attention_backward_query_kernel<HS>, BackwardShape<HS>::SMEM);
+        allow_smem(attention_backward_key_kernel<HS>, BackwardShape<HS>::SMEM);
+    });
+}
+
+// out (B,T,C) and lse (B,NH,T) from qkv (B,T,3C).
+inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t B, size_t T, size_t C, size_t NH, const Dropout& drop,
+                              cudaStream_t stream) {
+    with_head_size(C / NH, [&](auto n) {
+        constexpr int HS = decltype(n)::value;
+        using Shape = ForwardShape<HS>;
+        dim3 grid(B * NH, ceil_div(T, Shape::QUERIES));
+        launch(attention_forward_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, out, lse, qkv, T, NH, drop);
+    });
+}
+
+// Floats of scratch that attention_backward needs, 16-byte aligned.
+inline size_t attention_backward_scratch(size_t B, size_t T, size_t, size_t NH) { return B * NH * stats_rows(T) * 2; }
+
+// dqkv (B,T,3C) is written from dout (B,T,C) and what forward read and wrote.
+inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, size_t B,
+                               size_t T, size_t C, size_t NH, const Dropout& drop, cudaStream_t stream) {
+    with_head_size(C / NH, [&](auto n) {
+        constexpr int HS = decltype(n)::value;
+        using Shape = BackwardShape<HS>;
+        dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
+        RowStats* stats = (RowStats*)scratch;
+        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, out, qkv, lse, T, NH, drop);
+        launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, qkv, T, NH, drop);
+    });
+}
 
 // ---------------------------------------------------------------------------------------------
 // GELU and bias
 
-// @@SECTION gelu: K
+// cpu::gelu_tanh and cpu::gelu_erf: GELU and its derivative. The sigmoid form of the one has no cancellation; the normal
+// distribution function of the other is Abramowitz and Stegun 7.1.26, to 3e-7.
+__device__ inline float gelu(float x, float* derivative, int activation) {
+    if (activation == GELU_TANH) {
+        float u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = __fdividef(1.0f, 1.0f + exponential(-u2));
+        *derivative = s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
+        return x * s;
+    }
+    float a = fabsf(x) * 0.70710678f, t = __fdividef(1.0f, 1.0f + 0.3275911f * a), e = exponential(-a * a);
+    float tail = 0.5f * e * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float cdf = x < 0 ? tail : 1.0f - tail;
+    *derivative = cdf + x * 0.39894228f * e;
+    return x * cdf;
+}
+
+__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, const floatX* x, size_t n, int activation) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    Floats f = widen(load_once(x + i));
+    float unused;
+    for (int k = 0; k < VEC; k++) f[k] = gelu(f[k], &unused, activation);
+    store(y + i, narrow(f));
+}
+// cpu::gelu_forward. y = gelu(x), n values, a multiple of 8; y may be x.
+inline void gelu_forward(floatX* y, const floatX* x, size_t n, int activation, cudaStream_t s) {
+    launch(gelu_forward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, y, x, n, activation);
+}
+
+__global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* d, const floatX* x, size_t n, int activation) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (i >= n) return;
+    Floats f = widen(load_once(x + i)), g = widen(load_once(d + i));
+    for (int k = 0; k < VEC; k++) {
+        float derivative;
+        gelu(f[k], &derivative, activation);
+        g[k] *= derivative;
+    }
+    store(d + i, narrow(g));
+}
+// cpu::gelu_backward. d *= gelu'(x), n values, a multiple of 8.
+inline void gelu_backward(floatX* d, const floatX* x, size_t n, int activation, cudaStream_t s) {
+    launch(gelu_backward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, d, x, n, activation);
+}
+
+// Rows blockIdx.y, blockIdx.y + gridDim.y, ...; each thread stays in its columns, and keeps their bias.
+__global__ void __launch_bounds__(256) bias_gelu_forward_kernel(floatX* pre, floatX* out, const floatX* bias, size_t M, size_t N, int activation) {
+    size_t c = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
+    if (c >= N) return;
+    Floats b = widen(load(bias + c));
+    for (size_t m = blockIdx.y; m < M; m += gridDim.y) {
+        Floats f = widen(load_once(pre + m * N + c));
+        for (int k = 0; k < VEC; k++) f[k] += b[k];
+        Vec<floatX> rounded = narrow(f);
+        store(pre + m * N + c, rounded);
+        if (!out) continue;
+        f = widen(rounded);  // what backward will differentiate at
+        float unused;
+        for (int k = 0; k < VEC; k++) f[k] = gelu(f[k], &unused, activation);
+        store(out + m * N + c, narrow(f));
+    }
+}
+// pre (M,N) += bias, N a multiple of 8; then out = gelu(pre), unless out is null.
+inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size_t M, size_t N, int activation, cudaStream_t s) {
+    unsigned threads = threads_for(N / VEC, 256);
+    size_t strips = ceil_div(N / VEC, threads), rows = std::min(M, ceil_div((size_t)multiprocessors() * 32, strips));
+    launch(bias_gelu_forward_kernel, dim3((unsigned)strips, (unsigned)rows), threads, 0, s, pre, out, bias, M, N, activation);
+}
+
+// Partial column sums: a block owns 32 vectors of columns and every gridDim.y-th group of rows; partials (gridDim.y, N).
+constexpr int BIAS_WARPS = 8;
+__global__ void __launch_bounds__(BIAS_WARPS* WARP) bias_backward_kernel(float* partials, const floatX* dY, size_t M, size_t N) {
+    __shared__ __align__(16) float part[BIAS_WARPS * WARP * VEC];
+    int warp = threadIdx.x / WARP;
+    size_t c = ((size_t)blockIdx.x * WARP + threadIdx.x % WARP) * VEC;
+    Floats sum = {};
+    if (c < N)
+#pragma unroll 4
+        for (size_t m = (size_t)blockIdx.y * BIAS_WARPS + warp; m < M; m += (size_t)gridDim.y * BIAS_WARPS) {
+            Floats d = widen(load(dY + m * N + c));
+            for (int k = 0; k < VEC; k++) sum[k] += d[k];
+        }
+    for (int k = 0; k < VEC; k++) part[threadIdx.x * VEC + k] = sum[k];
+    __syncthreads();
+    if (warp != 0 || c >= N) return;
+    for (int w = 1; w < BIAS_WARPS; w++)
+        for (int k = 0; k < VEC; k++) sum[k] += part[(w * WARP + threadIdx.x) * VEC + k];
+    store_floats(partials + blockIdx.y * N + c, sum);
+}
+inline size_t bias_backward_parts(size_t N) { return ceil_div((size_t)multiprocessors() * 4, ceil_div(N / VEC, WARP)); }
+// Floats of scratch that bias_backward needs.
+inline size_t bias_backward_scratch(size_t N) { return bias_backward_parts(N) * N; }
+
+// cpu::bias_backward. db (N) += column sums of dY (M,N), N a multiple of 8.
+inline void bias_backward(float* db, float* scratch, const floatX* dY, size_t M, size_t N, cudaStream_t s) {
+    size_t parts = std::min(bias_backward_parts(N), ceil_div(M, BIAS_WARPS));
+    launch(bias_backward_kernel, dim3((unsigned)ceil_div(N / VEC, WARP), (unsigned)parts), BIAS_WARPS * WARP, 0, s, scratch, dY, M, N);
+    add_partials(db, nullptr, scratch, (int)parts, N, N, s);
+}
+
+__global__ void __launch_bounds__(256) add_to_kernel(float* y, const float* x, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] += x[i];
+}
+// y += x, n values.
+inline void add_to(float* y, const float* x, size_t n, cudaStream_t s) {
+    launch(add_to_kernel, dim3((unsigned)ceil_div(n, 256)), 256, 0, s, y, x, n);
+}
 
 // ---------------------------------------------------------------------------------------------
 // Softmax cross-entropy
 
-// @@SECTION head: K
+// VEC logits from column v on; -infinity past the vocabulary.
+__device__ inline Floats load_logits(const floatX* row, size_t v, size_t V) {
+    Floats f = widen(load(row + v));
+    if (v + VEC > V)
+        for (int k = 0; k < VEC; k++)
+            if (v + k >= V) f[k] = -INFINITY;
+    return f;
+}
+
+// One block works on one row and reads it twice: for the maximum and the sum of exponentials together (Milakov and
+// Gimelshein 2018), then backwards, from what the caches still hold, for the gradient.
+__global__ void __launch_bounds__(512) cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t V, size_t Vp, bool train,
+                                                            const StepState* state) {
+    floatX* row = logits + blockIdx.x * Vp;
+    int target = targets[blockIdx.x];
+    size_t stride = blockDim.x * VEC, rounds = (Vp + stride - 1) / stride;
+    if (target < 0) {
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0;
+        if (train)
+            for (size_t v = threadIdx.x * VEC; v < Vp; v += stride) store(row + v, narrow(Floats{}));
+        return;
+    }
+    float at_target = to_float(row[target]), max = -FLT_MAX, sum = 0;
+    for (size_t v = threadIdx.x * VEC; v < V; v += stride) {
+        Floats f = load_logits(row, v, V);
+        float before = max;
+        for (int k = 0; k < VEC; k++) max = fmaxf(max, f[k]);
+        sum *= exponential(before - max);
+        for (int k = 0; k < VEC; k++) sum += exponential(f[k] - max);
+    }
+    float row_max = block_max(max);
+    sum = block_sum(sum * exponential(max - row_max));
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) - (at_target - row_max);
+    if (!train) return;
+    float scale = state->grad_scale, factor = scale / sum;
+    for (size_t r = rounds; r-- > 0;) {
+        size_t v = r * stride + threadIdx.x * VEC;
+        if (v >= Vp) continue;
+        Floats f = load_logits(row, v, V);
+        for (int k = 0; k < VEC; k++) f[k] = exponential(f[k] - row_max) * factor - (v + k == (size_t)target ? scale : 0.0f);
+        store(row + v, narrow(f));
+    }
+}
+// cpu::cross_entropy. logits (rows, Vp), Vp a multiple of 8: losses = -log p[target], 0 where target < 0. With train the
+// logits become their gradient, (p - onehot) * state->grad_scale, and columns V..Vp become 0; without, state may be null.
+inline void cross_entropy(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp, bool train, const StepState* state,
+                          cudaStream_t s) {
+    launch(cross_entropy_kernel, dim3((unsigned)rows), threads_for(Vp / VEC, 512), 0, s, losses, logits, targets, V, Vp, train, state);
+}
+
+// One block: the sum has one order.
+__global__ void __launch_bounds__(1024) sum_losses_kernel(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets,
+                                                          size_t M, const StepState* state) {
+    double sums[2] = {0, 0};
+#pragma unroll 4
+    for (size_t m = threadIdx.x; m < M; m += blockDim.x) sums[0] += losses[m], sums[1] += targets[m] >= 0;
+    group_sum(sums, blockDim.x / WARP);
+    if (threadIdx.x != 0) return;
+    *loss_sum += state ? sums[0] * state->grad_scale : sums[0];
+    if (counted) *counted += (unsigned long long)sums[1];
+}
+// *loss_sum += the sum of losses (M), in training (state not null) times grad_scale; *counted, which may be null, += the
+// number of targets >= 0.
+inline void sum_losses(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets, size_t M, const StepState* state,
+                       cudaStream_t s) {
+    launch(sum_losses_kernel, 1, 1024, 0, s, loss_sum, counted, losses, targets, M, state);
+}
 
 // ---------------------------------------------------------------------------------------------
 // AdamW
 
-// @@SECTION adamw: K
+// Rounds to bf16, up or down at random so that the mean is x: 16 random bits are added below the last place that is kept,
+// and what is below is cut off. bits: the draw of this element.
+__device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
+    if (x != x) return __float2bfloat16_rn(x);
+    __nv_bfloat16_raw r;
+    r.x = (unsigned short)((__float_as_uint(x) + (bits & 0xffff)) >> 16);
+    return r;
+}
+// Writes VEC parameters, from element e of all on. bf16: element e takes 16 bits of Philox block e / 8.
+__device__ inline void store_parameters(floatX* params, size_t e, const Floats& w, const rng::Key& key) {
+    if constexpr (BUILD_DTYPE == BF16) {
+        rng::Block r = key.block(e / 8);
+        Vec<floatX> x;
+        for (int k = 0; k < VEC; k++) x[k] = round_stochastic(w[k], r.w[k / 2] >> (k % 2 * 16));
+        store_once(params + e, x);
+    } else {
+        store_once(params + e, narrow(w));
+    }
+}
+
+// Pass 1: the sum of squares of this block's share of the gradients, in doubles as in cpu::GPT2::grad_norm.
+constexpr int ADAMW_THREADS = 256;
+__global__ void __launch_bounds__(ADAMW_THREADS) grad_norm_kernel(double* partials, const float* grads, size_t n) {
+    double sum[1] = {0};
+#pragma unroll 4
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; e < n; e += (size_t)gridDim.x * blockDim.x * 4) {
+        Vec<float> g = load_once(grads + e);
+        for (int k = 0; k < 4; k++) sum[0] += (double)g[k] * g[k];
+    }
+    group_sum(sum, blockDim.x / WARP);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
+}
+
+// One step's settings, and which tensors decay: tensor i ends before element end[i], bit i of decays.
+struct AdamWStep {
+    AdamW a;
+    float c1, c2;  // bias corrections 1 / (1 - beta^t)
+    uint32_t t;
+    uint64_t seed;
+    uint32_t decays;
+    size_t end[NUM_PARAMS];
+};
+
+// Pass 2. Each block sums pass 1's parts by itself, in the same order.
+__global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(StepResult* report, floatX* params, float* master, const float* grads, float* moment1,
+                                                              float* moment2, const double* partials, int parts, const double* loss, AdamWStep step) {
+    double sum[1] = {0};
+    for (int i = threadIdx.x; i < parts; i += blockDim.x) sum[0] += partials[i];
+    group_sum(sum, blockDim.x / WARP);
+    double norm = sqrt(sum[0]);
+    if (blockIdx.x == 0 && threadIdx.x == 0) report->loss = *loss, report->norm = norm;
+    if (!(norm <= DBL_MAX && fabs(*loss) <= DBL_MAX)) return;  // NaN is not <= anything
+
+    const AdamW& a = step.a;
+    float scale = a.grad_clip > 0 && norm > a.grad_clip ? (float)(a.grad_clip / norm) : 1.0f;
+    rng::Key key(step.seed, step.t, rng::ROUNDING);
+    int tensor = 0;
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < step.end[NUM_PARAMS - 1]; e += (size_t)gridDim.x * blockDim.x * VEC) {
+        while (e >= step.end[tensor]) tensor++;
+        float shrink = 1.0f - (step.decays >> tensor & 1 ? a.lr * a.weight_decay : 0.0f);
+        Floats g = load_floats(grads + e), m = load_floats(moment1 + e), v = load_floats(moment2 + e);
+        Floats w = master ? load_floats(master + e) : widen(load_once(params + e));
+        for (int k = 0; k < VEC; k++) {
+            float gk = g[k] * scale;
+            m[k] = a.beta1 * m[k] + (1 - a.beta1) * gk;
+            v[k] = a.beta2 * v[k] + (1 - a.beta2) * gk * gk;
+            w[k] = w[k] * shrink - a.lr * (m[k] * step.c1) / (sqrtf(v[k] * step.c2) + a.eps);
+        }
+        store_floats(moment1 + e, m), store_floats(moment2 + e, v);
+        if (master) store_floats(master + e, w);
+        store_parameters(params, e, w, key);
+    }
+}
+
+inline int grad_norm_blocks() { return 8 * multiprocessors(); }
+// Doubles of scratch that adamw_step needs.
+inline size_t adamw_scratch() { return grad_norm_blocks(); }
+
+// cpu::GPT2::step. One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a model with this
+// config: gradients longer than grad_clip count as that long; weight decay where param_table says so. params, master, grads,
+// moment1 and moment2 are arrays of all parameters; master is null without master weights, and in fp32. bf16 parameters are
+// rounded stochastically, keyed by seed and t. The gradients stay as they are. *report receives *loss and the gradient's norm
+// before clipping; where either is not finite, nothing else changes.
+inline void adamw_step(StepResult* report, floatX* params, float* master, const float* grads, float* moment1, float* moment2, double* scratch,
+                       const double* loss, const Config& c, const AdamW& a, uint32_t t, uint64_t seed, cudaStream_t s) {
+    ParamTable table = param_table(c);
+    auto off = param_offsets(c);
+    AdamWStep step = {a, (float)(1 / (1 - std::pow((double)a.beta1, t))), (float)(1 / (1 - std::pow((double)a.beta2, t))), t, seed, 0, {}};
+    for (int i = 0; i < NUM_PARAMS; i++) step.end[i] = off[i + 1], step.decays |= (uint32_t)table[i].decay << i;
+    size_t n = off[NUM_PARAMS];
+    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(n, ADAMW_THREADS * 4));
+    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, scratch, grads, n);
+    size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(n, ADAMW_THREADS * VEC));
+    launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, report, params, master, grads, moment1, moment2, scratch, parts, loss, step);
+}
+
+__global__ void __launch_bounds__(ADAMW_THREADS) round_parameters_kernel(floatX* params, const float* master, size_t n, rng::Key key) {
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < n; e += (size_t)gridDim.x * blockDim.x * VEC)
+        store_parameters(params, e, load_floats(master + e), key);
+}
+// params = what step number t wrote from the master weights, n in all: a resumed run continues bit for bit.
+inline void round_parameters(floatX* params, const float* master, size_t n, uint64_t seed, uint32_t t, cudaStream_t s) {
+    size_t blocks = std::min<size_t>(8 * multiprocessors(), ceil_div(n, ADAMW_THREADS * VEC));
+    launch(round_parameters_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, params, master, n, rng::Key(seed, t, rng::ROUNDING));
+}
 
 // ---------------------------------------------------------------------------------------------
 // Matrix products by cuBLASLt
 
-// @@SECTION matmul: M
+// A stream, an event, memory of the GPU, and pinned memory of the host (which the GPU copies by itself), each released at the end.
+struct Stream {
+    cudaStream_t stream = nullptr;
+    Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+    ~Stream() { cudaStreamDestroy(stream); }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    void wait() const { CUDA_CHECK(cudaStreamSynchronize(stream)); }
+};
+struct Event {
+    cudaEvent_t event = nullptr;
+    Event() { CUDA_CHECK(cudaEventCreate(&event)); }
+    ~Event() { cudaEventDestroy(event); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    void record(cudaStream_t s) { CUDA_CHECK(cudaEventRecord(event, s)); }
+    void wait() const { CUDA_CHECK(cudaEventSynchronize(event)); }
+};
+struct DeviceMemory {
+    char* p = nullptr;
+    DeviceMemory() = default;
+    ~DeviceMemory() { cudaFree(p); }
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+    void allocate(size_t bytes) { CUDA_CHECK(cudaMalloc(&p, bytes)); }
+};
+struct PinnedMemory {
+    char* p = nullptr;
+    PinnedMemory() = default;
+    ~PinnedMemory() { cudaFreeHost(p); }
+    PinnedMemory(const PinnedMemory&) = delete;
+    PinnedMemory& operator=(const PinnedMemory&) = delete;
+    void allocate(size_t bytes) { CUDA_CHECK(cudaMallocHost(&p, bytes)); }
+};
+
+// Y (M,N) = X (M,K) W^T + b, W (N,K), and its gradients. All matrices are row-major; cuBLASLt reads memory by columns, and
+// so is asked for the transposed product:
+//     FORWARD          Y^T (N,M)  = W X^T           A = W transposed, B = X
+//     INPUT_GRADIENT   dX^T (K,M) = W^T dY^T        A = W, B = dY
+//     WEIGHT_GRADIENT  dW^T (K,N) = X^T dY [+ dW^T] A = X, B = dY transposed; float
+// Products are summed in fp32. The fp32 build computes in true fp32: TF32 would be faster and would not agree with the CPU.
+enum Product { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
+
+// Which algorithm a product took when it was timed, in a file named by the GPU and cuBLASLt's version, so that the next run
+// takes the same ones and repeats bit for bit. A line is "algorithm in hex, space, product"; lines that say nothing useful are
+// passed over, and their products are timed again.
+class AlgorithmCache {
+  public:
+    AlgorithmCache() {
+        const char *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+        if (xdg && *xdg) dir_ = xdg;
+        else if (home && *home) dir_ = std::string(home) + "/.cache";
+        else return;
+        dir_ += "/arapoet";
+        cudaDeviceProp device;
+        CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+        std::string name = device.name;
+        for (char& c : name)
+            if (!isalnum((unsigned char)c)) c = '_';
+        path_ = dir_ + strf("/gemm-%s-%zu.txt", name.c_str(), cublasLtGetVersion());
+        if (!file_exists(path_)) return;
+        try {
+            std::string text = Reader(path_).rest();
+            for (size_t i = 0, end; i < text.size(); i = end + 1) {
+                end = std::min(text.find('\n', i), text.size());
+                size_t space = text.find(' ', i);
+                if (space < end) hex_[text.substr(space + 1, end - space - 1)] = text.substr(i, space - i);
+            }
+        } catch (const Error& e) {
+            fprintf(stderr, "%s; the products are timed again\n", e.what());
+        }
+    }
+    bool find(const std::string& product, cublasLtMatmulAlgo_t* algo) const {
+        auto at = hex_.find(product);
+        if (at == hex_.end() || at->second.size() != 2 * sizeof *algo) return false;
+        for (size_t i = 0; i < sizeof *algo; i++) {
+            int used = 0;
+            unsigned byte;
+            if (sscanf(at->second.c_str() + 2 * i, "%2x%n", &byte, &used) != 1 || used != 2) return false;
+            ((unsigned char*)algo)[i] = (unsigned char)byte;
+        }
+        return true;
+    }
+    void put(const std::string& product, const cublasLtMatmulAlgo_t& algo) {
+        std::string hex;
+        for (size_t i = 0; i < sizeof algo; i++) hex += strf("%02x", ((const unsigned char*)&algo)[i]);
+        hex_[product] = hex, changed_ = true;
+    }
+    // A cache that cannot be written costs the next run its time, not this one its life.
+    void save() {
+        if (!changed_ || path_.empty()) return;
+        try {
+            make_dirs(dir_);
+            AtomicFile file(path_);
+            for (auto& [product, hex] : hex_) file.write(hex + " " + product + "\n");
+            file.commit();
+        } catch (const Error& e) {
+            fprintf(stderr, "%s; the next run times the products again, and may differ in the last bits\n", e.what());
+        }
+        changed_ = false;
+    }
+
+  private:
+    std::string dir_, path_;
+    std::map<std::string, std::string> hex_;
+    bool changed_ = false;
+};
+
+// The products of linear layers on one stream. A plan (descriptors and an algorithm) is made once for each product, shape and
+// epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel does its work after the plain product.
+class Matmul {
+  public:
+#ifdef EMULATOR
+    static constexpr size_t WORKSPACE = 1 << 20;
+#else
+    static constexpr size_t WORKSPACE = 32 << 20;  // bytes; what cuBLAS asks for on Hopper
+#endif
+    // Floats of scratch for the bias gradients of a model with C channels.
+    static size_t scratch(size_t C) {
+        return std::max({4 * C, bias_backward_scratch(C), bias_backward_scratch(3 * C), bias_backward_scratch(4 * C)});
+    }
+
+    bool timing = false;  // a new plan takes the fastest algorithm, and not cuBLASLt's first guess
+
+    Matmul(void* workspace, float* bias_scratch, cudaStream_t stream) : workspace_(workspace), bias_scratch_(bias_scratch), stream_(stream) {
+        CUBLAS_CHECK(cublasLtCreate(&handle_));
+    }
+    ~Matmul() {
+        for (auto& [key, p] : plans_) {
+            for (cublasLtMatrixLayout_t layout : {p.a, p.b, p.d})
+                if (layout) cublasLtMatrixLayoutDestroy(layout);
+            if (p.operation) cublasLtMatmulDescDestroy(p.operation);
+        }
+        cublasLtDestroy(handle_);
+    }
+    Matmul(const Matmul&) = delete;
+    Matmul& operator=(const Matmul&) = delete;
+
+    // Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null.
+    void forward(floatX* Y, const floatX* X, const floatX* W, const floatX* b, size_t M, size_t K, size_t N) {
+        if (b && run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, W, X, Y, false, b, nullptr)) return;
+        run_plain(FORWARD, M, K, N, W, X, Y, false);
+        if (b) bias_gelu_forward(Y, nullptr, b, M, N, GELU_TANH, stream_);
+    }
+    // pre (M,N) = X (M,K) W^T + b; Y = gelu(pre).
+    void forward_gelu(floatX* Y, floatX* pre, const floatX* X, const floatX* W, const floatX* b, size_t M, size_t K, size_t N,
+                      int activation) {
+        if (activation == GELU_TANH && run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, W, X, Y, false, b, pre)) return;
+        if (run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, W, X, pre, false, b, nullptr))
+            return gelu_forward(Y, pre, M * N, activation, stream_);
+        run_plain(FORWARD, M, K, N, W, X, pre, false);
+        bias_gelu_forward(pre, Y, b, M, N, activation, stream_);
+    }
+    // dX (M,K) = dY (M,N) W.
+    void input_gradient(floatX* dX, const floatX* dY, const floatX* W, size_t M, size_t K, size_t N) {
+        run_plain(INPUT_GRADIENT, M, K, N, W, dY, dX, false);
+    }
+    // dX (M,K) = (dY W) gelu'(pre): the gradient of what the GELU read.
+    void input_gradient_gelu(floatX* dX, const floatX* dY, const floatX* W, const floatX* pre, size_t M, size_t K, size_t N,
+                             int activation) {
+        if (activation == GELU_TANH && run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, W, dY, dX, false, nullptr, pre)) return;
+        input_gradient(dX, dY, W, M, K, N);
+        gelu_backward(dX, pre, M * K, activation, stream_);
+    }
+    // dW (N,K) = dY^T X, or += where accumulate; db (N) += column sums of dY, unless null.
+    void weight_gradient(float* dW, float* db, const floatX* dY, const floatX* X, size_t M, size_t K, size_t N, bool accumulate) {
+        if (db && run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N, X, dY, dW, accumulate, bias_scratch_, nullptr))
+            return add_to(db, bias_scratch_, N, stream_);
+        run_plain(WEIGHT_GRADIENT, M, K, N, X, dY, dW, accumulate);
+        if (db) bias_backward(db, bias_scratch_, dY, M, N, stream_);
+    }
+    void save_timings() { cache_.save(); }
+
+  private:
+    struct Plan {
+        cublasLtMatmulDesc_t operation = nullptr;
+        cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+        cublasLtMatmulAlgo_t algo{};
+        bool possible = false;
+    };
+    // What one call multiplies.
+    struct Operands {
+        const floatX *a, *b;
+        void* d;
+        bool accumulate;
+    };
+    static constexpr int CANDIDATES = 8, TIMED_RUNS = 4;
+
+    void run_plain(Product product, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d, bool accumulate) {
+        if (!run(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, a, b, d, accumulate, nullptr, nullptr))
+            fail("cuBLASLt has no algorithm for %s", name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str());
+    }
+    // One product; false, and nothing done, where cuBLASLt has no algorithm with this epilogue.
+    // bias: BIAS and GELU_AUX_BIAS read it, BGRADB writes it. aux: GELU_AUX_BIAS writes what the GELU reads, DGELU reads it.
+    bool run(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d,
+             bool accumulate, const void* bias, const void* aux) {
+        auto [at, fresh] = plans_.try_emplace(name(product, epilogue, M, K, N));
+        Plan& p = at->second;
+        if (fresh) describe(p, product, epilogue, M, K, N);
+        if (bias) set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+        if (aux) set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
+        Operands o = {a, b, d, accumulate};
+        if (fresh) choose(p, at->first, o, (K | N) * sizeof(floatX));
+        if (p.possible) CUBLAS_CHECK(multiply(p, p.algo, o));
+        return p.possible;
+    }
+    static std::string name(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
+        const char* names[] = {"forward", "input_gradient", "weight_gradient"};
+        return strf("%s %s M %zu K %zu N %zu epilogue %d", names[product], BUILD_DTYPE == BF16 ? "bf16" : "fp32", M, K, N, (int)epilogue);
+    }
+    template <class V>
+    static void set(Plan& p, cublasLtMatmulDescAttributes_t attribute, const V& value) {
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(p.operation, attribute, &value, sizeof value));
+    }
+
+    static void describe(Plan& p, Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
+        const cudaDataType_t type = BUILD_DTYPE == BF16 ? CUDA_R_16BF : CUDA_R_32F;
+        CUBLAS_CHECK(cublasLtMatmulDescCreate(&p.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        set(p, CUBLASLT_MATMUL_DESC_TRANSA, product == FORWARD ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(p, CUBLASLT_MATMUL_DESC_TRANSB, product == WEIGHT_GRADIENT ? CUBLAS_OP_T : CUBLAS_OP_N);
+        set(p, CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
+        size_t out = product == FORWARD ? N : K;  // length of D's rows
+        if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
+            set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)out);
+        // A row-major (rows, cols) matrix is a column-major (cols, rows) one.
+        auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType_t t, size_t rows, size_t cols) {
+            CUBLAS_CHECK(cublasLtMatrixLayoutCreate(l, t, cols, rows, (int64_t)cols));
+        };
+        layout(&p.a, type, product == WEIGHT_GRADIENT ? M : N, K);
+        layout(&p.b, type, M, product == FORWARD ? K : N);
+        layout(&p.d, product == WEIGHT_GRADIENT ? CUDA_R_32F : type, product == WEIGHT_GRADIENT ? N : M, out);
+    }
+    cublasStatus_t multiply(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
+        const float one = 1, beta = o.accumulate ? 1 : 0;
+        return cublasLtMatmul(handle_, p.operation, &one, o.a, p.a, o.b, p.b, &beta, o.d, p.d, o.d, p.d, &algo, workspace_, WORKSPACE, stream_);
+    }
+
+    // Finds the plan's algorithm: the one in the cache, or the fastest of cuBLASLt's candidates (which writes o.d many times
+    // over), or its first. row_bytes: every operand starts at a multiple of its lowest set bit.
+    void choose(Plan& p, const std::string& product, const Operands& o, size_t row_bytes) {
+        cublasLtMatmulHeuristicResult_t result[CANDIDATES]{};
+        if (cache_.find(product, &p.algo) &&
+            cublasLtMatmulAlgoCheck(handle_, p.operation, p.a, p.b, p.d, p.d, &p.algo, result) == CUBLAS_STATUS_SUCCESS &&
+            result->workspaceSize <= WORKSPACE) {
+            p.possible = true;
+            return;
+        }
+        cublasLtMatmulPreference_t preference;
+        CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+            CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value));
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)WORKSPACE);
+        // A sum that several blocks share is kept in fp32 until it is whole.
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+        uint32_t alignment = (uint32_t)std::min<size_t>(256, row_bytes & (~row_bytes + 1));
+        for (auto a : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+            prefer(a, alignment);
+        int found = 0;
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.operation, p.a, p.b, p.d, p.d, preference, CANDIDATES, result, &found);
+        cublasLtMatmulPreferenceDestroy(preference);
+        // An epilogue that is not supported is answered with an error or with no results, depending on the version.
+        if (status != CUBLAS_STATUS_SUCCESS) found = 0;
+        float best = INFINITY;
+        for (int i = 0; i < found; i++) {
+            if (result[i].state != CUBLAS_STATUS_SUCCESS) continue;
+            float ms = timing ? time(p, result[i].algo, o) : 0;
+            if (ms < best) best = ms, p.algo = result[i].algo, p.possible = true;
+        }
+        if (p.possible && timing) cache_.put(product, p.algo);
+    }
+    // Milliseconds of some runs after one that is not counted; infinite where the algorithm does not run after all.
+    float time(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
+        if (multiply(p, algo, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
+        Event start, stop;
+        start.record(stream_);
+        for (int i = 0; i < TIMED_RUNS; i++) CUBLAS_CHECK(multiply(p, algo, o));
+        stop.record(stream_);
+        stop.wait();
+        float ms;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, start.event, stop.event));
+        return ms;
+    }
+
+    void* workspace_;
+    float* bias_scratch_;
+    cudaStream_t stream_;
+    cublasLtHandle_t handle_ = nullptr;
+    AlgorithmCache cache_;
+    std::map<std::string, Plan> plans_;
+};
 
 // ---------------------------------------------------------------------------------------------
 // The model
 
-// @@SECTION model: M
+// Between floatX and floats on the host; to bf16 by rounding to nearest.
+inline void to_floats(float* out, const floatX* in, size_t n) {
+    if constexpr (BUILD_DTYPE == FP32) memcpy(out, in, n * sizeof(float));
+    else
+        for (size_t i = 0; i < n; i++) out[i] = bf16_to_float(((const uint16_t*)in)[i]);
+}
+inline void from_floats(floatX* out, const float* in, size_t n) {
+    if constexpr (BUILD_DTYPE == FP32) memcpy((void*)out, in, n * sizeof(float));
+    else
+        for (size_t i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_bf16(in[i]);
+}
+
+// Hands out pieces of one block of device memory; with no block it only counts. In the emulator's builds a gap that nothing
+// may touch follows each piece.
+struct Arena {
+    static constexpr size_t MOST = (size_t)1 << 60;
+    char* base = nullptr;
+    size_t used = 0;
+    template <class E>
+    E* take(size_t a, size_t b = 1, size_t c = 1) {
+        E* p = base ? (E*)(base + used) : nullptr;
+        size_t n, end;
+        if (__builtin_mul_overflow(a, b, &n) || __builtin_mul_overflow(n, c, &n) || n > MOST / sizeof(E) || (end = used + n * sizeof(E)) > MOST)
+            fail("this model and batch are too large to address: they need more than %s of memory", human_bytes((double)MOST).c_str());
+#ifdef EMULATOR
+        used = emu::arena_gap(end);
+        if (base) CUDA_CHECK(emu::poison(base + end, used - end));
+#else
+        used = ceil_div(end, 256) * 256;
+#endif
+        return p;
+    }
+};
+
+// The tensors of gpt2.h inside one array of parameters (floatX) or gradients (float).
+template <class E>
+struct Tensors {
+    E *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
+    void point_into(E* base, const Config& c) {
+        E** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
+                             &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
+        auto off = param_offsets(c);
+        for (int i = 0; i < NUM_PARAMS; i++) *p[i] = base + off[i];
+    }
+};
+
+// What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
+// used again: by every layer of a model that does not train, and in training by what is recomputed.
+struct Activations {
+    floatX *embedded, *ln1, *qkv, *atty, *resid2, *ln2, *fch, *fch_gelu, *resid3, *lnf;
+    float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd, *lnf_mean, *lnf_rstd, *losses;
+    size_t gelu_slots, ln_slots, block_slots, resid_slots;
+
+    void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
+        size_t C = c.C, L = c.L;
+        auto kept_below = [&](int level) { return trains && recompute < level ? L : 1; };
+        gelu_slots = kept_below(1), ln_slots = kept_below(2), block_slots = kept_below(3), resid_slots = trains ? L : 1;
+        embedded = a.take<floatX>(M, C), resid3 = a.take<floatX>(resid_slots, M, C);
+        qkv = a.take<floatX>(block_slots, M, 3 * C), lse = a.take<float>(block_slots, M, c.NH), atty = a.take<floatX>(block_slots, M, C);
+        resid2 = a.take<floatX>(block_slots, M, C), fch = a.take<floatX>(block_slots, M, 4 * C);
+        ln1_mean = a.take<float>(block_slots, M), ln1_rstd = a.take<float>(block_slots, M);
+        ln2_mean = a.take<float>(block_slots, M), ln2_rstd = a.take<float>(block_slots, M);
+        ln1 = a.take<floatX>(ln_slots, M, C), ln2 = a.take<floatX>(ln_slots, M, C), fch_gelu = a.take<floatX>(gelu_slots, M, 4 * C);
+        lnf = a.take<floatX>(M, C), lnf_mean = a.take<float>(M), lnf_rstd = a.take<float>(M), losses = a.take<float>(M);
+    }
+};
+
+// What is used and used again within a pass: gradients of activations, one layer at a time, the logits of some rows, scratch.
+struct Workspace {
+    floatX *dresid, *dbranch, *dln, *dqkv, *dfch, *branch, *logits;
+    float *layernorm, *attention, *bias;
+    void* products;
+
+    void place(Arena& a, const Config& c, size_t B, size_t T, size_t head_rows, bool trains) {
+        size_t M = B * T, C = c.C;
+        // A branch's output has met its residual before dln is first written; dfch is spent before dqkv comes to be.
+        branch = dln = a.take<floatX>(M, C);
+        logits = a.take<floatX>(head_rows, c.Vp);
+        products = a.take<char>(Matmul::WORKSPACE);
+        if (!trains) return;
+        dresid = a.take<floatX>(M, C), dbranch = a.take<floatX>(M, C);
+        dqkv = dfch = a.take<floatX>(M, 4 * C);
+        layernorm = a.take<float>(layernorm_backward_scratch(C)), attention = a.take<float>(attention_backward_scratch(B, T, C, c.NH));
+        bias = a.take<float>(Matmul::scratch(C));
+    }
+};
+
+// What the host gives to one micro-step, in one piece so that one copy brings it over.
+struct Batch {
+    StepState* state;
+    int *tokens, *targets;
+    EmbeddingBuckets buckets;
+
+    static constexpr size_t STATE_INTS = 16;  // room for the state, and for the alignment of what follows
+    static size_t bytes(size_t M) { return (STATE_INTS + 2 * M + EmbeddingBuckets::ints(M)) * sizeof(int); }
+    Batch(char* memory, size_t M) {
+        static_assert(sizeof(StepState) <= STATE_INTS * sizeof(int), "the state's room");
+        int* ints = (int*)memory + STATE_INTS;
+        state = (StepState*)memory, tokens = ints, targets = ints + M, buckets = EmbeddingBuckets::at(ints + 2 * M, M);
+    }
+    Batch() = default;
+};
+
+// What a pass and a step report.
+struct Report {
+    double loss;                // sum over targets; in training that of the step so far, times grad_scale
+    unsigned long long counted;
+    StepResult step;
+};
+
+// Throws one line where this machine has no GPU that this program can use.
+inline void require_gpu() {
+    const char* other = "./train_gpt2 trains on the CPU";
+    int count = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaErrorInsufficientDriver) {
+        int driver = 0, runtime = 0;
+        cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
+        if (!driver) fail("no NVIDIA driver on this machine; %s", other);
+        fail("the NVIDIA driver takes CUDA up to %d.%d, this program was built with %d.%d: update the driver; %s", driver / 1000,
+             driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, other);
+    }
+    if (status == cudaErrorNoDevice || (status == cudaSuccess && !count)) fail("no NVIDIA GPU on this machine; %s", other);
+    if (status != cudaSuccess) fail("no usable GPU: %s (%s); %s", cudaGetErrorString(status), cudaGetErrorName(status), other);
+    cudaDeviceProp p;
+    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    if (p.major < 8) fail("%s has compute capability %d.%d, wanted 8.0 (Ampere) or later; %s", p.name, p.major, p.minor, other);
+}
+
+struct GPT2 {
+    const Config cfg;
+    const size_t B, T;  // largest batch; both 0 for a model that only generates
+    const bool trains;
+    const int recompute;
+    float dropout = 0;
+    uint64_t seed = 1337;
+    bool use_graphs = true;  // false launches every kernel by itself
+    Tensors<floatX> p{};
+    Tensors<float> g{};
+    Stream stream;
+
+    static constexpr const char* PROGRAM = "train_gpt2cu";
+    static constexpr Dtype DEFAULT_DTYPE = BUILD_DTYPE;
+    static constexpr size_t PIECE = 4 << 20;           // floats that come and go at once through pinned memory
+    static inline size_t head_logits = (size_t)1 << 27;  // logits held at once: 256 MiB in bf16
+
+    // The head's rows are cut into parts of equal length.
+    static size_t head_rows(const Config& c, size_t M) {
+        size_t most = std::max<size_t>(head_logits / c.Vp, 1), parts = std::max<size_t>(ceil_div(M, most), 1);
+        return std::min(M, ceil_div(ceil_div(M, parts), 8) * 8);
+    }
+
+    static void require_device() { require_gpu(); }
+    static void set_threads(int) {}
+    static std::string device() {
+        cudaDeviceProp d;
+        CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
+        return strf("%s, %s, %s", d.name, human_bytes((double)d.totalGlobalMem).c_str(), BUILD_DTYPE == BF16 ? "bf16" : "fp32");
+    }
+    // By NVIDIA's data sheets, dense; of another GPU what its processors can do at their highest clock.
+    static Peak peak_flops() {
+        struct {
+            const char* name;  // what the device's name contains; the first match counts
+            double bf16, fp32;  // TFLOP/s
+        } known[] = {{"A100", 312, 19.5},    {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H200", 989, 67},
+                     {"GH200", 989, 67},     {"H800", 989, 67},      {"A40", 149.7, 37.4},  {"L40S", 362, 91.6}, {"L4", 121, 30.3},
+                     {"RTX 3090", 71, 35.6}, {"RTX 4090", 165.2, 82.6}};
+        cudaDeviceProp d;
+        CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
+        for (auto& k : known)
+            if (strstr(d.name, k.name)) return {(BUILD_DTYPE == BF16 ? k.bf16 : k.fp32) * 1e12, "by its data sheet"};
+        int khz = 0;
+        CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
+        // Floating-point operations of one multiprocessor in one cycle.
+        double tensor = d.major >= 10 && d.major < 12 ? 8192 : d.major == 9 ? 4096 : d.major == 8 && d.minor == 0 ? 2048 : 1024;
+        double plain = d.major == 8 && d.minor == 0 ? 128 : 256;
+        return {(BUILD_DTYPE == BF16 ? tensor : plain) * d.multiProcessorCount * khz * 1e3, "at its highest clock"};
+    }
+    // Bytes that can be allocated, less what CUDA itself takes as kernels and graphs are loaded.
+    static size_t memory_available() {
+        size_t free_bytes, total;
+        CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+        return free_bytes - free_bytes / 32;
+    }
+    static void check_precision(Precision precision) {
+        if (precision.dtype == BUILD_DTYPE) return;
+        throw UsageError(strf("--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
+                              BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
+    }
+    // Throws where the kernels do not take the model.
+    static void check_sizes(const Config& c, size_t T) {
+        check_config(c, "model");
+        std::string sizes;
+        bool taken = false;
+        for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs), taken |= hs == c.hs();
+        if (!taken) fail("model: the head size, channels / heads, is %d, the GPU trainer takes %s; ./train_gpt2 takes any", c.hs(), sizes.c_str());
+        if ((size_t)c.C > MAX_CHANNELS) fail("model: C is %d, the GPU trainer takes at most %zu; ./train_gpt2 takes any", c.C, MAX_CHANNELS);
+        if (c.Vp % 8) fail("model: Vp is %d, the GPU trainer wants a multiple of 8; ./train_gpt2 takes any", c.Vp);
+        if (T > (size_t)c.maxT) fail("model: takes at most %d tokens of context, %zu were asked for", c.maxT, T);
+    }
+    // What each arena needs. Parameters and gradients share one, activations and scratch another.
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision precision = {BUILD_DTYPE}) {
+        check_sizes(c, T);
+        size_t M = checked_mul(B, T, "batch size x sequence length");
+        MemoryNeed n;
+        Memory m;
+        Arena params, all, optimizer, activations, scratch;
+        m.place_params(params, c), m.place_params(all, c), m.place_gradients(all, c, trains);
+        m.place_optimizer(optimizer, c, trains, precision);
+        m.place_activations(activations, c, M, trains, recompute);
+        m.place_scratch(scratch, c, B, T, trains);
+        n.params = params.used, n.grads = all.used - params.used, n.optimizer = optimizer.used;
+        n.activations = activations.used, n.scratch = scratch.used;
+        return n;
+    }
+
+    // recompute: what backward computes again instead of keeping it. Of 16C numbers per token and layer 0 keeps all;
+    // 1 drops GELU's output, 4C; 2 that and LayerNorm's, 6C; 3 whole blocks, all but C.
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision = {BUILD_DTYPE})
+        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
+        check_precision(precision);
+        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
+        size_t M = B * T;
+        Arena a;
+        weights_.allocate(need.params + need.grads);
+        a = {weights_.p, 0};
+        mem_.place_params(a, c), mem_.place_gradients(a, c, trains);
+        p.point_into(mem_.params, c);
+        if (trains) {
+            g.point_into(mem_.grads, c);
+            optimizer_.allocate(need.optimizer);
+            a = {optimizer_.p, 0};
+            mem_.place_optimizer(a, c, trains, precision);
+            CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, num_params(c) * sizeof(float), stream.stream));
+            CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, num_params(c) * sizeof(float), stream.stream));
+        }
+        activations_.allocate(need.activations + need.scratch);
+        a = {activations_.p, 0};
+        mem_.place_activations(a, c, M, trains, recompute);
+        mem_.place_scratch(a, c, B, T, trains);
+        staging_.allocate(PIECE * (sizeof(float) + sizeof(floatX)));
+        report_.allocate(sizeof(Report));
+        for (Slot& slot : slots_) {
+            slot.memory.allocate(Batch::bytes(M));
+            slot.batch = Batch(slot.memory.p, M);
+        }
+        attention_init(c.hs());
+        matmul_ = std::make_unique<Matmul>(mem_.work.products, mem_.work.bias, stream.stream);
+        if (M) time_products(M);
+        stream.wait();
+    }
+    ~GPT2() {
+        cudaStreamSynchronize(stream.stream);
+        for (Graph& graph : graphs_) cudaGraphExecDestroy(graph.exec);
+    }
+    GPT2(const GPT2&) = delete;
+    GPT2& operator=(const GPT2&) = delete;
+
+    // The CPU's initial weights, bit for bit.
+    void init_weights(uint64_t from_seed) {
+        auto off = param_offsets(cfg);
+        size_t at = 0;
+        each_piece(PARAMS, [&](float* w, size_t n) {
+            for (int i = 0; i < NUM_PARAMS; i++) {
+                size_t begin = std::max(at, off[i]), end = std::min(at + n, off[i + 1]);
+                if (begin < end) initial_weights(w + (begin - at), cfg, i, begin - off[i], end - begin, from_seed);
+            }
+            at += n;
+        });
+    }
+
+    // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T, without dropout; counted() tells
+    // how many.
+    double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
+        if (pass.train || micro_steps_) throw std::logic_error("forward: evaluates between steps; a training pass is accumulate()");
+        run(tokens, targets, B_, T_, pass);
+        Report r = read_report();
+        counted_ = r.counted;
+        return counted_ ? r.loss / (double)counted_ : 0;
+    }
+    size_t counted() const { return counted_; }
+
+    // Adds a micro-batch's gradients and loss to the step's; returns before the GPU is done.
+    void accumulate(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
+        if (!trains || !pass.train) throw std::logic_error("accumulate: not a training pass of a model that trains");
+        run(tokens, targets, B_, T_, pass);
+        micro_steps_++;
+    }
+    // One AdamW step, number t from 1, with the gradient clipped; where it is not finite, nothing changes.
+    StepResult step(const AdamW& a, uint32_t t) {
+        if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
+        adamw_step(&mem_.report->step, mem_.params, mem_.master, mem_.grads, mem_.m, mem_.v, mem_.norm_parts, &mem_.report->loss, cfg, a, t,
+                   seed, stream.stream);
+        micro_steps_ = 0;
+        return read_report().step;
+    }
+
+    // State out and in, piece by piece in order through pinned memory: f(pointer, number of floats). An f that takes a pointer
+    // to const reads, any other writes.
+    enum State { PARAMS, ADAM_M, ADAM_V };
+    template <class F>
+    void each_piece(State s, F f) {
+        float* device = s == PARAMS ? mem_.master : s == ADAM_M ? mem_.m : mem_.v;
+        if (s != PARAMS && !trains) throw std::logic_error("each_piece: a model that does not train has no optimizer state");
+        constexpr bool writes = !std::is_invocable<F, const float*, size_t>::value;
+        for (size_t i = 0, total = num_params(cfg); i < total; i += PIECE) {
+            size_t n = std::min(PIECE, total - i);
+            float* host = (float*)staging_.p;
+            if (!writes && device) download(host, device + i, n);
+            else if (!writes) download_params(host, i, n);
+            f(host, n);
+            if (writes && device) upload(device + i, host, n);
+            if (writes && s == PARAMS) upload_params(host, i, n);
+        }
+    }
+    // Says that the state just loaded is that after update number t: the bf16 parameters are rounded from their masters as
+    // that update rounded them, so that the run goes on bit for bit.
+    void resumed(uint32_t t) {
+        if (t && mem_.master) round_parameters(mem_.params, mem_.master, num_params(cfg), seed, t, stream.stream);
+    }
+    // All gradients of the step so far, in the order of param_table, for tests.
+    std::vector<float> grads() {
+        std::vector<float> out(num_params(cfg));
+        for (size_t i = 0; i < out.size(); i += PIECE) {
+            size_t n = std::min(PIECE, out.size() - i);
+            download((float*)staging_.p, mem_.grads + i, n);
+            memcpy(&out[i], staging_.p, n * sizeof(float));
+        }
+        return out;
+    }
+
+    Matmul& matmul() { return *matmul_; }
+
+  private:
+    // What stands in the three arenas.
+    struct Memory {
+        floatX* params = nullptr;
+        float *grads = nullptr, *m = nullptr, *v = nullptr, *master = nullptr;
+        double* norm_parts = nullptr;
+        Activations act{};
+        Workspace work{};
+        Batch batch;
+        Report* report = nullptr;
+
+        void place_params(Arena& a, const Config& c) { params = a.take<floatX>(num_params(c)); }
+        void place_gradients(Arena& a, const Config& c, bool trains) {
+            if (trains) grads = a.take<float>(num_params(c));
+        }
+        void place_optimizer(Arena& a, const Config& c, bool trains, Precision precision) {
+            if (!trains) return;
+            m = a.take<float>(num_params(c)), v = a.take<float>(num_params(c));
+            if (precision.dtype == BF16 && precision.master_weights) master = a.take<float>(num_params(c));
+            norm_parts = a.take<double>(adamw_scratch());
+        }
+        void place_activations(Arena& a, const Config& c, size_t M, bool trains, int recompute) { act.place(a, c, M, trains, recompute); }
+        void place_scratch(Arena& a, const Config& c, size_t B, size_t T, bool trains) {
+            work.place(a, c, B, T, head_rows(c, B * T), trains);
+            char* memory = a.take<char>(Batch::bytes(B * T));
+            if (memory) batch = Batch(memory, B * T);
+            report = a.take<Report>(1);
+        }
+    };
+    // Pinned memory that the host fills while the GPU may still copy from the other one.
+    struct Slot {
+        PinnedMemory memory;
+        Batch batch;
+        Event copied;
+    };
+    // A pass that was recorded, and what it was recorded for.
+    struct Graph {
+        size_t B, T;
+        bool train, first;
+        float dropout;
+        uint64_t seed;
+        cudaGraphExec_t exec;
+    };
+    // Where the activations of one layer stand.
+    struct Block {
+        const floatX* resid;  // what the block reads
+        floatX *ln1, *qkv, *atty, *resid2, *ln2, *fch, *fch_gelu, *resid3;
+        float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd;
+    };
+    Block block(size_t l) const {
+        const Activations& a = mem_.act;
+        size_t C = cfg.C, M = b_ * t_, gelu = l % a.gelu_slots * M, ln = l % a.ln_slots * M, blk = l % a.block_slots * M, res = l % a.resid_slots * M;
+        size_t before = (l + a.resid_slots - 1) % a.resid_slots * M;
+        return {l ? a.resid3 + before * C : a.embedded, a.ln1 + ln * C, a.qkv + blk * 3 * C, a.atty + blk * C, a.resid2 + blk * C,
+                a.ln2 + ln * C, a.fch + blk * 4 * C, a.fch_gelu + gelu * 4 * C, a.resid3 + res * C, a.ln1_mean + blk, a.ln1_rstd + blk,
+                a.lse + blk * cfg.NH, a.ln2_mean + blk, a.ln2_rstd + blk};
+    }
+    Dropout drop(rng::Stream site, size_t layer) const { return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state}; }
+
+    // One pass over a batch: its data go to the GPU, and the recorded kernels follow.
+    void run(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
+        if (B_ > B || T_ > T) throw std::logic_error("run: batch larger than the model was built for");
+        size_t M = B_ * T_;
+        Slot& slot = slots_[next_slot_++ % SLOTS];
+        slot.copied.wait();
+        *slot.batch.state = {pass.seq0, pass.step, pass.grad_scale};
+        memcpy(slot.batch.tokens, tokens, M * sizeof(int)), memcpy(slot.batch.targets, targets, M * sizeof(int));
+        if (pass.train) bucket_tokens(slot.batch.buckets, tokens, M);
+        CUDA_CHECK(cudaMemcpyAsync(mem_.batch.state, slot.memory.p, Batch::bytes(B * T), cudaMemcpyHostToDevice, stream.stream));
+        slot.copied.record(stream.stream);
+
+        b_ = B_, t_ = T_, train_ = pass.train;
+        bool first = pass.train && !micro_steps_;
+        if (!use_graphs) return launch_pass(first);
+        for (Graph& graph : graphs_)
+            if (graph.B == B_ && graph.T == T_ && graph.train == train_ && graph.first == first && (!train_ || (graph.dropout == dropout && graph.seed == seed)))
+                return CUDA_CHECK(cudaGraphLaunch(graph.exec, stream.stream));
+        graphs_.push_back({B_, T_, train_, first, dropout, seed, record_pass(first)});
+        CUDA_CHECK(cudaGraphLaunch(graphs_.back().exec, stream.stream));
+    }
+    cudaGraphExec_t record_pass(bool first) {
+        cudaGraph_t graph;
+        cudaGraphExec_t exec;
+        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeThreadLocal));
+        try {
+            launch_pass(first);
+        } catch (...) {
+            cudaStreamEndCapture(stream.stream, &graph);
+            throw;
+        }
+        CUDA_CHECK(cudaStreamEndCapture(stream.stream, &graph));
+        cudaError_t status = cudaGraphInstantiate(&exec, graph, 0);
+        cudaGraphDestroy(graph);
+        CUDA_CHECK(status);
+        return exec;
+    }
+    // All kernels of a pass. `first` training passes of a step overwrite its gradients and loss, later ones add.
+    void launch_pass(bool first) {
+        if (first) clear_gradients();
+        if (first || !train_) CUDA_CHECK(cudaMemsetAsync(mem_.report, 0, sizeof(Report), stream.stream));
+        forward_pass(!first);
+        if (train_) backward_pass(!first);
+    }
+    // Zeros, where gradients are only ever added to: all but the matrices that the products write.
+    void clear_gradients() {
+        auto off = param_offsets(cfg);
+        auto product = [](int i) { return i == WTE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW; };
+        for (int i = 0, end; i < NUM_PARAMS; i = end + 1) {
+            for (end = i; end < NUM_PARAMS && !product(end);) end++;
+            if (end > i) CUDA_CHECK(cudaMemsetAsync(mem_.grads + off[i], 0, (off[end] - off[i]) * sizeof(float), stream.stream));
+        }
+    }
+
+    void forward_pass(bool accumulate) {
+        const Activations& act = mem_.act;
+        size_t C = cfg.C, M = b_ * t_, L = cfg.L;
+        embedding_forward(act.embedded, mem_.batch.tokens, p.wte, p.wpe, b_, t_, C, drop(rng::EMB_DROPOUT, 0), stream.stream);
+        Block first = block(0);
+        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.embedded, p.ln1w, p.ln1b, M, C, cfg.eps, stream.stream);
+        for (size_t l = 0; l < L; l++) {
+            block_forward(l);
+            Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
+            matmul_->forward(mem_.work.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
+            residual_layernorm_forward(a.resid3, last ? act.lnf : next.ln1, last ? act.lnf_mean : next.ln1_mean,
+                                       last ? act.lnf_rstd : next.ln1_rstd, a.resid2, mem_.work.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
+                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, t_, C, drop(rng::FCPROJ_DROPOUT, l), cfg.eps, stream.stream);
+        }
+        head(M, accumulate);
+    }
+    // Block l from its ln1 up to the GELU.
+    void block_forward(size_t l) {
+        Block a = block(l);
+        size_t C = cfg.C, M = b_ * t_;
+        floatX* branch = mem_.work.branch;
+        matmul_->forward(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+        attention_forward(a.atty, a.lse, a.qkv, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), stream.stream);
+        matmul_->forward(branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, cfg.arch == GROVER_ARCH ? a.ln1 : a.resid, branch, p.ln2w + l * C,
+                                   p.ln2b + l * C, M, t_, C, drop(rng::ATTPROJ_DROPOUT, l), cfg.eps, stream.stream);
+        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, cfg.activation);
+    }
+    // Output layer and loss, some rows at a time so that the logits of the whole batch never exist at once.
+    // In training also dln = dlogits wte and dwte += dlogits^T lnf.
+    void head(size_t M, bool accumulate) {
+        const Workspace& w = mem_.work;
+        size_t C = cfg.C, Vp = cfg.Vp, R = head_rows(cfg, M);
+        for (size_t m = 0; m < M; m += R) {
+            size_t n = std::min(R, M - m);
+            const floatX* x = mem_.act.lnf + m * C;
+            matmul_->forward(w.logits, x, p.wte, nullptr, n, C, Vp);
+            cross_entropy(mem_.act.losses + m, w.logits, mem_.batch.targets + m, n, cfg.V, Vp, train_, mem_.batch.state, stream.stream);
+            if (!train_) continue;
+            matmul_->weight_gradient(g.wte, nullptr, w.logits, x, n, C, Vp, accumulate || m);
+            matmul_->input_gradient(w.dln + m * C, w.logits, p.wte, n, C, Vp);
+        }
+        sum_losses(&mem_.report->loss, &mem_.report->counted, mem_.act.losses, mem_.batch.targets, M, train_ ? mem_.batch.state : nullptr, stream.stream);
+    }
+
+    void backward_pass(bool accumulate) {
+        const Activations& act = mem_.act;
+        const Workspace& w = mem_.work;
+        cudaStream_t s = stream.stream;
+        size_t C = cfg.C, M = b_ * t_, L = cfg.L;
+        bool grover = cfg.arch == GROVER_ARCH;
+        int activation = cfg.activation;
+        // LayerNorm's backward also writes what the residual branch before it receives: dresid under that branch's mask.
+        floatX* masked = dropout > 0 ? w.dbranch : nullptr;
+        const floatX* dbranch = masked ? masked : w.dresid;
+        layernorm_backward(w.dresid, masked, g.lnfw, g.lnfb, w.layernorm, w.dln, nullptr, block(L - 1).resid3, act.lnf_mean, act.lnf_rstd,
+                           p.lnfw, M, t_, C, false, drop(rng::FCPROJ_DROPOUT, L - 1), s);
+        for (size_t l = L; l-- > 0;) {
+            Block a = block(l);
+            if (l + 1 < L) {  // the last block's activations still stand in their slots
+                if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps, s);
+                if (recompute == 2) layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C, cfg.eps, s);
+                if (recompute == 1 || recompute == 2) gelu_forward(a.fch_gelu, a.fch, M * 4 * C, activation, s);
+                if (recompute == 3) block_forward(l);
+            }
+            matmul_->weight_gradient(g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, M, 4 * C, C, accumulate);
+            matmul_->input_gradient_gelu(w.dfch, dbranch, p.fcprojw + l * 4 * C * C, a.fch, M, 4 * C, C, activation);
+            matmul_->weight_gradient(g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, w.dfch, a.ln2, M, C, 4 * C, accumulate);
+            matmul_->input_gradient(w.dln, w.dfch, p.fcw + l * 4 * C * C, M, C, 4 * C);
+            layernorm_backward(w.dresid, masked, g.ln2w + l * C, g.ln2b + l * C, w.layernorm, w.dln, nullptr, a.resid2, a.ln2_mean, a.ln2_rstd,
+                               p.ln2w + l * C, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
+
+            matmul_->weight_gradient(g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, M, C, C, accumulate);
+            matmul_->input_gradient(w.dln, dbranch, p.attprojw + l * C * C, M, C, C);
+            attention_backward(w.dqkv, w.attention, w.dln, a.atty, a.qkv, a.lse, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), s);
+            matmul_->weight_gradient(g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, w.dqkv, a.ln1, M, C, 3 * C, accumulate);
+            matmul_->input_gradient(w.dln, w.dqkv, p.qkvw + l * 3 * C * C, M, C, 3 * C);
+            // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
+            layernorm_backward(w.dresid, l ? masked : nullptr, g.ln1w + l * C, g.ln1b + l * C, w.layernorm, w.dln, grover ? w.dresid : nullptr, a.resid,
+                               a.ln1_mean, a.ln1_rstd, p.ln1w + l * C, M, t_, C, !grover, drop(rng::FCPROJ_DROPOUT, l ? l - 1 : 0), s);
+        }
+        embedding_backward(g.wte, g.wpe, w.dresid, mem_.batch.buckets, b_, t_, C, drop(rng::EMB_DROPOUT, 0), s);
+    }
+
+    // Lets every product of the largest batch find its fastest algorithm, before there is anything in memory to spoil.
+    void time_products(size_t M) {
+        const Workspace& w = mem_.work;
+        b_ = B, t_ = T, train_ = trains;
+        Block a = block(0);
+        size_t C = cfg.C, R = head_rows(cfg, M), rest = M % R;
+        matmul_->timing = true;
+        matmul_->forward(a.qkv, a.ln1, p.qkvw, p.qkvb, M, C, 3 * C);
+        matmul_->forward(w.branch, a.atty, p.attprojw, p.attprojb, M, C, C);
+        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, p.fcw, p.fcb, M, C, 4 * C, cfg.activation);
+        matmul_->forward(w.branch, a.fch_gelu, p.fcprojw, p.fcprojb, M, 4 * C, C);
+        if (trains) {
+            matmul_->weight_gradient(g.fcprojw, g.fcprojb, w.dresid, a.fch_gelu, M, 4 * C, C, true);
+            matmul_->input_gradient_gelu(w.dfch, w.dresid, p.fcprojw, a.fch, M, 4 * C, C, cfg.activation);
+            matmul_->weight_gradient(g.fcw, g.fcb, w.dfch, a.ln2, M, C, 4 * C, true);
+            matmul_->input_gradient(w.dln, w.dfch, p.fcw, M, C, 4 * C);
+            matmul_->weight_gradient(g.attprojw, g.attprojb, w.dresid, a.atty, M, C, C, true);
+            matmul_->input_gradient(w.dln, w.dresid, p.attprojw, M, C, C);
+            matmul_->weight_gradient(g.qkvw, g.qkvb, w.dqkv, a.ln1, M, C, 3 * C, true);
+            matmul_->input_gradient(w.dln, w.dqkv, p.qkvw, M, C, 3 * C);
+        }
+        for (size_t n : {R, rest}) {
+            if (!n) continue;
+            matmul_->forward(w.logits, mem_.act.lnf, p.wte, nullptr, n, C, cfg.Vp);
+            if (!trains) continue;
+            matmul_->weight_gradient(g.wte, nullptr, w.logits, mem_.act.lnf, n, C, cfg.Vp, true);
+            matmul_->input_gradient(w.dln, w.logits, p.wte, n, C, cfg.Vp);
+        }
+        matmul_->timing = false;
+        matmul_->save_timings();
+    }
+
+    Report read_report() {
+        CUDA_CHECK(cudaMemcpyAsync(report_.p, mem_.report, sizeof(Report), cudaMemcpyDeviceToHost, stream.stream));
+        stream.wait();
+        return *(Report*)report_.p;
+    }
+    void download(void* host, const float* device, size_t n) {
+        CUDA_CHECK(cudaMemcpyAsync(host, device, n * sizeof(float), cudaMemcpyDeviceToHost, stream.stream));
+        stream.wait();
+    }
+    void upload(float* device, const float* host, size_t n) {
+        CUDA_CHECK(cudaMemcpyAsync(device, host, n * sizeof(float), cudaMemcpyHostToDevice, stream.stream));
+        stream.wait();
+    }
+    // Parameters i.. to and from floats in the pinned memory, whose second part holds them as floatX.
+    void download_params(float* host, size_t i, size_t n) {
+        floatX* narrow = (floatX*)(host + PIECE);
+        CUDA_CHECK(cudaMemcpyAsync(narrow, mem_.params + i, n * sizeof(floatX), cudaMemcpyDeviceToHost, stream.stream));
+        stream.wait();
+        to_floats(host, narrow, n);
+    }
+    void upload_params(const float* host, size_t i, size_t n) {
+        floatX* narrow = (floatX*)(host + PIECE);
+        from_floats(narrow, host, n);
+        CUDA_CHECK(cudaMemcpyAsync(mem_.params + i, narrow, n * sizeof(floatX), cudaMemcpyHostToDevice, stream.stream));
+        stream.wait();
+    }
+
+    static constexpr size_t SLOTS = 2;
+    DeviceMemory weights_, optimizer_, activations_;
+    PinnedMemory staging_, report_;
+    Memory mem_;
+    Slot slots_[SLOTS];
+    size_t next_slot_ = 0, micro_steps_ = 0, counted_ = 0;
+    std::unique_ptr<Matmul> matmul_;
+    std::vector<Graph> graphs_;
+    size_t b_ = 0, t_ = 0;  // of the pass that is being launched
+    bool train_ = false;
+};
 
 // ---------------------------------------------------------------------------------------------
 // Generation: keys and values of past tokens are kept, so that a new token costs the same each time
 
-// @@SECTION decoder: M
+constexpr int DECODE_WARPS = 4;
+
+// Attention of the newest n tokens of each sequence to all so far. out (N*n,C), qkv (N*n,3C); cache (N,T,2C) holds keys and
+// values of the first `before` tokens, and gets the new ones. A block serves one token and head: each warp takes every
+// fourth key, its lanes the channels; the softmax is made online (Milakov and Gimelshein 2018), the warps' parts are joined
+// at the end. Grid (N*n, NH), block DECODE_WARPS * WARP.
+__global__ void decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n, size_t T, size_t C, int hs) {
+    constexpr int MOST = 128, PER_LANE = MOST / WARP;
+    __shared__ float warp_max[DECODE_WARPS], warp_sum_of[DECODE_WARPS], warp_out[DECODE_WARPS][MOST];
+    size_t row = blockIdx.x, i = row % n, len = before + i + 1, head = blockIdx.y * (size_t)hs;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    floatX* kept = cache + row / n * T * 2 * C + head;                 // key j at j * 2C, its value C further
+    const floatX* fresh = qkv + (row - i) * 3 * C + C + head;          // the same of the new tokens, at 3C
+    const floatX* query = qkv + row * 3 * C + head;
+    float scale = 1.0f / sqrtf((float)hs), q[PER_LANE], o[PER_LANE] = {}, max = -INFINITY, sum = 0;
+    for (int k = 0; k < PER_LANE; k++) {
+        int c = lane + k * WARP;
+        q[k] = c < hs ? to_float(query[c]) * scale : 0.0f;
+    }
+    for (size_t j = warp; j < len; j += DECODE_WARPS) {
+        const floatX* key = j < before ? kept + j * 2 * C : fresh + (j - before) * 3 * C;
+        float dot = 0;
+        for (int k = 0; k < PER_LANE; k++) {
+            int c = lane + k * WARP;
+            if (c < hs) dot += q[k] * to_float(key[c]);
+        }
+        float score = warp_sum(dot), higher = fmaxf(max, score), shrink = expf(max - higher), p = expf(score - higher);
+        sum = sum * shrink + p, max = higher;
+        for (int k = 0; k < PER_LANE; k++) {
+            int c = lane + k * WARP;
+            if (c < hs) o[k] = o[k] * shrink + p * to_float(key[C + c]);
+        }
+    }
+    if (lane == 0) warp_max[warp] = max, warp_sum_of[warp] = sum;
+    for (int k = 0; k < PER_LANE; k++) warp_out[warp][lane + k * WARP] = o[k];
+    __syncthreads();
+    for (int w = 0; w < DECODE_WARPS; w++) max = w ? fmaxf(max, warp_max[w]) : warp_max[0];
+    sum = 0;
+    for (int w = 0; w < DECODE_WARPS; w++) sum += warp_sum_of[w] * expf(warp_max[w] - max);
+    for (int c = threadIdx.x; c < hs; c += DECODE_WARPS * WARP) {
+        float v = 0;
+        for (int w = 0; w < DECODE_WARPS; w++) v += warp_out[w][c] * expf(warp_max[w] - max);
+        out[row * C + head + c] = from_float<floatX>(v / sum);
+        kept[(len - 1) * 2 * C + c] = fresh[i * 3 * C + c];
+        kept[(len - 1) * 2 * C + C + c] = fresh[i * 3 * C + C + c];
+    }
+}
+
+class Decoder {
+  public:
+    // N sequences side by side, contexts of up to `context` tokens (at most maxT).
+    Decoder(GPT2& model, size_t N, size_t context) : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
+        Arena a;
+        place(a);
+        if (size_t have = GPT2::memory_available(); a.used > have)
+            fail("%zu texts side by side need %s of GPU memory for keys and values, %s are free; write fewer at once", N,
+                 human_bytes((double)a.used).c_str(), human_bytes((double)have).c_str());
+        memory_.allocate(a.used);
+        a = {memory_.p, 0};
+        place(a);
+        host_tokens_.allocate(rows_ * sizeof(int)), host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
+        out_.resize(N * (size_t)m_.cfg.V);
+    }
+
+    size_t length() const { return pos_; }
+    size_t capacity() const { return T_; }
+    void reset() { pos_ = 0; }
+
+    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one.
+    const float* append(const int* tokens, size_t n) {
+        if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
+        for (size_t i = 0; i + 1 < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - 1 - i));
+        run(tokens + n - 1, n, 1);  // the last token by itself: its rows are those that the output layer takes
+        const Config& c = m_.cfg;
+        m_.matmul().forward(logits_, ln_, m_.p.wte, nullptr, N_, c.C, c.Vp);
+        CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, N_ * (size_t)c.Vp * sizeof(floatX), cudaMemcpyDeviceToHost, m_.stream.stream));
+        m_.stream.wait();
+        for (size_t s = 0; s < N_; s++)
+            to_floats(&out_[s * c.V], (const floatX*)host_logits_.p + s * c.Vp, (size_t)c.V);
+        return out_.data();
+    }
+
+  private:
+    static constexpr size_t CHUNK = 64;
+
+    void place(Arena& a) {
+        const Config& c = m_.cfg;
+        size_t C = c.C;
+        cache_ = a.take<floatX>(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
+        tokens_ = a.take<int>(rows_);
+        x_ = a.take<floatX>(rows_, C), ln_ = a.take<floatX>(rows_, C), qkv_ = a.take<floatX>(rows_, 3 * C);
+        att_ = a.take<floatX>(rows_, C), branch_ = a.take<floatX>(rows_, C), fc_ = a.take<floatX>(rows_, 4 * C);
+        fc_gelu_ = a.take<floatX>(rows_, 4 * C), mean_ = a.take<float>(rows_), rstd_ = a.take<float>(rows_);
+        logits_ = a.take<floatX>(N_, c.Vp);
+    }
+    // One chunk through all layers: the first n of `stride` tokens of each sequence. Leaves the final LayerNorm's output in ln_.
+    void run(const int* tokens, size_t stride, size_t n) {
+        const Config& c = m_.cfg;
+        const Tensors<floatX>& p = m_.p;
+        Matmul& matmul = m_.matmul();
+        cudaStream_t s = m_.stream.stream;
+        size_t C = c.C, M = N_ * n;
+        m_.stream.wait();  // the chunk before has been copied
+        for (size_t r = 0; r < M; r++) ((int*)host_tokens_.p)[r] = tokens[r / n * stride + r % n];
+        CUDA_CHECK(cudaMemcpyAsync(tokens_, host_tokens_.p, M * sizeof(int), cudaMemcpyHostToDevice, s));
+        embedding_forward(x_, tokens_, p.wte, p.wpe + pos_ * C, N_, n, C, Dropout{}, s);
+        layernorm_forward(ln_, mean_, rstd_, x_, p.ln1w, p.ln1b, M, C, c.eps, s);
+        for (size_t l = 0; l < (size_t)c.L; l++) {
+            matmul.forward(qkv_, ln_, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+            launch(decode_attention_kernel, dim3((unsigned)M, (unsigned)c.NH), DECODE_WARPS * WARP, 0, s, att_, cache_ + l * N_ * T_ * 2 * C, qkv_,
+                   pos_, n, T_, C, c.hs());
+            matmul.forward(branch_, att_, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+            residual_layernorm_forward(x_, ln_, mean_, rstd_, c.arch == GROVER_ARCH ? ln_ : x_, branch_, p.ln2w + l * C, p.ln2b + l * C, M, n, C,
+                                       Dropout{}, c.eps, s);
+            matmul.forward_gelu(fc_gelu_, fc_, ln_, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, c.activation);
+            matmul.forward(branch_, fc_gelu_, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            bool last = l + 1 == (size_t)c.L;
+            residual_layernorm_forward(x_, ln_, mean_, rstd_, x_, branch_, last ? p.lnfw : p.ln1w + (l + 1) * C, last ? p.lnfb : p.ln1b + (l + 1) * C,
+                                       M, n, C, Dropout{}, c.eps, s);
+        }
+        pos_ += n;
+    }
+
+    GPT2& m_;
+    size_t N_, T_, rows_, pos_ = 0;
+    DeviceMemory memory_;
+    PinnedMemory host_tokens_, host_logits_;
+    int* tokens_;
+    floatX *cache_, *x_, *ln_, *qkv_, *att_, *branch_, *fc_, *fc_gelu_, *logits_;
+    float *mean_, *rstd_;
+    std::vector<float> out_;
+};
 
 }  // namespace gpu
 

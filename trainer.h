@@ -54,7 +54,7 @@ struct Options {
     bool resume = false, overwrite = false;
 };
 
-inline void add_flags(Flags& f, Options& o) {
+inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.section("Data");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
     f.add("train_data", "i", &o.train_data, "FILE", "training tokens, instead of DIR/train.bin");
@@ -103,9 +103,9 @@ inline void add_flags(Flags& f, Options& o) {
     f.add("overwrite", "", &o.overwrite, "start anew in a folder that already holds a run");
     f.epilogue(
         "Examples:\n"
-        "  ./prepare_data poems.csv -o data/poems && ./train_gpt2 --data data/poems --preset char -o out/poems\n"
-        "  ./train_gpt2 -o out/poems --resume                      goes on where it stopped\n"
-        "  ./train_gpt2 -e out/poems/model.bin --data data/poems --max_steps 0     only evaluates\n"
+        "  ./prepare_data poems.csv -o data/poems && ./" + program + " --data data/poems --preset char -o out/poems\n"
+        "  ./" + program + " -o out/poems --resume                      goes on where it stopped\n"
+        "  ./" + program + " -e out/poems/model.bin --data data/poems --max_steps 0     only evaluates\n"
         "  ./sample_gpt2 -e out/poems/model.bin --prompt \"قفا نبك\"\n");
 }
 
@@ -387,12 +387,13 @@ Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, 
 template <class Model, class Decoder>
 class Run {
   public:
-    Run(int argc, char** argv) : flags_("train_gpt2", "trains and fine-tunes GPT-2 on poems") {
-        add_flags(flags_, o_);
+    Run(int argc, char** argv) : flags_(Model::PROGRAM, "trains and fine-tunes GPT-2 on poems") {
+        add_flags(flags_, o_, Model::PROGRAM);
         flags_.parse(argc, argv);
     }
 
     int main() {
+        Model::require_device();
         if (o_.resume) {
             std::vector<int> steps = checkpoints_in(o_.out);
             if (steps.empty()) fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
@@ -563,7 +564,7 @@ class Run {
         model_->dropout = o_.dropout, model_->seed = o_.seed;
         if (checkpoint_) load_model(*model_, *checkpoint_), checkpoint_.reset();
         else model_->init_weights(o_.seed);
-        if (state && trains) state->load_moments(*model_);
+        if (state && trains) state->load_moments(*model_), model_->resumed((uint32_t)progress_.step);
         x_.resize(B_ * T_), y_.resize(B_ * T_);
     }
 
@@ -617,10 +618,11 @@ class Run {
     }
 
     void print_table() {
-        peak_ = Model::peak_flops();
+        Peak peak = Model::peak_flops();
+        peak_ = peak.flops;
         auto row = [](const char* name, const std::string& value) { printf("%-16s %s\n", name, value.c_str()); };
         auto size = [](size_t b) { return human_bytes((double)b); };
-        row("machine", Model::device() + strf(", peak %.0f GFLOP/s measured", peak_ / 1e9));
+        row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
         row("model", cfg_.text());
         row("parameters", commas(num_params(cfg_)) + (o_.init_from.empty() ? strf(" (random, seed %" PRIu64 ")", o_.seed) : " from " + o_.init_from));
         row("training data", strf("%s: %s tokens, %.1f epochs in this run", o_.train_data.c_str(), commas(train_file_->size()).c_str(),
@@ -656,7 +658,7 @@ class Run {
             }
             if (g_stop) {
                 end_line();
-                if (step) printf("stopped by %s after step %d; go on with: ./train_gpt2 -o %s --resume\n", g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, o_.out.c_str());
+                if (step) printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n", g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, Model::PROGRAM, o_.out.c_str());
                 else printf("stopped before the first step; nothing to resume\n");
                 return;
             }
@@ -837,5 +839,5 @@ class Run {
 // A trainer's main: everything from the command line to the last poem.
 template <class Model, class Decoder>
 int train(int argc, char** argv) {
-    return run_main("train_gpt2", [&] { return trainer::Run<Model, Decoder>(argc, argv).main(); });
+    return run_main(Model::PROGRAM, [&] { return trainer::Run<Model, Decoder>(argc, argv).main(); });
 }

@@ -1018,4 +1018,104 @@ TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is name
     }
 }
 
+// ---------------------------------------------------------------------------------------------
+// The GPU trainer, which dev/emulator runs here in both precisions
+
+// The trainers built for the emulator stand beside this program, where the CUDA Toolkit's headers were to be had.
+std::string beside(const std::string& name) {
+    char path[4096];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path);
+    return dirname_of(std::string(path, n > 0 ? (size_t)n : 0)) + "/" + name;
+}
+const char* const GPU_TRAINERS[] = {"train_gpt2cu_emu", "train_gpt2cu_emu_fp32"};
+bool gpu_trainers_missing() {
+    for (const char* name : GPU_TRAINERS)
+        if (!file_exists(beside(name))) return skip(beside(name) + ": not built"), true;
+    return false;
+}
+Result train_gpu(const std::string& trainer, const std::string& flags) { return run(words(beside(trainer) + " " + flags)); }
+constexpr const char* GPU_MODEL = " --depth 1 --heads 2 --channels 64 --seq_len 16 --batch_size 4 --total_batch_size 128 --sample_every 0 ";
+
+TEST_CASE("cli gpu: a run that one trainer began goes on on the other, and comes to the same losses") {
+    if (gpu_trainers_missing()) return;
+    TempDir d;
+    std::string flags = "--data " + tiny().data + GPU_MODEL + "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 --val_every 3 -o ";
+    check_success(train(flags + (d / "cpu") + " --max_steps 8"));
+    check_success(train(flags + (d / "cpu4") + " --max_steps 4"));
+    for (std::string trainer : GPU_TRAINERS) {
+        double allowed = contains(trainer, "fp32") ? 1e-5 : 2e-3, worst = 0;
+        std::string gpu = d / trainer, mixed = d / ("mixed_" + trainer), back = d / ("back_" + trainer);
+        CAPTURE(trainer);
+        check_success(train_gpu(trainer, flags + gpu + " --max_steps 8"));
+        check_success(train_gpu(trainer, flags + mixed + " --max_steps 4"));
+        std::filesystem::copy(mixed, d / "again");
+        std::filesystem::copy(d / "cpu4", back);
+        check_success(train("--resume --max_steps 8 -o " + mixed));
+        check_success(train_gpu(trainer, "--resume --max_steps 8 -o " + back));
+        check_success(train_gpu(trainer, "--resume --max_steps 8 -o " + (d / "again")));
+        check_same_run(gpu, d / "again", 8);  // bit for bit
+        std::filesystem::remove_all(d / "again");
+        for (const std::string& run : {gpu, mixed, back})
+            for (const char* column : {"train_loss", "val_loss"}) {
+                Strings got = Log(run).column(column), want = Log(d / "cpu").column(column);
+                REQUIRE(got.size() == want.size());
+                for (size_t i = 0; i < got.size(); i++) {
+                    CHECK((got[i] == "") == (want[i] == ""));
+                    if (got[i] != "") worst = std::max(worst, std::fabs(std::stod(got[i]) / std::stod(want[i]) - 1));
+                }
+            }
+        note("cli gpu: losses, " + trainer, worst, allowed);
+        CHECK(worst <= allowed);
+    }
+    // The best model that the GPU kept is one that everything else reads.
+    check_success(sample("-e " + (d / "train_gpt2cu_emu/model.bin") + " --tokens 20"));
+    check_success(train("--max_steps 0 -e " + (d / "train_gpt2cu_emu/model.bin") + " --data " + tiny().data));
+}
+
+TEST_CASE("cli gpu: shows its machine, memory and poems") {
+    if (gpu_trainers_missing()) return;
+    TempDir d;
+    Result r = train_gpu("train_gpt2cu_emu", "--data " + tiny().data + GPU_MODEL + "--max_steps 2 --sample_every 2 --sample_tokens 20 --temperature 0 --threads 3 -o " + (d / "run"));
+    check_success(r);
+    for (const char* part : {"machine ", "bf16", "GFLOP/s", "memory ", "gradients", "step 2/2", "a poem after step 2", "validation after step 2"}) CHECK(contains(r.out, part));
+    r = train_gpu("train_gpt2cu_emu", "--help");
+    check_success(r);
+    CHECK(contains(r.out, "./train_gpt2cu -o out/poems --resume"));
+}
+
+TEST_CASE("cli gpu: bad input and a GPU that is missing, full or not fit are one line that says what to do") {
+    if (gpu_trainers_missing()) return;
+    TempDir d;
+    std::string flags = "--data " + tiny().data + GPU_MODEL + "--max_steps 2 -o " + (d / "run") + " ";
+    struct {
+        std::string flags, variable, value;
+        int code;
+        Strings parts;
+    } cases[] = {
+        {"", "EMU_DEVICES", "0", 1, {"no NVIDIA GPU", "./train_gpt2 "}},
+        {"--resume -o " + (d / "none"), "EMU_DEVICES", "0", 1, {"no NVIDIA GPU", "./train_gpt2 "}},
+        {flags + "--dtype fp32", "", "", 2, {"--dtype", "bf16", "make train_gpt2cu PRECISION=FP32"}},
+        {flags + "--dtype fp16", "", "", 2, {"--dtype", "fp16", "bf16"}},
+        {flags + "--heads 8", "", "", 1, {"head size", "is 8,", "32, 48, 64, 80, 96, 128", "./train_gpt2 "}},
+        {flags + "--batch_size 64 --total_batch_size 0 --recompute 0", "EMU_MEMORY_MB", "12", 1, {"memory", "iB", "--batch_size ", " would fit"}},
+        {flags + "--batch_size 8 --preset gpt2", "EMU_MEMORY_MB", "12", 1, {"memory", "iB", "smaller model"}},
+    };
+    for (auto& c : cases) {
+        CAPTURE(c.flags);
+        if (c.variable != "") setenv(c.variable.c_str(), c.value.c_str(), 1);
+        Result r = train_gpu("train_gpt2cu_emu", c.flags), help = train_gpu("train_gpt2cu_emu", "--help");
+        if (c.variable != "") unsetenv(c.variable.c_str());
+        check_failure(r, "train_gpt2cu", c.code, c.parts);
+        CHECK(r.out == "");
+        check_success(help);
+        CHECK(!file_exists(d / "run"));
+    }
+    // The program for real GPUs, where it was built and there is none.
+    if (!file_exists("train_gpt2cu") || file_exists("/dev/nvidiactl")) return;
+    Result r = run({"./train_gpt2cu"});
+    check_failure(r, "train_gpt2cu", 1, {"no ", "NVIDIA", "./train_gpt2 "});
+    CHECK(r.out == "");
+    check_success(run({"./train_gpt2cu", "--help"}));
+}
+
 }  // namespace

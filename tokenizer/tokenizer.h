@@ -252,10 +252,10 @@ class Merges {
     size_t apply_to_few(int* ids, size_t n) const {
         uint32_t pairs[SHORT];  // by left token: what it makes with its right neighbour, then its place; the least is next
         unsigned char left[SHORT + 1], right[SHORT];
+        for (size_t i = 0; i < n; i++) left[i] = (unsigned char)(i - 1), right[i] = (unsigned char)(i + 1);
         auto look_at = [&](size_t i) {
             pairs[i] = (uint32_t)(right[i] == n ? NONE : find(ids[i], ids[right[i]])) * SHORT + (uint32_t)i;
         };
-        for (size_t i = 0; i < n; i++) left[i] = (unsigned char)(i - 1), right[i] = (unsigned char)(i + 1);
         for (size_t i = 0; i < n; i++) look_at(i);
         for (;;) {
             work_ += n;

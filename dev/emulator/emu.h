@@ -1,0 +1,433 @@
+// emu.h - CUDA's device language for g++ and clang++: kernels run on the CPU, one fiber per CUDA thread.
+//
+// Force-include it where a .cu file is compiled as C++:
+//     g++ -x c++ -std=c++17 -include dev/emulator/emu.h -I/usr/local/cuda/include train_gpt2.cu ... -lemu
+// CUDA's own headers are used as they are; this file adds what only nvcc knows: built-in variables, barriers, warp
+// collectives, atomics, intrinsics, launches. __CUDACC__ and __CUDA_ARCH__ stay undefined; EMULATOR is defined.
+// The runtime (libemu.so) stands in for cudart and cuBLASLt. README.md says what it checks and what it cannot.
+#pragma once
+#define EMULATOR 1
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+// Shared memory is thread-local storage of the worker that runs the block: a block's fibers never leave their worker.
+// `extern __shared__ __align__(128) unsigned char dynamic_smem[];` is defined by dynamic_smem.cpp.
+#undef __shared__
+#define __shared__ thread_local
+#undef __constant__
+#define __constant__
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+extern __thread uint3 threadIdx, blockIdx;
+extern __thread dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace emu {
+
+// Where in the source a thread waits. Taken through default arguments, so that it is the caller's line.
+struct Site {
+    const char* file;
+    int line;
+};
+#define EMU_SITE_ARGS const char *site_file = __builtin_FILE(), int site_line = __builtin_LINE()
+#define EMU_SITE \
+    emu::Site { site_file, site_line }
+
+// ---------------------------------------------------------------------------------------------
+// For tests: options and reports
+
+enum Schedule { ASCENDING, DESCENDING, RANDOM };
+
+// Set from the environment at the start (names in brackets); a test may change them between launches.
+struct Options {
+    Schedule schedule = ASCENDING;          // the order in which a block's threads, blocks and graph branches run [EMU_SCHEDULE]
+    unsigned seed = 1;                      // of the random schedule [EMU_SEED]
+    bool lazy_streams = false;              // work runs only when something waits for it [EMU_LAZY]
+    bool host_guard = true;                 // host code that touches device memory faults [EMU_HOST_GUARD]
+    bool same_site = true;                  // threads that meet at a barrier must meet at the same line [EMU_SAME_SITE]
+    bool quiet = false;                     // reports are kept, and not printed [EMU_QUIET]
+    int workers = 0;                        // operating system threads; 0: one per processor; fixed at the first launch [EMU_WORKERS]
+    size_t memory_limit = (size_t)16 << 30; // bytes of device memory [EMU_MEMORY_MB]
+    uint32_t refused_epilogues = 0;         // bit mask of cublasLtEpilogue_t that the heuristic does not support [EMU_REFUSE_EPILOGUES]
+    int devices = 1;                        // cudaGetDeviceCount [EMU_DEVICES]
+};
+Options& options();
+
+// What the last faulty kernel or call did, in one line; "" if there was none. The same line is printed to stderr, and
+// cudaGetErrorString() of the fault's code gives it. As on a device, a fault makes all later calls return its error,
+// until clear_error().
+std::string last_report();
+void clear_error();
+
+// Counts since the start of the program.
+struct Statistics {
+    uint64_t launches, threads, switches;   // kernels, CUDA threads run, fiber switches
+    size_t memory_now, memory_peak;         // bytes of device memory
+};
+Statistics statistics();
+
+// ---------------------------------------------------------------------------------------------
+// For allocators that cut one cudaMalloc into tensors: leave a gap behind each tensor and register it. A gap has at least
+// one whole page, in which every access is reported; in the rest of it, writes are reported after the kernel, and reads
+// give NaN.
+//     size_t next = emu::arena_gap(end);   // end: offset of the tensor's end in the arena
+//     emu::poison(arena + end, next - end);
+
+constexpr size_t PAGE = 4096;
+constexpr size_t arena_gap(size_t end) { return (end + 255) / 256 * 256 + 2 * PAGE; }
+// p..p+bytes must lie in one device allocation and goes back with it. Copies and memsets may not touch it either.
+cudaError_t poison(void* p, size_t bytes);
+
+// ---------------------------------------------------------------------------------------------
+// Inside kernels: what the built-ins below rest on
+
+// Ends the kernel with a report: "<text> at file:line [kernel ..., block ..., thread ...]".
+[[noreturn]] void fault(const char* text, Site s);
+[[noreturn]] void fault_misaligned(const void* p, size_t bytes, Site s);
+
+// The lanes of the mask leave a pointer each and wait; the last one to come runs f once for all.
+typedef void (*WarpFunction)(void* const* lanes, uint32_t mask, Site s);
+void warp_collective(uint32_t mask, void* data, WarpFunction f, const char* name, Site s);
+
+enum BarrierKind { BARRIER_SYNC, BARRIER_COUNT, BARRIER_AND, BARRIER_OR };
+int block_barrier(BarrierKind kind, bool predicate, Site s);
+
+uint32_t active_mask();
+int lane();
+bool is_shared(const void* p, size_t bytes);
+bool is_device(const void* p, size_t bytes);
+
+enum ShuffleKind { SHUFFLE_INDEX, SHUFFLE_XOR, SHUFFLE_DOWN, SHUFFLE_UP };
+uint64_t shuffle(uint32_t mask, ShuffleKind kind, uint64_t bits, int argument, int width, Site s);
+enum Reduction { REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, REDUCE_AND, REDUCE_OR, REDUCE_XOR };
+long long reduce(uint32_t mask, Reduction op, long long value, const char* name, Site s);
+
+template <class T>
+T shuffled(uint32_t mask, ShuffleKind kind, T value, int argument, int width, Site s) {
+    static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "shuffles move 4- and 8-byte values");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    bits = shuffle(mask, kind, bits, argument, width, s);
+    memcpy(&value, &bits, sizeof(T));
+    return value;
+}
+
+template <class T>
+inline void check_aligned(const T* p, Site s) {
+    if ((uintptr_t)p % sizeof(T)) fault_misaligned(p, sizeof(T), s);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The second bodies of PTX wrappers: tensor cores and asynchronous copies. Registers are the PTX forms' own.
+
+// ldmatrix.sync.aligned.m8n8.x4/.x2[.trans].shared.b16: lane 8*m + i gives the address of row i of the m-th 8x8 matrix
+// of 16-bit elements; r[m] of a lane gets two elements of matrix m: (lane/4, 2*(lane%4) + {0,1}), or the transposed.
+void ldmatrix(uint32_t* r, const uint32_t* row, int matrices, bool trans, Site s);
+void check_ldmatrix_row(const void* p, Site s);
+template <int N>
+inline void ldmatrix_rows(uint32_t (&r)[N], const void* row_address, bool trans, Site s) {
+    uint32_t row[4] = {};
+    if (lane() < 8 * N) {  // read here, by the lane that names the row, so that the sanitizers see whose access it is
+        check_ldmatrix_row(row_address, s);
+        for (int i = 0; i < 4; i++) row[i] = ((const uint32_t*)row_address)[i];
+    }
+    ldmatrix(r, row, N, trans, s);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* smem_row_address, bool trans, EMU_SITE_ARGS) {
+    ldmatrix_rows(r, smem_row_address, trans, EMU_SITE);
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* smem_row_address, bool trans, EMU_SITE_ARGS) {
+    ldmatrix_rows(r, smem_row_address, trans, EMU_SITE);
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a b + c, summed in fp32 in the order of k. d may be c.
+void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], EMU_SITE_ARGS);
+
+// cp.async.cg.shared.global 16 bytes, zeros where the predicate is false. Until the wait that covers it, the target
+// holds NaN, which is what a wait too weak, or a target still being read, will see. A copy never waited for is reported.
+struct AsyncCopy {
+    void* target;
+    const void* source;  // null: zeros
+};
+void cp_async_issue(void* smem, const void* global, bool predicate, Site s);
+bool cp_async_due(int at_most_pending, AsyncCopy& copy);  // takes the next copy that has to land
+void cp_async_commit();
+inline void cp_async16(void* smem, const void* global, bool predicate, EMU_SITE_ARGS) {
+    cp_async_issue(smem, global, predicate, EMU_SITE);
+    for (int i = 0; i < 4; i++) ((uint32_t*)smem)[i] = 0xffffffff;
+}
+inline void cp_async_wait(int at_most_pending) {
+    AsyncCopy c;
+    while (cp_async_due(at_most_pending, c))
+        for (int i = 0; i < 4; i++) ((uint32_t*)c.target)[i] = c.source ? ((const uint32_t*)c.source)[i] : 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launches: the kernel's arguments are converted to its own parameter types, and pointers must be device memory
+
+void check_pointer(const void* p, int index, const void* kernel, cudaError_t& status);
+template <class T>
+void check_argument(const T& value, int index, const void* kernel, cudaError_t& status) {
+    if constexpr (std::is_pointer<T>::value) check_pointer((const void*)value, index, kernel, status);
+    (void)value, (void)index, (void)kernel, (void)status;
+}
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
+
+template <class T>
+T implicitly(T value) {
+    return value;
+}
+template <class... P, class... A>
+cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
+    std::tuple<std::decay_t<P>...> values(implicitly<P>(std::forward<A>(args))...);
+    cudaError_t status = cudaSuccess;
+    int index = 0;
+    std::apply([&](const auto&... value) { (check_argument(value, index++, (const void*)kernel, status), ...); }, values);
+    if (status != cudaSuccess) return status;
+    return launch(*config, (const void*)kernel, [kernel, values] { std::apply(kernel, values); });
+}
+
+}  // namespace emu
+
+#define cudaLaunchKernelEx(...) emu::launch_kernel(__VA_ARGS__)
+
+// Templates that cuda_runtime.h gives to nvcc only.
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+    return cudaFuncSetAttribute((const void*)kernel, attribute, value);
+}
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, void (*kernel)(P...)) {
+    return cudaFuncGetAttributes(a, (const void*)kernel);
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(P...), int threads, size_t smem) {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, (const void*)kernel, threads, smem);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Barriers and fences
+
+inline void __syncthreads(EMU_SITE_ARGS) { emu::block_barrier(emu::BARRIER_SYNC, false, EMU_SITE); }
+inline int __syncthreads_count(int p, EMU_SITE_ARGS) { return emu::block_barrier(emu::BARRIER_COUNT, p != 0, EMU_SITE); }
+inline int __syncthreads_and(int p, EMU_SITE_ARGS) { return emu::block_barrier(emu::BARRIER_AND, p != 0, EMU_SITE); }
+inline int __syncthreads_or(int p, EMU_SITE_ARGS) { return emu::block_barrier(emu::BARRIER_OR, p != 0, EMU_SITE); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMU_SITE_ARGS) {
+    emu::warp_collective(mask, nullptr, nullptr, "__syncwarp", EMU_SITE);
+}
+inline void __threadfence() { __asm__ volatile("" ::: "memory"); }  // atomics below are sequentially consistent
+inline void __threadfence_block() { __threadfence(); }
+inline void __threadfence_system() { __threadfence(); }
+inline unsigned __activemask() { return emu::active_mask(); }
+[[noreturn]] inline void __trap(EMU_SITE_ARGS) { emu::fault("__trap()", EMU_SITE); }
+
+// ---------------------------------------------------------------------------------------------
+// Warp collectives
+
+template <class T>
+T __shfl_sync(unsigned mask, T v, int source, int width = 32, EMU_SITE_ARGS) {
+    return emu::shuffled(mask, emu::SHUFFLE_INDEX, v, source, width, EMU_SITE);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, EMU_SITE_ARGS) {
+    return emu::shuffled(mask, emu::SHUFFLE_XOR, v, bits, width, EMU_SITE);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32, EMU_SITE_ARGS) {
+    return emu::shuffled(mask, emu::SHUFFLE_DOWN, v, (int)delta, width, EMU_SITE);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, EMU_SITE_ARGS) {
+    return emu::shuffled(mask, emu::SHUFFLE_UP, v, (int)delta, width, EMU_SITE);
+}
+#define EMU_REDUCE(name, op)                                            \
+    template <class T>                                                  \
+    T name(unsigned mask, T v, EMU_SITE_ARGS) {                         \
+        static_assert(std::is_integral<T>::value && sizeof(T) == 4, ""); \
+        return (T)emu::reduce(mask, op, (long long)v, #name, EMU_SITE);  \
+    }
+EMU_REDUCE(__reduce_add_sync, emu::REDUCE_ADD)
+EMU_REDUCE(__reduce_min_sync, emu::REDUCE_MIN)
+EMU_REDUCE(__reduce_max_sync, emu::REDUCE_MAX)
+EMU_REDUCE(__reduce_and_sync, emu::REDUCE_AND)
+EMU_REDUCE(__reduce_or_sync, emu::REDUCE_OR)
+EMU_REDUCE(__reduce_xor_sync, emu::REDUCE_XOR)
+#undef EMU_REDUCE
+inline unsigned __ballot_sync(unsigned mask, int p, EMU_SITE_ARGS) {
+    return (unsigned)emu::reduce(mask, emu::REDUCE_OR, p ? 1ll << emu::lane() : 0, "__ballot_sync", EMU_SITE);
+}
+inline int __any_sync(unsigned mask, int p, EMU_SITE_ARGS) {
+    return (int)emu::reduce(mask, emu::REDUCE_OR, p != 0, "__any_sync", EMU_SITE);
+}
+inline int __all_sync(unsigned mask, int p, EMU_SITE_ARGS) {
+    return (int)emu::reduce(mask, emu::REDUCE_AND, p != 0, "__all_sync", EMU_SITE);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Loads and stores with cache hints: checked for alignment, which plain accesses are not outside UBSan
+
+#define EMU_LOAD(name)                       \
+    template <class T>                       \
+    T name(const T* p, EMU_SITE_ARGS) {      \
+        emu::check_aligned(p, EMU_SITE);     \
+        return *p;                           \
+    }
+#define EMU_STORE(name)                                                 \
+    template <class T>                                                  \
+    void name(T* p, std::common_type_t<T> v, EMU_SITE_ARGS) {           \
+        emu::check_aligned(p, EMU_SITE);                                \
+        *p = v;                                                         \
+    }
+EMU_LOAD(__ldg)
+EMU_LOAD(__ldcs)
+EMU_LOAD(__ldcg)
+EMU_LOAD(__ldca)
+EMU_LOAD(__ldlu)
+EMU_LOAD(__ldcv)
+EMU_STORE(__stcs)
+EMU_STORE(__stcg)
+EMU_STORE(__stwb)
+EMU_STORE(__stwt)
+#undef EMU_LOAD
+#undef EMU_STORE
+
+// ---------------------------------------------------------------------------------------------
+// Atomics on any 2-, 4- or 8-byte type; they return the old value
+
+namespace emu {
+template <size_t N>
+using Bits = std::conditional_t<N == 2, uint16_t, std::conditional_t<N == 4, uint32_t, uint64_t>>;
+template <class T, class F>
+T atomic_update(T* p, F f) {
+    using U = Bits<sizeof(T)>;
+    U before = __atomic_load_n((U*)p, __ATOMIC_RELAXED), after;
+    T old, fresh;
+    do {
+        memcpy(&old, &before, sizeof(T));
+        fresh = f(old);
+        memcpy(&after, &fresh, sizeof(T));
+    } while (!__atomic_compare_exchange_n((U*)p, &before, after, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+    return old;
+}
+}  // namespace emu
+#define EMU_ATOMIC(name, expression)                                          \
+    template <class T>                                                        \
+    T name(T* p, std::common_type_t<T> v) {                                   \
+        return emu::atomic_update(p, [=](T old) -> T { return expression; });  \
+    }
+EMU_ATOMIC(atomicAdd, old + v)
+EMU_ATOMIC(atomicSub, old - v)
+EMU_ATOMIC(atomicMin, old < v ? old : v)
+EMU_ATOMIC(atomicMax, old > v ? old : v)
+EMU_ATOMIC(atomicExch, (void(old), v))
+EMU_ATOMIC(atomicAnd, old & v)
+EMU_ATOMIC(atomicOr, old | v)
+EMU_ATOMIC(atomicXor, old ^ v)
+EMU_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
+EMU_ATOMIC(atomicDec, old == 0 || old > v ? v : old - 1)
+#undef EMU_ATOMIC
+template <class T>
+T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
+    return emu::atomic_update(p, [=](T old) { return old == expected ? v : old; });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Mathematics and bits that host headers lack. Approximate intrinsics are computed exactly.
+
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline double rsqrt(double x) { return 1.0 / sqrt(x); }
+inline float __expf(float x) { return expf(x); }
+inline float __exp10f(float x) { return powf(10.0f, x); }
+inline float __logf(float x) { return logf(x); }
+inline float __log2f(float x) { return log2f(x); }
+inline float __powf(float x, float y) { return powf(x, y); }
+inline float __sinf(float x) { return sinf(x); }
+inline float __cosf(float x) { return cosf(x); }
+inline float __tanhf(float x) { return tanhf(x); }
+inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline float __frsqrt_rn(float a) { return 1.0f / sqrtf(a); }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// The two that nvcc never contracts to an FMA
+__attribute__((noinline)) inline float __fadd_rn(float a, float b) { return a + b; }
+__attribute__((noinline)) inline float __fmul_rn(float a, float b) { return a * b; }
+inline int __float2int_rn(float x) { return (int)lrintf(x); }
+inline int __float2int_rz(float x) { return (int)x; }
+
+namespace emu {
+template <class To, class From>
+To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+}  // namespace emu
+inline unsigned __float_as_uint(float x) { return emu::bit_cast<unsigned>(x); }
+inline int __float_as_int(float x) { return emu::bit_cast<int>(x); }
+inline float __uint_as_float(unsigned x) { return emu::bit_cast<float>(x); }
+inline float __int_as_float(int x) { return emu::bit_cast<float>(x); }
+inline long long __double_as_longlong(double x) { return emu::bit_cast<long long>(x); }
+inline double __longlong_as_double(long long x) { return emu::bit_cast<double>(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
+inline int __mulhi(int a, int b) { return (int)((int64_t)a * b >> 32); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+inline unsigned __brev(unsigned x) {
+    unsigned r = 0;
+    for (int i = 0; i < 32; i++) r |= (x >> i & 1) << (31 - i);
+    return r;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    uint64_t bytes = (uint64_t)y << 32 | x;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++) r |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return r;
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned n) {
+    return (unsigned)((((uint64_t)high << 32 | low) << (n & 31)) >> 32);
+}
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) {
+    return (unsigned)(((uint64_t)high << 32 | low) >> (n & 31));
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+    using C = std::common_type_t<A, B>;
+    if constexpr (std::is_floating_point<C>::value) return std::fmin((C)a, (C)b);  // of a NaN and a number, the number
+    return (C)b < (C)a ? (C)b : (C)a;
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+    using C = std::common_type_t<A, B>;
+    if constexpr (std::is_floating_point<C>::value) return std::fmax((C)a, (C)b);  // of a NaN and a number, the number
+    return (C)a < (C)b ? (C)b : (C)a;
+}
+inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
+inline long long clock64() {
+#if defined(__x86_64__)
+    return (long long)__builtin_ia32_rdtsc();
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,26 @@
+// fiber.cpp - the switch between two stacks on x86-64 (System V calling convention).
+#include "fiber.h"
+#if !defined(EMU_UCONTEXT)
+__asm__(R"(
+.text
+.globl emu_switch
+.type emu_switch, @function
+emu_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emu_switch, .-emu_switch
+)");
+#endif

@@ -1,0 +1,218 @@
+// test_gpu_attention.cu - attention in train_gpt2.cu against cpu::Attention, and the tensor-core wrappers against a plain product.
+//
+// Lengths stand below, at and above tiles, and are multiples of 4 or not, which decides how dropout is drawn; the longest
+// ones go through every loop round a barrier at least twice.
+#ifndef ARAPOET_NO_MAIN
+#define ARAPOET_NO_MAIN
+#endif
+#include "dev/test_gpu_util.h"
+
+namespace {
+
+using namespace gpu_test;
+
+const cudaStream_t STREAM = nullptr;
+
+// A tensor in device memory between two margins of NaN: what is read from there shows in results, and what is written is found.
+template <class T>
+struct Fenced {
+    static constexpr size_t MARGIN = 4096;
+    size_t n;
+    Device<T> all;
+    explicit Fenced(size_t n_) : n(n_), all(n_ + 2 * MARGIN) {}
+    explicit Fenced(const Values& x) : Fenced(x.size()) {
+        Device<T> content(x);
+        CUDA_CHECK(cudaMemcpy(all + MARGIN, content, n * sizeof(T), cudaMemcpyDeviceToDevice));
+    }
+    operator T*() { return all + MARGIN; }
+    // The tensor's values, once its margins are found untouched.
+    Values values() {
+        Values v = all.values();
+        bool clean = true;
+        for (size_t i = 0; i < MARGIN; i++) clean = clean && std::isnan(v[i]) && std::isnan(v[MARGIN + n + i]);
+        CHECK_MESSAGE(clean, "written outside the tensor");
+        return Values(v.begin() + MARGIN, v.begin() + (long)(MARGIN + n));
+    }
+};
+
+struct Shape {
+    size_t B, T, NH, hs;
+    size_t M() const { return B * T; }
+    size_t C() const { return NH * hs; }
+    std::string text() const { return strf("B %zu, T %zu, %zu heads of %zu", B, T, NH, hs); }
+};
+struct Results {
+    Values out, lse, dqkv;
+};
+struct Inputs {
+    Values qkv, dout;
+    explicit Inputs(const Shape& s) : qkv(normals_x(s.M() * 3 * s.C(), s.T)), dout(normals_x(s.M() * s.C(), s.hs + 1000)) {}
+};
+
+Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
+    std::vector<Values> r = repeatable([&] {
+        Fenced<floatX> qkv(in.qkv), dout(in.dout), out(s.M() * s.C()), dqkv(in.qkv.size());
+        Fenced<float> lse(s.B * s.NH * s.T), scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH));
+        gpu::attention_init(s.hs);
+        gpu::attention_forward(out, lse, qkv, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
+        gpu::attention_backward(dqkv, scratch, dout, out, qkv, lse, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
+        scratch.values();
+        return std::vector<Values>{out.values(), lse.values(), dqkv.values()};
+    });
+    return {r[0], r[1], r[2]};
+}
+
+Results on_cpu(const Shape& s, const Inputs& in, const Masks& masks) {
+    Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size())};
+    Values scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(s.T, s.hs));
+    cpu::Attention attention{s.B, s.T, s.C(), s.NH};
+    attention.forward(r.out.data(), r.lse.data(), in.qkv.data(), masks.cpu(), Masks::SEQ0, scratch.data());
+    attention.backward(r.dqkv.data(), in.dout.data(), in.qkv.data(), r.lse.data(), masks.cpu(), Masks::SEQ0, scratch.data());
+    return r;
+}
+
+// dQ, dK or dV out of (M,3C).
+Values third(const Values& x, size_t C, size_t which) {
+    Values part;
+    for (size_t row = 0; row < x.size() / C / 3; row++)
+        for (size_t c = 0; c < C; c++) part.push_back(x[(3 * row + which) * C + c]);
+    return part;
+}
+
+// In bf16 P, dS and, in D, the output are rounded as well as the gradients themselves; a test below shows that this is all.
+constexpr double GRADIENT_TOLERANCE = (gpu::BUILD_DTYPE == BF16 ? 2 : 1) * X_TOLERANCE;
+
+void check(const std::string& kind, const Shape& s, const Results& got, const Results& want, double out_tolerance, double gradient_tolerance) {
+    check_close(kind + "output: " + s.text(), got.out.data(), want.out.data(), got.out.size(), out_tolerance);
+    check_float(kind + "log-sum-exp: " + s.text(), got.lse, want.lse);
+    const char* names[] = {"dQ", "dK", "dV"};
+    for (size_t which = s.T == 1 ? 2 : 0; which < 3; which++) {  // a query that sees one key has no gradient
+        Values a = third(got.dqkv, s.C(), which), b = third(want.dqkv, s.C(), which);
+        check_close(kind + names[which] + ": " + s.text(), a.data(), b.data(), a.size(), gradient_tolerance);
+    }
+}
+
+TEST_CASE("attention forward and backward: the CPU's output, log-sum-exp and gradients, with its dropout mask") {
+    size_t number = 0;
+    for (int hs : gpu::HEAD_SIZES)
+        for (size_t T : {1, 5, 16, 37, 64, 65, 130, 200}) {
+            Shape s{number % 3 + 1, T, number % 2 + 1, (size_t)hs};
+            for (float p : {0.0f, 0.25f}) {
+                if (hs != 64 && (p > 0) != ((number + (size_t)hs / 16) % 2 == 0)) continue;
+                Inputs in(s);
+                Masks masks(p, rng::ATT_DROPOUT);
+                check("attention, ", s, on_gpu(s, in, masks), on_cpu(s, in, masks), X_TOLERANCE, GRADIENT_TOLERANCE);
+            }
+            number++;
+        }
+}
+
+TEST_CASE("attention: head sizes without a kernel are named as such, and not taken") {
+    for (int hs : gpu::HEAD_SIZES) CHECK(gpu::attention_head_size_ok(hs));
+    for (int hs : {0, 16, 40, 63, 65, 112, 256}) {
+        CHECK(!gpu::attention_head_size_ok(hs));
+        CHECK_THROWS_AS(gpu::attention_init((size_t)hs), std::logic_error);
+    }
+}
+
+#if !defined(PRECISION_FP32)
+
+// The mathematics in double, rounded to bf16 where the kernels must: P before it multiplies V (relative to the maximum known at its
+// tile) and dO, dS, and what is stored.
+Results with_bf16_roundings(const Shape& s, const Inputs& in, const Masks& masks, size_t tile) {
+    auto bf16 = [](double x) { return (double)as_float(as_floatX((float)x)); };
+    Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size())};
+    size_t T = s.T, hs = s.hs, C = s.C();
+    double scale = 1 / std::sqrt((double)hs), keep_scale = 1 / (1 - (double)masks.p);
+    for (size_t bh = 0; bh < s.B * s.NH; bh++) {
+        const float* q = &in.qkv[bh / s.NH * T * 3 * C + bh % s.NH * hs];
+        size_t o_first = bh / s.NH * T * C + bh % s.NH * hs;
+        auto dot = [&](const float* a, const float* b) {
+            double sum = 0;
+            for (size_t c = 0; c < hs; c++) sum += (double)a[c] * b[c];
+            return sum;
+        };
+        std::vector<double> dqkv(T * 3 * hs);
+        for (size_t i = 0; i < T; i++) {
+            const float *qi = q + i * 3 * C, *d_o = &in.dout[o_first + i * C];
+            float* out = &r.out[o_first + i * C];
+            std::vector<double> score(i + 1), top(i + 1, -INFINITY), kept(i + 1);
+            for (size_t j = 0; j <= i; j++) {
+                score[j] = dot(qi, q + j * 3 * C + C) * scale;
+                kept[j] = masks.cpu().key.u32(((Masks::SEQ0 * s.NH + bh) * T + i) * T + j) >= rng::drop_threshold(masks.p) ? keep_scale : 0;
+                for (size_t k = j / tile * tile; k <= i; k++) top[k] = std::max(top[k], score[j]);
+            }
+            double sum = 0, d = 0;
+            for (size_t j = 0; j <= i; j++) sum += std::exp(score[j] - top[i]);
+            double lse = r.lse[bh * T + i] = (float)(top[i] + std::log(sum));
+            for (size_t c = 0; c < hs; c++) {
+                double o = 0;
+                for (size_t j = 0; j <= i; j++)
+                    o += kept[j] * bf16(std::exp(score[j] - top[j])) * std::exp(top[j] - top[i]) * q[j * 3 * C + 2 * C + c];
+                d += d_o[c] * bf16(o / sum), out[c] = (float)bf16(o / sum);
+            }
+            for (size_t j = 0; j <= i; j++) {
+                double p = std::exp(score[j] - lse), ds = bf16(p * (kept[j] * dot(d_o, q + j * 3 * C + 2 * C) - d));
+                for (size_t c = 0; c < hs; c++) {
+                    dqkv[3 * i * hs + c] += ds * scale * q[j * 3 * C + C + c];
+                    dqkv[(3 * j + 1) * hs + c] += ds * scale * qi[c];
+                    dqkv[(3 * j + 2) * hs + c] += kept[j] * bf16(p) * d_o[c];
+                }
+            }
+        }
+        for (size_t i = 0; i < 3 * T; i++)
+            for (size_t c = 0; c < hs; c++) r.dqkv[(size_t)(q - in.qkv.data()) + i * C + c] = (float)bf16(dqkv[i * hs + c]);
+    }
+    return r;
+}
+
+TEST_CASE("attention in bf16: rounding P, dS and the results explains the error") {
+    Shape s{2, 150, 2, 64};
+    Inputs in(s);
+    Masks masks(0.25f, rng::ATT_DROPOUT);
+    // What is left: numbers near the middle of two bf16 values, which floats and doubles round to different ones.
+    double tolerance = BF16_TOLERANCE / 20;
+    check("attention, rounded alike, ", s, on_gpu(s, in, masks), with_bf16_roundings(s, in, masks, gpu::ForwardShape<64>::KEYS), tolerance, tolerance);
+}
+
+// out (2,16,16): a b and a b^T; of both factors (16,16) the rows from `valid` on count as zeros.
+__global__ void products_kernel(float* out, const floatX* a, const floatX* b, int valid) {
+    using Tile = gpu::Tile<16>;
+    __shared__ __align__(128) floatX memory[32 * Tile::LD];
+    Tile a_tile{memory}, b_tile = a_tile.from_row(16);
+    a_tile.load<16, gpu::WARP>(a, 16, valid), b_tile.load<16, gpu::WARP>(b, 16, valid);
+    gpu::cp_async_commit();
+    gpu::cp_async_wait<0>();
+    __syncwarp();
+    uint32_t left[4], right[2][4];
+    a_tile.left(left, 0, 0), b_tile.right(right[0], 0, 0), b_tile.right_transposed(right[1], 0, 0);
+    for (int which = 0; which < 2; which++)
+        for (int n = 0; n < 2; n++) {
+            float d[4] = {};
+            gpu::mma(d, left, right[which][2 * n], right[which][2 * n + 1]);
+            for (int i = 0; i < 4; i++) out[which * 256 + gpu::element_row(i) * 16 + 8 * n + gpu::element_col(i)] = d[i];
+        }
+}
+
+TEST_CASE("mma, ldmatrix and cp.async: a plain product, of a matrix and of its transpose") {
+    for (int valid : {16, 13, 0}) {
+        Values a = normals_x(256, 1), b = normals_x(256, 2), want(512);
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < 16; j++)
+                for (int k = 0; k < 16; k++) {
+                    if (i < valid && k < valid) want[i * 16 + j] += a[i * 16 + k] * b[k * 16 + j];
+                    if (i < valid && j < valid) want[256 + i * 16 + j] += a[i * 16 + k] * b[j * 16 + k];
+                }
+        Values got = repeatable([&] {
+            Fenced<floatX> x(a), y(b);
+            Fenced<float> out(512);
+            gpu::launch(products_kernel, 1, gpu::WARP, 0, STREAM, out, x, y, valid);
+            return std::vector<Values>{out.values()};
+        })[0];
+        check_float(strf("tensor-core product: %d rows", valid), got, want);
+    }
+}
+
+#endif
+
+}  // namespace

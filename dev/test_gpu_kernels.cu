@@ -1,0 +1,652 @@
+// test_gpu_kernels.cu - each kernel of train_gpt2.cu but attention, alone, against its function in train_gpt2.cpp.
+//
+// Sizes are odd on purpose: channels below and above what a warp or a block holds, rows that are no multiple of anything,
+// and enough of them that every loop round a barrier runs at least twice (grids are sized by the device's multiprocessors).
+#ifndef ARAPOET_NO_MAIN
+#define ARAPOET_NO_MAIN
+#endif
+#include "dev/test_gpu_util.h"
+
+namespace {
+
+using namespace gpu_test;
+
+const cudaStream_t STREAM = nullptr;
+
+std::string sizes(std::initializer_list<size_t> list) {
+    std::string text;
+    for (size_t n : list) text += (text.empty() ? " " : " x ") + std::to_string(n);
+    return text;
+}
+
+// The same elements are 0 on both sides, and with dropout about a share p of them.
+void check_same_mask(const Values& got, const Values& want, float p) {
+    size_t differ = 0, dropped = 0;
+    for (size_t i = 0; i < got.size(); i++) differ += (got[i] == 0) != (want[i] == 0), dropped += want[i] == 0;
+    CHECK(differ == 0);
+    CHECK((double)dropped >= 0.6 * p * (double)got.size());
+}
+
+// ---------------------------------------------------------------------------------------------
+// Reductions
+
+// Reductions right after one another, each with another thread's value in front.
+__global__ void reductions_kernel(float* out) {
+    float x = (float)threadIdx.x, n = (float)blockDim.x;
+    out[0 * blockDim.x + threadIdx.x] = gpu::block_max(x);
+    out[1 * blockDim.x + threadIdx.x] = gpu::block_max(n - x);
+    out[2 * blockDim.x + threadIdx.x] = gpu::block_max(-1 - x);
+    out[3 * blockDim.x + threadIdx.x] = gpu::block_sum(x);
+    out[4 * blockDim.x + threadIdx.x] = gpu::block_sum(2 * x);
+    out[5 * blockDim.x + threadIdx.x] = gpu::block_sum(1);
+}
+TEST_CASE("a block's maxima and sums reach every thread, call after call") {
+    for (unsigned n : {32u, 96u, 512u, 1024u}) {
+        Values got = repeatable([&] {
+            Device<float> out(6 * n);
+            gpu::launch(reductions_kernel, 1, n, 0, STREAM, out);
+            return std::vector<Values>{out.values()};
+        })[0];
+        const float want[] = {n - 1.0f, (float)n, -1, n * (n - 1) / 2.0f, n * (n - 1.0f), (float)n};
+        size_t wrong = 0;
+        for (size_t i = 0; i < 6 * n; i++) wrong += got[i] != want[i / n];
+        CHECK(wrong == 0);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Embedding
+
+// Tokens of which a few are very frequent, some middling and the rest rare.
+std::vector<int> skewed_tokens(size_t n, int V, uint64_t seed) {
+    std::vector<int> t(n);
+    rng::Key key(seed, 1, rng::SAMPLE);
+    for (size_t i = 0; i < n; i++) {
+        double u = key.uniform(i);
+        t[i] = u < 0.6 ? V / 2 : u < 0.8 ? V / 3 : (int)(u * 1e6) % V;
+    }
+    return t;
+}
+
+TEST_CASE("embedding forward: token plus position under the CPU's dropout mask") {
+    struct {
+        size_t B, T, C;
+    } shapes[] = {{3, 5, 8}, {2, 33, 40}, {2, 7, 768}, {1, 3, 1608}, {2, 2, 4104}};
+    for (auto [B, T, C] : shapes)
+        for (float p : {0.0f, 0.3f}) {
+            int V = 41;
+            size_t M = B * T;
+            std::vector<int> tokens = skewed_tokens(M, V, C);
+            Values wte = normals_x(V * C, 1), wpe = normals_x((T + 2) * C, 2), want(M * C);
+            Masks masks(p, rng::EMB_DROPOUT);
+            cpu::embedding_forward(want.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, masks.cpu(), Masks::SEQ0 * T * C);
+            Values got = repeatable([&, B = B, T = T, C = C] {
+                Device<floatX> out(M * C), e(wte), w(wpe);
+                Device<int> tok(tokens);
+                gpu::embedding_forward(out, tok, e, w, B, T, C, masks.gpu(), STREAM);
+                return std::vector<Values>{out.values()};
+            })[0];
+            check_x("embedding forward:" + sizes({B, T, C}), got, want);
+            check_same_mask(got, want, p);
+        }
+}
+
+TEST_CASE("buckets hold each position once, under its token, in ascending order, and name the frequent tokens") {
+    for (size_t M : {(size_t)1, (size_t)64, (size_t)65, (size_t)582, (size_t)3000})
+        for (int V : {1, 5, 300}) {
+            std::vector<int> tokens = skewed_tokens(M, V, M), memory(gpu::EmbeddingBuckets::ints(M) + 1, -7);
+            auto b = gpu::EmbeddingBuckets::at(memory.data(), M);
+            gpu::bucket_tokens(b, tokens.data(), M);
+            CHECK(memory.back() == -7);
+            int U = b.count[0], seen = 0, frequent = 0;
+            bool right = b.starts[0] == 0 && b.starts[U] == (int)M;
+            for (int u = 0; u < U; u++) {
+                right = right && (u == 0 || b.token[u - 1] < b.token[u]) && b.starts[u] < b.starts[u + 1];
+                for (int i = b.starts[u]; i < b.starts[u + 1]; i++, seen++)
+                    right = right && tokens[b.order[i]] == b.token[u] && (i == b.starts[u] || b.order[i - 1] < b.order[i]);
+                if (b.starts[u + 1] - b.starts[u] > gpu::EmbeddingBuckets::FREQUENT)
+                    right = right && frequent < b.count[1] && b.frequent[frequent++] == u;
+            }
+            CHECK(right);
+            CHECK(seen == (int)M);
+            CHECK(frequent == b.count[1]);
+        }
+}
+
+TEST_CASE("embedding backward: rows of rare, middling and very frequent tokens are added in one order") {
+    struct {
+        size_t B, T, C;
+    } shapes[] = {{1, 1, 8}, {6, 97, 40}, {9, 65, 264}, {2, 300, 776}, {3, 7, 1608}};
+    for (auto [B, T, C] : shapes)
+        for (float p : {0.0f, 0.4f}) {
+            int V = 50;
+            size_t M = B * T;
+            std::vector<int> tokens = skewed_tokens(M, V - 2, C), memory(gpu::EmbeddingBuckets::ints(M));
+            int most = gpu::EmbeddingBuckets::FREQUENT;  // the two last tokens are the most seldom frequent, and just not
+            if (M > 200) std::fill_n(tokens.begin(), most, V - 2), std::fill_n(tokens.begin() + most, most + 1, V - 1);
+            gpu::bucket_tokens(gpu::EmbeddingBuckets::at(memory.data(), M), tokens.data(), M);
+            Values dout = normals_x(M * C, 3), dwte = normals(V * C, 4), dwpe = normals((T + 3) * C, 5);
+            Values want_wte = dwte, want_wpe = dwpe, masked = dout;
+            Masks masks(p, rng::EMB_DROPOUT);
+            cpu::embedding_backward(want_wte.data(), want_wpe.data(), masked.data(), tokens.data(), B, T, C, masks.cpu(), Masks::SEQ0 * T * C);
+            auto got = repeatable([&, B = B, T = T, C = C] {
+                Device<float> e(dwte), w(dwpe);
+                Device<floatX> d(dout);
+                Device<int> m(memory);
+                gpu::embedding_backward(e, w, d, gpu::EmbeddingBuckets::at(m, M), B, T, C, masks.gpu(), STREAM);
+                return std::vector<Values>{e.values(), w.values(), d.values()};
+            });
+            check_float("embedding backward: wte" + sizes({B, T, C}), got[0], want_wte);
+            check_float("embedding backward: wpe" + sizes({B, T, C}), got[1], want_wpe);
+            CHECK(same_bits(got[2], dout));
+            CHECK(std::equal(dwpe.begin() + T * C, dwpe.end(), got[1].begin() + T * C));
+        }
+}
+
+// ---------------------------------------------------------------------------------------------
+// LayerNorm
+
+// Every count of warps that can share a row, some rows that fill them exactly, and the longest.
+const size_t CHANNELS[] = {8, 40, 768, 776, 1600, 3080, 6152, 12288};
+constexpr float EPS = 0.02f;  // large enough to matter
+
+TEST_CASE("layernorm forward, at every number of warps that share a row") {
+    for (size_t C : CHANNELS)
+        for (size_t M : {(size_t)1, (size_t)7}) {
+            Values x = normals_x(M * C, C, 1, 3), w = normals_x(C, 1, 0.3, 1), b = normals_x(C, 2), y(M * C), mean(M), rstd(M);
+            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), M, C, EPS);
+            auto got = repeatable([&] {
+                Device<floatX> out(M * C), in(x), weight(w), bias(b);
+                Device<float> mu(M), rs(M);
+                gpu::layernorm_forward(out, mu, rs, in, weight, bias, M, C, EPS, STREAM);
+                return std::vector<Values>{out.values(), mu.values(), rs.values()};
+            });
+            check_x("layernorm forward: y" + sizes({M, C}), got[0], y);
+            check_float("layernorm forward: mean" + sizes({M, C}), got[1], mean);
+            check_float("layernorm forward: rstd" + sizes({M, C}), got[2], rstd);
+        }
+}
+
+TEST_CASE("layernorm refuses rows that it cannot hold") {
+    for (size_t C : {(size_t)12, gpu::MAX_CHANNELS + 8}) {
+        Device<floatX> x(C), y(C), w(C), b(C);
+        Device<float> mean(1), rstd(1);
+        CHECK_THROWS_AS(gpu::layernorm_forward(y, mean, rstd, x, w, b, 1, C, EPS, STREAM), std::logic_error);
+    }
+}
+
+TEST_CASE("residual and layernorm in one pass: the sum, and the norm of the sum as stored") {
+    for (size_t C : CHANNELS)
+        for (float p : {0.0f, 0.2f}) {
+            size_t T = 5, M = 2 * T;
+            Values skip = normals_x(M * C, 3), branch = normals_x(M * C, 4), w = normals_x(C, 1, 0.3, 1), b = normals_x(C, 2);
+            Values sum(M * C), y(M * C), mean(M), rstd(M);
+            std::fill(skip.begin() + T * C, skip.end(), 0.0f);  // the second sequence's sum shows its mask
+            Masks masks(p, rng::ATTPROJ_DROPOUT);
+            cpu::residual_layernorm_forward(sum.data(), y.data(), mean.data(), rstd.data(), skip.data(), branch.data(), w.data(), b.data(), M, C,
+                                            masks.cpu(), Masks::SEQ0 * T * C, EPS);
+            auto got = repeatable([&] {
+                Device<floatX> s(M * C), out(M * C), a(skip), br(branch), weight(w), bias(b);
+                Device<float> mu(M), rs(M);
+                gpu::residual_layernorm_forward(s, out, mu, rs, a, br, weight, bias, M, T, C, masks.gpu(), EPS, STREAM);
+                return std::vector<Values>{s.values(), out.values(), mu.values(), rs.values()};
+            });
+            check_x("residual layernorm: sum" + sizes({M, C}), got[0], sum);
+            check_same_mask(Values(got[0].begin() + T * C, got[0].end()), Values(sum.begin() + T * C, sum.end()), p);
+            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), got[0].data(), w.data(), b.data(), M, C, EPS);
+            check_x("residual layernorm: y" + sizes({M, C}), got[1], y);
+            check_float("residual layernorm: mean" + sizes({M, C}), got[2], mean);
+            check_float("residual layernorm: rstd" + sizes({M, C}), got[3], rstd);
+        }
+}
+
+TEST_CASE("layernorm backward: added or written, with GROVER's second gradient, and under the mask of the branch before") {
+    struct {
+        bool accumulate, grover;
+        float p;
+    } cases[] = {{false, false, 0}, {true, false, 0.25f}, {false, true, 0.25f}, {true, true, 0}};
+    for (size_t C : CHANNELS)
+        for (auto [accumulate, grover, p] : cases) {
+            if (C > 2000 && accumulate == grover) continue;
+            size_t groups = gpu::row_layout(C, 8).block, T = 3, M = (2 * gpu::layernorm_backward_blocks() * groups / T + 1) * T;
+            Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4, 2, 1), w = normals_x(C, 1, 0.3, 1), before = normals_x(M * C, 5);
+            Values dw = normals(C, 6), db = normals(C, 7), y(M * C), mean(M), rstd(M), zero(C);
+            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), zero.data(), M, C, EPS);
+            Masks masks(p, rng::FCPROJ_DROPOUT);
+
+            Values want = before, want_dw = dw, want_db = db, d = dy, want_masked(M * C);
+            for (size_t i = 0; i < M * C && grover; i++) d[i] += before[i];
+            cpu::layernorm_backward(want.data(), want_dw.data(), want_db.data(), d.data(), x.data(), mean.data(), rstd.data(), w.data(), M, C,
+                                    accumulate);
+            want_masked = want;
+            if (p > 0) masks.cpu().apply(want_masked.data(), want.data(), Masks::SEQ0 * T * C, M * C);
+
+            auto got = repeatable([&, accumulate = accumulate, grover = grover, p = p] {
+                Device<floatX> dresid(before), out(M * C), dyd(dy), xd(x), wd(w);
+                Device<float> dwd(dw), dbd(db), mu(mean), rs(rstd), scratch(gpu::layernorm_backward_scratch(C));
+                // Where the residual's gradient passes through too, it is read from where the result goes.
+                gpu::layernorm_backward(dresid, p > 0 ? (floatX*)out : nullptr, dwd, dbd, scratch, dyd, grover ? (floatX*)dresid : nullptr, xd, mu, rs,
+                                        wd, M, T, C, accumulate, masks.gpu(), STREAM);
+                return std::vector<Values>{dresid.values(), p > 0 ? out.values() : dresid.values(), dwd.values(), dbd.values()};
+            });
+            std::string at = sizes({M, C}) + (accumulate ? " added" : "") + (grover ? " GROVER" : "");
+            check_x("layernorm backward: dresid" + at, got[0], want);
+            check_x("layernorm backward: masked" + at, got[1], want_masked);
+            if (p > 0) check_same_mask(got[1], want_masked, p);
+            check_float("layernorm backward: dw" + at, got[2], want_dw);
+            check_float("layernorm backward: db" + at, got[3], want_db);
+        }
+}
+
+TEST_CASE("layernorm backward may write over the gradients it reads") {
+    size_t M = 37, C = 1600;
+    Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4), w = normals_x(C, 1), mean(M, 0.1f), rstd(M, 0.9f);
+    auto run = [&](bool in_place) {
+        Device<floatX> dresid(M * C), out(M * C), dyd(dy), xd(x), wd(w);
+        Device<float> dw(Values(C, 0)), db(Values(C, 0)), mu(mean), rs(rstd), scratch(gpu::layernorm_backward_scratch(C));
+        Masks masks(0.5f, rng::FCPROJ_DROPOUT);
+        floatX* masked = in_place ? (floatX*)dyd : (floatX*)out;
+        gpu::layernorm_backward(dresid, masked, dw, db, scratch, dyd, nullptr, xd, mu, rs, wd, M, M, C, false, masks.gpu(), STREAM);
+        return std::vector<Values>{dresid.values(), in_place ? dyd.values() : out.values(), dw.values()};
+    };
+    auto a = run(false), b = repeatable([&] { return run(true); });
+    for (size_t i = 0; i < a.size(); i++) CHECK(same_bits(a[i], b[i]));
+}
+
+TEST_CASE("a NaN in one row stays in that row, and is seen in the sums over rows") {
+    size_t M = 9, C = 776, bad = 4;
+    Values x = normals_x(M * C, 3), dy = normals_x(M * C, 4), w(C, 1.0f), b(C, 0.0f), y(M * C), mean(M), rstd(M);
+    x[bad * C + 5] = NAN;
+    Device<floatX> out(M * C), in(x), weight(w), bias(b), d(dy), dresid(M * C);
+    Device<float> mu(M), rs(M), dw(Values(C, 0)), db(Values(C, 0)), scratch(gpu::layernorm_backward_scratch(C));
+    gpu::layernorm_forward(out, mu, rs, in, weight, bias, M, C, EPS, STREAM);
+    gpu::layernorm_backward(dresid, nullptr, dw, db, scratch, d, nullptr, in, mu, rs, weight, M, M, C, false, {}, STREAM);
+    Values got = out.values(), back = dresid.values(), sums = dw.values();
+    size_t wrong = 0;
+    for (size_t i = 0; i < M * C; i++) wrong += std::isnan(got[i]) != (i / C == bad), wrong += std::isnan(back[i]) != (i / C == bad);
+    for (float f : sums) wrong += !std::isnan(f);
+    CHECK(wrong == 0);
+    CHECK(all_finite(db.values().data(), C));
+}
+
+// ---------------------------------------------------------------------------------------------
+// GELU and bias
+
+TEST_CASE("GELU, tanh and erf form, and its derivative, also far out, at zero and at NaN") {
+    for (int activation : {GELU_TANH, GELU_ERF}) {
+        size_t n = 8 * 777;
+        Values x = normals_x(n, 1, 2.5), d = normals_x(n, 2), y(n), want_d = d;
+        const float special[] = {0.0f, -0.0f, 20, -20, 88, -100, 1e4f, -1e4f};
+        std::copy(std::begin(special), std::end(special), x.begin() + 1000);
+        cpu::gelu_forward(y.data(), x.data(), n, activation);
+        cpu::gelu_backward(want_d.data(), x.data(), n, activation);
+        auto got = repeatable([&] {
+            Device<floatX> in(x), out(n), grad(d);
+            gpu::gelu_forward(out, in, n, activation, STREAM);
+            gpu::gelu_backward(grad, in, n, activation, STREAM);
+            gpu::gelu_forward(in, in, n, activation, STREAM);
+            return std::vector<Values>{out.values(), grad.values(), in.values()};
+        });
+        std::string form = activation == GELU_TANH ? "tanh" : "erf";
+        for (Values* v : {&got[0], &y})  // the large ones would hide the others in a relative L2 error
+            for (size_t i = 1000; i < 1008; i++) {
+                CHECK((*v)[i] == doctest::Approx(std::max(0.0f, x[i])).epsilon(4e-3));
+                (*v)[i] = 0;
+            }
+        check_x("GELU forward: " + form, got[0], y);
+        check_x("GELU backward: " + form, got[1], want_d);
+        for (size_t i = 0; i < 8; i++) got[2][1000 + i] = 0;
+        CHECK(same_bits(got[0], got[2]));
+
+        Device<floatX> nan(Values(8, NAN)), grad(Values(8, 1.0f));
+        gpu::gelu_backward(grad, nan, 8, activation, STREAM);
+        gpu::gelu_forward(nan, nan, 8, activation, STREAM);
+        for (float f : nan.values()) CHECK(std::isnan(f));
+        for (float f : grad.values()) CHECK(std::isnan(f));
+    }
+}
+
+TEST_CASE("bias and GELU in one pass, rows beyond the grid included") {
+    for (size_t N : {(size_t)8, (size_t)40, (size_t)2056})
+        for (int activation : {GELU_TANH, GELU_ERF})
+            for (bool gelu : {true, false}) {
+                size_t M = 2 * 32 * gpu::multiprocessors() + 3;
+                if (N > 1000) M = M / 3 + 1;  // two or three strips of columns share the rows
+                Values x = normals_x(M * N, 1), bias = normals_x(N, 2), pre = x, y(M * N);
+                for (size_t i = 0; i < M * N; i++) pre[i] += bias[i % N];
+                auto got = repeatable([&] {
+                    Device<floatX> p(x), out(M * N), b(bias);
+                    gpu::bias_gelu_forward(p, gelu ? (floatX*)out : nullptr, b, M, N, activation, STREAM);
+                    return std::vector<Values>{p.values(), gelu ? out.values() : Values()};
+                });
+                check_x("bias forward:" + sizes({M, N}), got[0], pre);
+                cpu::gelu_forward(y.data(), got[0].data(), M * N, activation);
+                if (gelu) check_x("bias GELU forward:" + sizes({M, N}), got[1], y);
+            }
+}
+
+TEST_CASE("bias backward: column sums are added") {
+    for (size_t N : {(size_t)8, (size_t)264, (size_t)2304})
+        for (size_t M : {(size_t)1, (size_t)5, 2 * 8 * gpu::bias_backward_parts(N) + 3}) {
+            Values dY = normals_x(M * N, 1), db = normals(N, 2), want = db;
+            cpu::bias_backward(want.data(), dY.data(), M, N);
+            Values got = repeatable([&] {
+                Device<floatX> d(dY);
+                Device<float> b(db), scratch(gpu::bias_backward_scratch(N));
+                gpu::bias_backward(b, scratch, d, M, N, STREAM);
+                return std::vector<Values>{b.values()};
+            })[0];
+            check_float("bias backward:" + sizes({M, N}), got, want);
+        }
+}
+
+TEST_CASE("add_to adds") {
+    Values x = normals(1003, 1), y = normals(1003, 2);
+    Device<float> xd(x), yd(y);
+    gpu::add_to(yd, xd, x.size(), STREAM);
+    for (size_t i = 0; i < x.size(); i++) y[i] += x[i];
+    CHECK(same_bits(yd.values(), y));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Softmax cross-entropy
+
+TEST_CASE("cross-entropy: losses, gradient in place, ignored targets, and zeros behind the vocabulary") {
+    for (int V : {1, 40, 50, 1000, 50257})
+        for (bool train : {true, false})
+            for (double scale : {1.0, 30.0}) {
+                size_t Vp = pad_vocab(V), rows = V > 50000 ? 3 : 7;
+                Values logits = normals_x(rows * Vp, V, scale), want(rows * V), losses(rows);
+                std::vector<int> targets(rows);
+                for (size_t r = 0; r < rows; r++) {
+                    targets[r] = r % 3 == 1 ? -1 : (int)(r * 7919 % V);
+                    std::copy_n(logits.begin() + r * Vp, V, want.begin() + r * V);
+                    std::fill_n(logits.begin() + r * Vp + V, Vp - V, NAN);  // nobody may look at these
+                }
+                targets[rows - 1] = V - 1;
+                float grad_scale = 1.0f / 37;
+                cpu::cross_entropy(losses.data(), want.data(), V, targets.data(), rows, V, train ? grad_scale : 0.0f);
+                auto got = repeatable([&] {
+                    Device<floatX> x(logits);
+                    Device<float> loss(rows);
+                    Device<int> t(targets);
+                    Device<gpu::StepState> state(std::vector<gpu::StepState>{{0, 0, grad_scale}});
+                    gpu::cross_entropy(loss, x, t, rows, V, Vp, train, train ? (gpu::StepState*)state : nullptr, STREAM);
+                    return std::vector<Values>{loss.values(), x.values()};
+                });
+                check_float("cross-entropy: losses" + sizes({rows, (size_t)V}), got[0], losses);
+                if (!train) {
+                    CHECK(!memcmp(got[1].data(), logits.data(), logits.size() * sizeof(float)));
+                    continue;
+                }
+                Values grad(rows * V);
+                bool zeros = true;
+                for (size_t r = 0; r < rows; r++) {
+                    std::copy_n(got[1].begin() + r * Vp, V, grad.begin() + r * V);
+                    for (size_t v = V; v < Vp; v++) zeros = zeros && got[1][r * Vp + v] == 0;
+                }
+                CHECK(zeros);
+                check_x("cross-entropy: gradient" + sizes({rows, (size_t)V}), grad, want);
+            }
+}
+
+TEST_CASE("cross-entropy of huge, infinite and NaN logits is what the CPU's is, row by row") {
+    size_t V = 300, Vp = pad_vocab((int)V), rows = 5;
+    Values logits = normals_x(rows * Vp, 1), want(rows * V), losses(rows);
+    logits[0 * Vp + 7] = 1e30f;
+    for (size_t v = 0; v < V; v++)
+        if (v % 16 < 8) logits[1 * Vp + v] = -INFINITY;
+    logits[2 * Vp + 299] = NAN;
+    logits[3 * Vp + 3] = INFINITY;
+    for (size_t r = 0; r < rows; r++) std::copy_n(logits.begin() + r * Vp, V, want.begin() + r * V);
+    std::vector<int> targets = {7, 8, 5, 3, 2};
+    cpu::cross_entropy(losses.data(), want.data(), V, targets.data(), rows, V, 1.0f);
+    Device<floatX> x(logits);
+    Device<float> loss(rows);
+    Device<int> t(targets);
+    Device<gpu::StepState> state(std::vector<gpu::StepState>{{0, 0, 1.0f}});
+    gpu::cross_entropy(loss, x, t, rows, V, Vp, true, state, STREAM);
+    Values got_loss = loss.values(), got = x.values();
+    for (size_t r = 0; r < rows; r++) {
+        bool nan = r == 2 || r == 3;
+        CHECK(std::isnan(losses[r]) == nan);
+        CHECK(std::isnan(got_loss[r]) == nan);
+        if (!nan) CHECK(got_loss[r] == doctest::Approx(losses[r]).epsilon(1e-5));
+        for (size_t v = 0; v < V; v++) {
+            if (nan) REQUIRE(std::isnan(got[r * Vp + v]));
+            else REQUIRE(got[r * Vp + v] == doctest::Approx(want[r * V + v]).epsilon(0.01));
+        }
+    }
+}
+
+TEST_CASE("losses are summed and targets counted on top of what is there") {
+    for (size_t M : {(size_t)1, (size_t)1023, (size_t)5001}) {
+        Values losses = normals(M, 1, 1, 5);
+        std::vector<int> targets(M);
+        double sum = 0;
+        unsigned long long counted = 0;
+        for (size_t m = 0; m < M; m++) {
+            targets[m] = m % 5 == 2 ? -1 : (int)m;
+            if (targets[m] < 0) losses[m] = 0;
+            sum += losses[m], counted += targets[m] >= 0;
+        }
+        float grad_scale = 1.0f / 11;
+        Device<float> l(losses);
+        Device<int> t(targets);
+        Device<gpu::StepState> state(std::vector<gpu::StepState>{{0, 0, grad_scale}});
+        Device<double> total(std::vector<double>{1.5, 2.5});
+        Device<unsigned long long> count(std::vector<unsigned long long>{3});
+        gpu::sum_losses(total, count, l, t, M, nullptr, STREAM);
+        gpu::sum_losses(total + 1, nullptr, l, t, M, state, STREAM);
+        CHECK(total.get()[0] == doctest::Approx(1.5 + sum).epsilon(1e-12));
+        CHECK(total.get()[1] == doctest::Approx(2.5 + sum * grad_scale).epsilon(1e-12));
+        CHECK(count.get()[0] == 3 + counted);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// AdamW
+
+// A model's parameters and optimizer state, so large that the kernels' loops run at least twice; on the device and in
+// cpu::GPT2.
+struct Optimizer {
+    Config config = [] {
+        Config c;
+        c.maxT = 8, c.V = 40, c.Vp = 128, c.NH = 2, c.C = 64, c.L = 1;
+        // 8 multiprocessors' worth of blocks of 256 threads with 4 numbers each, twice
+        while (num_params(c) < (size_t)2 * 8 * 256 * 4 * gpu::multiprocessors()) c.L++;
+        return c;
+    }();
+    size_t n = num_params(config);
+    cpu::GPT2 model{config, 1, 1, true};
+    bool with_master;
+    Device<floatX> params{n};
+    Device<float> master{n}, grads{n}, moment1{n}, moment2{n};
+    Device<double> scratch{gpu::adamw_scratch()}, loss{std::vector<double>{1.25}};
+    Device<StepResult> report{std::vector<StepResult>(1)};
+
+    explicit Optimizer(bool with_master_) : with_master(with_master_) {
+        model.init_weights(1);
+        Values w(model.params(), model.params() + n);
+        if (!with_master) w = rounded(w), std::copy(w.begin(), w.end(), model.params());
+        set_params(w);
+        moment1.set(Values(n, 0)), moment2.set(Values(n, 0));
+    }
+    // The floats that are updated: master weights, or the parameters themselves.
+    void set_params(const Values& w) {
+        std::vector<floatX> x(n);
+        for (size_t i = 0; i < n; i++) x[i] = as_floatX(w[i]);
+        params.set(x), master.set(w);
+    }
+    void step(const AdamW& a, uint32_t t, uint64_t seed) {
+        gpu::adamw_step(report, params, with_master ? (float*)master : nullptr, grads, moment1, moment2, scratch, loss, config, a, t, seed, STREAM);
+    }
+    Values cpu_state(cpu::GPT2::State s) {
+        Values x;
+        model.each_piece(s, [&](float* p, size_t k) { x.assign(p, p + k); });
+        return x;
+    }
+};
+
+const AdamW SETTINGS[] = {{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0}, {3e-3f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f}, {1e-2f, 0.8f, 0.99f, 1e-6f, 0, 1e6f}};
+
+TEST_CASE("AdamW over several steps is the CPU's: clipped and not, decay where param_table says, gradients kept") {
+    for (const AdamW& a : SETTINGS) {
+        Optimizer o(gpu::BUILD_DTYPE == BF16);
+        for (uint32_t t = 1; t <= 4; t++) {
+            Values g = normals(o.n, t, 0.01 * t);
+            o.grads.set(g);
+            std::copy(g.begin(), g.end(), o.model.grads());
+            o.step(a, t, 5);
+            StepResult want = o.model.step(a, t), got = o.report.get()[0];
+            CHECK(got.loss == 1.25);
+            CHECK(got.norm == doctest::Approx(want.norm).epsilon(1e-12));
+            CHECK(same_bits(o.grads.values(), g));
+        }
+        Values got = gpu::BUILD_DTYPE == BF16 ? o.master.values() : o.params.values(), start = got;
+        check_float("AdamW: parameters", got, o.cpu_state(cpu::GPT2::PARAMS));
+        check_float("AdamW: first moment", o.moment1.values(), o.cpu_state(cpu::GPT2::ADAM_M));
+        check_float("AdamW: second moment", o.moment2.values(), o.cpu_state(cpu::GPT2::ADAM_V));
+        // Most of a parameter's value is not the step's: the steps themselves agree too.
+        Optimizer fresh(true);
+        Values before = fresh.master.values(), want = o.cpu_state(cpu::GPT2::PARAMS);
+        for (size_t i = 0; i < o.n; i++) got[i] -= before[i], want[i] -= before[i];
+        check_close("AdamW: change of parameters", got.data(), want.data(), o.n, 20 * FLOAT_TOLERANCE);
+        bool padding = true;
+        Values w = o.params.values();
+        auto off = param_offsets(o.config);
+        CHECK(off[NUM_PARAMS] == o.n);
+        for (float f : w) padding = padding && std::isfinite(f);
+        CHECK(padding);
+    }
+}
+
+TEST_CASE("AdamW gives the same bits under every schedule") {
+    repeatable([&] {
+        Optimizer o(gpu::BUILD_DTYPE == BF16);
+        o.grads.set(normals(o.n, 9, 0.1));
+        for (uint32_t t = 1; t <= 2; t++) o.step(SETTINGS[1], t, 5);
+        return std::vector<Values>{o.params.values(), o.moment1.values(), o.moment2.values()};
+    });
+}
+
+TEST_CASE("a norm or loss that is not finite leaves all but the report as it was") {
+    struct {
+        float grad;
+        double loss;
+    } cases[] = {{NAN, 1}, {INFINITY, 1}, {-INFINITY, 1}, {0.5f, NAN}, {0.5f, INFINITY}};
+    for (auto [grad, loss] : cases)
+        for (bool with_master : {true, false}) {
+            Optimizer o(with_master);
+            Values g = normals(o.n, 9, 0.1);
+            o.grads.set(g);
+            o.step(SETTINGS[0], 1, 5);
+            Values before[] = {o.params.values(), o.master.values(), o.moment1.values(), o.moment2.values()};
+            g[o.n - 3] = grad;
+            o.grads.set(g), o.loss.set({loss});
+            o.step(SETTINGS[0], 2, 5);
+            CHECK(same_bits(o.params.values(), before[0]));
+            CHECK(same_bits(o.master.values(), before[1]));
+            CHECK(same_bits(o.moment1.values(), before[2]));
+            CHECK(same_bits(o.moment2.values(), before[3]));
+            StepResult r = o.report.get()[0];
+            CHECK(!r.finite());
+            CHECK(std::isfinite(r.norm) == std::isfinite(grad));
+            CHECK(std::isfinite(r.loss) == std::isfinite(loss));
+        }
+}
+
+#if !defined(PRECISION_FP32)
+// Whether x is one of the two bf16 values that enclose w, or w itself where bf16 holds it.
+bool is_neighbour(float x, float w) {
+    uint32_t bits;
+    memcpy(&bits, &w, 4);
+    float low = bf16_to_float((uint16_t)(bits >> 16)), high = bf16_to_float((uint16_t)((bits >> 16) + 1));
+    return x == low || (x == high && low != w);
+}
+
+TEST_CASE("without master weights each parameter becomes one of the two neighbours of the CPU's result") {
+    for (const AdamW& a : SETTINGS) {
+        Optimizer o(false);
+        for (uint32_t t = 1; t <= 3; t++) {
+            Values start = o.params.values(), g = normals(o.n, t, 0.01);
+            std::copy(start.begin(), start.end(), o.model.params());
+            std::copy(g.begin(), g.end(), o.model.grads());
+            o.grads.set(g);
+            o.step(a, t, 5);
+            o.model.step(a, t);
+            Values got = o.params.values(), want = o.cpu_state(cpu::GPT2::PARAMS);
+            size_t wrong = 0, changed = 0;
+            for (size_t i = 0; i < o.n; i++) {  // the last bits of the two results may differ
+                float w = want[i], less = w - std::fabs(w) * 2e-6f, more = w + std::fabs(w) * 2e-6f;
+                wrong += !is_neighbour(got[i], w) && !is_neighbour(got[i], less) && !is_neighbour(got[i], more);
+                changed += got[i] != start[i];
+            }
+            CHECK(wrong == 0);
+            CHECK(changed > 0);
+        }
+    }
+}
+
+TEST_CASE("bf16 parameters are the master weights plus 16 random bits, cut off: element e has bits of Philox block e / 8") {
+    Optimizer o(true);
+    o.grads.set(normals(o.n, 9, 0.1));
+    uint64_t seed = 0xfeedface12345678ull;
+    for (uint32_t t = 1; t <= 2; t++) o.step(SETTINGS[0], t, seed);
+    Values master = o.master.values(), got = o.params.values(), want(o.n);
+    rng::Key key(seed, 2, rng::ROUNDING);
+    for (size_t e = 0; e < o.n; e++) {
+        uint32_t bits;
+        memcpy(&bits, &master[e], 4);
+        bits += key.block(e / 8).w[e % 8 / 2] >> (e % 2 * 16) & 0xffff;
+        want[e] = bf16_to_float((uint16_t)(bits >> 16));
+    }
+    CHECK(same_bits(got, want));
+    Device<floatX> again(o.n);
+    gpu::round_parameters(again, o.master, o.n, seed, 2, STREAM);
+    CHECK(same_bits(again.values(), got));  // what a resumed run continues with
+    gpu::round_parameters(again, o.master, o.n, seed, 3, STREAM);
+    CHECK(!same_bits(again.values(), got));
+}
+
+TEST_CASE("stochastic rounding is unbiased, to a neighbour, and independent from element to element") {
+    constexpr size_t N = 4096, SEEDS = 256;
+    Values w = normals(N, 1);
+    w[0] = 0, w[1] = 1, w[2] = -0.5f, w[3] = 3.4e38f, w[4] = NAN, w[5] = INFINITY, w[6] = -INFINITY, w[7] = bf16_to_float(0x3f81);
+    uint32_t all_ones = ~0u;
+    memcpy(&w[8], &all_ones, 4);  // a NaN whose bits would overflow
+    Device<float> master(w);
+    Device<floatX> params(N);
+    double up[N] = {}, at[8] = {}, covariance[8][8] = {}, squares = 0;
+    size_t wrong = 0;
+    for (uint64_t seed = 0; seed < SEEDS; seed++) {
+        gpu::round_parameters(params, master, N, seed, 1, STREAM);
+        Values got = params.values();
+        double off[8];
+        for (size_t e = 0; e < N; e++) {
+            if (e == 4 || e == 8) { wrong += !std::isnan(got[e]); continue; }
+            if (e < 16) { wrong += !is_neighbour(got[e], w[e]); continue; }
+            wrong += !is_neighbour(got[e], w[e]);
+            uint32_t bits;
+            memcpy(&bits, &w[e], 4);
+            float low = bf16_to_float((uint16_t)(bits >> 16));
+            double p = (bits & 0xffff) / 65536.0;
+            up[e] += off[e % 8] = (got[e] != low) - p;
+            at[e % 8] += off[e % 8], squares += p * (1 - p);
+            if (e % 8 != 7) continue;
+            for (int i = 0; i < 8; i++)
+                for (int j = 0; j < i; j++) covariance[i][j] += off[i] * off[j];
+        }
+    }
+    CHECK(wrong == 0);
+    double draws = (double)(N - 16) / 8 * SEEDS, variance = squares / (draws * 8), worst = 0;
+    for (size_t e = 0; e < N; e++) worst = std::max(worst, std::fabs(up[e]) / SEEDS);
+    CHECK(worst < 6 * std::sqrt(0.25 / SEEDS));
+    for (int i = 0; i < 8; i++) {
+        CHECK(std::fabs(at[i]) / draws < 5 * std::sqrt(variance / draws));
+        for (int j = 0; j < i; j++) CHECK(std::fabs(covariance[i][j]) / draws < 5 * variance / std::sqrt(draws));
+    }
+}
+#endif
+
+}  // namespace

@@ -1,0 +1,463 @@
+// test_gpu_model.cu - the whole GPU model against the CPU's: forward and backward passes, training steps, state, generation.
+// Built for bf16 and fp32. Without a GPU dev/emulator runs it; nvcc builds the same file for a real one.
+#define ARAPOET_NO_MAIN
+#include <doctest/doctest.h>
+
+#include <numeric>
+#include <random>
+
+#include "dev/test_gpu_util.h"
+
+namespace {
+
+using namespace gpu_test;
+using Tokens = std::vector<int>;
+constexpr bool BUILT_BF16 = gpu::BUILD_DTYPE == BF16;
+
+// What is allowed, by the build's numbers. The emulator sums in other orders than a GPU, and knows no approximate instructions.
+struct Tolerances {
+    double gradient;   // of one tensor, relative L2
+    double loss;       // relative
+    double ten_steps;  // of each of ten losses
+    double logits;
+    double weights;    // after ten steps
+};
+#ifdef EMULATOR
+constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1e-2, 1e-3, 2e-3, 1e-2, 2e-2} : Tolerances{1e-5, 1e-6, 1e-5, 1e-5, 1e-4};
+#else
+constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2} : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 3e-4};
+#endif
+
+// The file of timed algorithms goes to a folder of this program's own.
+struct CacheFolder {
+    TempDir dir;
+    CacheFolder() { setenv("XDG_CACHE_HOME", dir.path.c_str(), 1); }
+} cache_folder;
+
+Config config(int arch = GPT2_ARCH, int activation = GELU_TANH, int L = 2, int NH = 3, int hs = 32, int V = 301, int maxT = 24) {
+    Config c;
+    c.L = L, c.NH = NH, c.C = NH * hs, c.V = V, c.Vp = pad_vocab(V), c.maxT = maxT, c.arch = arch, c.activation = activation;
+    return c;
+}
+
+// Weights twice as large as the initial ones, and no tensor all zeros or ones. (bf16's rounding noise in the gradients grows with
+// them.) Where the build computes in bf16 they are bf16 numbers, so that both models start from the same.
+Values random_weights(const Config& c, uint64_t seed) {
+    Values w;
+    ParamTable table = param_table(c);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        bool scale = i == LN1W || i == LN2W || i == LNFW;
+        Values x = normals_x(table[i].size(), seed + (uint64_t)i, table[i].decay ? 0.04 : 0.025, scale ? 1 : 0);
+        if (i == WTE) std::fill(x.begin() + c.V * c.C, x.end(), 0.0f);
+        w.insert(w.end(), x.begin(), x.end());
+    }
+    return w;
+}
+
+template <class Model>
+void set_state(Model& m, typename Model::State s, const Values& from) {
+    const float* at = from.data();
+    m.each_piece(s, [&](float* p, size_t n) { memcpy(p, at, n * sizeof(float)), at += n; });
+}
+template <class Model>
+Values get_state(Model& m, typename Model::State s) {
+    Values to;
+    m.each_piece(s, [&](const float* p, size_t n) { to.insert(to.end(), p, p + n); });
+    return to;
+}
+Values grads_of(gpu::GPT2& m) { return m.grads(); }
+Values grads_of(cpu::GPT2& m) { return Values(m.grads(), m.grads() + num_params(m.cfg)); }
+
+// The micro-batches of some steps, with a frequent token, and targets to be ignored.
+struct Data {
+    size_t B, T;
+    std::vector<Tokens> x, y;
+    Data(size_t batches, size_t B_, size_t T_, int V, uint64_t seed) : B(B_), T(T_), x(batches), y(batches) {
+        std::mt19937_64 engine(seed);
+        for (size_t i = 0; i < batches; i++)
+            for (size_t m = 0; m < B * T; m++) {
+                x[i].push_back(engine() % 4 ? (int)(engine() % (size_t)V) : 7);
+                y[i].push_back(engine() % 7 ? (int)(engine() % (size_t)V) : -1);
+            }
+    }
+};
+
+// Accumulates micro-batches [first, first + count) as one step.
+template <class Model>
+void accumulate(Model& m, const Data& d, size_t first, size_t count, uint32_t step) {
+    for (size_t i = 0; i < count; i++) {
+        Pass pass;
+        pass.train = true, pass.step = step, pass.seq0 = i * d.B, pass.grad_scale = 1.0f / (float)(count * d.B * d.T);
+        m.accumulate(d.x[first + i].data(), d.y[first + i].data(), d.B, d.T, pass);
+    }
+}
+AdamW settings() {
+    AdamW a;
+    a.lr = 3e-3f, a.weight_decay = 0.1f, a.grad_clip = 1;
+    return a;
+}
+
+void check_gradients(const std::string& what, const Config& c, const Values& got, const Values& want) {
+    ParamTable table = param_table(c);
+    auto off = param_offsets(c);
+    for (int i = 0; i < NUM_PARAMS; i++) check_close("gradients: " + what + " " + table[i].name, &got[off[i]], &want[off[i]], table[i].size(), ALLOWED.gradient);
+}
+std::string name_of(const Config& c) {
+    return std::string(c.arch == GROVER_ARCH ? "GROVER" : "GPT-2") + (c.activation == GELU_ERF ? " erf" : " tanh");
+}
+
+// Lowers the number of logits held at once, so that the head works in several parts, for as long as it lives.
+struct SmallHead {
+    size_t before = gpu::GPT2::head_logits;
+    explicit SmallHead(size_t logits) { gpu::GPT2::head_logits = logits; }
+    ~SmallHead() { gpu::GPT2::head_logits = before; }
+};
+
+// One step's gradients, loss and norm of two accumulated micro-batches.
+struct Step {
+    Values grads;
+    StepResult result;
+};
+template <class Model>
+Step one_step(const Config& c, const Data& d, float dropout, int recompute = 0, bool graphs = true) {
+    Model m(c, d.B, d.T, true, recompute);
+    if constexpr (std::is_same<Model, gpu::GPT2>::value) m.use_graphs = graphs;
+    m.dropout = dropout;
+    set_state(m, Model::PARAMS, random_weights(c, 11));
+    accumulate(m, d, 0, d.x.size(), 3);
+    Step s;
+    s.grads = grads_of(m);
+    s.result = m.step(settings(), 4);
+    return s;
+}
+
+TEST_CASE("GPU model: loss and every gradient agree with the CPU's, whatever is recomputed") {
+    SmallHead head(3 * 16 * 384);  // 60 rows in four parts, the last one shorter
+    struct {
+        int arch, activation, most_recompute;
+        float dropout;
+    } cases[] = {{GPT2_ARCH, GELU_TANH, 3, 0.1f}, {GROVER_ARCH, GELU_ERF, 3, 0.1f}, {GPT2_ARCH, GELU_ERF, 0, 0.0f}, {GROVER_ARCH, GELU_TANH, 0, 0.0f}};
+    for (auto& t : cases) {
+        Config c = config(t.arch, t.activation);
+        Data d(2, 3, 20, c.V, 5);
+        Step want = one_step<cpu::GPT2>(c, d, t.dropout), kept;
+        for (int r = 0; r <= t.most_recompute; r++) {
+            std::string what = name_of(c) + " recompute " + std::to_string(r);
+            CAPTURE(what);
+            Step got = one_step<gpu::GPT2>(c, d, t.dropout, r);
+            check_gradients(what, c, got.grads, want.grads);
+            check_close("loss: " + what, &got.result.loss, &want.result.loss, 1, ALLOWED.loss);
+            check_close("norm: " + what, &got.result.norm, &want.result.norm, 1, ALLOWED.gradient);
+            if (r == 0) kept = got;
+            if (r == 3) CHECK(same_bits(got.grads, kept.grads));  // the very same kernels ran again
+        }
+    }
+}
+
+TEST_CASE("GPU model: sizes at the edges: one row, one layer, each head size, a head in one part") {
+    for (int hs : gpu::HEAD_SIZES) {
+        Config c = config(hs % 3 ? GPT2_ARCH : GROVER_ARCH, GELU_TANH, 1, 2, hs, 130, 9);
+        Data d(1, 1, hs == 48 ? 1 : 9, c.V, (uint64_t)hs);
+        d.y[0][0] = 3;
+        Step want = one_step<cpu::GPT2>(c, d, 0), got = one_step<gpu::GPT2>(c, d, 0);
+        check_gradients("head size " + std::to_string(hs), c, got.grads, want.grads);
+    }
+}
+
+TEST_CASE("GPU model: ten steps of training follow the CPU's losses, with and without master weights") {
+    Config c = config(GPT2_ARCH, GELU_TANH, 2, 2);
+    Data d(20, 2, 16, c.V, 6);
+    for (size_t i = 2; i < d.x.size(); i++) d.x[i] = d.x[i % 2], d.y[i] = d.y[i % 2];  // the same batch, so that there is something to learn
+    auto losses = [&](auto& m) {
+        m.dropout = 0.1f;
+        set_state(m, m.PARAMS, random_weights(c, 12));
+        std::vector<double> l;
+        for (uint32_t t = 0; t < 10; t++) {
+            accumulate(m, d, 2 * t, 2, t);
+            StepResult r = m.step(settings(), t + 1);
+            CHECK(r.finite());
+            l.push_back(r.loss);
+        }
+        return l;
+    };
+    cpu::GPT2 reference(c, d.B, d.T, true);
+    std::vector<double> want = losses(reference);
+    CHECK(want.back() < want.front() - 1);
+    for (bool master : {true, false}) {
+        gpu::GPT2 m(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master});
+        std::vector<double> got = losses(m);
+        for (size_t i = 0; i < got.size(); i++)
+            check_close(std::string("ten steps: ") + (master ? "with" : "without") + " masters, loss " + std::to_string(i), &got[i], &want[i], 1,
+                        ALLOWED.ten_steps * (BUILT_BF16 && !master ? 5 : 1));
+        if (master) {
+            // But for qkvb: a key's bias has no gradient but rounding noise, of which AdamW makes full steps.
+            Values weights = get_state(m, gpu::GPT2::PARAMS);
+            ParamTable table = param_table(c);
+            auto off = param_offsets(c);
+            for (int i = 0; i < NUM_PARAMS; i++)
+                if (i != QKVB)
+                    check_close(std::string("weights after ten steps: ") + table[i].name, &weights[off[i]], reference.params() + off[i], table[i].size(), ALLOWED.weights);
+        }
+    }
+}
+
+TEST_CASE("GPU model: evaluation is without dropout, counts its targets, and leaves training as it was") {
+    SmallHead head(8 * 384);
+    Config c = config(GROVER_ARCH, GELU_ERF);
+    Data d(3, 2, 13, c.V, 8);
+    cpu::GPT2 want(c, d.B, d.T, true);
+    gpu::GPT2 got(c, d.B, d.T, true), other(c, d.B, d.T, true), small(c, d.B, d.T, false);
+    for (auto* m : {&got, &other, &small}) set_state(*m, gpu::GPT2::PARAMS, random_weights(c, 13)), m->dropout = 0.2f;
+    set_state(want, cpu::GPT2::PARAMS, random_weights(c, 13));
+    accumulate(got, d, 0, 1, 0), got.step(settings(), 1);
+    accumulate(other, d, 0, 1, 0), other.step(settings(), 1);
+    got.forward(d.x[2].data(), d.y[2].data(), d.B, d.T);
+    accumulate(got, d, 1, 1, 1), accumulate(other, d, 1, 1, 1);
+    CHECK(same_bits(got.grads(), other.grads()));
+    for (size_t B = 1; B <= d.B; B++) {
+        double a = small.forward(d.x[2].data(), d.y[2].data(), B, d.T), b = want.forward(d.x[2].data(), d.y[2].data(), B, d.T);
+        check_close("loss: evaluation", &a, &b, 1, ALLOWED.loss);
+        CHECK(small.counted() == want.counted());
+    }
+    Tokens none(d.B * d.T, -1);
+    CHECK(small.forward(d.x[2].data(), none.data(), d.B, d.T) == 0);
+    CHECK(small.counted() == 0);
+}
+
+// The bits that two steps of three micro-batches leave, with masters and moments.
+Values trained_bits(bool graphs) {
+    Config c = config(GPT2_ARCH, GELU_TANH, 2, 2);
+    Data d(6, 2, 16, c.V, 9);
+    gpu::GPT2 m(c, d.B, d.T, true);
+    m.use_graphs = graphs, m.dropout = 0.1f;
+    set_state(m, gpu::GPT2::PARAMS, random_weights(c, 14));
+    Values bits;
+    for (uint32_t t = 0; t < 2; t++) {
+        accumulate(m, d, 3 * t, 3, t);
+        bits.push_back((float)m.step(settings(), t + 1).loss);
+    }
+    for (auto s : {gpu::GPT2::PARAMS, gpu::GPT2::ADAM_M, gpu::GPT2::ADAM_V}) {
+        Values f = get_state(m, s);
+        bits.insert(bits.end(), f.begin(), f.end());
+    }
+    bits.push_back((float)m.forward(d.x[0].data(), d.y[0].data(), d.B, d.T));  // of the rounded parameters
+    return bits;
+}
+
+TEST_CASE("GPU model: a recorded graph gives the bits of direct launches, and neither order nor schedule changes any") {
+    std::vector<Values> recorded = repeatable([] { return std::vector<Values>{trained_bits(true)}; });
+    CHECK(same_bits(recorded[0], trained_bits(false)));
+}
+
+#ifdef EMULATOR
+// Restores the emulator's options at the end.
+struct Options {
+    emu::Options before = emu::options();
+    ~Options() { emu::options() = before; }
+};
+
+TEST_CASE("GPU model: where cuBLASLt has no epilogue, kernels do its work") {
+    Options restore;
+    for (int activation : {GELU_TANH, GELU_ERF}) {
+        Config c = config(GPT2_ARCH, activation, 1, 2);
+        Data d(2, 2, 16, c.V, 10);
+        Step want = one_step<cpu::GPT2>(c, d, 0.1f);
+        const uint32_t bias = CUBLASLT_EPILOGUE_BIAS, gelu = CUBLASLT_EPILOGUE_GELU, dgelu = 64, bgradb = CUBLASLT_EPILOGUE_BGRADB;
+        for (uint32_t e : {bias, gelu, dgelu, bgradb, bias | gelu | dgelu | bgradb}) {
+            TempDir cache;  // what was timed while the epilogue was to be had does not count
+            setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
+            emu::options().refused_epilogues = e;
+            std::string what = name_of(c) + " without epilogues " + std::to_string(e);
+            check_gradients(what, c, one_step<gpu::GPT2>(c, d, 0.1f).grads, want.grads);
+        }
+        setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
+        emu::options().refused_epilogues = 0;
+    }
+}
+
+TEST_CASE("GPU model: memory is what memory_need says, and no step allocates any") {
+    Config c = config();
+    Data d(4, 2, 16, c.V, 15);
+    for (bool trains : {false, true})
+        for (int r : {0, 3}) {
+            size_t before = emu::statistics().memory_now;
+            gpu::GPT2 m(c, d.B, d.T, trains, r);
+            MemoryNeed need = gpu::GPT2::memory_need(c, d.B, d.T, trains, r);
+            CHECK(emu::statistics().memory_now - before == need.total());
+            m.init_weights(1);
+            if (!trains) continue;
+            accumulate(m, d, 0, 2, 0), m.step(settings(), 1);
+            size_t now = emu::statistics().memory_now, peak = emu::statistics().memory_peak;
+            accumulate(m, d, 2, 2, 1), m.step(settings(), 2);
+            CHECK(emu::statistics().memory_now == now);
+            CHECK(emu::statistics().memory_peak == peak);
+        }
+}
+
+TEST_CASE("GPU model: memory that runs out is one line that says what to try") {
+    Options restore;
+    Config c = config();
+    size_t need = gpu::GPT2::memory_need(c, 2, 16, true).total();
+    emu::options().memory_limit = emu::statistics().memory_now + need - 1;
+    std::string e = error_of([&] { gpu::GPT2(c, 2, 16, true); });
+    CAPTURE(e);
+    for (const char* part : {"train_gpt2.cu:", "cudaMalloc", "out of memory", "--batch_size", "--recompute"}) CHECK(contains(e, part));
+    CHECK(!contains(e, "\n"));
+    CHECK(gpu::GPT2::memory_available() < need);
+    (void)cudaGetLastError();
+}
+
+TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended where it is damaged") {
+    TempDir cache;
+    setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
+    { gpu::GPT2 m(c, 2, 16, true); }
+    std::string folder = cache / "arapoet", path;
+    for (auto& entry : std::filesystem::directory_iterator(folder)) path = entry.path();
+    std::string first = read_file(path);
+    CHECK(std::count(first.begin(), first.end(), '\n') == 15);  // 4 layers and the head, forward and two gradients each
+    CHECK(contains(path, std::to_string(cublasLtGetVersion())));
+    { gpu::GPT2 m(c, 2, 16, true); }
+    CHECK(read_file(path) == first);
+    // An entry is believed: another valid algorithm in it is taken. One that is none is timed again.
+    for (std::string damaged : {std::string("zz") + first.substr(2), first.substr(0, 40), "\n \n" + first.substr(first.find('\n') + 1), std::string(128, 'f') + first.substr(128)}) {
+        write_file(path, damaged);
+        { gpu::GPT2 m(c, 2, 16, true); }
+        std::string mended = read_file(path);
+        CHECK(std::count(mended.begin(), mended.end(), '\n') >= 15);
+        CHECK(mended.substr(mended.rfind('\n', mended.size() - 2)) != "");
+    }
+    setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
+}
+#endif
+
+TEST_CASE("GPU model: state goes in and out unchanged, and initial weights are the CPU's") {
+    Config c = config();
+    cpu::GPT2 want(c, 1, 8, true);
+    want.init_weights(77);
+    Values weights(want.params(), want.params() + num_params(c)), m(num_params(c)), v(num_params(c));
+    std::iota(m.begin(), m.end(), -5.0f), std::iota(v.begin(), v.end(), 3.0f);
+    for (bool master : {true, false}) {
+        gpu::GPT2 got(c, 1, 8, true, 0, {gpu::BUILD_DTYPE, master});
+        got.init_weights(77);
+        CHECK(same_bits(get_state(got, gpu::GPT2::PARAMS), master ? weights : rounded(weights)));
+        set_state(got, gpu::GPT2::ADAM_M, m), set_state(got, gpu::GPT2::ADAM_V, v);
+        CHECK(same_bits(get_state(got, gpu::GPT2::ADAM_M), m));
+        CHECK(same_bits(get_state(got, gpu::GPT2::ADAM_V), v));
+        set_state(got, gpu::GPT2::PARAMS, v);
+        CHECK(same_bits(get_state(got, gpu::GPT2::PARAMS), master ? v : rounded(v)));
+    }
+    gpu::GPT2 sampler(c, 0, 0, false);
+    sampler.init_weights(77);
+    CHECK(same_bits(get_state(sampler, gpu::GPT2::PARAMS), rounded(weights)));
+}
+
+TEST_CASE("GPU model: a run that was stopped and loaded again goes on bit for bit") {
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
+    Data d(4, 2, 16, c.V, 16);
+    for (bool master : {true, false}) {
+        gpu::GPT2 through(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}), before(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}),
+            after(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master});
+        for (auto* m : {&through, &before}) {
+            m->seed = 5;
+            set_state(*m, gpu::GPT2::PARAMS, random_weights(c, 17));
+            for (uint32_t t = 0; t < (m == &through ? 4 : 2); t++) accumulate(*m, d, t, 1, t), m->step(settings(), t + 1);
+        }
+        after.seed = 5;
+        for (auto s : {gpu::GPT2::PARAMS, gpu::GPT2::ADAM_M, gpu::GPT2::ADAM_V}) set_state(after, s, get_state(before, s));
+        after.resumed(2);
+        for (uint32_t t = 2; t < 4; t++) accumulate(after, d, t, 1, t), after.step(settings(), t + 1);
+        CHECK(same_bits(get_state(after, gpu::GPT2::PARAMS), get_state(through, gpu::GPT2::PARAMS)));
+        CHECK(same_bits(get_state(after, gpu::GPT2::ADAM_V), get_state(through, gpu::GPT2::ADAM_V)));
+    }
+}
+
+TEST_CASE("GPU model: a gradient or loss that is not finite leaves the model alone") {
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
+    Data d(1, 2, 16, c.V, 18);
+    gpu::GPT2 m(c, d.B, d.T, true);
+    Values weights = random_weights(c, 19);
+    weights[param_offsets(c)[LNFB]] = INFINITY;
+    set_state(m, gpu::GPT2::PARAMS, weights);
+    accumulate(m, d, 0, 1, 0);
+    CHECK(!m.step(settings(), 1).finite());
+    CHECK(same_bits(get_state(m, gpu::GPT2::PARAMS), weights));
+    Values zeros(num_params(c));
+    CHECK(same_bits(get_state(m, gpu::GPT2::ADAM_M), zeros));
+    set_state(m, gpu::GPT2::PARAMS, random_weights(c, 19));  // and the next step starts clean
+    accumulate(m, d, 0, 1, 0);
+    CHECK(m.step(settings(), 1).finite());
+}
+
+TEST_CASE("GPU decoder: logits are those of the CPU's, for prompts of any length, and agree with the forward pass") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
+        Config c = config(arch, arch == GROVER_ARCH ? GELU_ERF : GELU_TANH, 2, 2, arch == GROVER_ARCH ? 48 : 32, 130, 80);
+        size_t N = 2, T = 72;
+        gpu::GPT2 model(c, 0, 0, false), whole(c, N, T, false);
+        cpu::GPT2 reference(c, 0, 0, false);
+        Values weights = random_weights(c, 20);
+        set_state(model, gpu::GPT2::PARAMS, weights), set_state(whole, gpu::GPT2::PARAMS, weights), set_state(reference, cpu::GPT2::PARAMS, weights);
+        gpu::Decoder got(model, N, 1000);
+        cpu::Decoder want(reference, N, 1000);
+        CHECK(got.capacity() == 80);
+        Data d(1, N, T, c.V, 21);
+        double loss = 0;
+        size_t at = 0, counted = 0;
+        for (size_t n : {(size_t)68, (size_t)1, (size_t)1, (size_t)2}) {
+            Tokens tokens;
+            for (size_t s = 0; s < N; s++) tokens.insert(tokens.end(), &d.x[0][s * T + at], &d.x[0][s * T + at] + n);
+            const float *a = got.append(tokens.data(), n), *b = want.append(tokens.data(), n);
+            check_close("decoder: logits", a, b, N * (size_t)c.V, ALLOWED.logits);
+            at += n;
+            CHECK(got.length() == at);
+            for (size_t s = 0; s < N; s++) {  // the loss at this place
+                double sum = 0;
+                const float* l = a + s * (size_t)c.V;
+                for (int v = 0; v < c.V; v++) sum += std::exp((double)l[v]);
+                int& target = d.y[0][s * T + at - 1];
+                target = std::max(target, 0);
+                loss += std::log(sum) - l[target], counted++;
+            }
+        }
+        // The whole pass is asked for the same places.
+        std::vector<size_t> places = {67, 68, 69, 71};
+        for (size_t m = 0; m < N * T; m++)
+            if (std::find(places.begin(), places.end(), m % T) == places.end()) d.y[0][m] = -1;
+        double mean = loss / (double)counted, forward = whole.forward(d.x[0].data(), d.y[0].data(), N, T);
+        CHECK(whole.counted() == counted);
+        check_close("decoder: loss against the forward pass", &mean, &forward, 1, BUILT_BF16 ? 5e-3 : 1e-5);
+        got.reset(), want.reset();
+        Tokens two = {5, 9};
+        check_close("decoder: logits", got.append(two.data(), 1), want.append(two.data(), 1), N * (size_t)c.V, ALLOWED.logits);
+    }
+}
+
+TEST_CASE("GPU model: sizes that the kernels do not take are refused by name before anything is allocated") {
+    auto refused = [](Config c, size_t T, std::initializer_list<const char*> parts) {
+        for (int which : {0, 1}) {
+            std::string e = error_of([&] {
+                if (which) gpu::GPT2(c, 1, T, true);
+                else gpu::GPT2::memory_need(c, 1, T, true);
+            });
+            CAPTURE(e);
+            for (const char* part : parts) CHECK(contains(e, part));
+        }
+    };
+#ifdef EMULATOR
+    size_t before = emu::statistics().memory_peak;
+#endif
+    refused(config(GPT2_ARCH, GELU_TANH, 1, 2, 40), 8, {"head size", "40", "32, 48, 64, 80, 96, 128", "./train_gpt2"});
+    refused(config(GPT2_ARCH, GELU_TANH, 1, 100, 128), 8, {"C is 12800", "12288"});
+    refused(config(), 25, {"24 tokens", "25"});
+    Config c = config();
+    c.Vp = c.V + 1;
+    refused(c, 8, {"Vp is 302", "multiple of 8"});
+    std::string e = error_of([] { gpu::GPT2::check_precision({BUILT_BF16 ? FP32 : BF16}); });
+    CHECK(contains(e, BUILT_BF16 ? "PRECISION=FP32" : "PRECISION=BF16"));
+    CHECK(contains(e, "make train_gpt2cu"));
+#ifdef EMULATOR
+    CHECK(emu::statistics().memory_peak == before);
+#endif
+}
+
+}  // namespace

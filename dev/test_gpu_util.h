@@ -1,0 +1,143 @@
+// test_gpu_util.h - what the tests of train_gpt2.cu share: arrays in device memory, tolerances, runs under every schedule.
+//
+// The tests compile twice, with floatX bf16 and (PRECISION_FP32) float; as C++ for dev/emulator, and by nvcc for a device.
+// The CPU's function is fed what floatX holds, so that what is compared is the computation and not the rounding of inputs.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <functional>
+
+#include "dev/test_util.h"
+#include "train_gpt2.cpp"
+#include "train_gpt2.cu"
+
+namespace gpu_test {
+
+using gpu::floatX;
+using Values = std::vector<float>;
+
+// Allowed relative L2 errors: of results that are stored as floatX (bf16 has 8 bits, so rounding alone makes 1.7e-3), and of
+// those that are floats in every build. The emulator's exponentials and divisions are exact to the last place, a device's
+// are not, and in the bf16 build they are its fast approximations.
+#if defined(EMULATOR)
+constexpr double FLOAT_TOLERANCE = 2e-6, BF16_TOLERANCE = 2.5e-3;
+#else
+constexpr double FLOAT_TOLERANCE = 1e-5, BF16_TOLERANCE = 3e-3;
+#endif
+constexpr double X_TOLERANCE = gpu::BUILD_DTYPE == BF16 ? BF16_TOLERANCE : FLOAT_TOLERANCE;
+
+inline float as_float(float x) { return x; }
+inline float as_float(__nv_bfloat16 x) { return bf16_to_float(__nv_bfloat16_raw(x).x); }
+inline floatX as_floatX(float x) {
+#if defined(PRECISION_FP32)
+    return x;
+#else
+    __nv_bfloat16_raw r;
+    r.x = float_to_bf16(x);
+    return r;
+#endif
+}
+// The nearest values that floatX holds.
+inline Values rounded(Values x) {
+    for (float& f : x) f = as_float(as_floatX(f));
+    return x;
+}
+
+// n normal numbers that `seed` alone decides.
+inline Values normals(size_t n, uint64_t seed, double scale = 1, double mean = 0) {
+    Values x(n);
+    rng::Key key(seed, 0, rng::SAMPLE);
+    for (size_t i = 0; i < n; i++) x[i] = (float)(mean + scale * key.normal(i));
+    return x;
+}
+// The same as floatX holds them.
+inline Values normals_x(size_t n, uint64_t seed, double scale = 1, double mean = 0) { return rounded(normals(n, seed, scale, mean)); }
+
+// An array in device memory. Made by size it holds NaN, so that what a kernel fails to write is seen.
+template <class T>
+class Device {
+  public:
+    explicit Device(size_t n) : n_(n) {
+        CUDA_CHECK(cudaMalloc((void**)&p_, std::max<size_t>(n, 1) * sizeof(T)));
+        CUDA_CHECK(cudaMemset(p_, 0xff, n * sizeof(T)));
+    }
+    explicit Device(const std::vector<T>& x) : Device(x.size()) { set(x); }
+    // From floats, rounded to T.
+    template <class U = T, std::enable_if_t<!std::is_same<U, float>::value && std::is_same<U, floatX>::value, int> = 0>
+    explicit Device(const Values& x) : Device(x.size()) {
+        std::vector<T> t(x.size());
+        for (size_t i = 0; i < x.size(); i++) t[i] = as_floatX(x[i]);
+        set(t);
+    }
+    ~Device() { cudaFree(p_); }
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+
+    operator T*() { return p_; }
+    void set(const std::vector<T>& x) { CUDA_CHECK(cudaMemcpy(p_, x.data(), n_ * sizeof(T), cudaMemcpyHostToDevice)); }
+    std::vector<T> get() const {
+        std::vector<T> x(n_);
+        CUDA_CHECK(cudaMemcpy(x.data(), p_, n_ * sizeof(T), cudaMemcpyDeviceToHost));
+        return x;
+    }
+    // What it holds, as floats.
+    Values values() const {
+        std::vector<T> x = get();
+        Values f(n_);
+        for (size_t i = 0; i < n_; i++) f[i] = as_float(x[i]);
+        return f;
+    }
+
+  private:
+    T* p_ = nullptr;
+    size_t n_;
+};
+
+inline bool same_bits(const Values& a, const Values& b) { return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * sizeof(float)); }
+
+// Calls `run`, which makes its own inputs and returns its outputs, under every schedule of the emulator, or twice on a
+// device: every bit must be the same each time. Returns the outputs.
+inline std::vector<Values> repeatable(const std::function<std::vector<Values>()>& run) {
+    std::vector<Values> first = run();
+    auto again = [&](const char* how) {
+        std::vector<Values> other = run();
+        for (size_t i = 0; i < first.size(); i++)
+            CHECK_MESSAGE(same_bits(first[i], other[i]), "output ", i, " differs between runs: ", how);
+    };
+#if defined(EMULATOR)
+    emu::Options before = emu::options();
+    emu::options().schedule = emu::DESCENDING;
+    again("descending order");
+    emu::options().schedule = emu::RANDOM, emu::options().lazy_streams = true;
+    again("random order, lazy streams");
+    emu::options() = before;
+#else
+    again("second run");
+#endif
+    return first;
+}
+
+inline void check_x(const std::string& what, const Values& got, const Values& want) {
+    REQUIRE(got.size() == want.size());
+    check_close(what, got.data(), want.data(), got.size(), X_TOLERANCE);
+}
+inline void check_float(const std::string& what, const Values& got, const Values& want) {
+    REQUIRE(got.size() == want.size());
+    check_close(what, got.data(), want.data(), got.size(), FLOAT_TOLERANCE);
+}
+
+// One site's dropout on both sides: the same seed, step, layer and place of the batch within the step.
+struct Masks {
+    static constexpr uint64_t SEED = 0x123456789abcdefull, SEQ0 = 3;
+    static constexpr uint32_t STEP = 7, LAYER = 2;
+    float p;
+    rng::Stream site;
+    Device<gpu::StepState> state;
+    Masks(float p_, rng::Stream site_, float grad_scale = 1)
+        : p(p_), site(site_), state(std::vector<gpu::StepState>{gpu::StepState{SEQ0, STEP, grad_scale}}) {}
+    gpu::Dropout gpu() { return {p, SEED, site, LAYER, p > 0 ? (gpu::StepState*)state : nullptr}; }
+    cpu::Dropout cpu() const { return {p, rng::Key(SEED, STEP, site, LAYER)}; }
+};
+
+}  // namespace gpu_test
