@@ -16,8 +16,9 @@ PRESET ?= tiny
 OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
+PYTHON ?= python3
 
-.PHONY: need-nvcc all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
+.PHONY: check-kernels roofline gpu-check device-programs need-nvcc all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -35,6 +36,9 @@ help:
 	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
 	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
 	@echo "make train_gpt2cu              build the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
+	@echo "make gpu-check                 on a machine with a GPU: run the tests on it, and measure (writes dev/bench/gpu-NAME.md)"
+	@echo "make check-kernels             what nvcc makes of the kernels: registers, spills, tensor-core instructions (no GPU)"
+	@echo "make roofline                  recompute the traffic budget, dev/bench/ROOFLINE.md"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
 	@echo "make bench                     time the matrix product and training steps"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
@@ -90,6 +94,28 @@ $(BUILD)/precision.%:
 	@mkdir -p $(@D); rm -f $(BUILD)/precision.*; touch $@
 need-nvcc:
 	@test -n "$(NVCC)" || { echo "make train_gpt2cu: nvcc is neither on the PATH nor in $(CUDA_HOME)/bin; install the CUDA Toolkit, 12 or later (https://developer.nvidia.com/cuda-downloads), or name it: make train_gpt2cu NVCC=FILE" >&2; exit 1; }
+
+# What nvcc makes of the kernels, and the traffic budget on paper: neither needs a GPU.
+check-kernels: need-nvcc
+	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC)
+	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC) --fp32
+roofline:
+	$(PYTHON) dev/bench/roofline.py
+
+# On a machine with a GPU: the tests that the emulator runs, on the device; then speeds, to dev/bench/gpu-NAME.md
+DEVICE_TESTS = $(foreach t,kernels attention model,$(BUILD)/device_test_gpu_$t_bf16 $(BUILD)/device_test_gpu_$t_fp32)
+DEVICE_FLAGS = $(NVCC_FLAGS) -Xcompiler -march=$(ARCH) -diag-suppress 1675 $(if $(filter %fp32,$@),-DPRECISION_FP32)
+gpu-check: need-nvcc
+	@nvidia-smi >/dev/null 2>&1 || { echo "make gpu-check: nvidia-smi finds no GPU here; make test runs the same tests in the emulator" >&2; exit 1; }
+	@dev/setup.sh tests
+	@$(MAKE) --no-print-directory -j$$(nproc) PRECISION=BF16 device-programs
+	dev/gpu_check.sh $(BUILD)
+device-programs: $(DEVICE_TESTS) $(BUILD)/bench_gpu_bf16 $(BUILD)/bench_gpu_fp32
+$(DEVICE_TESTS): $(BUILD)/device_test_gpu_%: train_gpt2.cu train_gpt2.cpp $(HEADERS) $(wildcard dev/test_gpu_*.cu) $(BUILD)/dev/test_main.o | need-nvcc
+	$(NVCC) $(DEVICE_FLAGS) dev/test_gpu_$(firstword $(subst _, ,$*)).cu $(BUILD)/dev/test_main.o -o $@ -lcublasLt
+$(BUILD)/bench_gpu_bf16 $(BUILD)/bench_gpu_fp32: dev/bench/bench_gpu.cu train_gpt2.cu $(HEADERS) | need-nvcc
+	@mkdir -p $(@D)
+	$(NVCC) $(DEVICE_FLAGS) $< -o $@ -lcublasLt
 
 convert_gpt2: dev/convert/convert_gpt2.cpp $(HEADERS)
 	@dev/setup.sh convert
@@ -185,7 +211,6 @@ $(BUILD)/bench: dev/bench/bench.cpp train_gpt2.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $< -o $@
 
-PYTHON ?= python3
 golden:
 	@$(PYTHON) -c 'import torch, transformers' 2>/dev/null || { echo "make golden: $(PYTHON) lacks torch or transformers; install them with: $(PYTHON) -m pip install -r dev/golden/requirements.txt" >&2; exit 1; }
 	$(PYTHON) dev/golden/golden.py
