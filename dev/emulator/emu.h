@@ -111,14 +111,17 @@ bool is_shared(const void* p, size_t bytes);
 bool is_device(const void* p, size_t bytes);
 
 enum ShuffleKind { SHUFFLE_INDEX, SHUFFLE_XOR, SHUFFLE_DOWN, SHUFFLE_UP };
-void shuffle(uint32_t mask, ShuffleKind kind, void* value, size_t bytes, int argument, int width, Site s);
+uint64_t shuffle(uint32_t mask, ShuffleKind kind, uint64_t bits, int argument, int width, Site s);
 enum Reduction { REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, REDUCE_AND, REDUCE_OR, REDUCE_XOR };
 long long reduce(uint32_t mask, Reduction op, long long value, const char* name, Site s);
 
 template <class T>
 T shuffled(uint32_t mask, ShuffleKind kind, T value, int argument, int width, Site s) {
     static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "shuffles move 4- and 8-byte values");
-    shuffle(mask, kind, &value, sizeof(T), argument, width, s);
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    bits = shuffle(mask, kind, bits, argument, width, s);
+    memcpy(&value, &bits, sizeof(T));
     return value;
 }
 

@@ -206,36 +206,44 @@ cudaError_t check_patterns(const char* who, const void* kernel) {
 // --- faults
 
 static struct sigaction previous_action;
-static thread_local std::string fault_text;
-static thread_local void* fault_instruction;
 
-static void land() { fault_at_address(fault_text, fault_instruction); }
+// What the handler saw. In a kernel it only notes this; the words are found outside of it, where memory may be allocated.
+struct Fault {
+    char* address;
+    bool known;  // the processor gives no address for a misaligned vector access
+    void* instruction;
+};
+static thread_local Fault last_fault;
+
+static std::string describe_fault(const Fault& f) {
+    if (on_fiber_guard(f.address)) return "stack overflow of a CUDA thread";
+    if (!f.known) return "misaligned vector access, or a wild pointer";
+    if (const Allocation* a = near_allocation(allocations, f.address)) return "access out of bounds: " + describe(*a, f.address);
+    if (const Allocation* a = near_allocation(freed, f.address)) return "access to freed memory: " + describe(*a, f.address);
+    if ((uintptr_t)f.address < PAGE) return format("access through a null pointer (address %p)", (void*)f.address);
+    return format("access to %p, which is not device memory", (void*)f.address);
+}
+static void land() { fault_at_address(describe_fault(last_fault), last_fault.instruction); }
 
 static void on_fault(int signal, siginfo_t* info, void* context) {
     char* p = (char*)info->si_addr;
-    const Allocation *a = near_allocation(allocations, p), *f = a ? nullptr : near_allocation(freed, p);
     if (in_kernel()) {
-        if (on_fiber_guard(p)) fault_text = "stack overflow of a CUDA thread";
-        else if (a) fault_text = "access out of bounds: " + describe(*a, p);
-        else if (f) fault_text = "access to freed memory: " + describe(*f, p);
-        else if (!p && info->si_code == SI_KERNEL) fault_text = "misaligned vector access or a wild pointer";
-        else if ((uintptr_t)p < PAGE) fault_text = format("access through a null pointer (address %p)", (void*)p);
-        else fault_text = format("access to %p, which is not device memory", (void*)p);
+        last_fault = {p, info->si_code != SI_KERNEL, nullptr};
 #if defined(__x86_64__)
         // Go on in land(), on a stack that is whole; it gives up the block.
         greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
-        fault_instruction = (void*)registers[REG_RIP];
+        last_fault.instruction = (void*)registers[REG_RIP];
         registers[REG_RSP] = (greg_t)(emergency_stack_top() - 8);
         registers[REG_RIP] = (greg_t)&land;
         return;
 #else
         (void)context;
-        fprintf(stderr, "emulator: %s\n", fault_text.c_str());
+        fprintf(stderr, "emulator: %s\n", describe_fault(last_fault).c_str());
 #endif
-    } else if (a && !a->pinned) {
+    } else if (const Allocation* a = near_allocation(allocations, p)) {
         fprintf(stderr, "emulator: host code touches device memory: %s\n", describe(*a, p).c_str());
-    } else if (f) {
-        fprintf(stderr, "emulator: host code touches freed memory: %s\n", describe(*f, p).c_str());
+    } else if (const Allocation* a = near_allocation(freed, p)) {
+        fprintf(stderr, "emulator: host code touches freed memory: %s\n", describe(*a, p).c_str());
     }
     sigaction(signal, &previous_action, nullptr);  // and on return it faults again, as without us
 }
@@ -255,7 +263,6 @@ void catch_faults() {
     stack_t stack = {};
     stack.ss_sp = malloc(SIZE), stack.ss_size = SIZE;
     sigaltstack(&stack, nullptr);  // a fiber that overflows has no room for the handler
-    fault_text.reserve(1024);
 }
 
 }  // namespace emu

@@ -221,6 +221,7 @@ static std::string this_thread() {
     report(code, text);
     Block& b = *block;
     b.failed = true;
+    release(&b.ended);
     Fiber& from = *b.threads[(size_t)b.current].fiber;
     from.switch_to(b.main);
     abort();
@@ -494,7 +495,10 @@ static bool run_block(Block& b, uint3 index, dim3 size, const std::function<void
         report(cudaErrorIllegalAddress, format("kernel %s, block (%u,%u,%u), has written %zu bytes past the end of its %zu bytes of dynamic "
                                                "shared memory", symbol(b.kernel).c_str(), index.x, index.y, index.z, i, b.dynamic_used));
     }
-    if (b.failed) {
+    if (b.failed) {  // what the waiting threads did came before what follows
+        for (char& object : b.order) acquire(&object);
+        for (Warp& w : b.warps)
+            for (char& object : w.order) acquire(&object);
         b.idle = b.fibers;
         for (Fiber* f : b.fibers) f->prepare(fiber_main);
     }
@@ -606,8 +610,7 @@ Statistics statistics() {
 // Warp collectives of the device language
 
 struct ShuffleLane {
-    void* value;
-    size_t bytes;
+    uint64_t bits;
     int argument, width;
     uint64_t received;
 };
@@ -625,17 +628,17 @@ static void shuffle_lanes(void* const* lanes, uint32_t mask, Site s) {
         if (kind == SHUFFLE_UP ? from < low : from >= high) from = i;  // outside of the segment: one's own value
         if (from < 0 || from > 31 || !(mask >> from & 1))
             fault_in_thread(format("shuffle: lane %d reads lane %d, which is not there (exited, or not in the mask)", i, from), s);
-        memcpy(&me.received, ((ShuffleLane*)lanes[from])->value, me.bytes);
+        me.received = ((ShuffleLane*)lanes[from])->bits;
     }
 }
-void shuffle(uint32_t mask, ShuffleKind kind, void* value, size_t bytes, int argument, int width, Site s) {
+uint64_t shuffle(uint32_t mask, ShuffleKind kind, uint64_t bits, int argument, int width, Site s) {
     static const WarpFunction functions[] = {shuffle_lanes<SHUFFLE_INDEX>, shuffle_lanes<SHUFFLE_XOR>,
                                              shuffle_lanes<SHUFFLE_DOWN>, shuffle_lanes<SHUFFLE_UP>};
     static const char* const names[] = {"__shfl_sync", "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync"};
     if (width < 1 || width > 32 || (width & (width - 1))) fault_in_thread(format("%s: width %d", names[kind], width), s);
-    ShuffleLane l = {value, bytes, argument, width, 0};
+    ShuffleLane l = {bits, argument, width, 0};
     warp_collective(mask, &l, functions[kind], names[kind], s);
-    memcpy(value, &l.received, bytes);
+    return l.received;
 }
 
 struct ReduceLane {
