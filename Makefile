@@ -121,16 +121,16 @@ $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildc
 	$(CXX) $(FLAGS) -c $< -o $@
 
 # --- dev/emulator: CUDA code compiled as C++, and the library in place of cudart and cuBLASLt. The library is the same,
-# and never instrumented, in all builds.
+# and never instrumented, in all builds; symbolic, lest it take a template from an instrumented program.
 EMULATOR = dev/emulator
 LIBEMU = build/libemu.so
-LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp threads.cpp memory.cpp host_api.cpp)
+LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp threads.cpp memory.cpp host_api.cpp cublaslt.cpp)
 EMULATED_FLAGS = $(FLAGS) -g1 -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow
 EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
 
 $(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -shared -ftls-model=initial-exec -Wall -Wextra -isystem $(CUDA_HOME)/include $(LIBEMU_SOURCES) -o $@ -lpthread
+	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -shared -ftls-model=initial-exec -Wl,-Bsymbolic-functions -Wall -Wextra -isystem $(CUDA_HOME)/include $(LIBEMU_SOURCES) -o $@ -lpthread
 $(BUILD)/%.emulated.o: %.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) $(wildcard *.cu *.cpp) | need-cuda
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas -c $< -o $@

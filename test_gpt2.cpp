@@ -57,14 +57,6 @@ struct Random {
     }
 };
 
-void check_close(const std::string& what, const Floats& got, const Doubles& want, double tolerance) {
-    REQUIRE(got.size() == want.size());
-    check_close(what, got.data(), want.data(), got.size(), tolerance);
-}
-void check_close(const std::string& what, double got, double want, double tolerance) {
-    check_close(what, &got, &want, 1, tolerance);
-}
-
 bool same_bits(const Floats& a, const Floats& b) {
     return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * sizeof(float));
 }

@@ -28,6 +28,33 @@ void check_same_mask(const Values& got, const Values& want, float p) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Reductions
+
+// Reductions right after one another, each with another thread's value in front.
+__global__ void reductions_kernel(float* out) {
+    float x = (float)threadIdx.x, n = (float)blockDim.x;
+    out[0 * blockDim.x + threadIdx.x] = gpu::block_max(x);
+    out[1 * blockDim.x + threadIdx.x] = gpu::block_max(n - x);
+    out[2 * blockDim.x + threadIdx.x] = gpu::block_max(-1 - x);
+    out[3 * blockDim.x + threadIdx.x] = gpu::block_sum(x);
+    out[4 * blockDim.x + threadIdx.x] = gpu::block_sum(2 * x);
+    out[5 * blockDim.x + threadIdx.x] = gpu::block_sum(1);
+}
+TEST_CASE("a block's maxima and sums reach every thread, call after call") {
+    for (unsigned n : {32u, 96u, 512u, 1024u}) {
+        Values got = repeatable([&] {
+            Device<float> out(6 * n);
+            gpu::launch(reductions_kernel, 1, n, 0, STREAM, out);
+            return std::vector<Values>{out.values()};
+        })[0];
+        const float want[] = {n - 1.0f, (float)n, -1, n * (n - 1) / 2.0f, n * (n - 1.0f), (float)n};
+        size_t wrong = 0;
+        for (size_t i = 0; i < 6 * n; i++) wrong += got[i] != want[i / n];
+        CHECK(wrong == 0);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
 // Embedding
 
 // Tokens of which a few are very frequent, some middling and the rest rare.
@@ -89,12 +116,14 @@ TEST_CASE("buckets hold each position once, under its token, in ascending order,
 TEST_CASE("embedding backward: rows of rare, middling and very frequent tokens are added in one order") {
     struct {
         size_t B, T, C;
-    } shapes[] = {{1, 1, 8}, {6, 97, 40}, {9, 65, 264}, {2, 300, 776}, {3, 7, 1608}};
+    } shapes[] = {{1, 1, 8}, {6, 97, 40}, {9, 65, 264}, {2, 300, 136}, {3, 7, 1608}};
     for (auto [B, T, C] : shapes)
         for (float p : {0.0f, 0.4f}) {
             int V = 50;
             size_t M = B * T;
-            std::vector<int> tokens = skewed_tokens(M, V, C), memory(gpu::EmbeddingBuckets::ints(M));
+            std::vector<int> tokens = skewed_tokens(M, V - 2, C), memory(gpu::EmbeddingBuckets::ints(M));
+            int most = gpu::EmbeddingBuckets::FREQUENT;  // the two last tokens are the most seldom frequent, and just not
+            if (M > 200) std::fill_n(tokens.begin(), most, V - 2), std::fill_n(tokens.begin() + most, most + 1, V - 1);
             gpu::bucket_tokens(gpu::EmbeddingBuckets::at(memory.data(), M), tokens.data(), M);
             Values dout = normals_x(M * C, 3), dwte = normals(V * C, 4), dwpe = normals((T + 3) * C, 5);
             Values want_wte = dwte, want_wpe = dwpe, masked = dout;
@@ -119,7 +148,7 @@ TEST_CASE("embedding backward: rows of rare, middling and very frequent tokens a
 
 // Every count of warps that can share a row, some rows that fill them exactly, and the longest.
 const size_t CHANNELS[] = {8, 40, 768, 776, 1600, 3080, 6152, 12288};
-constexpr float EPS = 1e-5f;
+constexpr float EPS = 0.02f;  // large enough to matter
 
 TEST_CASE("layernorm forward, at every number of warps that share a row") {
     for (size_t C : CHANNELS)
@@ -459,14 +488,6 @@ struct Optimizer {
     }
 };
 
-// Whether x is one of the two bf16 values that enclose w, or w itself where bf16 holds it.
-bool is_neighbour(float x, float w) {
-    uint32_t bits;
-    memcpy(&bits, &w, 4);
-    float low = bf16_to_float((uint16_t)(bits >> 16)), high = bf16_to_float((uint16_t)((bits >> 16) + 1));
-    return x == low || (x == high && low != w);
-}
-
 const AdamW SETTINGS[] = {{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0}, {3e-3f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f}, {1e-2f, 0.8f, 0.99f, 1e-6f, 0, 1e6f}};
 
 TEST_CASE("AdamW over several steps is the CPU's: clipped and not, decay where param_table says, gradients kept") {
@@ -536,6 +557,14 @@ TEST_CASE("a norm or loss that is not finite leaves all but the report as it was
 }
 
 #if !defined(PRECISION_FP32)
+// Whether x is one of the two bf16 values that enclose w, or w itself where bf16 holds it.
+bool is_neighbour(float x, float w) {
+    uint32_t bits;
+    memcpy(&bits, &w, 4);
+    float low = bf16_to_float((uint16_t)(bits >> 16)), high = bf16_to_float((uint16_t)((bits >> 16) + 1));
+    return x == low || (x == high && low != w);
+}
+
 TEST_CASE("without master weights each parameter becomes one of the two neighbours of the CPU's result") {
     for (const AdamW& a : SETTINGS) {
         Optimizer o(false);

@@ -94,3 +94,11 @@ inline void check_close(const std::string& what, const A* got, const B* want, si
     note(what.substr(0, what.find(':')), error, tolerance);
     CHECK_MESSAGE(error <= tolerance, what, ": relative L2 error ", error, ", wanted at most ", tolerance);
 }
+inline void check_close(const std::string& what, const std::vector<float>& got, const std::vector<double>& want,
+                        double tolerance) {
+    REQUIRE(got.size() == want.size());
+    check_close(what, got.data(), want.data(), got.size(), tolerance);
+}
+inline void check_close(const std::string& what, double got, double want, double tolerance) {
+    check_close(what, &got, &want, 1, tolerance);
+}

@@ -80,13 +80,14 @@ struct Statistics {
 Statistics statistics();
 
 // ---------------------------------------------------------------------------------------------
-// For allocators that cut one cudaMalloc into tensors: leave a gap behind each tensor and register it. In the gap's
-// whole pages every access is reported; in the rest, writes are reported after the kernel, and reads give NaN.
-//     offset = emu::arena_gap(offset_of_end);               // where the next tensor begins
-//     emu::poison(base + offset_of_end, offset - offset_of_end);
+// For allocators that cut one cudaMalloc into tensors: leave a gap behind each tensor and register it. A gap has at least
+// one whole page, in which every access is reported; in the rest of it, writes are reported after the kernel, and reads
+// give NaN.
+//     size_t next = emu::arena_gap(end);   // end: offset of the tensor's end in the arena
+//     emu::poison(arena + end, next - end);
 
 constexpr size_t PAGE = 4096;
-constexpr size_t arena_gap(size_t end) { return (end + PAGE - 1) / PAGE * PAGE + PAGE; }
+constexpr size_t arena_gap(size_t end) { return (end + 255) / 256 * 256 + 2 * PAGE; }
 // p..p+bytes must lie in one device allocation and goes back with it. Copies and memsets may not touch it either.
 cudaError_t poison(void* p, size_t bytes);
 
@@ -110,14 +111,17 @@ bool is_shared(const void* p, size_t bytes);
 bool is_device(const void* p, size_t bytes);
 
 enum ShuffleKind { SHUFFLE_INDEX, SHUFFLE_XOR, SHUFFLE_DOWN, SHUFFLE_UP };
-void shuffle(uint32_t mask, ShuffleKind kind, void* value, size_t bytes, int argument, int width, Site s);
+uint64_t shuffle(uint32_t mask, ShuffleKind kind, uint64_t bits, int argument, int width, Site s);
 enum Reduction { REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, REDUCE_AND, REDUCE_OR, REDUCE_XOR };
 long long reduce(uint32_t mask, Reduction op, long long value, const char* name, Site s);
 
 template <class T>
 T shuffled(uint32_t mask, ShuffleKind kind, T value, int argument, int width, Site s) {
     static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "shuffles move 4- and 8-byte values");
-    shuffle(mask, kind, &value, sizeof(T), argument, width, s);
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    bits = shuffle(mask, kind, bits, argument, width, s);
+    memcpy(&value, &bits, sizeof(T));
     return value;
 }
 

@@ -54,9 +54,9 @@ extern "C" void emu_switch(void** save_stack_pointer, void* stack_pointer);
 #endif
 
 struct Fiber {
-    static constexpr size_t STACK = 256 << 10, GUARD = 4096;
+    static constexpr size_t STACK = 256 << 10, GUARD = 64 << 10;
 
-    char* stack = nullptr;  // lowest address; a guard page lies below
+    char* stack = nullptr;  // lowest address; inaccessible pages lie below
     size_t bytes = 0;
     void *asan = nullptr, *tsan = nullptr;
 #if defined(EMU_UCONTEXT)

@@ -61,7 +61,7 @@ struct Capture {
     cudaStreamCaptureMode mode;
     Stream* origin;
     std::thread::id thread;
-    Graph* graph;
+    std::unique_ptr<Graph> graph;
     bool invalid = false;
 };
 
@@ -70,7 +70,7 @@ struct Stream {
     int priority = 0;
     std::deque<Operation> queue;
     uint64_t submitted = 0, completed = 0;
-    Capture* capture = nullptr;
+    std::shared_ptr<Capture> capture;
     std::set<size_t> tail;  // under capture: the nodes that the next one comes after
 };
 
@@ -78,7 +78,7 @@ struct Event {
     bool timed = true, recorded = false;
     Dependency point = {nullptr, 0};
     std::shared_ptr<std::chrono::steady_clock::time_point> time;
-    Capture* capture = nullptr;  // recorded in a stream under capture
+    std::shared_ptr<Capture> capture;  // recorded in a stream under capture
     std::set<size_t> nodes;
 };
 
@@ -88,7 +88,7 @@ static std::vector<Stream*>& streams = *new std::vector<Stream*>{&legacy};
 static std::set<Stream*>& dead_streams = *new std::set<Stream*>;
 static std::set<Event*>& events = *new std::set<Event*>;
 static std::set<Graph*>&graphs = *new std::set<Graph*>, &executables = *new std::set<Graph*>;
-static std::set<Capture*>& captures = *new std::set<Capture*>;
+static std::set<std::shared_ptr<Capture>>& captures = *new std::set<std::shared_ptr<Capture>>;  // in progress
 
 // The stream of a handle; null for a handle that is none.
 static Stream* stream_of(cudaStream_t handle) {
@@ -114,7 +114,7 @@ static cudaError_t complete_all() {
 
 // --- capture
 
-static cudaError_t invalidate(Capture* c, cudaError_t e) {
+static cudaError_t invalidate(const std::shared_ptr<Capture>& c, cudaError_t e) {
     c->invalid = true;
     return e;
 }
@@ -122,14 +122,14 @@ static cudaError_t invalidate(Capture* c, cudaError_t e) {
 // Is there a capture that calls such as cudaMalloc would break? Then it is broken.
 static bool capture_forbids() {
     bool forbidden = false;
-    for (Capture* c : captures)
+    for (auto& c : captures)
         if (c->mode == cudaStreamCaptureModeGlobal || (c->mode == cudaStreamCaptureModeThreadLocal && c->thread == std::this_thread::get_id()))
             c->invalid = forbidden = true;
     return forbidden;
 }
 
 static cudaError_t add_node(Stream* s, std::function<cudaError_t()> work) {
-    Capture* c = s->capture;
+    Capture* c = s->capture.get();
     if (c->invalid) return cudaErrorStreamCaptureInvalidated;
     c->graph->nodes.push_back({std::move(work), {s->tail.begin(), s->tail.end()}});
     s->tail = {c->graph->nodes.size() - 1};
@@ -137,7 +137,7 @@ static cudaError_t add_node(Stream* s, std::function<cudaError_t()> work) {
 }
 
 // The legacy stream waits for all blocking streams, so it cannot be used while one of them is under capture.
-static Capture* capture_of_blocking_stream() {
+static std::shared_ptr<Capture> capture_of_blocking_stream() {
     for (Stream* s : streams)
         if (s->capture && s->blocking) return s->capture;
     return nullptr;
@@ -145,7 +145,7 @@ static Capture* capture_of_blocking_stream() {
 
 static cudaError_t submit_after(Stream* s, std::function<cudaError_t()> work, std::vector<Dependency> after) {
     if (s == &legacy) {
-        if (Capture* c = capture_of_blocking_stream()) return invalidate(c, cudaErrorStreamCaptureImplicit);
+        if (auto c = capture_of_blocking_stream()) return invalidate(c, cudaErrorStreamCaptureImplicit);
         for (Stream* other : streams)
             if (other != s && other->blocking) after.push_back({other, other->submitted});
     } else if (s->blocking) {
@@ -444,15 +444,14 @@ static cudaError_t check_copy(const void* target, const void* source, size_t row
     const bool want_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     const bool want_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     if (kind != cudaMemcpyDefault && (to != want_to || from != want_from)) {
-        static const char* const words[] = {"host", "device"};
-        return report(cudaErrorInvalidValue, format("cudaMemcpy: the kind says %s to %s, the pointers are %s to %s", words[want_from],
+        static const char* const words[] = {"host memory", "device memory"};
+        return refuse(cudaErrorInvalidValue, format("cudaMemcpy: the kind says %s to %s, the pointers say %s to %s", words[want_from],
                                                     words[want_to], words[from], words[to]));
     }
     for (size_t i = 0; i < rows; i++) {
-        if (find_allocation(target))
-            if (cudaError_t e = check_range((char*)target + i * target_pitch, row, "cudaMemcpy's target")) return e;
-        if (find_allocation(source))
-            if (cudaError_t e = check_range((char*)source + i * source_pitch, row, "cudaMemcpy's source")) return e;
+        std::string wrong = find_allocation(target) ? check_range((char*)target + i * target_pitch, row, "cudaMemcpy's target") : "";
+        if (wrong.empty() && find_allocation(source)) wrong = check_range((char*)source + i * source_pitch, row, "cudaMemcpy's source");
+        if (!wrong.empty()) return refuse(cudaErrorInvalidValue, wrong);
     }
     return cudaSuccess;
 }
@@ -502,7 +501,8 @@ cudaError_t cudaMemcpy2DAsync(void* target, size_t target_pitch, const void* sou
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
     API;
-    if (cudaError_t e = check_range(p, bytes, "cudaMemset")) return failed(e);
+    const std::string wrong = check_range(p, bytes, "cudaMemset");
+    if (!wrong.empty()) return failed(refuse(cudaErrorInvalidValue, wrong));
     return failed(submit(stream, [=] {
         DeviceAccess open;
         memset(p, value, bytes);
@@ -548,7 +548,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
     if (!s) return failed(cudaErrorInvalidResourceHandle);
     if (s->capture) return failed(invalidate(s->capture, cudaErrorStreamCaptureUnsupported));
     if (s == &legacy)
-        if (Capture* c = capture_of_blocking_stream()) return failed(invalidate(c, cudaErrorStreamCaptureImplicit));
+        if (auto c = capture_of_blocking_stream()) return failed(invalidate(c, cudaErrorStreamCaptureImplicit));
     if (s == &legacy) {
         for (size_t i = streams.size(); i-- > 0;)
             if (streams[i]->blocking) complete(streams[i], streams[i]->submitted);
@@ -559,7 +559,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 cudaError_t cudaDeviceSynchronize() {
     API;
     if (!captures.empty()) {
-        for (Capture* c : captures) c->invalid = true;
+        for (auto& c : captures) c->invalid = true;
         return failed(cudaErrorStreamCaptureUnsupported);
     }
     return failed(complete_all());
@@ -683,7 +683,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     if (!s) return failed(cudaErrorInvalidResourceHandle);
     if (s == &legacy) return failed(cudaErrorStreamCaptureUnsupported);
     if (s->capture) return failed(cudaErrorIllegalState);
-    s->capture = new Capture{mode, s, std::this_thread::get_id(), new Graph};
+    s->capture.reset(new Capture{mode, s, std::this_thread::get_id(), std::make_unique<Graph>()});
     s->tail.clear();
     captures.insert(s->capture);
     return cudaSuccess;
@@ -708,7 +708,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     *graph = nullptr;
     Stream* s = stream_of(stream);
     if (!s) return failed(cudaErrorInvalidResourceHandle);
-    Capture* c = s->capture;
+    std::shared_ptr<Capture> c = s->capture;
     if (!c) return failed(cudaErrorIllegalState);
     if (c->origin != s) return failed(invalidate(c, cudaErrorStreamCaptureUnmatched));
     if (c->mode != cudaStreamCaptureModeRelaxed && c->thread != std::this_thread::get_id())
@@ -716,9 +716,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     cudaError_t e = c->invalid ? cudaErrorStreamCaptureInvalidated : all_joined(*c) ? cudaSuccess : cudaErrorStreamCaptureUnjoined;
     for (Stream* other : streams)
         if (other->capture == c) other->capture = nullptr, other->tail.clear();
-    if (e == cudaSuccess) graphs.insert(c->graph), *graph = (cudaGraph_t)c->graph;
-    else delete c->graph;
-    captures.erase(c);  // the object itself stays: events may still name it
+    if (e == cudaSuccess) *graph = (cudaGraph_t)*graphs.insert(c->graph.release()).first;
+    captures.erase(c);
     return failed(e);
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {

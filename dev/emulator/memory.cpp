@@ -48,6 +48,7 @@ static void set_access(const Allocation& a, bool accessible) {
 
 static bool guard_in_force = false;  // were the pages closed when the last access ended?
 DeviceAccess::DeviceAccess() {
+    install_handler();
     if (open_count++ || !guard_in_force) return;
     for (auto& [begin, a] : allocations)
         if (!a.pinned) set_access(a, true);
@@ -64,7 +65,6 @@ cudaError_t allocate(void** p, size_t bytes, bool pinned) {
     *p = nullptr;
     if (bytes == 0) return cudaSuccess;
     if (!pinned && (bytes > options().memory_limit || used + bytes > options().memory_limit)) return cudaErrorMemoryAllocation;
-    install_handler();
     DeviceAccess open;
     Allocation a;
     a.bytes = bytes, a.pinned = pinned, a.number = ++allocation_count;
@@ -130,16 +130,16 @@ static std::string describe(const Allocation& a, const char* p) {
     return format("%td bytes into a ", p - a.begin) + what;
 }
 
-cudaError_t check_range(const void* p, size_t bytes, const char* what) {
-    if (!bytes) return cudaSuccess;
+std::string check_range(const void* p, size_t bytes, const char* what) {
+    if (!bytes) return "";
     const Allocation* a = find_allocation(p);
-    if (!a) return report(cudaErrorInvalidValue, format("%s: %p is not device memory", what, p));
-    if ((size_t)(a->begin + a->bytes - (char*)p) < bytes)
-        return report(cudaErrorInvalidValue, format("%s: %zu bytes, from ", what, bytes) + describe(*a, (char*)p) + " on, end beyond it");
+    if (!a) return format("%s: %p is not device memory", what, p);
+    const char *begin = (const char*)p, *end = begin + bytes;
+    if ((size_t)(a->begin + a->bytes - begin) < bytes)
+        return format("%s: %zu bytes, which end ", what, bytes) + describe(*a, end);
     for (auto& [gap, gap_bytes] : a->gaps)
-        if (gap < (char*)p + bytes && gap + gap_bytes > (char*)p)
-            return report(cudaErrorInvalidValue, format("%s: %zu bytes from %p on touch the gap behind a tensor", what, bytes, p));
-    return cudaSuccess;
+        if (gap < end && gap + gap_bytes > begin) return format("%s: %zu bytes, which touch the gap behind a tensor, ", what, bytes) + describe(*a, std::max(gap, (char*)p));
+    return "";
 }
 
 cudaError_t poison(void* p, size_t bytes) {
@@ -206,56 +206,63 @@ cudaError_t check_patterns(const char* who, const void* kernel) {
 // --- faults
 
 static struct sigaction previous_action;
-static thread_local std::string fault_text;
-static thread_local void* fault_instruction;
 
-static void land() { fault_at_address(fault_text, fault_instruction); }
+// What the handler saw. In a kernel it only notes this; the words are found outside of it, where memory may be allocated.
+struct Fault {
+    char* address;
+    bool known;  // the processor gives no address for a misaligned vector access
+    void* instruction;
+};
+static thread_local Fault last_fault;
+
+static std::string describe_fault(const Fault& f) {
+    if (on_fiber_guard(f.address)) return "stack overflow of a CUDA thread";
+    if (!f.known) return "misaligned vector access, or a wild pointer";
+    if (const Allocation* a = near_allocation(allocations, f.address)) return "access out of bounds: " + describe(*a, f.address);
+    if (const Allocation* a = near_allocation(freed, f.address)) return "access to freed memory: " + describe(*a, f.address);
+    if ((uintptr_t)f.address < PAGE) return format("access through a null pointer (address %p)", (void*)f.address);
+    return format("access to %p, which is not device memory", (void*)f.address);
+}
+static void land() { fault_at_address(describe_fault(last_fault), last_fault.instruction); }
 
 static void on_fault(int signal, siginfo_t* info, void* context) {
     char* p = (char*)info->si_addr;
-    const Allocation *a = near_allocation(allocations, p), *f = a ? nullptr : near_allocation(freed, p);
     if (in_kernel()) {
-        if (a) fault_text = "access out of bounds: " + describe(*a, p);
-        else if (f) fault_text = "access to freed memory: " + describe(*f, p);
-        else if (on_fiber_guard(p)) fault_text = "stack overflow of a CUDA thread";
-        else if (!p && info->si_code == SI_KERNEL) fault_text = "misaligned vector access or a wild pointer";
-        else if ((uintptr_t)p < PAGE) fault_text = format("access through a null pointer (address %p)", (void*)p);
-        else fault_text = format("access to %p, which is not device memory", (void*)p);
+        last_fault = {p, info->si_code != SI_KERNEL, nullptr};
 #if defined(__x86_64__)
         // Go on in land(), on a stack that is whole; it gives up the block.
         greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
-        fault_instruction = (void*)registers[REG_RIP];
+        last_fault.instruction = (void*)registers[REG_RIP];
         registers[REG_RSP] = (greg_t)(emergency_stack_top() - 8);
         registers[REG_RIP] = (greg_t)&land;
         return;
 #else
         (void)context;
-        fprintf(stderr, "emulator: %s\n", fault_text.c_str());
+        fprintf(stderr, "emulator: %s\n", describe_fault(last_fault).c_str());
 #endif
-    } else if (a && !a->pinned) {
+    } else if (const Allocation* a = near_allocation(allocations, p)) {
         fprintf(stderr, "emulator: host code touches device memory: %s\n", describe(*a, p).c_str());
-    } else if (f) {
-        fprintf(stderr, "emulator: host code touches freed memory: %s\n", describe(*f, p).c_str());
+    } else if (const Allocation* a = near_allocation(freed, p)) {
+        fprintf(stderr, "emulator: host code touches freed memory: %s\n", describe(*a, p).c_str());
     }
     sigaction(signal, &previous_action, nullptr);  // and on return it faults again, as without us
 }
 
+// Before each use of device memory, since others (test frameworks) put their own handler in place; theirs is next in line.
 static void install_handler() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        struct sigaction s = {};
-        s.sa_sigaction = on_fault;
-        s.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        sigaction(SIGSEGV, &s, &previous_action);
-    });
+    struct sigaction now, ours = {};
+    ours.sa_sigaction = on_fault;
+    ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, nullptr, &now);
+    if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_fault) return;
+    previous_action = now;
+    sigaction(SIGSEGV, &ours, nullptr);
 }
 void catch_faults() {
     constexpr size_t SIZE = 64 << 10;
     stack_t stack = {};
     stack.ss_sp = malloc(SIZE), stack.ss_size = SIZE;
     sigaltstack(&stack, nullptr);  // a fiber that overflows has no room for the handler
-    fault_text.reserve(1024);
-    install_handler();
 }
 
 }  // namespace emu

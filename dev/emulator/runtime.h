@@ -12,11 +12,13 @@
 namespace emu {
 
 // --- reports (threads.cpp)
-// Keeps and prints the report unless there is one already; all later calls return the code. Returns the code.
+// A fault: keeps and prints the text unless there is a fault already; all later calls return the code. Returns the code.
 cudaError_t report(cudaError_t code, const std::string& text);
+// The caller's mistake, found before anything was done: keeps and prints the text, and returns the code once.
+cudaError_t refuse(cudaError_t code, const std::string& text);
 cudaError_t fault_code();            // cudaSuccess, or the code of the report
 __attribute__((format(printf, 1, 2))) std::string format(const char* fmt, ...);
-std::string symbol(const void* code);  // "kernel(float*, int)", from the program's symbol table
+std::string symbol(const void* code);  // "block_sum", from the program's symbol table
 bool in_kernel();                    // is the calling thread running a CUDA thread?
 
 // --- threads (threads.cpp)
@@ -41,8 +43,8 @@ struct Allocation {
 cudaError_t allocate(void** p, size_t bytes, bool pinned);
 cudaError_t release_memory(void* p, bool pinned);
 const Allocation* find_allocation(const void* p);
-// cudaSuccess, or a report: "<what>: ... beyond the end of a 1024-byte device allocation".
-cudaError_t check_range(const void* p, size_t bytes, const char* what);
+// "" where p..p+bytes lies in one allocation and in no gap; else what is wrong, "<what>: ...".
+std::string check_range(const void* p, size_t bytes, const char* what);
 cudaError_t check_patterns(const char* who, const void* kernel = nullptr);
 void memory_usage(size_t& now, size_t& peak);
 void catch_faults();                 // for each worker, before it runs kernels

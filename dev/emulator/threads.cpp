@@ -81,6 +81,12 @@ cudaError_t report(cudaError_t code, const std::string& text) {
     if (!options().quiet) fprintf(stderr, "emulator: %s\n", text.c_str());
     return code;
 }
+cudaError_t refuse(cudaError_t code, const std::string& text) {
+    std::lock_guard<std::mutex> lock(report_lock);
+    if (report_code == cudaSuccess) report_text = text;
+    if (!options().quiet) fprintf(stderr, "emulator: %s\n", text.c_str());
+    return code;
+}
 cudaError_t fault_code() { return report_code; }
 std::string last_report() {
     std::lock_guard<std::mutex> lock(report_lock);
@@ -119,14 +125,21 @@ static std::string addr2line(const void* address) {
     std::string command = format("addr2line -Cfpe '%s' 0x%zx 2>/dev/null", m.path.c_str(), (size_t)(m.address - m.base));
     if (FILE* p = popen(command.c_str(), "r")) {
         char text[1024];
-        if (fgets(text, sizeof text, p) && *text != '?') line = text, line.resize(line.find_last_not_of('\n') + 1);
+        if (fgets(text, sizeof text, p) && *text != '?') line = text;
+        line = line.substr(0, std::min(line.find('\n'), line.find(" (discriminator")));
         pclose(p);
     }
     return line;
 }
 std::string symbol(const void* code) {
     std::string s = addr2line(code);
-    return s.substr(0, s.find(" at "));
+    s = s.substr(0, s.find(" at "));
+    int depth = 0;
+    for (size_t i = s.size(); i-- > 0 && s.back() == ')';) {  // without the parameters
+        depth += s[i] == ')', depth -= s[i] == '(';
+        if (depth == 0) return s.substr(0, i);
+    }
+    return s;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -208,6 +221,7 @@ static std::string this_thread() {
     report(code, text);
     Block& b = *block;
     b.failed = true;
+    release(&b.ended);
     Fiber& from = *b.threads[(size_t)b.current].fiber;
     from.switch_to(b.main);
     abort();
@@ -436,6 +450,9 @@ static Fiber* new_fiber() {
     return f;
 }
 
+// Bytes behind the dynamic shared memory that a launch asked for, watched for writes.
+constexpr size_t BEHIND = 1024;
+
 // Runs one block to its end; false when it failed.
 static bool run_block(Block& b, uint3 index, dim3 size, const std::function<void()>& body) {
     b.count = (int)(size.x * size.y * size.z);
@@ -456,7 +473,8 @@ static bool run_block(Block& b, uint3 index, dim3 size, const std::function<void
         set_ready(b, i);
     }
     memset(b.shared, 0xff, (size_t)(b.dynamic - b.shared));  // NaN; the dynamic part only as far as it was asked for
-    memset(b.dynamic, 0xff, b.dynamic_used);
+    const size_t behind = std::min(BEHIND, b.dynamic_bytes - b.dynamic_used);
+    memset(b.dynamic, 0xff, b.dynamic_used + behind);
     memset(b.dynamic + b.dynamic_bytes, 0xff, (size_t)(b.shared + b.shared_bytes - b.dynamic - b.dynamic_bytes));
     asan_poison(b.dynamic + b.dynamic_used, b.dynamic_bytes - b.dynamic_used);
     release(&b.started);
@@ -471,7 +489,16 @@ static bool run_block(Block& b, uint3 index, dim3 size, const std::function<void
     b.current = -1;
     acquire(&b.ended);
     asan_unpoison(b.dynamic, b.dynamic_bytes);
-    if (b.failed) {
+    for (size_t i = 0; i < behind && !b.failed; i++) {
+        if ((unsigned char)b.dynamic[b.dynamic_used + i] == 0xff) continue;
+        b.failed = true;
+        report(cudaErrorIllegalAddress, format("kernel %s, block (%u,%u,%u), has written %zu bytes past the end of its %zu bytes of dynamic "
+                                               "shared memory", symbol(b.kernel).c_str(), index.x, index.y, index.z, i, b.dynamic_used));
+    }
+    if (b.failed) {  // what the waiting threads did came before what follows
+        for (char& object : b.order) acquire(&object);
+        for (Warp& w : b.warps)
+            for (char& object : w.order) acquire(&object);
         b.idle = b.fibers;
         for (Fiber* f : b.fibers) f->prepare(fiber_main);
     }
@@ -583,8 +610,7 @@ Statistics statistics() {
 // Warp collectives of the device language
 
 struct ShuffleLane {
-    void* value;
-    size_t bytes;
+    uint64_t bits;
     int argument, width;
     uint64_t received;
 };
@@ -602,17 +628,17 @@ static void shuffle_lanes(void* const* lanes, uint32_t mask, Site s) {
         if (kind == SHUFFLE_UP ? from < low : from >= high) from = i;  // outside of the segment: one's own value
         if (from < 0 || from > 31 || !(mask >> from & 1))
             fault_in_thread(format("shuffle: lane %d reads lane %d, which is not there (exited, or not in the mask)", i, from), s);
-        memcpy(&me.received, ((ShuffleLane*)lanes[from])->value, me.bytes);
+        me.received = ((ShuffleLane*)lanes[from])->bits;
     }
 }
-void shuffle(uint32_t mask, ShuffleKind kind, void* value, size_t bytes, int argument, int width, Site s) {
+uint64_t shuffle(uint32_t mask, ShuffleKind kind, uint64_t bits, int argument, int width, Site s) {
     static const WarpFunction functions[] = {shuffle_lanes<SHUFFLE_INDEX>, shuffle_lanes<SHUFFLE_XOR>,
                                              shuffle_lanes<SHUFFLE_DOWN>, shuffle_lanes<SHUFFLE_UP>};
     static const char* const names[] = {"__shfl_sync", "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync"};
     if (width < 1 || width > 32 || (width & (width - 1))) fault_in_thread(format("%s: width %d", names[kind], width), s);
-    ShuffleLane l = {value, bytes, argument, width, 0};
+    ShuffleLane l = {bits, argument, width, 0};
     warp_collective(mask, &l, functions[kind], names[kind], s);
-    memcpy(value, &l.received, bytes);
+    return l.received;
 }
 
 struct ReduceLane {

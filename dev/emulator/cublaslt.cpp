@@ -1,0 +1,467 @@
+// cublaslt.cpp - cuBLASLt's matrix product on the CPU: D = epilogue(alpha op(A) op(B) + beta C).
+//
+// A, B in bf16 with C, D in bf16 or fp32, or all in fp32; column order; batches by strides; the epilogues that training
+// uses. Sums are fp32, each element over k in order, so results repeat bit for bit. What cuBLASLt's documentation forbids
+// is refused, and so is any operand that reaches beyond its device allocation; last_report() says why.
+#include <cublasLt.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+
+#include "runtime.h"
+
+namespace emu {
+namespace {
+
+// The opaque descriptors of the API hold these.
+struct Product {
+    cublasComputeType_t compute;
+    cudaDataType_t scale;
+    int32_t pointer_mode, trans_a, trans_b, bias_type, aux_type;
+    uint32_t epilogue;
+    void *bias, *aux;
+    int64_t aux_ld, aux_stride, bias_stride;
+};
+struct Layout {
+    cudaDataType_t type;
+    int32_t order, batch;
+    uint64_t rows, cols;
+    int64_t ld, stride;
+};
+struct Preference {
+    uint64_t workspace;
+    uint32_t alignment[4];  // of A, B, C, D
+};
+// What a heuristic's result stands for. All algorithms give the same numbers.
+struct Algorithm {
+    uint64_t id, workspace;
+    uint32_t alignment[4];
+};
+constexpr uint64_t ALGORITHM_ID = 0xa190;
+static_assert(sizeof(Product) <= sizeof(cublasLtMatmulDescOpaque_t) && sizeof(Layout) <= sizeof(cublasLtMatrixLayoutOpaque_t) &&
+              sizeof(Preference) <= sizeof(cublasLtMatmulPreferenceOpaque_t) && sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t), "");
+
+size_t size_of(cudaDataType_t t) { return t == CUDA_R_16BF ? 2 : 4; }
+float load(const void* p, cudaDataType_t type, size_t i) {
+    return type == CUDA_R_16BF ? bit_cast<float>((uint32_t)((const uint16_t*)p)[i] << 16) : ((const float*)p)[i];
+}
+void store(void* p, cudaDataType_t type, size_t i, float v) {
+    if (type == CUDA_R_16BF) ((__nv_bfloat16*)p)[i] = __float2bfloat16_rn(v);
+    else ((float*)p)[i] = v;
+}
+
+// The tanh approximation, and its derivative
+constexpr float GELU_SCALE = 0.7978845608028654f, GELU_CUBE = 0.044715f;
+float gelu(float x) { return 0.5f * x * (1 + tanhf(GELU_SCALE * (x + GELU_CUBE * x * x * x))); }
+float gelu_derivative(float x) {
+    float t = tanhf(GELU_SCALE * (x + GELU_CUBE * x * x * x));
+    return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBE * x * x);
+}
+
+// One product with everything resolved: op(A) (m,k), op(B) (k,n), C and D (m,n).
+struct Matmul {
+    Product p;
+    Layout a, b, c, d;
+    const char *A, *B, *C;
+    char* D;
+    float alpha, beta;
+    const float *device_alpha, *device_beta;  // where the pointer mode says so
+    void* workspace;
+    size_t workspace_bytes;
+    size_t m, n, k;
+
+    bool writes_aux() const { return p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX || p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
+    bool is_gelu() const { return p.epilogue & CUBLASLT_EPILOGUE_GELU; }
+    bool is_dgelu() const { return p.epilogue == CUBLASLT_EPILOGUE_DGELU || p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD; }
+    bool has_bias() const { return p.epilogue & CUBLASLT_EPILOGUE_BIAS; }
+    bool needs_aux() const { return writes_aux() || is_dgelu(); }
+    bool has_bias_gradient() const {
+        return p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD || p.epilogue == CUBLASLT_EPILOGUE_BGRADA || p.epilogue == CUBLASLT_EPILOGUE_BGRADB;
+    }
+    size_t bias_count() const { return p.epilogue == CUBLASLT_EPILOGUE_BGRADB ? n : m; }
+};
+
+// ---------------------------------------------------------------------------------------------
+// The product: panels of MR rows of op(A) and NR columns of op(B), both k-major; a tile stays in registers
+
+typedef float Vector __attribute__((vector_size(64)));
+constexpr size_t VL = 16, MR = 2 * VL, NR = 6;
+
+// tile[j*MR + i] = sum over k of a[k*MR + i] * b[k*NR + j]
+__attribute__((noinline)) void multiply_tile(const float* a, const float* b, size_t k, float* tile) {
+    Vector low[NR] = {}, high[NR] = {};
+    for (; k; k--, a += MR, b += NR) {
+        Vector x, y;
+        memcpy(&x, a, sizeof x), memcpy(&y, a + VL, sizeof y);
+#pragma GCC unroll 6
+        for (size_t j = 0; j < NR; j++) low[j] += x * b[j], high[j] += y * b[j];
+    }
+    for (size_t j = 0; j < NR; j++) memcpy(tile + j * MR, &low[j], sizeof low[j]), memcpy(tile + j * MR + VL, &high[j], sizeof high[j]);
+}
+
+// Lays out element (r, i) = src[r*stride_r + i*stride_i], r < rows (the rest of the R zeros), i < k, as panel[i*R + r].
+template <size_t R>
+void pack(float* panel, const void* src, cudaDataType_t type, size_t stride_r, size_t stride_i, size_t rows, size_t k) {
+    auto place = [&](size_t r, size_t i) { panel[i * R + r] = r < rows ? load(src, type, r * stride_r + i * stride_i) : 0; };
+    if (stride_r < stride_i) {
+        for (size_t i = 0; i < k; i++)
+            for (size_t r = 0; r < R; r++) place(r, i);
+    } else {
+        for (size_t r = 0; r < R; r++)
+            for (size_t i = 0; i < k; i++) place(r, i);
+    }
+}
+
+// The finished element (row, col) of the sum: the rest of the formula. Returns what was stored, before rounding.
+float finish(const Matmul& f, size_t batch, size_t row, size_t col, float sum) {
+    const cudaDataType_t type = f.d.type;
+    float v = f.alpha * sum;
+    if (f.beta != 0) v += f.beta * load(f.C, type, batch * (size_t)f.c.stride + col * (size_t)f.c.ld + row);
+    if (f.has_bias()) v += load(f.p.bias, type, batch * (size_t)f.p.bias_stride + row);
+    const size_t aux = batch * (size_t)f.p.aux_stride + col * (size_t)f.p.aux_ld + row;
+    if (f.writes_aux()) store(f.p.aux, type, aux, v);
+    if (f.is_gelu()) v = gelu(v);
+    if (f.is_dgelu()) v *= gelu_derivative(load(f.p.aux, type, aux));
+    store(f.D, type, batch * (size_t)f.d.stride + col * (size_t)f.d.ld + row, v);
+    return v;
+}
+
+void run(const Matmul& f) {
+    const size_t m = f.m, n = f.n, k = f.k, panels_n = (n + NR - 1) / NR;
+    // Strides of op(A) and op(B) along their outer dimension (m, n) and along k
+    const size_t a_m = f.p.trans_a ? (size_t)f.a.ld : 1, a_k = f.p.trans_a ? 1 : (size_t)f.a.ld;
+    const size_t b_n = f.p.trans_b ? 1 : (size_t)f.b.ld, b_k = f.p.trans_b ? (size_t)f.b.ld : 1;
+    std::unique_ptr<float[]> packed_b(new float[panels_n * NR * k]);
+    for (size_t batch = 0; batch < (size_t)f.d.batch; batch++) {
+        const char* A = f.A + batch * (size_t)f.a.stride * size_of(f.a.type);
+        const char* B = f.B + batch * (size_t)f.b.stride * size_of(f.b.type);
+        auto row_sum = [&](const char* x, cudaDataType_t type, size_t start, size_t stride) {
+            double sum = 0;
+            for (size_t i = 0; i < k; i++) sum += load(x, type, start + i * stride);
+            return (float)sum;
+        };
+        const size_t bias = batch * (size_t)f.p.bias_stride;
+        if (f.p.epilogue == CUBLASLT_EPILOGUE_BGRADA)
+            for (size_t i = 0; i < m; i++) store(f.p.bias, f.d.type, bias + i, row_sum(A, f.a.type, i * a_m, a_k));
+        if (f.p.epilogue == CUBLASLT_EPILOGUE_BGRADB)
+            for (size_t i = 0; i < n; i++) store(f.p.bias, f.d.type, bias + i, row_sum(B, f.b.type, i * b_n, b_k));
+        parallel(panels_n, [&](size_t j) {
+            pack<NR>(&packed_b[j * NR * k], B + j * NR * b_n * size_of(f.b.type), f.b.type, b_n, b_k, std::min(NR, n - j * NR), k);
+        });
+        parallel((m + MR - 1) / MR, [&](size_t i) {
+            const size_t row0 = i * MR, rows = std::min(MR, m - row0);
+            std::unique_ptr<float[]> packed_a(new float[MR * k]);
+            pack<MR>(packed_a.get(), A + row0 * a_m * size_of(f.a.type), f.a.type, a_m, a_k, rows, k);
+            float tile[MR * NR];
+            double gradient[MR] = {};
+            for (size_t j = 0; j < panels_n; j++) {
+                multiply_tile(packed_a.get(), &packed_b[j * NR * k], k, tile);
+                for (size_t col = j * NR; col < std::min(n, (j + 1) * NR); col++)
+                    for (size_t r = 0; r < rows; r++) gradient[r] += finish(f, batch, row0 + r, col, tile[(col - j * NR) * MR + r]);
+            }
+            if (f.p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD)
+                for (size_t r = 0; r < rows; r++) store(f.p.bias, f.d.type, bias + row0 + r, (float)gradient[r]);
+        });
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// What is supported, and what is right
+
+thread_local std::string refusal;  // why the last call was refused
+cublasStatus_t refuse(cublasStatus_t status, const std::string& why) {
+    refusal = why;
+    return status;
+}
+
+// Of a matrix product, not of a question to the heuristic: an operand out of bounds is a fault, as it would be on a device.
+cublasStatus_t loud(cublasStatus_t s) {
+    const std::string text = "cublasLtMatmul: " + refusal;
+    if (s == CUBLAS_STATUS_EXECUTION_FAILED) report(cudaErrorIllegalAddress, text);
+    else emu::refuse(cudaErrorInvalidValue, text);
+    return s;
+}
+
+bool known_epilogue(uint32_t e) {
+    for (cublasLtEpilogue_t known : {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_BIAS,
+                                     CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU,
+                                     CUBLASLT_EPILOGUE_DGELU_BGRAD, CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_BGRADB})
+        if ((uint32_t)known == e) return true;
+    return false;
+}
+
+// Everything that does not depend on the matrices' addresses. Fills in m, n, k.
+cublasStatus_t check_shapes(Matmul& f) {
+    const Product& p = f.p;
+    auto unsupported = [](const std::string& why) { return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why); };
+    auto invalid = [](const std::string& why) { return refuse(CUBLAS_STATUS_INVALID_VALUE, why); };
+    const bool fast = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 || p.compute == CUBLAS_COMPUTE_32F_FAST_16BF || p.compute == CUBLAS_COMPUTE_32F_FAST_16F;
+    if (!fast && p.compute != CUBLAS_COMPUTE_32F && p.compute != CUBLAS_COMPUTE_32F_PEDANTIC) return unsupported("the compute type is not fp32");
+    if (p.scale != CUDA_R_32F) return unsupported("the scale type is not fp32");
+    const cudaDataType_t in = f.a.type, out = f.d.type;
+    if (f.b.type != in || f.c.type != out || !((in == CUDA_R_16BF && (out == CUDA_R_16BF || out == CUDA_R_32F)) || (in == CUDA_R_32F && out == CUDA_R_32F)))
+        return unsupported(format("the types of A, B, C, D are %d, %d, %d, %d; supported are bf16 to bf16 or fp32, and fp32", f.a.type, f.b.type, f.c.type, f.d.type));
+    if (fast && in != CUDA_R_32F) return unsupported("the FAST compute types are for fp32 matrices");
+    if (!known_epilogue(p.epilogue)) return unsupported(format("epilogue %u", p.epilogue));
+    if (options().refused_epilogues & p.epilogue & ~(uint32_t)CUBLASLT_EPILOGUE_DEFAULT) return unsupported(format("epilogue %u is switched off", p.epilogue));
+    if (p.pointer_mode != CUBLASLT_POINTER_MODE_HOST && p.pointer_mode != CUBLASLT_POINTER_MODE_DEVICE) return unsupported("the pointer mode of alpha and beta");
+
+    f.m = p.trans_a ? f.a.cols : f.a.rows, f.k = p.trans_a ? f.a.rows : f.a.cols;
+    f.n = p.trans_b ? f.b.rows : f.b.cols;
+    const uint64_t k_of_b = p.trans_b ? f.b.cols : f.b.rows;
+    if (f.k != k_of_b || f.d.rows != f.m || f.d.cols != f.n || f.c.rows != f.m || f.c.cols != f.n)
+        return invalid(format("op(A) is (%zu,%zu), op(B) (%zu,%zu), C (%zu,%zu), D (%zu,%zu)", f.m, f.k, (size_t)k_of_b, f.n,
+                              (size_t)f.c.rows, (size_t)f.c.cols, (size_t)f.d.rows, (size_t)f.d.cols));
+    const char* names = "ABCD";
+    for (const Layout* l : {&f.a, &f.b, &f.c, &f.d}) {
+        const char name = *names++;
+        if (l->order != CUBLASLT_ORDER_COL) return unsupported(format("%c is not in column order", name));
+        if (!l->rows || !l->cols) return invalid(format("%c is empty", name));
+        if (l->ld < (int64_t)l->rows) return invalid(format("%c has leading dimension %ld, less than its %zu rows", name, (long)l->ld, (size_t)l->rows));
+        if (l->batch != f.d.batch || l->batch < 1) return invalid(format("%c has %d batches, D has %d", name, l->batch, f.d.batch));
+    }
+    if (f.needs_aux()) {
+        if (p.aux_type >= 0 && p.aux_type != (int)out) return unsupported("the auxiliary matrix has another type than D");
+        if (p.aux_ld < (int64_t)f.m || p.aux_ld % 8)
+            return invalid(format("the auxiliary matrix has leading dimension %ld; wanted a multiple of 8, at least %zu", (long)p.aux_ld, f.m));
+        if (p.aux_stride % 8) return invalid("the batch stride of the auxiliary matrix is not a multiple of 8");
+    }
+    if ((f.has_bias() || f.has_bias_gradient()) && p.bias_type >= 0 && p.bias_type != (int)out) return unsupported("the bias has another type than D");
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t check_operands(const Matmul& f, const Algorithm& algorithm) {
+    auto check = [&](const char* name, const void* p, uint32_t alignment, size_t bytes) {
+        if (!p) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("%s is null", name));
+        if ((uintptr_t)p % alignment) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("%s is %p, not aligned to %u bytes as the preference promised", name, p, alignment));
+        const std::string wrong = check_range(p, bytes, name);
+        return wrong.empty() ? CUBLAS_STATUS_SUCCESS : refuse(CUBLAS_STATUS_EXECUTION_FAILED, wrong);
+    };
+    auto matrix = [](const Layout& l) {
+        return ((size_t)(l.batch - 1) * (size_t)l.stride + (l.cols - 1) * (size_t)l.ld + l.rows) * size_of(l.type);
+    };
+    const size_t batches = (size_t)f.d.batch, out = size_of(f.d.type);
+    if (cublasStatus_t s = check("A", f.A, algorithm.alignment[0], matrix(f.a))) return s;
+    if (cublasStatus_t s = check("B", f.B, algorithm.alignment[1], matrix(f.b))) return s;
+    if (f.beta != 0 || f.device_beta)
+        if (cublasStatus_t s = check("C", f.C, algorithm.alignment[2], matrix(f.c))) return s;
+    if (cublasStatus_t s = check("D", f.D, algorithm.alignment[3], matrix(f.d))) return s;
+    if (f.C == f.D && (f.c.ld != f.d.ld || f.c.stride != f.d.stride)) return refuse(CUBLAS_STATUS_INVALID_VALUE, "C is D, with another layout");
+    if (f.needs_aux())
+        if (cublasStatus_t s = check("auxiliary matrix", f.p.aux, 16, ((batches - 1) * (size_t)f.p.aux_stride + (f.n - 1) * (size_t)f.p.aux_ld + f.m) * out)) return s;
+    if (f.has_bias() || f.has_bias_gradient())
+        if (cublasStatus_t s = check("bias", f.p.bias, 16, ((batches - 1) * (size_t)f.p.bias_stride + f.bias_count()) * out)) return s;
+    for (const float* scalar : {f.device_alpha, f.device_beta})
+        if (scalar)
+            if (cublasStatus_t s = check("alpha or beta", scalar, 4, 4)) return s;
+    if (algorithm.workspace) {
+        if (f.workspace_bytes < algorithm.workspace)
+            return refuse(CUBLAS_STATUS_INVALID_VALUE, format("the algorithm needs a workspace of %zu bytes, given %zu", (size_t)algorithm.workspace, f.workspace_bytes));
+        if (cublasStatus_t s = check("workspace", f.workspace, 16, algorithm.workspace)) return s;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// Attributes are set and got by copying their bytes; the size must be the attribute's.
+template <class T>
+cublasStatus_t exchange(T& field, void* buffer, size_t bytes, bool set) {
+    if (!buffer || bytes != sizeof(T)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (set) memcpy(&field, buffer, bytes);
+    else memcpy(buffer, &field, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t attribute(Product& p, cublasLtMatmulDescAttributes_t a, void* buffer, size_t bytes, bool set) {
+    switch (a) {
+        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return exchange(p.compute, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return exchange(p.scale, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_POINTER_MODE: return exchange(p.pointer_mode, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_TRANSA: return exchange(p.trans_a, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_TRANSB: return exchange(p.trans_b, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE: return exchange(p.epilogue, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return exchange(p.bias, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE: return exchange(p.bias_stride, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return exchange(p.bias_type, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return exchange(p.aux, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return exchange(p.aux_ld, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE: return exchange(p.aux_stride, buffer, bytes, set);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: return exchange(p.aux_type, buffer, bytes, set);
+        default: return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+}
+cublasStatus_t attribute(Layout& l, cublasLtMatrixLayoutAttribute_t a, void* buffer, size_t bytes, bool set) {
+    switch (a) {
+        case CUBLASLT_MATRIX_LAYOUT_TYPE: return exchange(l.type, buffer, bytes, set);
+        case CUBLASLT_MATRIX_LAYOUT_ORDER: return exchange(l.order, buffer, bytes, set);
+        case CUBLASLT_MATRIX_LAYOUT_ROWS: return exchange(l.rows, buffer, bytes, set);
+        case CUBLASLT_MATRIX_LAYOUT_COLS: return exchange(l.cols, buffer, bytes, set);
+        case CUBLASLT_MATRIX_LAYOUT_LD: return exchange(l.ld, buffer, bytes, set);
+        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return exchange(l.batch, buffer, bytes, set);
+        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return exchange(l.stride, buffer, bytes, set);
+        default: return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+}
+cublasStatus_t attribute(Preference& p, cublasLtMatmulPreferenceAttributes_t a, void* buffer, size_t bytes, bool set) {
+    switch (a) {
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return exchange(p.workspace, buffer, bytes, set);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: return exchange(p.alignment[0], buffer, bytes, set);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return exchange(p.alignment[1], buffer, bytes, set);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return exchange(p.alignment[2], buffer, bytes, set);
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return exchange(p.alignment[3], buffer, bytes, set);
+        default: return set ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;  // the others narrow a choice that is free here
+    }
+}
+
+// Creates and destroys an opaque descriptor.
+template <class Handle>
+cublasStatus_t create(Handle* handle) {
+    *handle = (Handle)calloc(1, sizeof **handle);
+    return *handle ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_ALLOC_FAILED;
+}
+template <class Handle>
+cublasStatus_t destroy(Handle handle) {
+    free(handle);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+}  // namespace
+}  // namespace emu
+using namespace emu;
+
+extern "C" {
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t* h) {
+    *h = (cublasLtHandle_t)malloc(1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return destroy(h); }
+size_t cublasLtGetVersion() { return CUBLAS_VERSION; }
+
+const char* cublasLtGetStatusName(cublasStatus_t s) {
+    switch (s) {
+        case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
+        case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
+        case CUBLAS_STATUS_ALLOC_FAILED: return "CUBLAS_STATUS_ALLOC_FAILED";
+        case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
+        case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
+        case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
+        default: return "unknown cuBLAS status";
+    }
+}
+// Followed by what the emulator refused, where this thread's last refusal had that status.
+const char* cublasLtGetStatusString(cublasStatus_t s) {
+    static thread_local std::string text;
+    text = cublasLtGetStatusName(s);
+    if (s != CUBLAS_STATUS_SUCCESS && !refusal.empty()) text += " (" + refusal + ")";
+    return text.c_str();
+}
+
+cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDesc_t desc, size_t, cublasComputeType_t compute, cudaDataType_t scale) {
+    Product p = {};
+    p.compute = compute, p.scale = scale;
+    p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.bias_type = p.aux_type = -1;
+    memcpy((void*)desc, &p, sizeof p);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
+    if (cublasStatus_t s = create(desc)) return s;
+    return cublasLtMatmulDescInit_internal(*desc, sizeof **desc, compute, scale);
+}
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) { return destroy(desc); }
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t a, const void* value, size_t bytes) {
+    return attribute(*(Product*)desc, a, (void*)value, bytes, true);
+}
+cublasStatus_t cublasLtMatmulDescGetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t a, void* value, size_t bytes, size_t* written) {
+    if (written) *written = bytes;
+    return attribute(*(Product*)desc, a, value, bytes, false);
+}
+
+cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+    Layout l = {type, CUBLASLT_ORDER_COL, 1, rows, cols, ld, 0};
+    memcpy((void*)layout, &l, sizeof l);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+    if (cublasStatus_t s = create(layout)) return s;
+    return cublasLtMatrixLayoutInit_internal(*layout, sizeof **layout, type, rows, cols, ld);
+}
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { return destroy(layout); }
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t a, const void* value, size_t bytes) {
+    return attribute(*(Layout*)layout, a, (void*)value, bytes, true);
+}
+cublasStatus_t cublasLtMatrixLayoutGetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t a, void* value, size_t bytes, size_t* written) {
+    if (written) *written = bytes;
+    return attribute(*(Layout*)layout, a, value, bytes, false);
+}
+
+cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreference_t preference, size_t) {
+    Preference p = {0, {256, 256, 256, 256}};
+    memcpy((void*)preference, &p, sizeof p);
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
+    if (cublasStatus_t s = create(preference)) return s;
+    return cublasLtMatmulPreferenceInit_internal(*preference, sizeof **preference);
+}
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) { return destroy(preference); }
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t a, const void* value, size_t bytes) {
+    return attribute(*(Preference*)preference, a, (void*)value, bytes, true);
+}
+cublasStatus_t cublasLtMatmulPreferenceGetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t a, void* value, size_t bytes, size_t* written) {
+    if (written) *written = bytes;
+    return attribute(*(Preference*)preference, a, value, bytes, false);
+}
+
+// Up to three algorithms, which differ in the workspace that they ask for. They rely on the alignment that the
+// preference promised, up to 16 bytes.
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference,
+                                              int wanted, cublasLtMatmulHeuristicResult_t* results, int* found) {
+    *found = 0;
+    Matmul f = {};
+    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
+    const Preference& p = *(Preference*)preference;
+    if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
+    if (cublasStatus_t s = check_shapes(f)) return s;
+    for (uint64_t workspace : {(uint64_t)0, (uint64_t)1 << 20, (uint64_t)4 << 20}) {
+        if (*found == wanted || workspace > p.workspace) break;
+        Algorithm algorithm = {ALGORITHM_ID, workspace, {}};
+        for (int i = 0; i < 4; i++) algorithm.alignment[i] = std::min(p.alignment[i], 16u);
+        cublasLtMatmulHeuristicResult_t& r = results[(*found)++];
+        r = {};
+        memcpy((void*)&r.algo, &algorithm, sizeof algorithm);
+        r.workspaceSize = workspace, r.state = CUBLAS_STATUS_SUCCESS, r.wavesCount = 1;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a,
+                              const void* B, cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
+                              cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,
+                              cudaStream_t stream) {
+    std::lock_guard<std::recursive_mutex> lock(api_lock);
+    if (fault_code() != cudaSuccess) return refuse(CUBLAS_STATUS_EXECUTION_FAILED, last_report());
+    if (!handle || !desc || !alpha || !beta || !a || !b || !c || !d) return refuse(CUBLAS_STATUS_INVALID_VALUE, "a null argument");
+    Matmul f = {};
+    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
+    f.A = (const char*)A, f.B = (const char*)B, f.C = (const char*)C, f.D = (char*)D;
+    f.workspace = workspace, f.workspace_bytes = workspace_bytes;
+    if (cublasStatus_t s = check_shapes(f)) return loud(s);
+    if (f.p.pointer_mode == CUBLASLT_POINTER_MODE_HOST) f.alpha = *(const float*)alpha, f.beta = *(const float*)beta;
+    else f.device_alpha = (const float*)alpha, f.device_beta = (const float*)beta;
+    Algorithm algorithm = {ALGORITHM_ID, 0, {16, 16, 16, 16}};
+    if (algo) memcpy(&algorithm, algo, sizeof algorithm);
+    if (algorithm.id != ALGORITHM_ID) return refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one of the heuristic's");
+    if (cublasStatus_t s = check_operands(f, algorithm)) return loud(s);
+    cudaError_t e = submit(stream, [f, algorithm]() mutable {
+        DeviceAccess open;
+        if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
+        if (f.device_alpha) f.alpha = *f.device_alpha;
+        if (f.device_beta) f.beta = *f.device_beta;
+        run(f);
+        return cudaSuccess;
+    });
+    return e == cudaSuccess ? CUBLAS_STATUS_SUCCESS : refuse(CUBLAS_STATUS_EXECUTION_FAILED, cudaGetErrorString(e));
+}
+}  // extern "C"

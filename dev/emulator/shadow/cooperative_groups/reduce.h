@@ -1,0 +1,3 @@
+// reduce.h - cooperative_groups::reduce stands in the main header.
+#pragma once
+#include <cooperative_groups.h>
