@@ -2391,7 +2391,7 @@ struct GPT2 {
     cudaGraphExec_t record_pass(bool first) {
         cudaGraph_t graph;
         cudaGraphExec_t exec;
-        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeThreadLocal));
+        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeRelaxed));  // kernels may be loaded meanwhile
         try {
             launch_pass(first);
         } catch (...) {
