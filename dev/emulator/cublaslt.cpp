@@ -416,6 +416,20 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
+// Whether an algorithm, from a file perhaps, is one that the heuristic gave for this product.
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                       cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
+                                       cublasLtMatmulHeuristicResult_t* result) {
+    Matmul f = {};
+    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
+    if (cublasStatus_t s = check_shapes(f)) return s;
+    Algorithm algorithm;
+    memcpy(&algorithm, algo, sizeof algorithm);
+    if (algorithm.id != ALGORITHM_ID) return refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one of the heuristic's");
+    result->workspaceSize = algorithm.workspace, result->state = CUBLAS_STATUS_SUCCESS, result->wavesCount = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a,
                               const void* B, cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
                               cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,

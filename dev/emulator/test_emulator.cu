@@ -1323,6 +1323,14 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     CHECK(h.heuristic(results, 2) == 2);
     REQUIRE(h.heuristic(results, 4) == 3);
     CHECK(results[2].workspaceSize == 4 << 20);
+    cublasLtMatmulHeuristicResult_t checked = {};
+    auto check = [&] { return cublasLtMatmulAlgoCheck(h.handle, h.desc, h.layout[0], h.layout[1], h.layout[2], h.layout[2], &results[1].algo, &checked); };
+    CHECK(check() == CUBLAS_STATUS_SUCCESS);
+    CHECK(checked.workspaceSize == 1 << 20);
+    cublasLtMatmulAlgo_t kept = results[1].algo;
+    results[1].algo.data[0] ^= 1;
+    CHECK(check() == CUBLAS_STATUS_INVALID_VALUE);
+    results[1].algo = kept;
     Device<char> space(4 << 20);
     cudaMemset(space, 0, 4 << 20);
     CHECK(h.multiply(1, a, b, 0, d, &results[2].algo, space, (4 << 20) - 1) == CUBLAS_STATUS_INVALID_VALUE);
