@@ -146,7 +146,7 @@ $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildc
 # and never instrumented, in all builds; symbolic, lest it take a template from an instrumented program.
 EMULATOR = dev/emulator
 LIBEMU = build/libemu.so
-LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp threads.cpp memory.cpp host_api.cpp cublaslt.cpp)
+LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp reports.cpp threads.cpp warp.cpp memory.cpp streams.cpp host_api.cpp cublaslt.cpp)
 EMULATED_FLAGS = $(FLAGS) -g1 -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow
 EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
 
