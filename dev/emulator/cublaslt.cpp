@@ -33,6 +33,7 @@ struct Layout {
 struct Preference {
     uint64_t workspace;
     uint32_t alignment[4];  // of A, B, C, D
+    uint32_t reductions;    // schemes allowed; the algorithms here use none
 };
 // What a heuristic's result stands for. All algorithms give the same numbers.
 struct Algorithm {
@@ -308,6 +309,7 @@ Field field(Preference& p, cublasLtMatmulPreferenceAttributes_t a) {
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return p.alignment[1];
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return p.alignment[2];
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return p.alignment[3];
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return p.reductions;
         default: return {};
     }
 }
@@ -390,7 +392,7 @@ cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDa
     return create(layout, Layout{type, CUBLASLT_ORDER_COL, 1, rows, cols, ld, 0});
 }
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
-    return create(preference, Preference{0, {256, 256, 256, 256}});
+    return create(preference, Preference{0, {256, 256, 256, 256}, CUBLASLT_REDUCTION_SCHEME_MASK});
 }
 
 // Up to three algorithms, which differ in the workspace that they ask for. They rely on the alignment that the
