@@ -172,8 +172,9 @@ $(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildc
 # and never instrumented, in all builds; symbolic, lest it take a template from an instrumented program.
 EMULATOR = dev/emulator
 LIBEMU = build/libemu.so
-LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp threads.cpp memory.cpp host_api.cpp cublaslt.cpp)
-EMULATED_FLAGS = $(FLAGS) -g1 -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow
+LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp reports.cpp threads.cpp warp.cpp memory.cpp streams.cpp host_api.cpp cublaslt.cpp)
+EMULATE = $(CXX) $(FLAGS) -g1 -fno-strict-aliasing -fno-extern-tls-init -Wno-unknown-pragmas -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow \
+	-x c++ -include $(EMULATOR)/emu.h
 EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
 
 $(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
@@ -181,10 +182,9 @@ $(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
 	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -shared -ftls-model=initial-exec -Wl,-Bsymbolic-functions -Wall -Wextra -isystem $(CUDA_HOME)/include $(LIBEMU_SOURCES) -o $@ -lpthread
 $(BUILD)/%.emulated.o: %.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) $(wildcard *.cu *.cpp) | need-cuda
 	@mkdir -p $(@D)
-	$(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas -c $< -o $@
+	$(EMULATE) -c $< -o $@
 # dev/test_gpu_NAME.cu in both precisions
 EMULATED_DEPS = train_gpt2.cpp train_gpt2.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) | need-cuda
-EMULATE = $(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas
 $(BUILD)/dev/%_bf16.emulated.o: dev/%.cu $(EMULATED_DEPS)
 	@mkdir -p $(@D)
 	$(EMULATE) -c $< -o $@

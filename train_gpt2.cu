@@ -43,7 +43,9 @@ constexpr Dtype BUILD_DTYPE = BF16;
 // Throws with file, line, call, the runtime's words and what to try.
 inline void cuda_check(cudaError_t status, const char* call, const char* file, int line) {
     if (status == cudaSuccess) return;
-    const char* hint = status == cudaErrorMemoryAllocation ? "; try a smaller --batch_size, or --recompute 1, 2 or 3" : "";
+    const char* hint = status == cudaErrorMemoryAllocation        ? "; try a smaller --batch_size, or --recompute 1, 2 or 3"
+                       : status == cudaErrorNoKernelImageForDevice ? "; this program was built for another GPU: make it again on this machine"
+                                                                   : "";
     fail("%s:%d: %s: %s (%s)%s", file, line, call, cudaGetErrorString(status), cudaGetErrorName(status), hint);
 }
 inline void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
@@ -2167,10 +2169,11 @@ struct GPT2 {
     // Throws where the kernels do not take the model.
     static void check_sizes(const Config& c, size_t T) {
         check_config(c, "model");
-        std::string sizes;
-        bool taken = false;
-        for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs), taken |= hs == c.hs();
-        if (!taken) fail("model: the head size, channels / heads, is %d, the GPU trainer takes %s; ./train_gpt2 takes any", c.hs(), sizes.c_str());
+        if (!attention_head_size_ok(c.hs())) {
+            std::string sizes;
+            for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs);
+            fail("model: the head size, channels / heads, is %d, the GPU trainer takes %s; ./train_gpt2 takes any", c.hs(), sizes.c_str());
+        }
         if ((size_t)c.C > MAX_CHANNELS) fail("model: C is %d, the GPU trainer takes at most %zu; ./train_gpt2 takes any", c.C, MAX_CHANNELS);
         if (c.Vp % 8) fail("model: Vp is %d, the GPU trainer wants a multiple of 8; ./train_gpt2 takes any", c.Vp);
         if (T > (size_t)c.maxT) fail("model: takes at most %d tokens of context, %zu were asked for", c.maxT, T);
@@ -2391,7 +2394,7 @@ struct GPT2 {
     cudaGraphExec_t record_pass(bool first) {
         cudaGraph_t graph;
         cudaGraphExec_t exec;
-        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeThreadLocal));
+        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeRelaxed));  // kernels may be loaded meanwhile
         try {
             launch_pass(first);
         } catch (...) {

@@ -413,7 +413,6 @@ class Run {
         if (o_.max_steps == 0) return only_evaluate();
         settings_text_ = flags_.values();
         open_folder();
-        print_table();
         signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
         train();
         signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
@@ -437,6 +436,7 @@ class Run {
         settle_settings();
         fit_memory(o_.max_steps > 0);
         load_data();
+        if (o_.max_steps > 0) check_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
     }
 
@@ -579,12 +579,16 @@ class Run {
         return 0;
     }
 
-    void open_folder() {
-        make_dirs(o_.out);
+    // Makes the output folder, unless it holds a run that nobody said should go.
+    void check_folder() const {
         bool holds_run = !checkpoints_in(o_.out).empty() || file_exists(o_.out + "/model.bin");
-        if (!o_.resume && holds_run) {
-            if (!o_.overwrite)
-                fail("%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes another folder", o_.out.c_str());
+        if (holds_run && !o_.resume && !o_.overwrite)
+            fail("%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes another folder", o_.out.c_str());
+        make_dirs(o_.out);
+    }
+
+    void open_folder() {
+        if (!o_.resume) {
             for (int step : checkpoints_in(o_.out)) remove_checkpoint(step);
             unlink((o_.out + "/model.bin").c_str());
         }

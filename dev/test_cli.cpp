@@ -1039,7 +1039,7 @@ constexpr const char* GPU_MODEL = " --depth 1 --heads 2 --channels 64 --seq_len 
 TEST_CASE("cli gpu: a run that one trainer began goes on on the other, and comes to the same losses") {
     if (gpu_trainers_missing()) return;
     TempDir d;
-    std::string flags = "--data " + tiny().data + GPU_MODEL + "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 --val_every 3 -o ";
+    std::string flags = "--data " + tiny().data + GPU_MODEL + "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 --val_every 4 -o ";
     check_success(train(flags + (d / "cpu") + " --max_steps 8"));
     check_success(train(flags + (d / "cpu4") + " --max_steps 4"));
     for (std::string trainer : GPU_TRAINERS) {
@@ -1097,8 +1097,8 @@ TEST_CASE("cli gpu: bad input and a GPU that is missing, full or not fit are one
         {flags + "--dtype fp32", "", "", 2, {"--dtype", "bf16", "make train_gpt2cu PRECISION=FP32"}},
         {flags + "--dtype fp16", "", "", 2, {"--dtype", "fp16", "bf16"}},
         {flags + "--heads 8", "", "", 1, {"head size", "is 8,", "32, 48, 64, 80, 96, 128", "./train_gpt2 "}},
-        {flags + "--batch_size 64 --total_batch_size 0 --recompute 0", "EMU_MEMORY_MB", "12", 1, {"memory", "iB", "--batch_size ", " would fit"}},
-        {flags + "--batch_size 8 --preset gpt2", "EMU_MEMORY_MB", "12", 1, {"memory", "iB", "smaller model"}},
+        {flags + "--batch_size 64 --total_batch_size 0 --recompute 0", "EMU_MEMORY_MB", "5", 1, {"memory", "iB", "--batch_size ", " would fit"}},
+        {flags + "--batch_size 8 --channels 1024 --heads 8", "EMU_MEMORY_MB", "12", 1, {"memory", "iB", "smaller model"}},
     };
     for (auto& c : cases) {
         CAPTURE(c.flags);

@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "runtime.h"
+#include "api.h"
 
 namespace emu {
 namespace {
@@ -33,6 +33,7 @@ struct Layout {
 struct Preference {
     uint64_t workspace;
     uint32_t alignment[4];  // of A, B, C, D
+    uint32_t reductions;    // schemes allowed; the algorithms here use none
 };
 // What a heuristic's result stands for. All algorithms give the same numbers.
 struct Algorithm {
@@ -40,8 +41,7 @@ struct Algorithm {
     uint32_t alignment[4];
 };
 constexpr uint64_t ALGORITHM_ID = 0xa190;
-static_assert(sizeof(Product) <= sizeof(cublasLtMatmulDescOpaque_t) && sizeof(Layout) <= sizeof(cublasLtMatrixLayoutOpaque_t) &&
-              sizeof(Preference) <= sizeof(cublasLtMatmulPreferenceOpaque_t) && sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t), "");
+static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t), "fits into the opaque algorithm");
 
 size_t size_of(cudaDataType_t t) { return t == CUDA_R_16BF ? 2 : 4; }
 float load(const void* p, cudaDataType_t type, size_t i) {
@@ -264,60 +264,69 @@ cublasStatus_t check_operands(const Matmul& f, const Algorithm& algorithm) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// Attributes are set and got by copying their bytes; the size must be the attribute's.
-template <class T>
-cublasStatus_t exchange(T& field, void* buffer, size_t bytes, bool set) {
-    if (!buffer || bytes != sizeof(T)) return CUBLAS_STATUS_INVALID_VALUE;
-    if (set) memcpy(&field, buffer, bytes);
-    else memcpy(buffer, &field, bytes);
+// The attributes' places; null for one that is not known.
+struct Field {
+    void* p;
+    size_t bytes;
+    template <class T>
+    Field(T& field) : p(&field), bytes(sizeof field) {}
+    Field() : p(nullptr), bytes(0) {}
+};
+Field field(Product& p, cublasLtMatmulDescAttributes_t a) {
+    switch (a) {
+        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return p.compute;
+        case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return p.scale;
+        case CUBLASLT_MATMUL_DESC_POINTER_MODE: return p.pointer_mode;
+        case CUBLASLT_MATMUL_DESC_TRANSA: return p.trans_a;
+        case CUBLASLT_MATMUL_DESC_TRANSB: return p.trans_b;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE: return p.epilogue;
+        case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return p.bias;
+        case CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE: return p.bias_stride;
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return p.bias_type;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return p.aux;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return p.aux_ld;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE: return p.aux_stride;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: return p.aux_type;
+        default: return {};
+    }
+}
+Field field(Layout& l, cublasLtMatrixLayoutAttribute_t a) {
+    switch (a) {
+        case CUBLASLT_MATRIX_LAYOUT_TYPE: return l.type;
+        case CUBLASLT_MATRIX_LAYOUT_ORDER: return l.order;
+        case CUBLASLT_MATRIX_LAYOUT_ROWS: return l.rows;
+        case CUBLASLT_MATRIX_LAYOUT_COLS: return l.cols;
+        case CUBLASLT_MATRIX_LAYOUT_LD: return l.ld;
+        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return l.batch;
+        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return l.stride;
+        default: return {};
+    }
+}
+Field field(Preference& p, cublasLtMatmulPreferenceAttributes_t a) {
+    switch (a) {
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return p.workspace;
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: return p.alignment[0];
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return p.alignment[1];
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return p.alignment[2];
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return p.alignment[3];
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return p.reductions;
+        default: return {};
+    }
+}
+cublasStatus_t copy_attribute(void* to, const void* from, size_t bytes, Field f) {
+    if (!f.p) return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "the attribute");
+    if (!to || !from || bytes != f.bytes) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("the attribute has %zu bytes, given %zu", f.bytes, bytes));
+    memcpy(to, from, bytes);
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t attribute(Product& p, cublasLtMatmulDescAttributes_t a, void* buffer, size_t bytes, bool set) {
-    switch (a) {
-        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return exchange(p.compute, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return exchange(p.scale, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_POINTER_MODE: return exchange(p.pointer_mode, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_TRANSA: return exchange(p.trans_a, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_TRANSB: return exchange(p.trans_b, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE: return exchange(p.epilogue, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return exchange(p.bias, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE: return exchange(p.bias_stride, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return exchange(p.bias_type, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return exchange(p.aux, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return exchange(p.aux_ld, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE: return exchange(p.aux_stride, buffer, bytes, set);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: return exchange(p.aux_type, buffer, bytes, set);
-        default: return CUBLAS_STATUS_NOT_SUPPORTED;
-    }
-}
-cublasStatus_t attribute(Layout& l, cublasLtMatrixLayoutAttribute_t a, void* buffer, size_t bytes, bool set) {
-    switch (a) {
-        case CUBLASLT_MATRIX_LAYOUT_TYPE: return exchange(l.type, buffer, bytes, set);
-        case CUBLASLT_MATRIX_LAYOUT_ORDER: return exchange(l.order, buffer, bytes, set);
-        case CUBLASLT_MATRIX_LAYOUT_ROWS: return exchange(l.rows, buffer, bytes, set);
-        case CUBLASLT_MATRIX_LAYOUT_COLS: return exchange(l.cols, buffer, bytes, set);
-        case CUBLASLT_MATRIX_LAYOUT_LD: return exchange(l.ld, buffer, bytes, set);
-        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return exchange(l.batch, buffer, bytes, set);
-        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return exchange(l.stride, buffer, bytes, set);
-        default: return CUBLAS_STATUS_NOT_SUPPORTED;
-    }
-}
-cublasStatus_t attribute(Preference& p, cublasLtMatmulPreferenceAttributes_t a, void* buffer, size_t bytes, bool set) {
-    switch (a) {
-        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return exchange(p.workspace, buffer, bytes, set);
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: return exchange(p.alignment[0], buffer, bytes, set);
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return exchange(p.alignment[1], buffer, bytes, set);
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return exchange(p.alignment[2], buffer, bytes, set);
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return exchange(p.alignment[3], buffer, bytes, set);
-        default: return set ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;  // the others narrow a choice that is free here
-    }
-}
 
-// Creates and destroys an opaque descriptor.
-template <class Handle>
-cublasStatus_t create(Handle* handle) {
+template <class Handle, class Content>
+cublasStatus_t create(Handle* handle, const Content& content) {
+    static_assert(sizeof content <= sizeof **handle, "fits into the opaque descriptor");
     *handle = (Handle)calloc(1, sizeof **handle);
-    return *handle ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_ALLOC_FAILED;
+    if (!*handle) return CUBLAS_STATUS_ALLOC_FAILED;
+    memcpy((void*)*handle, &content, sizeof content);
+    return CUBLAS_STATUS_SUCCESS;
 }
 template <class Handle>
 cublasStatus_t destroy(Handle handle) {
@@ -332,20 +341,20 @@ using namespace emu;
 extern "C" {
 
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* h) {
-    *h = (cublasLtHandle_t)malloc(1);
-    return CUBLAS_STATUS_SUCCESS;
+    return (*h = (cublasLtHandle_t)malloc(1)) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_ALLOC_FAILED;
 }
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return destroy(h); }
 size_t cublasLtGetVersion() { return CUBLAS_VERSION; }
 
 const char* cublasLtGetStatusName(cublasStatus_t s) {
     switch (s) {
-        case CUBLAS_STATUS_SUCCESS: return "CUBLAS_STATUS_SUCCESS";
-        case CUBLAS_STATUS_NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
-        case CUBLAS_STATUS_ALLOC_FAILED: return "CUBLAS_STATUS_ALLOC_FAILED";
-        case CUBLAS_STATUS_INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
-        case CUBLAS_STATUS_EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
-        case CUBLAS_STATUS_NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
+#define NAME(status) case status: return #status
+        NAME(CUBLAS_STATUS_SUCCESS);
+        NAME(CUBLAS_STATUS_ALLOC_FAILED);
+        NAME(CUBLAS_STATUS_INVALID_VALUE);
+        NAME(CUBLAS_STATUS_EXECUTION_FAILED);
+        NAME(CUBLAS_STATUS_NOT_SUPPORTED);
+#undef NAME
         default: return "unknown cuBLAS status";
     }
 }
@@ -357,60 +366,33 @@ const char* cublasLtGetStatusString(cublasStatus_t s) {
     return text.c_str();
 }
 
-cublasStatus_t cublasLtMatmulDescInit_internal(cublasLtMatmulDesc_t desc, size_t, cublasComputeType_t compute, cudaDataType_t scale) {
-    Product p = {};
-    p.compute = compute, p.scale = scale;
-    p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.bias_type = p.aux_type = -1;
-    memcpy((void*)desc, &p, sizeof p);
-    return CUBLAS_STATUS_SUCCESS;
-}
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
-    if (cublasStatus_t s = create(desc)) return s;
-    return cublasLtMatmulDescInit_internal(*desc, sizeof **desc, compute, scale);
-}
-cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) { return destroy(desc); }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t a, const void* value, size_t bytes) {
-    return attribute(*(Product*)desc, a, (void*)value, bytes, true);
-}
-cublasStatus_t cublasLtMatmulDescGetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t a, void* value, size_t bytes, size_t* written) {
-    if (written) *written = bytes;
-    return attribute(*(Product*)desc, a, value, bytes, false);
-}
+// The three kinds of descriptor: made, destroyed, their attributes set and got.
+#define DESCRIPTOR(Name, Struct, Attributes)                                                                                      \
+    cublasStatus_t Name##Destroy(Name##_t d) { return destroy(d); }                                                               \
+    cublasStatus_t Name##SetAttribute(Name##_t d, Attributes a, const void* value, size_t bytes) {                                \
+        const Field f = field(*(Struct*)d, a);                                                                                    \
+        return copy_attribute(f.p, value, bytes, f);                                                                              \
+    }                                                                                                                             \
+    cublasStatus_t Name##GetAttribute(Name##_t d, Attributes a, void* value, size_t bytes, size_t* written) {                     \
+        const Field f = field(*(Struct*)d, a);                                                                                    \
+        if (written) *written = f.bytes;                                                                                          \
+        return copy_attribute(value, f.p, bytes, f);                                                                              \
+    }
+DESCRIPTOR(cublasLtMatmulDesc, Product, cublasLtMatmulDescAttributes_t)
+DESCRIPTOR(cublasLtMatrixLayout, Layout, cublasLtMatrixLayoutAttribute_t)
+DESCRIPTOR(cublasLtMatmulPreference, Preference, cublasLtMatmulPreferenceAttributes_t)
+#undef DESCRIPTOR
 
-cublasStatus_t cublasLtMatrixLayoutInit_internal(cublasLtMatrixLayout_t layout, size_t, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
-    Layout l = {type, CUBLASLT_ORDER_COL, 1, rows, cols, ld, 0};
-    memcpy((void*)layout, &l, sizeof l);
-    return CUBLAS_STATUS_SUCCESS;
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
+    Product p = {};
+    p.compute = compute, p.scale = scale, p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.bias_type = p.aux_type = -1;
+    return create(desc, p);
 }
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
-    if (cublasStatus_t s = create(layout)) return s;
-    return cublasLtMatrixLayoutInit_internal(*layout, sizeof **layout, type, rows, cols, ld);
-}
-cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { return destroy(layout); }
-cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t a, const void* value, size_t bytes) {
-    return attribute(*(Layout*)layout, a, (void*)value, bytes, true);
-}
-cublasStatus_t cublasLtMatrixLayoutGetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t a, void* value, size_t bytes, size_t* written) {
-    if (written) *written = bytes;
-    return attribute(*(Layout*)layout, a, value, bytes, false);
-}
-
-cublasStatus_t cublasLtMatmulPreferenceInit_internal(cublasLtMatmulPreference_t preference, size_t) {
-    Preference p = {0, {256, 256, 256, 256}};
-    memcpy((void*)preference, &p, sizeof p);
-    return CUBLAS_STATUS_SUCCESS;
+    return create(layout, Layout{type, CUBLASLT_ORDER_COL, 1, rows, cols, ld, 0});
 }
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
-    if (cublasStatus_t s = create(preference)) return s;
-    return cublasLtMatmulPreferenceInit_internal(*preference, sizeof **preference);
-}
-cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) { return destroy(preference); }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t a, const void* value, size_t bytes) {
-    return attribute(*(Preference*)preference, a, (void*)value, bytes, true);
-}
-cublasStatus_t cublasLtMatmulPreferenceGetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t a, void* value, size_t bytes, size_t* written) {
-    if (written) *written = bytes;
-    return attribute(*(Preference*)preference, a, value, bytes, false);
+    return create(preference, Preference{0, {256, 256, 256, 256}, CUBLASLT_REDUCTION_SCHEME_MASK});
 }
 
 // Up to three algorithms, which differ in the workspace that they ask for. They rely on the alignment that the
@@ -436,6 +418,20 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
+// Whether an algorithm, from a file perhaps, is one that the heuristic gave for this product.
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                       cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
+                                       cublasLtMatmulHeuristicResult_t* result) {
+    Matmul f = {};
+    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
+    if (cublasStatus_t s = check_shapes(f)) return s;
+    Algorithm algorithm;
+    memcpy(&algorithm, algo, sizeof algorithm);
+    if (algorithm.id != ALGORITHM_ID) return refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one of the heuristic's");
+    result->workspaceSize = algorithm.workspace, result->state = CUBLAS_STATUS_SUCCESS, result->wavesCount = 1;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a,
                               const void* B, cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
                               cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,
@@ -454,13 +450,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     if (algo) memcpy(&algorithm, algo, sizeof algorithm);
     if (algorithm.id != ALGORITHM_ID) return refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one of the heuristic's");
     if (cublasStatus_t s = check_operands(f, algorithm)) return loud(s);
-    cudaError_t e = submit(stream, [f, algorithm]() mutable {
-        DeviceAccess open;
-        if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
-        if (f.device_alpha) f.alpha = *f.device_alpha;
-        if (f.device_beta) f.beta = *f.device_beta;
-        run(f);
-        return cudaSuccess;
+    const cudaError_t e = api([&] {
+        submit(stream, [f, algorithm]() mutable {
+            if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
+            if (f.device_alpha) f.alpha = *f.device_alpha;
+            if (f.device_beta) f.beta = *f.device_beta;
+            run(f);
+        });
     });
     return e == cudaSuccess ? CUBLAS_STATUS_SUCCESS : refuse(CUBLAS_STATUS_EXECUTION_FAILED, cudaGetErrorString(e));
 }

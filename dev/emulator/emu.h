@@ -19,6 +19,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 // Shared memory is thread-local storage of the worker that runs the block: a block's fibers never leave their worker.
 // `extern __shared__ __align__(128) unsigned char dynamic_smem[];` is defined by dynamic_smem.cpp.
@@ -56,7 +57,7 @@ struct Options {
     Schedule schedule = ASCENDING;          // the order in which a block's threads, blocks and graph branches run [EMU_SCHEDULE]
     unsigned seed = 1;                      // of the random schedule [EMU_SEED]
     bool lazy_streams = false;              // work runs only when something waits for it [EMU_LAZY]
-    bool host_guard = true;                 // host code that touches device memory faults [EMU_HOST_GUARD]
+    bool host_guard = true;                 // host code that touches device memory after a wait faults [EMU_HOST_GUARD]
     bool same_site = true;                  // threads that meet at a barrier must meet at the same line [EMU_SAME_SITE]
     bool quiet = false;                     // reports are kept, and not printed [EMU_QUIET]
     int workers = 0;                        // operating system threads; 0: one per processor; fixed at the first launch [EMU_WORKERS]
@@ -95,7 +96,7 @@ cudaError_t poison(void* p, size_t bytes);
 // Inside kernels: what the built-ins below rest on
 
 // Ends the kernel with a report: "<text> at file:line [kernel ..., block ..., thread ...]".
-[[noreturn]] void fault(const char* text, Site s);
+[[noreturn]] void fault(const std::string& text, Site s, cudaError_t code = cudaErrorLaunchFailure);
 [[noreturn]] void fault_misaligned(const void* p, size_t bytes, Site s);
 
 // The lanes of the mask leave a pointer each and wait; the last one to come runs f once for all.
@@ -136,12 +137,12 @@ inline void check_aligned(const T* p, Site s) {
 // ldmatrix.sync.aligned.m8n8.x4/.x2[.trans].shared.b16: lane 8*m + i gives the address of row i of the m-th 8x8 matrix
 // of 16-bit elements; r[m] of a lane gets two elements of matrix m: (lane/4, 2*(lane%4) + {0,1}), or the transposed.
 void ldmatrix(uint32_t* r, const uint32_t* row, int matrices, bool trans, Site s);
-void check_ldmatrix_row(const void* p, Site s);
 template <int N>
 inline void ldmatrix_rows(uint32_t (&r)[N], const void* row_address, bool trans, Site s) {
     uint32_t row[4] = {};
     if (lane() < 8 * N) {  // read here, by the lane that names the row, so that the sanitizers see whose access it is
-        check_ldmatrix_row(row_address, s);
+        if (!is_shared(row_address, 16)) fault("ldmatrix: the row is not in shared memory", s);
+        if ((uintptr_t)row_address % 16) fault_misaligned(row_address, 16, s);
         for (int i = 0; i < 4; i++) row[i] = ((const uint32_t*)row_address)[i];
     }
     ldmatrix(r, row, N, trans, s);
@@ -178,14 +179,14 @@ inline void cp_async_wait(int at_most_pending) {
 // ---------------------------------------------------------------------------------------------
 // Launches: the kernel's arguments are converted to its own parameter types, and pointers must be device memory
 
-void check_pointer(const void* p, int index, const void* kernel, cudaError_t& status);
-template <class T>
-void check_argument(const T& value, int index, const void* kernel, cudaError_t& status) {
-    if constexpr (std::is_pointer<T>::value) check_pointer((const void*)value, index, kernel, status);
-    (void)value, (void)index, (void)kernel, (void)status;
-}
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
+// pointers: of each argument, itself if it is one.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::vector<const void*>& pointers, std::function<void()> body);
 
+template <class T>
+const void* pointer_in(const T& value) {
+    if constexpr (std::is_pointer<T>::value) return (const void*)value;
+    return (void)value, nullptr;
+}
 template <class T>
 T implicitly(T value) {
     return value;
@@ -193,11 +194,9 @@ T implicitly(T value) {
 template <class... P, class... A>
 cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
     std::tuple<std::decay_t<P>...> values(implicitly<P>(std::forward<A>(args))...);
-    cudaError_t status = cudaSuccess;
-    int index = 0;
-    std::apply([&](const auto&... value) { (check_argument(value, index++, (const void*)kernel, status), ...); }, values);
-    if (status != cudaSuccess) return status;
-    return launch(*config, (const void*)kernel, [kernel, values] { std::apply(kernel, values); });
+    std::vector<const void*> pointers;
+    std::apply([&](const auto&... value) { (pointers.push_back(pointer_in(value)), ...); }, values);
+    return launch(*config, (const void*)kernel, pointers, [kernel, values] { std::apply(kernel, values); });
 }
 
 }  // namespace emu

@@ -36,6 +36,7 @@ __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* save, const voi
 
 namespace emu {
 
+// TSan's order between threads, nothing elsewhere: what came before a release comes before what follows an acquire.
 inline void acquire(void* object) {
     if (__tsan_acquire) __tsan_acquire(object);
 }
@@ -75,6 +76,8 @@ struct Fiber {
         stack = (char*)low;
         if (__tsan_get_current_fiber) tsan = __tsan_get_current_fiber();
     }
+
+    bool guards(const void* p) const { return (char*)p < stack && (char*)p >= stack - GUARD; }
 
     // Will run entry() when switched to. Also makes an abandoned fiber usable again.
     void prepare(void (*entry)()) {

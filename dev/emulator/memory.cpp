@@ -1,4 +1,4 @@
-// memory.cpp - device memory: filled with NaN, between guard pages, closed to host code, with poisoned gaps.
+// memory.cpp - device memory: filled with NaN, between guard pages, with poisoned gaps, closed to host code that has waited.
 //
 // Each allocation has pages of its own between two that are never accessible, and begins at a multiple of 256 bytes as
 // late as that allows. What is left of its pages before and behind it holds a pattern that is checked after each kernel
@@ -12,7 +12,7 @@
 #include <map>
 
 #include "fiber.h"
-#include "runtime.h"
+#include "api.h"
 
 namespace emu {
 
@@ -25,52 +25,48 @@ constexpr unsigned char PATTERN = 0xff;  // NaN as fp32 and bf16, -1 as an integ
 static std::map<char*, Allocation>& allocations = *new std::map<char*, Allocation>;
 static std::map<char*, Allocation>& freed = *new std::map<char*, Allocation>;
 static size_t used = 0, peak = 0;
-static int open_count = 0, allocation_count = 0;
+static int allocation_count = 0;
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-static char* page_at_or_after(char* p) { return (char*)round_up((size_t)p, PAGE); }
-static char* page_at_or_before(char* p) { return (char*)((size_t)p / PAGE * PAGE); }
+// The whole pages in [p, p + bytes), as begin and end; both p + bytes where there is none.
+static std::pair<char*, char*> whole_pages(char* p, size_t bytes) {
+    char *first = (char*)round_up((size_t)p, PAGE), *last = (char*)((size_t)(p + bytes) / PAGE * PAGE);
+    return first < last ? std::make_pair(first, last) : std::make_pair(p + bytes, p + bytes);
+}
 
-// Sets the protection of an allocation's pages; whole pages inside gaps stay inaccessible.
+// Sets the protection of an allocation's pages; whole pages inside gaps are never accessible.
 static void set_access(const Allocation& a, bool accessible) {
-    char *p = a.map, *end = a.map + a.map_bytes;
-    auto set = [&](char* from, char* to) {
-        if (to > from) mprotect(from, (size_t)(to - from), accessible ? PROT_READ | PROT_WRITE : PROT_NONE);
-    };
+    mprotect(a.map, a.map_bytes, accessible ? PROT_READ | PROT_WRITE : PROT_NONE);
+    if (!accessible) return;
     for (auto& [gap, bytes] : a.gaps) {
-        char *first = page_at_or_after(gap), *last = page_at_or_before(gap + bytes);
-        if (last <= first) continue;
-        set(p, first);
-        p = last;
+        auto [first, last] = whole_pages(gap, bytes);
+        if (first < last) mprotect(first, (size_t)(last - first), PROT_NONE);
     }
-    set(p, end);
 }
 
-static bool guard_in_force = false;  // were the pages closed when the last access ended?
-DeviceAccess::DeviceAccess() {
+static bool is_open = true;
+static void set_open(bool open) {
+    for (auto& [begin, a] : allocations)
+        if (!a.pinned) set_access(a, open);
+    is_open = open;
+}
+void open_device_memory() {
     install_handler();
-    if (open_count++ || !guard_in_force) return;
-    for (auto& [begin, a] : allocations)
-        if (!a.pinned) set_access(a, true);
+    if (!is_open) set_open(true);
 }
-DeviceAccess::~DeviceAccess() {
-    if (--open_count) return;
-    if (!options().host_guard && !guard_in_force) return;
-    guard_in_force = options().host_guard;
-    for (auto& [begin, a] : allocations)
-        if (!a.pinned) set_access(a, !guard_in_force);
+void close_device_memory() {
+    if (is_open && options().host_guard) set_open(false);
 }
 
-cudaError_t allocate(void** p, size_t bytes, bool pinned) {
-    *p = nullptr;
-    if (bytes == 0) return cudaSuccess;
-    if (!pinned && (bytes > options().memory_limit || used + bytes > options().memory_limit)) return cudaErrorMemoryAllocation;
-    DeviceAccess open;
+void* allocate(size_t bytes, bool pinned) {
+    if (bytes == 0) return nullptr;
+    want(pinned || (bytes <= options().memory_limit && used + bytes <= options().memory_limit), cudaErrorMemoryAllocation);
+    open_device_memory();
     Allocation a;
     a.bytes = bytes, a.pinned = pinned, a.number = ++allocation_count;
     a.map_bytes = round_up(round_up(bytes, ALIGNMENT), PAGE);
     void* m = mmap(nullptr, a.map_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (m == MAP_FAILED) return cudaErrorMemoryAllocation;
+    want(m != MAP_FAILED, cudaErrorMemoryAllocation);
     a.map = (char*)m + PAGE;
     a.begin = a.map + a.map_bytes - round_up(bytes, ALIGNMENT);
     set_access(a, true);
@@ -79,21 +75,21 @@ cudaError_t allocate(void** p, size_t bytes, bool pinned) {
     asan_poison(a.begin + bytes, (size_t)(a.map + a.map_bytes - a.begin) - bytes);
     if (!pinned) peak = std::max(peak, used += bytes);
     allocations[a.begin] = a;
-    *p = a.begin;
-    return cudaSuccess;
+    close_device_memory();
+    return a.begin;
 }
 
-cudaError_t release_memory(void* p, bool pinned) {
+bool release_memory(void* p, bool pinned) {
     auto it = allocations.find((char*)p);
-    if (it == allocations.end() || it->second.pinned != pinned) return cudaErrorInvalidValue;
-    Allocation a = it->second;
+    if (it == allocations.end() || it->second.pinned != pinned) return false;
+    const Allocation a = it->second;
     asan_unpoison(a.map, a.map_bytes);
     mprotect(a.map, a.map_bytes, PROT_NONE);
     madvise(a.map, a.map_bytes, MADV_DONTNEED);
     if (!pinned) used -= a.bytes;
     allocations.erase(it);
     freed[a.begin] = a;
-    return cudaSuccess;
+    return true;
 }
 
 void memory_usage(size_t& now, size_t& most) { now = used, most = peak; }
@@ -143,64 +139,50 @@ std::string check_range(const void* p, size_t bytes, const char* what) {
 }
 
 cudaError_t poison(void* p, size_t bytes) {
-    std::lock_guard<std::recursive_mutex> lock(api_lock);
-    auto it = allocations.upper_bound((char*)p);
-    if (it == allocations.begin()) return cudaErrorInvalidValue;
-    Allocation& a = (--it)->second;
-    if ((char*)p + bytes > a.begin + a.bytes) return cudaErrorInvalidValue;
-    if (!bytes) return cudaSuccess;
-    DeviceAccess open;
-    memset(p, PATTERN, bytes);
-    asan_poison(p, bytes);
-    a.gaps.emplace_back((char*)p, bytes);
-    std::sort(a.gaps.begin(), a.gaps.end());
-    char *first = page_at_or_after((char*)p), *last = page_at_or_before((char*)p + bytes);
-    if (last > first) mprotect(first, (size_t)(last - first), PROT_NONE);
-    return cudaSuccess;
+    return api([&] {
+        auto it = allocations.upper_bound((char*)p);
+        want(it != allocations.begin(), cudaErrorInvalidValue);
+        Allocation& a = (--it)->second;
+        want((char*)p + bytes <= a.begin + a.bytes, cudaErrorInvalidValue);
+        if (!bytes) return;
+        open_device_memory();
+        memset(p, PATTERN, bytes);
+        asan_poison(p, bytes);
+        a.gaps.emplace_back((char*)p, bytes);
+        std::sort(a.gaps.begin(), a.gaps.end());
+        set_access(a, true);
+        close_device_memory();
+    });
 }
 
 // --- patterns
 
-// The first changed byte of [p, end), or null; the pattern is written again.
+// The first changed byte of [p, end), or null; the pattern is written again. (memcmp would be the sanitizers'.)
 static char* find_damage(char* p, char* end) {
-    char* damage = nullptr;
-    while (p < end && (uintptr_t)p % 8) {
-        if ((unsigned char)*p != PATTERN && !damage) damage = p;
-        p++;
+    for (; end - p >= 8; p += 8) {
+        uint64_t word;
+        __builtin_memcpy(&word, p, 8);
+        if (~word) break;
     }
-    for (; !damage && p + 8 <= end; p += 8)
-        if (*(uint64_t*)p != ~0ull) break;
-    for (; !damage && p < end; p++)
-        if ((unsigned char)*p != PATTERN) damage = p;
-    if (damage)
-        for (p = damage; p < end; p++) *p = (char)PATTERN;
-    return damage;
+    p = std::find_if(p, end, [](char c) { return (unsigned char)c != PATTERN; });
+    std::fill(p, end, (char)PATTERN);
+    return p == end ? nullptr : p;
 }
 
-// After `who` (a kernel's address may go along) has run: has anything been written where nothing belongs?
-cudaError_t check_patterns(const char* who, const void* kernel) {
-    DeviceAccess open;
-    cudaError_t status = cudaSuccess;
+void check_patterns(const void* kernel) {
     auto check = [&](const Allocation& a, char* from, char* to) {
-        char* damage = find_damage(from, to);
-        if (!damage) return;
-        std::string name = kernel ? std::string(who) + " " + symbol(kernel) : who;
-        status = report(cudaErrorIllegalAddress, name + " has written " + describe(a, damage));
+        if (char* damage = find_damage(from, to))
+            report(cudaErrorIllegalAddress, "kernel " + name_of(kernel) + " has written " + describe(a, damage));
     };
     for (auto& [begin, a] : allocations) {
         check(a, a.map, a.begin);
         check(a, a.begin + a.bytes, a.map + a.map_bytes);
         for (auto& [gap, bytes] : a.gaps) {
-            char *first = page_at_or_after(gap), *last = page_at_or_before(gap + bytes);
-            if (last > first) {
-                check(a, gap, first);
-                check(a, last, gap + bytes);
-            } else {
-                check(a, gap, gap + bytes);
-            }
+            auto [first, last] = whole_pages(gap, bytes);
+            check(a, gap, first);
+            check(a, last, gap + bytes);
         }
     }
-    return status;
 }
 
 // --- faults

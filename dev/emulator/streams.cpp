@@ -1,0 +1,360 @@
+// streams.cpp - streams, events and graphs.
+//
+// A stream counts its operations; an operation may have to wait for operations of other streams, which always were
+// submitted earlier, so completing one is a plain recursion. Eager streams run each operation where it is submitted,
+// lazy ones where something waits for it: then only what the dependencies demand has run.
+#include <algorithm>
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "api.h"
+
+namespace emu {
+
+struct Stream;
+struct Dependency {
+    Stream* stream;
+    uint64_t index;  // as many of its operations must be complete
+};
+struct Operation {
+    std::function<void()> work;
+    std::vector<Dependency> after;
+};
+
+// Nodes stand in the order of their capture, which is one that respects the edges.
+struct Node {
+    std::function<void()> work;
+    std::set<size_t> after;
+};
+struct Graph {
+    std::vector<Node> nodes;
+};
+struct Capture {
+    cudaStreamCaptureMode mode;
+    Stream* origin;
+    std::thread::id thread;
+    std::unique_ptr<Graph> graph;
+    bool broken;
+};
+typedef std::shared_ptr<Capture> CapturePtr;
+
+struct Stream {
+    bool blocking = true;  // ordered against the legacy default stream
+    int priority = 0;
+    std::deque<Operation> queue;
+    uint64_t submitted = 0, completed = 0;
+    CapturePtr capture;
+    std::set<size_t> tail;  // under capture: the nodes that the next one comes after
+};
+struct Event {
+    bool timed, recorded = false;
+    Dependency point = {nullptr, 0};
+    std::shared_ptr<std::chrono::steady_clock::time_point> time;
+    CapturePtr capture;  // recorded in a stream under capture, behind these nodes
+    std::set<size_t> nodes;
+};
+
+// None of these is ever destroyed: work may end after main.
+static Stream& legacy = *new Stream;
+static std::vector<Stream*>& streams = *new std::vector<Stream*>{&legacy};
+static std::vector<Stream*>& dead_streams = *new std::vector<Stream*>;  // events may still name them
+static std::set<Event*>& events = *new std::set<Event*>;
+static std::set<Graph*>&graphs = *new std::set<Graph*>, &executables = *new std::set<Graph*>;
+static std::set<CapturePtr>& captures = *new std::set<CapturePtr>;  // in progress
+
+// What a handle stands for; throws for a handle that is none.
+static Stream& stream(cudaStream_t handle) {
+    if (handle == nullptr || handle == cudaStreamLegacy || handle == cudaStreamPerThread) return legacy;
+    want(std::count(streams.begin(), streams.end(), (Stream*)handle), cudaErrorInvalidResourceHandle);
+    return *(Stream*)handle;
+}
+static Event& event(cudaEvent_t handle) {
+    want(events.count((Event*)handle), cudaErrorInvalidResourceHandle);
+    return *(Event*)handle;
+}
+static Graph& graph_in(const std::set<Graph*>& list, void* handle) {
+    want(list.count((Graph*)handle), cudaErrorInvalidValue);
+    return *(Graph*)handle;
+}
+
+[[noreturn]] static void break_capture(const CapturePtr& c, cudaError_t e) {
+    c->broken = true;
+    throw e;
+}
+void not_while_capturing() {
+    bool forbidden = false;
+    for (auto& c : captures)
+        if (c->mode == cudaStreamCaptureModeGlobal || (c->mode == cudaStreamCaptureModeThreadLocal && c->thread == std::this_thread::get_id()))
+            c->broken = forbidden = true;
+    want(!forbidden, cudaErrorStreamCaptureUnsupported);
+}
+void no_blocking_stream_under_capture() {
+    for (Stream* s : streams)
+        if (s->capture && s->blocking) break_capture(s->capture, cudaErrorStreamCaptureImplicit);
+}
+bool under_capture(cudaStream_t s) { return stream(s).capture != nullptr; }
+
+static void complete(Stream& s, uint64_t index) {
+    if (s.completed < index) open_device_memory();
+    while (s.completed < index) {
+        Operation op = std::move(s.queue.front());
+        s.queue.pop_front();
+        for (const Dependency& d : op.after) complete(*d.stream, d.index);
+        if (op.work && fault_code() == cudaSuccess) op.work();
+        s.completed++;
+    }
+}
+void wait_for_all() {
+    for (size_t i = streams.size(); i-- > 0;) complete(*streams[i], streams[i]->submitted);
+    close_device_memory();
+}
+void wait_for_stream(cudaStream_t handle) {
+    Stream& s = stream(handle);
+    if (s.capture) break_capture(s.capture, cudaErrorStreamCaptureUnsupported);
+    if (&s == &legacy) no_blocking_stream_under_capture();
+    for (size_t i = streams.size(); i-- > 0;)
+        if (streams[i] == &s || (&s == &legacy && streams[i]->blocking)) complete(*streams[i], streams[i]->submitted);
+    close_device_memory();
+}
+
+static void submit_after(Stream& s, std::function<void()> work, std::vector<Dependency> after) {
+    if (&s == &legacy) {
+        no_blocking_stream_under_capture();
+        for (Stream* other : streams)
+            if (other != &s && other->blocking) after.push_back({other, other->submitted});
+    } else if (s.blocking) {
+        after.push_back({&legacy, legacy.submitted});
+    }
+    s.queue.push_back({std::move(work), std::move(after)});
+    s.submitted++;
+    if (!options().lazy_streams) complete(s, s.submitted);
+}
+void submit(cudaStream_t handle, std::function<void()> work) {
+    Stream& s = stream(handle);
+    if (!s.capture) return submit_after(s, std::move(work), {});
+    want(!s.capture->broken, cudaErrorStreamCaptureInvalidated);
+    std::vector<Node>& nodes = s.capture->graph->nodes;
+    nodes.push_back({std::move(work), s.tail});
+    s.tail = {nodes.size() - 1};
+}
+
+// Under lazy streams each query runs one operation, so that a loop of queries ends.
+static void query(Stream& s, uint64_t index) {
+    if (s.completed >= index) return close_device_memory();
+    complete(s, s.completed + 1);
+    throw fault_code() != cudaSuccess ? fault_code() : cudaErrorNotReady;
+}
+
+// Runs a graph's nodes; among those whose predecessors are done, the schedule chooses.
+static void run_graph(const Graph& g) {
+    std::vector<bool> done(g.nodes.size());
+    std::mt19937 random(options().seed);
+    for (size_t left = g.nodes.size(); left && fault_code() == cudaSuccess; left--) {
+        std::vector<size_t> ready;
+        for (size_t i = 0; i < g.nodes.size(); i++) {
+            const std::set<size_t>& after = g.nodes[i].after;
+            if (!done[i] && std::all_of(after.begin(), after.end(), [&](size_t p) { return done[p]; })) ready.push_back(i);
+            if (options().schedule == ASCENDING && !ready.empty()) break;
+        }
+        const size_t i = options().schedule == RANDOM ? ready[random() % ready.size()] : ready.back();
+        g.nodes[i].work();
+        done[i] = true;
+    }
+}
+
+// Do paths lead from all nodes of the graph to the origin's last ones?
+static bool all_joined(const Capture& c) {
+    std::set<size_t> reached = c.origin->tail;
+    for (size_t i = c.graph->nodes.size(); i-- > 0;)
+        if (reached.count(i)) reached.insert(c.graph->nodes[i].after.begin(), c.graph->nodes[i].after.end());
+    return reached.size() == c.graph->nodes.size();
+}
+
+// An event last recorded under capture marks a place in a graph: it can be neither waited for by the host nor asked.
+static Event& uncaptured(cudaEvent_t handle) {
+    Event& e = event(handle);
+    if (e.capture) break_capture(e.capture, cudaErrorCapturedEvent);
+    return e;
+}
+
+}  // namespace emu
+using namespace emu;
+
+extern "C" {
+
+// ---------------------------------------------------------------------------------------------
+// Streams
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, int priority) {
+    return api([&] {
+        Stream* s = new Stream;
+        s->blocking = !(flags & cudaStreamNonBlocking), s->priority = priority;
+        streams.push_back(s);
+        *handle = (cudaStream_t)s;
+    });
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) { return cudaStreamCreateWithPriority(handle, flags, 0); }
+cudaError_t cudaStreamCreate(cudaStream_t* handle) { return cudaStreamCreateWithPriority(handle, cudaStreamDefault, 0); }
+cudaError_t cudaStreamGetPriority(cudaStream_t s, int* priority) { return api([&] { *priority = stream(s).priority; }); }
+cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+    return api([&] {
+        Stream& s = stream(handle);
+        want(&s != &legacy, cudaErrorInvalidResourceHandle);
+        if (s.capture) s.capture->broken = true;
+        complete(s, s.submitted);
+        streams.erase(std::find(streams.begin(), streams.end(), &s));
+        dead_streams.push_back(&s);
+    });
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return api([&] { wait_for_stream(s); }); }
+cudaError_t cudaDeviceSynchronize() {
+    return api([&] {
+        for (auto& c : captures) c->broken = true;
+        want(captures.empty(), cudaErrorStreamCaptureUnsupported);
+        wait_for_all();
+    });
+}
+cudaError_t cudaStreamQuery(cudaStream_t handle) {
+    return api([&] {
+        Stream& s = stream(handle);
+        if (s.capture) break_capture(s.capture, cudaErrorStreamCaptureUnsupported);
+        query(s, s.submitted);
+    });
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void* data) { return api([&] { submit(s, [=] { f(data); }); }); }
+
+// ---------------------------------------------------------------------------------------------
+// Events
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned flags) {
+    return api([&] {
+        Event* e = new Event;
+        e->timed = !(flags & cudaEventDisableTiming);
+        events.insert(e);
+        *handle = (cudaEvent_t)e;
+    });
+}
+cudaError_t cudaEventCreate(cudaEvent_t* handle) { return cudaEventCreateWithFlags(handle, cudaEventDefault); }
+cudaError_t cudaEventDestroy(cudaEvent_t handle) {
+    return api([&] {
+        Event* e = &event(handle);
+        events.erase(e);
+        delete e;
+    });
+}
+cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
+    return api([&] {
+        Event& e = event(handle);
+        Stream& s = stream(stream_handle);
+        want(!s.capture || !s.capture->broken, cudaErrorStreamCaptureInvalidated);
+        e.capture = s.capture, e.nodes = s.tail;
+        if (s.capture) return;
+        auto time = std::make_shared<std::chrono::steady_clock::time_point>();
+        e.recorded = true, e.time = time, e.point = {&s, s.submitted + 1};
+        submit_after(s, [time] { *time = std::chrono::steady_clock::now(); }, {});
+    });
+}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) { return cudaEventRecord(e, s); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t handle, unsigned) {
+    return api([&] {
+        Event& e = event(handle);
+        Stream& s = stream(stream_handle);
+        if (captures.count(e.capture)) {  // the stream joins the capture, or its branches meet
+            if (s.capture && s.capture != e.capture) break_capture(s.capture, cudaErrorStreamCaptureMerge);
+            if (&s == &legacy) break_capture(e.capture, cudaErrorStreamCaptureImplicit);
+            s.capture = e.capture;
+            s.tail.insert(e.nodes.begin(), e.nodes.end());
+        } else {
+            if (s.capture) break_capture(s.capture, cudaErrorStreamCaptureIsolation);
+            if (e.recorded) submit_after(s, nullptr, {e.point});
+        }
+    });
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
+    return api([&] {
+        Event& e = uncaptured(handle);
+        if (e.recorded) complete(*e.point.stream, e.point.index);
+        close_device_memory();
+    });
+}
+cudaError_t cudaEventQuery(cudaEvent_t handle) {
+    return api([&] {
+        Event& e = uncaptured(handle);
+        if (e.recorded) query(*e.point.stream, e.point.index);
+    });
+}
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
+    return api([&] {
+        Event &a = uncaptured(start), &b = uncaptured(end);
+        want(a.timed && b.timed && a.recorded && b.recorded, cudaErrorInvalidResourceHandle);
+        for (Event* e : {&a, &b}) want(e->point.stream->completed >= e->point.index, cudaErrorNotReady);
+        *ms = std::chrono::duration<float, std::milli>(*b.time - *a.time).count();
+    });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Graphs
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
+    return api([&] {
+        Stream& s = stream(handle);
+        want(&s != &legacy, cudaErrorStreamCaptureUnsupported);
+        want(!s.capture, cudaErrorIllegalState);
+        s.capture.reset(new Capture{mode, &s, std::this_thread::get_id(), std::make_unique<Graph>(), false});
+        captures.insert(s.capture);
+    });
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+    return api([&] {
+        *graph = nullptr;
+        Stream& s = stream(handle);
+        want(s.capture != nullptr, cudaErrorIllegalState);
+        CapturePtr c = s.capture;
+        if (c->origin != &s) break_capture(c, cudaErrorStreamCaptureUnmatched);
+        if (c->mode != cudaStreamCaptureModeRelaxed && c->thread != std::this_thread::get_id())
+            break_capture(c, cudaErrorStreamCaptureWrongThread);
+        const bool joined = all_joined(*c);
+        for (Stream* other : streams)
+            if (other->capture == c) other->capture = nullptr, other->tail.clear();
+        captures.erase(c);
+        want(!c->broken, cudaErrorStreamCaptureInvalidated);
+        want(joined, cudaErrorStreamCaptureUnjoined);
+        *graph = (cudaGraph_t)*graphs.insert(c->graph.release()).first;
+    });
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
+    return api([&] {
+        const CapturePtr& c = stream(handle).capture;
+        *status = !c ? cudaStreamCaptureStatusNone : c->broken ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+    });
+}
+// Only the count.
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* n) {
+    return api([&] {
+        want(!nodes, cudaErrorNotSupported);
+        *n = graph_in(graphs, graph).nodes.size();
+    });
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+    return api([&] { *executable = (cudaGraphExec_t)*executables.insert(new Graph(graph_in(graphs, graph))).first; });
+}
+cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) { return api([&] { graph_in(executables, executable); }); }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t s) {
+    return api([&] {
+        auto g = std::make_shared<Graph>(graph_in(executables, executable));  // which may be destroyed before this runs
+        submit(s, [g] { run_graph(*g); });
+    });
+}
+static void destroy_graph(std::set<Graph*>& list, void* handle) {
+    Graph* g = &graph_in(list, handle);
+    list.erase(g);
+    delete g;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return api([&] { destroy_graph(graphs, graph); }); }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return api([&] { destroy_graph(executables, executable); }); }
+
+}  // extern "C"
