@@ -414,7 +414,7 @@ inline int score_main(int argc, char** argv) {
             for (std::string& p : poems) p.resize(p.find('\n') == p.npos ? 0 : p.rfind('\n'));
         poems.erase(std::remove(poems.begin(), poems.end(), ""), poems.end());
         if (poems.empty()) fail("%s: holds no poem%s", path.c_str(), skip_last ? " of two verses, and --skip_last leaves out the last" : "");
-        columns.push_back({path.substr(path.find_last_of('/') + 1), measure(poems, ref)});
+        columns.push_back({path, measure(poems, ref)});
         std::string text = columns.back().second.longest_text;
         for (char& c : text)
             if (c == '\n') c = '/';
