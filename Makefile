@@ -16,9 +16,11 @@ PRESET ?= tiny
 OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
+PREPARE_FLAGS ?=
 PYTHON ?= python3
 
-.PHONY: check-kernels roofline gpu-check device-programs need-nvcc all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
+.PHONY: all help train finetune export plot ladder test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda need-nvcc \
+	gpu-check device-programs check-kernels roofline bench golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -26,9 +28,13 @@ help:
 	@echo "make train POEMS=poems.csv     the same on your poems: CSV with a column poem_text, or plain text"
 	@echo "           PRESET=char         a larger model (tiny, char, gpt2, gpt2-medium, gpt2-large, gpt2-xl)"
 	@echo "           OUT=out/mine        another folder   TRAIN_FLAGS='--max_steps 3000'   more flags"
+	@echo "           PREPARE_FLAGS='--where poet_name=NAME'    more flags for ./prepare_data"
+	@echo "make ladder POEMS=poems.csv    the way there, from a bigram table to GPT-2's block: losses, plots, poems (dev/ladder)"
 	@echo "make plot                      draw the losses of OUT/log.csv to OUT/loss.png"
 	@echo "make finetune HF=DIR POEMS=poems.csv OUT=out/mine"
 	@echo "                               fine-tune a checkpoint in Hugging Face's form (GPT-2, AraGPT2) on your poems"
+	@echo "make finetune FROM=out/model.bin POEMS=poems.csv OUT=out/mine"
+	@echo "                               the same from a checkpoint trained here"
 	@echo "make export HF=DIR OUT=out/mine"
 	@echo "                               give the result back in that form, to OUT/hf"
 	@echo "make test                      build and run all tests that need no GPU"
@@ -46,19 +52,44 @@ help:
 	@echo "make clean                     remove the programs (never your data or models)"
 
 train: $(PROGRAMS)
-	./prepare_data $(POEMS) -o $(DATA)
+	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
 	./train_gpt2 --data $(DATA) --preset $(PRESET) -o $(OUT) --overwrite $(TRAIN_FLAGS)
 
-# HF: a folder as Hugging Face publishes it, with config.json, model.safetensors and the tokenizer's files
+# HF: a folder as Hugging Face publishes it, with config.json, model.safetensors and the tokenizer's files;
+# or FROM: a model file trained here, with tokenizer.bin beside it
 HF ?=
-finetune: $(PROGRAMS) convert_gpt2 export_tokenizer
-	@test -n "$(HF)" || { echo "make finetune: name the checkpoint's folder: make finetune HF=DIR POEMS=poems.csv" >&2; exit 2; }
+FROM ?=
+finetune: $(PROGRAMS) $(if $(FROM),,convert_gpt2 export_tokenizer)
+	@test -n "$(HF)$(FROM)" || { echo "make finetune: name the checkpoint: make finetune HF=DIR POEMS=poems.csv, or FROM=out/model.bin" >&2; exit 2; }
 	@mkdir -p $(OUT)
+ifeq ($(FROM),)
 	./convert_gpt2 from-hf $(HF) $(OUT)/pretrained.bin
 	./export_tokenizer $(HF) $(OUT)/pretrained_tokenizer.bin
-	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(OUT)/pretrained_tokenizer.bin
+	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(OUT)/pretrained_tokenizer.bin $(PREPARE_FLAGS)
 	./train_gpt2 -e $(OUT)/pretrained.bin --data $(DATA) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+else
+	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(dir $(FROM))tokenizer.bin $(PREPARE_FLAGS)
+	./train_gpt2 -e $(FROM) --data $(DATA) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+endif
 	./sample_gpt2 -e $(OUT)/model.bin
+
+# The program is built aside and copied here, since `make ladder` itself is the name of the climb.
+LADDER ?= $(OUT)/ladder
+LADDER_FLAGS ?=
+ladder: prepare_data $(BUILD)/ladder
+	@dev/setup.sh plot
+	cp $(BUILD)/ladder ladder
+	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
+	./ladder --data $(DATA) --rung 0-7 -o $(LADDER) $(LADDER_FLAGS)
+	gnuplot -c dev/ladder/ladder.gp $(LADDER)
+	@echo "plots: $(LADDER)/bars.png, $(LADDER)/curves.png"
+$(BUILD)/ladder: dev/ladder/ladder.cpp train_gpt2.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $< -o $@
+score_poems: dev/ladder/score_poems.cpp data/prepare_data.cpp $(HEADERS)
+	$(CXX) $(FLAGS) $< -o $@
+export_run: dev/ladder/export_run.cpp train_gpt2.cpp $(HEADERS)
+	$(CXX) $(FLAGS) $< -o $@
 
 export: convert_gpt2
 	@test -n "$(HF)" || { echo "make export: name the folder whose tokenizer goes along: make export HF=DIR OUT=$(OUT)" >&2; exit 2; }
@@ -164,7 +195,7 @@ need-cuda:
 
 $(BUILD)/test_gpt2: $(TEST_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@
-$(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp) $(HEADERS)
+$(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp dev/ladder/*.cpp) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -c $< -o $@
 
@@ -214,6 +245,7 @@ $(BUILD)/bench: dev/bench/bench.cpp train_gpt2.cpp $(HEADERS)
 golden:
 	@$(PYTHON) -c 'import torch, transformers' 2>/dev/null || { echo "make golden: $(PYTHON) lacks torch or transformers; install them with: $(PYTHON) -m pip install -r dev/golden/requirements.txt" >&2; exit 1; }
 	$(PYTHON) dev/golden/golden.py
+	$(PYTHON) dev/ladder/ladder_golden.py
 
 FUZZ_SECONDS ?= 60
 FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/fuzz_*.cpp dev/convert/fuzz_*.cpp)
@@ -226,4 +258,4 @@ fuzz:
 	  grep -h number_of_executed $$b.log; done
 
 clean:
-	rm -rf $(PROGRAMS) train_gpt2cu convert_gpt2 export_tokenizer tokenize build
+	rm -rf $(PROGRAMS) train_gpt2cu convert_gpt2 export_tokenizer tokenize ladder score_poems export_run build
