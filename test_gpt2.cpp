@@ -712,10 +712,14 @@ TEST_CASE("gemm: every form of strides, odd sizes, bias or accumulation; the epi
 
 TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memory in both directions") {
     Random r(3);
-    check_product(r, gemm::MC + 1, 33, gemm::KC + 1, 0, 1, gemm::OVERWRITE, true, 0);
-    check_product(r, 3 * gemm::MC + 5, 17, 2 * gemm::KC + 3, 1, 0, gemm::ACCUMULATE, false, 1);
-    check_product(r, 7, gemm::SHARED_COLUMNS + 4, 2 * gemm::KC + 9, 0, 1, gemm::OVERWRITE, true, 0);  // 2 column and 2 row pieces
-    check_product(r, 5, gemm::SHARED_COLUMNS + 4, 2 * gemm::KC + 9, 0, 0, gemm::ACCUMULATE, false, 3);
+    check_product(r, gemm::MB + 1, 33, gemm::KC + 1, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, 3 * gemm::MB + 5, 17, 2 * gemm::KC + 3, 1, 0, gemm::ACCUMULATE, false, 1);
+    check_product(r, 7, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, 5, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 0, gemm::ACCUMULATE, false, 3);
+    // The shared operand in two pieces of rows or columns, and in two pieces of k.
+    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 17, 3, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 5, 2, 1, 0, gemm::ACCUMULATE, false, 0);
+    check_product(r, gemm::SHARED_WIDTH, gemm::SHARED_WIDTH + 1, 2 * gemm::KC + 7, 0, 1, gemm::OVERWRITE, true, 0);
     check_product(r, 250, 1, 1, 0, 0, gemm::OVERWRITE, true, 0);
     check_product(r, 1, 250, 1, 0, 0, gemm::OVERWRITE, true, 0);
 }
