@@ -42,7 +42,7 @@ constexpr size_t VL = 8, MR = 6;
 constexpr size_t VL = 4, MR = 6;
 #endif
 constexpr size_t NV = 2, NR = NV * VL;
-constexpr size_t KC = 768;                 // units of k in one packed block
+constexpr size_t KC = 512;                 // units of k in one packed block
 constexpr size_t MB = 8 * MR, NB = 128;    // largest task: rows or columns; with KC a third of a 1 MiB L2
 constexpr size_t SHARED_UNITS = 2 << 20;   // the packed operand of all threads: 8 MiB of last-level cache
 constexpr size_t SHARED_WIDTH = 1344;      // its most rows or columns; a multiple of every panel's width
@@ -95,7 +95,7 @@ inline vec load(const bf16* p, size_t n = VL) {
     ivec v;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     __m256i h = n >= VL ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
-    v = (ivec)_mm512_cvtepu16_epi32(h);
+    v = (ivec)_mm512_maskz_cvtepu16_epi32(0xffff, h);
 #else
     for (size_t i = 0; i < VL; i++) v[i] = i < n ? p[i] : 0;
 #endif
@@ -150,19 +150,18 @@ struct BF16 {
         return (vec)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), s);
     }
     static vec across(const float* s, const float* next, size_t n) {
-        return pairs((__m512i)_mm512_cvtne2ps_pbh((__m512)(next ? load(next, n) : vec{}), (__m512)load(s, n)));
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)(next ? load(next, n) : vec{}), (__m512)load(s, n));
+        return (vec)_mm512_permutexvar_epi16(in_pairs(VL), both);
     }
     static vec across(const bf16* s, const bf16* next, size_t n) {
-        __mmask16 m = (__mmask16)(n >= VL ? 0xffff : (1u << n) - 1);
-        __m256i high = next ? _mm256_maskz_loadu_epi16(m, next) : _mm256_setzero_si256();
-        return pairs(_mm512_maskz_inserti64x4(0xff, _mm512_zextsi256_si512(_mm256_maskz_loadu_epi16(m, s)), high, 1));
+        __mmask32 m = (__mmask32)(n >= VL ? 0xffff : (1u << n) - 1);
+        __m512i odd = next ? _mm512_maskz_loadu_epi16(m, next) : _mm512_setzero_si512();
+        return (vec)_mm512_permutex2var_epi16(_mm512_maskz_loadu_epi16(m, s), in_pairs(2 * VL), odd);
     }
 
   private:
-    static vec pairs(__m512i halves) {  // value i and value 16 + i side by side
-        alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
+    static __m512i in_pairs(int distance) {  // lanes i and distance + i side by side
+        return (__m512i)(((ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}) * 0x10001 + (distance << 16));
     }
 };
 #else
@@ -219,20 +218,38 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
 // ---------------------------------------------------------------------------------------------
 // The micro-kernel
 
+// Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next.
+struct Fetch {
+    const char* at;
+    size_t left = 1, row = 1;  // lines to the end of this row, and in a row
+    size_t jump = 0;           // bytes from a row's end to the next row
+    size_t every = SIZE_MAX;
+    void one() {
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
+        if (!--left) at += jump, left = row;
+    }
+};
+
 // c (R, V*VL; row stride ldc) = init (row stride ldi) + sum over units u of a[u*AU + i*AR] times b[u*BU + j].
 // Not inlined: among the variables of a caller the compiler runs out of registers and spills the accumulators.
 template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU>
 __attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, const float* __restrict b, float* c, size_t ldc,
-                                            const float* init, size_t ldi) {
+                                            const float* init, size_t ldi, Fetch fetch) {
     vec acc[R][V] = {};
-    for (size_t u = 0; u < units; u++, a += AU, b += BU) {
-        vec bv[V];
+    for (size_t i = 0; i < R; i++)
+        for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
+    for (size_t u = 0; u < units;) {
+        fetch.one();
+        for (size_t n = std::min(fetch.every, units - u); n; n--, u++, a += AU, b += BU) {
+            vec bv[V];
 #pragma GCC unroll 8
-        for (size_t j = 0; j < V; j++) bv[j] = load(b + j * VL);
+            for (size_t j = 0; j < V; j++) bv[j] = load(b + j * VL);
 #pragma GCC unroll 16
-        for (size_t i = 0; i < R; i++)
+            for (size_t i = 0; i < R; i++)
 #pragma GCC unroll 8
-            for (size_t j = 0; j < V; j++) acc[i][j] = P::add_product(acc[i][j], a[i * AR], bv[j]);
+                for (size_t j = 0; j < V; j++) acc[i][j] = P::add_product(acc[i][j], a[i * AR], bv[j]);
+        }
     }
 #pragma GCC unroll 16
     for (size_t i = 0; i < R; i++)
@@ -245,18 +262,20 @@ alignas(64) inline const float ZEROS[NR] = {};
 // A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows.
 template <class P, size_t AR, size_t AU, size_t BU, size_t... I>
 inline auto kernel_of(size_t rows, size_t vectors, std::index_sequence<I...>) {
-    using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t);
+    using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t, Fetch);
     static constexpr Kernel one[MR] = {micro_kernel<P, I + 1, 1, AR, AU ? AU : I + 1, BU>...};
     static constexpr Kernel two[MR] = {micro_kernel<P, I + 1, 2, AR, AU ? AU : I + 1, BU>...};
     return vectors == 1 ? one[rows - 1] : two[rows - 1];
 }
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
-inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi) {
+inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi,
+                 const Fetch* fetch = nullptr) {
+    Fetch f = fetch ? *fetch : Fetch{(const char*)b};
     size_t vectors = ceil_div(cols, VL);
     auto kernel = kernel_of<P, AR, AU, BU>(rows, vectors, std::make_index_sequence<MR>());
-    if (cols == vectors * VL) return kernel(units, a, b, c, ldc, init, ldi);
+    if (cols == vectors * VL) return kernel(units, a, b, c, ldc, init, ldi, f);
     alignas(64) float t[MR * NR];
-    kernel(units, a, b, t, NR, ZEROS, 0);
+    kernel(units, a, b, t, NR, ZEROS, 0, f);
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + t[i * NR + j];
 }
@@ -341,14 +360,31 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                     size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
                     const float* shared = ws.shared + q * wide * (kc / U);
                     size_t m0 = by_columns ? s0 : d0, rows = by_columns ? s : d, n0 = by_columns ? d0 : s0, cols = by_columns ? d : s;
+                    // What this thread packs next, most likely, cut into as many pieces as there are tiles.
+                    bool same_block = q + 1 < count;
+                    size_t next_d = same_block ? d0 : d0 + nt * block, next_k = same_block ? k + kc : c0 * kc, tiles = row_panels(rows) * ceil_div(cols, NR);
+                    Fetch fetch = {nullptr};
+                    size_t lines = 0, width = next_d < D ? std::min(block, D - next_d) : 0, depth = std::min(kc, K - std::min(K, next_k)), done = 0;
+                    const char* source = by_columns ? (const char*)(B + next_d * bn + next_k * bk) : (const char*)(A + next_d * am + next_k * ak);
+                    size_t value = by_columns ? sizeof(TB) : sizeof(TA), sd = by_columns ? bn : am, sk = by_columns ? bk : ak;
+                    size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth, stride = (sk == 1 ? sd : sk) * value;
+                    if (inner && outer && (sk == 1 || sd == 1)) {
+                        fetch.row = ceil_div(inner * value, 64), lines = fetch.row * outer;
+                        fetch.jump = stride - fetch.row * 64;
+                        fetch.every = std::max<size_t>(1, units * tiles / lines);
+                    }
                     auto one_tile = [&](size_t i, size_t j) {
-                        size_t r = panel_row(rows, i), height = panel_row(rows, i + 1) - r, width = std::min(NR, cols - j);
+                        if (lines) {
+                            size_t at = done++ * lines / tiles;
+                            fetch.at = source + at / fetch.row * stride + at % fetch.row * 64, fetch.left = fetch.row - at % fetch.row;
+                        }
+                        size_t r = panel_row(rows, i), height = panel_row(rows, i + 1) - r, across = std::min(NR, cols - j);
                         const float *a = (by_columns ? shared : own) + r * units, *bp = (by_columns ? own : shared) + j * units;
                         float* c = C + (m0 + r) * ldc + n0 + j;
                         bool onto = k || start == ACCUMULATE;
-                        tile<P>(height, width, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0);
+                        tile<P>(height, across, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0, lines ? &fetch : nullptr);
                         if (k + n == K)
-                            for (size_t x = 0; x < height; x++) epi(m0 + r + x, n0 + j, width, c + x * ldc);
+                            for (size_t x = 0; x < height; x++) epi(m0 + r + x, n0 + j, across, c + x * ldc);
                     };
                     if (by_columns) {
                         for (size_t j = 0; j < d; j += NR) b_panel(own + j * units, d0 + j, std::min(NR, d - j), k, n);
@@ -441,7 +477,7 @@ inline double measure_peak_flops() {
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
-                micro_kernel<P, MR, NV, 1, MR, NR>(units, a, b, c, NR, ZEROS, 0);
+                micro_kernel<P, MR, NV, 1, MR, NR>(units, a, b, c, NR, ZEROS, 0, Fetch{(const char*)b});
                 __asm__ volatile("" : : "r"(c) : "memory");
             }
             t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();

@@ -503,15 +503,17 @@ struct Arena {
     }
 };
 
-struct Params {
-    float *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
-    void point_into(float* base, const Config& c) {
-        float** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
-                                 &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
+template <class W>
+struct ParamsOf {
+    W *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
+    void point_into(W* base, const Config& c) {
+        W** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
+                             &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
         auto off = param_offsets(c);
         for (int i = 0; i < NUM_PARAMS; i++) *p[i] = base + off[i];
     }
 };
+using Params = ParamsOf<float>;
 
 // What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
 // used again: by every layer of a model that does not train, and in training by what is recomputed.
@@ -552,6 +554,8 @@ struct GPT2 {
     float dropout = 0;
     uint64_t seed = 1337;
     Params p{}, g{};
+    ParamsOf<gemm::bf16> half{};  // in place of p in a model that only generates, with bf16
+    static bool in_bf16(size_t B, Precision p) { return !B && p.dtype == BF16; }
 
     static constexpr size_t HEAD_FLOATS = 32 << 20;  // logits held at once: 128 MiB
 
@@ -585,9 +589,9 @@ struct GPT2 {
     static void check_precision(Precision p) {
         if (p.dtype == BF16 && !p.master_weights) throw UsageError("--master_weights: the CPU trainer keeps its weights in fp32, 0 is for the GPU");
     }
-    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision = {}) {
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision precision = {}) {
         MemoryNeed n;
-        n.params = checked_mul(num_params(c), 4, "parameters");
+        n.params = checked_mul(num_params(c), in_bf16(B, precision) ? 2 : 4, "parameters");
         n.grads = trains ? n.params : 0;
         n.optimizer = 2 * n.grads;
         Arena a;
@@ -607,9 +611,10 @@ struct GPT2 {
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), precision(precision_) {
         check_config(c, "model"), check_precision(precision);
-        need_ = memory_need(c, B, T, trains, recompute);
-        params_mem_ = (float*)gemm::allocate(need_.params, "parameters");
-        p.point_into(params_mem_, c);
+        need_ = memory_need(c, B, T, trains, recompute, precision);
+        void* mem = gemm::allocate(need_.params, "parameters");
+        if (in_bf16(B, precision)) half.point_into(half_mem_ = (gemm::bf16*)mem, c);
+        else p.point_into(params_mem_ = (float*)mem, c);
         if (trains) {
             grads_mem_ = (float*)gemm::allocate(need_.grads, "gradients");
             moments_ = (float*)gemm::allocate(need_.optimizer, "optimizer state");
@@ -629,7 +634,7 @@ struct GPT2 {
         gemm::workspace().reserve(omp_get_max_threads());
     }
     ~GPT2() {
-        gemm::release(params_mem_, need_.params), gemm::release(grads_mem_, need_.grads);
+        gemm::release(params_mem_ ? (void*)params_mem_ : half_mem_, need_.params), gemm::release(grads_mem_, need_.grads);
         gemm::release(moments_, need_.optimizer), gemm::release(acts_mem_, need_.activations);
         gemm::release(scratch_, need_.scratch - gemm::Workspace::bytes(scratch_threads_));
     }
@@ -735,14 +740,21 @@ struct GPT2 {
     template <class F>
     void each_piece(State s, F f) {
         size_t n = num_params(cfg);
-        f(s == PARAMS ? params_mem_ : s == ADAM_M ? moments_ : moments_ + n, n);
+        if (s != PARAMS || params_mem_) return f(s == PARAMS ? params_mem_ : s == ADAM_M ? moments_ : moments_ + n, n);
+        std::vector<float> buf(std::min<size_t>(n, 1 << 20));
+        for (size_t i = 0; i < n; i += buf.size()) {
+            size_t k = std::min(buf.size(), n - i);
+            for (size_t j = 0; j < k; j++) buf[j] = bf16_to_float(half_mem_[i + j]);
+            f(buf.data(), k);
+            for (size_t j = 0; j < k; j++) half_mem_[i + j] = float_to_bf16(buf[j]);
+        }
     }
     // All gradients, in the order of param_table.
     float* grads() {
         if (std::exchange(fresh_, false)) memset(grads_mem_, 0, need_.grads);
         return grads_mem_;
     }
-    float* params() { return params_mem_; }
+    float* params() { return params_mem_; }  // null where they are kept in bf16
 
   private:
     Attention attention() const { return {b_, t_, (size_t)cfg.C, (size_t)cfg.NH}; }
@@ -869,6 +881,7 @@ struct GPT2 {
     }
 
     MemoryNeed need_;
+    gemm::bf16* half_mem_ = nullptr;
     float *params_mem_ = nullptr, *grads_mem_ = nullptr, *moments_ = nullptr, *acts_mem_ = nullptr, *scratch_ = nullptr;
     float *logits_ = nullptr, *att_scratch_ = nullptr;
     int scratch_threads_ = 0;
@@ -913,7 +926,12 @@ class Decoder {
     const float* append(const int* tokens, size_t n) {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
         if (omp_get_max_threads() > threads_) throw std::logic_error("decoder: more threads than it was built for");
-        for (size_t i = 0; i < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - i), i + CHUNK >= n);
+        for (size_t i = 0; i < n; i += CHUNK) {
+            size_t count = std::min(CHUNK, n - i);
+            bool last = i + CHUNK >= n;
+            if (m_.half.wte) run(m_.half, tokens + i, n, count, last);
+            else run(m_.p, tokens + i, n, count, last);
+        }
         return logits_;
     }
 
@@ -927,28 +945,38 @@ class Decoder {
         x_ = a.take(rows_, C), ln_ = a.take(rows_, C), qkv_ = a.take(rows_, 3 * C), att_ = a.take(rows_, C), br_ = a.take(rows_, C);
         fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take((size_t)threads_, T_);
         logits_ = a.take(N_, c.V), last_ = a.take(N_, C);
+        w_ = a.take(C), b_ = a.take(4 * C);
     }
     // One token a sequence is bound by reading W; and the number of sequences must not change a sequence's sums.
-    static void matmul(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N, bool one_token) {
-        if (one_token) gemm::multiply_few(M, N, K, X, W, Y, N, b);
-        else matmul_forward(Y, X, W, b, M, K, N);
+    template <class W>
+    static void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N, bool one_token) {
+        if (one_token) gemm::multiply_few(M, N, K, X, w, Y, N, b);
+        else matmul_forward(Y, X, w, b, M, K, N);
+    }
+    static float value(float w) { return w; }
+    static float value(gemm::bf16 w) { return bf16_to_float(w); }
+    static const float* floats(const float* w, size_t, float*) { return w; }
+    // A vector of n bf16 weights in floats, in buf.
+    static const float* floats(const gemm::bf16* w, size_t n, float* buf) {
+        for (size_t i = 0; i < n; i++) buf[i] = bf16_to_float(w[i]);
+        return buf;
     }
 
     // One chunk: the first n of `stride` tokens of each sequence.
-    void run(const int* tokens, size_t stride, size_t n, bool want_logits) {
+    template <class W>
+    void run(const ParamsOf<W>& p, const int* tokens, size_t stride, size_t n, bool want_logits) {
         const Config& c = m_.cfg;
-        const Params& p = m_.p;
         size_t C = c.C, NH = c.NH, hs = c.hs(), M = N_ * n;
         bool grover = c.arch == GROVER_ARCH;
         float scale = 1.0f / std::sqrt((float)hs), *mean = stat_, *rstd = stat_ + M;
         for (size_t r = 0; r < M; r++)
             for (size_t i = 0; i < C; i++)
-                x_[r * C + i] = p.wte[(size_t)tokens[r / n * stride + r % n] * C + i] + p.wpe[(pos_ + r % n) * C + i];
+                x_[r * C + i] = value(p.wte[(size_t)tokens[r / n * stride + r % n] * C + i]) + value(p.wpe[(pos_ + r % n) * C + i]);
         for (size_t l = 0; l < (size_t)c.L; l++) {
             float* cache = cache_ + l * N_ * T_ * 2 * C;
-            layernorm_forward(ln_, mean, rstd, x_, p.ln1w + l * C, p.ln1b + l * C, M, C, c.eps);
+            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln1w + l * C, C, w_), floats(p.ln1b + l * C, C, b_), M, C, c.eps);
             if (grover) memcpy(x_, ln_, M * C * sizeof(float));
-            matmul(qkv_, ln_, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C, n == 1);
+            matmul(qkv_, ln_, p.qkvw + l * 3 * C * C, floats(p.qkvb + l * 3 * C, 3 * C, b_), M, C, 3 * C, n == 1);
             for (size_t r = 0; r < M; r++)
                 memcpy(cache + ((r / n) * T_ + pos_ + r % n) * 2 * C, qkv_ + r * 3 * C + C, 2 * C * sizeof(float));
 #pragma omp parallel for schedule(static)
@@ -968,25 +996,25 @@ class Decoder {
                 for (size_t j = 0; j < len; j++)
                     for (size_t i = 0; i < hs; i++) o[i] += s[j] / sum * v[j * 2 * C + i];
             }
-            matmul(br_, att_, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C, n == 1);
+            matmul(br_, att_, p.attprojw + l * C * C, floats(p.attprojb + l * C, C, b_), M, C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
-            layernorm_forward(ln_, mean, rstd, x_, p.ln2w + l * C, p.ln2b + l * C, M, C, c.eps);
-            matmul(fc_, ln_, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, n == 1);
+            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln2w + l * C, C, w_), floats(p.ln2b + l * C, C, b_), M, C, c.eps);
+            matmul(fc_, ln_, p.fcw + l * 4 * C * C, floats(p.fcb + l * 4 * C, 4 * C, b_), M, C, 4 * C, n == 1);
             gelu_forward(fc_, fc_, M * 4 * C, c.activation);
-            matmul(br_, fc_, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C, n == 1);
+            matmul(br_, fc_, p.fcprojw + l * 4 * C * C, floats(p.fcprojb + l * C, C, b_), M, 4 * C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
         }
         pos_ += n;
         if (!want_logits) return;
         for (size_t s = 0; s < N_; s++) memcpy(last_ + s * C, x_ + (s * n + n - 1) * C, C * sizeof(float));
-        layernorm_forward(ln_, mean, rstd, last_, p.lnfw, p.lnfb, N_, C, c.eps);
+        layernorm_forward(ln_, mean, rstd, last_, floats(p.lnfw, C, w_), floats(p.lnfb, C, b_), N_, C, c.eps);
         matmul(logits_, ln_, p.wte, nullptr, N_, C, c.V, true);
     }
 
     const GPT2& m_;
     size_t N_, T_, rows_, pos_ = 0, bytes_ = 0;
     int threads_ = omp_get_max_threads();
-    float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_;
+    float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_, *w_, *b_;
 };
 
 }  // namespace cpu
