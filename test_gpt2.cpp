@@ -623,10 +623,14 @@ TEST_CASE("gemm: every form of strides, odd sizes, bias or accumulation; the epi
 
 TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memory in both directions") {
     Random r(3);
-    check_product(r, gemm::MC + 1, 33, gemm::KC + 1, 0, 1, gemm::OVERWRITE, true, 0);
-    check_product(r, 3 * gemm::MC + 5, 17, 2 * gemm::KC + 3, 1, 0, gemm::ACCUMULATE, false, 1);
-    check_product(r, 7, gemm::SHARED_COLUMNS + 4, 2 * gemm::KC + 9, 0, 1, gemm::OVERWRITE, true, 0);  // 2 column and 2 row pieces
-    check_product(r, 5, gemm::SHARED_COLUMNS + 4, 2 * gemm::KC + 9, 0, 0, gemm::ACCUMULATE, false, 3);
+    check_product(r, gemm::MB + 1, 33, gemm::KC + 1, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, 3 * gemm::MB + 5, 17, 2 * gemm::KC + 3, 1, 0, gemm::ACCUMULATE, false, 1);
+    check_product(r, 7, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, 5, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 0, gemm::ACCUMULATE, false, 3);
+    // The shared operand in two pieces of rows or columns, and in two pieces of k.
+    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 17, 3, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 5, 2, 1, 0, gemm::ACCUMULATE, false, 0);
+    check_product(r, gemm::SHARED_WIDTH, gemm::SHARED_WIDTH + 1, 2 * gemm::KC + 7, 0, 1, gemm::OVERWRITE, true, 0);
     check_product(r, 250, 1, 1, 0, 0, gemm::OVERWRITE, true, 0);
     check_product(r, 1, 250, 1, 0, 0, gemm::OVERWRITE, true, 0);
 }
@@ -648,6 +652,50 @@ TEST_CASE("gemm: an element has the same bits wherever it stands and whatever th
         gemm::multiply(rows, cols, K, &A[first * K], K, 1, &B[col], N, 1, C.data(), cols, gemm::OVERWRITE, &bias[col]);
         for (size_t i = 0; i < rows; i++) CHECK(!memcmp(&C[i * cols], &want[(first + i) * N + col], cols * sizeof(float)));
     }
+}
+
+namespace {
+
+// Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.
+template <class TA, class TB>
+void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form) {
+    INFO("M ", M, " N ", N, " K ", K, ", forms of A and B ", a_form, " ", b_form, ", bytes ", sizeof(TA), " ", sizeof(TB));
+    Strided A(r, M, K, a_form), B(r, K, N, b_form);
+    auto typed = [](const Floats& x, auto zero) {
+        std::vector<decltype(zero)> y;
+        for (float f : x)
+            if constexpr (sizeof zero == 2) y.push_back(float_to_bf16(f));
+            else y.push_back(f);
+        return y;
+    };
+    auto a = typed(A.data, TA()), b = [&] { return typed(B.data, TB()); }();
+    Floats C(M * N, NAN);
+    gemm::multiply<gemm::BF16>(M, N, K, a.data(), A.sr, A.sc, b.data(), B.sr, B.sc, C.data(), N);
+    auto rounded = [](double x) { return (double)bf16_to_float(float_to_bf16((float)x)); };
+    double diff = 0;
+    for (size_t m = 0; m < M; m++)
+        for (size_t n = 0; n < N; n++) {
+            double want = 0;
+            for (size_t k = 0; k < K; k++) want += rounded(A.at(m, k)) * rounded(B.at(k, n));
+            diff += std::pow(C[m * N + n] - want, 2);
+        }
+    double error = std::sqrt(diff / (double)(M * N * K));
+    note("gemm, bf16 operands", error, 2e-6);
+    CHECK_MESSAGE(error <= 2e-6, "relative L2 error ", error);
+}
+
+}  // namespace
+
+TEST_CASE("gemm of bf16 numbers: the product of the operands rounded to nearest, from floats and from bf16, any strides and sizes") {
+    Random r(6);
+    for (size_t trial = 0; trial < 240; trial++) {
+        size_t M = r.among({1, 2, 5, 13, 14, 15, 29}), N = r.among({1, 3, 15, 16, 17, 31, 33, 70}), K = r.among({1, 2, 3, 31, 32, 33, 64, 97, 257});
+        size_t a = trial % 4, b = trial / 4 % 4;
+        if (trial % 3 == 0) check_bf16_product<float, float>(r, M, N, K, a, b);
+        else if (trial % 3 == 1) check_bf16_product<uint16_t, float>(r, M, N, K, a, b);
+        else check_bf16_product<uint16_t, uint16_t>(r, M, N, K, a, b);
+    }
+    check_bf16_product<float, float>(r, gemm::MB + 3, gemm::NB + 37, 2 * gemm::KC + 5, 0, 1);
 }
 
 TEST_CASE("multiply_few: X W^T + b for few rows, any width; a row does not depend on the others") {
@@ -1317,34 +1365,90 @@ TEST_CASE("initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L))
     }
 }
 
-TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER") {
+// bf16 keeps 8 bits: operands are off by up to 1/256, 1/600 in the mean, and errors of many terms average out.
+TEST_CASE("bf16: loss, logits and gradients are fp32's within rounding: 1e-3, and relative L2 1e-2 of each tensor") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH})
+        for (float dropout : {0.0f, 0.2f}) {
+            Config c = config(2, 3, 51, 97, 70, arch, arch == GPT2_ARCH ? GELU_TANH : GELU_ERF);
+            INFO(variant(c, dropout));
+            cpu::GPT2 full(c, 3, 67, true), half(c, 3, 67, true, 0, Precision{BF16, true});
+            full.init_weights(60), half.init_weights(60);
+            full.dropout = half.dropout = dropout;
+            Random r(60);
+            Batch batch(r, 3, 67, c.V);
+            Pass pass = training_pass(batch.counted());
+            double want = batch.forward(full, pass), got = batch.forward(half, pass);
+            check_close("bf16, loss", got, want, 1e-3);
+            CHECK(got != want);
+            full.backward(), half.backward();
+            ParamTable table = param_table(c);
+            auto off = param_offsets(c);
+            for (int i = 0; i < NUM_PARAMS; i++)
+                check_close(strf("bf16, gradients: %s", table[i].name), half.grads() + off[i], full.grads() + off[i], table[i].size(), 1e-2);
+            Floats a(3 * 67 * 97), b(3 * 67 * 97);
+            half.logits(a.data()), full.logits(b.data());
+            check_close("bf16, logits", a.data(), b.data(), a.size(), 1e-2);
+        }
+}
+
+TEST_CASE("bf16: losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, and after recomputation") {
+    Floats first;
+    for (int threads : {1, 2, 3, 4}) {
+        Threads guard(threads);
+        Config c = config(2, 3, 69, 97, 101);
+        cpu::GPT2 m(c, 3, 101, true, threads - 1, Precision{BF16, true});
+        m.init_weights(5);
+        m.dropout = 0.1f;
+        Random r(44);
+        Floats seen;
+        for (uint32_t step = 0; step < 3; step++) {
+            Batch batch(r, 3, step % 2 ? 37 : 101, c.V);
+            m.accumulate(batch.tokens.data(), batch.targets.data(), 3, batch.T, training_pass(batch.counted(), step));
+            StepResult s = m.step(AdamW(), step + 1);
+            seen.push_back((float)s.loss), seen.push_back((float)s.norm);
+        }
+        Floats p = parameters(m);
+        seen.insert(seen.end(), p.begin(), p.end());
+        if (threads == 1) first = seen;
+        INFO("threads ", threads);
+        CHECK(same_bits(seen, first));
+    }
+}
+
+TEST_CASE("bf16 without fp32 master weights is refused by the flag's name") {
+    CHECK(contains(error_of([] { cpu::GPT2::check_precision(Precision{BF16, false}); }), "--master_weights"));
+    cpu::GPT2::check_precision(Precision{BF16, true}), cpu::GPT2::check_precision(Precision{FP32, false});
+}
+
+TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER, fp32 and bf16") {
     const int V = 12, T = 16, B = 4;
     const char* text = "abcabdabcabeffgahiabcjkl";
     Tokens ids;
     for (int i = 0; i < 200; i++) ids.push_back(text[i % 24] - 'a');
-    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
-        cpu::GPT2 m(config(2, 2, 32, V, T, arch), B, T, true);
-        m.init_weights(1);
-        Random r(1);
-        double first = 0, loss = 0;
-        for (uint32_t step = 0; step < 60; step++) {
-            Tokens x, y;
-            for (int b = 0; b < B; b++) {
-                size_t at = r.below(ids.size() - T - 1);
-                x.insert(x.end(), &ids[at], &ids[at] + T), y.insert(y.end(), &ids[at + 1], &ids[at + 1] + T);
+    for (int arch : {GPT2_ARCH, GROVER_ARCH})
+        for (Dtype dtype : {FP32, BF16}) {
+            cpu::GPT2 m(config(2, 2, 32, V, T, arch), B, T, true, 0, Precision{dtype, true});
+            m.init_weights(1);
+            Random r(1);
+            double first = 0, loss = 0;
+            for (uint32_t step = 0; step < 60; step++) {
+                Tokens x, y;
+                for (int b = 0; b < B; b++) {
+                    size_t at = r.below(ids.size() - T - 1);
+                    x.insert(x.end(), &ids[at], &ids[at] + T), y.insert(y.end(), &ids[at + 1], &ids[at + 1] + T);
+                }
+                loss = m.forward(x.data(), y.data(), B, T, training_pass(B * T, step));
+                m.backward();
+                if (!step) first = loss;
+                double norm = m.grad_norm();
+                AdamW a;
+                a.lr = (float)trainer::learning_rate("cosine", 1e-2, (int)step, 5, 60, 0.1);
+                m.update(a, step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
             }
-            loss = m.forward(x.data(), y.data(), B, T, training_pass(B * T, step));
-            m.backward();
-            if (!step) first = loss;
-            double norm = m.grad_norm();
-            AdamW a;
-            a.lr = (float)trainer::learning_rate("cosine", 1e-2, (int)step, 5, 60, 0.1);
-            m.update(a, step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
+            INFO("first loss ", first, ", last ", loss);
+            CHECK(std::fabs(first - std::log((double)V)) < 0.1);
+            CHECK(loss < 0.5);  // "ab" leaves something open only at a window's beginning
         }
-        INFO("first loss ", first, ", last ", loss);
-        CHECK(std::fabs(first - std::log((double)V)) < 0.1);
-        CHECK(loss < 0.5);  // "ab" leaves something open only at a window's beginning
-    }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1493,6 +1597,28 @@ TEST_CASE("the decoder's logits are the full forward pass's after every prefix, 
             }
             CHECK(cpu::Decoder(m, 1, 1000).capacity() == 150);  // never more than the positions the model knows
         }
+}
+
+TEST_CASE("a decoder with weights in bf16 is the fp32 decoder with rounded weights; relative L2 1e-5") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
+        Config c = config(2, 3, 51, 97, 40, arch);
+        cpu::GPT2 full(c, 0, 0, false), half(c, 0, 0, false, 0, Precision{BF16, true});
+        randomise(full, 71);
+        const float* from = full.params();
+        half.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) { std::copy(from, from + n, p), from += n; });
+        for (size_t i = 0; i < num_params(c); i++) full.params()[i] = bf16_to_float(float_to_bf16(full.params()[i]));
+        CHECK(same_bits(piece(half, cpu::GPT2::PARAMS), parameters(full)));
+        CHECK(cpu::GPT2::memory_need(c, 0, 0, false, 0, half.precision).params == num_params(c) * 2);
+        const size_t N = 3, T = 9;
+        cpu::Decoder a(full, N, T), b(half, N, T);
+        Random r(71);
+        Tokens tokens = r.tokens(N * T, c.V);
+        for (size_t at = 0, n = 5; at < T; at += n, n = 1) {  // a prompt, then token by token
+            Tokens next;
+            for (size_t s = 0; s < N; s++) next.insert(next.end(), &tokens[s * T + at], &tokens[s * T + at] + n);
+            check_close("bf16 decoder, logits", b.append(next.data(), n), a.append(next.data(), n), N * (size_t)c.V, 1e-5);
+        }
+    }
 }
 
 TEST_CASE("a sequence's logits have the same bits however many are written beside it, and with any number of threads") {
