@@ -20,7 +20,7 @@ PREPARE_FLAGS ?=
 PYTHON ?= python3
 
 .PHONY: all help train finetune export plot ladder test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda need-nvcc \
-	gpu-check device-programs check-kernels roofline bench golden fuzz clean
+	gpu-check device-programs check-kernels roofline bench bench-gemm golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -46,7 +46,9 @@ help:
 	@echo "make check-kernels             what nvcc makes of the kernels: registers, spills, tensor-core instructions (no GPU)"
 	@echo "make roofline                  recompute the traffic budget, dev/bench/ROOFLINE.md"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
-	@echo "make bench                     time the matrix product and training steps"
+	@echo "make bench                     time training steps and sampling, beside PyTorch and llm.c where they are"
+	@echo "           ROWS=char RUNS=5    fewer rows, more runs   PYTHON=python3   LLMC=path/to/llm.c"
+	@echo "make bench-gemm                time the matrix product beside oneDNN and OpenBLAS (SHAPES=124m, char or small)"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
 	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
 	@echo "make clean                     remove the programs (never your data or models)"
@@ -236,11 +238,31 @@ $(BUILD)/train_gpt2cu_%: $(BUILD)/train_gpt2cu_%.o $(BUILD)/$(EMULATOR)/dynamic_
 $(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
 	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
+# make bench ROWS=char RUNS=5: ROWS of 124m-4x64 124m-4x256 124m-1x1024 char, PARTS of steps sampling scaling, RUNS processes
+# of STEPS steps each; PYTHON: one that has PyTorch; LLMC: a checkout of llm.c
+ROWS ?=
+PARTS ?= steps sampling scaling
+RUNS ?=
+STEPS ?=
+LLMC ?=
 bench: $(BUILD)/bench
-	$(BUILD)/bench
+	$(BUILD)/bench --rows "$(ROWS)" --parts "$(PARTS)" $(if $(RUNS),--runs $(RUNS)) $(if $(STEPS),--steps $(STEPS)) --python "$(PYTHON)" --llmc "$(LLMC)"
 $(BUILD)/bench: dev/bench/bench.cpp train_gpt2.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $< -o $@
+
+# Peers of the matrix product, where they are installed: sudo apt-get install libdnnl-dev libopenblas-openmp-dev
+HAVE_DNNL = $(shell $(CXX) -std=c++17 -include dnnl.hpp -E -x c++ /dev/null >/dev/null 2>&1 && echo yes)
+OPENBLAS_DIR = $(firstword $(wildcard /usr/lib/*/openblas-openmp))
+PEERS = $(if $(HAVE_DNNL),-DHAVE_DNNL -ldnnl) $(if $(OPENBLAS_DIR),-DHAVE_OPENBLAS \
+	-I$(subst /lib/,/include/,$(OPENBLAS_DIR)) -L$(OPENBLAS_DIR) -lopenblas -Wl,-rpath,$(OPENBLAS_DIR))
+SHAPES ?=
+THREADS ?= 0
+bench-gemm: $(BUILD)/bench_gemm
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BUILD)/bench_gemm --shapes "$(SHAPES)" --threads $(THREADS) $(if $(RUNS),--runs $(RUNS))
+$(BUILD)/bench_gemm: dev/bench/bench_gemm.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $< -o $@ $(PEERS)
 
 golden:
 	@$(PYTHON) -c 'import torch, transformers' 2>/dev/null || { echo "make golden: $(PYTHON) lacks torch or transformers; install them with: $(PYTHON) -m pip install -r dev/golden/requirements.txt" >&2; exit 1; }
