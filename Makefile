@@ -19,7 +19,7 @@ TRAIN_FLAGS ?=
 PREPARE_FLAGS ?=
 PYTHON ?= python3
 
-.PHONY: all help train finetune export plot ladder test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda need-nvcc \
+.PHONY: all help train finetune export plot ladder test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda need-nvcc need-python \
 	gpu-check device-programs check-kernels roofline bench bench-gemm golden fuzz clean
 all: $(PROGRAMS)
 
@@ -125,14 +125,16 @@ $(BUILD)/precision.%:
 	  FP16) echo "make train_gpt2cu: PRECISION=FP16 is not supported, its range is too small for gradients without loss scaling; take BF16" >&2; exit 2;; \
 	  *) echo "make train_gpt2cu: PRECISION=$* is unknown; known are BF16, FP32" >&2; exit 2;; esac
 	@mkdir -p $(@D); rm -f $(BUILD)/precision.*; touch $@
+need-python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install it with: sudo apt-get install python3, or name one: PYTHON=FILE" >&2; exit 1; }
 need-nvcc:
 	@test -n "$(NVCC)" || { echo "make train_gpt2cu: nvcc is neither on the PATH nor in $(CUDA_HOME)/bin; install the CUDA Toolkit, 12 or later (https://developer.nvidia.com/cuda-downloads), or name it: make train_gpt2cu NVCC=FILE" >&2; exit 1; }
 
 # What nvcc makes of the kernels, and the traffic budget on paper: neither needs a GPU.
-check-kernels: need-nvcc
+check-kernels: need-nvcc need-python
 	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC)
 	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC) --fp32
-roofline:
+roofline: need-python
 	$(PYTHON) dev/bench/roofline.py
 
 # On a machine with a GPU: the tests that the emulator runs, on the device; then speeds, to dev/bench/gpu-NAME.md
