@@ -421,12 +421,17 @@ inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy,
             for (size_t r = 0; r < R; r++) acc[m][r] += x * w[r];
         }
     }
-    for (size_t m = 0; m < M; m++)
-        for (size_t r = 0; r < R; r++) {
-            for (size_t h = VL / 2; h; h /= 2)
-                for (size_t j = 0; j < h; j++) acc[m][r][j] += acc[m][r][j + h];
-            Y[m * ldy + r] = acc[m][r][0] + (bias ? bias[r] : 0.0f);
+    for (size_t first = 0; first < M * R; first += VL) {  // VL sums across lanes at once, by turning their block
+        vec v[VL] = {};
+        for (size_t i = 0; i < VL && first + i < M * R; i++) v[i] = acc[(first + i) / R][(first + i) % R];
+        transpose(v);
+        for (size_t h = VL / 2; h; h /= 2)
+            for (size_t j = 0; j < h; j++) v[j] += v[j + h];
+        for (size_t i = 0; i < VL && first + i < M * R; i++) {
+            size_t m = (first + i) / R, r = (first + i) % R;
+            Y[m * ldy + r] = v[0][i] + (bias ? bias[r] : 0.0f);
         }
+    }
 }
 template <size_t R, class T>
 inline void few_rows(size_t M, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias, bool more) {
