@@ -256,8 +256,8 @@ $(BUILD)/bench: dev/bench/bench.cpp train_gpt2.cpp $(HEADERS)
 # Peers of the matrix product, where they are installed: sudo apt-get install libdnnl-dev libopenblas-openmp-dev
 HAVE_DNNL = $(shell $(CXX) -std=c++17 -include dnnl.hpp -E -x c++ /dev/null >/dev/null 2>&1 && echo yes)
 OPENBLAS_DIR = $(firstword $(wildcard /usr/lib/*/openblas-openmp))
-PEERS = $(if $(HAVE_DNNL),-DHAVE_DNNL -ldnnl) $(if $(OPENBLAS_DIR),-DHAVE_OPENBLAS \
-	-I$(subst /lib/,/include/,$(OPENBLAS_DIR)) -L$(OPENBLAS_DIR) -lopenblas -Wl,-rpath,$(OPENBLAS_DIR))
+OPENBLAS = -DHAVE_OPENBLAS -I$(subst /lib/,/include/,$(OPENBLAS_DIR)) -L$(OPENBLAS_DIR) -lopenblas -Wl,-rpath,$(OPENBLAS_DIR)
+PEERS = $(if $(HAVE_DNNL),-DHAVE_DNNL -ldnnl) $(if $(OPENBLAS_DIR),$(OPENBLAS))
 SHAPES ?=
 THREADS ?= 0
 bench-gemm: $(BUILD)/bench_gemm

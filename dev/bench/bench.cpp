@@ -68,14 +68,18 @@ int work_step(const Row& r, const std::string& dtype, int steps) {
         model.accumulate(x.data(), y.data(), B, T, pass);
         StepResult result = model.step(adam, s + 1);
         printf("ms %.2f\n", 1e3 * (bench::now() - t0));
-        if (!result.finite() || std::fabs(result.loss - std::log(c.V)) > 1) fail("loss is %g, wanted about %g", result.loss, std::log(c.V));
+        if (!s && !(std::fabs(result.loss - std::log(c.V)) < 1)) fail("the first loss is %g, wanted about %g", result.loss, std::log(c.V));
     }
     return 0;
 }
 
 int work_sample(const std::string& dtype, int N, int tokens) {
     cpu::GPT2 model(ROWS[0].config(), 0, 0, false, 0, precision_of(dtype));
-    model.init_weights(1);
+    rng::Key key(1, 0, rng::INIT);
+    model.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) {
+#pragma omp parallel for schedule(static)
+        for (size_t i = 0; i < n; i++) p[i] = (float)(int32_t)key.u32(i) * 0x1p-36f;
+    });
     cpu::Decoder decoder(model, (size_t)N, (size_t)tokens);
     SampleOptions greedy;
     greedy.temperature = 0;
@@ -282,7 +286,7 @@ Contestant llmc(const Options& o, const Row& r, int steps) {
 }
 
 std::string spread(const Samples& s, const char* unit, double scale, int digits) {
-    return strf("%.*f %s (%.*f to %.*f)", digits, s.median() * scale, unit, digits, s.min() * scale, digits, s.max() * scale);
+    return strf("%.*f%s (%.*f to %.*f)", digits, s.median() * scale, unit, digits, s.min() * scale, digits, s.max() * scale);
 }
 
 struct Peak {
@@ -298,9 +302,9 @@ Peak measure_peak(const Options& o, int threads, Report& report) {
     std::map<std::string, Samples> s;
     for (auto& [key, values] : r.values)
         for (double x : values) s[key].add(x);
-    report.add(strf("| %d | %s | %s | %s | %s | %.0f%% |\n", threads, spread(s["fp32"], "GFLOP/s", 1e-9, 0).c_str(),
-                    s["bf16"].max() > 0 ? spread(s["bf16"], "GFLOP/s", 1e-9, 0).c_str() : "none", spread(s["read"], "GB/s", 1e-9, 1).c_str(),
-                    spread(s["update"], "GB/s", 1e-9, 1).c_str(), 100 * r.others));
+    report.add(strf("| %d | %s | %s | %s | %s | %.0f%% |\n", threads, spread(s["fp32"], " GFLOP/s", 1e-9, 0).c_str(),
+                    s["bf16"].max() > 0 ? spread(s["bf16"], " GFLOP/s", 1e-9, 0).c_str() : "none", spread(s["read"], " GB/s", 1e-9, 1).c_str(),
+                    spread(s["update"], " GB/s", 1e-9, 1).c_str(), 100 * r.others));
     return {s["fp32"].median(), s["bf16"].median()};
 }
 

@@ -96,7 +96,7 @@ def step(row, dtype, steps):
     run = torch.compile(model) if os.environ.get("TORCH_COMPILE") == "1" else model
     x = torch.randint(0, V, (B, T))
     y = torch.randint(0, V, (B, T))
-    for _ in range(steps):
+    for s in range(steps):
         t0 = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
             loss = run(x, y)
@@ -106,7 +106,7 @@ def step(row, dtype, steps):
         optimizer.step()
         loss = loss.item()
         print(f"ms {(time.perf_counter() - t0) * 1e3:.2f}", flush=True)
-        assert abs(loss - math.log(V)) < 1, loss
+        assert s or abs(loss - math.log(V)) < 1, loss
 
 
 @torch.inference_mode()
