@@ -16,8 +16,11 @@ PRESET ?= tiny
 OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
+PREPARE_FLAGS ?=
+PYTHON ?= python3
 
-.PHONY: need-nvcc all help train finetune export plot test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda bench golden fuzz clean
+.PHONY: all help train finetune export plot ladder test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda need-nvcc need-python \
+	gpu-check device-programs check-kernels roofline bench bench-gemm golden fuzz clean
 all: $(PROGRAMS)
 
 help:
@@ -25,9 +28,13 @@ help:
 	@echo "make train POEMS=poems.csv     the same on your poems: CSV with a column poem_text, or plain text"
 	@echo "           PRESET=char         a larger model (tiny, char, gpt2, gpt2-medium, gpt2-large, gpt2-xl)"
 	@echo "           OUT=out/mine        another folder   TRAIN_FLAGS='--max_steps 3000'   more flags"
+	@echo "           PREPARE_FLAGS='--where poet_name=NAME'    more flags for ./prepare_data"
+	@echo "make ladder POEMS=poems.csv    the way there, from a bigram table to GPT-2's block: losses, plots, poems (dev/ladder)"
 	@echo "make plot                      draw the losses of OUT/log.csv to OUT/loss.png"
 	@echo "make finetune HF=DIR POEMS=poems.csv OUT=out/mine"
 	@echo "                               fine-tune a checkpoint in Hugging Face's form (GPT-2, AraGPT2) on your poems"
+	@echo "make finetune FROM=out/model.bin POEMS=poems.csv OUT=out/mine"
+	@echo "                               the same from a checkpoint trained here"
 	@echo "make export HF=DIR OUT=out/mine"
 	@echo "                               give the result back in that form, to OUT/hf"
 	@echo "make test                      build and run all tests that need no GPU"
@@ -35,26 +42,56 @@ help:
 	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
 	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
 	@echo "make train_gpt2cu              build the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
+	@echo "make gpu-check                 on a machine with a GPU: run the tests on it, and measure (writes dev/bench/gpu-NAME.md)"
+	@echo "make check-kernels             what nvcc makes of the kernels: registers, spills, tensor-core instructions (no GPU)"
+	@echo "make roofline                  recompute the traffic budget, dev/bench/ROOFLINE.md"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
-	@echo "make bench                     time the matrix product and training steps"
+	@echo "make bench                     time training steps and sampling, beside PyTorch and llm.c where they are"
+	@echo "           ROWS=char RUNS=5    fewer rows, more runs   PYTHON=python3   LLMC=path/to/llm.c"
+	@echo "make bench-gemm                time the matrix product beside oneDNN and OpenBLAS (SHAPES=124m, char or small)"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
 	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
 	@echo "make clean                     remove the programs (never your data or models)"
 
 train: $(PROGRAMS)
-	./prepare_data $(POEMS) -o $(DATA)
+	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
 	./train_gpt2 --data $(DATA) --preset $(PRESET) -o $(OUT) --overwrite $(TRAIN_FLAGS)
 
-# HF: a folder as Hugging Face publishes it, with config.json, model.safetensors and the tokenizer's files
+# HF: a folder as Hugging Face publishes it, with config.json, model.safetensors and the tokenizer's files;
+# or FROM: a model file trained here, with tokenizer.bin beside it
 HF ?=
-finetune: $(PROGRAMS) convert_gpt2 export_tokenizer
-	@test -n "$(HF)" || { echo "make finetune: name the checkpoint's folder: make finetune HF=DIR POEMS=poems.csv" >&2; exit 2; }
+FROM ?=
+finetune: $(PROGRAMS) $(if $(FROM),,convert_gpt2 export_tokenizer)
+	@test -n "$(HF)$(FROM)" || { echo "make finetune: name the checkpoint: make finetune HF=DIR POEMS=poems.csv, or FROM=out/model.bin" >&2; exit 2; }
 	@mkdir -p $(OUT)
+ifeq ($(FROM),)
 	./convert_gpt2 from-hf $(HF) $(OUT)/pretrained.bin
 	./export_tokenizer $(HF) $(OUT)/pretrained_tokenizer.bin
-	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(OUT)/pretrained_tokenizer.bin
+	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(OUT)/pretrained_tokenizer.bin $(PREPARE_FLAGS)
 	./train_gpt2 -e $(OUT)/pretrained.bin --data $(DATA) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+else
+	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(dir $(FROM))tokenizer.bin $(PREPARE_FLAGS)
+	./train_gpt2 -e $(FROM) --data $(DATA) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+endif
 	./sample_gpt2 -e $(OUT)/model.bin
+
+# The program is built aside and copied here, since `make ladder` itself is the name of the climb.
+LADDER ?= $(OUT)/ladder
+LADDER_FLAGS ?=
+ladder: prepare_data $(BUILD)/ladder
+	@dev/setup.sh plot
+	cp $(BUILD)/ladder ladder
+	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
+	./ladder --data $(DATA) --rung 0-7 -o $(LADDER) $(LADDER_FLAGS)
+	gnuplot -c dev/ladder/ladder.gp $(LADDER)
+	@echo "plots: $(LADDER)/bars.png, $(LADDER)/curves.png"
+$(BUILD)/ladder: dev/ladder/ladder.cpp train_gpt2.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $< -o $@
+score_poems: dev/ladder/score_poems.cpp data/prepare_data.cpp $(HEADERS)
+	$(CXX) $(FLAGS) $< -o $@
+export_run: dev/ladder/export_run.cpp train_gpt2.cpp $(HEADERS)
+	$(CXX) $(FLAGS) $< -o $@
 
 export: convert_gpt2
 	@test -n "$(HF)" || { echo "make export: name the folder whose tokenizer goes along: make export HF=DIR OUT=$(OUT)" >&2; exit 2; }
@@ -88,8 +125,32 @@ $(BUILD)/precision.%:
 	  FP16) echo "make train_gpt2cu: PRECISION=FP16 is not supported, its range is too small for gradients without loss scaling; take BF16" >&2; exit 2;; \
 	  *) echo "make train_gpt2cu: PRECISION=$* is unknown; known are BF16, FP32" >&2; exit 2;; esac
 	@mkdir -p $(@D); rm -f $(BUILD)/precision.*; touch $@
+need-python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install it with: sudo apt-get install python3, or name one: PYTHON=FILE" >&2; exit 1; }
 need-nvcc:
 	@test -n "$(NVCC)" || { echo "make train_gpt2cu: nvcc is neither on the PATH nor in $(CUDA_HOME)/bin; install the CUDA Toolkit, 12 or later (https://developer.nvidia.com/cuda-downloads), or name it: make train_gpt2cu NVCC=FILE" >&2; exit 1; }
+
+# What nvcc makes of the kernels, and the traffic budget on paper: neither needs a GPU.
+check-kernels: need-nvcc need-python
+	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC)
+	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC) --fp32
+roofline: need-python
+	$(PYTHON) dev/bench/roofline.py
+
+# On a machine with a GPU: the tests that the emulator runs, on the device; then speeds, to dev/bench/gpu-NAME.md
+DEVICE_TESTS = $(foreach t,kernels attention model,$(BUILD)/device_test_gpu_$t_bf16 $(BUILD)/device_test_gpu_$t_fp32)
+DEVICE_FLAGS = $(NVCC_FLAGS) -Xcompiler -march=$(ARCH) -diag-suppress 1675 $(if $(filter %fp32,$@),-DPRECISION_FP32)
+gpu-check: need-nvcc
+	@nvidia-smi >/dev/null 2>&1 || { echo "make gpu-check: nvidia-smi finds no GPU here; make test runs the same tests in the emulator" >&2; exit 1; }
+	@dev/setup.sh tests
+	@$(MAKE) --no-print-directory -j$$(nproc) PRECISION=BF16 device-programs
+	dev/gpu_check.sh $(BUILD)
+device-programs: $(DEVICE_TESTS) $(BUILD)/bench_gpu_bf16 $(BUILD)/bench_gpu_fp32
+$(DEVICE_TESTS): $(BUILD)/device_test_gpu_%: train_gpt2.cu train_gpt2.cpp $(HEADERS) $(wildcard dev/test_gpu_*.cu) $(BUILD)/dev/test_main.o | need-nvcc
+	$(NVCC) $(DEVICE_FLAGS) dev/test_gpu_$(firstword $(subst _, ,$*)).cu $(BUILD)/dev/test_main.o -o $@ -lcublasLt
+$(BUILD)/bench_gpu_bf16 $(BUILD)/bench_gpu_fp32: dev/bench/bench_gpu.cu train_gpt2.cu $(HEADERS) | need-nvcc
+	@mkdir -p $(@D)
+	$(NVCC) $(DEVICE_FLAGS) $< -o $@ -lcublasLt
 
 convert_gpt2: dev/convert/convert_gpt2.cpp $(HEADERS)
 	@dev/setup.sh convert
@@ -138,7 +199,7 @@ need-cuda:
 
 $(BUILD)/test_gpt2: $(TEST_OBJECTS)
 	$(CXX) $(FLAGS) $^ -o $@
-$(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp) $(HEADERS)
+$(BUILD)/%.o: %.cpp train_gpt2.cpp sample_gpt2.cpp data/prepare_data.cpp $(wildcard dev/convert/*.cpp dev/ladder/*.cpp) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) -c $< -o $@
 
@@ -179,19 +240,39 @@ $(BUILD)/train_gpt2cu_%: $(BUILD)/train_gpt2cu_%.o $(BUILD)/$(EMULATOR)/dynamic_
 $(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
 	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
+# make bench ROWS=char RUNS=5: ROWS of 124m-4x64 124m-4x256 124m-1x1024 char, PARTS of steps sampling scaling, RUNS processes
+# of STEPS steps each; PYTHON: one that has PyTorch; LLMC: a checkout of llm.c
+ROWS ?=
+PARTS ?= steps sampling scaling
+RUNS ?=
+STEPS ?=
+LLMC ?=
 bench: $(BUILD)/bench
-	$(BUILD)/bench
+	$(BUILD)/bench --rows "$(ROWS)" --parts "$(PARTS)" $(if $(RUNS),--runs $(RUNS)) $(if $(STEPS),--steps $(STEPS)) --python "$(PYTHON)" --llmc "$(LLMC)"
 $(BUILD)/bench: dev/bench/bench.cpp train_gpt2.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $< -o $@
 
-PYTHON ?= python3
+# Peers of the matrix product, where they are installed: sudo apt-get install libdnnl-dev libopenblas-openmp-dev
+HAVE_DNNL = $(shell $(CXX) -std=c++17 -include dnnl.hpp -E -x c++ /dev/null >/dev/null 2>&1 && echo yes)
+OPENBLAS_DIR = $(firstword $(wildcard /usr/lib/*/openblas-openmp))
+PEERS = $(if $(HAVE_DNNL),-DHAVE_DNNL -ldnnl) $(if $(OPENBLAS_DIR),-DHAVE_OPENBLAS \
+	-I$(subst /lib/,/include/,$(OPENBLAS_DIR)) -L$(OPENBLAS_DIR) -lopenblas -Wl,-rpath,$(OPENBLAS_DIR))
+SHAPES ?=
+THREADS ?= 0
+bench-gemm: $(BUILD)/bench_gemm
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BUILD)/bench_gemm --shapes "$(SHAPES)" --threads $(THREADS) $(if $(RUNS),--runs $(RUNS))
+$(BUILD)/bench_gemm: dev/bench/bench_gemm.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $< -o $@ $(PEERS)
+
 golden:
 	@$(PYTHON) -c 'import torch, transformers' 2>/dev/null || { echo "make golden: $(PYTHON) lacks torch or transformers; install them with: $(PYTHON) -m pip install -r dev/golden/requirements.txt" >&2; exit 1; }
 	$(PYTHON) dev/golden/golden.py
+	$(PYTHON) dev/ladder/ladder_golden.py
 
 FUZZ_SECONDS ?= 60
-FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/convert/fuzz_*.cpp)
+FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/fuzz_*.cpp dev/convert/fuzz_*.cpp)
 fuzz:
 	@dev/setup.sh fuzz
 	@mkdir -p $(BUILD)
@@ -201,4 +282,4 @@ fuzz:
 	  grep -h number_of_executed $$b.log; done
 
 clean:
-	rm -rf $(PROGRAMS) train_gpt2cu convert_gpt2 export_tokenizer tokenize build
+	rm -rf $(PROGRAMS) train_gpt2cu convert_gpt2 export_tokenizer tokenize ladder score_poems export_run build

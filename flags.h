@@ -129,12 +129,6 @@ class Flags {
              std::function<void(const std::string&, const char*)> set) {
         rows_.push_back({name, alias, arg, help, get(), get, std::move(set), false, false});
     }
-    // The fewest digits that read back as the same float.
-    static std::string shortest(float v) {
-        for (int digits = 1; digits < 9; digits++)
-            if (std::string s = strf("%.*g", digits, v); strtof(s.c_str(), nullptr) == v) return s;
-        return strf("%.9g", v);
-    }
     static int64_t integer(const std::string& s, const char* flag, int64_t lo, int64_t hi) {
         char* end;
         errno = 0;

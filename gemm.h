@@ -1,46 +1,58 @@
-// gemm.h - the CPU's matrix product, fp32:  C = A B (+ bias, or + C), then an epilogue while C is in cache.
+// gemm.h - the CPU's matrix product:  C = A B (+ bias, or + C), then an epilogue while C is in cache.
 //
-// A and B are read through two strides each, so that one routine serves the three products of a
-// linear layer: Y = X W^T + b, dX = dY W, dW += dY^T X. The scheme is GotoBLAS's (Goto and van de Geijn,
-// "Anatomy of High-Performance Matrix Multiplication", 2008):
-//   - B is packed once, by all threads, into panels of NR columns; it stays in the last-level cache;
-//   - each thread takes a block of rows, packs MC x KC of A for its L2 cache,
-//   - and walks it with a micro-kernel that holds an MR x NR tile of C in registers.
-// Each element of C is summed over k in one fixed order whatever the number of threads or the place of
-// the element in C. The widths follow the compiler's target (-march): AVX-512, AVX2, or 128-bit vectors.
+// A and B are read through two strides each, so that one routine serves the three products of a linear layer:
+// Y = X W^T + b, dX = dY W, dW += dY^T X. Operands are fp32 or bf16 in memory and fp32 or bf16 in the product; sums are
+// fp32. The scheme is GotoBLAS's (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008):
+//   - the longer side of C is cut into blocks, the threads' tasks; the operand of the other side is packed once,
+//     by all threads, into panels that stay in the last-level cache;
+//   - a task packs its own operand for its L2 cache, KC values of k at a time,
+//   - and walks both with a micro-kernel that holds a tile of C, up to MR x NR, in registers.
+// Each element of C is summed over k in one fixed order, whatever the number of threads or its place in C. The widths
+// follow the compiler's target (-march): AVX-512, AVX2, or 128-bit vectors.
 //
-// What it does not promise: the summation order of another machine, or speed for M < 4 (see multiply_few).
+// bf16 products use the dot product of pairs (AVX512_BF16) where the target has it. Elsewhere the operands are rounded
+// to bf16 in the same way and multiplied as floats: the same numbers but for the order of a sum.
+//
+// What it does not promise: the summation order of another machine, or speed for M < 8 (see multiply_few).
 #pragma once
 
 #include <omp.h>
 #include <sys/mman.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "io.h"
 
 namespace gemm {
 
 #if defined(__AVX512F__)
-constexpr size_t VL = 16, MR = 6, NV = 4;
+constexpr size_t VL = 16, MR = 14;
 #elif defined(__AVX__)
-constexpr size_t VL = 8, MR = 6, NV = 2;
+constexpr size_t VL = 8, MR = 6;
 #else
-constexpr size_t VL = 4, MR = 6, NV = 2;
+constexpr size_t VL = 4, MR = 6;
 #endif
-constexpr size_t NR = NV * VL;
-constexpr size_t MC = 96, KC = 256;            // A block: 96 KiB, half of a small L2
-constexpr size_t SHARED_FLOATS = 2 << 20;      // packed B: 8 MiB of last-level cache
-constexpr size_t SHARED_COLUMNS = 4096;        // widest packed B
+constexpr size_t NV = 2, NR = NV * VL;
+constexpr size_t KC = 512;                 // units of k in one packed block
+constexpr size_t MB = 8 * MR, NB = 128;    // largest task: rows or columns; with KC a third of a 1 MiB L2
+constexpr size_t SHARED_UNITS = 2 << 20;   // the packed operand of all threads: 8 MiB of last-level cache
+constexpr size_t SHARED_WIDTH = 1344;      // its most rows or columns; a multiple of every panel's width
 
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
-typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ivec __attribute__((vector_size(VL * sizeof(float))));
+typedef uint16_t bf16;
 
-inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+constexpr size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
 
 // Zeroed memory on huge pages where the system grants them; aligned to 64 bytes at least. Never returns null.
 inline void* allocate(size_t bytes, const char* what) {
@@ -56,125 +68,388 @@ inline void release(void* p, size_t bytes) {
     if (p) munmap(p, round_up(std::max<size_t>(bytes, 1), 2 << 20));
 }
 
-// Copies n vectors of kc floats, element (r, k) = src[r*sr + k*sk], into panels of R vectors, k by k; the
-// last panel is filled up with zeros. Panel r/R starts at dst + r*kc.
-template <size_t R>
-inline void pack(float* dst, const float* src, size_t sr, size_t sk, size_t n, size_t kc) {
-    for (size_t r0 = 0; r0 < n; r0 += R, dst += R * kc) {
-        const float* s = src + r0 * sr;
-        size_t w = std::min(R, n - r0);
-        if (w < R) memset(dst, 0, R * kc * sizeof(float));
+// ---------------------------------------------------------------------------------------------
+// Vectors
+
+// The first n of VL values, the rest 0.
+inline vec load(const float* p, size_t n = VL) {
+    vec v = {};
+    if (n >= VL) memcpy(&v, p, sizeof v);
+#if defined(__AVX512F__)
+    else v = (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    else memcpy(&v, p, n * sizeof(float));
+#endif
+    return v;
+}
+inline void store(float* p, vec v, size_t n = VL) {
+    if (n >= VL) memcpy(p, &v, sizeof v);
+#if defined(__AVX512F__)
+    else _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    else memcpy(p, &v, n * sizeof(float));
+#endif
+}
+// bf16 to float: the bits become the upper half.
+inline vec load(const bf16* p, size_t n = VL) {
+    ivec v;
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    __m256i h = n >= VL ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    v = (ivec)_mm512_maskz_cvtepu16_epi32(0xffff, h);
+#else
+    for (size_t i = 0; i < VL; i++) v[i] = i < n ? p[i] : 0;
+#endif
+    return (vec)(v << 16);
+}
+// Each value rounded to the nearest bf16, ties to even; NaN stays NaN. The lower half of the result is 0.
+inline vec round_to_bf16(vec x) {
+    typedef uint32_t uvec __attribute__((vector_size(sizeof(vec))));
+    uvec u = (uvec)x, rounded = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
+    uvec nan = (uvec)((ivec)(u & 0x7fffffffu) > 0x7f800000);
+    return (vec)((rounded & ~nan) | (((u & 0xffff0000u) | 0x400000u) & nan));
+}
+
+// Turns a VL x VL block: value j of v[i] changes place with value i of v[j].
+template <size_t H = VL / 2>
+inline __attribute__((always_inline)) void transpose(vec* v) {
+    ivec low, high;  // of two rows H apart, the off-diagonal blocks change places
+    for (size_t j = 0; j < VL; j++) low[j] = (int)(j & H ? VL + j - H : j), high[j] = (int)(j & H ? VL + j : j + H);
+#pragma GCC unroll 16
+    for (size_t i = 0; i < VL; i++)
+        if (!(i & H)) {
+            vec a = v[i], b = v[i + H];
+            v[i] = __builtin_shuffle(a, b, low), v[i + H] = __builtin_shuffle(a, b, high);
+        }
+    if constexpr (H > 1) transpose<H / 2>(v);
+}
+
+// ---------------------------------------------------------------------------------------------
+// What a product multiplies. A unit is what stands in one lane: PER_UNIT consecutive values of k.
+
+struct F32 {
+    static constexpr size_t PER_UNIT = 1;
+    static vec add_product(vec c, float a, vec b) { return c + a * b; }
+    // VL units of one row: n values along k.
+    template <class T>
+    static vec along(const T* s, size_t n) { return load(s, n); }
+    // One unit of n rows side by side; next is the following k, or null after the last.
+    template <class T>
+    static vec across(const T* s, const T*, size_t n) { return load(s, n); }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+constexpr bool BF16_DOT_PRODUCT = true;
+struct BF16 {
+    static constexpr size_t PER_UNIT = 2;
+    static vec add_product(vec c, float a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b); }
+    static vec along(const float* s, size_t n) {
+        return (vec)_mm512_cvtne2ps_pbh((__m512)load(s + std::min(n, VL), n > VL ? n - VL : 0), (__m512)load(s, n));
+    }
+    static vec along(const bf16* s, size_t n) {
+        if (n >= 2 * VL) return load((const float*)s);
+        return (vec)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), s);
+    }
+    static vec across(const float* s, const float* next, size_t n) {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)(next ? load(next, n) : vec{}), (__m512)load(s, n));
+        return (vec)_mm512_permutexvar_epi16(in_pairs(VL), both);
+    }
+    static vec across(const bf16* s, const bf16* next, size_t n) {
+        __mmask32 m = (__mmask32)(n >= VL ? 0xffff : (1u << n) - 1);
+        __m512i odd = next ? _mm512_maskz_loadu_epi16(m, next) : _mm512_setzero_si512();
+        return (vec)_mm512_permutex2var_epi16(_mm512_maskz_loadu_epi16(m, s), in_pairs(2 * VL), odd);
+    }
+
+  private:
+    static __m512i in_pairs(int distance) {  // lanes i and distance + i side by side
+        return (__m512i)(((ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}) * 0x10001 + (distance << 16));
+    }
+};
+#else
+constexpr bool BF16_DOT_PRODUCT = false;
+struct BF16 {
+    static constexpr size_t PER_UNIT = 1;
+    static vec add_product(vec c, float a, vec b) { return c + a * b; }
+    static vec along(const float* s, size_t n) { return round_to_bf16(load(s, n)); }
+    static vec along(const bf16* s, size_t n) { return load(s, n); }
+    template <class T>
+    static vec across(const T* s, const T*, size_t n) { return along(s, n); }
+};
+#endif
+
+// dst[u*ld + r] = unit u of row r, for n rows of K values; value (r, k) is src[r*sr + k*sk]. ld is n, or a multiple of
+// VL; then what lies beyond n in a row's last vector is set to 0.
+template <class P, class T>
+inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size_t n, size_t K) {
+    constexpr size_t U = P::PER_UNIT, STEP = U * VL;
+    for (size_t r = 0; r < n; r += VL) {
+        size_t w = std::min(VL, n - r), out = std::min(VL, ld - r);
+        const T* s = src + r * sr;
+        float* d = dst + r;
         if (sr == 1) {
-            if (w == R)
-                for (size_t k = 0; k < kc; k++) memcpy(dst + k * R, s + k * sk, R * sizeof(float));
-            else
-                for (size_t k = 0; k < kc; k++) memcpy(dst + k * R, s + k * sk, w * sizeof(float));
+            size_t k = 0;
+            for (; k + U <= K; k += U, d += ld) store(d, P::across(s + k * sk, s + (k + U - 1) * sk, w), out);
+            if (k < K) store(d, P::across(s + k * sk, (const T*)nullptr, w), out);
             continue;
         }
-        size_t r = 0;
-        for (; sk == 1 && r + 4 <= w; r += 4) {  // 4 x 4 blocks turned in registers
-            const float *s0 = s + r * sr, *s1 = s0 + sr, *s2 = s1 + sr, *s3 = s2 + sr;
-            float* d = dst + r;
-            size_t k = 0;
-            for (; k + 4 <= kc; k += 4, d += 4 * R) {
-                typedef int idx __attribute__((vector_size(16)));
-                vec4 a, b, c, e;
-                memcpy(&a, s0 + k, 16), memcpy(&b, s1 + k, 16), memcpy(&c, s2 + k, 16), memcpy(&e, s3 + k, 16);
-                vec4 ab0 = __builtin_shuffle(a, b, idx{0, 4, 1, 5}), ab1 = __builtin_shuffle(a, b, idx{2, 6, 3, 7});
-                vec4 ce0 = __builtin_shuffle(c, e, idx{0, 4, 1, 5}), ce1 = __builtin_shuffle(c, e, idx{2, 6, 3, 7});
-                vec4 o[4] = {__builtin_shuffle(ab0, ce0, idx{0, 1, 4, 5}), __builtin_shuffle(ab0, ce0, idx{2, 3, 6, 7}),
-                             __builtin_shuffle(ab1, ce1, idx{0, 1, 4, 5}), __builtin_shuffle(ab1, ce1, idx{2, 3, 6, 7})};
-                for (size_t q = 0; q < 4; q++) memcpy(d + q * R, &o[q], 16);
+        // VL rows of VL units are turned in registers; where there are fewer rows, the last one stands in for the others.
+        auto turn = [&](size_t k, size_t values) {
+            vec v[VL];
+            T line[STEP];
+#pragma GCC unroll 16
+            for (size_t i = 0; i < VL; i++) {
+                const T* at = s + std::min(i, w - 1) * sr + k * sk;
+                if (sk != 1) {
+                    for (size_t j = 0; j < values; j++) line[j] = at[j * sk];
+                    at = line;
+                }
+                v[i] = P::along(at, values);
             }
-            for (; k < kc; k++, d += R) d[0] = s0[k], d[1] = s1[k], d[2] = s2[k], d[3] = s3[k];
-        }
-        for (; r < w; r++)
-            for (size_t k = 0; k < kc; k++) dst[k * R + r] = s[r * sr + k * sk];
+            if (w < out)
+                for (size_t i = w; i < VL; i++) v[i] = vec{};
+            transpose(v);
+            for (size_t u = 0; u < ceil_div(values, U); u++, d += ld) store(d, v[u], out);
+        };
+        size_t k = 0;
+        for (; k + STEP <= K; k += STEP) turn(k, STEP);
+        if (k < K) turn(k, K - k);
     }
 }
 
-// tile (MR,NR) = sum over k of a[k*MR + i] * b[k*NR + j]. Not inlined: among the variables of a caller the compiler
-// runs out of registers and spills the accumulators, which costs a third of the speed.
-__attribute__((noinline)) inline void micro_kernel(size_t kc, const float* __restrict a, const float* __restrict b, float* __restrict tile) {
-    vec acc[MR][NV] = {};
-    for (size_t k = 0; k < kc; k++, a += MR, b += NR) {
-        vec bv[NV];
-#pragma GCC unroll 8
-        for (size_t j = 0; j < NV; j++) memcpy(&bv[j], b + j * VL, sizeof(vec));
-#pragma GCC unroll 8
-        for (size_t i = 0; i < MR; i++)
-#pragma GCC unroll 8
-            for (size_t j = 0; j < NV; j++) acc[i][j] += a[i] * bv[j];
+// ---------------------------------------------------------------------------------------------
+// The micro-kernel
+
+// Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next.
+struct Fetch {
+    const char* at;
+    size_t left = 1, row = 1;  // lines to the end of this row, and in a row
+    size_t jump = 0;           // bytes from a row's end to the next row
+    size_t every = SIZE_MAX;
+    void one() {
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
+        if (!--left) at += jump, left = row;
     }
+};
+
+// c (R, V*VL; row stride ldc) = init (row stride ldi) + sum over units u of a[u*AU + i*AR] times b[u*BU + j].
+// Not inlined: among the variables of a caller the compiler runs out of registers and spills the accumulators.
+template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU>
+__attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, const float* __restrict b, float* c, size_t ldc,
+                                            const float* init, size_t ldi, Fetch fetch) {
+    vec acc[R][V] = {};
+    for (size_t i = 0; i < R; i++)
+        for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
+    for (size_t u = 0; u < units;) {
+        fetch.one();
+        for (size_t n = std::min(fetch.every, units - u); n; n--, u++, a += AU, b += BU) {
+            vec bv[V];
 #pragma GCC unroll 8
-    for (size_t i = 0; i < MR; i++)
+            for (size_t j = 0; j < V; j++) bv[j] = load(b + j * VL);
+#pragma GCC unroll 16
+            for (size_t i = 0; i < R; i++)
 #pragma GCC unroll 8
-        for (size_t j = 0; j < NV; j++) memcpy(tile + i * NR + j * VL, &acc[i][j], sizeof(vec));
+                for (size_t j = 0; j < V; j++) acc[i][j] = P::add_product(acc[i][j], a[i * AR], bv[j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < R; i++)
+#pragma GCC unroll 8
+        for (size_t j = 0; j < V; j++) store(c + i * ldc + j * VL, load(init + i * ldi + j * VL) + acc[i][j]);
 }
+
+alignas(64) inline const float ZEROS[NR] = {};
+
+// A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows.
+template <class P, size_t AR, size_t AU, size_t BU, size_t... I>
+inline auto kernel_of(size_t rows, size_t vectors, std::index_sequence<I...>) {
+    using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t, Fetch);
+    static constexpr Kernel one[MR] = {micro_kernel<P, I + 1, 1, AR, AU ? AU : I + 1, BU>...};
+    static constexpr Kernel two[MR] = {micro_kernel<P, I + 1, 2, AR, AU ? AU : I + 1, BU>...};
+    return vectors == 1 ? one[rows - 1] : two[rows - 1];
+}
+template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
+inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi,
+                 const Fetch* fetch = nullptr) {
+    Fetch f = fetch ? *fetch : Fetch{(const char*)b};
+    size_t vectors = ceil_div(cols, VL);
+    auto kernel = kernel_of<P, AR, AU, BU>(rows, vectors, std::make_index_sequence<MR>());
+    if (cols == vectors * VL) return kernel(units, a, b, c, ldc, init, ldi, f);
+    alignas(64) float t[MR * NR];
+    kernel(units, a, b, t, NR, ZEROS, 0, f);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + t[i * NR + j];
+}
+
+// Rows are dealt out evenly to panels of at most MR; panel i begins at row panel_row(i).
+inline size_t row_panels(size_t rows) { return ceil_div(rows, MR); }
+inline size_t panel_row(size_t rows, size_t i) { return rows * i / row_panels(rows); }
+
+// ---------------------------------------------------------------------------------------------
+// The product by all threads
 
 // An epilogue sees each finished piece of a row once: n values c[0..n) of row `row`, from column `col` on.
 struct NoEpilogue {
     void operator()(size_t, size_t, size_t, float*) const {}
 };
 
-// B (K,N) packed by pack_b: blocks of KC rows, each in panels of NR columns.
-struct PackedB {
-    const float* data;
-    size_t K, N;
-    const float* panel(size_t k0, size_t n0) const {
-        return data + k0 * round_up(N, NR) + n0 * std::min(KC, K - k0);
-    }
-    static size_t floats(size_t K, size_t N) { return K * round_up(N, NR); }
-};
-
-// Packs element (k, n) = src[k*sk + n*sn]; dst holds PackedB::floats(K, N).
-inline PackedB pack_b(float* dst, const float* src, size_t sk, size_t sn, size_t K, size_t N) {
-    for (size_t k0 = 0; k0 < K; k0 += KC)
-        pack<NR>(dst + k0 * round_up(N, NR), src + k0 * sk, sn, sk, N, std::min(KC, K - k0));
-    return {dst, K, N};
-}
-
 // How the first sum enters C: over what stands there, onto it, or onto the bias.
 enum Start { OVERWRITE, ACCUMULATE };
 
-// One thread: C (M,N) = A (M,K) times the first K rows and N columns of B. apack holds MC*KC floats.
-// epi runs where `last` says that these are the final K.
-template <class Epilogue = NoEpilogue>
-inline void multiply_rows(size_t M, size_t N, size_t K, const float* A, size_t sm, size_t sk, const PackedB& B, float* C,
-                          size_t ldc, Start start, float* apack, const float* bias = nullptr, size_t row0 = 0,
-                          size_t col0 = 0, bool last = true, Epilogue epi = {}) {
-    alignas(64) float tile[MR * NR];
-    for (size_t m0 = 0; m0 < M; m0 += MC) {
-        size_t mc = std::min(MC, M - m0);
-        for (size_t k0 = 0; k0 < K; k0 += KC) {
-            size_t kc = std::min(KC, K - k0);
-            bool first = k0 == 0 && start == OVERWRITE, final_k = last && k0 + kc == K;
-            pack<MR>(apack, A + m0 * sm + k0 * sk, sm, sk, mc, kc);
-            for (size_t n = 0; n < N; n += NR) {
-                size_t nc = std::min(NR, N - n);
-                const float* b = B.panel(k0, n);
-                for (size_t i = 0; i < mc; i += MR) {
-                    micro_kernel(kc, apack + i * kc, b, tile);
-                    size_t rows = std::min(MR, mc - i);
-                    for (size_t r = 0; r < rows; r++) {
-                        float *c = C + (m0 + i + r) * ldc + n, *t = tile + r * NR;
-                        if (nc == NR) {  // the common case, with a length the compiler knows
-                            if (!first)
-                                for (size_t j = 0; j < NR; j++) c[j] += t[j];
-                            else if (bias)
-                                for (size_t j = 0; j < NR; j++) c[j] = bias[n + j] + t[j];
-                            else
-                                for (size_t j = 0; j < NR; j++) c[j] = t[j];
-                        } else {
-                            for (size_t j = 0; j < nc; j++) c[j] = t[j] + (!first ? c[j] : bias ? bias[n + j] : 0.0f);
+// Scratch memory of multiply(), made once for the largest number of threads seen.
+struct Workspace {
+    static constexpr size_t PRIVATE_UNITS = std::max(round_up(MB, MR), NB) * KC;
+    float *shared = nullptr, *private_ = nullptr;
+    int threads = 0;
+    static size_t bytes(int threads) { return (SHARED_UNITS + (size_t)threads * PRIVATE_UNITS) * sizeof(float); }
+    void reserve(int n) {
+        if (n <= threads) return;
+        release(shared, bytes(threads));
+        shared = (float*)allocate(bytes(n), "scratch memory of the matrix product");
+        private_ = shared + SHARED_UNITS, threads = n;
+    }
+};
+inline Workspace& workspace() {
+    static Workspace w;
+    return w;
+}
+
+// C (M,N) = A (M,K) B (K,N), with A(m,k) = A[m*am + k*ak], B(k,n) = B[k*bk + n*bn], C row-major with row stride ldc.
+// start ACCUMULATE adds to C; bias (N) or null is added to an overwritten C. P is F32 or BF16; A and B are float or bf16.
+template <class P = F32, class TA, class TB, class Epilogue = NoEpilogue>
+inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_t ak, const TB* B, size_t bk, size_t bn, float* C,
+                     size_t ldc, Start start = OVERWRITE, const float* bias = nullptr, Epilogue epi = {}) {
+    if (!M || !N || !K) return;
+    constexpr size_t U = P::PER_UNIT;
+    Workspace& ws = workspace();
+    size_t nt = omp_get_max_threads();
+    ws.reserve((int)nt);
+    bool by_columns = N > M;
+    size_t D = by_columns ? N : M, S = by_columns ? M : N;  // D is divided among the tasks, S is shared by them
+    size_t kc = round_up(ceil_div(K, ceil_div(K, KC * U)), U), chunks = ceil_div(K, kc);  // of K alone: it fixes the order of the sums
+    size_t blocks = round_up(ceil_div(D, by_columns ? NB : MB), nt), block = ceil_div(D, blocks);
+    if (by_columns) block = round_up(block, NR);
+    blocks = ceil_div(D, block);
+    size_t s_max = std::min(S, SHARED_WIDTH), at_once = std::max<size_t>(1, SHARED_UNITS / (round_up(s_max, NR) * (kc / U)));
+    auto a_panel = [&](float* dst, size_t m, size_t rows, size_t k, size_t n) {
+        pack<P>(dst, rows, A + m * am + k * ak, am, ak, rows, n);
+    };
+    auto b_panel = [&](float* dst, size_t n0, size_t cols, size_t k, size_t n) {
+        pack<P>(dst, NR, B + k * bk + n0 * bn, bn, bk, cols, n);
+    };
+#pragma omp parallel
+    for (size_t s0 = 0; s0 < S; s0 += s_max)
+        for (size_t c0 = 0; c0 < chunks; c0 += at_once) {
+            size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), wide = round_up(s, NR);
+            size_t panels = by_columns ? row_panels(s) : ceil_div(s, NR);
+#pragma omp for schedule(static)
+            for (size_t p = 0; p < panels * count; p++) {
+                size_t q = p / panels, i = p % panels, k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
+                float* dst = ws.shared + q * wide * (kc / U);
+                if (by_columns) {
+                    size_t r = panel_row(s, i);
+                    a_panel(dst + r * units, s0 + r, panel_row(s, i + 1) - r, k, n);
+                } else {
+                    b_panel(dst + i * NR * units, s0 + i * NR, std::min(NR, s - i * NR), k, n);
+                }
+            }
+            float* own = ws.private_ + (size_t)omp_get_thread_num() * Workspace::PRIVATE_UNITS;
+#pragma omp for schedule(dynamic, 1)
+            for (size_t b = 0; b < blocks; b++) {
+                size_t d0 = b * block, d = std::min(block, D - d0);
+                for (size_t q = 0; q < count; q++) {
+                    size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
+                    const float* shared = ws.shared + q * wide * (kc / U);
+                    size_t m0 = by_columns ? s0 : d0, rows = by_columns ? s : d, n0 = by_columns ? d0 : s0, cols = by_columns ? d : s;
+                    // What this thread packs next, most likely, cut into as many pieces as there are tiles.
+                    bool same_block = q + 1 < count;
+                    size_t next_d = same_block ? d0 : d0 + nt * block, next_k = same_block ? k + kc : c0 * kc, tiles = row_panels(rows) * ceil_div(cols, NR);
+                    Fetch fetch = {nullptr};
+                    size_t lines = 0, width = next_d < D ? std::min(block, D - next_d) : 0, depth = std::min(kc, K - std::min(K, next_k)), done = 0;
+                    const char* source = by_columns ? (const char*)(B + next_d * bn + next_k * bk) : (const char*)(A + next_d * am + next_k * ak);
+                    size_t value = by_columns ? sizeof(TB) : sizeof(TA), sd = by_columns ? bn : am, sk = by_columns ? bk : ak;
+                    size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth, stride = (sk == 1 ? sd : sk) * value;
+                    if (inner && outer && (sk == 1 || sd == 1)) {
+                        fetch.row = ceil_div(inner * value, 64), lines = fetch.row * outer;
+                        fetch.jump = stride - fetch.row * 64;
+                        fetch.every = std::max<size_t>(1, units * tiles / lines);
+                    }
+                    auto one_tile = [&](size_t i, size_t j) {
+                        if (lines) {
+                            size_t at = done++ * lines / tiles;
+                            fetch.at = source + at / fetch.row * stride + at % fetch.row * 64, fetch.left = fetch.row - at % fetch.row;
                         }
-                        if (final_k) epi(row0 + m0 + i + r, col0 + n, nc, c);
+                        size_t r = panel_row(rows, i), height = panel_row(rows, i + 1) - r, across = std::min(NR, cols - j);
+                        const float *a = (by_columns ? shared : own) + r * units, *bp = (by_columns ? own : shared) + j * units;
+                        float* c = C + (m0 + r) * ldc + n0 + j;
+                        bool onto = k || start == ACCUMULATE;
+                        tile<P>(height, across, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0, lines ? &fetch : nullptr);
+                        if (k + n == K)
+                            for (size_t x = 0; x < height; x++) epi(m0 + r + x, n0 + j, across, c + x * ldc);
+                    };
+                    if (by_columns) {
+                        for (size_t j = 0; j < d; j += NR) b_panel(own + j * units, d0 + j, std::min(NR, d - j), k, n);
+                        for (size_t i = 0; i < row_panels(rows); i++)
+                            for (size_t j = 0; j < cols; j += NR) one_tile(i, j);
+                    } else {
+                        for (size_t i = 0; i < row_panels(d); i++)
+                            a_panel(own + panel_row(d, i) * units, d0 + panel_row(d, i), panel_row(d, i + 1) - panel_row(d, i), k, n);
+                        for (size_t j = 0; j < cols; j += NR)
+                            for (size_t i = 0; i < row_panels(rows); i++) one_tile(i, j);
                     }
                 }
             }
         }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Few rows: generation
+
+// R rows of W by M of X, each dot product summed lane by lane and then across the lanes, whatever R and M.
+template <size_t M, size_t R, class T>
+inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias, bool fresh_lines) {
+    vec acc[M][R] = {};
+    size_t k = 0;
+    for (; k < K; k += VL) {
+        size_t n = std::min(VL, K - k);
+        vec w[R];
+        for (size_t r = 0; r < R; r++) {
+            w[r] = load(W + r * K + k, n);
+            if (fresh_lines) __builtin_prefetch(W + (r + 2 * R) * K + k);
+        }
+        for (size_t m = 0; m < M; m++) {
+            vec x = load(X + m * K + k, n);
+            for (size_t r = 0; r < R; r++) acc[m][r] += x * w[r];
+        }
+    }
+    for (size_t m = 0; m < M; m++)
+        for (size_t r = 0; r < R; r++) {
+            for (size_t h = VL / 2; h; h /= 2)
+                for (size_t j = 0; j < h; j++) acc[m][r][j] += acc[m][r][j + h];
+            Y[m * ldy + r] = acc[m][r][0] + (bias ? bias[r] : 0.0f);
+        }
+}
+template <size_t R, class T>
+inline void few_rows(size_t M, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias, bool more) {
+    for (; M >= 8; M -= 8, X += 8 * K, Y += 8 * ldy) few_dots<8, R>(K, X, W, Y, ldy, bias, more);
+    if (M >= 4) few_dots<4, R>(K, X, W, Y, ldy, bias, more), M -= 4, X += 4 * K, Y += 4 * ldy;
+    if (M >= 2) few_dots<2, R>(K, X, W, Y, ldy, bias, more), M -= 2, X += 2 * K, Y += 2 * ldy;
+    if (M) few_dots<1, R>(K, X, W, Y, ldy, bias, more);
+}
+
+// Y (M,N) = X (M,K) W^T (N,K) + bias for a few rows (generation), W float or bf16: W is read from memory once. A row's
+// result does not depend on the others.
+template <class T>
+inline void multiply_few(size_t M, size_t N, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
+    constexpr size_t R = 2, BLOCK = 16;
+#pragma omp parallel for schedule(static)
+    for (size_t n0 = 0; n0 < N; n0 += BLOCK) {
+        size_t end = std::min(N, n0 + BLOCK), n = n0;
+        for (; n + R <= end; n += R) few_rows<R>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr, n + 3 * R <= N);
+        for (; n < end; n++) few_rows<1>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr, false);
     }
 }
+
+// ---------------------------------------------------------------------------------------------
 
 // Starts the program again with threads that wait asleep after a short spin, unless the user chose otherwise. By
 // default they spin for milliseconds, which on a busy machine takes the time from the thread they wait for. The
@@ -188,101 +463,26 @@ inline void spin_less(char** argv) {
     execv(self, argv);  // should it fail, all goes on as it is
 }
 
-// Scratch memory of multiply(), made once for the largest number of threads seen.
-struct Workspace {
-    float *shared = nullptr, *private_ = nullptr;
-    int threads = 0;
-    static size_t bytes(int threads) { return (SHARED_FLOATS + (size_t)threads * MC * KC) * sizeof(float); }
-    void reserve(int n) {
-        if (n <= threads) return;
-        release(shared, bytes(threads));
-        shared = (float*)allocate(bytes(n), "scratch memory of the matrix product");
-        private_ = shared + SHARED_FLOATS, threads = n;
-    }
-};
-inline Workspace& workspace() {
-    static Workspace w;
-    return w;
-}
-
-// All threads: C (M,N) = A (M,K) B (K,N), with A(m,k) = A[m*am + k*ak], B(k,n) = B[k*bk + n*bn], C row-major
-// with row stride ldc. start ACCUMULATE adds to C; bias (N) or null is added to an overwritten C.
-template <class Epilogue = NoEpilogue>
-inline void multiply(size_t M, size_t N, size_t K, const float* A, size_t am, size_t ak, const float* B, size_t bk, size_t bn,
-                     float* C, size_t ldc, Start start = OVERWRITE, const float* bias = nullptr, Epilogue epi = {}) {
-    if (!M || !N || !K) return;
-    Workspace& ws = workspace();
-    ws.reserve(omp_get_max_threads());
-    size_t nt = omp_get_max_threads();
-    size_t ns_max = std::min(round_up(N, NR), round_up(SHARED_COLUMNS, NR));
-    size_t ks_max = std::max(KC, SHARED_FLOATS / ns_max / KC * KC);
-    size_t blocks = round_up((M + MC - 1) / MC, nt);  // a whole number of blocks for each thread
-    size_t rows = std::min(MC, round_up((M + blocks - 1) / blocks, MR));
-    blocks = (M + rows - 1) / rows;
-#pragma omp parallel
-    for (size_t n0 = 0; n0 < N; n0 += ns_max)
-        for (size_t k0 = 0; k0 < K; k0 += ks_max) {
-            size_t ns = std::min(ns_max, N - n0), ks = std::min(ks_max, K - k0), np = round_up(ns, NR);
-            size_t panels = np / NR, kblocks = (ks + KC - 1) / KC;
-#pragma omp for schedule(static)
-            for (size_t p = 0; p < panels * kblocks; p++) {
-                size_t kb = p / panels * KC, n = p % panels * NR, kc = std::min(KC, ks - kb);
-                pack<NR>(ws.shared + kb * np + n * kc, B + (k0 + kb) * bk + (n0 + n) * bn, bn, bk, std::min(NR, ns - n), kc);
-            }
-            PackedB packed = {ws.shared, ks, ns};
-            float* apack = ws.private_ + (size_t)omp_get_thread_num() * MC * KC;
-#pragma omp for schedule(dynamic, 1)
-            for (size_t b = 0; b < blocks; b++) {
-                size_t m = b * rows;
-                multiply_rows(std::min(rows, M - m), ns, ks, A + m * am + k0 * ak, am, ak, packed, C + m * ldc + n0, ldc,
-                              k0 ? ACCUMULATE : start, apack, bias ? bias + n0 : nullptr, m, n0, k0 + ks == K, epi);
-            }
-        }
-}
-
-// Y (M,N) = X (M,K) W^T (N,K) + bias for M of 1 to 8 rows (generation): each row of W is read once.
-inline void multiply_few(size_t M, size_t N, size_t K, const float* X, const float* W, float* Y, size_t ldy, const float* bias) {
-    constexpr size_t MAX = 8, W8 = 32;
-#pragma omp parallel for schedule(static)
-    for (size_t n = 0; n < N; n++) {
-        const float* w = W + n * K;
-        for (size_t m0 = 0; m0 < M; m0 += MAX) {
-            size_t mc = std::min(MAX, M - m0);
-            for (size_t m = 0; m < mc; m++) {
-                const float* x = X + (m0 + m) * K;
-                float acc[W8] = {};
-                size_t k = 0;
-                for (; k + W8 <= K; k += W8)
-                    for (size_t j = 0; j < W8; j++) acc[j] += w[k + j] * x[k + j];
-                float sum = 0;
-                for (; k < K; k++) sum += w[k] * x[k];
-                for (size_t h = W8 / 2; h; h /= 2)
-                    for (size_t j = 0; j < h; j++) acc[j] += acc[j + h];
-                Y[(m0 + m) * ldy + n] = sum + acc[0] + (bias ? bias[n] : 0.0f);
-            }
-        }
-    }
-}
-
-// The machine's fp32 peak in FLOP/s: the micro-kernel on operands in L1, all threads at once, best of 5.
+// The machine's peak in FLOP/s with P's products: the micro-kernel on operands in L1, all threads at once, best of 5.
+template <class P = F32>
 inline double measure_peak_flops() {
     double best = 0;
     size_t nt = omp_get_max_threads();
-    constexpr size_t kc = 64, reps = 4000;
+    constexpr size_t units = 64, reps = 4000;
     for (int trial = 0; trial < 5; trial++) {
         double t = 0;
 #pragma omp parallel reduction(max : t)
         {
-            alignas(64) float a[MR * kc] = {}, b[NR * kc] = {}, tile[MR * NR];
+            alignas(64) float a[MR * units] = {}, b[NR * units] = {}, c[MR * NR];
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
-                micro_kernel(kc, a, b, tile);
-                __asm__ volatile("" : : "r"(tile) : "memory");
+                micro_kernel<P, MR, NV, 1, MR, NR>(units, a, b, c, NR, ZEROS, 0, Fetch{(const char*)b});
+                __asm__ volatile("" : : "r"(c) : "memory");
             }
             t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
         }
-        best = std::max(best, 2.0 * MR * NR * kc * reps * (double)nt / t);
+        best = std::max(best, 2.0 * MR * NR * units * P::PER_UNIT * reps * (double)nt / t);
     }
     return best;
 }

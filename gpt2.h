@@ -108,6 +108,10 @@ inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
     return off;
 }
 
+// Bytes of the keys and values that generation keeps for N sequences of T tokens, in fp32.
+inline size_t key_value_bytes(const Config& c, size_t N, size_t T) {
+    return checked_mul(checked_mul(c.L, N, "sequences"), T * 2 * c.C * sizeof(float), "keys and values");
+}
 // GPT-2's initialisation from the seed: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), LayerNorm weights 1, biases 0,
 // padded vocabulary rows 0. Writes elements [first, first + n) of tensor `id` to w.
 inline void initial_weights(float* w, const Config& c, int id, size_t first, size_t n, uint64_t seed) {

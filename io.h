@@ -76,6 +76,12 @@ int run_main(const char* program, F body) {
     }
 }
 
+// The shortest decimal that reads back as the same float: "1e-05", where "%.9g" gives 9.99999975e-06.
+inline std::string shortest(float v) {
+    for (int digits = 1; digits < 9; digits++)
+        if (std::string s = strf("%.*g", digits, v); strtof(s.c_str(), nullptr) == v) return s;
+    return strf("%.9g", v);
+}
 // 1234567 -> "1,234,567", for people.
 inline std::string commas(uint64_t n) {
     std::string s = std::to_string(n);

@@ -8,7 +8,7 @@
 int main(int argc, char** argv) {
     gemm::spin_less(argv);
     return run_main("sample_gpt2", [&]() -> int {
-        std::string checkpoint = "out/model.bin", tokenizer_path, prompt;
+        std::string checkpoint = "out/model.bin", tokenizer_path, prompt, dtype = "fp32";
         int tokens = 400, num = 1, threads = 0;
         uint64_t seed = 1337;
         bool keep_eot = false;
@@ -24,6 +24,7 @@ int main(int argc, char** argv) {
         f.add("top_p", "", &so.top_p, "P", "choose among the likeliest that together reach probability P");
         f.add("ignore_end", "", &keep_eot, "do not stop where the model ends the poem");
         f.add("seed", "", &seed, "N", "the same seed writes the same poems");
+        f.add("dtype", "", &dtype, "NAME", "how the weights are kept: fp32, or bf16, which is half as large and nearly twice as fast");
         f.add("threads", "", &threads, "N", "threads; 0: all cores");
         f.epilogue("Example:\n  ./sample_gpt2 -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 --top_k 50 --top_p 0.95 --seed 7 --num 3\n");
         f.parse(argc, argv);
@@ -32,6 +33,7 @@ int main(int argc, char** argv) {
         if (so.temperature < 0) throw UsageError(strf("--temperature is %g, wanted at least 0", so.temperature));
         if (so.top_k < 0) throw UsageError(strf("--top_k is %d, wanted at least 0", so.top_k));
         if (!(so.top_p > 0 && so.top_p <= 1)) throw UsageError(strf("--top_p is %g, wanted above 0 and at most 1", so.top_p));
+        if (dtype != "fp32" && dtype != "bf16") throw UsageError(strf("--dtype: '%s' is unknown; known are fp32, bf16", dtype.c_str()));
         if (threads < 0 || threads > 4096) throw UsageError(strf("--threads is %d, wanted 0 to 4096", threads));
         if (threads) cpu::GPT2::set_threads(threads);
 
@@ -47,8 +49,8 @@ int main(int argc, char** argv) {
             fail("the prompt has %zu tokens, %s takes at most %d after the one that begins a poem", start.size() - 1, checkpoint.c_str(),
                  reader.cfg.maxT - 1);
 
-        cpu::GPT2 model(reader.cfg, 0, 0, false);
-        reader.read(model.params(), num_params(reader.cfg));
+        cpu::GPT2 model(reader.cfg, 0, 0, false, 0, Precision{dtype == "bf16" ? BF16 : FP32, true});
+        model.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) { reader.read(p, n); });
         cpu::Decoder decoder(model, (size_t)num, (size_t)reader.cfg.maxT);
         // The first poem streams; the others are written beside it and shown when it is done.
         std::vector<std::string> rest((size_t)num);

@@ -178,8 +178,8 @@ class Tape {
         return y;
     }
 
-    // y = (x - mean) / sqrt(variance + 1e-5) * w + b over rows of C; backward by the full Jacobian.
-    Ref layernorm(Ref x, Ref w, Ref b, size_t C) {
+    // y = (x - mean) / sqrt(variance + eps) * w + b over rows of C; backward by the full Jacobian.
+    Ref layernorm(Ref x, Ref w, Ref b, size_t C, double eps = 1e-5) {
         size_t M = x->v.size() / C;
         Ref y = tensor(M * C);
         Doubles centred(M * C), sigma(M);
@@ -188,7 +188,7 @@ class Tape {
             for (size_t c = 0; c < C; c++) mean += x->v[m * C + c] / (double)C;
             for (size_t c = 0; c < C; c++) centred[m * C + c] = x->v[m * C + c] - mean;
             for (size_t c = 0; c < C; c++) variance += centred[m * C + c] * centred[m * C + c] / (double)C;
-            sigma[m] = std::sqrt(variance + 1e-5);
+            sigma[m] = std::sqrt(variance + eps);
             for (size_t c = 0; c < C; c++) y->v[m * C + c] = centred[m * C + c] / sigma[m] * w->v[c] + b->v[c];
         }
         steps_.push_back([=] {
@@ -315,7 +315,7 @@ class Model {
         auto drop = [&](Ref x, rng::Stream site, size_t l) {
             return tape.times(x, factors(pass, site, l, pass.seq0 * T * C, M * C));
         };
-        auto norm = [&](Ref x, int weight, int bias, size_t l) { return tape.layernorm(x, w[weight][l], w[bias][l], C); };
+        auto norm = [&](Ref x, int weight, int bias, size_t l) { return tape.layernorm(x, w[weight][l], w[bias][l], C, (double)cfg.eps); };
         auto attention = [&](Ref x, size_t l) {
             Ref qkv = tape.linear(x, w[QKVW][l], w[QKVB][l], C, 3 * C);
             Ref y = tape.attention(qkv, T, C, NH, factors(pass, rng::ATT_DROPOUT, l, pass.seq0 * NH * T * T, B * NH * T * T));
@@ -623,10 +623,14 @@ TEST_CASE("gemm: every form of strides, odd sizes, bias or accumulation; the epi
 
 TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memory in both directions") {
     Random r(3);
-    check_product(r, gemm::MC + 1, 33, gemm::KC + 1, 0, 1, gemm::OVERWRITE, true, 0);
-    check_product(r, 3 * gemm::MC + 5, 17, 2 * gemm::KC + 3, 1, 0, gemm::ACCUMULATE, false, 1);
-    check_product(r, 7, gemm::SHARED_COLUMNS + 4, 2 * gemm::KC + 9, 0, 1, gemm::OVERWRITE, true, 0);  // 2 column and 2 row pieces
-    check_product(r, 5, gemm::SHARED_COLUMNS + 4, 2 * gemm::KC + 9, 0, 0, gemm::ACCUMULATE, false, 3);
+    check_product(r, gemm::MB + 1, 33, gemm::KC + 1, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, 3 * gemm::MB + 5, 17, 2 * gemm::KC + 3, 1, 0, gemm::ACCUMULATE, false, 1);
+    check_product(r, 7, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, 5, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 0, gemm::ACCUMULATE, false, 3);
+    // The shared operand in two pieces of rows or columns, and in two pieces of k.
+    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 17, 3, 0, 1, gemm::OVERWRITE, true, 0);
+    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 5, 2, 1, 0, gemm::ACCUMULATE, false, 0);
+    check_product(r, gemm::SHARED_WIDTH, gemm::SHARED_WIDTH + 1, 2 * gemm::KC + 7, 0, 1, gemm::OVERWRITE, true, 0);
     check_product(r, 250, 1, 1, 0, 0, gemm::OVERWRITE, true, 0);
     check_product(r, 1, 250, 1, 0, 0, gemm::OVERWRITE, true, 0);
 }
@@ -648,6 +652,50 @@ TEST_CASE("gemm: an element has the same bits wherever it stands and whatever th
         gemm::multiply(rows, cols, K, &A[first * K], K, 1, &B[col], N, 1, C.data(), cols, gemm::OVERWRITE, &bias[col]);
         for (size_t i = 0; i < rows; i++) CHECK(!memcmp(&C[i * cols], &want[(first + i) * N + col], cols * sizeof(float)));
     }
+}
+
+namespace {
+
+// Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.
+template <class TA, class TB>
+void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form) {
+    INFO("M ", M, " N ", N, " K ", K, ", forms of A and B ", a_form, " ", b_form, ", bytes ", sizeof(TA), " ", sizeof(TB));
+    Strided A(r, M, K, a_form), B(r, K, N, b_form);
+    auto typed = [](const Floats& x, auto zero) {
+        std::vector<decltype(zero)> y;
+        for (float f : x)
+            if constexpr (sizeof zero == 2) y.push_back(float_to_bf16(f));
+            else y.push_back(f);
+        return y;
+    };
+    auto a = typed(A.data, TA()), b = [&] { return typed(B.data, TB()); }();
+    Floats C(M * N, NAN);
+    gemm::multiply<gemm::BF16>(M, N, K, a.data(), A.sr, A.sc, b.data(), B.sr, B.sc, C.data(), N);
+    auto rounded = [](double x) { return (double)bf16_to_float(float_to_bf16((float)x)); };
+    double diff = 0;
+    for (size_t m = 0; m < M; m++)
+        for (size_t n = 0; n < N; n++) {
+            double want = 0;
+            for (size_t k = 0; k < K; k++) want += rounded(A.at(m, k)) * rounded(B.at(k, n));
+            diff += std::pow(C[m * N + n] - want, 2);
+        }
+    double error = std::sqrt(diff / (double)(M * N * K));
+    note("gemm, bf16 operands", error, 2e-6);
+    CHECK_MESSAGE(error <= 2e-6, "relative L2 error ", error);
+}
+
+}  // namespace
+
+TEST_CASE("gemm of bf16 numbers: the product of the operands rounded to nearest, from floats and from bf16, any strides and sizes") {
+    Random r(6);
+    for (size_t trial = 0; trial < 240; trial++) {
+        size_t M = r.among({1, 2, 5, 13, 14, 15, 29}), N = r.among({1, 3, 15, 16, 17, 31, 33, 70}), K = r.among({1, 2, 3, 31, 32, 33, 64, 97, 257});
+        size_t a = trial % 4, b = trial / 4 % 4;
+        if (trial % 3 == 0) check_bf16_product<float, float>(r, M, N, K, a, b);
+        else if (trial % 3 == 1) check_bf16_product<uint16_t, float>(r, M, N, K, a, b);
+        else check_bf16_product<uint16_t, uint16_t>(r, M, N, K, a, b);
+    }
+    check_bf16_product<float, float>(r, gemm::MB + 3, gemm::NB + 37, 2 * gemm::KC + 5, 0, 1);
 }
 
 TEST_CASE("multiply_few: X W^T + b for few rows, any width; a row does not depend on the others") {
@@ -1019,9 +1067,9 @@ TEST_CASE("the fp32 model's gradients are its own loss's central differences alo
 namespace {
 
 // Loss, logits and all gradients of one training pass, layer by layer.
-void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t seed, uint64_t seq0) {
-    INFO(variant(c, dropout), ", L ", c.L, " NH ", c.NH, " C ", c.C, " V ", c.V, " B ", B, " T ", T);
-    cpu::GPT2 m(c, B, T, true);
+void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t seed, uint64_t seq0, int recompute = 0) {
+    INFO(variant(c, dropout), ", L ", c.L, " NH ", c.NH, " C ", c.C, " V ", c.V, " B ", B, " T ", T, " eps ", c.eps, " recompute ", recompute);
+    cpu::GPT2 m(c, B, T, true, recompute);
     randomise(m, seed);
     m.dropout = dropout, m.seed = seed + ((uint64_t)1 << 40);
     Random r(seed);
@@ -1064,6 +1112,16 @@ TEST_CASE("the whole model at other odd sizes: one token, one head, a head of on
     check_model(config(3, 1, 36, 300, 101), 1, 101, 0.2f, 32, 0);
     check_model(config(1, 9, 9, 131, 20, GROVER_ARCH), 5, 13, 0.2f, 33, 1000);
     check_model(config(2, 7, 77, 33, 99, GROVER_ARCH, GELU_ERF), 2, 99, 0.0f, 34, 0);
+}
+
+TEST_CASE("the whole model with LayerNorm's epsilon at 1e-12, 1e-3 and 0.1, whatever backward computes again; relative L2 1e-5") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH})
+        for (float eps : {1e-12f, 1e-3f, 0.1f})
+            for (int recompute : {0, 1, 2, 3}) {
+                Config c = config(2, 3, 24, 97, 20, arch);
+                c.eps = eps;
+                check_model(c, 2, 17, 0.0f, 35, 0, recompute);
+            }
 }
 
 TEST_CASE("gradients add up over backward passes") {
@@ -1307,34 +1365,90 @@ TEST_CASE("initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L))
     }
 }
 
-TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER") {
+// bf16 keeps 8 bits: operands are off by up to 1/256, 1/600 in the mean, and errors of many terms average out.
+TEST_CASE("bf16: loss, logits and gradients are fp32's within rounding: 1e-3, and relative L2 1e-2 of each tensor") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH})
+        for (float dropout : {0.0f, 0.2f}) {
+            Config c = config(2, 3, 51, 97, 70, arch, arch == GPT2_ARCH ? GELU_TANH : GELU_ERF);
+            INFO(variant(c, dropout));
+            cpu::GPT2 full(c, 3, 67, true), half(c, 3, 67, true, 0, Precision{BF16, true});
+            full.init_weights(60), half.init_weights(60);
+            full.dropout = half.dropout = dropout;
+            Random r(60);
+            Batch batch(r, 3, 67, c.V);
+            Pass pass = training_pass(batch.counted());
+            double want = batch.forward(full, pass), got = batch.forward(half, pass);
+            check_close("bf16, loss", got, want, 1e-3);
+            CHECK(got != want);
+            full.backward(), half.backward();
+            ParamTable table = param_table(c);
+            auto off = param_offsets(c);
+            for (int i = 0; i < NUM_PARAMS; i++)
+                check_close(strf("bf16, gradients: %s", table[i].name), half.grads() + off[i], full.grads() + off[i], table[i].size(), 1e-2);
+            Floats a(3 * 67 * 97), b(3 * 67 * 97);
+            half.logits(a.data()), full.logits(b.data());
+            check_close("bf16, logits", a.data(), b.data(), a.size(), 1e-2);
+        }
+}
+
+TEST_CASE("bf16: losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, and after recomputation") {
+    Floats first;
+    for (int threads : {1, 2, 3, 4}) {
+        Threads guard(threads);
+        Config c = config(2, 3, 69, 97, 101);
+        cpu::GPT2 m(c, 3, 101, true, threads - 1, Precision{BF16, true});
+        m.init_weights(5);
+        m.dropout = 0.1f;
+        Random r(44);
+        Floats seen;
+        for (uint32_t step = 0; step < 3; step++) {
+            Batch batch(r, 3, step % 2 ? 37 : 101, c.V);
+            m.accumulate(batch.tokens.data(), batch.targets.data(), 3, batch.T, training_pass(batch.counted(), step));
+            StepResult s = m.step(AdamW(), step + 1);
+            seen.push_back((float)s.loss), seen.push_back((float)s.norm);
+        }
+        Floats p = parameters(m);
+        seen.insert(seen.end(), p.begin(), p.end());
+        if (threads == 1) first = seen;
+        INFO("threads ", threads);
+        CHECK(same_bits(seen, first));
+    }
+}
+
+TEST_CASE("bf16 without fp32 master weights is refused by the flag's name") {
+    CHECK(contains(error_of([] { cpu::GPT2::check_precision(Precision{BF16, false}); }), "--master_weights"));
+    cpu::GPT2::check_precision(Precision{BF16, true}), cpu::GPT2::check_precision(Precision{FP32, false});
+}
+
+TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER, fp32 and bf16") {
     const int V = 12, T = 16, B = 4;
     const char* text = "abcabdabcabeffgahiabcjkl";
     Tokens ids;
     for (int i = 0; i < 200; i++) ids.push_back(text[i % 24] - 'a');
-    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
-        cpu::GPT2 m(config(2, 2, 32, V, T, arch), B, T, true);
-        m.init_weights(1);
-        Random r(1);
-        double first = 0, loss = 0;
-        for (uint32_t step = 0; step < 60; step++) {
-            Tokens x, y;
-            for (int b = 0; b < B; b++) {
-                size_t at = r.below(ids.size() - T - 1);
-                x.insert(x.end(), &ids[at], &ids[at] + T), y.insert(y.end(), &ids[at + 1], &ids[at + 1] + T);
+    for (int arch : {GPT2_ARCH, GROVER_ARCH})
+        for (Dtype dtype : {FP32, BF16}) {
+            cpu::GPT2 m(config(2, 2, 32, V, T, arch), B, T, true, 0, Precision{dtype, true});
+            m.init_weights(1);
+            Random r(1);
+            double first = 0, loss = 0;
+            for (uint32_t step = 0; step < 60; step++) {
+                Tokens x, y;
+                for (int b = 0; b < B; b++) {
+                    size_t at = r.below(ids.size() - T - 1);
+                    x.insert(x.end(), &ids[at], &ids[at] + T), y.insert(y.end(), &ids[at + 1], &ids[at + 1] + T);
+                }
+                loss = m.forward(x.data(), y.data(), B, T, training_pass(B * T, step));
+                m.backward();
+                if (!step) first = loss;
+                double norm = m.grad_norm();
+                AdamW a;
+                a.lr = (float)trainer::learning_rate("cosine", 1e-2, (int)step, 5, 60, 0.1);
+                m.update(a, step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
             }
-            loss = m.forward(x.data(), y.data(), B, T, training_pass(B * T, step));
-            m.backward();
-            if (!step) first = loss;
-            double norm = m.grad_norm();
-            AdamW a;
-            a.lr = (float)trainer::learning_rate("cosine", 1e-2, (int)step, 5, 60, 0.1);
-            m.update(a, step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
+            INFO("first loss ", first, ", last ", loss);
+            CHECK(std::fabs(first - std::log((double)V)) < 0.1);
+            CHECK(loss < 0.5);  // "ab" leaves something open only at a window's beginning
         }
-        INFO("first loss ", first, ", last ", loss);
-        CHECK(std::fabs(first - std::log((double)V)) < 0.1);
-        CHECK(loss < 0.5);  // "ab" leaves something open only at a window's beginning
-    }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1455,6 +1569,7 @@ TEST_CASE("the decoder's logits are the full forward pass's after every prefix, 
         for (int activation : {GELU_TANH, GELU_ERF}) {
             const size_t N = 3, T = 140;
             Config c = config(2, 3, 48, 97, 150, arch, activation);
+            if (activation == GELU_ERF) c.eps = 1e-2f;
             INFO(variant(c, 0));
             cpu::GPT2 m(c, N, T, false);
             randomise(m, 60);
@@ -1482,6 +1597,28 @@ TEST_CASE("the decoder's logits are the full forward pass's after every prefix, 
             }
             CHECK(cpu::Decoder(m, 1, 1000).capacity() == 150);  // never more than the positions the model knows
         }
+}
+
+TEST_CASE("a decoder with weights in bf16 is the fp32 decoder with rounded weights; relative L2 1e-5") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
+        Config c = config(2, 3, 51, 97, 40, arch);
+        cpu::GPT2 full(c, 0, 0, false), half(c, 0, 0, false, 0, Precision{BF16, true});
+        randomise(full, 71);
+        const float* from = full.params();
+        half.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) { std::copy(from, from + n, p), from += n; });
+        for (size_t i = 0; i < num_params(c); i++) full.params()[i] = bf16_to_float(float_to_bf16(full.params()[i]));
+        CHECK(same_bits(piece(half, cpu::GPT2::PARAMS), parameters(full)));
+        CHECK(cpu::GPT2::memory_need(c, 0, 0, false, 0, half.precision).params == num_params(c) * 2);
+        const size_t N = 3, T = 9;
+        cpu::Decoder a(full, N, T), b(half, N, T);
+        Random r(71);
+        Tokens tokens = r.tokens(N * T, c.V);
+        for (size_t at = 0, n = 5; at < T; at += n, n = 1) {  // a prompt, then token by token
+            Tokens next;
+            for (size_t s = 0; s < N; s++) next.insert(next.end(), &tokens[s * T + at], &tokens[s * T + at] + n);
+            check_close("bf16 decoder, logits", b.append(next.data(), n), a.append(next.data(), n), N * (size_t)c.V, 1e-5);
+        }
+    }
 }
 
 TEST_CASE("a sequence's logits have the same bits however many are written beside it, and with any number of threads") {
@@ -1801,6 +1938,38 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
     CHECK(files_in(dir.path) == 3);
 }
 
+TEST_CASE("files as llm.c writes them, fp32 and bf16, load: seven header words, then its sixteen tensors in its order") {
+    TempDir dir;
+    const size_t T = 5, V = 11, Vp = 128, L = 3, C = 8;
+    const size_t sizes[16] = {Vp * C, T * C, L * C, L * C, L * 3 * C * C, L * 3 * C, L * C * C, L * C,  // wte wpe ln1 qkv attproj
+                              L * C, L * C, L * 4 * C * C, L * 4 * C, L * C * 4 * C, L * C, C, C};      // ln2 fc fcproj lnf
+    for (int version : {3, 5}) {
+        std::string bytes(1024, '\0');
+        const int32_t header[8] = {20240326, version, (int)T, (int)V, (int)L, 2, (int)C, (int)Vp};
+        memcpy(&bytes[0], header, sizeof header);
+        auto value = [](size_t tensor, size_t i) { return (float)(tensor + 1) + (float)(i % 8) / 8; };  // a bf16 number
+        for (size_t k = 0; k < 16; k++)
+            for (size_t i = 0; i < sizes[k]; i++) {
+                float x = k == 0 && i >= V * C ? 0 : value(k, i);
+                if (version == 3) bytes.append((const char*)&x, 4);
+                else bytes.append((const char*)&x + 2, 2);
+            }
+        write_file(dir / "llmc.bin", bytes);
+        ModelReader reader(dir / "llmc.bin");
+        CHECK((reader.cfg.arch == GPT2_ARCH && reader.cfg.activation == GELU_TANH && reader.cfg.eps == 1e-5f));
+        cpu::GPT2 m(reader.cfg, 0, 0, false);
+        trainer::load_model(m, reader);
+        const float* tensors[16] = {m.p.wte,  m.p.wpe,  m.p.ln1w, m.p.ln1b, m.p.qkvw,    m.p.qkvb,    m.p.attprojw, m.p.attprojb,
+                                    m.p.ln2w, m.p.ln2b, m.p.fcw,  m.p.fcb,  m.p.fcprojw, m.p.fcprojb, m.p.lnfw,     m.p.lnfb};
+        for (size_t k = 0; k < 16; k++)
+            for (size_t i = 0; i < sizes[k]; i++)
+                if (tensors[k][i] != (k == 0 && i >= V * C ? 0 : value(k, i))) FAIL("version ", version, ", tensor ", k, ", element ", i);
+        ModelWriter writer(dir / "ours.bin", reader.cfg, version);  // and what we write is that file
+        writer.add(m.params(), num_params(m.cfg)), writer.finish();
+        CHECK((read_file(dir / "ours.bin") == bytes));
+    }
+}
+
 TEST_CASE("model files with any header field impossible are refused, by the names of file and field") {
     TempDir dir;
     cpu::GPT2 m(small_config(), 0, 0, false);
@@ -1843,6 +2012,33 @@ TEST_CASE("model files with any header field impossible are refused, by the name
     }
     write_file(path, with_header(good, 1, 5));  // half as long as it says
     CHECK(contains(reading_error(path), "trailing data"));
+}
+
+TEST_CASE("LayerNorm's epsilon stands in the model file's header as a float's bits, 0 for 1e-5; impossible bits are refused") {
+    TempDir dir;
+    Config c = small_config();
+    const std::string path = dir / "model.bin";
+    for (float eps : {1e-12f, 1e-6f, 1e-5f, 1e-3f, 1.0f}) {
+        c.eps = eps;
+        cpu::GPT2 m(c, 0, 0, false);
+        randomise(m, 84);
+        trainer::save_model(m, path);
+        int32_t word, bits;
+        memcpy(&word, &read_file(path)[40], 4), memcpy(&bits, &eps, 4);
+        CHECK(word == (eps == 1e-5f ? 0 : bits));
+        CHECK(ModelReader(path).cfg.eps == eps);
+        CHECK(ModelReader(path).cfg.same_shape(c));
+    }
+    const std::string good = read_file(path);
+    struct {
+        uint32_t bits;
+        const char* shown;
+    } impossible[] = {{0x7fc00000, "nan"}, {0xffffffff, "-nan"}, {0x7f800000, "inf"}, {0xff800000, "-inf"}, {0x80000000, "-0"},
+                      {0xb727c5ac, "-1e-05"}, {0x40000000, "2"}};
+    for (auto& k : impossible) {
+        write_file(path, with_header(good, 10, (int32_t)k.bits));
+        CHECK(reading_error(path) == path + ": LayerNorm's epsilon is " + k.shown + ", wanted above 0 and at most 1");
+    }
 }
 
 TEST_CASE("model files truncated anywhere, with trailing bytes, with NaN, or missing are refused by name") {
@@ -2037,4 +2233,84 @@ TEST_CASE("evaluation counts every token of a file once, and every character of 
     check_close("evaluation: nats per character", e.nats_per_char, sum / (double)chars, 1e-6);
     CHECK(std::isnan(trainer::evaluate(m, loader, B, T, 1, nullptr, x, y).nats_per_char));
     CHECK(trainer::evaluate(m, loader, B, T, 2, nullptr, x, y).tokens == 2 * B * T);
+}
+
+namespace {
+
+// A machine of as much memory as the test says.
+struct SmallMachine : cpu::GPT2 {
+    using cpu::GPT2::GPT2;
+    static inline size_t free_bytes = 0;
+    static size_t memory_available() { return free_bytes; }
+};
+
+// What f writes to standard output.
+template <class F>
+std::string printed(F f) {
+    TempDir dir;
+    fflush(stdout);
+    int kept = dup(1), to = open((dir / "out").c_str(), O_WRONLY | O_CREAT, 0600);
+    dup2(to, 1);
+    std::string error = error_of(f);
+    fflush(stdout);
+    dup2(kept, 1), close(kept), close(to);
+    return read_file(dir / "out") + error;
+}
+
+}  // namespace
+
+TEST_CASE("where memory is short, training recomputes more, then takes smaller batches, says so, and learns the same") {
+    TempDir dir;
+    Tokenizer tokenizer = Tokenizer::characters("abcdefghij");
+    tokenizer.save(dir / "tokenizer.bin");
+    std::vector<uint16_t> text;
+    for (int t : Random(91).tokens(700, tokenizer.vocab_size())) text.push_back((uint16_t)t);
+    write_tokens(dir / "train.bin", text), write_tokens(dir / "val.bin", text);
+    Config c = config(4, 2, 32, tokenizer.vocab_size(), 64);
+    const size_t poem = (size_t)4 * 64 * 2 * 32 * 4;  // keys and values
+    auto need = [&](size_t B, int recompute) { return cpu::GPT2::memory_need(c, B, 64, true, recompute).total() + poem; };
+    std::string file = dir / "model.bin", data = dir.path;
+    {
+        cpu::GPT2 m(c, 0, 0, false);
+        randomise(m, 91);
+        trainer::save_model(m, file);
+    }
+    auto run = [&](size_t free_bytes, std::vector<std::string> more = {}) {
+        std::vector<std::string> words = {"train_gpt2", "-e", file, "--data", data, "-o", dir / "run", "--overwrite", "--max_steps", "2", "--total_batch_size", "512"};
+        words.insert(words.end(), more.begin(), more.end());
+        std::vector<char*> argv;
+        for (std::string& w : words) argv.push_back(&w[0]);
+        SmallMachine::free_bytes = free_bytes;
+        return printed([&] { trainer::Run<SmallMachine, cpu::Decoder>((int)argv.size(), argv.data()).main(); });
+    };
+    auto weights = [&] {
+        cpu::GPT2 m(c, 0, 0, false);
+        ModelReader r(dir / "run/model_00000002.bin");
+        trainer::load_model(m, r);
+        return parameters(m);
+    };
+    REQUIRE(need(8, 3) < need(8, 2));
+    REQUIRE(need(4, 3) < need(8, 3));
+    std::string plenty = run(need(8, 0), {"-b", "8"});
+    CHECK(!contains(plenty, "memory is short"));
+    CHECK(contains(plenty, "memory           " + human_bytes((double)need(8, 0)) + ": "));
+    Floats want = weights();
+    CHECK(contains(run(need(8, 0) - 1, {"-b", "8"}), "so this run takes --recompute 1 --batch_size 8; the step stays 512 tokens\n"));
+    CHECK(contains(run(need(8, 2), {"-b", "8"}), "--recompute 2 --batch_size 8;"));
+    std::string tight = run(need(8, 3), {"-b", "8"});
+    CHECK(contains(tight, "memory is short (" + human_bytes((double)need(8, 0)) + " needed, " + human_bytes((double)need(8, 3)) +
+                              " free), so this run takes --recompute 3 --batch_size 8; the step stays 512 tokens\n"));
+    CHECK(contains(tight, "memory           " + human_bytes((double)need(8, 3)) + ": "));
+    CHECK(contains(tight, "batch            8 x 64 tokens\n"));
+    check_close("short memory: weights after two steps", weights(), Doubles(want.begin(), want.end()), 1e-5);
+    // What a flag says stays; the batch is this size's default, 16.
+    const std::vector<std::string> rest = {"--total_batch_size", "1024"};
+    CHECK(contains(run(need(4, 3), rest), "--recompute 3 --batch_size 4; the step stays 1024 tokens"));
+    CHECK(contains(run(need(4, 3), rest), "batch            4 x 64 tokens, 4 accumulated: 1024 a step\n"));
+    CHECK(contains(run(need(2, 0), {"--recompute", "0", "--total_batch_size", "1024"}), "takes --recompute 0 --batch_size 2;"));
+    std::string refused = run(need(8, 3) - 1, {"-b", "8"});
+    CHECK(contains(refused, "this run needs " + human_bytes((double)need(8, 0)) + " of memory, " + human_bytes((double)need(8, 3) - 1) +
+                                " are free; --batch_size 7 --recompute 3 would fit"));
+    CHECK(contains(run(need(1, 3) - 1, rest), "not even --batch_size 1 would fit"));
+    CHECK(!contains(run(need(8, 0) - poem, {"-b", "8", "--sample_every", "0"}), "memory is short"));
 }

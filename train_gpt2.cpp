@@ -186,9 +186,10 @@ inline void residual_layernorm_forward(float* sum, float* y, float* mean, float*
     }
 }
 
-// dx (M,C) += (or = where !accumulate) the gradient through LayerNorm; dw, db (C) +=.
+// dx (M,C) += (or = where !accumulate) the gradient through LayerNorm; dw, db (C) += (or =, as start says).
 inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy, const float* x, const float* mean,
-                               const float* rstd, const float* w, size_t M, size_t C, bool accumulate) {
+                               const float* rstd, const float* w, size_t M, size_t C, bool accumulate,
+                               gemm::Start start = gemm::ACCUMULATE) {
     constexpr size_t STRIP = 16;
 #pragma omp parallel
     {
@@ -203,7 +204,8 @@ inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy,
                 else
                     for (size_t c = 0; c < n; c++) sw[c] += d[c] * ((xm[c] - mu) * rs), sb[c] += d[c];
             }
-            for (size_t c = 0; c < n; c++) dw[c0 + c] += sw[c], db[c0 + c] += sb[c];
+            bool add = start == gemm::ACCUMULATE;
+            for (size_t c = 0; c < n; c++) dw[c0 + c] = (add ? dw[c0 + c] : 0.0f) + sw[c], db[c0 + c] = (add ? db[c0 + c] : 0.0f) + sb[c];
         }
 #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m++) {
@@ -224,102 +226,186 @@ inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy,
     }
 }
 
-// Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue.
-template <class Epilogue = gemm::NoEpilogue>
-inline void matmul_forward(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N,
-                           Epilogue epi = {}) {
-    gemm::multiply(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi);
+// Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue. P: what is multiplied, floats or bf16 numbers.
+template <class P = gemm::F32, class T, class Epilogue = gemm::NoEpilogue>
+inline void matmul_forward(float* Y, const float* X, const T* W, const float* b, size_t M, size_t K, size_t N, Epilogue epi = {}) {
+    gemm::multiply<P>(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi);
 }
 
-// db (N) += column sums of dY (M,N).
-inline void bias_backward(float* db, const float* dY, size_t M, size_t N) {
+// db (N) += (or =, as start says) column sums of dY (M,N).
+inline void bias_backward(float* db, const float* dY, size_t M, size_t N, gemm::Start start = gemm::ACCUMULATE) {
     constexpr size_t STRIP = 64;
 #pragma omp parallel for schedule(static)
     for (size_t n0 = 0; n0 < N; n0 += STRIP) {
         float sum[STRIP] = {};
         size_t n = std::min(STRIP, N - n0);
-        for (size_t m = 0; m < M; m++)
-            for (size_t i = 0; i < n; i++) sum[i] += dY[m * N + n0 + i];
-        for (size_t i = 0; i < n; i++) db[n0 + i] += sum[i];
+        if (n == STRIP)  // with a length the compiler knows
+            for (size_t m = 0; m < M; m++)
+                for (size_t i = 0; i < STRIP; i++) sum[i] += dY[m * N + n0 + i];
+        else
+            for (size_t m = 0; m < M; m++)
+                for (size_t i = 0; i < n; i++) sum[i] += dY[m * N + n0 + i];
+        for (size_t i = 0; i < n; i++) db[n0 + i] = (start == gemm::ACCUMULATE ? db[n0 + i] : 0.0f) + sum[i];
     }
 }
 
-// dX (M,K) = dY (M,N) W, then the epilogue on dX; dW (N,K) += dY^T X; db (N) += column sums of dY.
-template <class Epilogue = gemm::NoEpilogue>
+// dX (M,K) = dY (M,N) W, then the epilogue on dX; dW (N,K) += dY^T X; db (N) += column sums of dY (or =, as start says).
+template <class P = gemm::F32, class Epilogue = gemm::NoEpilogue>
 inline void matmul_backward(float* dX, float* dW, float* db, const float* dY, const float* X, const float* W, size_t M, size_t K,
-                            size_t N, Epilogue epi = {}) {
-    gemm::multiply(N, K, M, dY, 1, N, X, K, 1, dW, K, gemm::ACCUMULATE);
-    bias_backward(db, dY, M, N);
-    gemm::multiply(M, K, N, dY, N, 1, W, K, 1, dX, K, gemm::OVERWRITE, nullptr, epi);
+                            size_t N, Epilogue epi = {}, gemm::Start start = gemm::ACCUMULATE) {
+    gemm::multiply<P>(N, K, M, dY, 1, N, X, K, 1, dW, K, start);
+    bias_backward(db, dY, M, N, start);
+    gemm::multiply<P>(M, K, N, dY, N, 1, W, K, 1, dX, K, gemm::OVERWRITE, nullptr, epi);
 }
 
-// Causal self-attention, softmax(Q K^T / sqrt(hs)) V per head (Vaswani et al. 2017). qkv (B,T,3C) holds Q, K
-// and V side by side. One thread works on one (sequence, head) at a time and holds the scores of TQ queries
-// only; the log-sum-exp of each row, lse (B,NH,T), lets backward rebuild the probabilities.
+// Causal self-attention, softmax(Q K^T / sqrt(hs)) V per head (Vaswani et al. 2017). qkv (B,T,3C) holds Q, K and V side
+// by side. One thread works on one (sequence, head) at a time and on TQ queries of it. It holds their scores only, and
+// those transposed, (keys, TQ): a lane of a vector is a query, so that the softmax needs no sum across lanes, and the
+// probabilities are packed operands of the products that follow. The log-sum-exp of each row, lse (B,NH,T), lets backward
+// rebuild them.
 struct Attention {
-    static constexpr size_t TQ = 96;
+    static constexpr size_t TQ = 32;
     size_t B, T, C, NH;
 
     size_t hs() const { return C / NH; }
-    // Floats of scratch that one thread needs.
+    // Floats of scratch that one thread needs, the largest case: backward with dropout.
     static size_t scratch(size_t T, size_t hs) {
-        size_t wide = std::max(gemm::PackedB::floats(hs, T), gemm::PackedB::floats(T, hs));
-        return 3 * wide + 2 * gemm::PackedB::floats(TQ, hs) + 3 * TQ * T + gemm::MC * gemm::KC;
+        size_t wide = gemm::round_up(hs, gemm::NR), even = gemm::round_up(hs, 16), t = gemm::round_up(T, 16);
+        return 2 * t * even + t * wide + 2 * TQ * even + 2 * TQ * wide + 5 * TQ * t;
     }
 
-    // S (n rows, ld T) = probabilities of queries q0.. over keys 0..q0+i; later keys up to `keys` get 0.
-    // Where lse is not yet known (forward), it is computed first.
-    void probabilities(float* S, float* lse, bool known, size_t q0, size_t n, size_t keys) const {
-        float scale = 1.0f / std::sqrt((float)hs());
-        for (size_t i = 0; i < n; i++) {
-            float* s = S + i * T;
-            size_t len = q0 + i + 1;
-            if (!known) {
-                float max = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : max)
-                for (size_t j = 0; j < len; j++) max = s[j] > max ? s[j] : max;
-#pragma omp simd reduction(+ : sum)
-                for (size_t j = 0; j < len; j++) sum += s[j] = exp_approx((s[j] - max) * scale);
-                float inv = 1.0f / sum;
-                for (size_t j = 0; j < len; j++) s[j] *= inv;
-                lse[i] = max * scale + std::log(sum);
-            } else {
-                float l = lse[i];
-#pragma omp simd
-                for (size_t j = 0; j < len; j++) s[j] = exp_approx(s[j] * scale - l);
-            }
-            for (size_t j = len; j < keys; j++) s[j] = 0;
+    // The queries that one pass takes, and the keys that they see: whole row panels of K.
+    struct Tile {
+        size_t q0, n, panels, keys;
+    };
+    Tile tile_at(size_t q0) const {
+        Tile t = {q0, std::min(TQ, T - q0), 0, 0};
+        while (t.keys < q0 + t.n) t.keys = gemm::panel_row(T, ++t.panels);
+        return t;
+    }
+
+    // All of a head's keys or values, (T,hs) with row stride ld, packed as rows, or as the second factor of a product over T.
+    template <class P>
+    void pack_rows(float* dst, const float* src, size_t ld) const {
+        size_t units = gemm::ceil_div(hs(), P::PER_UNIT);
+        for (size_t i = 0; i < gemm::row_panels(T); i++) {
+            size_t r = gemm::panel_row(T, i), n = gemm::panel_row(T, i + 1) - r;
+            gemm::pack<P>(dst + r * units, n, src + r * ld, ld, 1, n, hs());
         }
+    }
+    template <class P>
+    static void pack_second(float* dst, const float* src, size_t sk, size_t sn, size_t K, size_t N) {
+        for (size_t n = 0; n < N; n += gemm::NR)
+            gemm::pack<P>(dst + n * gemm::ceil_div(K, P::PER_UNIT), gemm::NR, src + n * sn, sn, sk, std::min(gemm::NR, N - n), K);
+    }
+
+    // S (keys,TQ) = the tile's rows of a packed K or V times TQ packed queries.
+    template <class P>
+    void scores(float* S, const float* rows, const float* queries, const Tile& t) const {
+        size_t units = gemm::ceil_div(hs(), P::PER_UNIT);
+        for (size_t i = 0; i < t.panels; i++) {
+            size_t r = gemm::panel_row(T, i);
+            for (size_t j = 0; j < TQ; j += gemm::NR)
+                gemm::tile<P>(gemm::panel_row(T, i + 1) - r, gemm::NR, units, rows + r * units, queries + j * units, S + r * TQ + j, TQ, gemm::ZEROS, 0);
+        }
+    }
+    // out (n queries, hs; row stride ld) = S^T (keys,TQ) times a packed (T,hs); buf holds TQ*T.
+    template <class P>
+    void over_keys(float* out, size_t ld, const float* S, const float* second, const Tile& t, float* buf) const {
+        size_t units = gemm::ceil_div(t.keys, P::PER_UNIT), all = gemm::ceil_div(T, P::PER_UNIT);
+        if (!std::is_same<P, gemm::F32>::value) gemm::pack<P>(buf, TQ, S, 1, TQ, TQ, t.keys), S = buf;
+        for (size_t c = 0; c < hs(); c += gemm::NR)
+            for (size_t i = 0; i < gemm::row_panels(t.n); i++) {
+                size_t r = gemm::panel_row(t.n, i);
+                gemm::tile<P, 1, TQ>(gemm::panel_row(t.n, i + 1) - r, std::min(gemm::NR, hs() - c), units, S + r, second + c * all,
+                                     out + r * ld + c, ld, gemm::ZEROS, 0);
+            }
+    }
+    // out (keys, hs; row stride ld) += (or =) S (keys,TQ) times n packed queries; buf holds TQ*T.
+    template <class P>
+    void over_queries(float* out, size_t ld, const float* S, const float* queries, const Tile& t, bool first, float* buf) const {
+        constexpr size_t LINE = TQ / P::PER_UNIT;
+        size_t units = gemm::ceil_div(t.n, P::PER_UNIT);
+        if (!std::is_same<P, gemm::F32>::value) {
+            for (size_t j = 0; j < t.keys * TQ; j += gemm::VL * P::PER_UNIT)
+                gemm::store(buf + j / P::PER_UNIT, P::along(S + j, gemm::VL * P::PER_UNIT));
+            S = buf;
+        }
+        for (size_t c = 0; c < hs(); c += gemm::NR)
+            for (size_t i = 0; i < t.panels; i++) {
+                size_t r = gemm::panel_row(T, i);
+                float* o = out + r * ld + c;
+                gemm::tile<P, LINE, 1>(gemm::panel_row(T, i + 1) - r, std::min(gemm::NR, hs() - c), units, S + r * LINE, queries + c * units,
+                                       o, ld, first ? gemm::ZEROS : o, first ? 0 : ld);
+            }
+    }
+
+    // S (keys,TQ) = dropout's factors; buf holds TQ*T. Row e of the whole batch's probabilities is the first query's.
+    void dropout_factors(float* S, const Dropout& drop, uint64_t e, const Tile& t, float* buf) const {
+        for (size_t i = 0; i < TQ; i++) {
+            float *f = buf + i * t.keys, ones[Dropout::CHUNK];
+            size_t len = i < t.n ? t.q0 + i + 1 : 0;
+            std::fill(ones, ones + Dropout::CHUNK, 1.0f);
+            for (size_t j = 0; j < len; j += Dropout::CHUNK) drop.apply(f + j, ones, (e + i) * T + j, std::min(Dropout::CHUNK, len - j));
+            std::fill(f + len, f + t.keys, 0.0f);
+        }
+        gemm::pack<gemm::F32>(S, TQ, buf, t.keys, 1, TQ, t.keys);
     }
 
     // out (B,T,C), lse (B,NH,T) from qkv (B,T,3C); seq0: the first sequence's number within the whole batch.
+    template <class P = gemm::F32>
     void forward(float* out, float* lse, const float* qkv, const Dropout& drop, uint64_t seq0, float* scratch_mem) const {
-        size_t h_size = hs(), ld = 3 * C;
+        size_t h_size = hs(), ld = 3 * C, even = gemm::round_up(h_size, 16), wide = gemm::round_up(h_size, gemm::NR), t16 = gemm::round_up(T, 16);
+        float scale = 1.0f / std::sqrt((float)h_size);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t bh = 0; bh < B * NH; bh++) {
             const float *q = qkv + bh / NH * T * ld + bh % NH * h_size, *k = q + C, *v = k + C;
             float* o = out + bh / NH * T * C + bh % NH * h_size;
             float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
             auto take = [&](size_t n) { return mem += n, mem - n; };
-            auto kt = gemm::pack_b(take(gemm::PackedB::floats(h_size, T)), k, 1, ld, h_size, T);
-            auto vp = gemm::pack_b(take(gemm::PackedB::floats(T, h_size)), v, ld, 1, T, h_size);
-            float *S = take(TQ * T), *apack = take(gemm::MC * gemm::KC);
+            float *kp = take(t16 * even), *vp = take(t16 * wide), *qp = take(TQ * even), *S = take(TQ * t16), *F = take(TQ * t16), *buf = take(TQ * t16);
+            pack_rows<P>(kp, k, ld);
+            pack_second<P>(vp, v, ld, 1, T, h_size);
             for (size_t q0 = 0; q0 < T; q0 += TQ) {
-                size_t n = std::min(TQ, T - q0), keys = q0 + n;
-                gemm::multiply_rows(n, keys, h_size, q + q0 * ld, ld, 1, kt, S, T, gemm::OVERWRITE, apack);
-                probabilities(S, lse + bh * T + q0, false, q0, n, keys);
-                if (drop.p > 0)
-                    for (size_t i = 0; i < n; i++)
-                        drop.apply(S + i * T, S + i * T, ((seq0 * NH + bh) * T + q0 + i) * T, q0 + i + 1);
-                gemm::multiply_rows(n, h_size, keys, S, T, 1, vp, o + q0 * C, C, gemm::OVERWRITE, apack);
+                Tile t = tile_at(q0);
+                for (size_t j = 0; j < TQ && j < t.n; j += gemm::NR)
+                    pack_second<P>(qp + j * gemm::ceil_div(h_size, P::PER_UNIT), q + (q0 + j) * ld, 1, ld, h_size, std::min(gemm::NR, t.n - j));
+                scores<P>(S, kp, qp, t);
+                alignas(64) float max[TQ], sum[TQ] = {};
+                std::fill(max, max + TQ, -INFINITY);
+                for (size_t key = 0; key < t.keys; key++) {
+                    const float* s = S + key * TQ;
+                    int seen_from = (int)key - (int)q0;
+                    for (int i = 0; i < (int)TQ; i++) max[i] = i >= seen_from && s[i] > max[i] ? s[i] : max[i];
+                }
+                for (size_t key = 0; key < t.keys; key++) {
+                    float* s = S + key * TQ;
+                    int seen_from = (int)key - (int)q0;
+#pragma omp simd
+                    for (int i = 0; i < (int)TQ; i++) {
+                        float e = exp_approx((s[i] - max[i]) * scale);
+                        s[i] = i >= seen_from ? e : 0.0f, sum[i] += s[i];
+                    }
+                }
+                if (drop.p > 0) {
+                    dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
+                    for (size_t j = 0; j < t.keys * TQ; j++) S[j] *= F[j];
+                }
+                over_keys<P>(o + q0 * C, C, S, vp, t, buf);
+                for (size_t i = 0; i < t.n; i++) {
+                    float inv = 1.0f / sum[i];
+                    for (size_t c = 0; c < h_size; c++) o[(q0 + i) * C + c] *= inv;
+                    lse[bh * T + q0 + i] = max[i] * scale + std::log(sum[i]);
+                }
             }
         }
     }
 
     // dqkv (B,T,3C) from dout (B,T,C); probabilities and dropout masks are computed again.
+    template <class P = gemm::F32>
     void backward(float* dqkv, const float* dout, const float* qkv, const float* lse, const Dropout& drop, uint64_t seq0,
                   float* scratch_mem) const {
-        size_t h_size = hs(), ld = 3 * C;
+        size_t h_size = hs(), ld = 3 * C, even = gemm::round_up(h_size, 16), wide = gemm::round_up(h_size, gemm::NR), t16 = gemm::round_up(T, 16);
         float scale = 1.0f / std::sqrt((float)h_size);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t bh = 0; bh < B * NH; bh++) {
@@ -328,41 +414,44 @@ struct Attention {
             float *dq = dqkv + first, *dk = dq + C, *dv = dk + C;
             float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
             auto take = [&](size_t n) { return mem += n, mem - n; };
-            auto kt = gemm::pack_b(take(gemm::PackedB::floats(h_size, T)), k, 1, ld, h_size, T);
-            auto vt = gemm::pack_b(take(gemm::PackedB::floats(h_size, T)), v, 1, ld, h_size, T);
-            auto kp = gemm::pack_b(take(gemm::PackedB::floats(T, h_size)), k, ld, 1, T, h_size);
-            float *qbuf = take(gemm::PackedB::floats(TQ, h_size)), *obuf = take(gemm::PackedB::floats(TQ, h_size));
-            float *P = take(TQ * T), *D = take(TQ * T), *F = take(TQ * T), *apack = take(gemm::MC * gemm::KC);
-            for (size_t t = 0; t < T; t++)
-                for (size_t c = 0; c < h_size; c++) dk[t * ld + c] = dv[t * ld + c] = 0;
-            for (size_t q0 = 0; q0 < T; q0 += TQ) {
-                size_t n = std::min(TQ, T - q0), keys = q0 + n;
-                auto qp = gemm::pack_b(qbuf, q + q0 * ld, ld, 1, n, h_size);
-                auto op = gemm::pack_b(obuf, d_o + q0 * C, C, 1, n, h_size);
-                gemm::multiply_rows(n, keys, h_size, q + q0 * ld, ld, 1, kt, P, T, gemm::OVERWRITE, apack);
-                probabilities(P, const_cast<float*>(lse) + bh * T + q0, true, q0, n, keys);
-                gemm::multiply_rows(n, keys, h_size, d_o + q0 * C, C, 1, vt, D, T, gemm::OVERWRITE, apack);
-                float* dropped = P;  // what multiplied V in forward
-                if (drop.p > 0) {
-                    dropped = F;
-                    for (size_t i = 0; i < n; i++) {
-                        uint64_t e = ((seq0 * NH + bh) * T + q0 + i) * T;
-                        drop.apply(F + i * T, P + i * T, e, q0 + i + 1);
-                        drop.apply(D + i * T, D + i * T, e, q0 + i + 1);
-                        for (size_t j = q0 + i + 1; j < keys; j++) F[i * T + j] = 0;
+            float *kp = take(t16 * even), *vp = take(t16 * even), *k2 = take(t16 * wide), *qp = take(TQ * even), *op = take(TQ * even);
+            float *q2 = take(TQ * wide), *o2 = take(TQ * wide);
+            float *S = take(TQ * t16), *D = take(TQ * t16), *F = take(TQ * t16), *buf = take(TQ * t16), *buf2 = take(TQ * t16);
+            pack_rows<P>(kp, k, ld), pack_rows<P>(vp, v, ld);
+            pack_second<P>(k2, k, ld, 1, T, h_size);
+            bool fresh = true;  // the last queries see all keys, so they come first
+            for (size_t q0 = (T - 1) / TQ * TQ;; q0 -= TQ, fresh = false) {
+                Tile t = tile_at(q0);
+                for (size_t j = 0; j < TQ && j < t.n; j += gemm::NR) {
+                    size_t at = j * gemm::ceil_div(h_size, P::PER_UNIT), n = std::min(gemm::NR, t.n - j);
+                    pack_second<P>(qp + at, q + (q0 + j) * ld, 1, ld, h_size, n), pack_second<P>(op + at, d_o + (q0 + j) * C, 1, C, h_size, n);
+                }
+                pack_second<P>(q2, q + q0 * ld, ld, 1, t.n, h_size), pack_second<P>(o2, d_o + q0 * C, C, 1, t.n, h_size);
+                scores<P>(S, kp, qp, t), scores<P>(D, vp, op, t);
+                if (drop.p > 0) dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
+                alignas(64) float l[TQ] = {}, dot[TQ] = {};
+                std::copy(lse + bh * T + q0, lse + bh * T + q0 + t.n, l);
+                for (size_t key = 0; key < t.keys; key++) {
+                    float *s = S + key * TQ, *d = D + key * TQ, *f = F + key * TQ;
+                    int seen_from = (int)key - (int)q0, n = (int)t.n;
+                    if (drop.p > 0)
+                        for (size_t i = 0; i < TQ; i++) d[i] *= f[i];
+#pragma omp simd
+                    for (int i = 0; i < (int)TQ; i++) {
+                        float e = exp_approx(s[i] * scale - l[i]);
+                        s[i] = i >= seen_from && i < n ? e : 0.0f, d[i] = i < n ? d[i] : 0.0f, dot[i] += s[i] * d[i];
                     }
                 }
-                gemm::multiply_rows(keys, h_size, n, dropped, 1, T, op, dv, ld, gemm::ACCUMULATE, apack);
-                for (size_t i = 0; i < n; i++) {  // through the softmax: dS = P (dP - sum_j P dP) / sqrt(hs)
-                    float *p = P + i * T, *d = D + i * T, dot = 0;
-                    size_t len = q0 + i + 1;
-#pragma omp simd reduction(+ : dot)
-                    for (size_t j = 0; j < len; j++) dot += p[j] * d[j];
-                    for (size_t j = 0; j < len; j++) d[j] = p[j] * (d[j] - dot) * scale;
-                    for (size_t j = len; j < keys; j++) d[j] = 0;
+                for (size_t key = 0; key < t.keys; key++) {  // through the softmax: dS = P (dP - sum over keys of P dP) / sqrt(hs)
+                    float *s = S + key * TQ, *d = D + key * TQ;
+                    for (size_t i = 0; i < TQ; i++) d[i] = s[i] * (d[i] - dot[i]) * scale;
                 }
-                gemm::multiply_rows(n, h_size, keys, D, T, 1, kp, dq + q0 * ld, ld, gemm::OVERWRITE, apack);
-                gemm::multiply_rows(keys, h_size, n, D, 1, T, qp, dk, ld, gemm::ACCUMULATE, apack);
+                if (drop.p > 0)
+                    for (size_t j = 0; j < t.keys * TQ; j++) S[j] *= F[j];  // what multiplied V in forward
+                over_queries<P>(dv, ld, S, o2, t, fresh, buf2);
+                over_queries<P>(dk, ld, D, q2, t, fresh, buf2);
+                over_keys<P>(dq + q0 * ld, ld, D, k2, t, buf2);
+                if (!q0) break;
             }
         }
     }
@@ -414,15 +503,17 @@ struct Arena {
     }
 };
 
-struct Params {
-    float *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
-    void point_into(float* base, const Config& c) {
-        float** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
-                                 &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
+template <class W>
+struct ParamsOf {
+    W *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
+    void point_into(W* base, const Config& c) {
+        W** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
+                             &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
         auto off = param_offsets(c);
         for (int i = 0; i < NUM_PARAMS; i++) *p[i] = base + off[i];
     }
 };
+using Params = ParamsOf<float>;
 
 // What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
 // used again: by every layer of a model that does not train, and in training by what is recomputed.
@@ -459,9 +550,12 @@ struct GPT2 {
     const size_t B, T;  // largest batch; both 0 for a model that only generates
     const bool trains;
     const int recompute;
+    const Precision precision;
     float dropout = 0;
     uint64_t seed = 1337;
     Params p{}, g{};
+    ParamsOf<gemm::bf16> half{};  // in place of p in a model that only generates, with bf16
+    static bool in_bf16(size_t B, Precision p) { return !B && p.dtype == BF16; }
 
     static constexpr size_t HEAD_FLOATS = 32 << 20;  // logits held at once: 128 MiB
 
@@ -472,7 +566,8 @@ struct GPT2 {
     static void set_threads(int n) { omp_set_num_threads(n); }
     static Peak peak_flops() { return {gemm::measure_peak_flops(), "measured"}; }
     static std::string device() {
-        return strf("CPU, %d threads, %zu-bit vectors", omp_get_max_threads(), gemm::VL * 32);
+        return strf("CPU, %d threads, %zu-bit vectors, bf16 %s", omp_get_max_threads(), gemm::VL * 32,
+                    gemm::BF16_DOT_PRODUCT ? "dot products" : "emulated");
     }
     // Bytes that this process may still take: the machine's, or its control group's if that is less.
     static size_t memory_available() {
@@ -494,11 +589,11 @@ struct GPT2 {
     static constexpr const char* PROGRAM = "train_gpt2";
     static constexpr Dtype DEFAULT_DTYPE = FP32;
     static void check_precision(Precision p) {
-        if (p.dtype != FP32) throw UsageError("--dtype: the CPU trainer computes in fp32");
+        if (p.dtype == BF16 && !p.master_weights) throw UsageError("--master_weights: the CPU trainer keeps its weights in fp32, 0 is for the GPU");
     }
-    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision = {}) {
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision precision = {}) {
         MemoryNeed n;
-        n.params = checked_mul(num_params(c), 4, "parameters");
+        n.params = checked_mul(num_params(c), in_bf16(B, precision) ? 2 : 4, "parameters");
         n.grads = trains ? n.params : 0;
         n.optimizer = 2 * n.grads;
         Arena a;
@@ -515,12 +610,13 @@ struct GPT2 {
 
     // recompute: what backward computes again instead of keeping it. Of 16C floats per token and layer 0 keeps all;
     // 1 drops GELU's output, 4C; 2 that and LayerNorm's, 6C; 3 whole blocks, all but C.
-    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision = {})
-        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {})
+        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), precision(precision_) {
         check_config(c, "model"), check_precision(precision);
-        need_ = memory_need(c, B, T, trains, recompute);
-        params_mem_ = (float*)gemm::allocate(need_.params, "parameters");
-        p.point_into(params_mem_, c);
+        need_ = memory_need(c, B, T, trains, recompute, precision);
+        void* mem = gemm::allocate(need_.params, "parameters");
+        if (in_bf16(B, precision)) half.point_into(half_mem_ = (gemm::bf16*)mem, c);
+        else p.point_into(params_mem_ = (float*)mem, c);
         if (trains) {
             grads_mem_ = (float*)gemm::allocate(need_.grads, "gradients");
             moments_ = (float*)gemm::allocate(need_.optimizer, "optimizer state");
@@ -540,7 +636,7 @@ struct GPT2 {
         gemm::workspace().reserve(omp_get_max_threads());
     }
     ~GPT2() {
-        gemm::release(params_mem_, need_.params), gemm::release(grads_mem_, need_.grads);
+        gemm::release(params_mem_ ? (void*)params_mem_ : half_mem_, need_.params), gemm::release(grads_mem_, need_.grads);
         gemm::release(moments_, need_.optimizer), gemm::release(acts_mem_, need_.activations);
         gemm::release(scratch_, need_.scratch - gemm::Workspace::bytes(scratch_threads_));
     }
@@ -555,71 +651,25 @@ struct GPT2 {
     // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T; counted() tells how
     // many. A training pass also leaves what backward() needs.
     double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
-        size_t C = cfg.C, M = B_ * T_, L = cfg.L;
-        if (B_ > B || T_ > T || (pass.train && !trains)) throw std::logic_error("forward: batch larger than the model was built for");
-        if (omp_get_max_threads() > scratch_threads_) throw std::logic_error("forward: more threads than the model was built for");
-        pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
-        embedding_forward(act_.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
-        Block first = block(0);
-        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C, cfg.eps);
-        for (size_t l = 0; l < L; l++) {
-            block_forward(l);
-            Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
-            matmul_forward(act_.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
-            bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
-            residual_layernorm_forward(a.resid3, last ? act_.lnf : next.ln1, last ? act_.lnf_mean : next.ln1_mean,
-                                       last ? act_.lnf_rstd : next.ln1_rstd, a.resid2, act_.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
-                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C, cfg.eps);
-        }
-        return head(targets, M);
+        return precision.dtype == BF16 ? forward_as<gemm::BF16>(tokens, targets, B_, T_, pass) : forward_as<gemm::F32>(tokens, targets, B_, T_, pass);
     }
     size_t counted() const { return counted_; }
 
     // The logits (M,V) of the last forward pass, for tests and for small models.
     void logits(float* out) {
-        matmul_forward(out, act_.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
+        if (precision.dtype == BF16) matmul_forward<gemm::BF16>(out, act_.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
+        else matmul_forward(out, act_.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
     }
 
     // Adds the gradients of the last training pass (its mean loss times grad_scale times its token count).
     void backward() {
-        size_t C = cfg.C, M = b_ * t_;
-        bool grover = cfg.arch == GROVER_ARCH;
-        auto act = cfg.activation;
-        float* dresid = grad_.dresid;
-        layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, block(cfg.L - 1).resid3, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false);
-        for (size_t l = cfg.L; l-- > 0;) {
-            Block a = block(l);
-            if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps);
-            if (recompute == 2) layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C, cfg.eps);
-            if (recompute == 1 || recompute == 2)
-#pragma omp parallel for schedule(static)
-                for (size_t m = 0; m < M; m++) gelu_forward(a.fch_gelu + m * 4 * C, a.fch + m * 4 * C, 4 * C, act);
-            if (recompute == 3) block_forward(l);
-
-            const float* dbranch = masked(dresid, rng::FCPROJ_DROPOUT, l);
-            matmul_backward(grad_.dfch, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, p.fcprojw + l * 4 * C * C, M,
-                            4 * C, C, [=](size_t m, size_t n, size_t count, float* d) { gelu_backward(d, a.fch + m * 4 * C + n, count, act); });
-            matmul_backward(grad_.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad_.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C);
-            layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad_.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
-                               p.ln2w + l * C, M, C, true);
-
-            dbranch = masked(dresid, rng::ATTPROJ_DROPOUT, l);
-            matmul_backward(grad_.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, p.attprojw + l * C * C, M, C, C);
-            attention().backward(grad_.dqkv, grad_.dln, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
-            // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
-            matmul_backward(grad_.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad_.dqkv, a.ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
-                            [=](size_t m, size_t n, size_t count, float* d) {
-                                if (grover)
-                                    for (size_t i = 0; i < count; i++) d[i] += dresid[m * C + n + i];
-                            });
-            layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad_.dln, a.resid, a.ln1_mean, a.ln1_rstd,
-                               p.ln1w + l * C, M, C, !grover);
-        }
-        embedding_backward(g.wte, g.wpe, dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
+        if (precision.dtype == BF16) backward_as<gemm::BF16>();
+        else backward_as<gemm::F32>();
     }
 
     // The gradients' global L2 norm; blocks of fixed size make it independent of the threads.
-    double grad_norm() const {
+    double grad_norm() {
+        if (fresh_) return 0;
         constexpr size_t BLOCK = 1 << 16;
         size_t n = num_params(cfg), blocks = (n + BLOCK - 1) / BLOCK;
         if (norm_parts_.size() < blocks) norm_parts_.resize(blocks);
@@ -640,12 +690,14 @@ struct GPT2 {
     // One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on gradients times grad_scale; decay on
     // matrices and embeddings only. Leaves the gradients zero.
     void update(const AdamW& a, uint32_t t, float grad_scale) {
+        grads();
         ParamTable table = param_table(cfg);
         auto off = param_offsets(cfg);
         float c1 = (float)(1 / (1 - std::pow((double)a.beta1, t))), c2 = (float)(1 / (1 - std::pow((double)a.beta2, t)));
         for (int i = 0; i < NUM_PARAMS; i++) {
             size_t n = table[i].size();
-            float *w = params_mem_ + off[i], *d = grads_mem_ + off[i], *m = moments_ + off[i], *v = m + off[NUM_PARAMS];
+            float *w = params_mem_ + off[i], *m = moments_ + off[i], *v = m + off[NUM_PARAMS];
+            const float* d = grads_mem_ + off[i];
             float shrink = 1.0f - (table[i].decay ? a.lr * a.weight_decay : 0.0f);
             float b1 = a.beta1, b2 = a.beta2, lr = a.lr, eps = a.eps;
 #pragma omp parallel for simd schedule(static)
@@ -654,9 +706,9 @@ struct GPT2 {
                 m[j] = b1 * m[j] + (1 - b1) * gj;
                 v[j] = b2 * v[j] + (1 - b2) * gj * gj;
                 w[j] = w[j] * shrink - lr * (m[j] * c1) / (std::sqrt(v[j] * c2) + eps);
-                d[j] = 0;
             }
         }
+        fresh_ = true;
     }
 
     // What a trainer calls: a micro-batch's gradients and loss are added to the step's; then the step is taken.
@@ -678,12 +730,23 @@ struct GPT2 {
     template <class F>
     void each_piece(State s, F f) {
         size_t n = num_params(cfg);
-        f(s == PARAMS ? params_mem_ : s == ADAM_M ? moments_ : moments_ + n, n);
+        if (s != PARAMS || params_mem_) return f(s == PARAMS ? params_mem_ : s == ADAM_M ? moments_ : moments_ + n, n);
+        std::vector<float> buf(std::min<size_t>(n, 1 << 20));
+        for (size_t i = 0; i < n; i += buf.size()) {
+            size_t k = std::min(buf.size(), n - i);
+            for (size_t j = 0; j < k; j++) buf[j] = bf16_to_float(half_mem_[i + j]);
+            f(buf.data(), k);
+            for (size_t j = 0; j < k; j++) half_mem_[i + j] = float_to_bf16(buf[j]);
+        }
     }
     // Says that the state just loaded is that after update number t.
     void resumed(uint32_t) {}
-    float* grads() { return grads_mem_; }  // all, in the order of param_table
-    float* params() { return params_mem_; }
+    // All gradients, in the order of param_table.
+    float* grads() {
+        if (std::exchange(fresh_, false)) memset(grads_mem_, 0, need_.grads);
+        return grads_mem_;
+    }
+    float* params() { return params_mem_; }  // null where they are kept in bf16
 
   private:
     Attention attention() const { return {b_, t_, (size_t)cfg.C, (size_t)cfg.NH}; }
@@ -704,17 +767,78 @@ struct GPT2 {
                 a.fch + blk * 4 * C, a.fch_gelu + gelu * 4 * C, a.resid3 + res * C};
     }
 
+    template <class P>
+    double forward_as(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
+        size_t C = cfg.C, M = B_ * T_, L = cfg.L;
+        if (B_ > B || T_ > T || (pass.train && !trains)) throw std::logic_error("forward: batch larger than the model was built for");
+        if (omp_get_max_threads() > scratch_threads_) throw std::logic_error("forward: more threads than the model was built for");
+        pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
+        embedding_forward(act_.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
+        Block first = block(0);
+        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C, cfg.eps);
+        for (size_t l = 0; l < L; l++) {
+            block_forward<P>(l);
+            Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
+            matmul_forward<P>(act_.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
+            residual_layernorm_forward(a.resid3, last ? act_.lnf : next.ln1, last ? act_.lnf_mean : next.ln1_mean,
+                                       last ? act_.lnf_rstd : next.ln1_rstd, a.resid2, act_.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
+                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C, cfg.eps);
+        }
+        return head<P>(targets, M);
+    }
+    template <class P>
+    void backward_as() {
+        size_t C = cfg.C, M = b_ * t_;
+        bool grover = cfg.arch == GROVER_ARCH;
+        auto act = cfg.activation;
+        gemm::Start start = std::exchange(fresh_, false) ? gemm::OVERWRITE : gemm::ACCUMULATE;
+        float* dresid = grad_.dresid;
+        layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, block(cfg.L - 1).resid3, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false, start);
+        for (size_t l = cfg.L; l-- > 0;) {
+            Block a = block(l);
+            if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps);
+            if (recompute == 2) layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C, cfg.eps);
+            if (recompute == 1 || recompute == 2)
+#pragma omp parallel for schedule(static)
+                for (size_t m = 0; m < M; m++) gelu_forward(a.fch_gelu + m * 4 * C, a.fch + m * 4 * C, 4 * C, act);
+            if (recompute == 3) block_forward<P>(l);
+
+            const float* dbranch = masked(dresid, rng::FCPROJ_DROPOUT, l);
+            matmul_backward<P>(grad_.dfch, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, p.fcprojw + l * 4 * C * C, M,
+                            4 * C, C, [=](size_t m, size_t n, size_t count, float* d) { gelu_backward(d, a.fch + m * 4 * C + n, count, act); }, start);
+            matmul_backward<P>(grad_.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad_.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C, {}, start);
+            layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad_.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
+                               p.ln2w + l * C, M, C, true, start);
+
+            dbranch = masked(dresid, rng::ATTPROJ_DROPOUT, l);
+            matmul_backward<P>(grad_.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, p.attprojw + l * C * C, M, C, C, {}, start);
+            attention().template backward<P>(grad_.dqkv, grad_.dln, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
+            // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
+            matmul_backward<P>(grad_.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad_.dqkv, a.ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
+                            [=](size_t m, size_t n, size_t count, float* d) {
+                                if (grover)
+                                    for (size_t i = 0; i < count; i++) d[i] += dresid[m * C + n + i];
+                            }, start);
+            layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad_.dln, a.resid, a.ln1_mean, a.ln1_rstd,
+                               p.ln1w + l * C, M, C, !grover, start);
+        }
+        if (start == gemm::OVERWRITE) memset(g.wpe, 0, (size_t)cfg.maxT * C * sizeof(float));  // wte's begin in the head
+        embedding_backward(g.wte, g.wpe, dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
+    }
+
     // Block l from its ln1 up to the GELU.
+    template <class P>
     void block_forward(size_t l) {
         Block a = block(l);
         size_t C = cfg.C, M = b_ * t_;
         auto act = cfg.activation;
-        matmul_forward(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
-        attention().forward(a.atty, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
-        matmul_forward(act_.branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+        matmul_forward<P>(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+        attention().template forward<P>(a.atty, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
+        matmul_forward<P>(act_.branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
         residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, cfg.arch == GROVER_ARCH ? a.ln1 : a.resid, act_.branch,
                                    p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass_.seq0 * t_ * C, cfg.eps);
-        matmul_forward(a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
+        matmul_forward<P>(a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
                        [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, act); });
     }
 
@@ -730,16 +854,17 @@ struct GPT2 {
 
     // Output layer and loss, a chunk of rows at a time so that the logits of the whole batch never exist at once.
     // In training also dln = dlogits wte and dwte += dlogits^T lnf.
+    template <class P>
     double head(const int* targets, size_t M) {
         size_t C = cfg.C, V = cfg.V, ld = gemm::round_up(V, 16), R = head_rows(cfg, M);
         for (size_t m = 0; m < M; m += R) {
             size_t n = std::min(R, M - m);
             const float* x = act_.lnf + m * C;
-            gemm::multiply(n, V, C, x, C, 1, p.wte, 1, C, logits_, ld);
+            gemm::multiply<P>(n, V, C, x, C, 1, p.wte, 1, C, logits_, ld);
             cross_entropy(act_.losses + m, logits_, ld, targets + m, n, V, pass_.train ? pass_.grad_scale : 0.0f);
             if (!pass_.train) continue;
-            gemm::multiply(V, C, n, logits_, 1, ld, x, C, 1, g.wte, C, gemm::ACCUMULATE);
-            gemm::multiply(n, C, V, logits_, ld, 1, p.wte, C, 1, grad_.dln + m * C, C);
+            gemm::multiply<P>(V, C, n, logits_, 1, ld, x, C, 1, g.wte, C, fresh_ && !m ? gemm::OVERWRITE : gemm::ACCUMULATE);
+            gemm::multiply<P>(n, C, V, logits_, ld, 1, p.wte, C, 1, grad_.dln + m * C, C);
         }
         double sum = 0;
         counted_ = 0;
@@ -748,6 +873,7 @@ struct GPT2 {
     }
 
     MemoryNeed need_;
+    gemm::bf16* half_mem_ = nullptr;
     float *params_mem_ = nullptr, *grads_mem_ = nullptr, *moments_ = nullptr, *acts_mem_ = nullptr, *scratch_ = nullptr;
     float *logits_ = nullptr, *att_scratch_ = nullptr;
     int scratch_threads_ = 0;
@@ -757,7 +883,9 @@ struct GPT2 {
     double step_loss_ = 0;
     const int* tokens_ = nullptr;
     size_t b_ = 0, t_ = 0, counted_ = 0;
-    mutable std::vector<double> norm_parts_;
+    std::vector<double> norm_parts_;
+    // All gradients count as zero, whatever stands in memory: the next backward pass overwrites them.
+    bool fresh_ = false;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -790,7 +918,12 @@ class Decoder {
     const float* append(const int* tokens, size_t n) {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
         if (omp_get_max_threads() > threads_) throw std::logic_error("decoder: more threads than it was built for");
-        for (size_t i = 0; i < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - i), i + CHUNK >= n);
+        for (size_t i = 0; i < n; i += CHUNK) {
+            size_t count = std::min(CHUNK, n - i);
+            bool last = i + CHUNK >= n;
+            if (m_.half.wte) run(m_.half, tokens + i, n, count, last);
+            else run(m_.p, tokens + i, n, count, last);
+        }
         return logits_;
     }
 
@@ -800,32 +933,42 @@ class Decoder {
     void place(Arena& a) {
         const Config& c = m_.cfg;
         size_t C = c.C;
-        cache_ = a.take(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
+        cache_ = a.take(key_value_bytes(c, N_, T_) / sizeof(float));
         x_ = a.take(rows_, C), ln_ = a.take(rows_, C), qkv_ = a.take(rows_, 3 * C), att_ = a.take(rows_, C), br_ = a.take(rows_, C);
         fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take((size_t)threads_, T_);
         logits_ = a.take(N_, c.V), last_ = a.take(N_, C);
+        w_ = a.take(C), b_ = a.take(4 * C);
     }
     // One token a sequence is bound by reading W; and the number of sequences must not change a sequence's sums.
-    static void matmul(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N, bool one_token) {
-        if (one_token) gemm::multiply_few(M, N, K, X, W, Y, N, b);
-        else matmul_forward(Y, X, W, b, M, K, N);
+    template <class W>
+    static void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N, bool one_token) {
+        if (one_token) gemm::multiply_few(M, N, K, X, w, Y, N, b);
+        else matmul_forward(Y, X, w, b, M, K, N);
+    }
+    static float value(float w) { return w; }
+    static float value(gemm::bf16 w) { return bf16_to_float(w); }
+    static const float* floats(const float* w, size_t, float*) { return w; }
+    // A vector of n bf16 weights in floats, in buf.
+    static const float* floats(const gemm::bf16* w, size_t n, float* buf) {
+        for (size_t i = 0; i < n; i++) buf[i] = bf16_to_float(w[i]);
+        return buf;
     }
 
     // One chunk: the first n of `stride` tokens of each sequence.
-    void run(const int* tokens, size_t stride, size_t n, bool want_logits) {
+    template <class W>
+    void run(const ParamsOf<W>& p, const int* tokens, size_t stride, size_t n, bool want_logits) {
         const Config& c = m_.cfg;
-        const Params& p = m_.p;
         size_t C = c.C, NH = c.NH, hs = c.hs(), M = N_ * n;
         bool grover = c.arch == GROVER_ARCH;
         float scale = 1.0f / std::sqrt((float)hs), *mean = stat_, *rstd = stat_ + M;
         for (size_t r = 0; r < M; r++)
             for (size_t i = 0; i < C; i++)
-                x_[r * C + i] = p.wte[(size_t)tokens[r / n * stride + r % n] * C + i] + p.wpe[(pos_ + r % n) * C + i];
+                x_[r * C + i] = value(p.wte[(size_t)tokens[r / n * stride + r % n] * C + i]) + value(p.wpe[(pos_ + r % n) * C + i]);
         for (size_t l = 0; l < (size_t)c.L; l++) {
             float* cache = cache_ + l * N_ * T_ * 2 * C;
-            layernorm_forward(ln_, mean, rstd, x_, p.ln1w + l * C, p.ln1b + l * C, M, C, c.eps);
+            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln1w + l * C, C, w_), floats(p.ln1b + l * C, C, b_), M, C, c.eps);
             if (grover) memcpy(x_, ln_, M * C * sizeof(float));
-            matmul(qkv_, ln_, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C, n == 1);
+            matmul(qkv_, ln_, p.qkvw + l * 3 * C * C, floats(p.qkvb + l * 3 * C, 3 * C, b_), M, C, 3 * C, n == 1);
             for (size_t r = 0; r < M; r++)
                 memcpy(cache + ((r / n) * T_ + pos_ + r % n) * 2 * C, qkv_ + r * 3 * C + C, 2 * C * sizeof(float));
 #pragma omp parallel for schedule(static)
@@ -845,25 +988,25 @@ class Decoder {
                 for (size_t j = 0; j < len; j++)
                     for (size_t i = 0; i < hs; i++) o[i] += s[j] / sum * v[j * 2 * C + i];
             }
-            matmul(br_, att_, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C, n == 1);
+            matmul(br_, att_, p.attprojw + l * C * C, floats(p.attprojb + l * C, C, b_), M, C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
-            layernorm_forward(ln_, mean, rstd, x_, p.ln2w + l * C, p.ln2b + l * C, M, C, c.eps);
-            matmul(fc_, ln_, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, n == 1);
+            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln2w + l * C, C, w_), floats(p.ln2b + l * C, C, b_), M, C, c.eps);
+            matmul(fc_, ln_, p.fcw + l * 4 * C * C, floats(p.fcb + l * 4 * C, 4 * C, b_), M, C, 4 * C, n == 1);
             gelu_forward(fc_, fc_, M * 4 * C, c.activation);
-            matmul(br_, fc_, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C, n == 1);
+            matmul(br_, fc_, p.fcprojw + l * 4 * C * C, floats(p.fcprojb + l * C, C, b_), M, 4 * C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
         }
         pos_ += n;
         if (!want_logits) return;
         for (size_t s = 0; s < N_; s++) memcpy(last_ + s * C, x_ + (s * n + n - 1) * C, C * sizeof(float));
-        layernorm_forward(ln_, mean, rstd, last_, p.lnfw, p.lnfb, N_, C, c.eps);
+        layernorm_forward(ln_, mean, rstd, last_, floats(p.lnfw, C, w_), floats(p.lnfb, C, b_), N_, C, c.eps);
         matmul(logits_, ln_, p.wte, nullptr, N_, C, c.V, true);
     }
 
     const GPT2& m_;
     size_t N_, T_, rows_, pos_ = 0, bytes_ = 0;
     int threads_ = omp_get_max_threads();
-    float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_;
+    float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_, *w_, *b_;
 };
 
 }  // namespace cpu

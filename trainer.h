@@ -75,7 +75,7 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's");
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's");
     f.add("lr_schedule", "k", &o.lr_schedule, "NAME", "constant, cosine, linear or wsd (constant, then a fast decay)");
-    f.add("warmup_steps", "u", &o.warmup_steps, "N", "steps over which the learning rate rises from 0; -1: 5% of all");
+    f.add("warmup_steps", "u", &o.warmup_steps, "N", "steps over which the learning rate rises from 0; -1: 5% of all, fine-tuning none");
     f.add("final_lr_fraction", "q", &o.final_lr_fraction, "F", "where the schedule ends, as a share of the peak; -1: 0.1");
     f.add("weight_decay", "c", &o.weight_decay, "W", "AdamW's decay of matrices and embeddings");
     f.add("beta1", "", &o.beta1, "X", "AdamW's beta1");
@@ -118,7 +118,7 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     if (o.lr_schedule.empty()) o.lr_schedule = fine_tune ? "constant" : "cosine";
     if (o.dropout < 0) o.dropout = fine_tune || !middle ? 0.0f : small ? 0.1f : 0.2f;
     if (o.final_lr_fraction < 0) o.final_lr_fraction = 0.1f;
-    if (o.warmup_steps < 0) o.warmup_steps = o.max_steps / 20;
+    if (o.warmup_steps < 0) o.warmup_steps = fine_tune ? 0 : o.max_steps / 20;
     if (o.val_every < 0) o.val_every = std::max(1, o.max_steps / 20);
     if (o.sample_every < 0) o.sample_every = std::max(1, o.max_steps / 4);
     if (o.save_every < 0) o.save_every = std::max(1, o.max_steps / 4);
@@ -425,7 +425,11 @@ class Run {
         std::unique_ptr<StateReader> state;
         if (!state_path.empty()) {
             state = std::make_unique<StateReader>(state_path);
-            flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+            try {
+                flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+            } catch (const UsageError& e) {  // not of this command line
+                fail("%s: settings: %s", state_path.c_str(), e.what());
+            }
             progress_ = state->progress;
             o_.init_from = model_path;
         }
@@ -531,7 +535,8 @@ class Run {
     // Where memory is short: recompute more, then accumulate over smaller batches, as far as the flags leave it open.
     void fit_memory(bool trains) {
         size_t have = Model::memory_available();
-        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total(); };
+        size_t poem = trains && o_.sample_every && tokenizer_ ? key_value_bytes(cfg_, 1, T_) : 0;
+        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total() + poem; };
         size_t wanted = need_of(B_, o_.recompute), B = B_;
         int r = o_.recompute;
         while (need_of(B, r) > have && r < 3 && trains && !flags_.given("recompute")) r++;
@@ -550,6 +555,7 @@ class Run {
         micro_steps_ *= B_ / B;
         B_ = B, o_.batch_size = (int)B, o_.recompute = r;
         need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_);
+        need_.scratch += poem;
     }
 
     void build_model(StateReader* state) {
@@ -773,7 +779,12 @@ class Run {
 
     void sample() {
         end_line();
-        if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
+        try {
+            if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
+        } catch (const Error& e) {  // memory that was free at the start is not any more: no reason to end the training
+            printf("\nno poem after step %d: %s\n", progress_.step, e.what());
+            return;
+        }
         std::vector<int> prompt = tokenizer_->encode(o_.prompt);
         prompt.insert(prompt.begin(), tokenizer_->eot());
         SampleOptions so;

@@ -28,7 +28,7 @@ namespace prep {
 struct Options {
     std::vector<std::string> files;
     std::string out, tokenizer;
-    std::string format = "auto", column = "poem_text", layout = "auto", keep = "letters", on_error = "fail";
+    std::string format = "auto", column = "poem_text", where, except, layout = "auto", keep = "letters", on_error = "fail";
     bool normalize_alef = false, normalize_hamza = false, normalize_ya = false, normalize_ta = false;
     bool remove_tatweel = false, remove_tashkeel = false;
     float val_fraction = 0.1f;
@@ -50,6 +50,7 @@ struct Side {
 struct Report {
     std::vector<std::string> sources;                        // a line for each file
     size_t poems_read = 0;                                   // before anything was dropped
+    size_t filtered = 0;                                     // rows of a CSV that --where or --except left out
     size_t ragged = 0, invalid = 0, empty = 0, too_short = 0, duplicates = 0;
     std::vector<std::string> where_ragged, where_invalid;    // the first few
     std::map<uint32_t, size_t> removed;                      // code points cleaned away, and how often
@@ -93,7 +94,7 @@ class Cleaner {
         out.reserve(text.size());
         char space = 0;
         for (size_t i = 0; i < text.size();) {
-            uint32_t c;
+            uint32_t c = 0;
             i += utf8::decode(text, i, &c);
             uint32_t to = c < TABLE ? fate_[c] : fate(c);
             if (to == '\n' || to == '\t' || to == ' ') {
@@ -279,27 +280,44 @@ class Collector {
             return false;
         }
     }
-    size_t column_of(const CsvReader& csv) const {
+    size_t column_of(const CsvReader& csv) const { return column_of(csv, o_.column); }
+    static size_t column_of(const CsvReader& csv, const std::string& name) {
         size_t i = 0;
-        while (i < csv.fields.size() && csv.fields[i].text() != o_.column) i++;
+        while (i < csv.fields.size() && csv.fields[i].text() != name) i++;
         return i;
+    }
+    // The column's number for a name that must be there; `flag` chooses it.
+    size_t column_named(const CsvReader& csv, const std::string& name, const char* flag) const {
+        size_t column = column_of(csv, name);
+        if (column < csv.fields.size()) return column;
+        std::string found;
+        for (const auto& f : csv.fields) {
+            if (utf8::find_invalid(f.raw) != std::string::npos) fail("%s: is not UTF-8 text: its header line has other bytes", path_->c_str());
+            found += (&f == &csv.fields[0] ? "" : ", ") + excerpt(f.text());
+        }
+        fail("%s: has no column '%s'; its columns are %s (%s chooses one)", path_->c_str(), name.c_str(), found.c_str(), flag);
+    }
+    // COLUMN=VALUE: does a row have the value? An empty condition is one that no row meets.
+    struct Condition {
+        size_t column = SIZE_MAX;
+        std::string value;
+        bool met(const CsvReader& csv) const { return column != SIZE_MAX && csv.fields[column].text() == value; }
+    };
+    Condition condition(const CsvReader& csv, const std::string& text, const char* flag) const {
+        if (text.empty()) return {};
+        size_t equals = text.find('=');
+        return {column_named(csv, text.substr(0, equals), flag), text.substr(equals + 1)};
     }
 
     std::string read_csv(std::string_view text) {
         CsvReader csv(*path_, text);
         if (!csv.next()) fail("%s: has no header line", path_->c_str());
-        const size_t columns = csv.fields.size(), column = column_of(csv);
-        if (column == columns) {
-            std::string found;
-            for (const auto& f : csv.fields)
-                if (utf8::find_invalid(f.raw) != std::string::npos) fail("%s: is not UTF-8 text: its header line has other bytes", path_->c_str());
-            for (size_t i = 0; i < columns; i++) found += (i ? ", " : "") + excerpt(csv.fields[i].text());
-            fail("%s: has no column '%s'; its columns are %s (--column chooses one)", path_->c_str(), o_.column.c_str(),
-                 found.c_str());
-        }
+        const size_t columns = csv.fields.size(), column = column_named(csv, o_.column, "--column");
+        const Condition where = condition(csv, o_.where, "--where"), except = condition(csv, o_.except, "--except");
         while (csv.next()) {
             if (csv.fields.size() == columns) {
-                add(csv.fields[column].raw, csv.line, csv.fields[column].doubled);
+                if ((!o_.where.empty() && !where.met(csv)) || except.met(csv)) r_.filtered++;
+                else add(csv.fields[column].raw, csv.line, csv.fields[column].doubled);
                 continue;
             }
             r_.poems_read++;
@@ -311,6 +329,7 @@ class Collector {
     }
 
     std::string read_text(std::string_view text) {
+        if (!o_.where.empty() || !o_.except.empty()) fail("%s: is plain text, --%s wants the columns of a CSV", path_->c_str(), o_.where.empty() ? "except" : "where");
         bool blank_lines = o_.layout == "blank" || (o_.layout == "auto" && has_blank_line_inside(text));
         LineReader lines(text);
         std::string_view line;
@@ -539,6 +558,8 @@ inline void check_options(const Options& o) {
     if (o.out.empty()) throw UsageError("where to? -o DIR names the folder for train.bin, val.bin and tokenizer.bin");
     if (!(o.val_fraction >= 0 && o.val_fraction < 1))
         throw UsageError(strf("--val_fraction: %g is out of range, wanted 0 up to (not including) 1", o.val_fraction));
+    for (auto [flag, text] : {std::pair<const char*, const std::string*>{"--where", &o.where}, {"--except", &o.except}})
+        if (!text->empty() && text->find('=') == text->npos) throw UsageError(strf("%s: '%s' is no condition, wanted COLUMN=VALUE", flag, text->c_str()));
     if (o.min_chars < 1) throw UsageError(strf("--min_chars: %d is out of range, wanted at least 1", o.min_chars));
 }
 
@@ -550,6 +571,7 @@ inline Report prepare(const Options& o) {
     for (const std::string& path : o.files) collector.read_file(path);
     collector.finish();
     const std::deque<Poem>& poems = collector.poems;
+    if (r.filtered && !r.poems_read) fail("no row is left of %zu by --where '%s' --except '%s'", r.filtered, o.where.c_str(), o.except.c_str());
     if (poems.empty())
         fail("nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged rows, %zu invalid UTF-8%s",
              r.poems_read, r.empty, r.too_short, r.ragged, r.invalid,
@@ -593,6 +615,7 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
     auto count = [](size_t n, const char* one, const char* many) { return commas(n) + " " + (n == 1 ? one : many); };
     for (const std::string& s : r.sources) row(&s == &r.sources[0] ? "read" : "", s);
 
+    if (r.filtered) row("", commas(r.filtered) + " rows left out by --where and --except");
     std::string dropped;
     auto drop = [&](size_t n, const char* why) {
         if (n) dropped += (dropped.empty() ? "" : ", ") + commas(n) + " " + why;
@@ -648,6 +671,8 @@ inline int prepare_main(int argc, char** argv) {
     f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin and tokenizer.bin (made if need be)");
     f.add("format", "", &o.format, "F", "auto, csv or text; auto goes by the name, then by the header line");
     f.add("column", "", &o.column, "NAME", "CSV column that holds the poem: verses on lines, TAB between hemistichs");
+    f.add("where", "", &o.where, "COL=VALUE", "CSV: only the rows with this value, as in poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
+    f.add("except", "", &o.except, "COL=VALUE", "CSV: only the rows without it");
     f.add("layout", "", &o.layout, "L", "text: lines = a poem a line, blank = blank lines between poems, or auto");
     f.add("on_error", "", &o.on_error, "E", "invalid UTF-8: fail at the first, or skip the poem and count it");
     f.add("tokenizer", "", &o.tokenizer, "FILE", "use this tokenizer instead of making one (for fine-tuning)");

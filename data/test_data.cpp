@@ -481,6 +481,30 @@ TEST_CASE("the column is chosen by name, and a missing one is answered with thos
     CHECK(run.go().train == Strings{"\u0628"});
 }
 
+TEST_CASE("rows are chosen by the value of a column, and a condition that cannot hold says why") {
+    const std::string csv = "poet,poem_text\nX,a\nY,b\n\"X\",c\nZ,d\nX=1,e\n";
+    auto read = [&](const char* where, const char* except) {
+        Run run(csv);
+        run.o.keep = "all", run.o.where = where, run.o.except = except;
+        Strings train = run.go().train;
+        CHECK(run.r.filtered + train.size() == 5);
+        return train;
+    };
+    CHECK(read("poet=X", "") == Strings{"a", "c"});
+    CHECK(read("", "poet=X") == Strings{"b", "d", "e"});
+    CHECK(read("poet=X", "poem_text=c") == Strings{"a"});
+    CHECK(read("poet=X=1", "") == Strings{"e"});
+    auto error = [](const std::string& text, const char* name, const char* where) {
+        Run run(text, name);
+        run.o.where = where;
+        return run.error();
+    };
+    CHECK(contains(error(csv, "poems.csv", "poet"), "--where: 'poet' is no condition, wanted COLUMN=VALUE"));
+    CHECK(contains(error(csv, "poems.csv", "age=3"), "has no column 'age'; its columns are poet, poem_text (--where chooses one)"));
+    CHECK(contains(error(csv, "poems.csv", "poet=W"), "no row is left of 5"));
+    CHECK(contains(error("a\nb\n", "poems.txt", "poet=X"), "is plain text, --where wants the columns of a CSV"));
+}
+
 TEST_CASE("unbalanced quotes are refused with the line") {
     CHECK(contains(Run("poem_text,id\na,1\n\"b,2\nc,3\n").error(), "line 3: a quoted field begins and never ends"));
     CHECK(contains(Run("poem_text,id\n\"a\nb,1\nc,\"x\"\n").error(),

@@ -29,7 +29,8 @@ using Strings = std::vector<std::string>;
 struct Result {
     int code = -1;  // the exit code, or 128 + the signal that ended it
     std::string out, err;
-    long peak_kib = 0;
+    long peak_kib = 0;  // above what it inherited from this process
+    long max_rss_kib = 0;
 };
 
 // How a program is run, where the defaults will not do.
@@ -38,6 +39,7 @@ struct How {
     std::string until;                  // when stdout says this,
     int signal = 0;                     // send this
     int columns = 0;                    // not 0: stdout is a terminal of this width
+    unsigned seconds = 60;              // it may take; nearly nothing here takes one, unless it hangs
 };
 
 // A terminal's two ends; raw, so that what is read is what was written.
@@ -69,7 +71,7 @@ Result run(const Strings& words, const How& how = {}) {
         rlimit limit = {how.file_limit, how.file_limit};
         if (how.file_limit != RLIM_INFINITY) signal(SIGXFSZ, SIG_IGN), setrlimit(RLIMIT_FSIZE, &limit);
         signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
-        alarm(60);  // nothing here takes a second, unless it hangs
+        alarm(how.seconds);
         execv(argv[0], argv.data());
         _exit(127);
     }
@@ -94,7 +96,7 @@ Result run(const Strings& words, const How& how = {}) {
     // The child began as a copy of this process, which under a sanitizer is large itself.
     rusage own;
     getrusage(RUSAGE_SELF, &own);
-    r.peak_kib = std::max(0L, usage.ru_maxrss - own.ru_maxrss);
+    r.max_rss_kib = usage.ru_maxrss, r.peak_kib = std::max(0L, usage.ru_maxrss - own.ru_maxrss);
     return r;
 }
 
@@ -526,6 +528,7 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
         {"state_00000008.bin", [](std::string s) { return with_header(s, 2, 9); }},
         {"state_00000008.bin", [](std::string s) { return flipped(s, 1030); }},
         {"state_00000008.bin", [](std::string s) { return flipped(s, 9000); }},
+        {"state_00000008.bin", [](std::string s) { return s.replace(s.find("seed=1337"), 9, "seed=l337"); }},
         {"state_00000008.bin", [](std::string s) { return flipped(s, s.size() - 3); }},
         {"model_00000008.bin", [](std::string s) { return s.substr(0, s.size() - 4); }},
         {"model_00000008.bin", [](std::string s) { return with_header(s, 0, 1); }},
@@ -633,6 +636,19 @@ TEST_CASE("cli: fine-tuning starts from the checkpoint's weights and shape") {
     double of_model = number_before(train("--max_steps 0 --data " + f.data + " -e " + f.model).out, " nats per token");
     CHECK(std::abs(start - of_model) < 2e-6 * (1 + of_model));
     CHECK(ModelReader((d / "tuned") + "/model.bin").cfg.same_shape(ModelReader(f.model).cfg));
+}
+
+TEST_CASE("cli: fine-tuning keeps the learning rate at 3e-5 from the first step on; a large model accumulates 32 batches of 4") {
+    const Fixture& f = tiny();
+    TempDir d;
+    Result small = train("--data " + f.data + " -e " + f.model + " -s 0 --max_steps 3 -o " + (d / "small"));
+    check_success(small);
+    CHECK(contains(small.out, "learning rate    3e-05, constant to 3e-05, warm-up 0 steps\n"));
+    for (const std::string& lr : Log(d / "small").column("lr")) CHECK((lr.empty() || std::stof(lr) == 3e-5f));
+    check_success(train("--data " + f.data + " --depth 1 --heads 1 --channels 516 --seq_len 4 --batch_size 1 -s 0 --max_steps 1 -o " + (d / "wide")));
+    Result wide = train("--data " + f.data + " -e " + (d / "wide") + "/model.bin -s 0 --max_steps 1 -o " + (d / "tuned"));
+    check_success(wide);
+    CHECK(contains(wide.out, "batch            4 x 4 tokens, 32 accumulated: 512 a step\n"));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -884,6 +900,35 @@ TEST_CASE("cli: a batch larger than the memory is refused with the largest that 
     Result twice = train(run + strf("%.0f --depth 1024", 2 * fits + 1));
     check_failure(twice, "train_gpt2", 1, {"memory", "would fit"});
     CHECK(number_after(twice.err, "--batch_size ") < 1.5 * fits + 1);
+}
+
+TEST_CASE("cli: GPT-2 124M takes the memory it announces, within 5%, and with --recompute 3 trains 1024 tokens in 4 GB") {
+#ifdef __SANITIZE_ADDRESS__
+    return skip("a sanitizer takes memory of its own");
+#endif
+    TempDir d;
+    Strings tokens;  // bytes, then pairs of bytes: as many as GPT-2 has
+    for (int t = 0; t < 50256; t++) tokens.push_back(t < 256 ? Strings::value_type(1, (char)t) : std::string{(char)((t - 256) >> 8), (char)t});
+    tokens.push_back("<|endoftext|>");
+    Tokenizer::byte_bpe(tokens, 50256, false, "test").save(d / "tokenizer.bin");
+    std::vector<uint16_t> text(1025);
+    for (size_t i = 0; i < text.size(); i++) text[i] = (uint16_t)(i * 7919 % 50257);
+    write_tokens(d / "train.bin", text);
+    for (int recompute : {0, 3}) {
+        How how;  // killed after the first step: the checkpoint of 2 GB need not be written
+        how.until = "step 1/2 |", how.signal = SIGKILL, how.seconds = 600;
+        Result r = train("--data " + d.path + " --preset gpt2 --batch_size 1 --max_steps 2 --sample_every 0 --recompute " + std::to_string(recompute) +
+                         " -o " + (d / "run") + " --overwrite", how);
+        if (r.code == 1 && contains(r.err, "are free")) return skip(r.err.substr(0, r.err.size() - 1));
+        CAPTURE(r.err);
+        REQUIRE(r.code == 128 + SIGKILL);
+        CHECK(contains(r.out, "124,475,904"));
+        double announced = number_after(r.out, "\nmemory") * (1 << 20), found = (double)r.max_rss_kib;  // printed in GiB
+        CHECK(contains(r.out, strf("%.1f GiB: parameters", announced / (1 << 20))));
+        printf("GPT-2 124M, 1 x 1024 tokens, --recompute %d: %.2f GiB announced, %.2f GiB taken\n", recompute, announced / (1 << 20), found / (1 << 20));
+        CHECK(found == doctest::Approx(announced).epsilon(0.05));
+        if (recompute) CHECK(found * 1024 < 4e9);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------

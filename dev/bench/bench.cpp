@@ -1,96 +1,463 @@
-// bench.cpp - times the matrix product and whole training steps: make bench
+// bench.cpp - training steps and sampling, ours and the peers that are installed, in turns: make bench
 //
-//     ./bench gemm                    GFLOP/s of the three products of a linear layer on GPT-2's shapes
-//     ./bench step [LAYERS HEADS C V B T]...   a training step: forward, backward, norm, AdamW
-// Medians of several runs, after one that is not counted; shares of the peak measured in the same run.
+// Each figure is made by a process of its own, so that its peak memory is its own too, and the contestants take turns,
+// A B C A B C, so that a slow minute of the machine meets all. Every process prints lines "key value"; the first steps,
+// which touch memory for the first time, are dropped. Where other programs took more than BUSY of the processors, a run
+// counts only if its contestant has no quieter one, and the table marks it.
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
 
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#include <map>
+
+#include "bench.h"
+#include "flags.h"
+#include "sampler.h"
+
 namespace {
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+using bench::Samples;
+typedef std::vector<std::string> Words;
 
-double median(std::vector<double> v) {
-    std::sort(v.begin(), v.end());
-    return v[v.size() / 2];
-}
-
-template <class F>
-double median_seconds(int runs, F f) {
-    f();
-    std::vector<double> v;
-    for (int i = 0; i < runs; i++) {
-        double t0 = now();
-        f();
-        v.push_back(now() - t0);
+struct Row {
+    const char *name, *title;
+    int L, NH, C, V, maxT, B, T;
+    Config config() const {
+        Config c;
+        c.L = L, c.NH = NH, c.C = C, c.V = V, c.Vp = (V + 63) / 64 * 64, c.maxT = maxT;
+        return c;
     }
-    return median(v);
+    size_t tokens() const { return (size_t)B * T; }
+    double flops() const { return step_flops(config(), B, T); }
+};
+const Row ROWS[] = {{"124m-4x64", "GPT-2 124M, B=4 T=64", 12, 12, 768, 50257, 1024, 4, 64},
+                    {"124m-4x256", "GPT-2 124M, B=4 T=256", 12, 12, 768, 50257, 1024, 4, 256},
+                    {"124m-1x1024", "GPT-2 124M, B=1 T=1024", 12, 12, 768, 50257, 1024, 1, 1024},
+                    {"char", "characters, L6 H6 C384 V64, B=16 T=256", 6, 6, 384, 64, 256, 16, 256}};
+const Row& find_row(const std::string& name) {
+    for (const Row& r : ROWS)
+        if (name == r.name) return r;
+    throw UsageError(strf("row '%s' is unknown; known are 124m-4x64, 124m-4x256, 124m-1x1024, char", name.c_str()));
 }
 
-void bench_gemm(double peak) {
-    printf("%5s %5s %6s  GFLOP/s (share of peak %.0f): forward, dX, dW\n", "M", "K", "N", peak / 1e9);
-    const size_t shapes[][2] = {{768, 2304}, {768, 768}, {768, 3072}, {3072, 768}, {768, 50304}, {384, 1152}, {384, 1536}, {384, 64}};
-    for (size_t M : {256, 1024})
-        for (auto& s : shapes) {
-            size_t K = s[0], N = s[1];
-            float *X = (float*)gemm::allocate(M * K * 4, "X"), *W = (float*)gemm::allocate(N * K * 4, "W"), *Y = (float*)gemm::allocate(M * N * 4, "Y");
-            for (size_t i = 0; i < M * K; i++) X[i] = (float)(i % 97) * 0.01f;
-            for (size_t i = 0; i < N * K; i++) W[i] = (float)(i % 89) * 0.01f;
-            double flops = 2.0 * (double)M * (double)K * (double)N, t[3] = {
-                median_seconds(7, [&] { gemm::multiply(M, N, K, X, K, 1, W, 1, K, Y, N); }),
-                median_seconds(7, [&] { gemm::multiply(M, K, N, Y, N, 1, W, K, 1, X, K); }),
-                median_seconds(7, [&] { gemm::multiply(N, K, M, Y, 1, N, X, K, 1, W, K); })};
-            printf("%5zu %5zu %6zu ", M, K, N);
-            for (double s : t) printf(" %7.1f (%.0f%%)", flops / s / 1e9, 100 * flops / s / peak);
-            printf("\n");
-            gemm::release(X, M * K * 4), gemm::release(W, N * K * 4), gemm::release(Y, M * N * 4);
+// ---------------------------------------------------------------------------------------------
+// What a process of our own measures
+
+Precision precision_of(const std::string& dtype) {
+    Precision p;
+    p.dtype = dtype == "bf16" ? BF16 : FP32;
+    return p;
+}
+
+int work_step(const Row& r, const std::string& dtype, int steps) {
+    Config c = r.config();
+    size_t B = r.B, T = r.T;
+    cpu::GPT2 model(c, B, T, true, 0, precision_of(dtype));
+    model.init_weights(1);
+    std::vector<int> x(B * T), y(B * T);
+    rng::Key key(1, 0, rng::SAMPLE);
+    for (size_t i = 0; i < B * T; i++) x[i] = (int)(key.u32(i) % (uint32_t)c.V), y[i] = (int)(key.u32(B * T + i) % (uint32_t)c.V);
+    AdamW adam;
+    adam.grad_clip = 1;
+    for (uint32_t s = 0; s < (uint32_t)steps; s++) {
+        Pass pass;
+        pass.train = true, pass.step = s, pass.grad_scale = 1.0f / (float)(B * T);
+        double t0 = bench::now();
+        model.accumulate(x.data(), y.data(), B, T, pass);
+        StepResult result = model.step(adam, s + 1);
+        printf("ms %.2f\n", 1e3 * (bench::now() - t0));
+        if (!result.finite() || std::fabs(result.loss - std::log(c.V)) > 1) fail("loss is %g, wanted about %g", result.loss, std::log(c.V));
+    }
+    return 0;
+}
+
+int work_sample(const std::string& dtype, int N, int tokens) {
+    cpu::GPT2 model(ROWS[0].config(), 0, 0, false, 0, precision_of(dtype));
+    model.init_weights(1);
+    cpu::Decoder decoder(model, (size_t)N, (size_t)tokens);
+    SampleOptions greedy;
+    greedy.temperature = 0;
+    for (int run = 0; run < 4; run++) {
+        double t0 = bench::now();
+        size_t n = 0;
+        generate(decoder, (size_t)N, {model.cfg.V - 1}, model.cfg.V, -1, tokens, 1, greedy, [&](size_t, int) { n++; });
+        printf("tokens/s %.2f\n", (double)n / (bench::now() - t0));
+    }
+    return 0;
+}
+
+int work_peak(int threads) {
+    bench::Memory memory;
+    for (int i = 0; i < 15; i++) {
+        printf("fp32 %g\nbf16 %g\n", bench::fma_flops(threads), bench::bf16_flops(threads));
+        if (i % 3 == 0) printf("read %g\nupdate %g\n", memory.read(threads), memory.update(threads));
+    }
+    return 0;
+}
+
+// A checkpoint and token files under the names that llm.c's train_gpt2 opens, random, in dir.
+int write_llmc_files(const Row& r, const std::string& dir) {
+    cpu::GPT2 model(r.config(), 0, 0, false);
+    model.init_weights(1);
+    ModelWriter w(dir + "/gpt2_124M.bin", model.cfg);
+    w.add(model.params(), num_params(model.cfg));
+    w.finish();
+    std::string data = dir + "/dev/data/tinyshakespeare";
+    make_dirs(data);
+    for (const char* name : {"train", "val"}) {
+        std::vector<int32_t> h(256);
+        std::vector<uint16_t> t(100001);
+        h[0] = 20240520, h[1] = 1, h[2] = (int32_t)t.size();
+        for (size_t i = 0; i < t.size(); i++) t[i] = (uint16_t)(rng::Key(2, 0, rng::SAMPLE).u32(i) % (uint32_t)r.V);
+        AtomicFile f(data + "/tiny_shakespeare_" + name + ".bin");
+        f.write(h.data(), 1024), f.write(t.data(), t.size() * 2);
+        f.commit();
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Processes
+
+// Processor seconds that all programs together have used since the machine began.
+double machine_seconds() {
+    double t[8] = {};
+    if (FILE* f = fopen("/proc/stat", "r")) {
+        if (fscanf(f, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", t, t + 1, t + 2, t + 3, t + 4, t + 5, t + 6, t + 7) != 8) t[0] = 0;
+        fclose(f);
+    }
+    return (t[0] + t[1] + t[2] + t[5] + t[6] + t[7]) / (double)sysconf(_SC_CLK_TCK);
+}
+
+struct Outcome {
+    int status = 0;                               // exit status, or 128 + signal
+    std::map<std::string, std::vector<double>> values;  // by key, in order
+    double rss = 0, others = 0;                   // bytes; share of the processors that other programs took
+    std::string text;
+};
+
+struct Command {
+    Words argv, env;  // env: NAME=value, or NAME to remove it
+    std::string dir;
+};
+
+Outcome run(const Command& c) {
+    int out[2];
+    if (pipe(out)) fail("pipe: %s", strerror(errno));
+    double t0 = bench::now(), busy = machine_seconds();
+    pid_t pid = fork();
+    if (pid < 0) fail("%s: cannot start: %s", c.argv[0].c_str(), strerror(errno));
+    if (!pid) {
+        dup2(out[1], 1), close(out[0]), close(out[1]);
+        for (const std::string& e : c.env)
+            if (size_t eq = e.find('='); eq == std::string::npos) unsetenv(e.c_str());
+            else setenv(e.substr(0, eq).c_str(), e.c_str() + eq + 1, 1);
+        std::vector<char*> argv;
+        for (const std::string& a : c.argv) argv.push_back(const_cast<char*>(a.c_str()));
+        argv.push_back(nullptr);
+        if (c.dir.empty() || !chdir(c.dir.c_str())) execvp(argv[0], argv.data());
+        _exit(127);
+    }
+    close(out[1]);
+    Outcome r;
+    FILE* f = fdopen(out[0], "r");
+    char line[1024];
+    while (fgets(line, sizeof line, f)) {
+        char key[64];
+        double x;
+        const char* took = strstr(line, "(took ");  // llm.c's way to say it
+        if (took && sscanf(took, "(took %lf ms)", &x) == 1) r.values["ms"].push_back(x);
+        else if (sscanf(line, "%63s %lf", key, &x) == 2) r.values[key].push_back(x);
+        r.text += line;
+    }
+    fclose(f);
+    int status;
+    rusage use;
+    wait4(pid, &status, 0, &use);
+    r.status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    r.rss = (double)use.ru_maxrss * 1024;
+    auto seconds = [](const timeval& t) { return (double)t.tv_sec + 1e-6 * (double)t.tv_usec; };
+    double mine = seconds(use.ru_utime) + seconds(use.ru_stime), wall = bench::now() - t0;
+    r.others = std::max(0.0, (machine_seconds() - busy - mine) / (wall * (double)sysconf(_SC_NPROCESSORS_ONLN)));
+    return r;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The race
+
+constexpr double BUSY = 0.05;
+
+struct Contestant {
+    std::string name, dtype;
+    Command command;
+    std::string key = "ms";
+    size_t warm_up = 1;    // values to drop
+    std::string missing = {};   // why it takes no part
+    std::vector<Outcome> runs = {};
+
+    // The values of the quiet runs; of all runs where none was quiet.
+    Samples samples(bool* busy = nullptr) const {
+        bool any_quiet = false;
+        for (const Outcome& r : runs) any_quiet |= r.others <= BUSY;
+        Samples s;
+        for (const Outcome& r : runs) {
+            auto v = r.values.find(key);
+            if ((any_quiet && r.others > BUSY) || v == r.values.end()) continue;
+            for (size_t i = warm_up; i < v->second.size(); i++) s.add(v->second[i]);
+        }
+        if (busy) *busy = !any_quiet;
+        return s;
+    }
+    double rss() const {
+        double most = 0;
+        for (const Outcome& r : runs) most = std::max(most, r.rss);
+        return most;
+    }
+    double others() const {
+        double least = 1;
+        for (const Outcome& r : runs) least = std::min(least, r.others);
+        return least;
+    }
+};
+
+struct Report {
+    std::string text;
+    void add(const std::string& s) { text += s, fputs(s.c_str(), stdout), fflush(stdout); }
+};
+
+// All contestants once, then again, `rounds` times. Whoever fails is out, with the reason.
+void race(std::vector<Contestant>& all, int rounds) {
+    double t0 = bench::now();
+    for (int round = 0; round < rounds; round++) {
+        for (Contestant& c : all) {
+            if (!c.missing.empty()) continue;
+            fprintf(stderr, "\r\033[Kround %d of %d%s: %s %s", round + 1, rounds,
+                    round ? strf(", %.0f s left", (bench::now() - t0) / round * (rounds - round)).c_str() : "", c.name.c_str(), c.dtype.c_str());
+            Outcome r = run(c.command);
+            if (r.status) c.missing = strf("failed with status %d", r.status);
+            else c.runs.push_back(r);
+        }
+    }
+    fprintf(stderr, "\r\033[K");
+}
+
+struct Options {
+    int runs = 3, steps = 3, threads = 0;
+    std::string rows, parts = "steps sampling scaling", python = "python3", llmc, out = "out/bench.md";
+    std::string self, build;  // this program, and the folder it stands in
+    bool has_torch = false;
+    Words common_env() const {
+        return {strf("OMP_NUM_THREADS=%d", threads), "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"};
+    }
+};
+
+Contestant ours(const Options& o, const std::string& dtype, Words args, const char* key = "ms") {
+    Words argv = {o.self};
+    argv.insert(argv.end(), args.begin(), args.end());
+    return {"Arapoet", dtype, {argv, o.common_env(), ""}, key};
+}
+
+// PyTorch with the allocator settings that suit it best: freed pages are kept, on huge pages.
+Contestant torch(const Options& o, const char* name, const std::string& dtype, Words args, Words more_env = {}, const char* key = "ms") {
+    Words argv = {o.python, "dev/bench/peer_torch.py"}, env = o.common_env();
+    argv.insert(argv.end(), args.begin(), args.end());
+    env.insert(env.end(), {"MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=100000000000", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"});
+    env.insert(env.end(), more_env.begin(), more_env.end());
+    return {name, dtype, {argv, env, ""}, key, 3, o.has_torch ? "" : "not installed"};
+}
+
+// llm.c's train_gpt2, built from the user's checkout with its own Makefile for this shape.
+Contestant llmc(const Options& o, const Row& r, int steps) {
+    Contestant c = {"llm.c", "fp32", {}, "ms", 1};
+    if (o.llmc.empty()) return c.missing = "not installed (LLMC=path/to/llm.c)", c;
+    std::string dir = o.build + "/llmc_" + (r.V == 64 ? "char" : "124m");
+    make_dirs(dir);
+    Outcome built = run({{"sh", "dev/bench/peer_llmc.sh", o.llmc, dir, std::to_string(r.B), std::to_string(r.T), std::to_string(steps)}, {}, ""});
+    if (built.status) fail("%s: llm.c's train_gpt2 could not be built there", o.llmc.c_str());
+    if (!file_exists(dir + "/gpt2_124M.bin") && run({{o.self, "llmc_files", r.name, dir}, {}, ""}).status) fail("%s: cannot write llm.c's files", dir.c_str());
+    c.command = {{strf("./train_gpt2_%dx%d", r.B, r.T)}, o.common_env(), dir};
+    return c;
+}
+
+std::string spread(const Samples& s, const char* unit, double scale, int digits) {
+    return strf("%.*f %s (%.*f to %.*f)", digits, s.median() * scale, unit, digits, s.min() * scale, digits, s.max() * scale);
+}
+
+struct Peak {
+    double fp32 = 0, bf16 = 0;
+    double of(const std::string& dtype) const { return dtype == "bf16" && bf16 > 0 ? bf16 : fp32; }
+};
+
+Peak measure_peak(const Options& o, int threads, Report& report) {
+    Command c = {{o.self, "peak", std::to_string(threads)}, o.common_env(), ""};
+    c.env[0] = strf("OMP_NUM_THREADS=%d", threads);
+    Outcome r = run(c);
+    if (r.status) fail("bench peak: status %d", r.status);
+    std::map<std::string, Samples> s;
+    for (auto& [key, values] : r.values)
+        for (double x : values) s[key].add(x);
+    report.add(strf("| %d | %s | %s | %s | %s | %.0f%% |\n", threads, spread(s["fp32"], "GFLOP/s", 1e-9, 0).c_str(),
+                    s["bf16"].max() > 0 ? spread(s["bf16"], "GFLOP/s", 1e-9, 0).c_str() : "none", spread(s["read"], "GB/s", 1e-9, 1).c_str(),
+                    spread(s["update"], "GB/s", 1e-9, 1).c_str(), 100 * r.others));
+    return {s["fp32"].median(), s["bf16"].median()};
+}
+
+// The median step or tokens/s of ours at this precision; NAN where there is none.
+double our_median(const std::vector<Contestant>& all, const std::string& dtype) {
+    for (const Contestant& c : all)
+        if (c.name == "Arapoet" && c.dtype == dtype && c.missing.empty()) return c.samples().median();
+    return NAN;
+}
+
+std::string others_text(const Contestant& c, bool busy) { return strf("%.0f%%%s", 100 * c.others(), busy ? " busy" : ""); }
+
+void bench_steps(const Options& o, const Row& r, const Peak& peak, Report& report) {
+    std::string shape = strf("%d,%d,%d,%d,%d,%d", r.L, r.NH, r.C, r.V, r.B, r.T), n = std::to_string(o.steps + 3);
+    std::vector<Contestant> all;
+    for (const char* dtype : {"fp32", "bf16"}) {
+        all.push_back(ours(o, dtype, {"step", r.name, dtype, std::to_string(o.steps + 1)}));
+        all.push_back(torch(o, "PyTorch", dtype, {"step", shape, dtype, n}));
+        all.push_back(torch(o, "PyTorch, torch.compile", dtype, {"step", shape, dtype, n}, {"TORCH_COMPILE=1"}));
+        if (dtype == std::string("fp32")) {
+            all.push_back(torch(o, "PyTorch, linear layers by oneDNN", dtype, {"step", shape, dtype, n}, {"TORCH_LINEAR=onednn"}));
+            all.push_back(llmc(o, r, o.steps + 1));
+        }
+    }
+    report.add(strf("\n### %s\n\n| | | a step, ms | tokens/s | GFLOP/s | share of peak | peak memory | its time / ours | others |\n", r.title));
+    report.add("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    race(all, o.runs);
+    for (const Contestant& c : all) {
+        bool busy;
+        Samples s = c.samples(&busy);
+        if (!c.missing.empty()) {
+            report.add(strf("| %s | %s | %s | | | | | | |\n", c.name.c_str(), c.dtype.c_str(), c.missing.c_str()));
+            continue;
+        }
+        double flops = r.flops() / (s.median() * 1e-3), ratio = s.median() / our_median(all, c.dtype), to_bf16 = s.median() / our_median(all, "bf16");
+        report.add(strf("| %s | %s | %s | %.0f | %.0f | %.0f%% | %s | %.2f%s | %s |\n", c.name.c_str(), c.dtype.c_str(), spread(s, "", 1, 0).c_str(),
+                        (double)r.tokens() / s.median() * 1e3, flops / 1e9, 100 * flops / peak.of(c.dtype), human_bytes(c.rss()).c_str(), ratio,
+                        c.name == "llm.c" ? strf(", bf16 %.2f", to_bf16).c_str() : "", others_text(c, busy).c_str()));
+    }
+}
+
+void bench_sampling(const Options& o, Report& report) {
+    report.add("\n### Sampling, GPT-2 124M, 64 tokens with a key/value cache\n\n| | | N | tokens/s of all N | ms a token of each | peak memory | ours / its | others |\n");
+    report.add("| --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    for (int N : {1, 8}) {
+        std::vector<Contestant> all;
+        for (const char* dtype : {"fp32", "bf16"}) {
+            Words args = {"sample", dtype, std::to_string(N), "64"};
+            all.push_back(ours(o, dtype, args, "tokens/s"));
+            all.push_back(torch(o, "PyTorch", dtype, args, {}, "tokens/s"));
+            all.back().warm_up = 1;
+        }
+        race(all, o.runs);
+        for (const Contestant& c : all) {
+            bool busy;
+            Samples s = c.samples(&busy);
+            if (!c.missing.empty()) report.add(strf("| %s | %s | %d | %s | | | | |\n", c.name.c_str(), c.dtype.c_str(), N, c.missing.c_str()));
+            else
+                report.add(strf("| %s | %s | %d | %s | %.1f | %s | %.2f | %s |\n", c.name.c_str(), c.dtype.c_str(), N, spread(s, "", 1, 1).c_str(),
+                                1e3 * N / s.median(), human_bytes(c.rss()).c_str(), our_median(all, c.dtype) / s.median(), others_text(c, busy).c_str()));
+        }
+    }
+}
+
+// Amdahl (1967): a program whose share s is serial gains 1 / (s + (1-s)/n) from n threads; here solved for s.
+void bench_scaling(const Options& o, const std::vector<const Row*>& rows, Report& report) {
+    report.add("\n### Threads\n\n| | | threads | a step, ms | faster than 1 thread | serial share (Amdahl) | others |\n| --- | --- | --- | --- | --- | --- | --- |\n");
+    for (const Row* r : rows)
+        for (const char* dtype : {"fp32", "bf16"}) {
+            std::vector<Contestant> all;
+            std::vector<int> threads;
+            for (int n : {1, 2, 4, 8}) {
+                if (n > (int)sysconf(_SC_NPROCESSORS_ONLN)) continue;
+                all.push_back(ours(o, dtype, {"step", r->name, dtype, std::to_string(o.steps + 1)}));
+                all.back().command.env[0] = strf("OMP_NUM_THREADS=%d", n);
+                threads.push_back(n);
+            }
+            race(all, o.runs);
+            for (size_t i = 0; i < all.size(); i++) {
+                bool busy;
+                Samples s = all[i].samples(&busy);
+                if (!all[i].missing.empty()) {
+                    report.add(strf("| %s | %s | %d | %s | | | |\n", r->title, dtype, threads[i], all[i].missing.c_str()));
+                    continue;
+                }
+                double n = threads[i], gain = all[0].samples().median() / s.median();
+                report.add(strf("| %s | %s | %.0f | %s | %.2f | %s | %s |\n", r->title, dtype, n, spread(s, "", 1, 0).c_str(), gain,
+                                i ? strf("%.1f%%", 100 * (n / gain - 1) / (n - 1)).c_str() : "", others_text(all[i], busy).c_str()));
+            }
         }
 }
 
-void bench_step(double peak, int L, int NH, int C, int V, size_t B, size_t T) {
-    Config c;
-    c.L = L, c.NH = NH, c.C = C, c.V = V, c.Vp = pad_vocab(V), c.maxT = (int)T;
-    cpu::GPT2 model(c, B, T, true);
-    model.init_weights(1);
-    std::vector<int> x(B * T), y(B * T);
-    for (size_t i = 0; i < B * T; i++) x[i] = (int)(rng::Key(1, 0, rng::SAMPLE).u32(i) % (uint32_t)V), y[i] = (x[i] * 7 + 1) % V;
-    std::vector<double> fwd, bwd, opt, all;
-    for (uint32_t s = 0; s < 6; s++) {
-        Pass pass;
-        pass.train = true, pass.step = s, pass.grad_scale = 1.0f / (float)(B * T);
-        double t0 = now();
-        model.forward(x.data(), y.data(), B, T, pass);
-        double t1 = now();
-        model.backward();
-        double t2 = now(), norm = model.grad_norm();
-        model.update(AdamW(), s + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
-        double t3 = now();
-        if (s) fwd.push_back(t1 - t0), bwd.push_back(t2 - t1), opt.push_back(t3 - t2), all.push_back(t3 - t0);
+int bench_all(int argc, char** argv) {
+    Options o;
+    Flags f("bench", "times training steps and sampling beside PyTorch and llm.c");
+    f.add("rows", "", &o.rows, "NAMES", "which of 124m-4x64 124m-4x256 124m-1x1024 char; a part of a name will do; \"\": all");
+    f.add("parts", "", &o.parts, "NAMES", "which tables: steps, sampling, scaling");
+    f.add("runs", "", &o.runs, "N", "processes of each contestant, taken in turns");
+    f.add("steps", "", &o.steps, "N", "timed steps of each process");
+    f.add("threads", "", &o.threads, "N", "threads; 0: all cores");
+    f.add("python", "", &o.python, "FILE", "the Python that has PyTorch");
+    f.add("llmc", "", &o.llmc, "DIR", "a checkout of llm.c");
+    f.add("out", "", &o.out, "FILE", "the tables once more, in Markdown");
+    f.parse(argc, argv);
+    if (o.runs < 1 || o.steps < 1) throw UsageError("--runs and --steps: wanted at least 1");
+    if (o.threads < 0 || o.threads > 4096) throw UsageError(strf("--threads is %d, wanted 0 to 4096", o.threads));
+    if (!o.threads) o.threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    char self[4096];
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (n <= 0) fail("/proc/self/exe: %s", strerror(errno));
+    self[n] = 0, o.self = self, o.build = dirname_of(self);
+    std::vector<const Row*> rows;
+    for (const Row& r : ROWS) {
+        bool wanted = o.rows.empty();
+        for (size_t i = 0, end; i < o.rows.size(); i = end + 1) {
+            end = std::min(o.rows.find(' ', i), o.rows.size());
+            wanted |= end > i && std::string(r.name).find(o.rows.substr(i, end - i)) != std::string::npos;
+        }
+        if (wanted) rows.push_back(&r);
     }
-    double t = median(all);
-    printf("L%d H%d C%d V%d B%zu T%zu: step %.0f ms (forward and head %.0f, backward %.0f, AdamW %.0f), %.0f tokens/s, %.1f GFLOP/s, %.0f%% of peak\n",
-           L, NH, C, V, B, T, t * 1e3, median(fwd) * 1e3, median(bwd) * 1e3, median(opt) * 1e3, (double)(B * T) / t,
-           step_flops(c, (double)B, (double)T) / t / 1e9, 100 * step_flops(c, (double)B, (double)T) / t / peak);
-    fflush(stdout);
+    if (rows.empty()) throw UsageError(strf("--rows: '%s' names none of 124m-4x64, 124m-4x256, 124m-1x1024, char", o.rows.c_str()));
+    auto wants = [&](const char* part) { return o.parts.find(part) != std::string::npos; };
+
+    Report report;
+    report.add(strf("%s\n\n", cpu::GPT2::device().c_str()));
+    Outcome version = run({{o.python, "dev/bench/peer_torch.py", "check"}, {}, ""});
+    o.has_torch = !version.status;
+    report.add(!o.has_torch ? strf("PyTorch: not installed for %s (python3 -m pip install torch, or PYTHON=a Python that has it)\n", o.python.c_str())
+                              : "PyTorch " + version.text);
+    report.add(o.llmc.empty() ? "llm.c: not installed (git clone https://github.com/karpathy/llm.c, then LLMC=path/to/llm.c)\n\n" : "llm.c: " + o.llmc + "\n\n");
+    report.add("| threads | fp32 multiply-add | bf16 dot product | memory read | memory, AdamW's pattern | others |\n| --- | --- | --- | --- | --- | --- |\n");
+    if (o.threads > 1) measure_peak(o, 1, report);
+    Peak peak = measure_peak(o, o.threads, report);
+    if (wants("steps"))
+        for (const Row* r : rows) bench_steps(o, *r, peak, report);
+    if (wants("sampling")) bench_sampling(o, report);
+    if (wants("scaling")) bench_scaling(o, rows, report);
+    report.add(strf("\nMedians (least to most) of %d processes x %d steps, in turns. 'others': the processor share of other programs; runs above %.0f%% "
+                    "count only where there is no quieter one ('busy').\n", o.runs, o.steps, 100 * BUSY));
+    make_dirs(dirname_of(o.out));
+    AtomicFile file(o.out);
+    file.write(report.text);
+    file.commit();
+    printf("wrote %s\n", o.out.c_str());
+    return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-    gemm::spin_less(argv);
+    std::string what = argc > 1 ? argv[1] : "";
+    if (what == "step" || what == "sample") gemm::spin_less(argv);  // as train_gpt2 and sample_gpt2 run; the peers keep their own ways
     return run_main("bench", [&] {
-        std::string what = argc > 1 ? argv[1] : "all";
-        double peak = gemm::measure_peak_flops();
-        printf("%s, peak %.0f GFLOP/s\n", cpu::GPT2::device().c_str(), peak / 1e9);
-        if (what == "gemm" || what == "all") bench_gemm(peak);
-        if (what != "step" && what != "all" && what != "gemm") throw UsageError("usage: ./bench [gemm | step [L NH C V B T]]");
-        if (what == "step" && argc == 8) {
-            bench_step(peak, atoi(argv[2]), atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), (size_t)atoi(argv[6]), (size_t)atoi(argv[7]));
-        } else if (what != "gemm") {
-            bench_step(peak, 12, 12, 768, 50257, 4, 64);
-            bench_step(peak, 6, 6, 384, 64, 16, 256);
-            bench_step(peak, 4, 4, 128, 40, 16, 64);
-        }
-        return 0;
+        if (what == "step" && argc == 5) return work_step(find_row(argv[2]), argv[3], atoi(argv[4]));
+        if (what == "sample" && argc == 5) return work_sample(argv[2], atoi(argv[3]), atoi(argv[4]));
+        if (what == "peak" && argc == 3) return work_peak(atoi(argv[2]));
+        if (what == "llmc_files" && argc == 4) return write_llmc_files(find_row(argv[2]), argv[3]);
+        return bench_all(argc, argv);
     });
 }

@@ -465,8 +465,9 @@ inline Config config_from_json(const JsonFile& f) {
     for (auto& flag : flags)
         if (f.flag(flag.name, flag.implemented) != flag.implemented)
             f.wrong(flag.name, !flag.implemented, strf("%s (the other is not implemented)", flag.implemented ? "true" : "false"));
-    double eps = f.number("layer_norm_epsilon", 1e-5);
-    if ((float)eps != 1e-5f) f.wrong("layer_norm_epsilon", eps, "1e-05 (others are not implemented)");
+    double eps = f.number("layer_norm_epsilon", LAYERNORM_EPS);
+    c.eps = eps > 0 && eps <= 1 ? (float)eps : 0;
+    if (c.eps == 0) f.wrong("layer_norm_epsilon", eps, "a float above 0 and at most 1");
 
     std::string activation = f.text("activation_function", "gelu_new"), known;
     c.activation = -1;
@@ -524,7 +525,7 @@ inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int end
     j["embd_pdrop"] = 0.1;
     j["eos_token_id"] = eot;
     j["initializer_range"] = 0.02;
-    j["layer_norm_epsilon"] = 1e-5;
+    j["layer_norm_epsilon"] = strtod(shortest(c.eps).c_str(), nullptr);
     j["model_type"] = grover ? "aragpt2" : "gpt2";
     j["n_ctx"] = c.maxT;
     j["n_embd"] = c.C;
@@ -787,8 +788,11 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
                             dir.c_str());
     if (c.arch == GROVER_ARCH) next = strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
     if (c.arch == GROVER_ARCH && along.auto_map.is_null())
-        next = "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, the folder that the model came\n"
-               "      from: its modelling code (auto_map in its config.json) and its tokenizer then go along";
+        next = tokenizer_dir.empty()
+                   ? "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, the folder that the model came\n"
+                     "      from: its modelling code (auto_map in its config.json) and its tokenizer then go along"
+                   : strf("transformers has no GROVER of its own, and %s/config.json names no modelling code (auto_map); load it\n"
+                          "      with the code that the model's publisher provides", tokenizer_dir.c_str());
     return {c, strf("%s, %s", in.c_str(), bf16 ? "bf16" : "fp32"),
             strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(), bf16 ? "BF16" : "F32",
                  human_bytes((double)model.bytes).c_str(), names.c_str()), next};
@@ -800,6 +804,7 @@ inline void print(const Summary& s) {
     printf("sizes         %d layers, %d heads, %d channels, context %d, vocabulary %d (padded to %d)\n", c.L, c.NH, c.C, c.maxT,
            c.V, c.Vp);
     printf("activation    GELU, %s form\n", c.activation == GELU_TANH ? "tanh" : "erf");
+    printf("LayerNorm     epsilon %s\n", shortest(c.eps).c_str());
     printf("parameters    %s\n", commas(num_params(c) - (size_t)(c.Vp - c.V) * c.C).c_str());
     printf("read          %s\nwritten       %s\n\nnext: %s\n", s.read.c_str(), s.written.c_str(), s.next.c_str());
 }

@@ -234,6 +234,30 @@ TEST_CASE("convert: GPT-2 and GROVER, every dtype, with and without prefix, ther
             }
 }
 
+TEST_CASE("convert: layer_norm_epsilon goes into the model file and comes back in the same few digits") {
+    struct {
+        Json given;
+        const char* written;
+    } cases[] = {{1e-5, "1e-05"},          {1e-6, "1e-06"}, {1e-12, "1e-12"}, {0.001, "0.001"}, {1.25e-7, "1.25e-07"}, {1, "1.0"},
+                 {0.333333333333, "0.33333334"}, {1e-45, "1e-45"}, {9.999999747378752e-06, "1e-05"}};
+    for (bool grover : {false, true})
+        for (auto& k : cases) {
+            INFO(k.given.dump());
+            TempDir dir;
+            Published p = example(grover);
+            p.config["layer_norm_epsilon"] = k.given;
+            save(dir / "hf", p);
+            convert::from_hf(dir / "hf", dir / "a.bin");
+            Config c;
+            parameters(dir / "a.bin", &c);
+            CHECK(c.eps == (float)k.given.get<double>());
+            convert::to_hf(dir / "a.bin", dir / "back");
+            CHECK(contains(read_file(dir / "back/config.json"), strf("\"layer_norm_epsilon\": %s,", k.written)));
+            convert::from_hf(dir / "back", dir / "b.bin");
+            CHECK(read_file(dir / "a.bin") == read_file(dir / "b.bin"));
+        }
+}
+
 TEST_CASE("convert: extreme numbers keep their bits") {
     TempDir dir;
     Published p = example(false);
@@ -371,7 +395,8 @@ TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts
           "scale_attn_by_inverse_layer_idx is true, wanted false (the other is not implemented)");
     CHECK(error(p, "add_cross_attention", true) == "add_cross_attention is true, wanted false (the other is not implemented)");
     CHECK(error(p, "add_cross_attention", 1) == "add_cross_attention is 1, wanted true or false");
-    CHECK(error(p, "layer_norm_epsilon", 1e-6) == "layer_norm_epsilon is 1e-06, wanted 1e-05 (others are not implemented)");
+    for (double eps : {0.0, -1e-5, 1e-60, 1.5, 1e300, -1e300})
+        CHECK(error(p, "layer_norm_epsilon", eps) == "layer_norm_epsilon is " + Json(eps).dump() + ", wanted a float above 0 and at most 1");
     CHECK(error(p, "layer_norm_epsilon", "x") == "layer_norm_epsilon is \"x\", wanted a number");
     CHECK(error(p, "activation_function", "relu") ==
           "activation_function is \"relu\", wanted one of gelu_new, gelu_pytorch_tanh, gelu_fast, gelu, gelu_python");

@@ -33,7 +33,10 @@ struct Layout {
 struct Preference {
     uint64_t workspace;
     uint32_t alignment[4];  // of A, B, C, D
-    uint32_t reductions;    // schemes allowed; the algorithms here use none
+    // These narrow a choice that is free here.
+    uint32_t search_mode, reduction_schemes;
+    uint64_t implementations;
+    float most_waves;
 };
 // What a heuristic's result stands for. All algorithms give the same numbers.
 struct Algorithm {
@@ -309,7 +312,10 @@ Field field(Preference& p, cublasLtMatmulPreferenceAttributes_t a) {
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return p.alignment[1];
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return p.alignment[2];
         case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return p.alignment[3];
-        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return p.reductions;
+        case CUBLASLT_MATMUL_PREF_SEARCH_MODE: return p.search_mode;
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return p.reduction_schemes;
+        case CUBLASLT_MATMUL_PREF_IMPL_MASK: return p.implementations;
+        case CUBLASLT_MATMUL_PREF_MAX_WAVES_COUNT: return p.most_waves;
         default: return {};
     }
 }
@@ -392,7 +398,7 @@ cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDa
     return create(layout, Layout{type, CUBLASLT_ORDER_COL, 1, rows, cols, ld, 0});
 }
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
-    return create(preference, Preference{0, {256, 256, 256, 256}, CUBLASLT_REDUCTION_SCHEME_MASK});
+    return create(preference, Preference{0, {256, 256, 256, 256}, 0, CUBLASLT_REDUCTION_SCHEME_MASK, ~0ull, 0});
 }
 
 // Up to three algorithms, which differ in the workspace that they ask for. They rely on the alignment that the

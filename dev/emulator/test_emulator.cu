@@ -1321,6 +1321,12 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     uint64_t workspace = 32 << 20;
     CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, 8) == CUBLAS_STATUS_SUCCESS);
     CHECK(h.heuristic(results, 2) == 2);
+    uint32_t mask = 0;
+    size_t written = 0;
+    CHECK(cublasLtMatmulPreferenceGetAttribute(h.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &mask, 4, &written) == CUBLAS_STATUS_SUCCESS);
+    CHECK(mask == CUBLASLT_REDUCTION_SCHEME_MASK);
+    CHECK(written == 4);
+    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &workspace, 8) == CUBLAS_STATUS_INVALID_VALUE);
     REQUIRE(h.heuristic(results, 4) == 3);
     CHECK(results[2].workspaceSize == 4 << 20);
     cublasLtMatmulHeuristicResult_t checked = {};

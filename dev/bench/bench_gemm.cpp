@@ -1,0 +1,226 @@
+// bench_gemm.cpp - our matrix products beside oneDNN's and OpenBLAS's, in one run: make bench-gemm
+//
+// The three products of a linear layer, X (M,K), W (N,K), Y (M,N), all row-major:
+//     Y = X W^T + b      dX = dY W      dW += dY^T X
+// Everyone gets the same arrays in memory, packs them anew at every call, and takes turns: A B C A B C ... Figures are
+// medians; the share is that of the machine's peak, measured first. In bf16 the operands are bf16 and the result fp32.
+// OpenBLAS adds no bias. All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
+#include "bench.h"
+#include "flags.h"
+#include "gpt2.h"
+#include "rng.h"
+
+#ifdef HAVE_DNNL
+#include <dnnl.hpp>
+#endif
+#ifdef HAVE_OPENBLAS
+#include <cblas.h>
+#endif
+
+namespace {
+
+using bench::Samples;
+using Call = std::function<void()>;
+
+enum Form { FORWARD, DX, DW };
+const char* const FORM_NAME[] = {"Y=XW'+b", "dX=dYW", "dW+=dY'X"};
+enum Who { OURS, ONEDNN, OPENBLAS, OURS_BF16, ONEDNN_BF16, CONTESTANTS };
+const char* const WHO_NAME[] = {"ours", "oneDNN", "OpenBLAS", "ours", "oneDNN"};
+bool is_bf16(int who) { return who >= OURS_BF16; }
+
+struct Shape {
+    size_t M, K, N;
+    const char* what;
+};
+// What GPT-2 124M and the character model multiply, and small and odd sizes.
+const Shape SHAPES[] = {
+    {256, 768, 2304, "124m"},   {256, 768, 768, "124m"},    {256, 768, 3072, "124m"},   {256, 3072, 768, "124m"},  {256, 768, 50304, "124m"},
+    {1024, 768, 2304, "124m"},  {1024, 768, 768, "124m"},   {1024, 768, 3072, "124m"},  {1024, 3072, 768, "124m"}, {1024, 768, 50304, "124m"},
+    {4096, 384, 1152, "char"},  {4096, 384, 384, "char"},   {4096, 384, 1536, "char"},  {4096, 1536, 384, "char"}, {4096, 384, 64, "char"},
+    {37, 64, 37, "small"},      {64, 64, 64, "small"},      {37, 768, 768, "small"},    {148, 128, 64, "small"},   {100, 300, 200, "small"},
+    {255, 767, 769, "small"},
+};
+
+// An array in both types; values in [-1, 1).
+struct Array {
+    size_t n;
+    float* f;
+    uint16_t* h;
+    Array(size_t n_, uint32_t stream) : n(n_), f((float*)gemm::allocate(n * 4, "benchmark")), h((uint16_t*)gemm::allocate(n * 2, "benchmark")) {
+        rng::Key key(1, stream, rng::SAMPLE);
+#pragma omp parallel for schedule(static)
+        for (size_t i = 0; i < n; i++) f[i] = (float)(int32_t)key.u32(i) * 0x1p-31f, h[i] = float_to_bf16(f[i]);
+    }
+    ~Array() { gemm::release(f, n * 4), gemm::release(h, n * 2); }
+    Array(const Array&) = delete;
+    Array& operator=(const Array&) = delete;
+};
+
+// The product as C (m,n) = A (m,k) B (k,n), element A(i,k) at A[i*am + k*ak]: what all interfaces come down to.
+struct Product {
+    size_t m, n, k;
+    const Array *A, *B;
+    size_t am, ak, bk, bn;
+    float* C;
+    const float* bias;
+    bool accumulate;
+};
+
+template <class P, class T>
+Call ours(const Product& p, const T* A, const T* B) {
+    return [=] { gemm::multiply<P>(p.m, p.n, p.k, A, p.am, p.ak, B, p.bk, p.bn, p.C, p.n, p.accumulate ? gemm::ACCUMULATE : gemm::OVERWRITE, p.bias); };
+}
+
+Call onednn([[maybe_unused]] const Product& p, [[maybe_unused]] bool bf16) {
+#ifdef HAVE_DNNL
+    using namespace dnnl;
+    typedef memory::dim D;
+    static engine cpu(engine::kind::cpu, 0);
+    static stream stream_(cpu);
+    auto type = bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+    memory::desc a({(D)p.m, (D)p.k}, type, memory::dims{(D)p.am, (D)p.ak}), b({(D)p.k, (D)p.n}, type, memory::dims{(D)p.bk, (D)p.bn});
+    memory::desc c({(D)p.m, (D)p.n}, memory::data_type::f32, memory::dims{(D)p.n, 1}), bias({1, (D)p.n}, memory::data_type::f32, memory::dims{(D)p.n, 1});
+    primitive_attr attr;
+    if (p.accumulate) {
+        post_ops ops;
+        ops.append_sum(1.0f);
+        attr.set_post_ops(ops);
+    }
+#if DNNL_VERSION_MAJOR >= 3
+    auto pd = p.bias ? matmul::primitive_desc(cpu, a, b, bias, c, attr) : matmul::primitive_desc(cpu, a, b, c, attr);
+#else
+    auto pd = matmul::primitive_desc(p.bias ? matmul::desc(a, b, bias, c) : matmul::desc(a, b, c), attr, cpu);
+#endif
+    matmul product(pd);
+    auto at = [](const memory::desc& d, const void* data) { return memory(d, cpu, const_cast<void*>(data)); };
+    std::unordered_map<int, memory> args = {{DNNL_ARG_SRC, at(a, bf16 ? (void*)p.A->h : p.A->f)},
+                                            {DNNL_ARG_WEIGHTS, at(b, bf16 ? (void*)p.B->h : p.B->f)}, {DNNL_ARG_DST, at(c, p.C)}};
+    if (p.bias) args.insert({DNNL_ARG_BIAS, at(bias, p.bias)});
+    return [=] { product.execute(stream_, args), stream_.wait(); };
+#else
+    return nullptr;
+#endif
+}
+
+Call openblas([[maybe_unused]] const Product& p) {
+#ifdef HAVE_OPENBLAS
+    auto trans = [](size_t inner) { return inner == 1 ? CblasNoTrans : CblasTrans; };
+    int lda = (int)std::max(p.am, p.ak), ldb = (int)std::max(p.bk, p.bn);
+    return [=] {
+        cblas_sgemm(CblasRowMajor, trans(p.ak), trans(p.bn), (int)p.m, (int)p.n, (int)p.k, 1, p.A->f, lda, p.B->f, ldb, p.accumulate ? 1.0f : 0.0f, p.C,
+                    (int)p.n);
+    };
+#else
+    return nullptr;
+#endif
+}
+
+// GFLOP/s of each contestant; also the largest relative L2 distance of a result from ours, so that nobody wins by computing
+// something else.
+struct Result {
+    Samples gflops[CONTESTANTS];
+    double distance = 0;
+};
+
+Result race(const Shape& s, Form form, int runs) {
+    size_t M = s.M, K = s.K, N = s.N;
+    Array X(M * K, 1), W(N * K, 2), Y(M * N, 3), bias(N, 4);
+    size_t out = form == FORWARD ? M * N : form == DX ? M * K : N * K;
+    Array C(out, 5);
+    Product p = form == FORWARD ? Product{M, N, K, &X, &W, K, 1, 1, K, C.f, bias.f, false}
+                : form == DX    ? Product{M, K, N, &Y, &W, N, 1, K, 1, C.f, nullptr, false}
+                                : Product{N, K, M, &Y, &X, 1, N, K, 1, C.f, nullptr, true};
+    Call call[CONTESTANTS] = {ours<gemm::F32>(p, p.A->f, p.B->f), onednn(p, false), openblas(p),
+                              bench::BF16_DOT ? ours<gemm::BF16>(p, p.A->h, p.B->h) : nullptr, bench::BF16_DOT ? onednn(p, true) : nullptr};
+    Result r;
+    size_t repeats[CONTESTANTS] = {};
+    std::vector<float> want[2];
+    for (int who = 0; who < CONTESTANTS; who++) {
+        if (!call[who]) continue;
+        std::fill(C.f, C.f + out, 0.5f);
+        call[who]();
+        auto& w = want[is_bf16(who)];
+        if (w.empty()) w.assign(C.f, C.f + out);
+        double diff = 0, norm = 0;
+        for (size_t i = 0; i < out; i++) {
+            double c = (double)C.f[i] + (who == OPENBLAS && p.bias ? (double)bias.f[i % N] : 0), d = c - (double)w[i];
+            diff += d * d, norm += (double)w[i] * w[i];
+        }
+        r.distance = std::max(r.distance, std::sqrt(diff / norm));
+        double t0 = bench::now();
+        call[who]();
+        repeats[who] = (size_t)std::max(1.0, 4e-3 / (bench::now() - t0));  // a sample lasts 4 ms at least
+    }
+    for (int run = 0; run < runs; run++)
+        for (int who = 0; who < CONTESTANTS; who++) {
+            if (!call[who]) continue;
+            double t0 = bench::now();
+            for (size_t i = 0; i < repeats[who]; i++) call[who]();
+            r.gflops[who].add(2e-9 * (double)M * (double)K * (double)N * (double)repeats[who] / (bench::now() - t0));
+        }
+    return r;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    return run_main("bench_gemm", [&]() -> int {
+        int runs = 9, most_threads = std::min(2, omp_get_max_threads()), only_threads = 0;
+        std::string only;
+        Flags f("bench_gemm", "times matrix products");
+        f.add("runs", "", &runs, "N", "samples of each, taken in turns");
+        f.add("shapes", "", &only, "NAME", "124m, char or small; \"\": all");
+        f.add("threads", "", &only_threads, "N", "0: 1, then 2");
+        f.parse(argc, argv);
+        for (const char* v : {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"})
+            if (getenv(v)) fail("%s=%s binds OpenBLAS to other kernels than this machine's; unset it (make bench-gemm does)", v, getenv(v));
+        if (runs < 1) throw UsageError(strf("--runs is %d, wanted at least 1", runs));
+#if defined(HAVE_DNNL) && defined(HAVE_OPENBLAS)
+        printf("peers: oneDNN %d.%d.%d, %s\n", dnnl_version()->major, dnnl_version()->minor, dnnl_version()->patch, openblas_get_config());
+#endif
+#ifndef HAVE_DNNL
+        printf("oneDNN: not installed (sudo apt-get install libdnnl-dev)\n");
+#endif
+#ifndef HAVE_OPENBLAS
+        printf("OpenBLAS: not installed (sudo apt-get install libopenblas-openmp-dev)\n");
+#endif
+        double worst[2][2] = {{9, 9}, {9, 9}};  // by threads, type: ours against the better of its peers
+        for (int n = only_threads ? only_threads : 1; n <= (only_threads ? only_threads : most_threads); n++) {
+            omp_set_num_threads(n);
+#ifdef HAVE_OPENBLAS
+            openblas_set_num_threads(n);
+#endif
+            Samples fma, dot;
+            for (int i = 0; i < 15; i++) fma.add(bench::fma_flops(n) / 1e9), dot.add(bench::bf16_flops(n) / 1e9);
+            double peak[2] = {fma.median(), dot.median()};
+            printf("\n%d thread%s: peak %.0f GFLOP/s fp32 (%.0f to %.0f), ", n, n > 1 ? "s" : "", peak[0], fma.min(), fma.max());
+            printf(bench::BF16_DOT ? "%.0f bf16 (%.0f to %.0f)\n" : "no bf16 dot product\n", peak[1], dot.min(), dot.max());
+            printf("GFLOP/s, share of peak, (fewest to most of %d); 'x' ours against the better peer\n%5s %5s %5s %-8s", runs, "M", "K", "N", "");
+            for (int who = 0; who < CONTESTANTS; who++) printf(" | %-24s%s", strf("%s %s", WHO_NAME[who], is_bf16(who) ? "bf16" : "fp32").c_str(), who == OPENBLAS || who == ONEDNN_BF16 ? " |    x" : "");
+            printf("\n");
+            for (const Shape& s : SHAPES)
+                for (Form form : {FORWARD, DX, DW}) {
+                    if (!only.empty() && only != s.what) continue;
+                    Result r = race(s, form, runs);
+                    printf("%5zu %5zu %5zu %-8s", s.M, s.K, s.N, FORM_NAME[form]);
+                    double best = 0;
+                    for (int who = 0; who < CONTESTANTS; who++) {
+                        const Samples& g = r.gflops[who];
+                        bool half = is_bf16(who), mine = who == OURS || who == OURS_BF16;
+                        if (mine) best = 0;
+                        else if (!g.empty()) best = std::max(best, g.median());
+                        printf(" | %-24s", g.empty() ? "-" : strf("%6.1f %3.0f%% (%.0f to %.0f)", g.median(), 100 * g.median() / peak[half], g.min(), g.max()).c_str());
+                        if (who != OPENBLAS && who != ONEDNN_BF16) continue;
+                        double x = best > 0 ? r.gflops[half ? OURS_BF16 : OURS].median() / best : NAN;
+                        printf(best > 0 ? " | %4.2f" : " |    -", x);
+                        if (x < worst[n > 1][half]) worst[n > 1][half] = x;
+                    }
+                    printf("%s\n", r.distance > 1e-3 ? strf("  results differ: %.2g", r.distance).c_str() : "");
+                    fflush(stdout);
+                }
+            for (int half = 0; half < 2; half++)
+                if (worst[n > 1][half] < 9) printf("smallest x, %s, %d thread%s: %.2f\n", half ? "bf16" : "fp32", n, n > 1 ? "s" : "", worst[n > 1][half]);
+        }
+        return 0;
+    });
+}

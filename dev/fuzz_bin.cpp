@@ -1,0 +1,169 @@
+// Feeds mutated .bin files to their readers under libFuzzer, AddressSanitizer and UBSan (make fuzz): model files, token
+// files and training states; tokenizer files have their turn in tokenizer/fuzz_tokenizer.cpp.
+//
+// The first byte of an input chooses the kind, the rest is the file. Whatever comes must be refused with an Error of one
+// line, or be read; a model and a state that were read must come back from what is written. Anything else is a finding.
+#include "trainer.h"
+
+#include <filesystem>
+
+extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
+
+namespace {
+
+enum Mode { MODEL, TOKENS, STATE, NUM_MODES };
+
+void require(bool holds) {
+    if (!holds) abort();
+}
+void write(const std::string& path, const std::string& content) {
+    int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    require(fd >= 0 && ::write(fd, content.data(), content.size()) == (ssize_t)content.size());
+    close(fd);
+}
+std::string read(const std::string& path) { return Reader(path).rest(); }
+
+// Numbers without a computation: all that files need of a model.
+struct Numbers {
+    enum State { PARAMS, ADAM_M, ADAM_V };
+    Config cfg;
+    std::vector<float> x[3];
+    explicit Numbers(const Config& c) : cfg(c) {
+        for (auto& v : x)
+            for (size_t i = 0; i < num_params(c); i++) v.push_back((float)i);
+    }
+    template <class F>
+    void each_piece(State s, F f) {
+        f(x[s].data(), x[s].size());
+    }
+};
+
+Config tiny() {
+    Config c;
+    c.maxT = 3, c.V = 5, c.Vp = 7, c.L = 2, c.NH = 2, c.C = 4, c.eps = 1e-6f;
+    return c;
+}
+
+std::string settings() {
+    trainer::Options o;
+    Flags f("fuzz", "");
+    trainer::add_flags(f, o);
+    return f.values();
+}
+
+// A folder in memory, and valid files.
+struct Valid {
+    std::string dir, content[NUM_MODES];
+    Valid() {
+        char name[] = "/dev/shm/arapoet_fuzz_XXXXXX";
+        require(mkdtemp(name));
+        dir = name;
+        Numbers model(tiny());
+        trainer::save_model(model, dir + "/model"), content[MODEL] = read(dir + "/model");
+        write_tokens(dir + "/tokens", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}), content[TOKENS] = read(dir + "/tokens");
+        trainer::save_state(model, {}, settings(), dir + "/state"), content[STATE] = read(dir + "/state");
+    }
+    ~Valid() {
+        std::error_code ignored;
+        std::filesystem::remove_all(dir, ignored);
+    }
+};
+const Valid& valid() {
+    static const Valid v;
+    return v;
+}
+
+// Numbers in two pieces; what was read is written, and read again, without a change.
+void read_model(const std::string& path) {
+    ModelReader r(path);
+    size_t n = num_params(r.cfg), half = n / 2;
+    std::vector<float> x(n), again(n);
+    r.read(x.data(), half), r.read(x.data() + half, n - half);
+    std::string copy = path + ".copy";
+    ModelWriter w(copy, r.cfg, r.version);
+    w.add(x.data(), n), w.finish();
+    ModelReader back(copy);
+    back.read(again.data(), n);
+    require(back.cfg.same_shape(r.cfg) && back.version == r.version && !memcmp(x.data(), again.data(), n * 4));
+}
+
+// Training windows from any position on, and every batch of an evaluation.
+void read_tokens(const std::string& path) {
+    TokenFile file(path);
+    uint64_t seed = file[0], position = file.size() > 4 ? (uint64_t)file[1] << 32 | (uint64_t)file[2] << 16 | file[3] : 0;
+    int T = 1 + file[file.size() - 1] % 9, B = 1 + file[file.size() / 2] % 5;
+    std::vector<int> x((size_t)(B * T)), y(x);
+    EvalLoader eval(file, B, T);
+    size_t targets = 0;
+    for (size_t i = 0; i < eval.batches(); i++) {
+        eval.get(i, x.data(), y.data());
+        for (int t : y) targets += t >= 0;
+    }
+    require(targets == file.size() - 1);
+    TrainLoader train(file, T, seed, seed % 2, 0, 1);
+    train.seek(position);
+    for (int i = 0; i < 3; i++) train.next(B, x.data(), y.data());
+    require(train.position() == position + 3 * (uint64_t)B);
+    file.check_vocab(50257);
+}
+
+// The settings become flags as on --resume; then the moments and the checksum.
+void read_state(const std::string& path) {
+    trainer::StateReader r(path);
+    trainer::Options o;
+    Flags f("fuzz", "");
+    trainer::add_flags(f, o);
+    Numbers model(tiny());
+    try {
+        f.restore(r.settings, {"out"});
+        trainer::check_options(o);
+    } catch (const UsageError&) {
+    }
+    r.load_moments(model);
+    std::string copy = path + ".copy";
+    trainer::save_state(model, r.progress, r.settings, copy);
+    trainer::StateReader back(copy);
+    back.load_moments(model);
+    require(back.settings == r.settings && back.progress.step == r.progress.step && back.progress.position == r.progress.position);
+}
+
+// A state whose checksum is right, so that mutations reach past it.
+void sign_state(uint8_t* data, size_t size) {
+    if (size < 8) return;
+    trainer::Checksum sum;
+    sum.add(data, size - 8);
+    Numbers model(tiny());
+    sum.add(model.x[0].data(), model.x[0].size() * 4);
+    uint64_t check = sum.value();
+    memcpy(data + size - 8, &check, 8);
+}
+
+}  // namespace
+
+// Starts from a valid file, so that mutations reach past the first check.
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
+    if (size < 2 || seed % 64 == 0) {
+        int mode = (int)(seed / 64 % NUM_MODES);
+        std::string s = std::string(1, (char)mode) + valid().content[mode];
+        size = std::min(s.size(), max_size);
+        memcpy(data, s.data(), size);
+    }
+    size = 1 + LLVMFuzzerMutate(data + 1, size - 1, max_size - 1);
+    if (data[0] % NUM_MODES == STATE && seed % 2) sign_state(data + 1, size - 1);
+    return size;
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    if (size < 1) return 0;
+    const std::string path = valid().dir + "/in";
+    const int mode = data[0] % NUM_MODES;
+    write(path, std::string((const char*)data + 1, size - 1));
+    try {
+        if (mode == MODEL) read_model(path);
+        else if (mode == TOKENS) read_tokens(path);
+        else read_state(path);
+    } catch (const Error& e) {
+        require(!strchr(e.what(), '\n'));
+    }
+    return 0;
+}

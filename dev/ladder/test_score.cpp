@@ -1,0 +1,165 @@
+// test_score.cpp - the measures of score_poems on cases small enough to count by hand.
+#include <doctest/doctest.h>
+
+#ifndef ARAPOET_NO_MAIN
+#define ARAPOET_NO_MAIN
+#endif
+#include "dev/ladder/score_poems.cpp"
+
+#include "dev/test_util.h"
+
+namespace {
+
+std::string rhyme(const char* verse, bool last_letter = false) {
+    std::string text;
+    for (char32_t c : score::rhyme(verse, last_letter)) utf8::append(text, (uint32_t)c);
+    return text;
+}
+
+// The longest run that ends at each character, by trying every pair of places.
+std::vector<int> runs_by_trying(const std::string& poem, const score::Poems& training) {
+    std::vector<int> runs(poem.size());
+    for (size_t end = 0; end < poem.size(); end++)
+        for (size_t n = 1; n <= end + 1; n++)
+            for (const std::string& t : training)
+                if (contains(t, poem.substr(end + 1 - n, n))) runs[end] = (int)n;
+    return runs;
+}
+
+std::string score_error(std::vector<const char*> words) {
+    words.insert(words.begin(), "score_poems");
+    return error_of([&] { score::score_main((int)words.size(), const_cast<char**>(words.data())); });
+}
+
+}  // namespace
+
+TEST_CASE("a verse's rhyme goes from its end back to the rhyme letter, over vowels and pronoun endings") {
+    CHECK(rhyme("يا ليل طلت\tفهل تسرع") == "ع");
+    CHECK(rhyme("سيرا") == "ار");       // read from the end: a long vowel after the rhyme letter
+    CHECK(rhyme("كتابها") == "اهب");
+    CHECK(rhyme("كتابه ") == "هب");
+    CHECK(rhyme("مدينة") == rhyme("يمينه"));  // sounds the same at the end of a verse
+    CHECK(rhyme("الهوى") == "اوه");     // three letters at most
+    CHECK(rhyme("الهوى", true) == "ا");
+    CHECK(rhyme("تسرع", true) == "ع");
+    CHECK(rhyme("و") == "و");
+    CHECK(rhyme("\t ") == "");
+}
+
+TEST_CASE("agreement counts the verses with their poem's most frequent rhyme; a lone verse has none to agree with") {
+    CHECK(score::agreement({{U"a", U"a", U"b", U"a"}, {U"c", U"d"}, {U"e"}}) == doctest::Approx(4.0 / 6));
+    CHECK(std::isnan(score::agreement({{U"a"}, {}})));
+    CHECK(score::agreement_by_chance({{U"a", U"a"}, {U"a", U"a"}}) == doctest::Approx(1));
+    // Two rhymes, equally frequent, at random: of two verses both agree half of the time, and else one of them.
+    std::vector<std::vector<std::u32string>> poems;
+    for (int i = 0; i < 300; i++) poems.push_back({U"a", U"a"}), poems.push_back({U"b", U"b"});
+    CHECK(score::agreement(poems) == 1);
+    CHECK(score::agreement_by_chance(poems) == doctest::Approx(0.75).epsilon(0.02));
+}
+
+TEST_CASE("lengths know their mean, spread, quantiles and distance") {
+    score::Lengths a, b, c;
+    for (size_t l : {3, 3, 5, 9}) a.add(l);
+    for (size_t l : {4, 4, 6, 10}) b.add(l);
+    c.add(9);
+    CHECK(a.mean() == 5);
+    CHECK(a.sd() == doctest::Approx(std::sqrt(6.0)));
+    CHECK(a.quantile(0.5) == 3);
+    CHECK(a.quantile(0.51) == 5);
+    CHECK(a.quantile(1) == 9);
+    CHECK(a.distance(a) == 0);
+    CHECK(a.distance(b) == doctest::Approx(1));  // every one of them a letter longer
+    CHECK(a.distance(c) == doctest::Approx((6 + 6 + 4 + 0) / 4.0));
+    CHECK(c.distance(a) == doctest::Approx(4));
+}
+
+TEST_CASE("the longest shared run at each place is what trying every pair of places finds, and none reaches over a poem's end") {
+    rng::Key key(5, 0, rng::SAMPLE);
+    uint64_t draw = 0;
+    auto text = [&](size_t n, size_t letters) {
+        std::string s;
+        while (s.size() < n) s += "ab\ncd"[(size_t)(key.uniform(draw++) * (double)letters)];
+        return s;
+    };
+    for (size_t alphabet = 1; alphabet <= 5; alphabet++)
+        for (int trial = 0; trial < 20; trial++) {
+            score::Poems training = {text(40, alphabet), text(1, alphabet), text(25, alphabet)}, poems = {text(30, 5), text(9, alphabet), text(20, alphabet)};
+            auto got = score::shared_runs(poems, training);
+            REQUIRE(got.size() == poems.size());
+            for (size_t i = 0; i < poems.size(); i++) {
+                CAPTURE(poems[i]);
+                CHECK(got[i] == runs_by_trying(poems[i], training));
+            }
+        }
+    // "ab" ends one training poem and "cd" begins the next; "abcd" occurs in neither.
+    CHECK(score::shared_runs({"abcd"}, {"xab", "cdx"})[0] == std::vector<int>{1, 2, 1, 2});
+    CHECK(score::shared_runs({"ab", "cd"}, {"abcd"})[1] == std::vector<int>{1, 2});
+}
+
+TEST_CASE("shared runs of a million characters take moments, however repetitive they are") {
+    std::string a(100000, 'a');
+    auto runs = score::shared_runs({a, a + "b"}, {std::string(400000, 'a') + "b", a});
+    CHECK(runs[0].back() == 100000);
+    CHECK(runs[1].back() == 100001);
+}
+
+TEST_CASE("a file's scores are what a hand counts") {
+    score::Reference ref({"قفا نبك\tمن ذكرى\nحبيب\tومنزل", "قفا"});
+    score::Scores s = score::measure({"قفا نبك\tمن ذكرى\nحبيبان\tغريبان بلا\nقفا نبك\tمن ذكرى", "منزل"}, ref);
+    CHECK(s.poems == 2);
+    CHECK(s.verses == 4);
+    CHECK(s.words == 12);
+    CHECK(s.known == doctest::Approx(8.0 / 12));       // not حبيبان غريبان بلا منزل, which the text has with و alone
+    CHECK(s.long_words == 2);                          // حبيبان غريبان
+    CHECK(s.long_known == 0);
+    CHECK(s.last_letter == 1);                         // ى, ا, ى; the lone verse does not count
+    CHECK(s.rhyme == doctest::Approx(2.0 / 3));        // رى, لا, رى
+    CHECK(s.two_hemistichs == doctest::Approx(3.0 / 4));
+    CHECK(s.repeated == doctest::Approx(1.0 / 4));
+    CHECK(s.copied == doctest::Approx(2.0 / 4));
+    CHECK(s.verse.mean() == doctest::Approx((12 + 15 + 12 + 4) / 4.0));
+    CHECK(s.hemistich.mean() == doctest::Approx((6 + 6 + 6 + 9 + 6 + 6 + 4) / 7.0));
+    CHECK(ref.hemistich.quantile(0.025) == 3);
+    CHECK(ref.hemistich.quantile(0.975) == 6);
+    CHECK(s.usual_length == doctest::Approx(6.0 / 7));  // all but غريبان بلا
+    // Runs: the two copied verses whole, 15 signs with spaces and TAB; حبيب of the second; منزل of the last.
+    CHECK(s.mean_run == doctest::Approx((15 + 4 + 15 + 4) / 4.0));
+    CHECK(s.longest_run == 20);                        // the first verse, the line end, and حبيب
+    CHECK(s.longest_text == "قفا نبك\tمن ذكرى\nحبيب");
+    // Within the poems: 6 6 6 9 6 6, mean 6.5, and one of 4.
+    CHECK(s.evenness == doctest::Approx(std::sqrt((5 * 0.25 + 6.25) / 7)));
+}
+
+TEST_CASE("poems are read from what sample_gpt2 and the ladder write, and from token files") {
+    TempDir dir;
+    Tokenizer t = Tokenizer::characters("قفا نبك\n\t");
+    write_file(dir / "samples.txt", "--- 1 ---\nقفا نبك\tقفا\nنبك\n\n--- 2 ---\nنبك\n");
+    write_file(dir / "ladder.txt", "قفا نبك\tقفا\nنبك\n\nنبك\n");
+    std::vector<uint16_t> tokens;
+    for (const char* poem : {"قفا نبك\tقفا\nنبك", "نبك"}) {
+        tokens.push_back((uint16_t)t.eot());
+        for (int id : t.encode(poem)) tokens.push_back((uint16_t)id);
+    }
+    write_tokens(dir / "poems.bin", tokens);
+    const score::Poems want = {"قفا نبك\tقفا\nنبك", "نبك"};
+    for (const char* name : {"samples.txt", "ladder.txt", "poems.bin"}) {
+        CAPTURE(name);
+        CHECK(score::read_poems(dir / name, t) == want);
+    }
+}
+
+TEST_CASE("score_poems names the file or flag that is wrong") {
+    TempDir dir;
+    CHECK(contains(score_error({}), "which poems?"));
+    CHECK(contains(score_error({"x.txt", "--data", dir.path.c_str()}), dir / "train.bin: not found"));
+    Tokenizer t = Tokenizer::characters("قفا\n");
+    t.save(dir / "tokenizer.bin");
+    write_tokens(dir / "train.bin", {(uint16_t)t.eot(), 0, 1});
+    CHECK(contains(score_error({"/nowhere/x.txt", "--data", dir.path.c_str()}), "/nowhere/x.txt: cannot open"));
+    CHECK(contains(score_error({"x", "--poems", "-1"}), "--poems is -1"));
+    std::string poems = dir / "poems.txt", bad = dir / "bad.txt", tokens = dir / "tokens.bin";
+    write_file(poems, "قفا نبك\n"), write_file(bad, "\xff\xfe\n"), write_tokens(tokens, {99});
+    CHECK(contains(score_error({poems.c_str(), "--skip_last", "--data", dir.path.c_str()}), poems + ": holds no poem of two verses"));
+    CHECK(contains(score_error({bad.c_str(), "--data", dir.path.c_str()}), bad + ": is UTF-16"));
+    CHECK(contains(score_error({tokens.c_str(), "--data", dir.path.c_str()}), tokens + ": token 99"));
+}
