@@ -5,6 +5,7 @@
 
 #include <numeric>
 #include <random>
+#include <set>
 
 #include "dev/test_gpu_util.h"
 
@@ -23,9 +24,9 @@ struct Tolerances {
     double weights;    // after ten steps
 };
 #ifdef EMULATOR
-constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1e-2, 1e-3, 2e-3, 1e-2, 2e-2} : Tolerances{1e-5, 1e-6, 1e-5, 1e-5, 1e-4};
+constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1e-2, 1e-3, 2e-3, 1e-2, 2e-2} : Tolerances{1e-5, 1e-6, 1e-5, 1e-5, 2e-5};
 #else
-constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2} : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 3e-4};
+constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2} : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 6e-5};
 #endif
 
 // The file of timed algorithms goes to a folder of this program's own.
@@ -91,9 +92,10 @@ void accumulate(Model& m, const Data& d, size_t first, size_t count, uint32_t st
         m.accumulate(d.x[first + i].data(), d.y[first + i].data(), d.B, d.T, pass);
     }
 }
+// eps lies above the gradients' rounding noise in fp32, so that AdamW does not make full steps of it.
 AdamW settings() {
     AdamW a;
-    a.lr = 3e-3f, a.weight_decay = 0.1f, a.grad_clip = 1;
+    a.lr = 3e-3f, a.weight_decay = 0.1f, a.grad_clip = 1, a.eps = 1e-6f;
     return a;
 }
 
@@ -190,7 +192,7 @@ TEST_CASE("GPU model: ten steps of training follow the CPU's losses, with and wi
             check_close(std::string("ten steps: ") + (master ? "with" : "without") + " masters, loss " + std::to_string(i), &got[i], &want[i], 1,
                         ALLOWED.ten_steps * (BUILT_BF16 && !master ? 5 : 1));
         if (master) {
-            // But for qkvb: a key's bias has no gradient but rounding noise, of which AdamW makes full steps.
+            // But for qkvb: a key's bias has no gradient but rounding noise, and bf16's is large.
             Values weights = get_state(m, gpu::GPT2::PARAMS);
             ParamTable table = param_table(c);
             auto off = param_offsets(c);
@@ -319,13 +321,31 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended whe
     CHECK(contains(path, std::to_string(cublasLtGetVersion())));
     { gpu::GPT2 m(c, 2, 16, true); }
     CHECK(read_file(path) == first);
-    // An entry is believed: another valid algorithm in it is taken. One that is none is timed again.
-    for (std::string damaged : {std::string("zz") + first.substr(2), first.substr(0, 40), "\n \n" + first.substr(first.find('\n') + 1), std::string(128, 'f') + first.substr(128)}) {
+    // Entries are believed: the emulator's other algorithm, whose workspace stands in bytes 8 to 15, is taken as it is.
+    std::string other;
+    for (size_t i = 0, end; i < first.size(); i = end + 1) {
+        end = first.find('\n', i);
+        std::string line = first.substr(i, end - i + 1);
+        other += line.substr(0, 16) + (line.substr(16, 16) == std::string(16, '0') ? "0000100000000000" : std::string(16, '0')) + line.substr(32);
+    }
+    write_file(path, other);
+    { gpu::GPT2 m(c, 2, 16, true); }
+    CHECK(read_file(path) == other);
+    // Entries that are none are timed again, and the file is whole afterwards.
+    const std::string first_bytes = first.substr(0, 4);
+    auto products = [&](const std::string& text) {
+        std::set<std::string> names;
+        for (size_t i = 0, end; i < text.size(); i = end + 1) {
+            end = text.find('\n', i);
+            std::string hex = text.substr(i, text.find(' ', i) - i);
+            if (hex.size() == 2 * sizeof(cublasLtMatmulAlgo_t) && hex.compare(0, 4, first_bytes) == 0) names.insert(text.substr(i + hex.size(), end - i - hex.size()));
+        }
+        return names;
+    };
+    for (std::string damaged : {"zz" + first.substr(2), first.substr(0, 40), "\n \n" + first.substr(first.find('\n') + 1), std::string(128, 'f') + first.substr(128)}) {
         write_file(path, damaged);
         { gpu::GPT2 m(c, 2, 16, true); }
-        std::string mended = read_file(path);
-        CHECK(std::count(mended.begin(), mended.end(), '\n') >= 15);
-        CHECK(mended.substr(mended.rfind('\n', mended.size() - 2)) != "");
+        CHECK(products(read_file(path)) == products(first));
     }
     setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
 }

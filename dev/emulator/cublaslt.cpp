@@ -83,6 +83,7 @@ struct Matmul {
     bool has_bias_gradient() const {
         return p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD || p.epilogue == CUBLASLT_EPILOGUE_BGRADA || p.epilogue == CUBLASLT_EPILOGUE_BGRADB;
     }
+    bool needs_bias() const { return has_bias() || has_bias_gradient(); }
     size_t bias_count() const { return p.epilogue == CUBLASLT_EPILOGUE_BGRADB ? n : m; }
 };
 
@@ -173,18 +174,28 @@ void run(const Matmul& f) {
 // ---------------------------------------------------------------------------------------------
 // What is supported, and what is right
 
-thread_local std::string refusal;  // why the last call was refused
-cublasStatus_t refuse(cublasStatus_t status, const std::string& why) {
-    refusal = why;
-    return status;
+struct Refusal {
+    cublasStatus_t status;
+    std::string why;
+};
+template <class... A>
+void demand(bool condition, cublasStatus_t otherwise, const char* why, A... a) {
+    if (!condition) throw Refusal{otherwise, format(why, a...)};
 }
+constexpr cublasStatus_t UNSUPPORTED = CUBLAS_STATUS_NOT_SUPPORTED, INVALID = CUBLAS_STATUS_INVALID_VALUE;
+thread_local std::string last_refusal;
 
-// Of a matrix product, not of a question to the heuristic: an operand out of bounds is a fault, as it would be on a device.
-cublasStatus_t loud(cublasStatus_t s) {
-    const std::string text = "cublasLtMatmul: " + refusal;
-    if (s == CUBLAS_STATUS_EXECUTION_FAILED) report(cudaErrorIllegalAddress, text);
-    else emu::refuse(cudaErrorInvalidValue, text);
-    return s;
+// The API's functions: a body that throws what it refuses.
+template <class F>
+cublasStatus_t status_of(F body) {
+    std::lock_guard<std::recursive_mutex> lock(api_lock);
+    try {
+        body();
+        return CUBLAS_STATUS_SUCCESS;
+    } catch (const Refusal& r) {
+        last_refusal = r.why;
+        return r.status;
+    }
 }
 
 bool known_epilogue(uint32_t e) {
@@ -195,76 +206,71 @@ bool known_epilogue(uint32_t e) {
     return false;
 }
 
-// Everything that does not depend on the matrices' addresses. Fills in m, n, k.
-cublasStatus_t check_shapes(Matmul& f) {
+// The product of these descriptors, addresses still missing, if it is one.
+Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d) {
+    demand(desc && a && b && c && d, INVALID, "a descriptor is null");
+    Matmul f = {};
+    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
     const Product& p = f.p;
-    auto unsupported = [](const std::string& why) { return refuse(CUBLAS_STATUS_NOT_SUPPORTED, why); };
-    auto invalid = [](const std::string& why) { return refuse(CUBLAS_STATUS_INVALID_VALUE, why); };
-    const bool fast = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 || p.compute == CUBLAS_COMPUTE_32F_FAST_16BF || p.compute == CUBLAS_COMPUTE_32F_FAST_16F;
-    if (!fast && p.compute != CUBLAS_COMPUTE_32F && p.compute != CUBLAS_COMPUTE_32F_PEDANTIC) return unsupported("the compute type is not fp32");
-    if (p.scale != CUDA_R_32F) return unsupported("the scale type is not fp32");
     const cudaDataType_t in = f.a.type, out = f.d.type;
-    if (f.b.type != in || f.c.type != out || !((in == CUDA_R_16BF && (out == CUDA_R_16BF || out == CUDA_R_32F)) || (in == CUDA_R_32F && out == CUDA_R_32F)))
-        return unsupported(format("the types of A, B, C, D are %d, %d, %d, %d; supported are bf16 to bf16 or fp32, and fp32", f.a.type, f.b.type, f.c.type, f.d.type));
-    if (fast && in != CUDA_R_32F) return unsupported("the FAST compute types are for fp32 matrices");
-    if (!known_epilogue(p.epilogue)) return unsupported(format("epilogue %u", p.epilogue));
-    if (options().refused_epilogues & p.epilogue & ~(uint32_t)CUBLASLT_EPILOGUE_DEFAULT) return unsupported(format("epilogue %u is switched off", p.epilogue));
-    if (p.pointer_mode != CUBLASLT_POINTER_MODE_HOST && p.pointer_mode != CUBLASLT_POINTER_MODE_DEVICE) return unsupported("the pointer mode of alpha and beta");
+    const bool fast = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 || p.compute == CUBLAS_COMPUTE_32F_FAST_16BF || p.compute == CUBLAS_COMPUTE_32F_FAST_16F;
+    demand(fast || p.compute == CUBLAS_COMPUTE_32F || p.compute == CUBLAS_COMPUTE_32F_PEDANTIC, UNSUPPORTED, "the compute type is not fp32");
+    demand(p.scale == CUDA_R_32F, UNSUPPORTED, "the scale type is not fp32");
+    demand(f.b.type == in && f.c.type == out && (in == CUDA_R_32F || in == CUDA_R_16BF) && (out == CUDA_R_32F || out == in), UNSUPPORTED,
+           "the types of A, B, C, D are %d, %d, %d, %d; supported are bf16 to bf16 or fp32, and fp32", in, f.b.type, f.c.type, out);
+    demand(!fast || in == CUDA_R_32F, UNSUPPORTED, "the FAST compute types are for fp32 matrices");
+    demand(known_epilogue(p.epilogue), UNSUPPORTED, "epilogue %u", p.epilogue);
+    demand(!(options().refused_epilogues & p.epilogue), UNSUPPORTED, "epilogue %u is switched off", p.epilogue);
+    demand(p.pointer_mode == CUBLASLT_POINTER_MODE_HOST || p.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE, UNSUPPORTED, "the pointer mode of alpha and beta");
 
-    f.m = p.trans_a ? f.a.cols : f.a.rows, f.k = p.trans_a ? f.a.rows : f.a.cols;
-    f.n = p.trans_b ? f.b.rows : f.b.cols;
-    const uint64_t k_of_b = p.trans_b ? f.b.cols : f.b.rows;
-    if (f.k != k_of_b || f.d.rows != f.m || f.d.cols != f.n || f.c.rows != f.m || f.c.cols != f.n)
-        return invalid(format("op(A) is (%zu,%zu), op(B) (%zu,%zu), C (%zu,%zu), D (%zu,%zu)", f.m, f.k, (size_t)k_of_b, f.n,
-                              (size_t)f.c.rows, (size_t)f.c.cols, (size_t)f.d.rows, (size_t)f.d.cols));
-    const char* names = "ABCD";
+    f.m = p.trans_a ? f.a.cols : f.a.rows, f.k = p.trans_a ? f.a.rows : f.a.cols, f.n = p.trans_b ? f.b.rows : f.b.cols;
+    const size_t k_of_b = p.trans_b ? f.b.cols : f.b.rows;
+    demand(f.k == k_of_b && f.d.rows == f.m && f.d.cols == f.n && f.c.rows == f.m && f.c.cols == f.n, INVALID,
+           "op(A) is (%zu,%zu), op(B) (%zu,%zu), C (%zu,%zu), D (%zu,%zu)", f.m, f.k, k_of_b, f.n, (size_t)f.c.rows, (size_t)f.c.cols,
+           (size_t)f.d.rows, (size_t)f.d.cols);
+    const char* name = "ABCD";
     for (const Layout* l : {&f.a, &f.b, &f.c, &f.d}) {
-        const char name = *names++;
-        if (l->order != CUBLASLT_ORDER_COL) return unsupported(format("%c is not in column order", name));
-        if (!l->rows || !l->cols) return invalid(format("%c is empty", name));
-        if (l->ld < (int64_t)l->rows) return invalid(format("%c has leading dimension %ld, less than its %zu rows", name, (long)l->ld, (size_t)l->rows));
-        if (l->batch != f.d.batch || l->batch < 1) return invalid(format("%c has %d batches, D has %d", name, l->batch, f.d.batch));
+        demand(l->order == CUBLASLT_ORDER_COL, UNSUPPORTED, "%c is not in column order", *name);
+        demand(l->rows && l->cols, INVALID, "%c is empty", *name);
+        demand(l->ld >= (int64_t)l->rows, INVALID, "%c has leading dimension %ld, less than its %zu rows", *name, (long)l->ld, (size_t)l->rows);
+        demand(l->batch == f.d.batch && l->batch >= 1, INVALID, "%c has %d batches, D has %d", *name, l->batch, f.d.batch);
+        name++;
     }
     if (f.needs_aux()) {
-        if (p.aux_type >= 0 && p.aux_type != (int)out) return unsupported("the auxiliary matrix has another type than D");
-        if (p.aux_ld < (int64_t)f.m || p.aux_ld % 8)
-            return invalid(format("the auxiliary matrix has leading dimension %ld; wanted a multiple of 8, at least %zu", (long)p.aux_ld, f.m));
-        if (p.aux_stride % 8) return invalid("the batch stride of the auxiliary matrix is not a multiple of 8");
+        demand(p.aux_type < 0 || p.aux_type == (int)out, UNSUPPORTED, "the auxiliary matrix has another type than D");
+        demand(p.aux_ld >= (int64_t)f.m && p.aux_ld % 8 == 0, INVALID,
+               "the auxiliary matrix has leading dimension %ld; wanted a multiple of 8, at least %zu", (long)p.aux_ld, f.m);
+        demand(p.aux_stride % 8 == 0, INVALID, "the batch stride of the auxiliary matrix is not a multiple of 8");
     }
-    if ((f.has_bias() || f.has_bias_gradient()) && p.bias_type >= 0 && p.bias_type != (int)out) return unsupported("the bias has another type than D");
-    return CUBLAS_STATUS_SUCCESS;
+    if (f.needs_bias()) demand(p.bias_type < 0 || p.bias_type == (int)out, UNSUPPORTED, "the bias has another type than D");
+    return f;
 }
 
-cublasStatus_t check_operands(const Matmul& f, const Algorithm& algorithm) {
+void check_operands(const Matmul& f, const Algorithm& algorithm) {
     auto check = [&](const char* name, const void* p, uint32_t alignment, size_t bytes) {
-        if (!p) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("%s is null", name));
-        if ((uintptr_t)p % alignment) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("%s is %p, not aligned to %u bytes as the preference promised", name, p, alignment));
+        demand(p, INVALID, "%s is null", name);
+        demand((uintptr_t)p % alignment == 0, INVALID, "%s is %p, not aligned to %u bytes as the preference promised", name, p, alignment);
         const std::string wrong = check_range(p, bytes, name);
-        return wrong.empty() ? CUBLAS_STATUS_SUCCESS : refuse(CUBLAS_STATUS_EXECUTION_FAILED, wrong);
+        if (!wrong.empty()) report(cudaErrorIllegalAddress, "cublasLtMatmul: " + wrong);  // a fault, as it would be on a device
+        demand(wrong.empty(), CUBLAS_STATUS_EXECUTION_FAILED, "%s", wrong.c_str());
     };
-    auto matrix = [](const Layout& l) {
-        return ((size_t)(l.batch - 1) * (size_t)l.stride + (l.cols - 1) * (size_t)l.ld + l.rows) * size_of(l.type);
+    auto bytes = [&](size_t batch_stride, size_t ld, size_t rows, size_t cols, cudaDataType_t type) {
+        return ((size_t)(f.d.batch - 1) * batch_stride + (cols - 1) * ld + rows) * size_of(type);
     };
-    const size_t batches = (size_t)f.d.batch, out = size_of(f.d.type);
-    if (cublasStatus_t s = check("A", f.A, algorithm.alignment[0], matrix(f.a))) return s;
-    if (cublasStatus_t s = check("B", f.B, algorithm.alignment[1], matrix(f.b))) return s;
-    if (f.beta != 0 || f.device_beta)
-        if (cublasStatus_t s = check("C", f.C, algorithm.alignment[2], matrix(f.c))) return s;
-    if (cublasStatus_t s = check("D", f.D, algorithm.alignment[3], matrix(f.d))) return s;
-    if (f.C == f.D && (f.c.ld != f.d.ld || f.c.stride != f.d.stride)) return refuse(CUBLAS_STATUS_INVALID_VALUE, "C is D, with another layout");
-    if (f.needs_aux())
-        if (cublasStatus_t s = check("auxiliary matrix", f.p.aux, 16, ((batches - 1) * (size_t)f.p.aux_stride + (f.n - 1) * (size_t)f.p.aux_ld + f.m) * out)) return s;
-    if (f.has_bias() || f.has_bias_gradient())
-        if (cublasStatus_t s = check("bias", f.p.bias, 16, ((batches - 1) * (size_t)f.p.bias_stride + f.bias_count()) * out)) return s;
+    auto check_matrix = [&](const char* name, const void* p, const Layout& l, uint32_t alignment) {
+        check(name, p, alignment, bytes((size_t)l.stride, (size_t)l.ld, l.rows, l.cols, l.type));
+    };
+    check_matrix("A", f.A, f.a, algorithm.alignment[0]), check_matrix("B", f.B, f.b, algorithm.alignment[1]);
+    if (f.beta != 0 || f.device_beta) check_matrix("C", f.C, f.c, algorithm.alignment[2]);
+    check_matrix("D", f.D, f.d, algorithm.alignment[3]);
+    demand(f.C != f.D || (f.c.ld == f.d.ld && f.c.stride == f.d.stride), INVALID, "C is D, with another layout");
+    if (f.needs_aux()) check("auxiliary matrix", f.p.aux, 16, bytes((size_t)f.p.aux_stride, (size_t)f.p.aux_ld, f.m, f.n, f.d.type));
+    if (f.needs_bias()) check("bias", f.p.bias, 16, bytes((size_t)f.p.bias_stride, 0, f.bias_count(), 1, f.d.type));
     for (const float* scalar : {f.device_alpha, f.device_beta})
-        if (scalar)
-            if (cublasStatus_t s = check("alpha or beta", scalar, 4, 4)) return s;
-    if (algorithm.workspace) {
-        if (f.workspace_bytes < algorithm.workspace)
-            return refuse(CUBLAS_STATUS_INVALID_VALUE, format("the algorithm needs a workspace of %zu bytes, given %zu", (size_t)algorithm.workspace, f.workspace_bytes));
-        if (cublasStatus_t s = check("workspace", f.workspace, 16, algorithm.workspace)) return s;
-    }
-    return CUBLAS_STATUS_SUCCESS;
+        if (scalar) check("alpha or beta", scalar, 4, 4);
+    demand(f.workspace_bytes >= algorithm.workspace, INVALID, "the algorithm needs a workspace of %zu bytes, given %zu",
+           (size_t)algorithm.workspace, f.workspace_bytes);
+    if (algorithm.workspace) check("workspace", f.workspace, 16, algorithm.workspace);
 }
 
 // The attributes' places; null for one that is not known.
@@ -320,10 +326,11 @@ Field field(Preference& p, cublasLtMatmulPreferenceAttributes_t a) {
     }
 }
 cublasStatus_t copy_attribute(void* to, const void* from, size_t bytes, Field f) {
-    if (!f.p) return refuse(CUBLAS_STATUS_NOT_SUPPORTED, "the attribute");
-    if (!to || !from || bytes != f.bytes) return refuse(CUBLAS_STATUS_INVALID_VALUE, format("the attribute has %zu bytes, given %zu", f.bytes, bytes));
-    memcpy(to, from, bytes);
-    return CUBLAS_STATUS_SUCCESS;
+    return status_of([&] {
+        demand(f.p, UNSUPPORTED, "the attribute");
+        demand(to && from && bytes == f.bytes, INVALID, "the attribute has %zu bytes, given %zu", f.bytes, bytes);
+        memcpy(to, from, bytes);
+    });
 }
 
 template <class Handle, class Content>
@@ -368,7 +375,7 @@ const char* cublasLtGetStatusName(cublasStatus_t s) {
 const char* cublasLtGetStatusString(cublasStatus_t s) {
     static thread_local std::string text;
     text = cublasLtGetStatusName(s);
-    if (s != CUBLAS_STATUS_SUCCESS && !refusal.empty()) text += " (" + refusal + ")";
+    if (s != CUBLAS_STATUS_SUCCESS && !last_refusal.empty()) text += " (" + last_refusal + ")";
     return text.c_str();
 }
 
@@ -406,64 +413,65 @@ cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* prefer
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference,
                                               int wanted, cublasLtMatmulHeuristicResult_t* results, int* found) {
-    *found = 0;
-    Matmul f = {};
-    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
-    const Preference& p = *(Preference*)preference;
-    if (wanted < 1) return CUBLAS_STATUS_INVALID_VALUE;
-    if (cublasStatus_t s = check_shapes(f)) return s;
-    for (uint64_t workspace : {(uint64_t)0, (uint64_t)1 << 20, (uint64_t)4 << 20}) {
-        if (*found == wanted || workspace > p.workspace) break;
-        Algorithm algorithm = {ALGORITHM_ID, workspace, {}};
-        for (int i = 0; i < 4; i++) algorithm.alignment[i] = std::min(p.alignment[i], 16u);
-        cublasLtMatmulHeuristicResult_t& r = results[(*found)++];
-        r = {};
-        memcpy((void*)&r.algo, &algorithm, sizeof algorithm);
-        r.workspaceSize = workspace, r.state = CUBLAS_STATUS_SUCCESS, r.wavesCount = 1;
-    }
-    return CUBLAS_STATUS_SUCCESS;
+    return status_of([&] {
+        *found = 0;
+        demand(wanted >= 1 && preference, INVALID, "no results wanted, or no preference");
+        const Preference& p = *(Preference*)preference;
+        product_of(desc, a, b, c, d);
+        for (uint64_t workspace : {(uint64_t)0, (uint64_t)1 << 20, (uint64_t)4 << 20}) {
+            if (*found == wanted || workspace > p.workspace) break;
+            Algorithm algorithm = {ALGORITHM_ID, workspace, {}};
+            for (int i = 0; i < 4; i++) algorithm.alignment[i] = std::min(p.alignment[i], 16u);
+            cublasLtMatmulHeuristicResult_t& r = results[(*found)++];
+            r = {};
+            memcpy((void*)&r.algo, &algorithm, sizeof algorithm);
+            r.workspaceSize = workspace, r.state = CUBLAS_STATUS_SUCCESS, r.wavesCount = 1;
+        }
+    });
 }
 
-// Whether an algorithm, from a file perhaps, is one that the heuristic gave for this product.
+static Algorithm algorithm_of(const cublasLtMatmulAlgo_t* algo) {
+    Algorithm a = {ALGORITHM_ID, 0, {16, 16, 16, 16}};  // what serves where none is named
+    if (algo) memcpy(&a, algo, sizeof a);
+    demand(a.id == ALGORITHM_ID, INVALID, "the algorithm is not one of the heuristic's");
+    return a;
+}
+// Whether an algorithm, from a file perhaps, serves for this product.
 cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                        cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
                                        cublasLtMatmulHeuristicResult_t* result) {
-    Matmul f = {};
-    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
-    if (cublasStatus_t s = check_shapes(f)) return s;
-    Algorithm algorithm;
-    memcpy(&algorithm, algo, sizeof algorithm);
-    if (algorithm.id != ALGORITHM_ID) return refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one of the heuristic's");
-    result->workspaceSize = algorithm.workspace, result->state = CUBLAS_STATUS_SUCCESS, result->wavesCount = 1;
-    return CUBLAS_STATUS_SUCCESS;
+    return status_of([&] {
+        product_of(desc, a, b, c, d);
+        result->workspaceSize = algorithm_of(algo).workspace, result->state = CUBLAS_STATUS_SUCCESS, result->wavesCount = 1;
+    });
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a,
                               const void* B, cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
                               cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,
                               cudaStream_t stream) {
-    std::lock_guard<std::recursive_mutex> lock(api_lock);
-    if (fault_code() != cudaSuccess) return refuse(CUBLAS_STATUS_EXECUTION_FAILED, last_report());
-    if (!handle || !desc || !alpha || !beta || !a || !b || !c || !d) return refuse(CUBLAS_STATUS_INVALID_VALUE, "a null argument");
-    Matmul f = {};
-    f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
-    f.A = (const char*)A, f.B = (const char*)B, f.C = (const char*)C, f.D = (char*)D;
-    f.workspace = workspace, f.workspace_bytes = workspace_bytes;
-    if (cublasStatus_t s = check_shapes(f)) return loud(s);
-    if (f.p.pointer_mode == CUBLASLT_POINTER_MODE_HOST) f.alpha = *(const float*)alpha, f.beta = *(const float*)beta;
-    else f.device_alpha = (const float*)alpha, f.device_beta = (const float*)beta;
-    Algorithm algorithm = {ALGORITHM_ID, 0, {16, 16, 16, 16}};
-    if (algo) memcpy(&algorithm, algo, sizeof algorithm);
-    if (algorithm.id != ALGORITHM_ID) return refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one of the heuristic's");
-    if (cublasStatus_t s = check_operands(f, algorithm)) return loud(s);
-    const cudaError_t e = api([&] {
-        submit(stream, [f, algorithm]() mutable {
-            if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
-            if (f.device_alpha) f.alpha = *f.device_alpha;
-            if (f.device_beta) f.beta = *f.device_beta;
-            run(f);
+    const cublasStatus_t status = status_of([&] {
+        demand(fault_code() == cudaSuccess, CUBLAS_STATUS_EXECUTION_FAILED, "%s", last_report().c_str());
+        demand(handle && alpha && beta, INVALID, "the handle, alpha or beta is null");
+        Matmul f = product_of(desc, a, b, c, d);
+        f.A = (const char*)A, f.B = (const char*)B, f.C = (const char*)C, f.D = (char*)D;
+        f.workspace = workspace, f.workspace_bytes = workspace_bytes;
+        if (f.p.pointer_mode == CUBLASLT_POINTER_MODE_HOST) f.alpha = *(const float*)alpha, f.beta = *(const float*)beta;
+        else f.device_alpha = (const float*)alpha, f.device_beta = (const float*)beta;
+        const Algorithm algorithm = algorithm_of(algo);
+        check_operands(f, algorithm);
+        const cudaError_t e = api([&] {
+            submit(stream, [f, algorithm]() mutable {
+                if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
+                if (f.device_alpha) f.alpha = *f.device_alpha;
+                if (f.device_beta) f.beta = *f.device_beta;
+                run(f);
+            });
         });
+        demand(e == cudaSuccess, CUBLAS_STATUS_EXECUTION_FAILED, "%s", cudaGetErrorString(e));
     });
-    return e == cudaSuccess ? CUBLAS_STATUS_SUCCESS : refuse(CUBLAS_STATUS_EXECUTION_FAILED, cudaGetErrorString(e));
+    if (status != CUBLAS_STATUS_SUCCESS && fault_code() == cudaSuccess) refuse(cudaErrorInvalidValue, "cublasLtMatmul: " + last_refusal);
+    return status;
 }
+
 }  // extern "C"
