@@ -190,7 +190,7 @@ test-emulator-asan: need-cuda
 	@$(MAKE) --no-print-directory emulated-tests BUILD=build/emulator-asan CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 test-emulator-tsan: need-cuda
 	@dev/setup.sh tests
-	@$(MAKE) --no-print-directory emulated-tests BUILD=build/emulator-tsan CXXFLAGS="-O1 -g -fsanitize=thread"
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory emulated-tests BUILD=build/emulator-tsan CXXFLAGS="-O1 -g -fsanitize=thread"
 emulated-tests:
 	@$(MAKE) --no-print-directory -j$$(nproc) $(CUDA_TESTS)
 	@dev/run_tests.sh $(CUDA_TESTS)

@@ -207,21 +207,25 @@ bool known_epilogue(uint32_t e) {
 }
 
 // The product of these descriptors, addresses still missing, if it is one.
-Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d) {
+Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                  cublasLtMatrixLayout_t d) {
     demand(desc && a && b && c && d, INVALID, "a descriptor is null");
     Matmul f = {};
     f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
     const Product& p = f.p;
     const cudaDataType_t in = f.a.type, out = f.d.type;
-    const bool fast = p.compute == CUBLAS_COMPUTE_32F_FAST_TF32 || p.compute == CUBLAS_COMPUTE_32F_FAST_16BF || p.compute == CUBLAS_COMPUTE_32F_FAST_16F;
-    demand(fast || p.compute == CUBLAS_COMPUTE_32F || p.compute == CUBLAS_COMPUTE_32F_PEDANTIC, UNSUPPORTED, "the compute type is not fp32");
+    const cublasComputeType_t compute = p.compute;
+    const bool fast = compute == CUBLAS_COMPUTE_32F_FAST_TF32 || compute == CUBLAS_COMPUTE_32F_FAST_16BF ||
+                      compute == CUBLAS_COMPUTE_32F_FAST_16F;
+    demand(fast || compute == CUBLAS_COMPUTE_32F || compute == CUBLAS_COMPUTE_32F_PEDANTIC, UNSUPPORTED, "the compute type is not fp32");
     demand(p.scale == CUDA_R_32F, UNSUPPORTED, "the scale type is not fp32");
     demand(f.b.type == in && f.c.type == out && (in == CUDA_R_32F || in == CUDA_R_16BF) && (out == CUDA_R_32F || out == in), UNSUPPORTED,
            "the types of A, B, C, D are %d, %d, %d, %d; supported are bf16 to bf16 or fp32, and fp32", in, f.b.type, f.c.type, out);
     demand(!fast || in == CUDA_R_32F, UNSUPPORTED, "the FAST compute types are for fp32 matrices");
     demand(known_epilogue(p.epilogue), UNSUPPORTED, "epilogue %u", p.epilogue);
     demand(!(options().refused_epilogues & p.epilogue), UNSUPPORTED, "epilogue %u is switched off", p.epilogue);
-    demand(p.pointer_mode == CUBLASLT_POINTER_MODE_HOST || p.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE, UNSUPPORTED, "the pointer mode of alpha and beta");
+    demand(p.pointer_mode == CUBLASLT_POINTER_MODE_HOST || p.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE, UNSUPPORTED,
+           "the pointer mode of alpha and beta");
 
     f.m = p.trans_a ? f.a.cols : f.a.rows, f.k = p.trans_a ? f.a.rows : f.a.cols, f.n = p.trans_b ? f.b.rows : f.b.cols;
     const size_t k_of_b = p.trans_b ? f.b.cols : f.b.rows;
@@ -232,7 +236,8 @@ Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtM
     for (const Layout* l : {&f.a, &f.b, &f.c, &f.d}) {
         demand(l->order == CUBLASLT_ORDER_COL, UNSUPPORTED, "%c is not in column order", *name);
         demand(l->rows && l->cols, INVALID, "%c is empty", *name);
-        demand(l->ld >= (int64_t)l->rows, INVALID, "%c has leading dimension %ld, less than its %zu rows", *name, (long)l->ld, (size_t)l->rows);
+        demand(l->ld >= (int64_t)l->rows, INVALID, "%c has leading dimension %ld, less than its %zu rows", *name, (long)l->ld,
+               (size_t)l->rows);
         demand(l->batch == f.d.batch && l->batch >= 1, INVALID, "%c has %d batches, D has %d", *name, l->batch, f.d.batch);
         name++;
     }

@@ -180,7 +180,8 @@ inline void cp_async_wait(int at_most_pending) {
 // Launches: the kernel's arguments are converted to its own parameter types, and pointers must be device memory
 
 // pointers: of each argument, itself if it is one.
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::vector<const void*>& pointers, std::function<void()> body);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::vector<const void*>& pointers,
+                   std::function<void()> body);
 
 template <class T>
 const void* pointer_in(const T& value) {
@@ -294,11 +295,8 @@ EMU_LOAD(__ldg)
 EMU_LOAD(__ldcs)
 EMU_LOAD(__ldcg)
 EMU_LOAD(__ldca)
-EMU_LOAD(__ldlu)
-EMU_LOAD(__ldcv)
 EMU_STORE(__stcs)
 EMU_STORE(__stcg)
-EMU_STORE(__stwb)
 EMU_STORE(__stwt)
 #undef EMU_LOAD
 #undef EMU_STORE
@@ -336,7 +334,6 @@ EMU_ATOMIC(atomicAnd, old & v)
 EMU_ATOMIC(atomicOr, old | v)
 EMU_ATOMIC(atomicXor, old ^ v)
 EMU_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
-EMU_ATOMIC(atomicDec, old == 0 || old > v ? v : old - 1)
 #undef EMU_ATOMIC
 template <class T>
 T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
@@ -349,14 +346,9 @@ T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float __expf(float x) { return expf(x); }
-inline float __exp10f(float x) { return powf(10.0f, x); }
 inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
-inline float __powf(float x, float y) { return powf(x, y); }
-inline float __sinf(float x) { return sinf(x); }
-inline float __cosf(float x) { return cosf(x); }
 inline float __tanhf(float x) { return tanhf(x); }
-inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
@@ -382,8 +374,6 @@ inline unsigned __float_as_uint(float x) { return emu::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return emu::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return emu::bit_cast<float>(x); }
 inline float __int_as_float(int x) { return emu::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return emu::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return emu::bit_cast<double>(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline int __mulhi(int a, int b) { return (int)((int64_t)a * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {

@@ -33,7 +33,8 @@ cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, const std::v
         want(g.x && g.y && g.z && g.x <= 0x7fffffff && g.y <= 65535 && g.z <= 65535, cudaErrorInvalidConfiguration);
         want(c.dynamicSmemBytes <= (size_t)dynamic_limit(kernel), cudaErrorInvalidValue);
         for (unsigned i = 0; i < c.numAttrs; i++)
-            want(c.attrs[i].id != cudaLaunchAttributeClusterDimension && c.attrs[i].id != cudaLaunchAttributeCooperative, cudaErrorNotSupported);
+            want(c.attrs[i].id != cudaLaunchAttributeClusterDimension && c.attrs[i].id != cudaLaunchAttributeCooperative,
+                 cudaErrorNotSupported);
         submit(c.stream, [c, kernel, body] { run_kernel(c, kernel, body); });
     });
 }
@@ -66,7 +67,8 @@ static void check_copy(Rows target, Rows source, size_t row, size_t rows, cudaMe
     for (size_t i = 0; i < rows; i++)
         for (const Rows* end : {&target, &source}) {
             if (!find_allocation(end->p)) continue;  // pageable memory is not known here
-            const std::string wrong = check_range(end->p + i * end->pitch, row, end == &target ? "cudaMemcpy's target" : "cudaMemcpy's source");
+            const char* what = end == &target ? "cudaMemcpy's target" : "cudaMemcpy's source";
+            const std::string wrong = check_range(end->p + i * end->pitch, row, what);
             if (!wrong.empty()) throw refuse(cudaErrorInvalidValue, wrong);
         }
 }
@@ -82,7 +84,8 @@ static void copy(Rows target, Rows source, size_t row, size_t rows, cudaMemcpyKi
         for (size_t i = 0; i < rows; i++) memcpy(&(*staged)[i * row], source.p + i * source.pitch, row);
     }
     submit(stream, [=] {
-        for (size_t i = 0; i < rows; i++) memmove(target.p + i * target.pitch, staged ? &(*staged)[i * row] : source.p + i * source.pitch, row);
+        for (size_t i = 0; i < rows; i++)
+            memmove(target.p + i * target.pitch, staged ? &(*staged)[i * row] : source.p + i * source.pitch, row);
     });
     if (wait || (type_of(target.p) == cudaMemoryTypeUnregistered && !under_capture(stream))) wait_for_stream(stream);
 }

@@ -134,7 +134,8 @@ std::string check_range(const void* p, size_t bytes, const char* what) {
     if ((size_t)(a->begin + a->bytes - begin) < bytes)
         return format("%s: %zu bytes, which end ", what, bytes) + describe(*a, end);
     for (auto& [gap, gap_bytes] : a->gaps)
-        if (gap < end && gap + gap_bytes > begin) return format("%s: %zu bytes, which touch the gap behind a tensor, ", what, bytes) + describe(*a, std::max(gap, (char*)p));
+        if (gap < end && gap + gap_bytes > begin)
+            return format("%s: %zu bytes, which touch the gap behind a tensor, ", what, bytes) + describe(*a, std::max(gap, (char*)p));
     return "";
 }
 

@@ -492,7 +492,8 @@ TEST_CASE("a write beyond a launch's dynamic shared memory is reported") {
     Device<float> out(32);
     CHECK(report_of(write_dynamic, 1, 32, 1024, out, 255) == "");
     if (ASAN) return skip("AddressSanitizer ends the process; see the case of its own");
-    CHECK_CONTAINS(report_of(write_dynamic, 1, 32, 1024, out, 256), "has written 0 bytes past the end of its 1024 bytes of dynamic shared memory");
+    CHECK_CONTAINS(report_of(write_dynamic, 1, 32, 1024, out, 256),
+        "has written 0 bytes past the end of its 1024 bytes of dynamic shared memory");
 }
 TEST_CASE("a launch that asks for more shared memory than allowed, or for impossible blocks, is refused") {
     Device<float> out(1024);
@@ -583,7 +584,8 @@ TEST_CASE("shuffles with absent lanes are reported") {
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0x000fffffu, false), "reads lane 20, which is not there");
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, true), "reads lane 20, which is not there");
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, false), "reads lane 20, which is not there");
-    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 32, 0xfffffffeu, false), "__shfl_xor_sync: the mask fffffffe lacks the calling lane 0");
+    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 32, 0xfffffffeu, false),
+        "__shfl_xor_sync: the mask fffffffe lacks the calling lane 0");
 }
 
 __global__ void copies_left(const float4* in) {
@@ -727,7 +729,8 @@ CHILD_CASE("ldmatrix without a barrier") {
 }
 TEST_CASE("ThreadSanitizer names both lines of a race between CUDA threads") {
     if (!TSAN) return skip("run make test-emulator-tsan");
-    for (const char* name : {"no barrier", "no second barrier", "no syncwarp", "barrier before the copy*s wait", "ldmatrix without a barrier"}) {
+    for (const char* name : {"no barrier", "no second barrier", "no syncwarp", "barrier before the copy*s wait",
+        "ldmatrix without a barrier"}) {
         const std::string text = run_child(std::string("child: ") + name);
         CHECK_CONTAINS(text, "WARNING: ThreadSanitizer: data race");
         CHECK_CONTAINS(text, "test_emulator.cu:");
@@ -1106,7 +1109,9 @@ TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
         cudaEventRecord(e, loose), cudaStreamWaitEvent(side, e, 0);
         return cudaStreamEndCapture(side, &graph);
     });
-    capture(loose, global, cudaErrorStreamCaptureWrongThread, broken, [&] { return in_thread([&] { return cudaStreamEndCapture(loose, &graph); }); });
+    capture(loose, global, cudaErrorStreamCaptureWrongThread, broken, [&] {
+        return in_thread([&] { return cudaStreamEndCapture(loose, &graph); });
+    });
     CHECK(cudaStreamEndCapture(s, &graph) == cudaErrorIllegalState);
     CHECK(cudaStreamBeginCapture(nullptr, global) == unsupported);
     REQUIRE(cudaStreamBeginCapture(s, global) == cudaSuccess);
@@ -1137,7 +1142,7 @@ struct Columns {  // a column-ordered matrix for each batch, and its copy on the
     std::vector<T> host;
     Device<T> device;
     Columns(size_t rows, size_t cols, int batches, size_t pad, unsigned seed)
-        : rows(rows), cols(cols), ld(rows + pad), stride((rows + pad) * cols + pad), host(values(stride * (size_t)batches, seed)), device(host) {}
+        : rows(rows), cols(cols), ld(rows + pad), stride(ld * cols + pad), host(values(stride * (size_t)batches, seed)), device(host) {}
     static std::vector<T> values(size_t n, unsigned seed) {
         if constexpr (sizeof(T) == 2) return to_bf16(random_floats(n, seed));
         else return random_floats(n, seed);
@@ -1183,7 +1188,8 @@ struct Handles {
     }
     cublasStatus_t multiply(float alpha, const void* A, const void* B, float beta, void* D, const cublasLtMatmulAlgo_t* algo = nullptr,
                             void* workspace = nullptr, size_t bytes = 0) {
-        return cublasLtMatmul(handle, desc, &alpha, A, layout[0], B, layout[1], &beta, D, layout[2], D, layout[2], algo, workspace, bytes, nullptr);
+        return cublasLtMatmul(handle, desc, &alpha, A, layout[0], B, layout[1], &beta, D, layout[2], D, layout[2], algo, workspace, bytes,
+            nullptr);
     }
 };
 
@@ -1196,7 +1202,8 @@ void check_matmul(const Matmul& f) {
     Columns<Out> d(f.m, f.n, f.batches, f.pad, 3), aux(f.m, f.n, f.batches, f.pad, 4);
     Columns<Out> bias(std::max(f.m, f.n), 1, f.batches, 0, 5);
     Handles h;
-    h.set(CUBLASLT_MATMUL_DESC_TRANSA, f.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N), h.set(CUBLASLT_MATMUL_DESC_TRANSB, f.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+    h.set(CUBLASLT_MATMUL_DESC_TRANSA, f.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+    h.set(CUBLASLT_MATMUL_DESC_TRANSB, f.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
     h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, f.epilogue);
     h.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (void*)bias.device.p), h.set(CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE, (int64_t)bias.stride);
     h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, (void*)aux.device.p), h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)aux.ld);
@@ -1245,9 +1252,10 @@ void check_matmul(const Matmul& f) {
     compare("D", d.device, want_d), compare("aux", aux.device, want_aux), compare("bias", bias.device, want_bias);
 }
 
-const cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS,          CUBLASLT_EPILOGUE_GELU,  CUBLASLT_EPILOGUE_GELU_BIAS,
-                                        CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_DGELU_BGRAD,
-                                        CUBLASLT_EPILOGUE_BGRADA,   CUBLASLT_EPILOGUE_BGRADB};
+const cublasLtEpilogue_t epilogues[] = {
+    CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX,
+    CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_DGELU_BGRAD, CUBLASLT_EPILOGUE_BGRADA,
+    CUBLASLT_EPILOGUE_BGRADB};
 TEST_CASE("cublasLtMatmul: both transpositions, batches, beta and every epilogue agree with plain loops, bf16 and fp32") {
     for (int trans = 0; trans < 4; trans++) {
         Matmul f = {40, 26, 33, trans / 2 == 1, trans % 2 == 1};
@@ -1323,14 +1331,17 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     CHECK(h.heuristic(results, 2) == 2);
     uint32_t mask = 0;
     size_t written = 0;
-    CHECK(cublasLtMatmulPreferenceGetAttribute(h.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &mask, 4, &written) == CUBLAS_STATUS_SUCCESS);
+    const auto schemes = CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
+    CHECK(cublasLtMatmulPreferenceGetAttribute(h.preference, schemes, &mask, 4, &written) == CUBLAS_STATUS_SUCCESS);
     CHECK(mask == CUBLASLT_REDUCTION_SCHEME_MASK);
     CHECK(written == 4);
-    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &workspace, 8) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, schemes, &workspace, 8) == CUBLAS_STATUS_INVALID_VALUE);
     REQUIRE(h.heuristic(results, 4) == 3);
     CHECK(results[2].workspaceSize == 4 << 20);
     cublasLtMatmulHeuristicResult_t checked = {};
-    auto check = [&] { return cublasLtMatmulAlgoCheck(h.handle, h.desc, h.layout[0], h.layout[1], h.layout[2], h.layout[2], &results[1].algo, &checked); };
+    auto check = [&] {
+        return cublasLtMatmulAlgoCheck(h.handle, h.desc, h.layout[0], h.layout[1], h.layout[2], h.layout[2], &results[1].algo, &checked);
+    };
     CHECK(check() == CUBLAS_STATUS_SUCCESS);
     CHECK(checked.workspaceSize == 1 << 20);
     cublasLtMatmulAlgo_t kept = results[1].algo;
@@ -1346,7 +1357,8 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     CHECK(h.multiply(1, a, b + 1, 0, d, &results[0].algo) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK_CONTAINS(emu::last_report(), "not aligned to 16 bytes as the preference promised");
     uint32_t alignment = 4;
-    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &alignment, 4) == CUBLAS_STATUS_SUCCESS);
+    const auto alignment_of_b = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES;
+    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, alignment_of_b, &alignment, 4) == CUBLAS_STATUS_SUCCESS);
     CHECK(h.heuristic(results, 1) == 1);
     CHECK(h.multiply(1, a, b + 1, 0, d, &results[0].algo) == CUBLAS_STATUS_SUCCESS);
     options->refused_epilogues = CUBLASLT_EPILOGUE_GELU;
@@ -1365,8 +1377,8 @@ TEST_CASE("cublasLtMatmul runs in its stream: in order, lazily, and as a node of
     const float one = 1;
     auto add = [&] {
         CHECK(launch(fill, 2, 32, 0, s, a, 2.0f) == cudaSuccess);
-        CHECK(cublasLtMatmul(h.handle, h.desc, &one, a, h.layout[0], b, h.layout[1], &one, d, h.layout[2], d, h.layout[2], nullptr, nullptr, 0, s) ==
-              CUBLAS_STATUS_SUCCESS);
+        cublasLtMatrixLayout_t* l = h.layout;
+        CHECK(cublasLtMatmul(h.handle, h.desc, &one, a, l[0], b, l[1], &one, d, l[2], d, l[2], nullptr, nullptr, 0, s) == CUBLAS_STATUS_SUCCESS);
         CHECK(launch(fill, 2, 32, 0, s, a, 9.0f) == cudaSuccess);
     };
     add();

@@ -185,7 +185,9 @@ static void go_on(Block& b) {
     let_others_run(b);
 }
 
-static bool same_place(Site a, Site b) { return !options().same_site || (a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file))); }
+static bool same_place(Site a, Site b) {
+    return !options().same_site || (a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)));
+}
 
 // --- warp collectives
 
@@ -362,8 +364,9 @@ static bool run_block(Block& b, uint3 index, dim3 size) {
     for (size_t i = 0; i < behind && !b.failed; i++) {
         if ((unsigned char)used_end[i] == 0xff) continue;
         b.failed = true;
-        report(cudaErrorIllegalAddress, format("kernel %s, block (%u,%u,%u), has written %zu bytes past the end of its %zu bytes of dynamic "
-                                               "shared memory", name_of(b.kernel).c_str(), index.x, index.y, index.z, i, b.dynamic_used));
+        report(cudaErrorIllegalAddress,
+               format("kernel %s, block (%u,%u,%u), has written %zu bytes past the end of its %zu bytes of dynamic shared memory",
+                      name_of(b.kernel).c_str(), index.x, index.y, index.z, i, b.dynamic_used));
     }
     if (!b.failed) return true;
     for (char& object : b.order) acquire(&object);  // what the waiting threads did came before what follows
@@ -378,8 +381,8 @@ static bool run_block(Block& b, uint3 index, dim3 size) {
 // Workers
 
 static Block* new_block() {
-    dl_phdr_info program;
-    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* out) { return *(dl_phdr_info*)out = *info, 1; }, &program);  // the first is the program
+    dl_phdr_info program;  // the first in the list
+    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* out) { return *(dl_phdr_info*)out = *info, 1; }, &program);
     Block* b = new Block;
     b->current = -1;
     b->shared = (char*)program.dlpi_tls_data, b->shared_bytes = 0;  // this thread's copy
