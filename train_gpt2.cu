@@ -2139,11 +2139,9 @@ struct GPT2 {
     // By NVIDIA's data sheets, dense; of another GPU what its processors can do at their highest clock.
     static Peak peak_flops() {
         struct {
-            const char* name;  // what the device's name contains; the first match counts
+            const char* name;   // what the device's name contains; the first match counts
             double bf16, fp32;  // TFLOP/s
-        } known[] = {{"A100", 312, 19.5},    {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H200", 989, 67},
-                     {"GH200", 989, 67},     {"H800", 989, 67},      {"A40", 149.7, 37.4},  {"L40S", 362, 91.6}, {"L4", 121, 30.3},
-                     {"RTX 3090", 71, 35.6}, {"RTX 4090", 165.2, 82.6}};
+        } known[] = {{"A100", 312, 19.5}, {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H200", 989, 67}};
         cudaDeviceProp d;
         CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
         for (auto& k : known)
@@ -2151,8 +2149,8 @@ struct GPT2 {
         int khz = 0;
         CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
         // Floating-point operations of one multiprocessor in one cycle.
-        double tensor = d.major >= 10 && d.major < 12 ? 8192 : d.major == 9 ? 4096 : d.major == 8 && d.minor == 0 ? 2048 : 1024;
-        double plain = d.major == 8 && d.minor == 0 ? 128 : 256;
+        bool a100 = d.major == 8 && d.minor == 0, b200 = d.major == 10;
+        double tensor = b200 ? 8192 : d.major == 9 ? 4096 : a100 ? 2048 : strstr(d.name, "GeForce") ? 512 : 1024, plain = a100 ? 128 : 256;
         return {(BUILD_DTYPE == BF16 ? tensor : plain) * d.multiProcessorCount * khz * 1e3, "at its highest clock"};
     }
     // Bytes that can be allocated, less what CUDA itself takes as kernels and graphs are loaded.
