@@ -128,9 +128,11 @@ LIBEMU_SOURCES = $(addprefix $(EMULATOR)/,fiber.cpp reports.cpp threads.cpp warp
 EMULATED_FLAGS = $(FLAGS) -g1 -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow
 EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
 
-$(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
+$(LIBEMU): $(LIBEMU_SOURCES:$(EMULATOR)/%.cpp=build/libemu/%.o)
+	$(CXX) -shared -Wl,-Bsymbolic-functions $^ -o $@ -lpthread
+build/libemu/%.o: $(EMULATOR)/%.cpp $(wildcard $(EMULATOR)/*.h) | need-cuda
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -shared -ftls-model=initial-exec -Wl,-Bsymbolic-functions -Wall -Wextra -isystem $(CUDA_HOME)/include $(LIBEMU_SOURCES) -o $@ -lpthread
+	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -ftls-model=initial-exec -Wall -Wextra -isystem $(CUDA_HOME)/include -c $< -o $@
 $(BUILD)/%.emulated.o: %.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) $(wildcard *.cu *.cpp) | need-cuda
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) -x c++ -include $(EMULATOR)/emu.h -fno-extern-tls-init -Wno-unknown-pragmas -c $< -o $@
