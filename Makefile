@@ -129,7 +129,7 @@ EMULATED_FLAGS = $(FLAGS) -g1 -isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow
 EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
 
 $(LIBEMU): $(LIBEMU_SOURCES:$(EMULATOR)/%.cpp=build/libemu/%.o)
-	$(CXX) -shared -Wl,-Bsymbolic-functions $^ -o $@ -lpthread
+	$(CXX) -shared -Wl,-soname,libemu.so,-Bsymbolic-functions $^ -o $@ -lpthread
 build/libemu/%.o: $(EMULATOR)/%.cpp $(wildcard $(EMULATOR)/*.h) | need-cuda
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -ftls-model=initial-exec -Wall -Wextra -isystem $(CUDA_HOME)/include -c $< -o $@
