@@ -212,9 +212,11 @@ EMULATE = $(CXX) $(FLAGS) -g1 -fno-strict-aliasing -fno-extern-tls-init -Wno-unk
 	-x c++ -include $(EMULATOR)/emu.h
 EMULATED_LINK = $(BUILD)/dev/test_main.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(LIBEMU) -Wl,-rpath,$(abspath build)
 
-$(LIBEMU): $(LIBEMU_SOURCES) $(wildcard $(EMULATOR)/*.h) | need-cuda
+$(LIBEMU): $(LIBEMU_SOURCES:$(EMULATOR)/%.cpp=build/libemu/%.o)
+	$(CXX) -shared -Wl,-soname,libemu.so,-Bsymbolic-functions $^ -o $@ -lpthread
+build/libemu/%.o: $(EMULATOR)/%.cpp $(wildcard $(EMULATOR)/*.h) | need-cuda
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -shared -ftls-model=initial-exec -Wl,-Bsymbolic-functions -Wall -Wextra -isystem $(CUDA_HOME)/include $(LIBEMU_SOURCES) -o $@ -lpthread
+	$(CXX) -std=c++17 -O2 -g1 -march=$(ARCH) -fPIC -ftls-model=initial-exec -Wall -Wextra -isystem $(CUDA_HOME)/include -c $< -o $@
 $(BUILD)/%.emulated.o: %.cu $(wildcard $(EMULATOR)/*.h $(EMULATOR)/shadow/*) $(HEADERS) $(wildcard *.cu *.cpp) | need-cuda
 	@mkdir -p $(@D)
 	$(EMULATE) -c $< -o $@

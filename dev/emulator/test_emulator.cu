@@ -169,7 +169,7 @@ TEST_CASE("blocks and threads of three dimensions each run once") {
 }
 
 struct Collectives {
-    int index, up, down, segment, add, lowest, highest, any, all;
+    int index, up, down, segment, segment_up, segment_down, segment_index, add, lowest, highest, any, all;
     unsigned ballot;
     double wide;
     int count, all_of_block, any_of_block;
@@ -182,6 +182,9 @@ __global__ void collectives(Collectives* out) {
     c.up = __shfl_up_sync(all, lane, 3);
     c.down = __shfl_down_sync(all, lane, 3);
     c.segment = __shfl_xor_sync(all, lane, 3, 8);
+    c.segment_up = __shfl_up_sync(all, lane, 3, 8);
+    c.segment_down = __shfl_down_sync(all, lane, 3, 8);
+    c.segment_index = __shfl_sync(all, lane, 10, 8);
     c.add = __reduce_add_sync(all, lane);
     c.lowest = __reduce_min_sync(all, lane - 7);
     c.highest = __reduce_max_sync(all, lane - 7);
@@ -206,6 +209,9 @@ TEST_CASE("warp collectives give what CUDA's guide says") {
             CHECK(c.up == (lane < 3 ? lane : lane - 3));
             CHECK(c.down == (lane > 28 ? lane : lane + 3));
             CHECK(c.segment == (lane ^ 3) + (lane < 8 ? 7 : 0));
+            CHECK(c.segment_up == (lane % 8 < 3 ? lane : lane - 3));
+            CHECK(c.segment_down == (lane % 8 > 4 ? lane : lane + 3));
+            CHECK(c.segment_index == lane / 8 * 8 + 2);
             CHECK(c.add == 496);
             CHECK(c.lowest == -7);
             CHECK(c.highest == 24);
