@@ -329,22 +329,34 @@ class PieceCache {
         }
     };
 
-    // The one entry that may hold the piece; null for a long one.
+    // The one entry that may hold the piece, on its way to the processor's cache; null for a long piece.
     Entry* find(std::string_view piece) {
-        return piece.size() > sizeof Entry::piece ? nullptr : &entries_[hash(piece) >> (64 - BITS)];
+        if (piece.size() > sizeof Entry::piece) return nullptr;
+        Entry* e = &entries_[hash(piece) >> (64 - BITS)];
+        __builtin_prefetch(e), __builtin_prefetch(e->ids + std::size(e->ids) - 1);
+        return e;
     }
     void clear() { entries_.assign((size_t)1 << BITS, {}); }
 
   private:
-    static constexpr int BITS = 13;
+    static constexpr int BITS = 16;
 
     static uint64_t hash(std::string_view s) {
-        uint64_t h = s.size(), word;
-        size_t i = 0;
+        const size_t n = s.size();
+        uint64_t h = n, word;
         auto mix = [&] { h = (h ^ word) * 0x9E3779B97F4A7C15u, h ^= h >> 32; };
-        for (; i + 8 <= s.size(); i += 8) memcpy(&word, &s[i], 8), mix();
-        word = 0;
-        memcpy(&word, s.data() + i, s.size() - i), mix();
+        for (size_t i = 0; i + 8 < n; i += 8) memcpy(&word, &s[i], 8), mix();
+        // The last 8 bytes, some of them for the second time: a copy of changing length would cost more than all the rest.
+        if (n >= 8) {
+            memcpy(&word, &s[n - 8], 8);
+        } else if (n >= 4) {
+            uint32_t first, last;
+            memcpy(&first, &s[0], 4), memcpy(&last, &s[n - 4], 4);
+            word = first | (uint64_t)last << 32;
+        } else {
+            word = (unsigned char)s[0] | (unsigned)(unsigned char)s[n / 2] << 8 | (unsigned)(unsigned char)s[n - 1] << 16;
+        }
+        mix();
         return h * 0x9E3779B97F4A7C15u;
     }
 
@@ -547,8 +559,13 @@ class Tokenizer {
     }
     void encode_bpe(std::string_view text, std::vector<int>& ids) const {
         bpe::Splitter pieces(text);
-        for (std::string_view piece; pieces.next(&piece);) {
-            bpe::PieceCache::Entry* entry = cache_.find(piece);
+        std::string_view next;
+        bool more = pieces.next(&next);
+        bpe::PieceCache::Entry* next_entry = more ? cache_.find(next) : nullptr;
+        while (more) {  // the next piece's entry is fetched while this one is encoded
+            const std::string_view piece = next;
+            bpe::PieceCache::Entry* const entry = next_entry;
+            if ((more = pieces.next(&next))) next_entry = cache_.find(next);
             if (entry && entry->holds(piece)) {
                 ids.insert(ids.end(), entry->ids, entry->ids + entry->count);
                 continue;
