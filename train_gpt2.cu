@@ -258,8 +258,10 @@ inline void add_partials(float* a, float* b, const float* partials, int parts, s
 // ---------------------------------------------------------------------------------------------
 // Tensor-core and copy instructions, each with its body for the emulator
 
-// d (16 x 8 floats) += a (16 x 16) b (16 x 8), bf16. With g = lane / 4 and t = lane % 4 a lane holds, two values a register,
-//     a: rows g, g+8, g, g+8 at columns 2t, 2t, 2t+8, 2t+8;  b: rows 2t, 2t+8 at column g;  d: rows g, g, g+8, g+8 at 2t, 2t+1, 2t, 2t+1.
+// d (16 x 8 floats) += a (16 x 16) b (16 x 8), a and b of bf16 in pairs. With g = lane / 4 and t = lane % 4 a lane holds
+//     of a: columns 2t, 2t+1 of row g, and of row g+8; then columns 2t+8, 2t+9 of both
+//     of b: rows 2t, 2t+1 of column g; then rows 2t+8, 2t+9
+//     of d: columns 2t, 2t+1 of row g; then of row g+8.
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if defined(EMULATOR)
     emu::mma_m16n8k16_bf16(d, a, {b0, b1}, d);
@@ -651,8 +653,8 @@ inline void layernorm_backward(floatX* dresid, floatX* masked, float* dw, float*
 //     dV = dropout(P)^T dO,  dQ = dS K / sqrt(hs),  dK = dS^T Q / sqrt(hs).
 // dQ sums over keys and dK, dV sum over queries, so one kernel cannot own both results. Two kernels compute S and dP twice, 7
 // products instead of 5. The alternatives: atomic additions to dQ, which change from run to run; or partial dQ per tile of 128
-// keys, which at T = 1024 and hs = 64 write and read 2.4 MB a head, 1.6 us of an A100's memory, where the two products more
-// take 0.13 GFLOP, about 0.8 us of its tensor cores. The dQ kernel goes first and leaves D to the other.
+// keys, which at T = 1024 and hs = 64 write and read 2.4 MB a head, 1.6 us of an A100's memory, where the two more products
+// take 0.13 GFLOP, 0.9 us of its tensor cores at half their peak. The dQ kernel goes first and leaves D to the other.
 
 constexpr int HEAD_SIZES[] = {32, 48, 64, 80, 96, 128};
 inline bool attention_head_size_ok(int hs) {
@@ -661,29 +663,25 @@ inline bool attention_head_size_ok(int hs) {
     return false;
 }
 
-// f(integral_constant of the head size); sizes that attention_head_size_ok refuses must not come here.
+// f(integral_constant of the head size), which must be one of those above.
+template <class F, size_t... I>
+inline void with_head_size(size_t hs, F f, std::index_sequence<I...>) {
+    bool known = ((hs == (size_t)HEAD_SIZES[I] && (f(std::integral_constant<int, HEAD_SIZES[I]>()), true)) || ...);
+    if (!known) throw std::logic_error("attention: no kernel for this head size");
+}
 template <class F>
 inline void with_head_size(size_t hs, F f) {
-    switch (hs) {
-        case 32: return f(std::integral_constant<int, 32>());
-        case 48: return f(std::integral_constant<int, 48>());
-        case 64: return f(std::integral_constant<int, 64>());
-        case 80: return f(std::integral_constant<int, 80>());
-        case 96: return f(std::integral_constant<int, 96>());
-        case 128: return f(std::integral_constant<int, 128>());
-    }
-    throw std::logic_error("attention: no kernel for this head size");
+    with_head_size(hs, f, std::make_index_sequence<std::size(HEAD_SIZES)>());
 }
 
 // What one block works on: head h of sequence b, blockIdx.x = b NH + h, and a tile of its rows, blockIdx.y. Rows of Q, K, V
 // stand where the QKV product left them, 3C apart.
 template <int HS>
 struct Head {
-    int T;
-    size_t C, index, qkv, out;  // index of the head, and where it starts in (B,T,3C) and (B,T,C)
-    __device__ Head(int T_, int NH) : T(T_), C((size_t)NH * HS), index(blockIdx.x) {
-        size_t row = index / NH * T, column = index % NH * HS;
-        qkv = row * 3 * C + column, out = row * C + column;
+    size_t C, stride, index, qkv, out;  // channels, 3C, the head's number, and where it starts in (B,T,3C) and (B,T,C)
+    __device__ Head(int T, int NH) : C((size_t)NH * HS), stride(3 * C), index(blockIdx.x) {
+        size_t row = (size_t)(blockIdx.x / (unsigned)NH) * T, column = blockIdx.x % (unsigned)NH * HS;  // a 64-bit division is slow
+        qkv = row * stride + column, out = row * C + column;
     }
 };
 
@@ -700,14 +698,13 @@ inline __host__ __device__ size_t stats_rows(size_t T) { return (T + STATS_ROWS 
 struct HeadDropout {
     rng::Key key;
     uint32_t threshold;
-    float scale;     // 1/(1-p)
-    uint64_t first;  // number of this head's first element
-    uint64_t T;
+    float scale;  // 1/(1-p)
+    uint64_t first, T;  // number of this head's first element, elements a query
     bool on;
     __device__ HeadDropout(const Dropout& d, int T_, int NH)
         : key(dropout_key(d)), threshold(rng::drop_threshold(d.p)), scale(1.0f / (1.0f - d.p)),
           first(d.p > 0 ? (d.state->seq0 * NH + blockIdx.x) * T_ * T_ : 0), T(T_), on(d.p > 0) {}
-    // Bit i: element 4 * block + i of the run is kept.
+    // Bit i: element 4 * block + i is kept.
     __device__ unsigned keep4(uint64_t block) const {
         rng::Block draw = key.block(block);
         unsigned bits = 0;
@@ -733,11 +730,11 @@ struct Tile {
     __device__ Tile from_row(int r) const { return {x + r * LD}; }
     // Starts copying ROWS rows, `stride` apart; from row `valid` on they become zero.
     template <int ROWS, int THREADS>
-    __device__ void load(const floatX* from, size_t stride, int valid) const {
+    __device__ void load(const floatX* from, int stride, int valid) const {
 #pragma unroll
         for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
             int chunk = i + threadIdx.x, r = chunk / CHUNKS, c = chunk % CHUNKS * 8;
-            if (ROWS * CHUNKS % THREADS == 0 || chunk < ROWS * CHUNKS) cp_async16(x + r * LD + c, from + r * stride + c, r < valid);
+            if (r < ROWS) cp_async16(x + r * LD + c, from + r * stride + c, r < valid);
         }
     }
     // The 16 x 16 at (row, col) as the left factor of mma.
@@ -762,6 +759,17 @@ using Accumulators = float[MT][NT][4];
 __device__ inline int element_row(int i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
 __device__ inline int element_col(int i) { return threadIdx.x % 4 * 2 + i % 2; }
 
+// f(element, m, n, i) for all of a lane's accumulators.
+template <int MT, int NT, class F>
+__device__ inline void for_elements(Accumulators<MT, NT>& acc, F f) {
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) f(acc[m][n][i], m, n, i);
+}
+
 // acc += A B^T over all HS columns: A the first 16 MT rows of `a`, B the first 8 NT of `b`.
 template <int HS, int MT, int NT>
 __device__ inline void multiply_transposed(Accumulators<MT, NT>& acc, Tile<HS> a, Tile<HS> b) {
@@ -774,7 +782,10 @@ __device__ inline void multiply_transposed(Accumulators<MT, NT>& acc, Tile<HS> a
             uint32_t right[4];
             b.right_transposed(right, 8 * n, k);
 #pragma unroll
-            for (int m = 0; m < MT; m++) mma(acc[m][n], left[m], right[0], right[1]), mma(acc[m][n + 1], left[m], right[2], right[3]);
+            for (int m = 0; m < MT; m++) {
+                mma(acc[m][n], left[m], right[0], right[1]);
+                mma(acc[m][n + 1], left[m], right[2], right[3]);
+            }
         }
     }
 }
@@ -789,7 +800,10 @@ __device__ inline void multiply(Accumulators<MT, HS / 8>& acc, const uint32_t (&
             uint32_t right[4];
             b.right(right, 16 * k, 8 * n);
 #pragma unroll
-            for (int m = 0; m < MT; m++) mma(acc[m][n], p[m][k], right[0], right[1]), mma(acc[m][n + 1], p[m][k], right[2], right[3]);
+            for (int m = 0; m < MT; m++) {
+                mma(acc[m][n], p[m][k], right[0], right[1]);
+                mma(acc[m][n + 1], p[m][k], right[2], right[3]);
+            }
         }
 }
 
@@ -807,13 +821,13 @@ __device__ inline void round_to_left(uint32_t (&p)[MT][NT / 2][4], const Accumul
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) p[m][n / 2][n % 2 * 2 + half] = pack_bf16(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+            for (int i = 0; i < 4; i += 2) p[m][n / 2][n % 2 * 2 + i / 2] = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
 }
 
 // Writes a warp's rows, `stride` apart and only the first `valid`, 16 bytes at a time; `stage` is shared memory for 16 MT rows
 // that no other warp reads.
 template <int HS, int MT>
-__device__ inline void store_rows(floatX* to, size_t stride, int valid, const Accumulators<MT, HS / 8>& acc, Tile<HS> stage) {
+__device__ inline void store_rows(floatX* to, int stride, int valid, const Accumulators<MT, HS / 8>& acc, Tile<HS> stage) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -847,15 +861,10 @@ __device__ inline float row_max(float x) {
 // A query sees no later key.
 template <bool KEY_ROWS, int MT, int NT>
 __device__ inline void hide_later_keys(Accumulators<MT, NT>& s, int query, int key) {
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int row = 16 * m + element_row(i), col = 8 * n + element_col(i);
-                if (KEY_ROWS ? key + row > query + col : key + col > query + row) s[m][n][i] = -INFINITY;
-            }
+    for_elements<MT, NT>(s, [=](float& x, int m, int n, int i) {
+        int row = 16 * m + element_row(i), col = 8 * n + element_col(i);
+        if (KEY_ROWS ? key + row > query + col : key + col > query + row) x = -INFINITY;
+    });
 }
 
 // Dropout's draws for a tile: bit 4 (m NT + n) + i stands for element i of block (m, n). Where a draw gives four keys of one query,
@@ -894,15 +903,10 @@ __device__ inline void draw(KeepBits<MT, NT>& kept, const HeadDropout& drop, int
 }
 template <int MT, int NT>
 __device__ inline void zero_dropped(Accumulators<MT, NT>& x, const KeepBits<MT, NT>& kept) {
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int bit = 4 * (m * NT + n) + i;
-                if (!(kept[bit / 32] >> bit % 32 & 1)) x[m][n][i] = 0;
-            }
+    for_elements<MT, NT>(x, [&](float& e, int m, int n, int i) {
+        int bit = 4 * (m * NT + n) + i;
+        if (!(kept[bit / 32] >> bit % 32 & 1)) e = 0;
+    });
 }
 
 // Forward: a block takes 128 queries, each of four warps 32 of them. Tiles of 64 keys and of 64 values take turns in two places,
@@ -922,7 +926,7 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int 
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
-    size_t stride = 3 * head.C;
+    size_t stride = head.stride;
     Tile<HS> q_tile{(floatX*)dynamic_smem}, k_tile = q_tile.from_row(QUERIES), v_tile = k_tile.from_row(KEYS);
 
     int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;  // the longest rows first
@@ -961,7 +965,10 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int 
                     max[m][r] = top, sum[m][r] *= shrink;
                     for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= shrink, o[m][n][2 * r + 1] *= shrink;
                     for (int n = 0; n < NT; n++)
-                        for (int i = 2 * r; i < 2 * r + 2; i++) sum[m][r] += s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - top * scale2);
+                        for (int i = 2 * r; i < 2 * r + 2; i++) {
+                            s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - top * scale2);
+                            sum[m][r] += s[m][n][i];
+                        }
                 }
             if (drop.on) zero_dropped<MT, NT>(s, kept);
             round_to_left(p, s);
@@ -995,15 +1002,15 @@ struct BackwardShape {
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
 template <int HS>
 __global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
-attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
-                                int T, int NH, Dropout dropout) {
+attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out, const floatX* qkv,
+                                const float* lse, int T, int NH, Dropout dropout) {
     using Shape = BackwardShape<HS>;
     constexpr int MT = Shape::MT, QUERIES = Shape::ROWS, KEYS = Shape::STEP, NT = KEYS / 8;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = 3 * head.C;
+    size_t stride = head.stride;
     Tile<HS> q_tile{(floatX*)dynamic_smem}, do_tile = q_tile.from_row(QUERIES), ring = do_tile.from_row(QUERIES);
     auto k_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS); };
     auto v_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS + KEYS); };
@@ -1053,35 +1060,29 @@ attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dou
         multiply_transposed(dp, do_tile.from_row(warp_row), v_tile(turn));
         if (k0 + KEYS > warp_q) hide_later_keys<false, MT, NT>(s, warp_q, k0);
         if (drop.on) zero_dropped<MT, NT>(dp, kept);
-#pragma unroll
-        for (int m = 0; m < MT; m++)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - row[m][i / 2].lse2) * (dp[m][n][i] * drop.scale - row[m][i / 2].d);
+        for_elements<MT, NT>(s, [&](float& x, int m, int n, int i) {
+            x = exp2_approx(x * scale2 - row[m][i / 2].lse2) * (dp[m][n][i] * drop.scale - row[m][i / 2].d);
+        });
         uint32_t ds[MT][NT / 2][4];
         round_to_left(ds, s);
         multiply<HS, MT, NT>(dq, ds, k_tile(turn));
     }
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-        for (int n = 0; n < HS / 8; n++)
-            for (int i = 0; i < 4; i++) dq[m][n][i] *= scale;
+    for_elements<MT, HS / 8>(dq, [=](float& x, int, int, int) { x *= scale; });
     store_rows<HS, MT>(dqkv + head.qkv + warp_q * stride, stride, T - warp_q, dq, q_tile.from_row(warp_row));
 }
 
 // dK and dV. Scores are transposed, a key a row, so that P^T and dS^T are left factors where they stand.
 template <int HS>
 __global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
-attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv, int T, int NH, Dropout dropout) {
+attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv, int T, int NH,
+                              Dropout dropout) {
     using Shape = BackwardShape<HS>;
     constexpr int MT = Shape::MT, KEYS = Shape::ROWS, QUERIES = Shape::STEP, NT = QUERIES / 8;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = 3 * head.C;
+    size_t stride = head.stride;
     stats += head.index * stats_rows(T);
     Tile<HS> k_tile{(floatX*)dynamic_smem}, v_tile = k_tile.from_row(KEYS), ring = v_tile.from_row(KEYS);
     auto q_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * QUERIES); };
@@ -1117,18 +1118,12 @@ attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX*
         multiply_transposed(dp, v_tile.from_row(warp_row), do_tile(turn));
         if (q0 < warp_k + 16 * MT) hide_later_keys<true, MT, NT>(s, q0, warp_k);
         if (drop.on) zero_dropped<MT, NT>(dp, kept);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const RowStats* column = stats_tile(turn) + 8 * n + element_col(0);
-            RowStats query[2] = {column[0], column[1]};
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - query[i % 2].lse2);
-                    dp[m][n][i] = s[m][n][i] * (dp[m][n][i] * drop.scale - query[i % 2].d);
-                }
-        }
+        const RowStats* column = stats_tile(turn) + element_col(0);
+        for_elements<MT, NT>(s, [&](float& x, int m, int n, int i) {
+            RowStats query = column[8 * n + i % 2];
+            x = exp2_approx(x * scale2 - query.lse2);
+            dp[m][n][i] = x * (dp[m][n][i] * drop.scale - query.d);
+        });
         if (drop.on) zero_dropped<MT, NT>(s, kept);
         uint32_t left[MT][NT / 2][4];
         round_to_left(left, s);
@@ -1136,10 +1131,8 @@ attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX*
         round_to_left(left, dp);
         multiply<HS, MT, NT>(dk, left, q_tile(turn));
     }
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-        for (int n = 0; n < HS / 8; n++)
-            for (int i = 0; i < 4; i++) dk[m][n][i] *= scale, dv[m][n][i] *= drop.scale;
+    for_elements<MT, HS / 8>(dk, [=](float& x, int, int, int) { x *= scale; });
+    for_elements<MT, HS / 8>(dv, [&](float& x, int, int, int) { x *= drop.scale; });
     floatX* to = dqkv + head.qkv + warp_k * stride;
     store_rows<HS, MT>(to + head.C, stride, T - warp_k, dk, k_tile.from_row(warp_row));
     store_rows<HS, MT>(to + 2 * head.C, stride, T - warp_k, dv, v_tile.from_row(warp_row));
@@ -1148,7 +1141,8 @@ attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX*
 #else
 
 // --- fp32: the same mathematics, plain. 256 threads stand 16 x 16 before every product: thread (ty, tx) owns rows ty + 16i and
-// columns tx + 16j. Tiles are square, rows in shared memory one float longer than they need be, against bank conflicts.
+// columns tx + 16j. Tiles are square, rows in shared memory one float longer than they need be, against bank conflicts. One block per
+// multiprocessor is asked for: left to itself, ptxas spills registers to fit more blocks than shared memory admits.
 
 template <int HS>
 struct ForwardShape {
@@ -1200,8 +1194,22 @@ __device__ inline float row_max(float x) {
     return x;
 }
 
+// Bit i R + j: the element of a tile of scores in this thread's row i and column j is kept; rows are queries or, with KEY_ROWS, keys.
+template <bool KEY_ROWS, int R>
+__device__ inline uint32_t draw(const HeadDropout& drop, int query, int key) {
+    if (!drop.on) return ~0u;
+    uint32_t kept = 0;
+#pragma unroll 2
+    for (int e = 0; e < R * R; e++) {
+        int row = threadIdx.x / 16 + e / R * 16, col = threadIdx.x % 16 + e % R * 16;
+        kept |= drop.keep(query + (KEY_ROWS ? col : row), key + (KEY_ROWS ? row : col)) << e;
+    }
+    return kept;
+}
+
 template <int HS>
-__global__ void __launch_bounds__(256) attention_forward_kernel(float* out, float* lse, const float* qkv, int T, int NH, Dropout dropout) {
+__global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
+attention_forward_kernel(float* out, float* lse, const float* qkv, int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -1209,7 +1217,7 @@ __global__ void __launch_bounds__(256) attention_forward_kernel(float* out, floa
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
-    size_t stride = 3 * head.C;
+    size_t stride = head.stride;
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;  // the longest rows first
     float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
     float o[R][HS / 16] = {}, max[R], sum[R] = {};
@@ -1220,6 +1228,7 @@ __global__ void __launch_bounds__(256) attention_forward_kernel(float* out, floa
         load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
         load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
         __syncthreads();
+        uint32_t kept = draw<false, R>(drop, q0, k0);
         float s[R][R] = {};
         multiply(s, HS, q_tile, LD, k_tile, 1, LD);
         for (int i = 0; i < R; i++) {
@@ -1236,7 +1245,7 @@ __global__ void __launch_bounds__(256) attention_forward_kernel(float* out, floa
             for (int j = 0; j < R; j++) {
                 float p = exp2_approx((s[i][j] - top) * scale2);
                 sum[i] += p;
-                p_tile[row * P_LD + tx + 16 * j] = drop.on && !drop.keep(q0 + row, k0 + tx + 16 * j) ? 0 : p;
+                p_tile[row * P_LD + tx + 16 * j] = kept >> (i * R + j) & 1 ? p : 0;
             }
         }
         __syncwarp();  // a row of P is written and read by the same half of a warp
@@ -1253,8 +1262,9 @@ __global__ void __launch_bounds__(256) attention_forward_kernel(float* out, floa
 
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
 template <int HS>
-__global__ void __launch_bounds__(256) attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out,
-                                                                       const float* qkv, const float* lse, int T, int NH, Dropout dropout) {
+__global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
+attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out, const float* qkv, const float* lse,
+                                int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -1263,7 +1273,7 @@ __global__ void __launch_bounds__(256) attention_backward_query_kernel(float* dq
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = 3 * head.C;
+    size_t stride = head.stride;
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;
     float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
     float dq[R][HS / 16] = {};
@@ -1283,6 +1293,7 @@ __global__ void __launch_bounds__(256) attention_backward_query_kernel(float* dq
         load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
         load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
         __syncthreads();
+        uint32_t kept = draw<false, R>(drop, q0, k0);
         float s[R][R] = {}, dp[R][R] = {};
         multiply(s, HS, q_tile, LD, k_tile, 1, LD);
         multiply(dp, HS, do_tile, LD, v_tile, 1, LD);
@@ -1290,7 +1301,7 @@ __global__ void __launch_bounds__(256) attention_backward_query_kernel(float* dq
             for (int j = 0; j < R; j++) {
                 int query = q0 + ty + 16 * i, key = k0 + tx + 16 * j;
                 float p = key <= query ? exp2_approx(s[i][j] * scale2 - of_row[i].lse2) : 0;
-                float d = drop.on && !drop.keep(query, key) ? 0 : dp[i][j] * drop.scale;
+                float d = kept >> (i * R + j) & 1 ? dp[i][j] * drop.scale : 0;
                 ds_tile[(ty + 16 * i) * P_LD + tx + 16 * j] = p * (d - of_row[i].d);
             }
         __syncwarp();
@@ -1301,8 +1312,8 @@ __global__ void __launch_bounds__(256) attention_backward_query_kernel(float* dq
 
 // dK and dV: a row of S is a key here.
 template <int HS>
-__global__ void __launch_bounds__(256) attention_backward_key_kernel(float* dqkv, const RowStats* stats, const float* dout, const float* qkv,
-                                                                     int T, int NH, Dropout dropout) {
+__global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
+attention_backward_key_kernel(float* dqkv, const RowStats* stats, const float* dout, const float* qkv, int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -1311,7 +1322,7 @@ __global__ void __launch_bounds__(256) attention_backward_key_kernel(float* dqkv
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = 3 * head.C;
+    size_t stride = head.stride;
     stats += head.index * stats_rows(T);
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16, k0 = blockIdx.y * ROWS;  // the keys that most queries see first
     float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
@@ -1323,13 +1334,14 @@ __global__ void __launch_bounds__(256) attention_backward_key_kernel(float* dqkv
         load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
         load_rows<HS>(do_tile, d_o + q0 * head.C, head.C, T - q0);
         __syncthreads();
+        uint32_t kept = draw<true, R>(drop, q0, k0);
         float s[R][R] = {}, dp[R][R] = {};
         multiply(s, HS, k_tile, LD, q_tile, 1, LD);
         multiply(dp, HS, v_tile, LD, do_tile, 1, LD);
         for (int i = 0; i < R; i++)
             for (int j = 0; j < R; j++) {
                 int query = q0 + tx + 16 * j, key = k0 + ty + 16 * i, at = (ty + 16 * i) * P_LD + tx + 16 * j;
-                bool keep = !drop.on || drop.keep(query, key);
+                bool keep = kept >> (i * R + j) & 1;
                 float p = key <= query ? exp2_approx(s[i][j] * scale2 - stats[query].lse2) : 0;
                 p_tile[at] = keep ? p : 0;
                 ds_tile[at] = p * ((keep ? dp[i][j] * drop.scale : 0) - stats[query].d);
@@ -1375,14 +1387,15 @@ inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t
 inline size_t attention_backward_scratch(size_t B, size_t T, size_t, size_t NH) { return B * NH * stats_rows(T) * 2; }
 
 // dqkv (B,T,3C) is written from dout (B,T,C) and what forward read and wrote.
-inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse, size_t B,
-                               size_t T, size_t C, size_t NH, const Dropout& drop, cudaStream_t stream) {
+inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
+                               size_t B, size_t T, size_t C, size_t NH, const Dropout& drop, cudaStream_t stream) {
     with_head_size(C / NH, [&](auto n) {
         constexpr int HS = decltype(n)::value;
         using Shape = BackwardShape<HS>;
         dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
         RowStats* stats = (RowStats*)scratch;
-        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, out, qkv, lse, T, NH, drop);
+        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, out, qkv, lse, T, NH,
+               drop);
         launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, qkv, T, NH, drop);
     });
 }
