@@ -135,7 +135,8 @@ def totals(kernels):
 
 def report():
     out = ["# The traffic budget of a GPU training step", ""]
-    out += [" ".join(line.split()) for line in __doc__.split("\n\n")[2].split(": ", 1)[1:]]
+    rules = " ".join(__doc__.split("\n\n")[2].split()).split(": ", 1)[1]
+    out += [rules[0].upper() + rules[1:]]
     out += ["", "Written by dev/bench/roofline.py (`make roofline`). Nothing on this page is measured: it is arithmetic over shapes, in bf16, at T = 1024, one batch a",
             "step, dropout 0, nothing recomputed. The peaks are the data sheets': " + ", ".join(f"{g} {f / 1e12:.0f} TFLOP/s and {b / 1e12:.2f} TB/s" for g, (f, b) in GPUS.items()) + ".", ""]
     out += ["## Totals", "", "| model | B | | launches | TFLOP | product GB | other GB | other, share of llm.c's | at best, A100 | at best, H100 |",
