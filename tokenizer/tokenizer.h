@@ -332,15 +332,17 @@ class PieceCache {
     // The one entry that may hold the piece, on its way to the processor's cache; null for a long piece.
     Entry* find(std::string_view piece) {
         if (piece.size() > sizeof Entry::piece) return nullptr;
-        Entry* e = &entries_[hash(piece) >> (64 - BITS)];
+        Entry* e = &entries_[hash(piece) >> (64 - bits_)];
         __builtin_prefetch(e), __builtin_prefetch(e->ids + std::size(e->ids) - 1);
         return e;
     }
-    void clear() { entries_.assign((size_t)1 << BITS, {}); }
+    // Forgets everything; room for some words a token of the vocabulary, at most 8 MiB.
+    void clear(size_t vocabulary) {
+        for (bits_ = 8; bits_ < 16 && ((size_t)1 << bits_) < 8 * vocabulary;) bits_++;
+        entries_.assign((size_t)1 << bits_, {});
+    }
 
   private:
-    static constexpr int BITS = 16;
-
     static uint64_t hash(std::string_view s) {
         const size_t n = s.size();
         uint64_t h = n, word;
@@ -360,6 +362,7 @@ class PieceCache {
         return h * 0x9E3779B97F4A7C15u;
     }
 
+    int bits_ = 8;
     std::vector<Entry> entries_;
 };
 
@@ -537,7 +540,7 @@ class Tokenizer {
         for (size_t b = 0; b < 256; b++)
             if (token_of_[b] < 0) fail("%s: no token is the single byte 0x%02X", w, (unsigned)b);
 
-        merges_ = bpe::Merges(tokens_.size()), cache_.clear();
+        merges_ = bpe::Merges(tokens_.size()), cache_.clear(tokens_.size());
         parts_.assign(tokens_.size(), {-1, -1});
         std::vector<int> ids;
         for (int i = 0; i < vocab_size(); i++) {
