@@ -226,6 +226,42 @@ TEST_CASE("warp collectives give what CUDA's guide says") {
     });
 }
 
+// Who runs when: at the start, behind a barrier, behind a warp's collective.
+__global__ void order_of_threads(int* place, int* order) {
+    const int n = (int)blockDim.x;
+    order[atomicAdd(&place[0], 1)] = (int)threadIdx.x;
+    __syncthreads();
+    order[n + atomicAdd(&place[1], 1)] = (int)threadIdx.x;
+    __syncwarp();
+    if (threadIdx.x < 32) order[2 * n + atomicAdd(&place[2], 1)] = (int)threadIdx.x;
+}
+TEST_CASE("the descending schedule runs the last thread first, behind barriers too; the random one follows its seed") {
+    const int n = 100;
+    auto order = [&](emu::Schedule schedule, unsigned seed) {
+        emu::options().schedule = schedule, emu::options().seed = seed;
+        Device<int> place(std::vector<int>(3, 0)), order(2 * n + 32);
+        REQUIRE(launch(order_of_threads, 1, n, 0, nullptr, place, order) == cudaSuccess);
+        return order.get();
+    };
+    Options options;
+    const std::vector<int> ascending = order(emu::ASCENDING, 1), descending = order(emu::DESCENDING, 1);
+    const std::vector<int> random = order(emu::RANDOM, 1);
+    for (int i = 0; i < n; i++) {
+        CHECK(ascending[(size_t)i] == i);
+        CHECK(descending[(size_t)i] == n - 1 - i);
+        CHECK(descending[(size_t)(n + i)] == n - 1 - i);
+    }
+    for (int i = 0; i < 32; i++) CHECK(descending[(size_t)(2 * n + i)] == 31 - i);
+    CHECK(random == order(emu::RANDOM, 1));
+    CHECK(random != order(emu::RANDOM, 2));
+    CHECK(random != ascending);
+    for (int part = 0; part < 2; part++) {
+        std::vector<int> sorted(&random[(size_t)(part * n)], &random[(size_t)(part * n)] + n);
+        std::sort(sorted.begin(), sorted.end());
+        CHECK(sorted == std::vector<int>(ascending.begin(), ascending.begin() + n));
+    }
+}
+
 // Threads 20.. leave early: barriers and collectives go on with those that are left.
 __global__ void early_return(int* out) {
     if (threadIdx.x >= 20) return;
