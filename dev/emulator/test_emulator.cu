@@ -561,19 +561,21 @@ __global__ void uninitialised(float* out, const float* in, int* integer) {
     __shared__ float s[64];
     if (threadIdx.x) s[threadIdx.x] = 1;
     __syncthreads();
+    out += blockIdx.x * 65;
     out[threadIdx.x] = s[(threadIdx.x + 1) % 64];
-    if (threadIdx.x == 0) out[64] = in[5], *integer = ((const int*)in)[5];
+    if (threadIdx.x == 0) out[64] = in[5], integer[blockIdx.x] = ((const int*)in)[5];
 }
 TEST_CASE("uninitialised shared and device memory is NaN, in every block, and -1 as an integer") {
-    Device<float> in(16), out(65);
-    Device<int> integer(1);
-    for (int round = 0; round < 2; round++) {
-        REQUIRE(launch(uninitialised, 3, 64, 0, nullptr, out, in, integer) == cudaSuccess);
-        Floats got = out.get();
-        for (size_t t = 0; t < 63; t++) CHECK(got[t] == 1);
-        CHECK(std::isnan(got[63]));
-        CHECK(std::isnan(got[64]));
-        CHECK(integer.get()[0] == -1);
+    const unsigned blocks = 5;
+    Device<float> in(16), out(blocks * 65);
+    Device<int> integer(blocks);
+    REQUIRE(launch(uninitialised, blocks, 64, 0, nullptr, out, in, integer) == cudaSuccess);
+    const Floats got = out.get();
+    for (size_t b = 0; b < blocks; b++) {
+        for (size_t t = 0; t < 63; t++) CHECK(got[b * 65 + t] == 1);
+        CHECK(std::isnan(got[b * 65 + 63]));
+        CHECK(std::isnan(got[b * 65 + 64]));
+        CHECK(integer.get()[b] == -1);
     }
 }
 
@@ -885,7 +887,11 @@ TEST_CASE("device memory ends at its limit, and cudaMemGetInfo follows it") {
     CHECK(cudaGetLastError() == cudaErrorMemoryAllocation);
     CHECK(std::string(cudaGetErrorString(cudaErrorMemoryAllocation)) == "out of memory");
     CHECK(cudaMalloc(&p, 100) == cudaSuccess);
+    CHECK(cudaMemGetInfo(&unused, &total) == cudaSuccess);
+    CHECK(unused == 0);
     CHECK(cudaFree(p) == cudaSuccess);
+    CHECK(cudaMemGetInfo(&unused, &total) == cudaSuccess);
+    CHECK(unused == 100);
 }
 TEST_CASE("the device that is reported: small, compute capability 9.0") {
     Options options;
