@@ -2600,7 +2600,8 @@ constexpr int DECODE_WARPS = 4;
 // values of the first `before` tokens, and gets the new ones. A block serves one token and head: each warp takes every
 // fourth key, its lanes the channels; the softmax is made online (Milakov and Gimelshein 2018), the warps' parts are joined
 // at the end. Grid (N*n, NH), block DECODE_WARPS * WARP.
-__global__ void decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n, size_t T, size_t C, int hs) {
+__global__ void __launch_bounds__(DECODE_WARPS* WARP) decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n,
+                                                                             size_t T, size_t C, int hs) {
     constexpr int MOST = 128, PER_LANE = MOST / WARP;
     __shared__ float warp_max[DECODE_WARPS], warp_sum_of[DECODE_WARPS], warp_out[DECODE_WARPS][MOST];
     size_t row = blockIdx.x, i = row % n, len = before + i + 1, head = blockIdx.y * (size_t)hs;
