@@ -3,8 +3,15 @@
 CXX ?= g++
 ARCH ?= native
 CXXFLAGS ?= -O3
+# PORTABLE=1 builds ./train_gpt2 and ./sample_gpt2 for any processor of this kind, see below.
+PORTABLE ?=
+portable = $(filter-out 0,$(PORTABLE))
+ifneq ($(portable),)
+override ARCH = $(BASE_ARCH)
+endif
 # No -ffast-math: NaN must stay NaN. Contraction to FMA is wanted, and stated.
-FLAGS = -std=c++17 $(CXXFLAGS) -march=$(ARCH) -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -I.
+FLAGS = $(BASE_FLAGS) $(or $(MARCH_$(ISA)),-march=$(ARCH))
+BASE_FLAGS = -std=c++17 $(CXXFLAGS) -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -I.
 HEADERS = $(wildcard *.h tokenizer/*.h data/*.h dev/*.h dev/*/*.h)
 PROGRAMS = train_gpt2 sample_gpt2 prepare_data
 CUDA_HOME ?= /usr/local/cuda
@@ -19,7 +26,7 @@ TRAIN_FLAGS ?=
 PREPARE_FLAGS ?=
 PYTHON ?= python3
 
-.PHONY: all help train finetune export plot ladder test test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda need-nvcc need-python \
+.PHONY: all help train finetune export plot ladder test test-portable test-asan test-emulator-asan test-emulator-tsan emulated-tests need-cuda need-nvcc need-python \
 	gpu-check device-programs check-kernels roofline bench bench-gemm golden fuzz clean
 all: $(PROGRAMS)
 
@@ -39,6 +46,7 @@ help:
 	@echo "                               give the result back in that form, to OUT/hf"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make test-asan                 the same under AddressSanitizer and UBSan"
+	@echo "make test-portable             the layers' tests for every set of instructions that make PORTABLE=1 knows"
 	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
 	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
 	@echo "make train_gpt2cu              build the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
@@ -51,6 +59,7 @@ help:
 	@echo "make bench-gemm                time the matrix product beside oneDNN and OpenBLAS (SHAPES=124m, char or small)"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
 	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
+	@echo "make PORTABLE=1                the same programs for any processor of this kind; ARAPOET_ISA=avx2 etc. chooses a path"
 	@echo "make clean                     remove the programs (never your data or models)"
 
 train: $(PROGRAMS)
@@ -102,12 +111,42 @@ plot:
 	@test -s $(OUT)/log.csv || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
 	gnuplot -c dev/plot/loss.gp $(OUT)/log.csv $(OUT)/loss.png
 
-train_gpt2: train_gpt2.cpp $(HEADERS)
+ifeq ($(portable),)
+train_gpt2 sample_gpt2: %: %.cpp train_gpt2.cpp $(HEADERS) $(BUILT_FOR)
 	$(CXX) $(FLAGS) $< -o $@
-sample_gpt2: sample_gpt2.cpp train_gpt2.cpp $(HEADERS)
+else
+train_gpt2 sample_gpt2: %: build/portable/% $(BUILT_FOR)
+	cp $< $@
+endif
+prepare_data: data/prepare_data.cpp $(HEADERS) $(BUILT_FOR)
 	$(CXX) $(FLAGS) $< -o $@
-prepare_data: data/prepare_data.cpp $(HEADERS)
-	$(CXX) $(FLAGS) $< -o $@
+# There is one such file, so that the programs are built anew for another ARCH or PORTABLE.
+BUILT_FOR = build/for.$(if $(portable),any,$(ARCH))
+build/for.%:
+	@mkdir -p $(@D); rm -f build/for.*; touch $@
+
+# A program several times over, once for each set of instructions, in one file that chooses when it starts
+# (dev/portable.cpp). A variant is linked with its symbols made local, lest the linker take a template of another one.
+ISAS = $(if $(filter x86-64,$(BASE_ARCH)),generic avx2 avx512 avx512bf16,generic)
+BASE_ARCH = $(if $(filter x86_64,$(shell uname -m)),x86-64,armv8-a)
+MARCH_generic = -march=$(BASE_ARCH)
+MARCH_avx2 = -march=x86-64-v3
+MARCH_avx512 = -march=x86-64-v4
+MARCH_avx512bf16 = -march=x86-64-v4 -mavx512bf16
+build/portable/%: build/portable/%.main.o $(foreach i,$(ISAS),build/portable/%.$i.o)
+	$(CXX) $(BASE_FLAGS) $^ -o $@
+build/portable/%.main.o: dev/portable.cpp $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(BASE_FLAGS) -DPROGRAM='"$*"' -DVARIANTS="$(foreach i,$(ISAS),V($i))" -c $< -o $@
+define VARIANT
+build/portable/%.$1.o: %.cpp train_gpt2.cpp $(HEADERS)
+	@mkdir -p $$(@D)
+	$(CXX) $(BASE_FLAGS) $(MARCH_$1) -fno-gnu-unique -Dmain=run_$1 -c $$< -o $$@.all
+	$(CXX) -r -nostdlib -Wl,--force-group-allocation $$@.all -o $$@.one
+	objcopy --wildcard --keep-global-symbol='_Z*run_$1iPPc' $$@.one $$@
+	@rm $$@.all $$@.one
+endef
+$(foreach i,$(ISAS),$(eval $(call VARIANT,$i)))
 
 # --- the GPU trainer: for the GPUs of this machine, or without one for Ampere, Hopper, Blackwell and what comes after
 PRECISION ?= BF16
@@ -183,6 +222,14 @@ test: $(PROGRAMS)
 
 test-asan:
 	@$(MAKE) --no-print-directory test BUILD=build/asan CUDA_TESTS= CUDA_PROGRAMS= PROGRAMS="$(PROGRAMS)" CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+# The layers' tests for each set of instructions that make PORTABLE=1 knows, and the choice among them
+test-portable: prepare_data
+	@dev/setup.sh tests
+	@$(MAKE) --no-print-directory -j$$(nproc) build/portable/train_gpt2 $(ISAS:%=layers-%)
+	@dev/test_portable.sh $(ISAS)
+layers-%:
+	@$(MAKE) --no-print-directory BUILD=build/$* ISA=$* TEST_SOURCES="test_gpt2.cpp dev/test_main.cpp" build/$*/test_gpt2
 
 # The same CUDA code under AddressSanitizer and UBSan, and under ThreadSanitizer with a TSan fiber for each CUDA thread
 test-emulator-asan: need-cuda

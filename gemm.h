@@ -8,7 +8,7 @@
 //   - a task packs its own operand for its L2 cache, KC values of k at a time,
 //   - and walks both with a micro-kernel that holds a tile of C, up to MR x NR, in registers.
 // Each element of C is summed over k in one fixed order, whatever the number of threads or its place in C. The widths
-// follow the compiler's target (-march): AVX-512, AVX2, or 128-bit vectors.
+// follow the compiler's target (-march): AVX-512, AVX2, NEON, or other 128-bit vectors.
 //
 // bf16 products use the dot product of pairs (AVX512_BF16) where the target has it. Elsewhere the operands are rounded
 // to bf16 in the same way and multiplied as floats: the same numbers but for the order of a sum.
@@ -38,6 +38,8 @@ namespace gemm {
 constexpr size_t VL = 16, MR = 14;
 #elif defined(__AVX__)
 constexpr size_t VL = 8, MR = 6;
+#elif defined(__aarch64__)  // NEON: 32 registers
+constexpr size_t VL = 4, MR = 12;
 #else
 constexpr size_t VL = 4, MR = 6;
 #endif

@@ -564,7 +564,9 @@ struct GPT2 {
     }
     static void require_device() {}
     static void set_threads(int n) { omp_set_num_threads(n); }
-    static Peak peak_flops() { return {gemm::measure_peak_flops(), "measured"}; }
+    static Peak peak_flops(Precision p) {
+        return {p.dtype == BF16 ? gemm::measure_peak_flops<gemm::BF16>() : gemm::measure_peak_flops(), "measured"};
+    }
     static std::string device() {
         return strf("CPU, %d threads, %zu-bit vectors, bf16 %s", omp_get_max_threads(), gemm::VL * 32,
                     gemm::BF16_DOT_PRODUCT ? "dot products" : "emulated");

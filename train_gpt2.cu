@@ -2150,7 +2150,7 @@ struct GPT2 {
         return strf("%s, %s, %s", d.name, human_bytes((double)d.totalGlobalMem).c_str(), BUILD_DTYPE == BF16 ? "bf16" : "fp32");
     }
     // By NVIDIA's data sheets, dense; of another GPU what its processors can do at their highest clock.
-    static Peak peak_flops() {
+    static Peak peak_flops(Precision = {}) {
         struct {
             const char* name;   // what the device's name contains; the first match counts
             double bf16, fp32;  // TFLOP/s

@@ -622,7 +622,7 @@ class Run {
     }
 
     void print_table() {
-        Peak peak = Model::peak_flops();
+        Peak peak = Model::peak_flops(precision_);
         peak_ = peak.flops;
         auto row = [](const char* name, const std::string& value) { printf("%-16s %s\n", name, value.c_str()); };
         auto size = [](size_t b) { return human_bytes((double)b); };

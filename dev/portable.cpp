@@ -1,0 +1,50 @@
+// portable.cpp - main() of a program that make PORTABLE=1 builds: it holds the program once for each instruction set and
+// starts the best that the processor has, or the one that ARAPOET_ISA names.
+//
+// Compiled with -DPROGRAM="name" and -DVARIANTS=V(generic)...; a variant is the whole program with its main renamed. Its
+// functions are invisible to the others, so that no template compiled for AVX-512 serves a processor without.
+#include "io.h"
+
+#define V(isa) int run_##isa(int, char**);
+VARIANTS
+#undef V
+
+namespace {
+
+struct Variant {
+    const char* isa;
+    int (*run)(int, char**);
+    bool supported;
+};
+
+#if defined(__x86_64__)
+bool has_generic() { return true; }
+bool has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
+bool has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#else
+bool has_generic() { return true; }
+#endif
+
+int start(int argc, char** argv) {
+#define V(isa) {#isa, run_##isa, has_##isa()},
+    const Variant variants[] = {VARIANTS};  // the plainest first
+#undef V
+    const char* wanted = getenv("ARAPOET_ISA");
+    const Variant* chosen = nullptr;
+    std::string known, here;
+    for (const Variant& v : variants) {
+        if (wanted ? !strcmp(wanted, v.isa) : v.supported) chosen = &v;
+        known += (known.empty() ? "" : ", ") + std::string(v.isa);
+        if (v.supported) here += (here.empty() ? "" : ", ") + std::string(v.isa);
+    }
+    if (!chosen) throw UsageError(strf("ARAPOET_ISA is '%s', known are %s", wanted, known.c_str()));
+    if (!chosen->supported) fail("ARAPOET_ISA is '%s', but this processor has only %s", wanted, here.c_str());
+    return chosen->run(argc, argv);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    return run_main(PROGRAM, [&] { return start(argc, argv); });
+}
