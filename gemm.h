@@ -18,7 +18,7 @@
 
 #include <omp.h>
 #include <sys/mman.h>
-#if defined(__AVX512F__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "io.h"
@@ -47,6 +48,8 @@ constexpr size_t NV = 2, NR = NV * VL;
 constexpr size_t KC = 512;                 // units of k in one packed block
 constexpr size_t MB = 8 * MR, NB = 128;    // largest task: rows or columns; with KC a third of a 1 MiB L2
 constexpr size_t SHARED_UNITS = 2 << 20;   // the packed operand of all threads: 8 MiB of last-level cache
+constexpr size_t WORTH_WAKING = 1 << 17;   // multiplications from which a product is made by all threads
+constexpr size_t STREAMED = 1 << 20;       // values of C from which FOR_LATER goes past the caches
 constexpr size_t SHARED_WIDTH = 1344;      // its most rows or columns; a multiple of every panel's width
 
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
@@ -90,6 +93,21 @@ inline void store(float* p, vec v, size_t n = VL) {
     else _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 #else
     else memcpy(p, &v, n * sizeof(float));
+#endif
+}
+// The same past the caches, for what is not read again soon; p aligned to a vector. finish_streams() makes it visible.
+#if defined(__AVX512F__)
+inline void stream(float* p, vec v) { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX__)
+inline void stream(float* p, vec v) { _mm256_stream_ps(p, (__m256)v); }
+#elif defined(__SSE__)
+inline void stream(float* p, vec v) { _mm_stream_ps(p, (__m128)v); }
+#else
+inline void stream(float* p, vec v) { store(p, v); }
+#endif
+inline void finish_streams() {
+#if defined(__SSE__)
+    _mm_sfence();
 #endif
 }
 // bf16 to float: the bits become the upper half.
@@ -183,16 +201,16 @@ struct BF16 {
 template <class P, class T>
 inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size_t n, size_t K) {
     constexpr size_t U = P::PER_UNIT, STEP = U * VL;
+    if (sr == 1) {  // a row of units after the other: lines of memory side by side
+        for (size_t k = 0; k < K; k += U, src += U * sk, dst += ld)
+            for (size_t r = 0; r < n; r += VL)
+                store(dst + r, P::across(src + r, k + U <= K ? src + (U - 1) * sk + r : nullptr, std::min(VL, n - r)), std::min(VL, ld - r));
+        return;
+    }
     for (size_t r = 0; r < n; r += VL) {
         size_t w = std::min(VL, n - r), out = std::min(VL, ld - r);
         const T* s = src + r * sr;
         float* d = dst + r;
-        if (sr == 1) {
-            size_t k = 0;
-            for (; k + U <= K; k += U, d += ld) store(d, P::across(s + k * sk, s + (k + U - 1) * sk, w), out);
-            if (k < K) store(d, P::across(s + k * sk, (const T*)nullptr, w), out);
-            continue;
-        }
         // VL rows of VL units are turned in registers; where there are fewer rows, the last one stands in for the others.
         auto turn = [&](size_t k, size_t values) {
             vec v[VL];
@@ -227,19 +245,20 @@ struct Fetch {
     size_t jump = 0;           // bytes from a row's end to the next row
     size_t every = SIZE_MAX;
     void one() {
-        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(at);
         at += 64;
         if (!--left) at += jump, left = row;
     }
 };
 
 // c (R, V*VL; row stride ldc) = init (row stride ldi) + sum over units u of a[u*AU + i*AR] times b[u*BU + j].
+// With STREAM init counts as 0, and c, aligned to a vector, does not enter the caches.
 // Not inlined: among the variables of a caller the compiler runs out of registers and spills the accumulators.
-template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU>
+template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, bool STREAM>
 __attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, const float* __restrict b, float* c, size_t ldc,
                                             const float* init, size_t ldi, Fetch fetch) {
     vec acc[R][V] = {};
-    for (size_t i = 0; i < R; i++)
+    for (size_t i = 0; i < R && !STREAM; i++)
         for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
     for (size_t u = 0; u < units;) {
         fetch.one();
@@ -256,25 +275,31 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
 #pragma GCC unroll 16
     for (size_t i = 0; i < R; i++)
 #pragma GCC unroll 8
-        for (size_t j = 0; j < V; j++) store(c + i * ldc + j * VL, load(init + i * ldi + j * VL) + acc[i][j]);
+        for (size_t j = 0; j < V; j++) {
+            float* to = c + i * ldc + j * VL;
+            if (STREAM) stream(to, acc[i][j]);
+            else store(to, load(init + i * ldi + j * VL) + acc[i][j]);
+        }
 }
 
 alignas(64) inline const float ZEROS[NR] = {};
 
-// A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows.
-template <class P, size_t AR, size_t AU, size_t BU, size_t... I>
-inline auto kernel_of(size_t rows, size_t vectors, std::index_sequence<I...>) {
+// A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows. may_stream: as
+// STREAM above, where the tile has whole vectors.
+template <class P, size_t AR, size_t AU, size_t BU, size_t V, bool STREAM, size_t... I>
+inline auto kernel_of(size_t rows, std::index_sequence<I...>) {
     using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t, Fetch);
-    static constexpr Kernel one[MR] = {micro_kernel<P, I + 1, 1, AR, AU ? AU : I + 1, BU>...};
-    static constexpr Kernel two[MR] = {micro_kernel<P, I + 1, 2, AR, AU ? AU : I + 1, BU>...};
-    return vectors == 1 ? one[rows - 1] : two[rows - 1];
+    static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, STREAM>...};
+    return kernels[rows - 1];
 }
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
 inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi,
-                 const Fetch* fetch = nullptr) {
+                 const Fetch* fetch = nullptr, bool may_stream = false) {
     Fetch f = fetch ? *fetch : Fetch{(const char*)b};
     size_t vectors = ceil_div(cols, VL);
-    auto kernel = kernel_of<P, AR, AU, BU>(rows, vectors, std::make_index_sequence<MR>());
+    auto any_rows = std::make_index_sequence<MR>();
+    if (may_stream && cols == NR) return kernel_of<P, AR, AU, BU, NV, true>(rows, any_rows)(units, a, b, c, ldc, init, ldi, f);
+    auto kernel = vectors == 1 ? kernel_of<P, AR, AU, BU, 1, false>(rows, any_rows) : kernel_of<P, AR, AU, BU, NV, false>(rows, any_rows);
     if (cols == vectors * VL) return kernel(units, a, b, c, ldc, init, ldi, f);
     alignas(64) float t[MR * NR];
     kernel(units, a, b, t, NR, ZEROS, 0, f);
@@ -294,8 +319,9 @@ struct NoEpilogue {
     void operator()(size_t, size_t, size_t, float*) const {}
 };
 
-// How the first sum enters C: over what stands there, onto it, or onto the bias.
-enum Start { OVERWRITE, ACCUMULATE };
+// How the first sum enters C: over what stands there (or onto the bias), or onto it. FOR_LATER is OVERWRITE where C is not
+// read again soon: if it is large it need not enter the caches.
+enum Start { OVERWRITE, ACCUMULATE, FOR_LATER };
 
 // Scratch memory of multiply(), made once for the largest number of threads seen.
 struct Workspace {
@@ -323,7 +349,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     if (!M || !N || !K) return;
     constexpr size_t U = P::PER_UNIT;
     Workspace& ws = workspace();
-    size_t nt = omp_get_max_threads();
+    size_t nt = M * N * K < WORTH_WAKING ? 1 : omp_get_max_threads();
     ws.reserve((int)nt);
     bool by_columns = N > M;
     size_t D = by_columns ? N : M, S = by_columns ? M : N;  // D is divided among the tasks, S is shared by them
@@ -331,6 +357,8 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     size_t blocks = round_up(ceil_div(D, by_columns ? NB : MB), nt), block = ceil_div(D, blocks);
     if (by_columns) block = round_up(block, NR);
     blocks = ceil_div(D, block);
+    bool streams = start == FOR_LATER && chunks == 1 && M * N >= STREAMED && ldc % VL == 0 && (uintptr_t)C % sizeof(vec) == 0 &&
+                   !bias && std::is_same<Epilogue, NoEpilogue>::value;
     size_t s_max = std::min(S, SHARED_WIDTH), at_once = std::max<size_t>(1, SHARED_UNITS / (round_up(s_max, NR) * (kc / U)));
     auto a_panel = [&](float* dst, size_t m, size_t rows, size_t k, size_t n) {
         pack<P>(dst, rows, A + m * am + k * ak, am, ak, rows, n);
@@ -338,7 +366,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     auto b_panel = [&](float* dst, size_t n0, size_t cols, size_t k, size_t n) {
         pack<P>(dst, NR, B + k * bk + n0 * bn, bn, bk, cols, n);
     };
-#pragma omp parallel
+#pragma omp parallel num_threads((int)nt)
     for (size_t s0 = 0; s0 < S; s0 += s_max)
         for (size_t c0 = 0; c0 < chunks; c0 += at_once) {
             size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), wide = round_up(s, NR);
@@ -384,7 +412,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                         const float *a = (by_columns ? shared : own) + r * units, *bp = (by_columns ? own : shared) + j * units;
                         float* c = C + (m0 + r) * ldc + n0 + j;
                         bool onto = k || start == ACCUMULATE;
-                        tile<P>(height, across, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0, lines ? &fetch : nullptr);
+                        tile<P>(height, across, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0, lines ? &fetch : nullptr, streams);
                         if (k + n == K)
                             for (size_t x = 0; x < height; x++) epi(m0 + r + x, n0 + j, across, c + x * ldc);
                     };
@@ -399,6 +427,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                             for (size_t i = 0; i < row_panels(rows); i++) one_tile(i, j);
                     }
                 }
+                if (streams) finish_streams();
             }
         }
 }
@@ -484,7 +513,7 @@ inline double measure_peak_flops() {
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
-                micro_kernel<P, MR, NV, 1, MR, NR>(units, a, b, c, NR, ZEROS, 0, Fetch{(const char*)b});
+                micro_kernel<P, MR, NV, 1, MR, NR, false>(units, a, b, c, NR, ZEROS, 0, Fetch{(const char*)b});
                 __asm__ volatile("" : : "r"(c) : "memory");
             }
             t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();

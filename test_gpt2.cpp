@@ -654,6 +654,24 @@ TEST_CASE("gemm: an element has the same bits wherever it stands and whatever th
     }
 }
 
+TEST_CASE("gemm: a large product that is not read again soon has the same bits, aligned or not, and keeps what stands beside it") {
+    Random r(7);
+    const size_t M = 1061, K = 21, LD = 1040;
+    Floats A = r.floats(M * K), B = r.floats(K * LD), want(M * LD, 7.0f), memory(M * LD + 32);
+    float* aligned = (float*)gemm::round_up((size_t)memory.data(), 64);
+    for (size_t N : {1024, 1040, 1001}) {
+        REQUIRE(M * N >= gemm::STREAMED);
+        std::fill(want.begin(), want.end(), 7.0f);
+        gemm::multiply(M, N, K, A.data(), 1, M, B.data(), LD, 1, want.data(), LD);
+        for (float* C : {aligned, aligned + 1}) {
+            std::fill(memory.begin(), memory.end(), 7.0f);
+            gemm::multiply(M, N, K, A.data(), 1, M, B.data(), LD, 1, C, LD, gemm::FOR_LATER);
+            CHECK(!memcmp(C, want.data(), M * LD * sizeof(float)));
+            CHECK((C == memory.data() || C[-1] == 7.0f));
+        }
+    }
+}
+
 namespace {
 
 // Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.

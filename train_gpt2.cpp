@@ -794,7 +794,7 @@ struct GPT2 {
         size_t C = cfg.C, M = b_ * t_;
         bool grover = cfg.arch == GROVER_ARCH;
         auto act = cfg.activation;
-        gemm::Start start = std::exchange(fresh_, false) ? gemm::OVERWRITE : gemm::ACCUMULATE;
+        gemm::Start start = std::exchange(fresh_, false) ? gemm::FOR_LATER : gemm::ACCUMULATE;
         float* dresid = grad_.dresid;
         layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, block(cfg.L - 1).resid3, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false, start);
         for (size_t l = cfg.L; l-- > 0;) {
@@ -825,7 +825,7 @@ struct GPT2 {
             layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad_.dln, a.resid, a.ln1_mean, a.ln1_rstd,
                                p.ln1w + l * C, M, C, !grover, start);
         }
-        if (start == gemm::OVERWRITE) memset(g.wpe, 0, (size_t)cfg.maxT * C * sizeof(float));  // wte's begin in the head
+        if (start != gemm::ACCUMULATE) memset(g.wpe, 0, (size_t)cfg.maxT * C * sizeof(float));  // wte's begin in the head
         embedding_backward(g.wte, g.wpe, dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
     }
 
@@ -865,7 +865,7 @@ struct GPT2 {
             gemm::multiply<P>(n, V, C, x, C, 1, p.wte, 1, C, logits_, ld);
             cross_entropy(act_.losses + m, logits_, ld, targets + m, n, V, pass_.train ? pass_.grad_scale : 0.0f);
             if (!pass_.train) continue;
-            gemm::multiply<P>(V, C, n, logits_, 1, ld, x, C, 1, g.wte, C, fresh_ && !m ? gemm::OVERWRITE : gemm::ACCUMULATE);
+            gemm::multiply<P>(V, C, n, logits_, 1, ld, x, C, 1, g.wte, C, fresh_ && !m ? gemm::FOR_LATER : gemm::ACCUMULATE);
             gemm::multiply<P>(n, C, V, logits_, ld, 1, p.wte, C, 1, grad_.dln + m * C, C);
         }
         double sum = 0;
