@@ -326,7 +326,7 @@ fuzz:
 	@dev/setup.sh fuzz
 	@mkdir -p $(BUILD)
 	@for f in $(FUZZERS); do b=$(BUILD)/$$(basename $$f .cpp); echo "== $$f"; \
-	  clang++ -std=c++17 -g -O1 -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $$f -o $$b && \
+	  clang++ -std=c++17 -g -O1 -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $$f -o $$b || exit 1; \
 	  $$b -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -print_final_stats=1 -artifact_prefix=$(BUILD)/ >$$b.log 2>&1 || { tail -40 $$b.log; exit 1; }; \
 	  grep -h number_of_executed $$b.log; done
 

@@ -1,28 +1,12 @@
 // Feeds arbitrary bytes to prepare_data as a CSV and as a text file, under libFuzzer, AddressSanitizer and UBSan
 // (make fuzz). Whatever comes must be prepared or be refused with an Error, and what is prepared must load again.
 #define ARAPOET_NO_MAIN
+#include "dev/fuzz.h"
 #include "prepare_data.cpp"
 
-#include <filesystem>
-
-namespace {
-struct Folder {
-    std::string path;
-    Folder() {
-        char name[] = "/dev/shm/arapoet_fuzz_XXXXXX";
-        if (!mkdtemp(name)) abort();
-        path = name;
-    }
-    ~Folder() {
-        std::error_code ignored;
-        std::filesystem::remove_all(path, ignored);
-    }
-};
-}  // namespace
-
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    static const Folder folder;
-    const std::string& dir = folder.path;
+    static const fuzz::Folder folder;
+    const std::string& dir = folder.dir;
     if (!size) return 0;
     prep::Options o;
     o.files = {dir + "/in"}, o.out = dir + "/out";
@@ -30,8 +14,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     o.normalize_alef = o.normalize_hamza = o.normalize_ya = o.normalize_ta = o.remove_tatweel = o.remove_tashkeel = data[0] & 8;
     std::string text((const char*)data + 1, size - 1);
     if (data[0] & 1 && data[0] & 16) text = "id,poem_text\n" + text;
-    FILE* f = fopen(o.files[0].c_str(), "w");
-    if (!f || fwrite(text.data(), 1, text.size(), f) != text.size() || fclose(f)) abort();
+    fuzz::write(o.files[0], text);
     try {
         prep::prepare(o);
     } catch (const Error&) {

@@ -3,25 +3,14 @@
 //
 // The first byte of an input chooses the kind, the rest is the file. Whatever comes must be refused with an Error of one
 // line, or be read; a model and a state that were read must come back from what is written. Anything else is a finding.
+#include "dev/fuzz.h"
 #include "trainer.h"
-
-#include <filesystem>
-
-extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
 namespace {
 
-enum Mode { MODEL, TOKENS, STATE, NUM_MODES };
+using fuzz::read, fuzz::require, fuzz::write;
 
-void require(bool holds) {
-    if (!holds) abort();
-}
-void write(const std::string& path, const std::string& content) {
-    int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    require(fd >= 0 && ::write(fd, content.data(), content.size()) == (ssize_t)content.size());
-    close(fd);
-}
-std::string read(const std::string& path) { return Reader(path).rest(); }
+enum Mode { MODEL, TOKENS, STATE, NUM_MODES };
 
 // Numbers without a computation: all that files need of a model.
 struct Numbers {
@@ -47,25 +36,18 @@ Config tiny() {
 std::string settings() {
     trainer::Options o;
     Flags f("fuzz", "");
-    trainer::add_flags(f, o);
+    trainer::add_flags(f, o, "train_gpt2");
     return f.values();
 }
 
 // A folder in memory, and valid files.
-struct Valid {
-    std::string dir, content[NUM_MODES];
+struct Valid : fuzz::Folder {
+    std::string content[NUM_MODES];
     Valid() {
-        char name[] = "/dev/shm/arapoet_fuzz_XXXXXX";
-        require(mkdtemp(name));
-        dir = name;
         Numbers model(tiny());
         trainer::save_model(model, dir + "/model"), content[MODEL] = read(dir + "/model");
         write_tokens(dir + "/tokens", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}), content[TOKENS] = read(dir + "/tokens");
         trainer::save_state(model, {}, settings(), dir + "/state"), content[STATE] = read(dir + "/state");
-    }
-    ~Valid() {
-        std::error_code ignored;
-        std::filesystem::remove_all(dir, ignored);
     }
 };
 const Valid& valid() {
@@ -112,7 +94,7 @@ void read_state(const std::string& path) {
     trainer::StateReader r(path);
     trainer::Options o;
     Flags f("fuzz", "");
-    trainer::add_flags(f, o);
+    trainer::add_flags(f, o, "train_gpt2");
     Numbers model(tiny());
     try {
         f.restore(r.settings, {"out"});
@@ -140,15 +122,8 @@ void sign_state(uint8_t* data, size_t size) {
 
 }  // namespace
 
-// Starts from a valid file, so that mutations reach past the first check.
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
-    if (size < 2 || seed % 64 == 0) {
-        int mode = (int)(seed / 64 % NUM_MODES);
-        std::string s = std::string(1, (char)mode) + valid().content[mode];
-        size = std::min(s.size(), max_size);
-        memcpy(data, s.data(), size);
-    }
-    size = 1 + LLVMFuzzerMutate(data + 1, size - 1, max_size - 1);
+    size = fuzz::mutate(data, size, max_size, seed, NUM_MODES, [](int mode) { return valid().content[mode]; });
     if (data[0] % NUM_MODES == STATE && seed % 2) sign_state(data + 1, size - 1);
     return size;
 }

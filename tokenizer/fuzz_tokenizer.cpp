@@ -8,26 +8,16 @@
 // tokenizer.json. Files are accepted or refused with an Error, and a text comes back from its tokens; anything else is
 // a finding.
 #define ARAPOET_NO_MAIN
+#include "dev/fuzz.h"
 #include "tokenizer/export_tokenizer.cpp"
-
-#include <filesystem>
-
-extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
 namespace {
 
 using namespace std::string_literals;
+using fuzz::require, fuzz::write;
 
 enum Mode { BPE_FILE, CHARACTER_FILE, TEXT, VOCAB, MERGES, JSON, NUM_MODES };
 
-void require(bool holds) {
-    if (!holds) abort();
-}
-void write(const std::string& path, const std::string& content) {
-    int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    require(fd >= 0 && ::write(fd, content.data(), content.size()) == (ssize_t)content.size());
-    close(fd);
-}
 std::vector<std::string> byte_tokens() {
     std::vector<std::string> t;
     for (int b = 0; b < 256; b++) t.push_back(std::string(1, (char)b));
@@ -35,12 +25,9 @@ std::vector<std::string> byte_tokens() {
 }
 
 // A folder in memory with valid files, and what they hold.
-struct Valid {
-    std::string dir, content[NUM_MODES];
+struct Valid : fuzz::Folder {
+    std::string content[NUM_MODES];
     Valid() {
-        char name[] = "/dev/shm/arapoet_fuzz_XXXXXX";
-        require(mkdtemp(name));
-        dir = name;
         std::vector<std::string> tokens = byte_tokens();
         for (const char* t : {"ab", "\xD8\xA8", "abc", "<|endoftext|>"}) tokens.push_back(t);
         Tokenizer::byte_bpe(tokens, 259, true, "fuzz").save(dir + "/t.bin");
@@ -62,10 +49,6 @@ struct Valid {
                                         {"added_tokens", {{{"id", 258}, {"content", "<|endoftext|>"}, {"special", true}}}},
                                         {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", merges}}}}).dump();
         write(dir + "/tokenizer_config.json", "{\"eos_token\": \"<|endoftext|>\"}");
-    }
-    ~Valid() {
-        std::error_code ignored;
-        std::filesystem::remove_all(dir, ignored);
     }
 };
 const Valid& valid() {
@@ -103,15 +86,8 @@ void encode_text(const std::string& data) {
 
 }  // namespace
 
-// Starts from the valid content of each mode, so that mutations reach past the first check.
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
-    if (size < 2 || seed % 64 == 0) {
-        int mode = (int)(seed / 64 % NUM_MODES);
-        std::string s = std::string(1, (char)mode) + valid().content[mode];
-        size = std::min(s.size(), max_size);
-        memcpy(data, s.data(), size);
-    }
-    return 1 + LLVMFuzzerMutate(data + 1, size - 1, max_size - 1);
+    return fuzz::mutate(data, size, max_size, seed, NUM_MODES, [](int mode) { return valid().content[mode]; });
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

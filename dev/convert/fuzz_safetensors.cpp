@@ -8,32 +8,21 @@
 // must be converted, and converted back, or be refused with an Error; anything else is a finding.
 #define ARAPOET_NO_MAIN
 #include "convert_gpt2.cpp"
-
-#include <filesystem>
-
-extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
+#include "dev/fuzz.h"
 
 namespace {
+
+using fuzz::read, fuzz::write;
 
 enum Mode { CONFIG, HEADER, WHOLE_FILE, INDEX, TOKENIZER, MODEL, NUM_MODES };
 
 const convert::Json CONFIG_JSON = {{"model_type", "gpt2"}, {"n_layer", 2}, {"n_head", 2}, {"n_embd", 4}, {"vocab_size", 5},
                                    {"n_positions", 3}};
 
-void write(const std::string& path, const std::string& content) {
-    int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    if (fd < 0 || ::write(fd, content.data(), content.size()) != (ssize_t)content.size()) abort();
-    close(fd);
-}
-std::string read(const std::string& path) { return Reader(path).rest(); }
-
 // A folder in memory with a valid model, and what its files hold.
-struct Valid {
-    std::string dir, header, data, tokenizer = "{\"a\": 0, \"<|endoftext|>\": 4}", index, model;
+struct Valid : fuzz::Folder {
+    std::string header, data, tokenizer = "{\"a\": 0, \"<|endoftext|>\": 4}", index, model;
     Valid() {
-        char name[] = "/dev/shm/arapoet_fuzz_XXXXXX";
-        if (!mkdtemp(name)) abort();
-        dir = name;
         write(dir + "/config.json", CONFIG_JSON.dump());
         Config c = convert::config_from_json(convert::JsonFile(dir + "/config.json"));
         convert::SafetensorsWriter w(dir + "/model.safetensors", convert::slots_of(c), false);
@@ -50,10 +39,6 @@ struct Valid {
         index = convert::Json({{"weight_map", map}}).dump();
         convert::from_hf(dir, dir + "/valid.bin");
         model = read(dir + "/valid.bin");
-    }
-    ~Valid() {
-        std::error_code ignored;
-        std::filesystem::remove_all(dir, ignored);
     }
     std::string seed(Mode m) const {
         uint64_t length = header.size();
@@ -74,15 +59,8 @@ const Valid& valid() {
 
 }  // namespace
 
-// Starts from the valid content of each mode, so that mutations reach past the first check.
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
-    if (size < 2 || seed % 64 == 0) {
-        Mode m = (Mode)(seed / 64 % NUM_MODES);
-        std::string s = std::string(1, (char)m) + valid().seed(m);
-        size = std::min(s.size(), max_size);
-        memcpy(data, s.data(), size);
-    }
-    return 1 + LLVMFuzzerMutate(data + 1, size - 1, max_size - 1);
+    return fuzz::mutate(data, size, max_size, seed, NUM_MODES, [](int mode) { return valid().seed((Mode)mode); });
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
