@@ -14,12 +14,12 @@ poems=${1:?"usage: dev/ladder/rung8.sh POEMS.csv [OUT] [STEPS] [BATCH]"}
 out=${2:-out/rung8} steps=${3:-1500} batch=${4:-16}
 make -s train_gpt2 sample_gpt2 prepare_data score_poems
 mkdir -p "$out"
-[ -s "$out/all/data/train.bin" ] || ./prepare_data "$poems" -o "$out/all/data"
-[ -s "$out/one/data/train.bin" ] || ./prepare_data "$poems" --where "poet_name=${POET:-كشاجم}" -o "$out/one/data"
 
 for run in ${RUNS:-one/none one/dropout all/dropout all/none}; do
     dir=$out/$run data=$out/${run%/*}/data dropout=0
     [ "${run#*/}" = none ] || dropout=0.2
+    case $run in all/*) set -- ;; *) set -- --where "poet_name=${POET:-كشاجم}" ;; esac
+    [ -s "$data/train.bin" ] || ./prepare_data "$poems" "$@" -o "$data"
     [ ! -s "$dir/poems.txt" ] || { echo "$dir is done"; continue; }
     if ls "$dir"/state_*.bin >/dev/null 2>&1; then
         ./train_gpt2 -o "$dir" --resume
