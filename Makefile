@@ -111,6 +111,11 @@ plot:
 	@test -s $(OUT)/log.csv || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
 	gnuplot -c dev/plot/loss.gp $(OUT)/log.csv $(OUT)/loss.png
 
+# There is one such file, so that the programs are built anew for another ARCH or PORTABLE.
+BUILT_FOR = build/for.$(if $(portable),any,$(ARCH))
+build/for.%:
+	@mkdir -p $(@D); rm -f build/for.*; touch $@
+
 ifeq ($(portable),)
 train_gpt2 sample_gpt2: %: %.cpp train_gpt2.cpp $(HEADERS) $(BUILT_FOR)
 	$(CXX) $(FLAGS) $< -o $@
@@ -120,10 +125,6 @@ train_gpt2 sample_gpt2: %: build/portable/% $(BUILT_FOR)
 endif
 prepare_data: data/prepare_data.cpp $(HEADERS) $(BUILT_FOR)
 	$(CXX) $(FLAGS) $< -o $@
-# There is one such file, so that the programs are built anew for another ARCH or PORTABLE.
-BUILT_FOR = build/for.$(if $(portable),any,$(ARCH))
-build/for.%:
-	@mkdir -p $(@D); rm -f build/for.*; touch $@
 
 # A program several times over, once for each set of instructions, in one file that chooses when it starts
 # (dev/portable.cpp). A variant is linked with its symbols made local, lest the linker take a template of another one.

@@ -17,13 +17,11 @@ struct Variant {
     bool supported;
 };
 
-#if defined(__x86_64__)
 bool has_generic() { return true; }
+#if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
 bool has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#else
-bool has_generic() { return true; }
 #endif
 
 int start(int argc, char** argv) {
