@@ -285,7 +285,7 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
 alignas(64) inline const float ZEROS[NR] = {};
 
 // A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows. may_stream: as
-// STREAM above, where the tile has whole vectors.
+// STREAM above, where the tile is NR wide.
 template <class P, size_t AR, size_t AU, size_t BU, size_t V, bool STREAM, size_t... I>
 inline auto kernel_of(size_t rows, std::index_sequence<I...>) {
     using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t, Fetch);

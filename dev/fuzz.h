@@ -1,6 +1,7 @@
 // fuzz.h - what the fuzzers of files share: a folder in memory, files, and inputs that begin with a byte for the mode.
 #pragma once
 
+#include <algorithm>
 #include <filesystem>
 #include <string>
 
