@@ -76,12 +76,12 @@ inline void release(void* p, size_t bytes) {
 // ---------------------------------------------------------------------------------------------
 // Vectors
 
-// The first n of VL values, the rest 0.
-inline vec load(const float* p, size_t n = VL) {
-    vec v = {};
+// The first n of VL values, the rest `beyond`.
+inline vec load(const float* p, size_t n = VL, float beyond = 0) {
+    vec v = vec{} + beyond;
     if (n >= VL) memcpy(&v, p, sizeof v);
 #if defined(__AVX512F__)
-    else v = (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+    else v = (vec)_mm512_mask_loadu_ps((__m512)v, (__mmask16)((1u << n) - 1), p);
 #else
     else memcpy(&v, p, n * sizeof(float));
 #endif
@@ -110,6 +110,40 @@ inline void finish_streams() {
     _mm_sfence();
 #endif
 }
+// The larger, or the smaller, of x and a bound; NaN in x stays NaN.
+inline vec at_least(vec x, vec low) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x);
+#elif defined(__AVX__)
+    return (vec)_mm256_max_ps((__m256)low, (__m256)x);
+#elif defined(__SSE__)
+    return (vec)_mm_max_ps((__m128)low, (__m128)x);
+#else
+    return x < low ? low : x;
+#endif
+}
+inline vec at_most(vec x, vec high) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)x);
+#elif defined(__AVX__)
+    return (vec)_mm256_min_ps((__m256)high, (__m256)x);
+#elif defined(__SSE__)
+    return (vec)_mm_min_ps((__m128)high, (__m128)x);
+#else
+    return x > high ? high : x;
+#endif
+}
+// Across the lanes, halves at a time.
+inline float sum(vec v) {
+    for (size_t h = VL / 2; h; h /= 2)
+        for (size_t i = 0; i < h; i++) v[i] += v[i + h];
+    return v[0];
+}
+inline float max(vec v) {
+    for (size_t h = VL / 2; h; h /= 2)
+        for (size_t i = 0; i < h; i++) v[i] = std::max(v[i], v[i + h]);
+    return v[0];
+}
 // bf16 to float: the bits become the upper half.
 inline vec load(const bf16* p, size_t n = VL) {
     ivec v;
@@ -127,6 +161,17 @@ inline vec round_to_bf16(vec x) {
     uvec u = (uvec)x, rounded = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
     uvec nan = (uvec)((ivec)(u & 0x7fffffffu) > 0x7f800000);
     return (vec)((rounded & ~nan) | (((u & 0xffff0000u) | 0x400000u) & nan));
+}
+// The first n of VL values, each rounded to bf16.
+inline void store(bf16* p, vec v, size_t n = VL) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    if (n >= VL) _mm256_storeu_si256((__m256i*)p, h);
+    else _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), h);
+#else
+    ivec bits = (ivec)round_to_bf16(v) >> 16;
+    for (size_t i = 0; i < std::min(n, VL); i++) p[i] = (bf16)bits[i];
+#endif
 }
 
 // Turns a VL x VL block: value j of v[i] changes place with value i of v[j].

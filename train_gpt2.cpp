@@ -13,71 +13,69 @@
 #include "gpt2.h"
 #include "rng.h"
 
+#include <tuple>
+
 namespace cpu {
 
 // ---------------------------------------------------------------------------------------------
-// Numbers: plain loops that the compiler turns into vector code
+// Numbers: functions of a vector, gemm::VL values at a time
+
+using gemm::ivec;
+using gemm::vec;
 
 // e^x to 1 ulp or so for x in [-87, 88], clamped outside: x = n ln2 + r, Taylor series of e^r, |r| <= ln2/2.
-inline float exp_approx(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+inline vec exp_approx(vec x) {
+    x = gemm::at_most(gemm::at_least(x, vec{} - 87.0f), vec{} + 88.0f);
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
-    float shifted = x * 1.44269504f + magic, n = shifted - magic;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
+    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = vec{} + 1.0f / 5040;
     p = p * r + 1.0f / 720, p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6;
     p = p * r + 0.5f, p = p * r + 1.0f, p = p * r + 1.0f;
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
+    return p * (vec)(((ivec)shifted + 127) << 23);
 }
+inline float exp_approx(float x) { return exp_approx(vec{} + x)[0]; }
 
 // The normal distribution function, 0.5 erfc(-x/sqrt2), to 3e-7 (Abramowitz and Stegun 7.1.26, in floats), and its
 // density.
-inline float normal_cdf(float x, float* density) {
-    float a = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a), e = exp_approx(-a * a);
-    float tail = 0.5f * e * t *
-                 (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+inline vec normal_cdf(vec x, vec* density) {
+    vec a = (vec)((ivec)x & 0x7fffffff) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a), e = exp_approx(-a * a);
+    vec tail = 0.5f * e * t *
+               (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     *density = 0.39894228f * e;
     return x < 0 ? tail : 1.0f - tail;
 }
 
 // GELU (Hendrycks and Gimpel 2016) and its derivative. The tanh form is x sigmoid(2u),
 // u = sqrt(2/pi) (x + 0.044715 x^3), which is the published 0.5 x (1 + tanh u) without cancellation.
-inline float gelu_tanh(float x, float* derivative) {
-    float u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = 1.0f / (1.0f + exp_approx(-u2));
+inline vec gelu_tanh(vec x, vec* derivative) {
+    vec u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = 1.0f / (1.0f + exp_approx(-u2));
     *derivative = s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
     return x * s;
 }
-inline float gelu_erf(float x, float* derivative) {
-    float density, cdf = normal_cdf(x, &density);
+inline vec gelu_erf(vec x, vec* derivative) {
+    vec density, cdf = normal_cdf(x, &density);
     *derivative = cdf + x * density;
     return x * cdf;
 }
-
-// y = gelu(x), n values.
-inline void gelu_forward(float* y, const float* x, size_t n, int activation) {
-    float unused;
-    if (activation == GELU_TANH)
-#pragma omp simd private(unused)
-        for (size_t i = 0; i < n; i++) y[i] = gelu_tanh(x[i], &unused);
-    else
-#pragma omp simd private(unused)
-        for (size_t i = 0; i < n; i++) y[i] = gelu_erf(x[i], &unused);
+inline vec gelu(vec x, vec* derivative, int activation) {
+    return activation == GELU_TANH ? gelu_tanh(x, derivative) : gelu_erf(x, derivative);
 }
-// d *= gelu'(x), n values.
-inline void gelu_backward(float* d, const float* x, size_t n, int activation) {
-    float g;
-    if (activation == GELU_TANH)
-#pragma omp simd private(g)
-        for (size_t i = 0; i < n; i++) gelu_tanh(x[i], &g), d[i] *= g;
-    else
-#pragma omp simd private(g)
-        for (size_t i = 0; i < n; i++) gelu_erf(x[i], &g), d[i] *= g;
+
+// y = gelu(x), n values, in floats or rounded to bf16.
+template <class A>
+inline void gelu_forward(A* y, const float* x, size_t n, int activation) {
+    vec unused;
+    for (size_t i = 0; i < n; i += gemm::VL) gemm::store(y + i, gelu(gemm::load(x + i, n - i), &unused, activation), n - i);
+}
+// dx = dy gelu'(x), n values, in floats or rounded to bf16; dx may be dy.
+template <class A>
+inline void gelu_backward(A* dx, const float* dy, const float* x, size_t n, int activation) {
+    vec g;
+    for (size_t i = 0; i < n; i += gemm::VL) {
+        gelu(gemm::load(x + i, n - i), &g, activation);
+        gemm::store(dx + i, gemm::load(dy + i, n - i) * g, n - i);
+    }
 }
 
 // Dropout (Srivastava et al. 2014): an element is kept with probability 1-p and then scaled by 1/(1-p).
@@ -146,9 +144,10 @@ inline void embedding_backward(float* dwte, float* dwpe, float* dout, const int*
     }
 }
 
-// One row: y = (x - mean) rstd w + b (Ba et al. 2016), n = C values.
-inline void layernorm_row(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t C,
-                          float eps) {
+// One row: y = (x - mean) rstd w + b (Ba et al. 2016), C values; and once more in floats, unless copy is null.
+template <class A>
+inline void layernorm_row(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t C, float eps,
+                          float* copy) {
     float sum = 0, var = 0;
 #pragma omp simd reduction(+ : sum)
     for (size_t c = 0; c < C; c++) sum += x[c];
@@ -156,33 +155,37 @@ inline void layernorm_row(float* y, float* mean, float* rstd, const float* x, co
 #pragma omp simd reduction(+ : var)
     for (size_t c = 0; c < C; c++) var += (x[c] - mu) * (x[c] - mu);
     float rs = 1.0f / std::sqrt(var / (float)C + eps);
-    for (size_t c = 0; c < C; c++) y[c] = (x[c] - mu) * rs * w[c] + b[c];
+    for (size_t c = 0; c < C; c += gemm::VL) {
+        auto at = [=](const float* p) { return gemm::load(p + c, C - c); };
+        vec v = (at(x) - mu) * rs * at(w) + at(b);
+        gemm::store(y + c, v, C - c);
+        if (copy) gemm::store(copy + c, v, C - c);
+    }
     *mean = mu, *rstd = rs;
 }
 
-// y (M,C) = LayerNorm(x); mean, rstd (M) are kept for backward.
-inline void layernorm_forward(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t M,
-                              size_t C, float eps = LAYERNORM_EPS) {
+// y (M,C) = LayerNorm(x), in floats or rounded to bf16; mean, rstd (M) are kept for backward; copy (M,C) or null takes y in
+// floats.
+template <class A>
+inline void layernorm_forward(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t M,
+                              size_t C, float eps = LAYERNORM_EPS, float* copy = nullptr) {
 #pragma omp parallel for schedule(static)
-    for (size_t m = 0; m < M; m++) layernorm_row(y + m * C, mean + m, rstd + m, x + m * C, w, b, C, eps);
+    for (size_t m = 0; m < M; m++) layernorm_row(y + m * C, mean + m, rstd + m, x + m * C, w, b, C, eps, copy ? copy + m * C : nullptr);
 }
 
 // The residual connection and the LayerNorm that follows it, in one pass over memory:
-// sum (M,C) = skip + dropout(branch); y = LayerNorm(sum).
-inline void residual_layernorm_forward(float* sum, float* y, float* mean, float* rstd, const float* skip, const float* branch,
+// sum (M,C) = skip + dropout(branch); y = LayerNorm(sum), and copy as above. branch is masked in place; sum or copy may be skip.
+template <class A>
+inline void residual_layernorm_forward(float* sum, A* y, float* mean, float* rstd, const float* skip, float* branch,
                                        const float* w, const float* b, size_t M, size_t C, const Dropout& drop, uint64_t e0,
-                                       float eps = LAYERNORM_EPS) {
+                                       float eps = LAYERNORM_EPS, float* copy = nullptr) {
 #pragma omp parallel for schedule(static)
     for (size_t m = 0; m < M; m++) {
-        float* s = sum + m * C;
-        const float *a = skip + m * C, *x = branch + m * C;
-        if (drop.p > 0) {
-            drop.apply(s, x, e0 + m * C, C);
-            for (size_t c = 0; c < C; c++) s[c] += a[c];
-        } else {
-            for (size_t c = 0; c < C; c++) s[c] = a[c] + x[c];
-        }
-        layernorm_row(y + m * C, mean + m, rstd + m, s, w, b, C, eps);
+        float *s = sum + m * C, *x = branch + m * C;
+        const float* a = skip + m * C;
+        if (drop.p > 0) drop.apply(x, x, e0 + m * C, C);
+        for (size_t c = 0; c < C; c++) s[c] = a[c] + x[c];
+        layernorm_row(y + m * C, mean + m, rstd + m, s, w, b, C, eps, copy ? copy + m * C : nullptr);
     }
 }
 
@@ -190,7 +193,7 @@ inline void residual_layernorm_forward(float* sum, float* y, float* mean, float*
 inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy, const float* x, const float* mean,
                                const float* rstd, const float* w, size_t M, size_t C, bool accumulate,
                                gemm::Start start = gemm::ACCUMULATE) {
-    constexpr size_t STRIP = 16;
+    constexpr size_t STRIP = 4 * gemm::VL;
 #pragma omp parallel
     {
 #pragma omp for schedule(static) nowait
@@ -227,31 +230,33 @@ inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy,
 }
 
 // Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue. P: what is multiplied, floats or bf16 numbers.
-template <class P = gemm::F32, class T, class Epilogue = gemm::NoEpilogue>
-inline void matmul_forward(float* Y, const float* X, const T* W, const float* b, size_t M, size_t K, size_t N, Epilogue epi = {}) {
+template <class P = gemm::F32, class TX, class TW, class Epilogue = gemm::NoEpilogue>
+inline void matmul_forward(float* Y, const TX* X, const TW* W, const float* b, size_t M, size_t K, size_t N, Epilogue epi = {}) {
     gemm::multiply<P>(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi);
 }
 
 // db (N) += (or =, as start says) column sums of dY (M,N).
-inline void bias_backward(float* db, const float* dY, size_t M, size_t N, gemm::Start start = gemm::ACCUMULATE) {
-    constexpr size_t STRIP = 64;
+template <class TY>
+inline void bias_backward(float* db, const TY* dY, size_t M, size_t N, gemm::Start start = gemm::ACCUMULATE) {
+    constexpr size_t VECS = 4, STRIP = VECS * gemm::VL;
 #pragma omp parallel for schedule(static)
     for (size_t n0 = 0; n0 < N; n0 += STRIP) {
-        float sum[STRIP] = {};
-        size_t n = std::min(STRIP, N - n0);
-        if (n == STRIP)  // with a length the compiler knows
-            for (size_t m = 0; m < M; m++)
-                for (size_t i = 0; i < STRIP; i++) sum[i] += dY[m * N + n0 + i];
+        vec sum[VECS] = {};
+        const TY* d = dY + n0;
+        if (N - n0 >= STRIP)  // with a length the compiler knows
+            for (size_t m = 0; m < M; m++, d += N)
+                for (size_t i = 0; i < VECS; i++) sum[i] += gemm::load(d + i * gemm::VL);
         else
-            for (size_t m = 0; m < M; m++)
-                for (size_t i = 0; i < n; i++) sum[i] += dY[m * N + n0 + i];
-        for (size_t i = 0; i < n; i++) db[n0 + i] = (start == gemm::ACCUMULATE ? db[n0 + i] : 0.0f) + sum[i];
+            for (size_t m = 0; m < M; m++, d += N)
+                for (size_t i = 0; i * gemm::VL < N - n0; i++) sum[i] += gemm::load(d + i * gemm::VL, N - n0 - i * gemm::VL);
+        for (size_t n = n0, i = 0; n < N && i < VECS; n += gemm::VL, i++)
+            gemm::store(db + n, start == gemm::ACCUMULATE ? gemm::load(db + n, N - n) + sum[i] : sum[i], N - n);
     }
 }
 
 // dX (M,K) = dY (M,N) W, then the epilogue on dX; dW (N,K) += dY^T X; db (N) += column sums of dY (or =, as start says).
-template <class P = gemm::F32, class Epilogue = gemm::NoEpilogue>
-inline void matmul_backward(float* dX, float* dW, float* db, const float* dY, const float* X, const float* W, size_t M, size_t K,
+template <class P = gemm::F32, class TY, class TX, class Epilogue = gemm::NoEpilogue>
+inline void matmul_backward(float* dX, float* dW, float* db, const TY* dY, const TX* X, const float* W, size_t M, size_t K,
                             size_t N, Epilogue epi = {}, gemm::Start start = gemm::ACCUMULATE) {
     gemm::multiply<P>(N, K, M, dY, 1, N, X, K, 1, dW, K, start);
     bias_backward(db, dY, M, N, start);
@@ -259,39 +264,49 @@ inline void matmul_backward(float* dX, float* dW, float* db, const float* dY, co
 }
 
 // Causal self-attention, softmax(Q K^T / sqrt(hs)) V per head (Vaswani et al. 2017). qkv (B,T,3C) holds Q, K and V side
-// by side. One thread works on one (sequence, head) at a time and on TQ queries of it. It holds their scores only, and
-// those transposed, (keys, TQ): a lane of a vector is a query, so that the softmax needs no sum across lanes, and the
-// probabilities are packed operands of the products that follow. The log-sum-exp of each row, lse (B,NH,T), lets backward
-// rebuild them.
+// by side. One thread works on one (sequence, head) at a time, and on tiles of TQ queries and TK keys whose scores stay in
+// its first cache (Dao, "FlashAttention-2", 2023): forward takes for each block of queries all keys and corrects the sum
+// where the maximum grows; backward takes for each block of keys all queries. Scores are held transposed, (keys, TQ): a lane
+// of a vector is a query, so that the softmax needs no sum across lanes, and the probabilities are packed operands of the
+// products that follow. The log-sum-exp of each row, lse (B,NH,T), lets backward rebuild them.
 struct Attention {
-    static constexpr size_t TQ = 32;
+    static constexpr size_t TQ = 64, PANELS = 112 / gemm::MR, TK = PANELS * gemm::MR;  // keys: whole row panels of K
+    static_assert(TQ % gemm::NR == 0 && TK % 2 == 0, "tiles begin with a panel and with a pair");
     size_t B, T, C, NH;
 
     size_t hs() const { return C / NH; }
-    // Floats of scratch that one thread needs, the largest case: backward with dropout.
+    size_t key_blocks() const { return gemm::ceil_div(gemm::row_panels(T), PANELS); }
+    // Floats of scratch that one thread needs, the larger case: backward.
     static size_t scratch(size_t T, size_t hs) {
-        size_t wide = gemm::round_up(hs, gemm::NR), even = gemm::round_up(hs, 16), t = gemm::round_up(T, 16);
-        return 2 * t * even + t * wide + 2 * TQ * even + 2 * TQ * wide + 5 * TQ * t;
+        size_t wide = gemm::round_up(hs, gemm::NR), even = gemm::round_up(hs, 16), t = gemm::round_up(T, TQ);
+        return 2 * t * (even + wide) + t * even + t + 4 * TK * even + TK * wide + 4 * TQ * TK;
     }
 
-    // The queries that one pass takes, and the keys that they see: whole row panels of K.
+    // Queries [q0, q0 + n) and those of a block's keys that any of them sees: panels [first, last), keys [k0, k0 + keys).
     struct Tile {
-        size_t q0, n, panels, keys;
+        size_t q0, n, first, last, k0, keys, block_keys;
+        // Of the queries, those before the first that sees key k0 + k; of the keys, those that query q0 + q sees.
+        size_t blind(size_t k) const { return k0 + k > q0 ? k0 + k - q0 : 0; }
+        size_t seen(size_t q) const { return q0 + q < k0 ? 0 : std::min(keys, q0 + q - k0 + 1); }
     };
-    Tile tile_at(size_t q0) const {
-        Tile t = {q0, std::min(TQ, T - q0), 0, 0};
-        while (t.keys < q0 + t.n) t.keys = gemm::panel_row(T, ++t.panels);
+    Tile tile_at(size_t q0, size_t block) const {
+        size_t first = block * PANELS, end = std::min(first + PANELS, gemm::row_panels(T)), k0 = gemm::panel_row(T, first);
+        Tile t = {q0, std::min(TQ, T - q0), first, first, k0, 0, gemm::panel_row(T, end) - k0};
+        while (t.last < end && k0 + t.keys < q0 + t.n) t.keys = gemm::panel_row(T, ++t.last) - k0;
         return t;
     }
+    // Calls f(r, height) for the tile's panels of keys; r counts from k0.
+    template <class F>
+    void each_panel(const Tile& t, F f) const {
+        for (size_t i = t.first; i < t.last; i++) f(gemm::panel_row(T, i) - t.k0, gemm::panel_row(T, i + 1) - gemm::panel_row(T, i));
+    }
 
-    // All of a head's keys or values, (T,hs) with row stride ld, packed as rows, or as the second factor of a product over T.
+    // A tile's keys or values, (keys,hs) with row stride ld from the first on, packed as rows; or (K,N) packed as the second
+    // factor of a product.
     template <class P>
-    void pack_rows(float* dst, const float* src, size_t ld) const {
+    void pack_rows(float* dst, const float* src, size_t ld, const Tile& t) const {
         size_t units = gemm::ceil_div(hs(), P::PER_UNIT);
-        for (size_t i = 0; i < gemm::row_panels(T); i++) {
-            size_t r = gemm::panel_row(T, i), n = gemm::panel_row(T, i + 1) - r;
-            gemm::pack<P>(dst + r * units, n, src + r * ld, ld, 1, n, hs());
-        }
+        each_panel(t, [&](size_t r, size_t height) { gemm::pack<P>(dst + r * units, height, src + r * ld, ld, 1, height, hs()); });
     }
     template <class P>
     static void pack_second(float* dst, const float* src, size_t sk, size_t sn, size_t K, size_t N) {
@@ -299,190 +314,224 @@ struct Attention {
             gemm::pack<P>(dst + n * gemm::ceil_div(K, P::PER_UNIT), gemm::NR, src + n * sn, sn, sk, std::min(gemm::NR, N - n), K);
     }
 
-    // S (keys,TQ) = the tile's rows of a packed K or V times TQ packed queries.
+    // S (keys,TQ) = packed keys or values times packed queries; where no query sees a panel's key S stays as it is.
     template <class P>
     void scores(float* S, const float* rows, const float* queries, const Tile& t) const {
         size_t units = gemm::ceil_div(hs(), P::PER_UNIT);
-        for (size_t i = 0; i < t.panels; i++) {
-            size_t r = gemm::panel_row(T, i);
-            for (size_t j = 0; j < TQ; j += gemm::NR)
-                gemm::tile<P>(gemm::panel_row(T, i + 1) - r, gemm::NR, units, rows + r * units, queries + j * units, S + r * TQ + j, TQ, gemm::ZEROS, 0);
+        each_panel(t, [&](size_t r, size_t height) {
+            for (size_t j = t.blind(r) / gemm::NR * gemm::NR; j < t.n; j += gemm::NR)
+                gemm::tile<P>(height, gemm::NR, units, rows + r * units, queries + j * units, S + r * TQ + j, TQ, gemm::ZEROS, 0);
+        });
+    }
+    // out (n queries, hs; row stride ld) += S^T (keys,TQ) times packed (keys,hs); buf holds TQ*TK.
+    template <class P>
+    void add_over_keys(float* out, size_t ld, const float* S, const float* second, const Tile& t, float* buf) const {
+        size_t all = gemm::ceil_div(t.block_keys, P::PER_UNIT);
+        if (!std::is_same<P, gemm::F32>::value) gemm::pack<P>(buf, TQ, S, 1, TQ, TQ, t.keys), S = buf;
+        for (size_t i = 0; i < gemm::row_panels(t.n); i++) {
+            size_t r = gemm::panel_row(t.n, i), end = gemm::panel_row(t.n, i + 1), units = gemm::ceil_div(t.seen(end - 1), P::PER_UNIT);
+            for (size_t c = 0; c < hs() && units; c += gemm::NR) {
+                float* o = out + r * ld + c;
+                gemm::tile<P, 1, TQ>(end - r, std::min(gemm::NR, hs() - c), units, S + r, second + c * all, o, ld, o, ld);
+            }
         }
     }
-    // out (n queries, hs; row stride ld) = S^T (keys,TQ) times a packed (T,hs); buf holds TQ*T.
+    // out (keys, hs; row stride ld) += S (keys,TQ) times n packed queries (n,hs); buf holds TQ*TK.
     template <class P>
-    void over_keys(float* out, size_t ld, const float* S, const float* second, const Tile& t, float* buf) const {
-        size_t units = gemm::ceil_div(t.keys, P::PER_UNIT), all = gemm::ceil_div(T, P::PER_UNIT);
-        if (!std::is_same<P, gemm::F32>::value) gemm::pack<P>(buf, TQ, S, 1, TQ, TQ, t.keys), S = buf;
-        for (size_t c = 0; c < hs(); c += gemm::NR)
-            for (size_t i = 0; i < gemm::row_panels(t.n); i++) {
-                size_t r = gemm::panel_row(t.n, i);
-                gemm::tile<P, 1, TQ>(gemm::panel_row(t.n, i + 1) - r, std::min(gemm::NR, hs() - c), units, S + r, second + c * all,
-                                     out + r * ld + c, ld, gemm::ZEROS, 0);
-            }
-    }
-    // out (keys, hs; row stride ld) += (or =) S (keys,TQ) times n packed queries; buf holds TQ*T.
-    template <class P>
-    void over_queries(float* out, size_t ld, const float* S, const float* queries, const Tile& t, bool first, float* buf) const {
-        constexpr size_t LINE = TQ / P::PER_UNIT;
-        size_t units = gemm::ceil_div(t.n, P::PER_UNIT);
+    void add_over_queries(float* out, size_t ld, const float* S, const float* second, const Tile& t, float* buf) const {
+        constexpr size_t U = P::PER_UNIT, LINE = TQ / U;
+        size_t units = gemm::ceil_div(t.n, U);
         if (!std::is_same<P, gemm::F32>::value) {
-            for (size_t j = 0; j < t.keys * TQ; j += gemm::VL * P::PER_UNIT)
-                gemm::store(buf + j / P::PER_UNIT, P::along(S + j, gemm::VL * P::PER_UNIT));
+            for (size_t j = 0; j < t.keys * TQ; j += gemm::VL * U) gemm::store(buf + j / U, P::along(S + j, gemm::VL * U));
             S = buf;
         }
-        for (size_t c = 0; c < hs(); c += gemm::NR)
-            for (size_t i = 0; i < t.panels; i++) {
-                size_t r = gemm::panel_row(T, i);
+        each_panel(t, [&](size_t r, size_t height) {
+            size_t u = t.blind(r) / U;
+            for (size_t c = 0; c < hs(); c += gemm::NR) {
                 float* o = out + r * ld + c;
-                gemm::tile<P, LINE, 1>(gemm::panel_row(T, i + 1) - r, std::min(gemm::NR, hs() - c), units, S + r * LINE, queries + c * units,
-                                       o, ld, first ? gemm::ZEROS : o, first ? 0 : ld);
+                gemm::tile<P, LINE, 1>(height, std::min(gemm::NR, hs() - c), units - u, S + r * LINE + u, second + c * units + u * gemm::NR, o, ld, o, ld);
             }
+        });
     }
 
-    // S (keys,TQ) = dropout's factors; buf holds TQ*T. Row e of the whole batch's probabilities is the first query's.
-    void dropout_factors(float* S, const Dropout& drop, uint64_t e, const Tile& t, float* buf) const {
+    // F (keys,TQ) = dropout's factors; buf holds TQ*TK. Row e of the whole batch's probabilities is the first query's.
+    void dropout_factors(float* F, const Dropout& drop, uint64_t e, const Tile& t, float* buf) const {
+        float ones[TK];
+        std::fill(ones, ones + TK, 1.0f);
         for (size_t i = 0; i < TQ; i++) {
-            float *f = buf + i * t.keys, ones[Dropout::CHUNK];
-            size_t len = i < t.n ? t.q0 + i + 1 : 0;
-            std::fill(ones, ones + Dropout::CHUNK, 1.0f);
-            for (size_t j = 0; j < len; j += Dropout::CHUNK) drop.apply(f + j, ones, (e + i) * T + j, std::min(Dropout::CHUNK, len - j));
-            std::fill(f + len, f + t.keys, 0.0f);
+            size_t seen = i < t.n ? t.seen(i) : 0;
+            drop.apply(buf + i * t.keys, ones, (e + i) * T + t.k0, seen);
+            std::fill(buf + i * t.keys + seen, buf + (i + 1) * t.keys, 0.0f);
         }
-        gemm::pack<gemm::F32>(S, TQ, buf, t.keys, 1, TQ, t.keys);
+        gemm::pack<gemm::F32>(F, TQ, buf, t.keys, 1, TQ, t.keys);
     }
 
-    // out (B,T,C), lse (B,NH,T) from qkv (B,T,3C); seq0: the first sequence's number within the whole batch.
-    template <class P = gemm::F32>
-    void forward(float* out, float* lse, const float* qkv, const Dropout& drop, uint64_t seq0, float* scratch_mem) const {
-        size_t h_size = hs(), ld = 3 * C, even = gemm::round_up(h_size, 16), wide = gemm::round_up(h_size, gemm::NR), t16 = gemm::round_up(T, 16);
+    // Calls f(v, seen, last) for each vector of queries, [v, v + VL): key k0 + k is seen by the lanes with last >= k, and by
+    // none of them from k = seen on.
+    template <class F>
+    static void each_vector(const Tile& t, F f) {
+        ivec lane;
+        for (size_t i = 0; i < gemm::VL; i++) lane[i] = (int)i;
+        for (size_t v = 0; v < TQ; v += gemm::VL) {
+            ivec last = lane + ((int)(t.q0 + v) - (int)t.k0);
+            f(v, v < t.n ? t.seen(v + gemm::VL - 1) : 0, lane < (int)t.n - (int)v ? last : -1);
+        }
+    }
+
+    // out (B,T,C), lse (B,NH,T) from qkv (B,T,3C); seq0: the first sequence's number within the whole batch. out, and
+    // dqkv below, are floats or rounded to bf16.
+    template <class P = gemm::F32, class A>
+    void forward(A* out, float* lse, const float* qkv, const Dropout& drop, uint64_t seq0, float* scratch_mem) const {
+        size_t h_size = hs(), ld = 3 * C, even = gemm::round_up(h_size, 16), wide = gemm::round_up(h_size, gemm::NR);
         float scale = 1.0f / std::sqrt((float)h_size);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t bh = 0; bh < B * NH; bh++) {
             const float *q = qkv + bh / NH * T * ld + bh % NH * h_size, *k = q + C, *v = k + C;
-            float* o = out + bh / NH * T * C + bh % NH * h_size;
+            A* o = out + bh / NH * T * C + bh % NH * h_size;
             float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
             auto take = [&](size_t n) { return mem += n, mem - n; };
-            float *kp = take(t16 * even), *vp = take(t16 * wide), *qp = take(TQ * even), *S = take(TQ * t16), *F = take(TQ * t16), *buf = take(TQ * t16);
-            pack_rows<P>(kp, k, ld);
-            pack_second<P>(vp, v, ld, 1, T, h_size);
+            float *kp = take(T * even), *vp = take(key_blocks() * TK * wide), *qp = take(TQ * even), *O = take(TQ * even);
+            float *S = take(TQ * TK), *F = take(TQ * TK), *buf = take(TQ * TK);
+            for (size_t b = 0; b < key_blocks(); b++) {
+                Tile t = tile_at((T - 1) / TQ * TQ, b);
+                pack_rows<P>(kp + t.k0 * even, k + t.k0 * ld, ld, t);
+                pack_second<P>(vp + b * TK * wide, v + t.k0 * ld, ld, 1, t.keys, h_size);
+            }
             for (size_t q0 = 0; q0 < T; q0 += TQ) {
-                Tile t = tile_at(q0);
-                for (size_t j = 0; j < TQ && j < t.n; j += gemm::NR)
-                    pack_second<P>(qp + j * gemm::ceil_div(h_size, P::PER_UNIT), q + (q0 + j) * ld, 1, ld, h_size, std::min(gemm::NR, t.n - j));
-                scores<P>(S, kp, qp, t);
-                alignas(64) float max[TQ], sum[TQ] = {};
-                std::fill(max, max + TQ, -INFINITY);
-                for (size_t key = 0; key < t.keys; key++) {
-                    const float* s = S + key * TQ;
-                    int seen_from = (int)key - (int)q0;
-                    for (int i = 0; i < (int)TQ; i++) max[i] = i >= seen_from && s[i] > max[i] ? s[i] : max[i];
+                alignas(64) float max[TQ], sum[TQ] = {}, shrink[TQ];
+                std::fill(max, max + TQ, -INFINITY), std::fill(O, O + TQ * h_size, 0.0f);
+                size_t n = std::min(TQ, T - q0);
+                pack_second<P>(qp, q + q0 * ld, 1, ld, h_size, n);
+                for (size_t b = 0; b < key_blocks(); b++) {
+                    Tile t = tile_at(q0, b);
+                    if (!t.keys) break;
+                    scores<P>(S, kp + t.k0 * even, qp, t);
+                    if (drop.p > 0) dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
+                    each_vector(t, [&](size_t lane, size_t seen, ivec last) {
+                        vec before = gemm::load(max + lane), m = before;
+                        for (size_t key = 0; key < seen; key++) m = gemm::at_least(last >= (int)key ? gemm::load(S + key * TQ + lane) : before, m);
+                        vec factor = exp_approx((before - m) * scale), total = gemm::load(sum + lane) * factor;
+                        for (size_t key = 0; key < seen; key++) {
+                            float* s = S + key * TQ + lane;
+                            vec e = exp_approx((gemm::load(s) - m) * scale);
+                            e = last >= (int)key ? e : 0.0f;
+                            total += e;
+                            gemm::store(s, drop.p > 0 ? e * gemm::load(F + key * TQ + lane) : e);
+                        }
+                        for (size_t key = seen; key < t.keys; key++) gemm::store(S + key * TQ + lane, vec{});
+                        gemm::store(max + lane, m), gemm::store(sum + lane, total), gemm::store(shrink + lane, factor);
+                    });
+                    for (size_t i = 0; i < n && b; i++)
+                        for (size_t c = 0; c < h_size; c++) O[i * h_size + c] *= shrink[i];
+                    add_over_keys<P>(O, h_size, S, vp + b * TK * wide, t, buf);
                 }
-                for (size_t key = 0; key < t.keys; key++) {
-                    float* s = S + key * TQ;
-                    int seen_from = (int)key - (int)q0;
-#pragma omp simd
-                    for (int i = 0; i < (int)TQ; i++) {
-                        float e = exp_approx((s[i] - max[i]) * scale);
-                        s[i] = i >= seen_from ? e : 0.0f, sum[i] += s[i];
-                    }
-                }
-                if (drop.p > 0) {
-                    dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
-                    for (size_t j = 0; j < t.keys * TQ; j++) S[j] *= F[j];
-                }
-                over_keys<P>(o + q0 * C, C, S, vp, t, buf);
-                for (size_t i = 0; i < t.n; i++) {
+                for (size_t i = 0; i < n; i++) {
                     float inv = 1.0f / sum[i];
-                    for (size_t c = 0; c < h_size; c++) o[(q0 + i) * C + c] *= inv;
+                    for (size_t c = 0; c < h_size; c += gemm::VL)
+                        gemm::store(o + (q0 + i) * C + c, gemm::load(O + i * h_size + c, h_size - c) * inv, h_size - c);
                     lse[bh * T + q0 + i] = max[i] * scale + std::log(sum[i]);
                 }
             }
         }
     }
 
-    // dqkv (B,T,3C) from dout (B,T,C); probabilities and dropout masks are computed again.
-    template <class P = gemm::F32>
-    void backward(float* dqkv, const float* dout, const float* qkv, const float* lse, const Dropout& drop, uint64_t seq0,
+    // dqkv (B,T,3C) from dout (B,T,C) and what forward left; probabilities and dropout masks are computed again.
+    template <class P = gemm::F32, class A>
+    void backward(A* dqkv, const float* dout, const A* out, const float* qkv, const float* lse, const Dropout& drop, uint64_t seq0,
                   float* scratch_mem) const {
-        size_t h_size = hs(), ld = 3 * C, even = gemm::round_up(h_size, 16), wide = gemm::round_up(h_size, gemm::NR), t16 = gemm::round_up(T, 16);
+        size_t h_size = hs(), ld = 3 * C, even = gemm::round_up(h_size, 16), wide = gemm::round_up(h_size, gemm::NR), t64 = gemm::round_up(T, TQ);
+        size_t units = gemm::ceil_div(h_size, P::PER_UNIT);
         float scale = 1.0f / std::sqrt((float)h_size);
 #pragma omp parallel for schedule(dynamic, 1)
         for (size_t bh = 0; bh < B * NH; bh++) {
-            size_t first = bh / NH * T * ld + bh % NH * h_size;
-            const float *q = qkv + first, *k = q + C, *v = k + C, *d_o = dout + bh / NH * T * C + bh % NH * h_size;
-            float *dq = dqkv + first, *dk = dq + C, *dv = dk + C;
+            size_t first = bh / NH * T * ld + bh % NH * h_size, first_out = bh / NH * T * C + bh % NH * h_size;
+            const float *q = qkv + first, *k = q + C, *v = k + C, *d_o = dout + first_out;
+            const A* o = out + first_out;
             float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
             auto take = [&](size_t n) { return mem += n, mem - n; };
-            float *kp = take(t16 * even), *vp = take(t16 * even), *k2 = take(t16 * wide), *qp = take(TQ * even), *op = take(TQ * even);
-            float *q2 = take(TQ * wide), *o2 = take(TQ * wide);
-            float *S = take(TQ * t16), *D = take(TQ * t16), *F = take(TQ * t16), *buf = take(TQ * t16), *buf2 = take(TQ * t16);
-            pack_rows<P>(kp, k, ld), pack_rows<P>(vp, v, ld);
-            pack_second<P>(k2, k, ld, 1, T, h_size);
-            bool fresh = true;  // the last queries see all keys, so they come first
-            for (size_t q0 = (T - 1) / TQ * TQ;; q0 -= TQ, fresh = false) {
-                Tile t = tile_at(q0);
-                for (size_t j = 0; j < TQ && j < t.n; j += gemm::NR) {
-                    size_t at = j * gemm::ceil_div(h_size, P::PER_UNIT), n = std::min(gemm::NR, t.n - j);
-                    pack_second<P>(qp + at, q + (q0 + j) * ld, 1, ld, h_size, n), pack_second<P>(op + at, d_o + (q0 + j) * C, 1, C, h_size, n);
-                }
-                pack_second<P>(q2, q + q0 * ld, ld, 1, t.n, h_size), pack_second<P>(o2, d_o + q0 * C, C, 1, t.n, h_size);
-                scores<P>(S, kp, qp, t), scores<P>(D, vp, op, t);
-                if (drop.p > 0) dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
-                alignas(64) float l[TQ] = {}, dot[TQ] = {};
-                std::copy(lse + bh * T + q0, lse + bh * T + q0 + t.n, l);
-                for (size_t key = 0; key < t.keys; key++) {
-                    float *s = S + key * TQ, *d = D + key * TQ, *f = F + key * TQ;
-                    int seen_from = (int)key - (int)q0, n = (int)t.n;
-                    if (drop.p > 0)
-                        for (size_t i = 0; i < TQ; i++) d[i] *= f[i];
-#pragma omp simd
-                    for (int i = 0; i < (int)TQ; i++) {
-                        float e = exp_approx(s[i] * scale - l[i]);
-                        s[i] = i >= seen_from && i < n ? e : 0.0f, d[i] = i < n ? d[i] : 0.0f, dot[i] += s[i] * d[i];
-                    }
-                }
-                for (size_t key = 0; key < t.keys; key++) {  // through the softmax: dS = P (dP - sum over keys of P dP) / sqrt(hs)
-                    float *s = S + key * TQ, *d = D + key * TQ;
-                    for (size_t i = 0; i < TQ; i++) d[i] = s[i] * (d[i] - dot[i]) * scale;
-                }
-                if (drop.p > 0)
-                    for (size_t j = 0; j < t.keys * TQ; j++) S[j] *= F[j];  // what multiplied V in forward
-                over_queries<P>(dv, ld, S, o2, t, fresh, buf2);
-                over_queries<P>(dk, ld, D, q2, t, fresh, buf2);
-                over_keys<P>(dq + q0 * ld, ld, D, k2, t, buf2);
-                if (!q0) break;
+            float *qp = take(t64 * even), *op = take(t64 * even), *q2 = take(t64 * wide), *o2 = take(t64 * wide), *dq = take(t64 * even), *dot = take(t64);
+            float *kp = take(TK * even), *vp = take(TK * even), *k2 = take(TK * wide), *dk = take(TK * even), *dv = take(TK * even);
+            float *S = take(TQ * TK), *D = take(TQ * TK), *F = take(TQ * TK), *buf = take(TQ * TK);
+            auto put_rows = [&](A* to, const float* from, size_t rows) {
+                for (size_t i = 0; i < rows; i++)
+                    for (size_t c = 0; c < h_size; c += gemm::VL) gemm::store(to + i * ld + c, gemm::load(from + i * h_size + c, h_size - c), h_size - c);
+            };
+            pack_second<P>(qp, q, 1, ld, h_size, T), pack_second<P>(op, d_o, 1, C, h_size, T);
+            for (size_t q0 = 0; q0 < T; q0 += TQ) {
+                size_t n = std::min(TQ, T - q0);
+                pack_second<P>(q2 + q0 * wide, q + q0 * ld, ld, 1, n, h_size), pack_second<P>(o2 + q0 * wide, d_o + q0 * C, C, 1, n, h_size);
             }
+            // The sum over keys of P dP, which the softmax's gradient needs, is the output times its gradient.
+            for (size_t i = 0; i < T; i++) {
+                vec sum = {};
+                for (size_t c = 0; c < h_size; c += gemm::VL) sum += gemm::load(d_o + i * C + c, h_size - c) * gemm::load(o + i * C + c, h_size - c);
+                dot[i] = gemm::sum(sum);
+            }
+            std::fill(dq, dq + T * h_size, 0.0f);
+            for (size_t b = 0; b < key_blocks(); b++) {
+                Tile all = tile_at((T - 1) / TQ * TQ, b);
+                pack_rows<P>(kp, k + all.k0 * ld, ld, all), pack_rows<P>(vp, v + all.k0 * ld, ld, all);
+                pack_second<P>(k2, k + all.k0 * ld, ld, 1, all.keys, h_size);
+                std::fill(dk, dk + all.keys * h_size, 0.0f), std::fill(dv, dv + all.keys * h_size, 0.0f);
+                for (size_t q0 = all.k0 / TQ * TQ; q0 < T; q0 += TQ) {
+                    Tile t = tile_at(q0, b);
+                    scores<P>(S, kp, qp + q0 * units, t), scores<P>(D, vp, op + q0 * units, t);
+                    if (drop.p > 0) dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
+                    each_vector(t, [&](size_t lane, size_t seen, ivec last) {
+                        vec l = {}, p_dp = {};
+                        if (seen) l = gemm::load(lse + bh * T + q0 + lane, t.n - lane), p_dp = gemm::load(dot + q0 + lane, t.n - lane);
+                        for (size_t key = 0; key < seen; key++) {  // dS = P (dP - sum over keys of P dP) / sqrt(hs)
+                            float *s = S + key * TQ + lane, *d = D + key * TQ + lane;
+                            vec p = exp_approx(gemm::load(s) * scale - l), dp = gemm::load(d), kept = p;
+                            if (drop.p > 0) dp *= gemm::load(F + key * TQ + lane), kept *= gemm::load(F + key * TQ + lane);
+                            vec ds = p * (dp - p_dp) * scale;
+                            gemm::store(s, last >= (int)key ? kept : 0.0f), gemm::store(d, last >= (int)key ? ds : 0.0f);
+                        }
+                        for (size_t key = seen; key < t.keys; key++) gemm::store(S + key * TQ + lane, vec{}), gemm::store(D + key * TQ + lane, vec{});
+                    });
+                    add_over_queries<P>(dv, h_size, S, o2 + q0 * wide, t, buf);
+                    add_over_queries<P>(dk, h_size, D, q2 + q0 * wide, t, buf);
+                    add_over_keys<P>(dq + q0 * h_size, h_size, D, k2, t, buf);
+                }
+                A* to = dqkv + first + all.k0 * ld + C;
+                put_rows(to, dk, all.keys), put_rows(to + C, dv, all.keys);
+            }
+            put_rows(dqkv + first, dq, T);
         }
     }
 };
 
 // Softmax cross-entropy of logits (M,V), row stride ld: losses (M) = -log p[target], 0 where target < 0. Where
-// dscale is not 0 the logits become their gradient, (p - onehot) * dscale.
+// dscale is not 0 a row's gradient, (p - onehot) * dscale, takes its place, in floats or from its start on in bf16.
+template <class G = float>
 inline void cross_entropy(float* losses, float* logits, size_t ld, const int* targets, size_t M, size_t V, float dscale) {
+    constexpr size_t VL = gemm::VL;
 #pragma omp parallel for schedule(static)
     for (size_t m = 0; m < M; m++) {
-        float *x = logits + m * ld, max = -INFINITY, sum = 0;
+        float* x = logits + m * ld;
         int target = targets[m];
         if (target < 0) {
             losses[m] = 0;
             if (dscale != 0) memset(x, 0, V * sizeof(float));
             continue;
         }
-#pragma omp simd reduction(max : max)
-        for (size_t v = 0; v < V; v++) max = x[v] > max ? x[v] : max;
-        float at_target = x[target] - max;
-        if (dscale != 0) {
-#pragma omp simd reduction(+ : sum)
-            for (size_t v = 0; v < V; v++) sum += x[v] = exp_approx(x[v] - max);
-            float s = dscale / sum;
-            for (size_t v = 0; v < V; v++) x[v] *= s;
-            x[target] -= dscale;
-        } else {
-#pragma omp simd reduction(+ : sum)
-            for (size_t v = 0; v < V; v++) sum += exp_approx(x[v] - max);
+        vec most = vec{} - INFINITY, total = {};
+        for (size_t v = 0; v < V; v += VL) most = gemm::at_least(gemm::load(x + v, V - v, -INFINITY), most);
+        float max = gemm::max(most), at_target = x[target] - max;
+        for (size_t v = 0; v < V; v += VL) {
+            vec e = exp_approx(gemm::load(x + v, V - v, -INFINITY) - max);  // beyond the last: e^-87, which no sum feels
+            total += e;
+            if (dscale != 0) gemm::store(x + v, e, V - v);
         }
+        float sum = gemm::sum(total);
         losses[m] = std::log(sum) - at_target;
+        if (dscale == 0) continue;
+        float scale = dscale / sum;
+        for (size_t v = 0; v < V; v += VL) {
+            vec d = gemm::load(x + v, V - v) * scale;
+            if (size_t at = (size_t)target - v; at < VL) d[at] -= dscale;
+            gemm::store((G*)x + v, d, V - v);
+        }
     }
 }
 
@@ -494,12 +543,14 @@ struct Arena {
     static constexpr size_t MOST = (size_t)1 << 60;
     float* base = nullptr;
     size_t used = 0;
-    float* take(size_t a, size_t b = 1, size_t c = 1) {
+    template <class A = float>
+    A* take(size_t a, size_t b = 1, size_t c = 1) {
         float* p = base ? base + used : nullptr;
         size_t n;
-        if (__builtin_mul_overflow(a, b, &n) || __builtin_mul_overflow(n, c, &n) || n > MOST || (used += gemm::round_up(n, 16)) > MOST)
+        if (__builtin_mul_overflow(a, b, &n) || __builtin_mul_overflow(n, c, &n) || n > MOST ||
+            (used += gemm::round_up(gemm::ceil_div(n * sizeof(A), sizeof(float)), 16)) > MOST)
             fail("this model and batch are too large to address: they need more than %s of memory", human_bytes((double)MOST * 4).c_str());
-        return p;
+        return (A*)p;
     }
 };
 
@@ -516,10 +567,12 @@ struct ParamsOf {
 using Params = ParamsOf<float>;
 
 // What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
-// used again: by every layer of a model that does not train, and in training by what is recomputed.
+// used again: by every layer of a model that does not train, and in training by what is recomputed. A, float or bf16, is the
+// type of what products multiply.
+template <class A>
 struct Activations {
-    float *embedded, *ln1, *ln1_mean, *ln1_rstd, *qkv, *lse, *atty, *resid2, *ln2, *ln2_mean, *ln2_rstd, *fch, *fch_gelu, *resid3;
-    float *lnf, *lnf_mean, *lnf_rstd, *branch, *losses;
+    float *embedded, *ln1_mean, *ln1_rstd, *qkv, *lse, *resid2, *ln2_mean, *ln2_rstd, *fch, *resid3, *lnf_mean, *lnf_rstd, *branch, *losses;
+    A *ln1, *atty, *ln2, *fch_gelu, *lnf;
     size_t gelu_slots, ln_slots, block_slots, resid_slots;
 
     void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
@@ -527,23 +580,40 @@ struct Activations {
         auto kept_below = [&](int level) { return trains && recompute < level ? L : 1; };
         gelu_slots = kept_below(1), ln_slots = kept_below(2), block_slots = kept_below(3), resid_slots = trains ? L : 1;
         embedded = a.take(M, C), resid3 = a.take(resid_slots, M, C);
-        qkv = a.take(block_slots, M, 3 * C), lse = a.take(block_slots, M, c.NH), atty = a.take(block_slots, M, C);
+        qkv = a.take(block_slots, M, 3 * C), lse = a.take(block_slots, M, c.NH), atty = a.take<A>(block_slots, M, C);
         resid2 = a.take(block_slots, M, C), fch = a.take(block_slots, M, 4 * C);
         ln1_mean = a.take(block_slots, M), ln1_rstd = a.take(block_slots, M);
         ln2_mean = a.take(block_slots, M), ln2_rstd = a.take(block_slots, M);
-        ln1 = a.take(ln_slots, M, C), ln2 = a.take(ln_slots, M, C), fch_gelu = a.take(gelu_slots, M, 4 * C);
-        lnf = a.take(M, C), lnf_mean = a.take(M), lnf_rstd = a.take(M), branch = a.take(M, C), losses = a.take(M);
+        ln1 = a.take<A>(ln_slots, M, C), ln2 = a.take<A>(ln_slots, M, C), fch_gelu = a.take<A>(gelu_slots, M, 4 * C);
+        lnf = a.take<A>(M, C), lnf_mean = a.take(M), lnf_rstd = a.take(M), branch = a.take(M, C), losses = a.take(M);
     }
 };
 
-// What backward needs beside: gradients of activations, one layer at a time.
+// What backward needs beside: gradients of activations, one layer at a time. dfch_gelu is dfch where that is in floats.
+template <class A>
 struct Gradients {
-    float *dresid, *dbranch, *dln, *dqkv, *dfch;
+    float *dresid, *dbranch, *dln, *dfch_gelu;
+    A *dqkv, *dfch;
     void place(Arena& a, const Config& c, size_t M) {
         size_t C = c.C;
-        dresid = a.take(M, C), dbranch = a.take(M, C), dln = a.take(M, C), dqkv = a.take(M, 3 * C), dfch = a.take(M, 4 * C);
+        dresid = a.take(M, C), dbranch = a.take(M, C), dln = a.take(M, C), dqkv = a.take<A>(M, 3 * C), dfch = a.take<A>(M, 4 * C);
+        dfch_gelu = std::is_same<A, float>::value ? (float*)dfch : a.take(M, 4 * C);
     }
 };
+
+template <class A>
+struct Tensors {
+    Activations<A> act;
+    Gradients<A> grad;
+    void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
+        if (!M) return;
+        act.place(a, c, M, trains, recompute);
+        if (trains) grad.place(a, c, M);
+    }
+};
+// How the operands of products with P are stored.
+template <class P>
+using Stored = std::conditional_t<std::is_same<P, gemm::BF16>::value, gemm::bf16, float>;
 
 struct GPT2 {
     const Config cfg;
@@ -599,11 +669,9 @@ struct GPT2 {
         n.grads = trains ? n.params : 0;
         n.optimizer = 2 * n.grads;
         Arena a;
-        Activations acts;
-        Gradients grads;
         size_t M = checked_mul(B, T, "batch size x sequence length");
-        if (M) acts.place(a, c, M, trains, recompute);
-        if (M && trains) grads.place(a, c, M);
+        if (precision.dtype == BF16) Tensors<gemm::bf16>().place(a, c, M, trains, recompute);
+        else Tensors<float>().place(a, c, M, trains, recompute);
         n.activations = a.used * 4;
         if (M) n.scratch = (head_rows(c, M) * gemm::round_up(c.V, 16) + omp_get_max_threads() * Attention::scratch(T, c.hs())) * 4;
         n.scratch += gemm::Workspace::bytes(omp_get_max_threads());
@@ -628,8 +696,8 @@ struct GPT2 {
         if (M) {
             Arena a;
             a.base = acts_mem_ = (float*)gemm::allocate(need_.activations, "activations");
-            act_.place(a, c, M, trains, recompute);
-            if (trains) grad_.place(a, c, M);
+            if (precision.dtype == BF16) tensors<gemm::bf16>().place(a, c, M, trains, recompute);
+            else tensors<float>().place(a, c, M, trains, recompute);
             size_t head = head_rows(c, M) * gemm::round_up(c.V, 16);
             scratch_ = (float*)gemm::allocate((head + omp_get_max_threads() * Attention::scratch(T, c.hs())) * 4, "scratch memory");
             logits_ = scratch_, att_scratch_ = scratch_ + head;
@@ -659,8 +727,8 @@ struct GPT2 {
 
     // The logits (M,V) of the last forward pass, for tests and for small models.
     void logits(float* out) {
-        if (precision.dtype == BF16) matmul_forward<gemm::BF16>(out, act_.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
-        else matmul_forward(out, act_.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
+        if (precision.dtype == BF16) matmul_forward<gemm::BF16>(out, tensors<gemm::bf16>().act.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
+        else matmul_forward(out, tensors<float>().act.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
     }
 
     // Adds the gradients of the last training pass (its mean loss times grad_scale times its token count).
@@ -755,18 +823,27 @@ struct GPT2 {
     Dropout drop(rng::Stream site, size_t layer) const {
         return {pass_.train ? dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
     }
+    template <class A>
+    Tensors<A>& tensors() {
+        return std::get<Tensors<A>>(tensors_);
+    }
     // Where the activations of one layer stand.
+    template <class A>
     struct Block {
         const float* resid;  // what the block reads
-        float *ln1, *ln1_mean, *ln1_rstd, *qkv, *lse, *atty, *resid2, *ln2, *ln2_mean, *ln2_rstd, *fch, *fch_gelu, *resid3;
+        float *ln1_mean, *ln1_rstd, *qkv, *lse, *resid2, *ln2_mean, *ln2_rstd, *fch, *resid3;
+        A *ln1, *atty, *ln2, *fch_gelu;
+        float* skip;  // GROVER's residual connection begins at ln1: where that goes in floats, else null
     };
-    Block block(size_t l) const {
-        const Activations& a = act_;
+    template <class A>
+    Block<A> block(size_t l) {
+        const Activations<A>& a = tensors<A>().act;
         size_t C = cfg.C, M = b_ * t_, gelu = l % a.gelu_slots * M, ln = l % a.ln_slots * M, blk = l % a.block_slots * M, res = l % a.resid_slots * M;
         size_t before = (l + a.resid_slots - 1) % a.resid_slots * M;
-        return {l ? a.resid3 + before * C : a.embedded, a.ln1 + ln * C, a.ln1_mean + blk, a.ln1_rstd + blk, a.qkv + blk * 3 * C,
-                a.lse + blk * cfg.NH, a.atty + blk * C, a.resid2 + blk * C, a.ln2 + ln * C, a.ln2_mean + blk, a.ln2_rstd + blk,
-                a.fch + blk * 4 * C, a.fch_gelu + gelu * 4 * C, a.resid3 + res * C};
+        float* resid2 = a.resid2 + blk * C;
+        return {l ? a.resid3 + before * C : a.embedded, a.ln1_mean + blk, a.ln1_rstd + blk, a.qkv + blk * 3 * C, a.lse + blk * cfg.NH, resid2,
+                a.ln2_mean + blk, a.ln2_rstd + blk, a.fch + blk * 4 * C, a.resid3 + res * C, a.ln1 + ln * C, a.atty + blk * C, a.ln2 + ln * C,
+                a.fch_gelu + gelu * 4 * C, cfg.arch == GROVER_ARCH ? resid2 : nullptr};
     }
 
     template <class P>
@@ -775,17 +852,19 @@ struct GPT2 {
         if (B_ > B || T_ > T || (pass.train && !trains)) throw std::logic_error("forward: batch larger than the model was built for");
         if (omp_get_max_threads() > scratch_threads_) throw std::logic_error("forward: more threads than the model was built for");
         pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
-        embedding_forward(act_.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
-        Block first = block(0);
-        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act_.embedded, p.ln1w, p.ln1b, M, C, cfg.eps);
+        using A = Stored<P>;
+        const Activations<A>& act = tensors<A>().act;
+        embedding_forward(act.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
+        Block<A> first = block<A>(0);
+        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.embedded, p.ln1w, p.ln1b, M, C, cfg.eps, first.skip);
         for (size_t l = 0; l < L; l++) {
             block_forward<P>(l);
-            Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
-            matmul_forward<P>(act_.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            Block<A> a = block<A>(l), next = l + 1 < L ? block<A>(l + 1) : Block<A>{};
+            matmul_forward<P>(act.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
             bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
-            residual_layernorm_forward(a.resid3, last ? act_.lnf : next.ln1, last ? act_.lnf_mean : next.ln1_mean,
-                                       last ? act_.lnf_rstd : next.ln1_rstd, a.resid2, act_.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
-                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C, cfg.eps);
+            residual_layernorm_forward(a.resid3, last ? act.lnf : next.ln1, last ? act.lnf_mean : next.ln1_mean,
+                                       last ? act.lnf_rstd : next.ln1_rstd, a.resid2, act.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
+                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C, cfg.eps, next.skip);
         }
         return head<P>(targets, M);
     }
@@ -793,36 +872,41 @@ struct GPT2 {
     void backward_as() {
         size_t C = cfg.C, M = b_ * t_;
         bool grover = cfg.arch == GROVER_ARCH;
-        auto act = cfg.activation;
+        int activation = cfg.activation;
         gemm::Start start = std::exchange(fresh_, false) ? gemm::FOR_LATER : gemm::ACCUMULATE;
-        float* dresid = grad_.dresid;
-        layernorm_backward(dresid, g.lnfw, g.lnfb, grad_.dln, block(cfg.L - 1).resid3, act_.lnf_mean, act_.lnf_rstd, p.lnfw, M, C, false, start);
+        using A = Stored<P>;
+        const auto& [act, grad] = tensors<A>();
+        float* dresid = grad.dresid;
+        layernorm_backward(dresid, g.lnfw, g.lnfb, grad.dln, block<A>(cfg.L - 1).resid3, act.lnf_mean, act.lnf_rstd, p.lnfw, M, C, false, start);
         for (size_t l = cfg.L; l-- > 0;) {
-            Block a = block(l);
-            if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps);
+            Block<A> a = block<A>(l);
+            if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps, recompute == 3 ? a.skip : nullptr);
             if (recompute == 2) layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C, cfg.eps);
             if (recompute == 1 || recompute == 2)
 #pragma omp parallel for schedule(static)
-                for (size_t m = 0; m < M; m++) gelu_forward(a.fch_gelu + m * 4 * C, a.fch + m * 4 * C, 4 * C, act);
+                for (size_t m = 0; m < M; m++) gelu_forward(a.fch_gelu + m * 4 * C, a.fch + m * 4 * C, 4 * C, activation);
             if (recompute == 3) block_forward<P>(l);
 
-            const float* dbranch = masked(dresid, rng::FCPROJ_DROPOUT, l);
-            matmul_backward<P>(grad_.dfch, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, p.fcprojw + l * 4 * C * C, M,
-                            4 * C, C, [=](size_t m, size_t n, size_t count, float* d) { gelu_backward(d, a.fch + m * 4 * C + n, count, act); }, start);
-            matmul_backward<P>(grad_.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad_.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C, {}, start);
-            layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad_.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
+            const float* dbranch = masked(grad.dbranch, dresid, rng::FCPROJ_DROPOUT, l);
+            matmul_backward<P>(grad.dfch_gelu, g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, p.fcprojw + l * 4 * C * C, M, 4 * C, C,
+                            [=, dfch = grad.dfch](size_t m, size_t n, size_t count, float* d) {
+                                size_t at = m * 4 * C + n;
+                                gelu_backward(dfch + at, d, a.fch + at, count, activation);
+                            }, start);
+            matmul_backward<P>(grad.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C, {}, start);
+            layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
                                p.ln2w + l * C, M, C, true, start);
 
-            dbranch = masked(dresid, rng::ATTPROJ_DROPOUT, l);
-            matmul_backward<P>(grad_.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, p.attprojw + l * C * C, M, C, C, {}, start);
-            attention().template backward<P>(grad_.dqkv, grad_.dln, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
+            dbranch = masked(grad.dbranch, dresid, rng::ATTPROJ_DROPOUT, l);
+            matmul_backward<P>(grad.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, p.attprojw + l * C * C, M, C, C, {}, start);
+            attention().template backward<P>(grad.dqkv, grad.dln, a.atty, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
             // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
-            matmul_backward<P>(grad_.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad_.dqkv, a.ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
+            matmul_backward<P>(grad.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad.dqkv, a.ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
                             [=](size_t m, size_t n, size_t count, float* d) {
                                 if (grover)
                                     for (size_t i = 0; i < count; i++) d[i] += dresid[m * C + n + i];
                             }, start);
-            layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad_.dln, a.resid, a.ln1_mean, a.ln1_rstd,
+            layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad.dln, a.resid, a.ln1_mean, a.ln1_rstd,
                                p.ln1w + l * C, M, C, !grover, start);
         }
         if (start != gemm::ACCUMULATE) memset(g.wpe, 0, (size_t)cfg.maxT * C * sizeof(float));  // wte's begin in the head
@@ -832,45 +916,50 @@ struct GPT2 {
     // Block l from its ln1 up to the GELU.
     template <class P>
     void block_forward(size_t l) {
-        Block a = block(l);
+        using A = Stored<P>;
+        Block<A> a = block<A>(l);
         size_t C = cfg.C, M = b_ * t_;
-        auto act = cfg.activation;
+        int activation = cfg.activation;
+        float* branch = tensors<A>().act.branch;
         matmul_forward<P>(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
         attention().template forward<P>(a.atty, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
-        matmul_forward<P>(act_.branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
-        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, cfg.arch == GROVER_ARCH ? a.ln1 : a.resid, act_.branch,
+        matmul_forward<P>(branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, a.skip ? a.skip : a.resid, branch,
                                    p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass_.seq0 * t_ * C, cfg.eps);
         matmul_forward<P>(a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
-                       [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, act); });
+                       [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, activation); });
     }
 
-    // The gradient of a residual branch's output: dresid under its dropout mask.
-    const float* masked(const float* dresid, rng::Stream site, size_t layer) {
+    // The gradient of a residual branch's output: dresid under its dropout mask, made in dbranch.
+    const float* masked(float* dbranch, const float* dresid, rng::Stream site, size_t layer) {
         Dropout d = drop(site, layer);
         if (d.p == 0) return dresid;
         size_t C = cfg.C, M = b_ * t_;
 #pragma omp parallel for schedule(static)
-        for (size_t m = 0; m < M; m++) d.apply(grad_.dbranch + m * C, dresid + m * C, (pass_.seq0 * t_ + m) * C, C);
-        return grad_.dbranch;
+        for (size_t m = 0; m < M; m++) d.apply(dbranch + m * C, dresid + m * C, (pass_.seq0 * t_ + m) * C, C);
+        return dbranch;
     }
 
     // Output layer and loss, a chunk of rows at a time so that the logits of the whole batch never exist at once.
     // In training also dln = dlogits wte and dwte += dlogits^T lnf.
     template <class P>
     double head(const int* targets, size_t M) {
-        size_t C = cfg.C, V = cfg.V, ld = gemm::round_up(V, 16), R = head_rows(cfg, M);
+        using A = Stored<P>;
+        const auto& [act, grad] = tensors<A>();
+        size_t C = cfg.C, V = cfg.V, ld = gemm::round_up(V, 16), ldg = ld * sizeof(float) / sizeof(A), R = head_rows(cfg, M);
+        const A* dlogits = (const A*)logits_;
         for (size_t m = 0; m < M; m += R) {
             size_t n = std::min(R, M - m);
-            const float* x = act_.lnf + m * C;
+            const A* x = act.lnf + m * C;
             gemm::multiply<P>(n, V, C, x, C, 1, p.wte, 1, C, logits_, ld);
-            cross_entropy(act_.losses + m, logits_, ld, targets + m, n, V, pass_.train ? pass_.grad_scale : 0.0f);
+            cross_entropy<A>(act.losses + m, logits_, ld, targets + m, n, V, pass_.train ? pass_.grad_scale : 0.0f);
             if (!pass_.train) continue;
-            gemm::multiply<P>(V, C, n, logits_, 1, ld, x, C, 1, g.wte, C, fresh_ && !m ? gemm::FOR_LATER : gemm::ACCUMULATE);
-            gemm::multiply<P>(n, C, V, logits_, ld, 1, p.wte, C, 1, grad_.dln + m * C, C);
+            gemm::multiply<P>(V, C, n, dlogits, 1, ldg, x, C, 1, g.wte, C, fresh_ && !m ? gemm::FOR_LATER : gemm::ACCUMULATE);
+            gemm::multiply<P>(n, C, V, dlogits, ldg, 1, p.wte, C, 1, grad.dln + m * C, C);
         }
         double sum = 0;
         counted_ = 0;
-        for (size_t m = 0; m < M; m++) sum += act_.losses[m], counted_ += targets[m] >= 0;
+        for (size_t m = 0; m < M; m++) sum += act.losses[m], counted_ += targets[m] >= 0;
         return counted_ ? sum / (double)counted_ : 0;
     }
 
@@ -879,8 +968,7 @@ struct GPT2 {
     float *params_mem_ = nullptr, *grads_mem_ = nullptr, *moments_ = nullptr, *acts_mem_ = nullptr, *scratch_ = nullptr;
     float *logits_ = nullptr, *att_scratch_ = nullptr;
     int scratch_threads_ = 0;
-    Activations act_{};
-    Gradients grad_{};
+    std::tuple<Tensors<float>, Tensors<gemm::bf16>> tensors_{};  // those of the model's precision are in use
     Pass pass_;
     double step_loss_ = 0;
     const int* tokens_ = nullptr;
@@ -984,8 +1072,8 @@ class Decoder {
                     for (size_t i = 0; i < hs; i++) dot += q[i] * k[j * 2 * C + i];
                     s[j] = dot * scale, max = s[j] > max ? s[j] : max;
                 }
-#pragma omp simd reduction(+ : sum)
-                for (size_t j = 0; j < len; j++) sum += s[j] = exp_approx(s[j] - max);
+                for (size_t j = 0; j < len; j += gemm::VL) gemm::store(s + j, exp_approx(gemm::load(s + j, len - j) - max), len - j);
+                for (size_t j = 0; j < len; j++) sum += s[j];
                 for (size_t i = 0; i < hs; i++) o[i] = 0;
                 for (size_t j = 0; j < len; j++)
                     for (size_t i = 0; i < hs; i++) o[i] += s[j] / sum * v[j * 2 * C + i];

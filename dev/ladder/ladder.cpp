@@ -215,7 +215,7 @@ class Model {
             }
             const float* dresult = masked(d_, drop(rng::ATTPROJ_DROPOUT, l));
             if (r.projection) cpu::matmul_backward(datt_, g_.projw + l * C * C, g_.projb + l * C, dresult, a.att, p_.projw + l * C * C, M, C, C), dresult = datt_;
-            attention().backward(dqkv_, dresult, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), 0, scratch_);
+            attention().backward(dqkv_, dresult, a.att, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), 0, scratch_);
             cpu::matmul_backward(dread_, g_.qkvw + l * 3 * C * C, g_.qkvb + l * 3 * C, dqkv_, r.layernorm ? a.ln1 : a.x, p_.qkvw + l * 3 * C * C, M, C, 3 * C);
             join_backward(g_.ln1w, g_.ln1b, a.x, a.mean1, a.rstd1, p_.ln1w, l);
         }
