@@ -601,6 +601,7 @@ struct Gradients {
     }
 };
 
+// Both, in one block of memory.
 template <class A>
 struct Tensors {
     Activations<A> act;
@@ -678,7 +679,7 @@ struct GPT2 {
         return n;
     }
 
-    // recompute: what backward computes again instead of keeping it. Of 16C floats per token and layer 0 keeps all;
+    // recompute: what backward computes again instead of keeping it. Of 16C values per token and layer 0 keeps all;
     // 1 drops GELU's output, 4C; 2 that and LayerNorm's, 6C; 3 whole blocks, all but C.
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), precision(precision_) {
