@@ -29,8 +29,8 @@ inline vec exp_approx(vec x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
     vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = vec{} + 1.0f / 5040;
-    p = p * r + 1.0f / 720, p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6;
+    vec p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120, p = p * r + 1.0f / 24, p = p * r + 1.0f / 6;
     p = p * r + 0.5f, p = p * r + 1.0f, p = p * r + 1.0f;
     return p * (vec)(((ivec)shifted + 127) << 23);
 }
@@ -515,8 +515,8 @@ inline void cross_entropy(float* losses, float* logits, size_t ld, const int* ta
             if (dscale != 0) memset(x, 0, V * sizeof(float));
             continue;
         }
-        vec most = vec{} - INFINITY, total = {};
-        for (size_t v = 0; v < V; v += VL) most = gemm::at_least(gemm::load(x + v, V - v, -INFINITY), most);
+        vec most = gemm::load(x, V, -INFINITY), total = {};
+        for (size_t v = VL; v < V; v += VL) most = gemm::at_least(gemm::load(x + v, V - v, -INFINITY), most);
         float max = gemm::max(most), at_target = x[target] - max;
         for (size_t v = 0; v < V; v += VL) {
             vec e = exp_approx(gemm::load(x + v, V - v, -INFINITY) - max);  // beyond the last: e^-87, which no sum feels
