@@ -67,7 +67,7 @@ Results on_cpu(const Shape& s, const Inputs& in, const Masks& masks) {
     Values scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(s.T, s.hs));
     cpu::Attention attention{s.B, s.T, s.C(), s.NH};
     attention.forward(r.out.data(), r.lse.data(), in.qkv.data(), masks.cpu(), Masks::SEQ0, scratch.data());
-    attention.backward(r.dqkv.data(), in.dout.data(), in.qkv.data(), r.lse.data(), masks.cpu(), Masks::SEQ0, scratch.data());
+    attention.backward(r.dqkv.data(), in.dout.data(), r.out.data(), in.qkv.data(), r.lse.data(), masks.cpu(), Masks::SEQ0, scratch.data());
     return r;
 }
 

@@ -183,7 +183,8 @@ TEST_CASE("residual and layernorm in one pass: the sum, and the norm of the sum 
             Values sum(M * C), y(M * C), mean(M), rstd(M);
             std::fill(skip.begin() + T * C, skip.end(), 0.0f);  // the second sequence's sum shows its mask
             Masks masks(p, rng::ATTPROJ_DROPOUT);
-            cpu::residual_layernorm_forward(sum.data(), y.data(), mean.data(), rstd.data(), skip.data(), branch.data(), w.data(), b.data(), M, C,
+            Values masked = branch;
+            cpu::residual_layernorm_forward(sum.data(), y.data(), mean.data(), rstd.data(), skip.data(), masked.data(), w.data(), b.data(), M, C,
                                             masks.cpu(), Masks::SEQ0 * T * C, EPS);
             auto got = repeatable([&] {
                 Device<floatX> s(M * C), out(M * C), a(skip), br(branch), weight(w), bias(b);
