@@ -133,6 +133,18 @@ inline vec at_most(vec x, vec high) {
     return x > high ? high : x;
 #endif
 }
+inline vec sqrt(vec x) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX__)
+    return (vec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE__)
+    return (vec)_mm_sqrt_ps((__m128)x);
+#else
+    for (size_t i = 0; i < VL; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
 // Across the lanes, halves at a time.
 inline float sum(vec v) {
     for (size_t h = VL / 2; h; h /= 2)
@@ -283,16 +295,21 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
 // ---------------------------------------------------------------------------------------------
 // The micro-kernel
 
-// Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next.
+// Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next; and
+// a line of each of `arrays` arrays.
 struct Fetch {
+    static constexpr size_t LINE = 64, MOST_ARRAYS = 4;
     const char* at;
     size_t left = 1, row = 1;  // lines to the end of this row, and in a row
     size_t jump = 0;           // bytes from a row's end to the next row
     size_t every = SIZE_MAX;
+    size_t arrays = 0;
+    const char* beside[MOST_ARRAYS] = {};
     void one() {
         __builtin_prefetch(at);
-        at += 64;
+        at += LINE;
         if (!--left) at += jump, left = row;
+        for (size_t i = 0; i < arrays; i++) __builtin_prefetch(beside[i]), beside[i] += LINE;
     }
 };
 
@@ -364,6 +381,40 @@ struct NoEpilogue {
     void operator()(size_t, size_t, size_t, float*) const {}
 };
 
+// Work that the threads do beside a product: floats [0, size()) of up to Fetch::MOST_ARRAYS arrays, any part at any time.
+// Each thread does a slice of its share after each tile, and the micro-kernel has asked for the lines of it beforehand: a
+// pass that would wait for memory costs little more than its arithmetic.
+struct NoWork {
+    static constexpr size_t ARRAYS = 0;
+    size_t size() const { return 0; }
+    void locate(size_t, const char**) const {}  // where float i of each array stands
+    void operator()(size_t, size_t) const {}    // does n floats from i on
+};
+template <class Work>
+struct Share {
+    static constexpr size_t LINE = Fetch::LINE / sizeof(float);
+    const Work& work;
+    size_t slice, at, end;
+
+    Share(const Work& w, size_t thread, size_t threads, size_t tiles) : work(w), slice(round_up(ceil_div(w.size(), tiles), LINE)) {
+        size_t share = round_up(ceil_div(w.size(), threads), LINE);
+        at = std::min(w.size(), thread * share), end = std::min(w.size(), at + share);
+    }
+    size_t lines() const { return at < end ? slice / LINE : 0; }  // of one array, in a slice
+    // After the slice that comes now, whose lines have been asked for.
+    void ask_for_next(Fetch& f) const {
+        f.arrays = at + slice < end ? Work::ARRAYS : 0;
+        if (f.arrays) work.locate(at + slice, f.beside);
+    }
+    void next() {
+        size_t n = std::min(slice, end - at);
+        if (n) work(at, n), at += n;
+    }
+    void rest() {
+        if (at < end) work(at, end - at), at = end;
+    }
+};
+
 // How the first sum enters C: over what stands there (or onto the bias), or onto it. FOR_LATER is OVERWRITE where C is not
 // read again soon: if it is large it need not enter the caches.
 enum Start { OVERWRITE, ACCUMULATE, FOR_LATER };
@@ -388,10 +439,11 @@ inline Workspace& workspace() {
 
 // C (M,N) = A (M,K) B (K,N), with A(m,k) = A[m*am + k*ak], B(k,n) = B[k*bk + n*bn], C row-major with row stride ldc.
 // start ACCUMULATE adds to C; bias (N) or null is added to an overwritten C. P is F32 or BF16; A and B are float or bf16.
-template <class P = F32, class TA, class TB, class Epilogue = NoEpilogue>
+// work does not touch A, B or C.
+template <class P = F32, class TA, class TB, class Epilogue = NoEpilogue, class Work = NoWork>
 inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_t ak, const TB* B, size_t bk, size_t bn, float* C,
-                     size_t ldc, Start start = OVERWRITE, const float* bias = nullptr, Epilogue epi = {}) {
-    if (!M || !N || !K) return;
+                     size_t ldc, Start start = OVERWRITE, const float* bias = nullptr, Epilogue epi = {}, const Work& work = {}) {
+    if (!M || !N || !K) return work(0, work.size());
     constexpr size_t U = P::PER_UNIT;
     Workspace& ws = workspace();
     size_t nt = M * N * K < WORTH_WAKING ? 1 : omp_get_max_threads();
@@ -411,70 +463,77 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     auto b_panel = [&](float* dst, size_t n0, size_t cols, size_t k, size_t n) {
         pack<P>(dst, NR, B + k * bk + n0 * bn, bn, bk, cols, n);
     };
+    size_t all_tiles = row_panels(M) * ceil_div(N, NR) * chunks;  // or a few more
 #pragma omp parallel num_threads((int)nt)
-    for (size_t s0 = 0; s0 < S; s0 += s_max)
-        for (size_t c0 = 0; c0 < chunks; c0 += at_once) {
-            size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), wide = round_up(s, NR);
-            size_t panels = by_columns ? row_panels(s) : ceil_div(s, NR);
+    {
+        Share<Work> beside(work, (size_t)omp_get_thread_num(), nt, all_tiles);
+        for (size_t s0 = 0; s0 < S; s0 += s_max)
+            for (size_t c0 = 0; c0 < chunks; c0 += at_once) {
+                size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), wide = round_up(s, NR);
+                size_t panels = by_columns ? row_panels(s) : ceil_div(s, NR);
 #pragma omp for schedule(static)
-            for (size_t p = 0; p < panels * count; p++) {
-                size_t q = p / panels, i = p % panels, k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
-                float* dst = ws.shared + q * wide * (kc / U);
-                if (by_columns) {
-                    size_t r = panel_row(s, i);
-                    a_panel(dst + r * units, s0 + r, panel_row(s, i + 1) - r, k, n);
-                } else {
-                    b_panel(dst + i * NR * units, s0 + i * NR, std::min(NR, s - i * NR), k, n);
-                }
-            }
-            float* own = ws.private_ + (size_t)omp_get_thread_num() * Workspace::PRIVATE_UNITS;
-#pragma omp for schedule(dynamic, 1)
-            for (size_t b = 0; b < blocks; b++) {
-                size_t d0 = b * block, d = std::min(block, D - d0);
-                for (size_t q = 0; q < count; q++) {
-                    size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
-                    const float* shared = ws.shared + q * wide * (kc / U);
-                    size_t m0 = by_columns ? s0 : d0, rows = by_columns ? s : d, n0 = by_columns ? d0 : s0, cols = by_columns ? d : s;
-                    // What this thread packs next, most likely, cut into as many pieces as there are tiles.
-                    bool same_block = q + 1 < count;
-                    size_t next_d = same_block ? d0 : d0 + nt * block, next_k = same_block ? k + kc : c0 * kc, tiles = row_panels(rows) * ceil_div(cols, NR);
-                    Fetch fetch = {nullptr};
-                    size_t lines = 0, width = next_d < D ? std::min(block, D - next_d) : 0, depth = std::min(kc, K - std::min(K, next_k)), done = 0;
-                    const char* source = by_columns ? (const char*)(B + next_d * bn + next_k * bk) : (const char*)(A + next_d * am + next_k * ak);
-                    size_t value = by_columns ? sizeof(TB) : sizeof(TA), sd = by_columns ? bn : am, sk = by_columns ? bk : ak;
-                    size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth, stride = (sk == 1 ? sd : sk) * value;
-                    if (inner && outer && (sk == 1 || sd == 1)) {
-                        fetch.row = ceil_div(inner * value, 64), lines = fetch.row * outer;
-                        fetch.jump = stride - fetch.row * 64;
-                        fetch.every = std::max<size_t>(1, units * tiles / lines);
-                    }
-                    auto one_tile = [&](size_t i, size_t j) {
-                        if (lines) {
-                            size_t at = done++ * lines / tiles;
-                            fetch.at = source + at / fetch.row * stride + at % fetch.row * 64, fetch.left = fetch.row - at % fetch.row;
-                        }
-                        size_t r = panel_row(rows, i), height = panel_row(rows, i + 1) - r, across = std::min(NR, cols - j);
-                        const float *a = (by_columns ? shared : own) + r * units, *bp = (by_columns ? own : shared) + j * units;
-                        float* c = C + (m0 + r) * ldc + n0 + j;
-                        bool onto = k || start == ACCUMULATE;
-                        tile<P>(height, across, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0, lines ? &fetch : nullptr, streams);
-                        if (k + n == K)
-                            for (size_t x = 0; x < height; x++) epi(m0 + r + x, n0 + j, across, c + x * ldc);
-                    };
+                for (size_t p = 0; p < panels * count; p++) {
+                    size_t q = p / panels, i = p % panels, k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
+                    float* dst = ws.shared + q * wide * (kc / U);
                     if (by_columns) {
-                        for (size_t j = 0; j < d; j += NR) b_panel(own + j * units, d0 + j, std::min(NR, d - j), k, n);
-                        for (size_t i = 0; i < row_panels(rows); i++)
-                            for (size_t j = 0; j < cols; j += NR) one_tile(i, j);
+                        size_t r = panel_row(s, i);
+                        a_panel(dst + r * units, s0 + r, panel_row(s, i + 1) - r, k, n);
                     } else {
-                        for (size_t i = 0; i < row_panels(d); i++)
-                            a_panel(own + panel_row(d, i) * units, d0 + panel_row(d, i), panel_row(d, i + 1) - panel_row(d, i), k, n);
-                        for (size_t j = 0; j < cols; j += NR)
-                            for (size_t i = 0; i < row_panels(rows); i++) one_tile(i, j);
+                        b_panel(dst + i * NR * units, s0 + i * NR, std::min(NR, s - i * NR), k, n);
                     }
                 }
-                if (streams) finish_streams();
+                float* own = ws.private_ + (size_t)omp_get_thread_num() * Workspace::PRIVATE_UNITS;
+#pragma omp for schedule(dynamic, 1)
+                for (size_t b = 0; b < blocks; b++) {
+                    size_t d0 = b * block, d = std::min(block, D - d0);
+                    for (size_t q = 0; q < count; q++) {
+                        size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
+                        const float* shared = ws.shared + q * wide * (kc / U);
+                        size_t m0 = by_columns ? s0 : d0, rows = by_columns ? s : d, n0 = by_columns ? d0 : s0, cols = by_columns ? d : s;
+                        // What this thread packs next, most likely, cut into as many pieces as there are tiles.
+                        bool same_block = q + 1 < count;
+                        size_t next_d = same_block ? d0 : d0 + nt * block, next_k = same_block ? k + kc : c0 * kc, tiles = row_panels(rows) * ceil_div(cols, NR);
+                        Fetch fetch = {(const char*)shared};
+                        size_t lines = 0, width = next_d < D ? std::min(block, D - next_d) : 0, depth = std::min(kc, K - std::min(K, next_k)), done = 0;
+                        const char* source = by_columns ? (const char*)(B + next_d * bn + next_k * bk) : (const char*)(A + next_d * am + next_k * ak);
+                        size_t value = by_columns ? sizeof(TB) : sizeof(TA), sd = by_columns ? bn : am, sk = by_columns ? bk : ak;
+                        size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth, stride = (sk == 1 ? sd : sk) * value;
+                        if (inner && outer && (sk == 1 || sd == 1)) {
+                            fetch.row = ceil_div(inner * value, Fetch::LINE), lines = fetch.row * outer;
+                            fetch.jump = stride - fetch.row * Fetch::LINE;
+                        }
+                        if (size_t most = std::max(lines, beside.lines() * tiles)) fetch.every = std::max<size_t>(1, units * tiles / most);
+                        auto one_tile = [&](size_t i, size_t j) {
+                            if (lines) {
+                                size_t at = done++ * lines / tiles;
+                                fetch.at = source + at / fetch.row * stride + at % fetch.row * Fetch::LINE, fetch.left = fetch.row - at % fetch.row;
+                            }
+                            beside.ask_for_next(fetch);
+                            size_t r = panel_row(rows, i), height = panel_row(rows, i + 1) - r, across = std::min(NR, cols - j);
+                            const float *a = (by_columns ? shared : own) + r * units, *bp = (by_columns ? own : shared) + j * units;
+                            float* c = C + (m0 + r) * ldc + n0 + j;
+                            bool onto = k || start == ACCUMULATE;
+                            tile<P>(height, across, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0, &fetch, streams);
+                            if (k + n == K)
+                                for (size_t x = 0; x < height; x++) epi(m0 + r + x, n0 + j, across, c + x * ldc);
+                            beside.next();
+                        };
+                        if (by_columns) {
+                            for (size_t j = 0; j < d; j += NR) b_panel(own + j * units, d0 + j, std::min(NR, d - j), k, n);
+                            for (size_t i = 0; i < row_panels(rows); i++)
+                                for (size_t j = 0; j < cols; j += NR) one_tile(i, j);
+                        } else {
+                            for (size_t i = 0; i < row_panels(d); i++)
+                                a_panel(own + panel_row(d, i) * units, d0 + panel_row(d, i), panel_row(d, i + 1) - panel_row(d, i), k, n);
+                            for (size_t j = 0; j < cols; j += NR)
+                                for (size_t i = 0; i < row_panels(rows); i++) one_tile(i, j);
+                        }
+                    }
+                    if (streams) finish_streams();
+                }
             }
-        }
+        beside.rest();
+    }
 }
 
 // ---------------------------------------------------------------------------------------------

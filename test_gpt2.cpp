@@ -676,6 +676,40 @@ TEST_CASE("gemm: a large product that is not read again soon has the same bits, 
 
 namespace {
 
+// Work beside a product: counts how often each float is done.
+struct CountBeside {
+    static constexpr size_t ARRAYS = 2;
+    Floats& done;
+    size_t size() const { return done.size(); }
+    void locate(size_t i, const char** to) const { to[0] = to[1] = (const char*)&done[i]; }
+    void operator()(size_t i, size_t n) const {
+        REQUIRE(i + n <= done.size());
+        for (size_t k = i; k < i + n; k++) done[k]++;
+    }
+};
+
+}  // namespace
+
+TEST_CASE("gemm: work beside a product is done once, all of it, by any number of threads, and changes nothing in the product") {
+    Random r(8);
+    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {3, 5, 2}, {40, 1500, 30}, {0, 5, 3}};
+    for (auto& [M, N, K] : sizes) {
+        Floats A = r.floats(M * K), B = r.floats(K * N), want(M * N);
+        gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, want.data(), N);
+        for (size_t size : {0, 1, 16, 17, 1000, 100003})
+            for (int threads : {1, 2, 3}) {
+                INFO(M, " x ", N, " x ", K, ", beside it ", size, ", threads ", threads);
+                Threads guard(threads);
+                Floats C(M * N), done(size);
+                gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, C.data(), N, gemm::OVERWRITE, nullptr, gemm::NoEpilogue(), CountBeside{done});
+                CHECK(same_bits(C, want));
+                CHECK(std::count(done.begin(), done.end(), 1.0f) == (long)size);
+            }
+    }
+}
+
+namespace {
+
 // Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.
 template <class TA, class TB>
 void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form) {
@@ -1578,6 +1612,82 @@ TEST_CASE("AdamW's first step is the learning rate in the gradient's direction, 
     a.lr = 0.1f;
     m.update(a, 1, 1);
     for (size_t j = 0; j < n; j++) CHECK(std::fabs(m.params()[j] - (j % 2 ? -0.1 : 0.1)) < 1e-5);
+}
+
+TEST_CASE("an update that is finished beside the next forward pass has the bits of one that is finished at once") {
+    struct Seen {
+        Doubles losses;
+        Floats params, m, v;
+    };
+    for (int L : {1, 3})
+        for (Dtype dtype : {FP32, BF16})
+            for (bool evaluates : {false, true}) {
+                Config c = config(L, 3, 69, L == 1 ? 640 : 97, 40, L == 1 ? GPT2_ARCH : GROVER_ARCH);
+                auto train = [&](bool at_once, int threads) {
+                    Threads guard(threads);
+                    cpu::GPT2 m(c, 3, 37, true, L == 3 && threads == 3 ? 3 : 0, Precision{dtype, true});
+                    randomise(m, 54);
+                    m.dropout = 0.1f;
+                    Random r(54);
+                    Seen seen;
+                    for (uint32_t step = 0; step < 3; step++) {
+                        Batch batch(r, 3, 37, c.V);
+                        if (step && evaluates) seen.losses.push_back(batch.forward(m));
+                        m.accumulate(batch.tokens.data(), batch.targets.data(), 3, 37, training_pass(batch.counted(), step));
+                        seen.losses.push_back(m.step(AdamW(), step + 1).loss);
+                        if (at_once) m.finish_update();
+                    }
+                    seen.params = parameters(m), seen.m = piece(m, cpu::GPT2::ADAM_M), seen.v = piece(m, cpu::GPT2::ADAM_V);
+                    return seen;
+                };
+                Seen want = train(true, 1);
+                for (int threads : {1, 2, 3}) {
+                    INFO(L, " layers, dtype ", (int)dtype, ", evaluates ", evaluates, ", threads ", threads);
+                    Seen got = train(false, threads);
+                    CHECK(got.losses == want.losses);
+                    CHECK(same_bits(got.params, want.params));
+                    CHECK(same_bits(got.m, want.m));
+                    CHECK(same_bits(got.v, want.v));
+                }
+            }
+}
+
+TEST_CASE("whatever is asked of a model after an update, it answers with all parameters updated") {
+    Config c = config(3, 3, 69, 97, 40);
+    Tokens prompt = {5, 7, 11};
+    // What the model says after one step when asked for one thing first.
+    auto asked = [&](bool finished, const std::function<Floats(cpu::GPT2&)>& ask) {
+        cpu::GPT2 m(c, 2, 40, true);
+        randomise(m, 55);
+        Random r(55);
+        Batch batch(r, 2, 40, c.V);
+        AdamW a;
+        a.lr = 0.1f;
+        m.accumulate(batch.tokens.data(), batch.targets.data(), 2, 40, training_pass(batch.counted()));
+        m.step(a, 1);
+        if (finished) m.finish_update();
+        Floats answer = ask(m), rest = parameters(m);
+        answer.insert(answer.end(), rest.begin(), rest.end());
+        return answer;
+    };
+    const std::pair<const char*, std::function<Floats(cpu::GPT2&)>> questions[] = {
+        {"parameters", [](cpu::GPT2& m) { return parameters(m); }},
+        {"pieces of parameters", [](cpu::GPT2& m) { return piece(m, cpu::GPT2::PARAMS); }},
+        {"first moment", [](cpu::GPT2& m) { return piece(m, cpu::GPT2::ADAM_M); }},
+        {"second moment", [](cpu::GPT2& m) { return piece(m, cpu::GPT2::ADAM_V); }},
+        {"gradients", [](cpu::GPT2& m) { return gradients(m); }},
+        {"logits", [&](cpu::GPT2& m) { Floats l(2 * 40 * (size_t)c.V); m.logits(l.data()); return l; }},
+        {"a second update", [](cpu::GPT2& m) { m.update(AdamW(), 2, 1); return Floats(); }},
+        {"new weights", [](cpu::GPT2& m) { m.init_weights(3); return piece(m, cpu::GPT2::ADAM_V); }},
+        {"a decoder's logits", [&](cpu::GPT2& m) {
+             cpu::Decoder decoder(m, 1, 40);
+             const float* l = decoder.append(prompt.data(), prompt.size());
+             return Floats(l, l + c.V);
+         }}};
+    for (auto& [name, ask] : questions) {
+        INFO(name);
+        CHECK(same_bits(asked(false, ask), asked(true, ask)));
+    }
 }
 
 TEST_CASE("the gradients' norm is that of all parameters, past the borders of its blocks; relative 1e-12") {

@@ -112,12 +112,13 @@ struct Dropout {
 // ---------------------------------------------------------------------------------------------
 // Layers. Forward functions overwrite their output; backward functions add to parameter gradients.
 
-// out (B,T,C) = wte[token] + wpe[t], then dropout. e0: the batch's first element within the whole batch.
+// out (B,T,C) = wte[token] + wpe[t], then dropout; without tokens, wte (B,T,C) holds each token's row. e0: the batch's first
+// element within the whole batch.
 inline void embedding_forward(float* out, const int* tokens, const float* wte, const float* wpe, size_t B, size_t T, size_t C,
                               const Dropout& drop, uint64_t e0) {
 #pragma omp parallel for schedule(static)
     for (size_t m = 0; m < B * T; m++) {
-        const float *e = wte + (size_t)tokens[m] * C, *p = wpe + m % T * C;
+        const float *e = wte + (tokens ? (size_t)tokens[m] : m) * C, *p = wpe + m % T * C;
         float* o = out + m * C;
         for (size_t c = 0; c < C; c++) o[c] = e[c] + p[c];
         if (drop.p > 0) drop.apply(o, o, e0 + m * C, C);
@@ -229,10 +230,11 @@ inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy,
     }
 }
 
-// Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue. P: what is multiplied, floats or bf16 numbers.
-template <class P = gemm::F32, class TX, class TW, class Epilogue = gemm::NoEpilogue>
-inline void matmul_forward(float* Y, const TX* X, const TW* W, const float* b, size_t M, size_t K, size_t N, Epilogue epi = {}) {
-    gemm::multiply<P>(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi);
+// Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue; beside it, work. P: what is multiplied, floats or
+// bf16 numbers.
+template <class P = gemm::F32, class TX, class TW, class Epilogue = gemm::NoEpilogue, class Work = gemm::NoWork>
+inline void matmul_forward(float* Y, const TX* X, const TW* W, const float* b, size_t M, size_t K, size_t N, Epilogue epi = {}, const Work& work = {}) {
+    gemm::multiply<P>(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi, work);
 }
 
 // db (N) += (or =, as start says) column sums of dY (M,N).
@@ -566,6 +568,46 @@ struct ParamsOf {
 };
 using Params = ParamsOf<float>;
 
+// One step of AdamW (Loshchilov and Hutter 2019) on n parameters w with gradients g, times `scale`, and moments m and v.
+// A function of its own, so that the result does not depend on who calls it.
+struct AdamWStep {
+    float beta1, beta2, lr, eps, correct1, correct2, scale;  // correct: 1 / (1 - beta^t)
+    __attribute__((noinline)) void operator()(float* w, float* m, float* v, const float* g, size_t n, float decay) const {
+        float shrink = 1.0f - lr * decay;
+        auto some = [=](size_t i, size_t count) {
+            auto at = [=](const float* p) { return gemm::load(p + i, count); };
+            vec gi = at(g) * scale, mi = beta1 * at(m) + (1 - beta1) * gi, vi = beta2 * at(v) + (1 - beta2) * gi * gi;
+            gemm::store(m + i, mi, count), gemm::store(v + i, vi, count);
+            gemm::store(w + i, at(w) * shrink - lr * (mi * correct1) / (gemm::sqrt(vi * correct2) + eps), count);
+        };
+        size_t i = 0;
+        for (; i + gemm::VL <= n; i += gemm::VL) some(i, gemm::VL);
+        if (i < n) some(i, n - i);
+    }
+};
+// The same as work beside a product, on two stretches of parameters.
+struct UpdateBeside {
+    static constexpr size_t ARRAYS = 4;
+    AdamWStep step{};
+    float decay = 0;
+    float *w[2] = {}, *m[2] = {}, *v[2] = {};
+    const float* g[2] = {};
+    size_t n[2] = {};
+
+    size_t size() const { return n[0] + n[1]; }
+    void locate(size_t i, const char** to) const {
+        size_t s = i >= n[0], at = i - s * n[0];
+        to[0] = (const char*)(w[s] + at), to[1] = (const char*)(m[s] + at), to[2] = (const char*)(v[s] + at), to[3] = (const char*)(g[s] + at);
+    }
+    void operator()(size_t i, size_t count) const {
+        for (size_t s = i >= n[0]; count; s++, i = n[0]) {
+            size_t at = i - s * n[0], k = std::min(count, n[s] - at);
+            step(w[s] + at, m[s] + at, v[s] + at, g[s] + at, k, decay);
+            count -= k;
+        }
+    }
+};
+
 // What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
 // used again: by every layer of a model that does not train, and in training by what is recomputed. A, float or bf16, is the
 // type of what products multiply.
@@ -715,6 +757,7 @@ struct GPT2 {
     GPT2& operator=(const GPT2&) = delete;
 
     void init_weights(uint64_t from_seed) {
+        finish_update();
         auto off = param_offsets(cfg);
         for (int i = 0; i < NUM_PARAMS; i++) initial_weights(params_mem_ + off[i], cfg, i, 0, off[i + 1] - off[i], from_seed);
     }
@@ -728,6 +771,7 @@ struct GPT2 {
 
     // The logits (M,V) of the last forward pass, for tests and for small models.
     void logits(float* out) {
+        finish_update();
         if (precision.dtype == BF16) matmul_forward<gemm::BF16>(out, tensors<gemm::bf16>().act.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
         else matmul_forward(out, tensors<float>().act.lnf, p.wte, nullptr, b_ * t_, cfg.C, cfg.V);
     }
@@ -758,28 +802,21 @@ struct GPT2 {
         return std::sqrt(sum);
     }
 
-    // One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on gradients times grad_scale; decay on
-    // matrices and embeddings only. Leaves the gradients zero.
+    // One step of AdamW, number t from 1, on gradients times grad_scale; decay on matrices and embeddings only. Leaves the
+    // gradients zero. What is not needed at once, wte and the matrices of all blocks but the first, is put off: the next
+    // forward pass does it beside its products, and whoever looks at the state before that has it done first.
     void update(const AdamW& a, uint32_t t, float grad_scale) {
         grads();
-        ParamTable table = param_table(cfg);
-        auto off = param_offsets(cfg);
-        float c1 = (float)(1 / (1 - std::pow((double)a.beta1, t))), c2 = (float)(1 / (1 - std::pow((double)a.beta2, t)));
-        for (int i = 0; i < NUM_PARAMS; i++) {
-            size_t n = table[i].size();
-            float *w = params_mem_ + off[i], *m = moments_ + off[i], *v = m + off[NUM_PARAMS];
-            const float* d = grads_mem_ + off[i];
-            float shrink = 1.0f - (table[i].decay ? a.lr * a.weight_decay : 0.0f);
-            float b1 = a.beta1, b2 = a.beta2, lr = a.lr, eps = a.eps;
-#pragma omp parallel for simd schedule(static)
-            for (size_t j = 0; j < n; j++) {
-                float gj = d[j] * grad_scale;
-                m[j] = b1 * m[j] + (1 - b1) * gj;
-                v[j] = b2 * v[j] + (1 - b2) * gj * gj;
-                w[j] = w[j] * shrink - lr * (m[j] * c1) / (std::sqrt(v[j] * c2) + eps);
-            }
-        }
-        fresh_ = true;
+        auto correct = [t](double beta) { return (float)(1 / (1 - std::pow(beta, t))); };
+        step_ = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2), grad_scale};
+        decay_ = a.weight_decay;
+        for (int i = 0; i < NUM_PARAMS; i++) advance(i, 0, not_put_off(i));
+        put_off_ = fresh_ = true;
+    }
+    // Does what update() put off.
+    void finish_update() {
+        if (!std::exchange(put_off_, false)) return;
+        for (int i = 0; i < NUM_PARAMS; i++) advance(i, not_put_off(i), param_table(cfg)[i].size());
     }
 
     // What a trainer calls: a micro-batch's gradients and loss are added to the step's; then the step is taken.
@@ -800,6 +837,7 @@ struct GPT2 {
     enum State { PARAMS, ADAM_M, ADAM_V };
     template <class F>
     void each_piece(State s, F f) {
+        finish_update();
         size_t n = num_params(cfg);
         if (s != PARAMS || params_mem_) return f(s == PARAMS ? params_mem_ : s == ADAM_M ? moments_ : moments_ + n, n);
         std::vector<float> buf(std::min<size_t>(n, 1 << 20));
@@ -814,12 +852,55 @@ struct GPT2 {
     void resumed(uint32_t) {}
     // All gradients, in the order of param_table.
     float* grads() {
+        finish_update();
         if (std::exchange(fresh_, false)) memset(grads_mem_, 0, need_.grads);
         return grads_mem_;
     }
-    float* params() { return params_mem_; }  // null where they are kept in bf16
+    // All parameters; null where they are kept in bf16. With `p` in place of this call finish_update() first.
+    float* params() {
+        finish_update();
+        return params_mem_;
+    }
 
   private:
+    // Of tensor i, the parameters that update() itself takes.
+    size_t not_put_off(int i) const {
+        const ParamInfo t = param_table(cfg)[i];
+        return i == WTE ? 0 : t.decay ? t.per_layer() : t.size();
+    }
+    // AdamW on parameters [first, end) of tensor i.
+    void advance(int i, size_t first, size_t end) {
+        constexpr size_t BLOCK = 1 << 14;
+#pragma omp parallel for schedule(static)
+        for (size_t j = first; j < end; j += BLOCK) {
+            const UpdateBeside part = stretches(i, j, std::min(BLOCK, end - j));
+            part(0, part.size());
+        }
+    }
+    // AdamW on n parameters of tensor i from `first` on, and of wte as many as given.
+    UpdateBeside stretches(int i, size_t first, size_t n, size_t wte = 0, size_t wte_n = 0) const {
+        auto off = param_offsets(cfg);
+        UpdateBeside u;
+        u.step = step_, u.decay = param_table(cfg)[i].decay ? decay_ : 0.0f;
+        const size_t from[2] = {off[i] + first, off[WTE] + wte}, count[2] = {n, wte_n};
+        for (int s = 0; s < 2; s++) {
+            u.w[s] = params_mem_ + from[s], u.m[s] = moments_ + from[s], u.v[s] = u.m[s] + off[NUM_PARAMS];
+            u.g[s] = grads_mem_ + from[s], u.n[s] = count[s];
+        }
+        return u;
+    }
+    // What is done beside the product with matrix i of block l: the same matrix of the next block, and of wte the share that
+    // the product has of all blocks' multiplications. After the last product nothing is left.
+    UpdateBeside beside(int i, size_t l) const {
+        if (!put_off_) return {};
+        ParamTable table = param_table(cfg);
+        size_t before = 0, block = 0, L = cfg.L, wte = table[WTE].size();
+        for (int id : {QKVW, ATTPROJW, FCW, FCPROJW}) before += id < i ? table[id].per_layer() : 0, block += table[id].per_layer();
+        auto share = [&](size_t done) { return (size_t)((double)(l * block + done) / (double)(L * block) * (double)wte); };
+        size_t n = table[i].per_layer(), begin = share(before), end = i == FCPROJW && l + 1 == L ? wte : share(before + n);
+        return stretches(i, (l + 1) * n, l + 1 < L ? n : 0, begin, end - begin);
+    }
+
     Attention attention() const { return {b_, t_, (size_t)cfg.C, (size_t)cfg.NH}; }
     Dropout drop(rng::Stream site, size_t layer) const {
         return {pass_.train ? dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
@@ -855,18 +936,19 @@ struct GPT2 {
         pass_ = pass, tokens_ = tokens, b_ = B_, t_ = T_;
         using A = Stored<P>;
         const Activations<A>& act = tensors<A>().act;
-        embedding_forward(act.embedded, tokens, p.wte, p.wpe, B_, T_, C, drop(rng::EMB_DROPOUT, 0), pass.seq0 * T_ * C);
+        embed(act.embedded, act.branch, M);
         Block<A> first = block<A>(0);
         layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.embedded, p.ln1w, p.ln1b, M, C, cfg.eps, first.skip);
         for (size_t l = 0; l < L; l++) {
             block_forward<P>(l);
             Block<A> a = block<A>(l), next = l + 1 < L ? block<A>(l + 1) : Block<A>{};
-            matmul_forward<P>(act.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            matmul_forward<P>(act.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C, gemm::NoEpilogue(), beside(FCPROJW, l));
             bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
             residual_layernorm_forward(a.resid3, last ? act.lnf : next.ln1, last ? act.lnf_mean : next.ln1_mean,
                                        last ? act.lnf_rstd : next.ln1_rstd, a.resid2, act.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
                                        last ? p.lnfb : p.ln1b + (l + 1) * C, M, C, drop(rng::FCPROJ_DROPOUT, l), pass.seq0 * T_ * C, cfg.eps, next.skip);
         }
+        put_off_ = false;
         return head<P>(targets, M);
     }
     template <class P>
@@ -914,6 +996,24 @@ struct GPT2 {
         embedding_backward(g.wte, g.wpe, dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
     }
 
+    // The batch's embeddings. While the update of wte is put off its rows are copied to `rows` (M,C), and updated there.
+    void embed(float* out, float* rows, size_t M) {
+        constexpr size_t PIECE = 256;
+        size_t C = cfg.C;
+        if (put_off_) {
+#pragma omp parallel for schedule(static)
+            for (size_t m = 0; m < M; m++)
+                for (size_t c = 0; c < C; c += PIECE) {
+                    float m1[PIECE], m2[PIECE];
+                    UpdateBeside u = stretches(WTE, (size_t)tokens_[m] * C + c, std::min(PIECE, C - c));
+                    auto copy = [&](float*& from, float* to) { memcpy(to, from, u.n[0] * sizeof(float)), from = to; };
+                    copy(u.w[0], rows + m * C + c), copy(u.m[0], m1), copy(u.v[0], m2);
+                    u(0, u.n[0]);
+                }
+        }
+        embedding_forward(out, put_off_ ? nullptr : tokens_, put_off_ ? rows : p.wte, p.wpe, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
+    }
+
     // Block l from its ln1 up to the GELU.
     template <class P>
     void block_forward(size_t l) {
@@ -922,13 +1022,14 @@ struct GPT2 {
         size_t C = cfg.C, M = b_ * t_;
         int activation = cfg.activation;
         float* branch = tensors<A>().act.branch;
-        matmul_forward<P>(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
+        matmul_forward<P>(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C, gemm::NoEpilogue(), beside(QKVW, l));
         attention().template forward<P>(a.atty, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
-        matmul_forward<P>(branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
+        matmul_forward<P>(branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C, gemm::NoEpilogue(), beside(ATTPROJW, l));
         residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, a.skip ? a.skip : a.resid, branch,
                                    p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass_.seq0 * t_ * C, cfg.eps);
         matmul_forward<P>(a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
-                       [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, activation); });
+                       [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, activation); },
+                       beside(FCW, l));
     }
 
     // The gradient of a residual branch's output: dresid under its dropout mask, made in dbranch.
@@ -977,6 +1078,10 @@ struct GPT2 {
     std::vector<double> norm_parts_;
     // All gradients count as zero, whatever stands in memory: the next backward pass overwrites them.
     bool fresh_ = false;
+    // Part of the last update is still to be done: with this step and this decay.
+    bool put_off_ = false;
+    AdamWStep step_{};
+    float decay_ = 0;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -985,7 +1090,7 @@ struct GPT2 {
 class Decoder {
   public:
     // N sequences side by side, contexts of up to `context` tokens (at most maxT).
-    Decoder(const GPT2& model, size_t N, size_t context)
+    Decoder(GPT2& model, size_t N, size_t context)
         : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
         Arena a;
         place(a);
@@ -1009,6 +1114,7 @@ class Decoder {
     const float* append(const int* tokens, size_t n) {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
         if (omp_get_max_threads() > threads_) throw std::logic_error("decoder: more threads than it was built for");
+        m_.finish_update();
         for (size_t i = 0; i < n; i += CHUNK) {
             size_t count = std::min(CHUNK, n - i);
             bool last = i + CHUNK >= n;
@@ -1094,7 +1200,7 @@ class Decoder {
         matmul(logits_, ln_, p.wte, nullptr, N_, C, c.V, true);
     }
 
-    const GPT2& m_;
+    GPT2& m_;
     size_t N_, T_, rows_, pos_ = 0, bytes_ = 0;
     int threads_ = omp_get_max_threads();
     float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_, *w_, *b_;
