@@ -318,7 +318,7 @@ struct Fetch {
 // Not inlined: among the variables of a caller the compiler runs out of registers and spills the accumulators.
 template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, bool STREAM>
 __attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, const float* __restrict b, float* c, size_t ldc,
-                                            const float* init, size_t ldi, Fetch fetch) {
+                                            const float* init, size_t ldi, Fetch& fetch) {
     vec acc[R][V] = {};
     for (size_t i = 0; i < R && !STREAM; i++)
         for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
@@ -350,14 +350,14 @@ alignas(64) inline const float ZEROS[NR] = {};
 // STREAM above, where the tile is NR wide.
 template <class P, size_t AR, size_t AU, size_t BU, size_t V, bool STREAM, size_t... I>
 inline auto kernel_of(size_t rows, std::index_sequence<I...>) {
-    using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t, Fetch);
+    using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t, Fetch&);
     static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, STREAM>...};
     return kernels[rows - 1];
 }
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
 inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi,
-                 const Fetch* fetch = nullptr, bool may_stream = false) {
-    Fetch f = fetch ? *fetch : Fetch{(const char*)b};
+                 Fetch* fetch = nullptr, bool may_stream = false) {
+    Fetch nothing = {(const char*)b}, &f = fetch ? *fetch : nothing;
     size_t vectors = ceil_div(cols, VL);
     auto any_rows = std::make_index_sequence<MR>();
     if (may_stream && cols == NR) return kernel_of<P, AR, AU, BU, NV, true>(rows, any_rows)(units, a, b, c, ldc, init, ldi, f);
@@ -614,10 +614,11 @@ inline double measure_peak_flops() {
 #pragma omp parallel reduction(max : t)
         {
             alignas(64) float a[MR * units] = {}, b[NR * units] = {}, c[MR * NR];
+            Fetch nothing = {(const char*)b};
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
-                micro_kernel<P, MR, NV, 1, MR, NR, false>(units, a, b, c, NR, ZEROS, 0, Fetch{(const char*)b});
+                micro_kernel<P, MR, NV, 1, MR, NR, false>(units, a, b, c, NR, ZEROS, 0, nothing);
                 __asm__ volatile("" : : "r"(c) : "memory");
             }
             t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
