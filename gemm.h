@@ -49,6 +49,7 @@ constexpr size_t KC = 512;                 // units of k in one packed block
 constexpr size_t MB = 8 * MR, NB = 128;    // largest task: rows or columns; with KC a third of a 1 MiB L2
 constexpr size_t SHARED_UNITS = 2 << 20;   // the packed operand of all threads: 8 MiB of last-level cache
 constexpr size_t WORTH_WAKING = 1 << 17;   // multiplications from which a product is made by all threads
+constexpr size_t LINE = 64 / sizeof(float);  // floats in a line of the caches
 constexpr size_t STREAMED = 1 << 20;       // values of C from which FOR_LATER goes past the caches
 constexpr size_t SHARED_WIDTH = 1344;      // its most rows or columns; a multiple of every panel's width
 
@@ -298,7 +299,7 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
 // Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next; and
 // a line of each of `arrays` arrays.
 struct Fetch {
-    static constexpr size_t LINE = 64, MOST_ARRAYS = 4;
+    static constexpr size_t BYTES = LINE * sizeof(float), MOST_ARRAYS = 4;
     const char* at;
     size_t left = 1, row = 1;  // lines to the end of this row, and in a row
     size_t jump = 0;           // bytes from a row's end to the next row
@@ -307,9 +308,9 @@ struct Fetch {
     const char* beside[MOST_ARRAYS] = {};
     void one() {
         __builtin_prefetch(at);
-        at += LINE;
+        at += BYTES;
         if (!--left) at += jump, left = row;
-        for (size_t i = 0; i < arrays; i++) __builtin_prefetch(beside[i]), beside[i] += LINE;
+        for (size_t i = 0; i < arrays; i++) __builtin_prefetch(beside[i]), beside[i] += BYTES;
     }
 };
 
@@ -385,19 +386,18 @@ struct NoEpilogue {
 // Each thread does a slice of its share after each tile, and the micro-kernel has asked for the lines of it beforehand: a
 // pass that would wait for memory costs little more than its arithmetic.
 struct NoWork {
-    static constexpr size_t ARRAYS = 0;
+    static constexpr size_t ARRAYS = 0, UNIT = LINE;  // parts begin at whole units, which are whole lines
     size_t size() const { return 0; }
     void locate(size_t, const char**) const {}  // where float i of each array stands
     void operator()(size_t, size_t) const {}    // does n floats from i on
 };
 template <class Work>
 struct Share {
-    static constexpr size_t LINE = Fetch::LINE / sizeof(float);
     const Work& work;
     size_t slice, at, end;
 
-    Share(const Work& w, size_t thread, size_t threads, size_t tiles) : work(w), slice(round_up(ceil_div(w.size(), tiles), LINE)) {
-        size_t share = round_up(ceil_div(w.size(), threads), LINE);
+    Share(const Work& w, size_t thread, size_t threads, size_t tiles) : work(w), slice(round_up(ceil_div(w.size(), tiles), Work::UNIT)) {
+        size_t share = round_up(ceil_div(w.size(), threads), Work::UNIT);
         at = std::min(w.size(), thread * share), end = std::min(w.size(), at + share);
     }
     size_t lines() const { return at < end ? slice / LINE : 0; }  // of one array, in a slice
@@ -499,14 +499,14 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                         size_t value = by_columns ? sizeof(TB) : sizeof(TA), sd = by_columns ? bn : am, sk = by_columns ? bk : ak;
                         size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth, stride = (sk == 1 ? sd : sk) * value;
                         if (inner && outer && (sk == 1 || sd == 1)) {
-                            fetch.row = ceil_div(inner * value, Fetch::LINE), lines = fetch.row * outer;
-                            fetch.jump = stride - fetch.row * Fetch::LINE;
+                            fetch.row = ceil_div(inner * value, Fetch::BYTES), lines = fetch.row * outer;
+                            fetch.jump = stride - fetch.row * Fetch::BYTES;
                         }
                         if (size_t most = std::max(lines, beside.lines() * tiles)) fetch.every = std::max<size_t>(1, units * tiles / most);
                         auto one_tile = [&](size_t i, size_t j) {
                             if (lines) {
                                 size_t at = done++ * lines / tiles;
-                                fetch.at = source + at / fetch.row * stride + at % fetch.row * Fetch::LINE, fetch.left = fetch.row - at % fetch.row;
+                                fetch.at = source + at / fetch.row * stride + at % fetch.row * Fetch::BYTES, fetch.left = fetch.row - at % fetch.row;
                             }
                             beside.ask_for_next(fetch);
                             size_t r = panel_row(rows, i), height = panel_row(rows, i + 1) - r, across = std::min(NR, cols - j);

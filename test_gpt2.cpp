@@ -678,12 +678,14 @@ namespace {
 
 // Work beside a product: counts how often each float is done.
 struct CountBeside {
-    static constexpr size_t ARRAYS = 2;
+    static constexpr size_t ARRAYS = 2, UNIT = 48;
     Floats& done;
     size_t size() const { return done.size(); }
     void locate(size_t i, const char** to) const { to[0] = to[1] = (const char*)&done[i]; }
     void operator()(size_t i, size_t n) const {
         REQUIRE(i + n <= done.size());
+        REQUIRE(i % UNIT == 0);
+        REQUIRE((n % UNIT == 0 || i + n == done.size()));
         for (size_t k = i; k < i + n; k++) done[k]++;
     }
 };
@@ -1702,6 +1704,31 @@ TEST_CASE("the gradients' norm is that of all parameters, past the borders of it
     CHECK(same_bits(g, gradients(m)));
     m.grads()[12345] = NAN;
     CHECK(std::isnan(m.grad_norm()));
+}
+
+TEST_CASE("the norm that backward sums on its way is that of the gradients, after one batch, two, and a change by hand; relative 1e-12") {
+    for (int L : {1, 3})
+        for (Dtype dtype : {FP32, BF16}) {
+            cpu::GPT2 m(config(L, 3, 69, 97, 40), 2, 40, true, 0, Precision{dtype, true});
+            randomise(m, 56);
+            Random r(56);
+            auto true_norm = [&] {
+                double sum = 0;
+                for (float x : gradients(m)) sum += (double)x * x;
+                return std::sqrt(sum);
+            };
+            for (int batches = 1; batches <= 2; batches++) {
+                Batch batch(r, 2, 40, m.cfg.V);
+                batch.forward(m, training_pass(batch.counted()));
+                m.backward();
+                double norm = m.grad_norm();
+                check_close("gradients' norm", norm, true_norm(), 1e-12);
+                check_close("gradients' norm", m.grad_norm(), norm, 1e-12);
+            }
+            float* g = m.grads();
+            for (size_t j = 0; j < num_params(m.cfg); j++) g[j] *= 3;
+            check_close("gradients' norm", m.grad_norm(), true_norm(), 1e-12);
+        }
 }
 
 TEST_CASE("clipping: a gradient longer than the limit counts as one of the limit's length, a shorter one as it is") {

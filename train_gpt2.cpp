@@ -256,13 +256,14 @@ inline void bias_backward(float* db, const TY* dY, size_t M, size_t N, gemm::Sta
     }
 }
 
-// dX (M,K) = dY (M,N) W, then the epilogue on dX; dW (N,K) += dY^T X; db (N) += column sums of dY (or =, as start says).
-template <class P = gemm::F32, class TY, class TX, class Epilogue = gemm::NoEpilogue>
+// dX (M,K) = dY (M,N) W, then the epilogue on dX; dW (N,K) += dY^T X; db (N) += column sums of dY (or =, as start says);
+// beside dX, work.
+template <class P = gemm::F32, class TY, class TX, class Epilogue = gemm::NoEpilogue, class Work = gemm::NoWork>
 inline void matmul_backward(float* dX, float* dW, float* db, const TY* dY, const TX* X, const float* W, size_t M, size_t K,
-                            size_t N, Epilogue epi = {}, gemm::Start start = gemm::ACCUMULATE) {
+                            size_t N, Epilogue epi = {}, gemm::Start start = gemm::ACCUMULATE, const Work& work = {}) {
     gemm::multiply<P>(N, K, M, dY, 1, N, X, K, 1, dW, K, start);
     bias_backward(db, dY, M, N, start);
-    gemm::multiply<P>(M, K, N, dY, N, 1, W, K, 1, dX, K, gemm::OVERWRITE, nullptr, epi);
+    gemm::multiply<P>(M, K, N, dY, N, 1, W, K, 1, dX, K, gemm::OVERWRITE, nullptr, epi, work);
 }
 
 // Causal self-attention, softmax(Q K^T / sqrt(hs)) V per head (Vaswani et al. 2017). qkv (B,T,3C) holds Q, K and V side
@@ -587,7 +588,7 @@ struct AdamWStep {
 };
 // The same as work beside a product, on two stretches of parameters.
 struct UpdateBeside {
-    static constexpr size_t ARRAYS = 4;
+    static constexpr size_t ARRAYS = 4, UNIT = gemm::LINE;
     AdamWStep step{};
     float decay = 0;
     float *w[2] = {}, *m[2] = {}, *v[2] = {};
@@ -604,6 +605,27 @@ struct UpdateBeside {
             size_t at = i - s * n[0], k = std::min(count, n[s] - at);
             step(w[s] + at, m[s] + at, v[s] + at, g[s] + at, k, decay);
             count -= k;
+        }
+    }
+};
+
+// Sums of the squares of n gradients, a sum for each UNIT of them, as work beside a product.
+struct SquaresBeside {
+    static constexpr size_t ARRAYS = 1, UNIT = 1024;
+    const float* g = nullptr;
+    double* sums = nullptr;
+    size_t n = 0;
+
+    size_t size() const { return n; }
+    void locate(size_t i, const char** to) const { to[0] = (const char*)(g + i); }
+    void operator()(size_t i, size_t count) const {
+        for (size_t end = i + count; i < end; i += UNIT) {
+            const float* x = g + i;
+            size_t k = std::min(UNIT, end - i);
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (size_t j = 0; j < k; j++) sum += (double)x[j] * x[j];
+            sums[i / UNIT] = sum;
         }
     }
 };
@@ -733,6 +755,9 @@ struct GPT2 {
         if (trains) {
             grads_mem_ = (float*)gemm::allocate(need_.grads, "gradients");
             moments_ = (float*)gemm::allocate(need_.optimizer, "optimizer state");
+            size_t sums = 0;
+            for (const ParamInfo& t : param_table(c)) sums += t.layers * gemm::ceil_div(t.per_layer(), SquaresBeside::UNIT);
+            squares_.resize(sums);
             g.point_into(grads_mem_, c);
         }
         size_t M = B * T;
@@ -782,23 +807,21 @@ struct GPT2 {
         else backward_as<gemm::F32>();
     }
 
-    // The gradients' global L2 norm; blocks of fixed size make it independent of the threads.
+    // The gradients' global L2 norm. What backward() has not summed beside its products is summed now.
     double grad_norm() {
         if (fresh_) return 0;
-        constexpr size_t BLOCK = 1 << 16;
-        size_t n = num_params(cfg), blocks = (n + BLOCK - 1) / BLOCK;
-        if (norm_parts_.size() < blocks) norm_parts_.resize(blocks);
+        ParamTable table = param_table(cfg);
+        for (int i = 0; i < NUM_PARAMS; i++) {
+            size_t layers = squared_ && in_blocks(i) ? 0 : table[i].layers, units = gemm::ceil_div(table[i].per_layer(), SquaresBeside::UNIT);
 #pragma omp parallel for schedule(static)
-        for (size_t b = 0; b < blocks; b++) {
-            const float* x = grads_mem_ + b * BLOCK;
-            size_t k = std::min(BLOCK, n - b * BLOCK);
-            double sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (size_t i = 0; i < k; i++) sum += (double)x[i] * x[i];
-            norm_parts_[b] = sum;
+            for (size_t u = 0; u < layers * units; u++) {
+                size_t first = u % units * SquaresBeside::UNIT;
+                const SquaresBeside s = squares(i, u / units);
+                s(first, std::min(SquaresBeside::UNIT, s.n - first));
+            }
         }
         double sum = 0;
-        for (size_t b = 0; b < blocks; b++) sum += norm_parts_[b];
+        for (double s : squares_) sum += s;
         return std::sqrt(sum);
     }
 
@@ -853,6 +876,7 @@ struct GPT2 {
     // All gradients, in the order of param_table.
     float* grads() {
         finish_update();
+        squared_ = false;
         if (std::exchange(fresh_, false)) memset(grads_mem_, 0, need_.grads);
         return grads_mem_;
     }
@@ -863,10 +887,20 @@ struct GPT2 {
     }
 
   private:
+    // The matrices of the blocks: passes over them are made beside products.
+    static bool in_blocks(int i) { return i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW; }
     // Of tensor i, the parameters that update() itself takes.
     size_t not_put_off(int i) const {
         const ParamInfo t = param_table(cfg)[i];
-        return i == WTE ? 0 : t.decay ? t.per_layer() : t.size();
+        return i == WTE ? 0 : in_blocks(i) ? t.per_layer() : t.size();
+    }
+    // The sums of squares of tensor i's gradients in block l.
+    SquaresBeside squares(int i, size_t l) {
+        ParamTable table = param_table(cfg);
+        auto sums = [&](int id) { return gemm::ceil_div(table[id].per_layer(), SquaresBeside::UNIT); };
+        size_t at = l * sums(i), n = table[i].per_layer();
+        for (int id = 0; id < i; id++) at += table[id].layers * sums(id);
+        return {grads_mem_ + param_offsets(cfg)[i] + l * n, squares_.data() + at, n};
     }
     // AdamW on parameters [first, end) of tensor i.
     void advance(int i, size_t first, size_t end) {
@@ -975,23 +1009,24 @@ struct GPT2 {
                             [=, dfch = grad.dfch](size_t m, size_t n, size_t count, float* d) {
                                 size_t at = m * 4 * C + n;
                                 gelu_backward(dfch + at, d, a.fch + at, count, activation);
-                            }, start);
-            matmul_backward<P>(grad.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C, {}, start);
+                            }, start, squares(FCPROJW, l));
+            matmul_backward<P>(grad.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C, gemm::NoEpilogue(), start, squares(FCW, l));
             layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
                                p.ln2w + l * C, M, C, true, start);
 
             dbranch = masked(grad.dbranch, dresid, rng::ATTPROJ_DROPOUT, l);
-            matmul_backward<P>(grad.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, p.attprojw + l * C * C, M, C, C, {}, start);
+            matmul_backward<P>(grad.dln, g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, p.attprojw + l * C * C, M, C, C, gemm::NoEpilogue(), start, squares(ATTPROJW, l));
             attention().template backward<P>(grad.dqkv, grad.dln, a.atty, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0, att_scratch_);
             // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
             matmul_backward<P>(grad.dln, g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, grad.dqkv, a.ln1, p.qkvw + l * 3 * C * C, M, C, 3 * C,
                             [=](size_t m, size_t n, size_t count, float* d) {
                                 if (grover)
                                     for (size_t i = 0; i < count; i++) d[i] += dresid[m * C + n + i];
-                            }, start);
+                            }, start, squares(QKVW, l));
             layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad.dln, a.resid, a.ln1_mean, a.ln1_rstd,
                                p.ln1w + l * C, M, C, !grover, start);
         }
+        squared_ = true;
         if (start != gemm::ACCUMULATE) memset(g.wpe, 0, (size_t)cfg.maxT * C * sizeof(float));  // wte's begin in the head
         embedding_backward(g.wte, g.wpe, dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0), pass_.seq0 * t_ * C);
     }
@@ -1075,7 +1110,8 @@ struct GPT2 {
     double step_loss_ = 0;
     const int* tokens_ = nullptr;
     size_t b_ = 0, t_ = 0, counted_ = 0;
-    std::vector<double> norm_parts_;
+    std::vector<double> squares_;  // of the gradients, summed: see squares()
+    bool squared_ = false;         // those of the blocks' matrices are up to date
     // All gradients count as zero, whatever stands in memory: the next backward pass overwrites them.
     bool fresh_ = false;
     // Part of the last update is still to be done: with this step and this decay.
