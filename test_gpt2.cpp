@@ -58,7 +58,7 @@ struct Random {
 };
 
 bool same_bits(const Floats& a, const Floats& b) {
-    return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * sizeof(float));
+    return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * sizeof(float)));
 }
 
 // Sets the number of threads and restores it at the end.
