@@ -3,10 +3,11 @@
 // A and B are read through two strides each, so that one routine serves the three products of a linear layer:
 // Y = X W^T + b, dX = dY W, dW += dY^T X. Operands are fp32 or bf16 in memory and fp32 or bf16 in the product; sums are
 // fp32. The scheme is GotoBLAS's (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008):
-//   - the longer side of C is cut into blocks, the threads' tasks; the operand of the other side is packed once,
-//     by all threads, into panels that stay in the last-level cache;
+//   - the longer side of C is cut into blocks, the threads' tasks; the operand of the other side is shared by them, in
+//     panels that stay in the last-level cache, each packed by whoever needs it first;
 //   - a task packs its own operand for its L2 cache, KC values of k at a time,
-//   - and walks both with a micro-kernel that holds a tile of C, up to MR x NR, in registers.
+//   - and walks both with a micro-kernel that holds a tile of C, up to MR x NR, in registers;
+//   - rows of A that are what the micro-kernel reads, value by value, are not packed at all.
 // Each element of C is summed over k in one fixed order, whatever the number of threads or its place in C. The widths
 // follow the compiler's target (-march): AVX-512, AVX2, NEON, or other 128-bit vectors.
 //
@@ -24,10 +25,12 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <type_traits>
 #include <utility>
 
@@ -270,57 +273,79 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
         const T* s = src + r * sr;
         float* d = dst + r;
         // VL rows of VL units are turned in registers; where there are fewer rows, the last one stands in for the others.
-        auto turn = [&](size_t k, size_t values) {
+        auto turn = [&](size_t k, size_t values, auto whole) {
             vec v[VL];
             T line[STEP];
 #pragma GCC unroll 16
             for (size_t i = 0; i < VL; i++) {
-                const T* at = s + std::min(i, w - 1) * sr + k * sk;
-                if (sk != 1) {
+                const T* at = s + (whole ? i : std::min(i, w - 1)) * sr + k * sk;
+                if (!whole && sk != 1) {
                     for (size_t j = 0; j < values; j++) line[j] = at[j * sk];
                     at = line;
                 }
-                v[i] = P::along(at, values);
+                v[i] = P::along(at, whole ? STEP : values);
             }
-            if (w < out)
+            if (!whole && w < out)
                 for (size_t i = w; i < VL; i++) v[i] = vec{};
             transpose(v);
-            for (size_t u = 0; u < ceil_div(values, U); u++, d += ld) store(d, v[u], out);
+            for (size_t u = 0; u < (whole ? VL : ceil_div(values, U)); u++, d += ld) store(d, v[u], whole ? VL : out);
         };
         size_t k = 0;
-        for (; k + STEP <= K; k += STEP) turn(k, STEP);
-        if (k < K) turn(k, K - k);
+        if (w == VL && sk == 1)
+            for (; k + STEP <= K; k += STEP) turn(k, STEP, std::true_type());
+        for (; k + STEP <= K; k += STEP) turn(k, STEP, std::false_type());
+        if (k < K) turn(k, K - k, std::false_type());
     }
 }
 
 // ---------------------------------------------------------------------------------------------
 // The micro-kernel
 
-// Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next; and
-// a line of each of `arrays` arrays.
+// Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next, as
+// long as it lasts; and a line of each of `arrays` arrays.
 struct Fetch {
     static constexpr size_t BYTES = LINE * sizeof(float), MOST_ARRAYS = 4;
-    const char* at;
-    size_t left = 1, row = 1;  // lines to the end of this row, and in a row
-    size_t jump = 0;           // bytes from a row's end to the next row
+    const char* at = nullptr;
+    size_t lines = 0, left = 1, row = 1;  // lines in all, to the end of this row, and in a row
+    size_t jump = 0;                      // bytes from a row's end to the next row
     size_t every = SIZE_MAX;
     size_t arrays = 0;
     const char* beside[MOST_ARRAYS] = {};
+
+    // Values (i, k) of i < width, k < depth at p[i*si + k*sk]; nothing where neither side is contiguous.
+    template <class T>
+    static Fetch of(const T* p, size_t width, size_t depth, size_t si, size_t sk) {
+        size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth, stride = (sk == 1 ? si : sk) * sizeof(T);
+        Fetch f;
+        if (!inner || !outer || (sk != 1 && si != 1)) return f;
+        f.at = (const char*)p, f.left = f.row = ceil_div(inner * sizeof(T), BYTES), f.lines = f.row * outer, f.jump = stride - f.row * BYTES;
+        return f;
+    }
     void one() {
-        __builtin_prefetch(at);
-        at += BYTES;
-        if (!--left) at += jump, left = row;
+        if (lines) {
+            __builtin_prefetch(at);
+            lines--, at += BYTES;
+            if (!--left) at += jump, left = row;
+        }
         for (size_t i = 0; i < arrays; i++) __builtin_prefetch(beside[i]), beside[i] += BYTES;
     }
 };
 
-// c (R, V*VL; row stride ldc) = init (row stride ldi) + sum over units u of a[u*AU + i*AR] times b[u*BU + j].
+// c (R, V*VL; row stride ldc) = init (row stride ldi) + sum over units u of a[u*AU + i*AR] times b[u*BU + j]; with AR = 0
+// the row stride of a is lda.
 // With STREAM init counts as 0, and c, aligned to a vector, does not enter the caches.
 // Not inlined: among the variables of a caller the compiler runs out of registers and spills the accumulators.
 template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, bool STREAM>
-__attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, const float* __restrict b, float* c, size_t ldc,
-                                            const float* init, size_t ldi, Fetch& fetch) {
+__attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, size_t lda, const float* __restrict b, float* c,
+                                            size_t ldc, const float* init, size_t ldi, Fetch& fetch) {
     vec acc[R][V] = {};
+    const float* third[(R + 2) / 3];  // rows 0, 3, 6, ...: from each, an address reaches two more
+    for (size_t i = 0; i < (R + 2) / 3; i++) third[i] = a + 3 * i * lda;
+    auto value = [&](size_t i) {
+        float unit;  // perhaps two bf16 numbers
+        memcpy(&unit, AR ? a + i * AR : third[i / 3] + i % 3 * lda, sizeof unit);
+        return unit;
+    };
     for (size_t i = 0; i < R && !STREAM; i++)
         for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
     for (size_t u = 0; u < units;) {
@@ -332,7 +357,10 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
 #pragma GCC unroll 16
             for (size_t i = 0; i < R; i++)
 #pragma GCC unroll 8
-                for (size_t j = 0; j < V; j++) acc[i][j] = P::add_product(acc[i][j], a[i * AR], bv[j]);
+                for (size_t j = 0; j < V; j++) acc[i][j] = P::add_product(acc[i][j], value(i), bv[j]);
+            if (!AR)
+#pragma GCC unroll 8
+                for (size_t i = 0; i < (R + 2) / 3; i++) third[i] += AU;
         }
     }
 #pragma GCC unroll 16
@@ -347,25 +375,25 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
 
 alignas(64) inline const float ZEROS[NR] = {};
 
-// A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows. may_stream: as
-// STREAM above, where the tile is NR wide.
+// A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows. lda: as above, for
+// AR = 0. may_stream: as STREAM above, where the tile is NR wide.
 template <class P, size_t AR, size_t AU, size_t BU, size_t V, bool STREAM, size_t... I>
 inline auto kernel_of(size_t rows, std::index_sequence<I...>) {
-    using Kernel = void (*)(size_t, const float*, const float*, float*, size_t, const float*, size_t, Fetch&);
+    using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t, Fetch&);
     static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, STREAM>...};
     return kernels[rows - 1];
 }
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
 inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi,
-                 Fetch* fetch = nullptr, bool may_stream = false) {
-    Fetch nothing = {(const char*)b}, &f = fetch ? *fetch : nothing;
+                 Fetch* fetch = nullptr, bool may_stream = false, size_t lda = 0) {
+    Fetch nothing, &f = fetch ? *fetch : nothing;
     size_t vectors = ceil_div(cols, VL);
     auto any_rows = std::make_index_sequence<MR>();
-    if (may_stream && cols == NR) return kernel_of<P, AR, AU, BU, NV, true>(rows, any_rows)(units, a, b, c, ldc, init, ldi, f);
+    if (may_stream && cols == NR) return kernel_of<P, AR, AU, BU, NV, true>(rows, any_rows)(units, a, lda, b, c, ldc, init, ldi, f);
     auto kernel = vectors == 1 ? kernel_of<P, AR, AU, BU, 1, false>(rows, any_rows) : kernel_of<P, AR, AU, BU, NV, false>(rows, any_rows);
-    if (cols == vectors * VL) return kernel(units, a, b, c, ldc, init, ldi, f);
+    if (cols == vectors * VL) return kernel(units, a, lda, b, c, ldc, init, ldi, f);
     alignas(64) float t[MR * NR];
-    kernel(units, a, b, t, NR, ZEROS, 0, f);
+    kernel(units, a, lda, b, t, NR, ZEROS, 0, f);
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + t[i * NR + j];
 }
@@ -403,6 +431,7 @@ struct Share {
     size_t lines() const { return at < end ? slice / LINE : 0; }  // of one array, in a slice
     // After the slice that comes now, whose lines have been asked for.
     void ask_for_next(Fetch& f) const {
+        if (!Work::ARRAYS) return;
         f.arrays = at + slice < end ? Work::ARRAYS : 0;
         if (f.arrays) work.locate(at + slice, f.beside);
     }
@@ -419,17 +448,32 @@ struct Share {
 // read again soon: if it is large it need not enter the caches.
 enum Start { OVERWRITE, ACCUMULATE, FOR_LATER };
 
-// Scratch memory of multiply(), made once for the largest number of threads seen.
+// Scratch memory of multiply(), made once for the largest number of threads seen; and how far the panels of the shared
+// operand are packed: operands are counted from 0, and for operand e a panel's state is 2e + 1 during and 2e + 2 after.
 struct Workspace {
-    static constexpr size_t PRIVATE_UNITS = std::max(round_up(MB, MR), NB) * KC;
+    static constexpr size_t PRIVATE_UNITS = std::max(round_up(MB, MR), NB) * KC, MOST_PANELS = 2048;
     float *shared = nullptr, *private_ = nullptr;
     int threads = 0;
+    uint64_t operands = 0;
+    std::atomic<uint64_t> state[MOST_PANELS] = {};
     static size_t bytes(int threads) { return (SHARED_UNITS + (size_t)threads * PRIVATE_UNITS) * sizeof(float); }
     void reserve(int n) {
         if (n <= threads) return;
         release(shared, bytes(threads));
         shared = (float*)allocate(bytes(n), "scratch memory of the matrix product");
         private_ = shared + SHARED_UNITS, threads = n;
+    }
+    bool untouched(size_t i, uint64_t e) const { return state[i].load(std::memory_order_relaxed) < 2 * e + 1; }
+    // Packs panel i of operand e, or waits for the thread that does.
+    template <class Pack>
+    void once(size_t i, uint64_t e, Pack pack) {
+        uint64_t s = state[i].load(std::memory_order_acquire);
+        if (s < 2 * e + 1 && state[i].compare_exchange_strong(s, 2 * e + 1)) {
+            pack();
+            state[i].store(2 * e + 2, std::memory_order_release);
+        } else {
+            while (state[i].load(std::memory_order_acquire) != 2 * e + 2) std::this_thread::yield();
+        }
     }
 };
 inline Workspace& workspace() {
@@ -448,92 +492,96 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     Workspace& ws = workspace();
     size_t nt = M * N * K < WORTH_WAKING ? 1 : omp_get_max_threads();
     ws.reserve((int)nt);
-    bool by_columns = N > M;
+    // A needs no packing where its units are floats as they stand and its rows do not fall on the same sets of the L1 cache.
+    constexpr bool UNITS_IN_A = sizeof(TA) * U == sizeof(float);
+    bool direct = UNITS_IN_A && ak == 1 && K % U == 0 && am % U == 0 && (N > M || am * sizeof(TA) % 4096);
+    bool by_columns = direct ? 2 * N >= M : N > M, packs_a = !direct, packs_shared = packs_a || !by_columns;
     size_t D = by_columns ? N : M, S = by_columns ? M : N;  // D is divided among the tasks, S is shared by them
     size_t kc = round_up(ceil_div(K, ceil_div(K, KC * U)), U), chunks = ceil_div(K, kc);  // of K alone: it fixes the order of the sums
-    size_t blocks = round_up(ceil_div(D, by_columns ? NB : MB), nt), block = ceil_div(D, blocks);
-    if (by_columns) block = round_up(block, NR);
-    blocks = ceil_div(D, block);
+    // Tasks end where panels of columns do, or anywhere between rows.
+    size_t step = by_columns ? NR : 1, steps = ceil_div(D, step), blocks = std::min(steps, round_up(ceil_div(D, by_columns ? NB : MB), nt));
+    auto block_begin = [&](size_t b) { return std::min(D, steps * std::min(b, blocks) / blocks * step); };
     bool streams = start == FOR_LATER && chunks == 1 && M * N >= STREAMED && ldc % VL == 0 && (uintptr_t)C % sizeof(vec) == 0 &&
                    !bias && std::is_same<Epilogue, NoEpilogue>::value;
-    size_t s_max = std::min(S, SHARED_WIDTH), at_once = std::max<size_t>(1, SHARED_UNITS / (round_up(s_max, NR) * (kc / U)));
-    auto a_panel = [&](float* dst, size_t m, size_t rows, size_t k, size_t n) {
-        pack<P>(dst, rows, A + m * am + k * ak, am, ak, rows, n);
+    // Panels of n rows of A or columns of B, which one begins where, and its packing and what to ask for before it.
+    auto panels = [](size_t n, bool of_a) { return of_a ? row_panels(n) : ceil_div(n, NR); };
+    auto begin = [](size_t n, size_t i, bool of_a) { return of_a ? panel_row(n, i) : std::min(n, i * NR); };
+    auto pack_panel = [&](float* dst, size_t at, size_t width, size_t k, size_t n, bool of_a) {
+        if (of_a) pack<P>(dst, width, A + at * am + k * ak, am, ak, width, n);
+        else pack<P>(dst, NR, B + k * bk + at * bn, bn, bk, width, n);
     };
-    auto b_panel = [&](float* dst, size_t n0, size_t cols, size_t k, size_t n) {
-        pack<P>(dst, NR, B + k * bk + n0 * bn, bn, bk, cols, n);
+    auto source = [&](size_t at, size_t width, size_t k, size_t n, bool of_a) {
+        return of_a ? Fetch::of(A + at * am + k * ak, width, n, am, ak) : Fetch::of(B + k * bk + at * bn, width, n, bn, bk);
     };
+    size_t s_max = std::min(S, SHARED_WIDTH), room = SHARED_UNITS / (round_up(s_max, NR) * (kc / U));
+    size_t at_once = std::max<size_t>(1, std::min(room, Workspace::MOST_PANELS / panels(s_max, by_columns)));
     size_t all_tiles = row_panels(M) * ceil_div(N, NR) * chunks;  // or a few more
-#pragma omp parallel num_threads((int)nt)
-    {
-        Share<Work> beside(work, (size_t)omp_get_thread_num(), nt, all_tiles);
+    uint64_t operands = ws.operands;
+    ws.operands += ceil_div(S, s_max) * ceil_div(chunks, at_once);
+    std::atomic<size_t> tasks = 0;  // begun, and once a thread more when it finds no other: `blocks + team` for each shared operand
+
+    auto worker = [&](size_t thread, size_t team) {
+        float* own = ws.private_ + thread * Workspace::PRIVATE_UNITS;
+        Share<Work> beside(work, thread, team, all_tiles);
+        uint64_t operand = operands;
         for (size_t s0 = 0; s0 < S; s0 += s_max)
-            for (size_t c0 = 0; c0 < chunks; c0 += at_once) {
-                size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), wide = round_up(s, NR);
-                size_t panels = by_columns ? row_panels(s) : ceil_div(s, NR);
-#pragma omp for schedule(static)
-                for (size_t p = 0; p < panels * count; p++) {
-                    size_t q = p / panels, i = p % panels, k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
-                    float* dst = ws.shared + q * wide * (kc / U);
-                    if (by_columns) {
-                        size_t r = panel_row(s, i);
-                        a_panel(dst + r * units, s0 + r, panel_row(s, i + 1) - r, k, n);
-                    } else {
-                        b_panel(dst + i * NR * units, s0 + i * NR, std::min(NR, s - i * NR), k, n);
-                    }
+            for (size_t c0 = 0; c0 < chunks; c0 += at_once, operand++) {
+                size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), outer = panels(s, by_columns);
+                size_t first_task = (operand - operands) * (blocks + team);
+                if (first_task && team > 1) {
+#pragma omp barrier
                 }
-                float* own = ws.private_ + (size_t)omp_get_thread_num() * Workspace::PRIVATE_UNITS;
-#pragma omp for schedule(dynamic, 1)
-                for (size_t b = 0; b < blocks; b++) {
-                    size_t d0 = b * block, d = std::min(block, D - d0);
+                for (size_t b; (b = tasks++ - first_task) < blocks;) {
+                    size_t d0 = block_begin(b), d = block_begin(b + 1) - d0, inner = panels(d, !by_columns);
                     for (size_t q = 0; q < count; q++) {
                         size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
-                        const float* shared = ws.shared + q * wide * (kc / U);
-                        size_t m0 = by_columns ? s0 : d0, rows = by_columns ? s : d, n0 = by_columns ? d0 : s0, cols = by_columns ? d : s;
-                        // What this thread packs next, most likely, cut into as many pieces as there are tiles.
-                        bool same_block = q + 1 < count;
-                        size_t next_d = same_block ? d0 : d0 + nt * block, next_k = same_block ? k + kc : c0 * kc, tiles = row_panels(rows) * ceil_div(cols, NR);
-                        Fetch fetch = {(const char*)shared};
-                        size_t lines = 0, width = next_d < D ? std::min(block, D - next_d) : 0, depth = std::min(kc, K - std::min(K, next_k)), done = 0;
-                        const char* source = by_columns ? (const char*)(B + next_d * bn + next_k * bk) : (const char*)(A + next_d * am + next_k * ak);
-                        size_t value = by_columns ? sizeof(TB) : sizeof(TA), sd = by_columns ? bn : am, sk = by_columns ? bk : ak;
-                        size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth, stride = (sk == 1 ? sd : sk) * value;
-                        if (inner && outer && (sk == 1 || sd == 1)) {
-                            fetch.row = ceil_div(inner * value, Fetch::BYTES), lines = fetch.row * outer;
-                            fetch.jump = stride - fetch.row * Fetch::BYTES;
-                        }
-                        if (size_t most = std::max(lines, beside.lines() * tiles)) fetch.every = std::max<size_t>(1, units * tiles / most);
-                        auto one_tile = [&](size_t i, size_t j) {
-                            if (lines) {
-                                size_t at = done++ * lines / tiles;
-                                fetch.at = source + at / fetch.row * stride + at % fetch.row * Fetch::BYTES, fetch.left = fetch.row - at % fetch.row;
+                        float* shared = ws.shared + q * round_up(s, NR) * (kc / U);
+                        if (by_columns || packs_a)
+                            for (size_t y = 0; y < inner; y++) {
+                                size_t r = begin(d, y, !by_columns);
+                                pack_panel(own + r * units, d0 + r, begin(d, y + 1, !by_columns) - r, k, n, !by_columns);
                             }
-                            beside.ask_for_next(fetch);
-                            size_t r = panel_row(rows, i), height = panel_row(rows, i + 1) - r, across = std::min(NR, cols - j);
-                            const float *a = (by_columns ? shared : own) + r * units, *bp = (by_columns ? own : shared) + j * units;
-                            float* c = C + (m0 + r) * ldc + n0 + j;
-                            bool onto = k || start == ACCUMULATE;
-                            tile<P>(height, across, units, a, bp, c, ldc, onto ? c : bias ? bias + n0 + j : ZEROS, onto ? ldc : 0, &fetch, streams);
-                            if (k + n == K)
-                                for (size_t x = 0; x < height; x++) epi(m0 + r + x, n0 + j, across, c + x * ldc);
-                            beside.next();
-                        };
-                        if (by_columns) {
-                            for (size_t j = 0; j < d; j += NR) b_panel(own + j * units, d0 + j, std::min(NR, d - j), k, n);
-                            for (size_t i = 0; i < row_panels(rows); i++)
-                                for (size_t j = 0; j < cols; j += NR) one_tile(i, j);
-                        } else {
-                            for (size_t i = 0; i < row_panels(d); i++)
-                                a_panel(own + panel_row(d, i) * units, d0 + panel_row(d, i), panel_row(d, i + 1) - panel_row(d, i), k, n);
-                            for (size_t j = 0; j < cols; j += NR)
-                                for (size_t i = 0; i < row_panels(rows); i++) one_tile(i, j);
+                        // Most likely this thread's own operand is packed next: its next chunk of k, or the first of its next block.
+                        size_t next_b = q + 1 < count ? b : b + team, next_k = q + 1 < count ? k + kc : c0 * kc, next_d = block_begin(next_b);
+                        Fetch next_own = source(next_d, block_begin(next_b + 1) - next_d, next_k, std::min(kc, K - next_k), !by_columns);
+                        // Each thread begins with shared panels of its own.
+                        for (size_t turn = 0, x = thread * outer / team; turn < outer; turn++, x = x + 1 < outer ? x + 1 : 0) {
+                            size_t r = begin(s, x, by_columns), width = begin(s, x + 1, by_columns) - r, tiles = (outer - turn) * inner;
+                            Fetch next_shared, *fetch = &next_own;
+                            if (packs_shared) {
+                                size_t next = x + 1 < outer ? x + 1 : 0, at = begin(s, next, by_columns);
+                                ws.once(q * outer + x, operand, [&] { pack_panel(shared + r * units, s0 + r, width, k, n, by_columns); });
+                                if (ws.untouched(q * outer + next, operand))
+                                    next_shared = source(s0 + at, begin(s, next + 1, by_columns) - at, k, n, by_columns), fetch = &next_shared, tiles = inner;
+                            }
+                            if (size_t most = std::max(fetch->lines, beside.lines() * tiles)) fetch->every = std::max<size_t>(1, units * tiles / most);
+                            for (size_t y = 0; y < inner; y++) {
+                                size_t own_r = begin(d, y, !by_columns), own_width = begin(d, y + 1, !by_columns) - own_r;
+                                size_t row = by_columns ? s0 + r : d0 + own_r, height = by_columns ? width : own_width;
+                                size_t col = by_columns ? d0 + own_r : s0 + r, across = by_columns ? own_width : width;
+                                const float *a = by_columns ? shared + r * units : own + own_r * units, *bp = by_columns ? own + own_r * units : shared + r * units;
+                                float* c = C + row * ldc + col;
+                                const float* init = k || start == ACCUMULATE ? c : bias ? bias + col : ZEROS;
+                                size_t ldi = init == c ? ldc : 0;
+                                beside.ask_for_next(*fetch);
+                                if (UNITS_IN_A && direct)
+                                    tile<P, 0, 1>(height, across, units, (const float*)(A + row * am + k), bp, c, ldc, init, ldi, fetch, streams, am / U);
+                                else
+                                    tile<P>(height, across, units, a, bp, c, ldc, init, ldi, fetch, streams);
+                                if (k + n == K)
+                                    for (size_t i = 0; i < height; i++) epi(row + i, col, across, c + i * ldc);
+                                beside.next();
+                            }
                         }
                     }
                     if (streams) finish_streams();
                 }
             }
         beside.rest();
-    }
+    };
+    if (nt == 1) return worker(0, 1);
+#pragma omp parallel num_threads((int)nt)
+    worker((size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -614,11 +662,11 @@ inline double measure_peak_flops() {
 #pragma omp parallel reduction(max : t)
         {
             alignas(64) float a[MR * units] = {}, b[NR * units] = {}, c[MR * NR];
-            Fetch nothing = {(const char*)b};
+            Fetch nothing;
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
-                micro_kernel<P, MR, NV, 1, MR, NR, false>(units, a, b, c, NR, ZEROS, 0, nothing);
+                micro_kernel<P, MR, NV, 1, MR, NR, false>(units, a, 0, b, c, NR, ZEROS, 0, nothing);
                 __asm__ volatile("" : : "r"(c) : "memory");
             }
             t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();

@@ -561,7 +561,7 @@ TEST_CASE("gelu and its derivative, tanh and erf: relative L2 1e-6, any length, 
 
 namespace {
 
-// A matrix of which element (r, c) stands at r*sr + c*sc.
+// A matrix of which element (r, c) stands at r*sr + c*sc; between them there is NaN.
 struct Strided {
     size_t sr, sc;
     Floats data;
@@ -570,7 +570,9 @@ struct Strided {
         else if (form == 1) sr = 1, sc = rows;
         else if (form == 2) sr = cols + 3, sc = 1;  // part of a wider matrix
         else sr = 2 * cols + 1, sc = 2;             // neither stride is 1
-        data = r.floats((rows - 1) * sr + (cols - 1) * sc + 1);
+        data.assign((rows - 1) * sr + (cols - 1) * sc + 1, NAN);
+        Floats values = r.floats(rows * cols);
+        for (size_t i = 0; i < rows * cols; i++) data[i / cols * sr + i % cols * sc] = values[i];
     }
     double at(size_t r, size_t c) const { return data[r * sr + c * sc]; }
 };
@@ -632,27 +634,37 @@ TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memor
     // The shared operand in two pieces of rows or columns, and in two pieces of k.
     check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 17, 3, 0, 1, gemm::OVERWRITE, true, 0);
     check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 5, 2, 1, 0, gemm::ACCUMULATE, false, 0);
+    check_product(r, gemm::SHARED_WIDTH + 7, gemm::SHARED_WIDTH + 18, 2 * gemm::KC + 7, 1, 1, gemm::OVERWRITE, true, 0);
     check_product(r, gemm::SHARED_WIDTH, gemm::SHARED_WIDTH + 1, 2 * gemm::KC + 7, 0, 1, gemm::OVERWRITE, true, 0);
+    // Rows of A that fall on the same sets of the L1 cache, in a high and in a wide product.
+    check_product(r, 200, 50, 1024, 0, 0, gemm::ACCUMULATE, false, 0);
+    check_product(r, 50, 200, 1024, 0, 1, gemm::OVERWRITE, true, 0);
     check_product(r, 250, 1, 1, 0, 0, gemm::OVERWRITE, true, 0);
     check_product(r, 1, 250, 1, 0, 0, gemm::OVERWRITE, true, 0);
 }
 
-TEST_CASE("gemm: an element has the same bits wherever it stands and whatever the number of threads") {
+TEST_CASE("gemm: an element has the same bits wherever it stands, however A lies in memory and whatever the number of threads") {
     Random r(4);
-    const size_t M = 203, N = 71, K = 300;
-    Floats A = r.floats(M * K), B = r.floats(K * N), bias = r.floats(N), want(M * N);
-    gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, want.data(), N, gemm::OVERWRITE, bias.data());
-    for (int threads : {1, 2, 3, 4}) {
-        Threads guard(threads);
-        Floats C(M * N);
-        gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, C.data(), N, gemm::OVERWRITE, bias.data());
-        CHECK(same_bits(C, want));
-    }
-    for (size_t first : {0, 1, 5, 96, 202}) {  // some rows and columns alone
-        size_t rows = std::min<size_t>(7, M - first), col = first % 5, cols = N - col - first % 3;
-        Floats C(rows * cols);
-        gemm::multiply(rows, cols, K, &A[first * K], K, 1, &B[col], N, 1, C.data(), cols, gemm::OVERWRITE, &bias[col]);
-        for (size_t i = 0; i < rows; i++) CHECK(!memcmp(&C[i * cols], &want[(first + i) * N + col], cols * sizeof(float)));
+    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {450, 150, 600}};
+    for (auto& [M, N, K] : sizes) {
+        INFO(M, " x ", N, " x ", K);
+        Floats A = r.floats(M * K), turned(M * K), B = r.floats(K * N), bias = r.floats(N), want(M * N);
+        for (size_t i = 0; i < M * K; i++) turned[i % K * M + i / K] = A[i];
+        gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, want.data(), N, gemm::OVERWRITE, bias.data());
+        for (int threads : {1, 2, 3, 4, 7}) {
+            Threads guard(threads);
+            Floats C(M * N), D(M * N);
+            gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, C.data(), N, gemm::OVERWRITE, bias.data());
+            CHECK(same_bits(C, want));
+            gemm::multiply(M, N, K, turned.data(), 1, M, B.data(), N, 1, D.data(), N, gemm::OVERWRITE, bias.data());
+            CHECK(same_bits(D, want));
+        }
+        for (size_t first : {0, 1, 5, 50, 70}) {  // some rows and columns alone
+            size_t rows = std::min<size_t>(7, M - first), col = first % 5, cols = N - col - first % 3;
+            Floats C(rows * cols);
+            gemm::multiply(rows, cols, K, &A[first * K], K, 1, &B[col], N, 1, C.data(), cols, gemm::OVERWRITE, &bias[col]);
+            for (size_t i = 0; i < rows; i++) CHECK(!memcmp(&C[i * cols], &want[(first + i) * N + col], cols * sizeof(float)));
+        }
     }
 }
 
@@ -752,6 +764,8 @@ TEST_CASE("gemm of bf16 numbers: the product of the operands rounded to nearest,
         else check_bf16_product<uint16_t, uint16_t>(r, M, N, K, a, b);
     }
     check_bf16_product<float, float>(r, gemm::MB + 3, gemm::NB + 37, 2 * gemm::KC + 5, 0, 1);
+    check_bf16_product<uint16_t, float>(r, gemm::MB + 3, gemm::NB + 37, 4 * gemm::KC + 6, 0, 1);
+    check_bf16_product<uint16_t, uint16_t>(r, 3 * gemm::MB + 3, 41, 4 * gemm::KC + 6, 0, 0);
 }
 
 TEST_CASE("multiply_few: X W^T + b for few rows, any width; a row does not depend on the others") {
