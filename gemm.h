@@ -263,6 +263,9 @@ template <class P, class T>
 inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size_t n, size_t K) {
     constexpr size_t U = P::PER_UNIT, STEP = U * VL;
     if (sr == 1) {  // a row of units after the other: lines of memory side by side
+        if (n == NR && ld == NR)
+            for (; K >= U; K -= U, src += U * sk, dst += NR)
+                for (size_t r = 0; r < NR; r += VL) store(dst + r, P::across(src + r, src + (U - 1) * sk + r, VL));
         for (size_t k = 0; k < K; k += U, src += U * sk, dst += ld)
             for (size_t r = 0; r < n; r += VL)
                 store(dst + r, P::across(src + r, k + U <= K ? src + (U - 1) * sk + r : nullptr, std::min(VL, n - r)), std::min(VL, ld - r));
