@@ -205,10 +205,13 @@ inline __attribute__((always_inline)) void transpose(vec* v) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What a product multiplies. A unit is what stands in one lane: PER_UNIT consecutive values of k.
+// What a product multiplies. A unit is what stands in one lane: PER_UNIT consecutive values of k. Where READY, values of T
+// side by side in memory are units as they stand.
 
 struct F32 {
     static constexpr size_t PER_UNIT = 1;
+    template <class T>
+    static constexpr bool READY = std::is_same<T, float>::value;
     static vec add_product(vec c, float a, vec b) { return c + a * b; }
     // VL units of one row: n values along k.
     template <class T>
@@ -222,6 +225,8 @@ struct F32 {
 constexpr bool BF16_DOT_PRODUCT = true;
 struct BF16 {
     static constexpr size_t PER_UNIT = 2;
+    template <class T>
+    static constexpr bool READY = std::is_same<T, bf16>::value;
     static vec add_product(vec c, float a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b); }
     static vec along(const float* s, size_t n) {
         return (vec)_mm512_cvtne2ps_pbh((__m512)load(s + std::min(n, VL), n > VL ? n - VL : 0), (__m512)load(s, n));
@@ -249,6 +254,8 @@ struct BF16 {
 constexpr bool BF16_DOT_PRODUCT = false;
 struct BF16 {
     static constexpr size_t PER_UNIT = 1;
+    template <class T>
+    static constexpr bool READY = false;
     static vec add_product(vec c, float a, vec b) { return c + a * b; }
     static vec along(const float* s, size_t n) { return round_to_bf16(load(s, n)); }
     static vec along(const bf16* s, size_t n) { return load(s, n); }
@@ -495,9 +502,8 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     Workspace& ws = workspace();
     size_t nt = M * N * K < WORTH_WAKING ? 1 : omp_get_max_threads();
     ws.reserve((int)nt);
-    // A needs no packing where its units are floats as they stand and its rows do not fall on the same sets of the L1 cache.
-    constexpr bool UNITS_IN_A = sizeof(TA) * U == sizeof(float);
-    bool direct = UNITS_IN_A && ak == 1 && K % U == 0 && am % U == 0 && (N > M || am * sizeof(TA) % 4096);
+    // A needs no packing where its rows are units and do not fall on the same sets of the L1 cache.
+    bool direct = P::template READY<TA> && ak == 1 && K % U == 0 && am % U == 0 && (N > M || am * sizeof(TA) % 4096);
     bool by_columns = direct ? 2 * N >= M : N > M, packs_a = !direct, packs_shared = packs_a || !by_columns;
     size_t D = by_columns ? N : M, S = by_columns ? M : N;  // D is divided among the tasks, S is shared by them
     size_t kc = round_up(ceil_div(K, ceil_div(K, KC * U)), U), chunks = ceil_div(K, kc);  // of K alone: it fixes the order of the sums
@@ -567,7 +573,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                 const float* init = k || start == ACCUMULATE ? c : bias ? bias + col : ZEROS;
                                 size_t ldi = init == c ? ldc : 0;
                                 beside.ask_for_next(*fetch);
-                                if (UNITS_IN_A && direct)
+                                if (P::template READY<TA> && direct)
                                     tile<P, 0, 1>(height, across, units, (const float*)(A + row * am + k), bp, c, ldc, init, ldi, fetch, streams, am / U);
                                 else
                                     tile<P>(height, across, units, a, bp, c, ldc, init, ldi, fetch, streams);
