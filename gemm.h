@@ -51,10 +51,11 @@ constexpr size_t NV = 2, NR = NV * VL;
 constexpr size_t KC = 512;                 // units of k in one packed block
 constexpr size_t MB = 8 * MR, NB = 128;    // largest task: rows or columns; with KC a third of a 1 MiB L2
 constexpr size_t SHARED_UNITS = 2 << 20;   // the packed operand of all threads: 8 MiB of last-level cache
+constexpr size_t SHARED_WIDTH = 1344;      // its most rows or columns; a multiple of every panel's width
 constexpr size_t WORTH_WAKING = 1 << 17;   // multiplications from which a product is made by all threads
 constexpr size_t LINE = 64 / sizeof(float);  // floats in a line of the caches
+constexpr size_t L1_WAY = 4096;            // bytes after which an address falls on the same set of the L1 cache
 constexpr size_t STREAMED = 1 << 20;       // values of C from which FOR_LATER goes past the caches
-constexpr size_t SHARED_WIDTH = 1344;      // its most rows or columns; a multiple of every panel's width
 
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
 typedef int32_t ivec __attribute__((vector_size(VL * sizeof(float))));
@@ -502,9 +503,9 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     Workspace& ws = workspace();
     size_t nt = M * N * K < WORTH_WAKING ? 1 : omp_get_max_threads();
     ws.reserve((int)nt);
-    // A needs no packing where its rows are units and do not fall on the same sets of the L1 cache.
-    bool direct = P::template READY<TA> && ak == 1 && K % U == 0 && am % U == 0 && (N > M || am * sizeof(TA) % 4096);
-    bool by_columns = direct ? 2 * N >= M : N > M, packs_a = !direct, packs_shared = packs_a || !by_columns;
+    // A needs no packing where its rows are units, and in a high product do not fall on the same sets of the L1 cache.
+    bool direct = P::template READY<TA> && ak == 1 && K % U == 0 && am % U == 0 && (N > M || am * sizeof(TA) % L1_WAY);
+    bool by_columns = direct ? 2 * N >= M : N > M, packs_own = by_columns || !direct, packs_shared = !by_columns || !direct;
     size_t D = by_columns ? N : M, S = by_columns ? M : N;  // D is divided among the tasks, S is shared by them
     size_t kc = round_up(ceil_div(K, ceil_div(K, KC * U)), U), chunks = ceil_div(K, kc);  // of K alone: it fixes the order of the sums
     // Tasks end where panels of columns do, or anywhere between rows.
@@ -525,18 +526,19 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     size_t s_max = std::min(S, SHARED_WIDTH), room = SHARED_UNITS / (round_up(s_max, NR) * (kc / U));
     size_t at_once = std::max<size_t>(1, std::min(room, Workspace::MOST_PANELS / panels(s_max, by_columns)));
     size_t all_tiles = row_panels(M) * ceil_div(N, NR) * chunks;  // or a few more
-    uint64_t operands = ws.operands;
+    uint64_t first_operand = ws.operands;
     ws.operands += ceil_div(S, s_max) * ceil_div(chunks, at_once);
-    std::atomic<size_t> tasks = 0;  // begun, and once a thread more when it finds no other: `blocks + team` for each shared operand
+    // Tasks begun; each thread counts one too many when it finds no other, so a shared operand takes up blocks + team.
+    std::atomic<size_t> tasks = 0;
 
     auto worker = [&](size_t thread, size_t team) {
         float* own = ws.private_ + thread * Workspace::PRIVATE_UNITS;
         Share<Work> beside(work, thread, team, all_tiles);
-        uint64_t operand = operands;
+        uint64_t operand = first_operand;
         for (size_t s0 = 0; s0 < S; s0 += s_max)
             for (size_t c0 = 0; c0 < chunks; c0 += at_once, operand++) {
                 size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), outer = panels(s, by_columns);
-                size_t first_task = (operand - operands) * (blocks + team);
+                size_t first_task = (operand - first_operand) * (blocks + team);
                 if (first_task && team > 1) {
 #pragma omp barrier
                 }
@@ -545,7 +547,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                     for (size_t q = 0; q < count; q++) {
                         size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
                         float* shared = ws.shared + q * round_up(s, NR) * (kc / U);
-                        if (by_columns || packs_a)
+                        if (packs_own)
                             for (size_t y = 0; y < inner; y++) {
                                 size_t r = begin(d, y, !by_columns);
                                 pack_panel(own + r * units, d0 + r, begin(d, y + 1, !by_columns) - r, k, n, !by_columns);
