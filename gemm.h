@@ -332,7 +332,7 @@ struct Fetch {
         f.at = (const char*)p, f.left = f.row = ceil_div(inner * sizeof(T), BYTES), f.lines = f.row * outer, f.jump = stride - f.row * BYTES;
         return f;
     }
-    void one() {
+    __attribute__((always_inline)) void one() {  // a call would spill the accumulators
         if (lines) {
             __builtin_prefetch(at);
             lines--, at += BYTES;
@@ -342,13 +342,22 @@ struct Fetch {
     }
 };
 
+// A micro-kernel can pack the operand it reads while it computes, for those after it, where one unit's values lie side by side in
+// memory: loads and stores are not what it waits for. B's vectors are stored as they are used. A's are stored some units ahead,
+// since a load of a part of what a masked store has just written waits until it is in the cache.
+enum Packs { PACKS_NOTHING, PACKS_A, PACKS_B };
+constexpr size_t AHEAD = 8;
+
 // c (R, V*VL; row stride ldc) = init (row stride ldi) + sum over units u of a[u*AU + i*AR] times b[u*BU + j]; with AR = 0
 // the row stride of a is lda.
-// With STREAM init counts as 0, and c, aligned to a vector, does not enter the caches.
+// With PACKS_A or PACKS_B that operand is written first: unit u's value i, or the first of its two, is source[u * PER_UNIT * stride + i],
+// a's from unit AHEAD on.
+// With streams init counts as 0, and c, aligned to a vector, does not enter the caches.
 // Not inlined: among the variables of a caller the compiler runs out of registers and spills the accumulators.
-template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, bool STREAM>
+template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, Packs PACK, class T>
 __attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, size_t lda, const float* __restrict b, float* c,
-                                            size_t ldc, const float* init, size_t ldi, Fetch& fetch) {
+                                            size_t ldc, const float* init, size_t ldi, Fetch& fetch, bool streams, const void* source,
+                                            size_t stride) {
     vec acc[R][V] = {};
     const float* third[(R + 2) / 3];  // rows 0, 3, 6, ...: from each, an address reaches two more
     for (size_t i = 0; i < (R + 2) / 3; i++) third[i] = a + 3 * i * lda;
@@ -357,14 +366,24 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
         memcpy(&unit, AR ? a + i * AR : third[i / 3] + i % 3 * lda, sizeof unit);
         return unit;
     };
-    for (size_t i = 0; i < R && !STREAM; i++)
-        for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
+    const T* from = (const T*)source + (PACK == PACKS_A ? AHEAD * P::PER_UNIT * stride : 0);
+    auto across = [&](size_t i, size_t n) { return P::across(from + i, from + (P::PER_UNIT - 1) * stride + i, n); };
+    if (!streams)
+        for (size_t i = 0; i < R; i++)
+            for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
     for (size_t u = 0; u < units;) {
         fetch.one();
         for (size_t n = std::min(fetch.every, units - u); n; n--, u++, a += AU, b += BU) {
+            if (PACK == PACKS_A && u + AHEAD < units)
+#pragma GCC unroll 8
+                for (size_t i = 0; i < R; i += VL) store(const_cast<float*>(a) + AHEAD * AU + i, across(i, std::min(VL, R - i)), std::min(VL, R - i));
             vec bv[V];
 #pragma GCC unroll 8
-            for (size_t j = 0; j < V; j++) bv[j] = load(b + j * VL);
+            for (size_t j = 0; j < V; j++) {
+                bv[j] = PACK == PACKS_B ? across(j * VL, VL) : load(b + j * VL);
+                if (PACK == PACKS_B) store(const_cast<float*>(b) + j * VL, bv[j]);
+            }
+            if (PACK != PACKS_NOTHING) from += P::PER_UNIT * stride;
 #pragma GCC unroll 16
             for (size_t i = 0; i < R; i++)
 #pragma GCC unroll 8
@@ -374,39 +393,46 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
                 for (size_t i = 0; i < (R + 2) / 3; i++) third[i] += AU;
         }
     }
+    auto each = [&](auto put) {
 #pragma GCC unroll 16
-    for (size_t i = 0; i < R; i++)
+        for (size_t i = 0; i < R; i++)
 #pragma GCC unroll 8
-        for (size_t j = 0; j < V; j++) {
-            float* to = c + i * ldc + j * VL;
-            if (STREAM) stream(to, acc[i][j]);
-            else store(to, load(init + i * ldi + j * VL) + acc[i][j]);
-        }
+            for (size_t j = 0; j < V; j++) put(c + i * ldc + j * VL, init + i * ldi + j * VL, acc[i][j]);
+    };
+    if (streams) each([](float* to, const float*, vec sum) { stream(to, sum); });
+    else each([](float* to, const float* onto, vec sum) { store(to, load(onto) + sum); });
 }
 
 alignas(64) inline const float ZEROS[NR] = {};
 
-// A tile of any size up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows. lda: as above, for
-// AR = 0. may_stream: as STREAM above, where the tile is NR wide.
-template <class P, size_t AR, size_t AU, size_t BU, size_t V, bool STREAM, size_t... I>
-inline auto kernel_of(size_t rows, std::index_sequence<I...>) {
-    using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t, Fetch&);
-    static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, STREAM>...};
+// The micro-kernel for tiles of up to MR rows and NR columns. With AU = 0 A is packed: its unit stride is the number of rows.
+// What packs is NR wide.
+using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t, Fetch&, bool, const void*, size_t);
+template <class P, size_t AR, size_t AU, size_t BU, size_t V, Packs PACK, class T, size_t... I>
+inline Kernel kernel_of(size_t rows, std::index_sequence<I...>) {
+    static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, PACK, T>...};
     return kernels[rows - 1];
 }
-template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
-inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi,
-                 Fetch* fetch = nullptr, bool may_stream = false, size_t lda = 0) {
-    Fetch nothing, &f = fetch ? *fetch : nothing;
-    size_t vectors = ceil_div(cols, VL);
+template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR, Packs PACK = PACKS_NOTHING, class T = float>
+inline Kernel kernel(size_t rows, size_t cols) {
     auto any_rows = std::make_index_sequence<MR>();
-    if (may_stream && cols == NR) return kernel_of<P, AR, AU, BU, NV, true>(rows, any_rows)(units, a, lda, b, c, ldc, init, ldi, f);
-    auto kernel = vectors == 1 ? kernel_of<P, AR, AU, BU, 1, false>(rows, any_rows) : kernel_of<P, AR, AU, BU, NV, false>(rows, any_rows);
-    if (cols == vectors * VL) return kernel(units, a, lda, b, c, ldc, init, ldi, f);
+    if (PACK == PACKS_NOTHING && cols <= VL) return kernel_of<P, AR, AU, BU, 1, PACKS_NOTHING, T>(rows, any_rows);
+    return kernel_of<P, AR, AU, BU, NV, PACK, T>(rows, any_rows);
+}
+// Computes a tile with it. Streams only where the tile is NR wide.
+inline void tile(Kernel kernel, size_t rows, size_t cols, size_t units, const float* a, size_t lda, const float* b, float* c, size_t ldc,
+                 const float* init, size_t ldi, Fetch& fetch, bool may_stream = false, const void* source = nullptr, size_t stride = 0) {
+    if (cols % VL == 0) return kernel(units, a, lda, b, c, ldc, init, ldi, fetch, may_stream && cols == NR, source, stride);
     alignas(64) float t[MR * NR];
-    kernel(units, a, lda, b, t, NR, ZEROS, 0, f);
+    kernel(units, a, lda, b, t, NR, ZEROS, 0, fetch, false, nullptr, 0);
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + t[i * NR + j];
+}
+// The same by itself.
+template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
+inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi) {
+    Fetch nothing;
+    tile(kernel<P, AR, AU, BU>(rows, cols), rows, cols, units, a, 0, b, c, ldc, init, ldi, nothing);
 }
 
 // Rows are dealt out evenly to panels of at most MR; panel i begins at row panel_row(i).
@@ -520,6 +546,15 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
         if (of_a) pack<P>(dst, width, A + at * am + k * ak, am, ak, width, n);
         else pack<P>(dst, NR, B + k * bk + at * bn, bn, bk, width, n);
     };
+    // A task's own panels are packed each before its first tile, or by it, where their values lie side by side and whole units
+    // are no more memory than when packed: twice as many lines, perhaps from memory, hold a tile up for longer than packing.
+    Packs tile_packs = K % U ? PACKS_NOTHING : by_columns ? (bn == 1 ? PACKS_B : PACKS_NOTHING) : am == 1 && sizeof(TA) * U <= sizeof(float) ? PACKS_A : PACKS_NOTHING;
+    auto kernel_for = [&](Packs packs, size_t rows, size_t cols) {
+        if (packs == PACKS_A) return kernel<P, 1, 0, NR, PACKS_A, TA>(rows, cols);
+        constexpr bool READY = P::template READY<TA>;  // direct is false where it is
+        if (packs == PACKS_B) return direct ? kernel<P, !READY, READY, NR, PACKS_B, TB>(rows, cols) : kernel<P, 1, 0, NR, PACKS_B, TB>(rows, cols);
+        return direct ? kernel<P, !READY, READY>(rows, cols) : kernel<P>(rows, cols);
+    };
     auto source = [&](size_t at, size_t width, size_t k, size_t n, bool of_a) {
         return of_a ? Fetch::of(A + at * am + k * ak, width, n, am, ak) : Fetch::of(B + k * bk + at * bn, width, n, bn, bk);
     };
@@ -547,11 +582,6 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                     for (size_t q = 0; q < count; q++) {
                         size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
                         float* shared = ws.shared + q * round_up(s, NR) * (kc / U);
-                        if (packs_own)
-                            for (size_t y = 0; y < inner; y++) {
-                                size_t r = begin(d, y, !by_columns);
-                                pack_panel(own + r * units, d0 + r, begin(d, y + 1, !by_columns) - r, k, n, !by_columns);
-                            }
                         // Most likely this thread's own operand is packed next: its next chunk of k, or the first of its next block.
                         size_t next_b = q + 1 < count ? b : b + team, next_k = q + 1 < count ? k + kc : c0 * kc, next_d = block_begin(next_b);
                         Fetch next_own = source(next_d, block_begin(next_b + 1) - next_d, next_k, std::min(kc, K - next_k), !by_columns);
@@ -575,10 +605,14 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                 const float* init = k || start == ACCUMULATE ? c : bias ? bias + col : ZEROS;
                                 size_t ldi = init == c ? ldc : 0;
                                 beside.ask_for_next(*fetch);
-                                if (P::template READY<TA> && direct)
-                                    tile<P, 0, 1>(height, across, units, (const float*)(A + row * am + k), bp, c, ldc, init, ldi, fetch, streams, am / U);
-                                else
-                                    tile<P>(height, across, units, a, bp, c, ldc, init, ldi, fetch, streams);
+                                Packs packs = PACKS_NOTHING;
+                                if (packs_own && !turn) {
+                                    if (across == NR) packs = tile_packs;
+                                    size_t before = packs == PACKS_B ? 0 : packs == PACKS_A ? std::min(n, AHEAD * U) : n;
+                                    pack_panel(own + own_r * units, d0 + own_r, own_width, k, before, !by_columns);
+                                }
+                                tile(kernel_for(packs, height, across), height, across, units, direct ? (const float*)(A + row * am + k) : a, direct ? am / U : 0, bp,
+                                     c, ldc, init, ldi, *fetch, streams, by_columns ? (const void*)(B + k * bk + col) : A + row + k * ak, by_columns ? bk : ak);
                                 if (k + n == K)
                                     for (size_t i = 0; i < height; i++) epi(row + i, col, across, c + i * ldc);
                                 beside.next();
@@ -677,7 +711,7 @@ inline double measure_peak_flops() {
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
-                micro_kernel<P, MR, NV, 1, MR, NR, false>(units, a, 0, b, c, NR, ZEROS, 0, nothing);
+                kernel<P>(MR, NR)(units, a, 0, b, c, NR, ZEROS, 0, nothing, false, nullptr, 0);
                 __asm__ volatile("" : : "r"(c) : "memory");
             }
             t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
