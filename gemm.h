@@ -352,12 +352,11 @@ constexpr size_t AHEAD = 8;
 // the row stride of a is lda.
 // With PACKS_A or PACKS_B that operand is written first: unit u's value i, or the first of its two, is source[u * PER_UNIT * stride + i],
 // a's from unit AHEAD on.
-// With streams init counts as 0, and c, aligned to a vector, does not enter the caches.
+// With STREAM init counts as 0, and c, aligned to a vector, does not enter the caches.
 // Not inlined: among the variables of a caller the compiler runs out of registers and spills the accumulators.
-template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, Packs PACK, class T>
+template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, Packs PACK, class T, bool STREAM>
 __attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, size_t lda, const float* __restrict b, float* c,
-                                            size_t ldc, const float* init, size_t ldi, Fetch& fetch, bool streams, const void* source,
-                                            size_t stride) {
+                                            size_t ldc, const float* init, size_t ldi, Fetch& fetch, const void* source, size_t stride) {
     vec acc[R][V] = {};
     const float* third[(R + 2) / 3];  // rows 0, 3, 6, ...: from each, an address reaches two more
     for (size_t i = 0; i < (R + 2) / 3; i++) third[i] = a + 3 * i * lda;
@@ -368,9 +367,8 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
     };
     const T* from = (const T*)source + (PACK == PACKS_A ? AHEAD * P::PER_UNIT * stride : 0);
     auto across = [&](size_t i, size_t n) { return P::across(from + i, from + (P::PER_UNIT - 1) * stride + i, n); };
-    if (!streams)
-        for (size_t i = 0; i < R; i++)
-            for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
+    for (size_t i = 0; i < R && !STREAM; i++)
+        for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
     for (size_t u = 0; u < units;) {
         fetch.one();
         for (size_t n = std::min(fetch.every, units - u); n; n--, u++, a += AU, b += BU) {
@@ -393,42 +391,42 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
                 for (size_t i = 0; i < (R + 2) / 3; i++) third[i] += AU;
         }
     }
-    auto each = [&](auto put) {
 #pragma GCC unroll 16
-        for (size_t i = 0; i < R; i++)
+    for (size_t i = 0; i < R; i++)
 #pragma GCC unroll 8
-            for (size_t j = 0; j < V; j++) put(c + i * ldc + j * VL, init + i * ldi + j * VL, acc[i][j]);
-    };
-    if (streams) each([](float* to, const float*, vec sum) { stream(to, sum); });
-    else each([](float* to, const float* onto, vec sum) { store(to, load(onto) + sum); });
+        for (size_t j = 0; j < V; j++) {
+            float* to = c + i * ldc + j * VL;
+            if (STREAM) stream(to, acc[i][j]);
+            else store(to, load(init + i * ldi + j * VL) + acc[i][j]);
+        }
 }
 
 alignas(64) inline const float ZEROS[NR] = {};
 
-// The micro-kernel for tiles of up to MR rows and NR columns. With AU = 0 A is packed: its unit stride is the number of rows.
-// What packs is NR wide.
-using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t, Fetch&, bool, const void*, size_t);
-template <class P, size_t AR, size_t AU, size_t BU, size_t V, Packs PACK, class T, size_t... I>
+// The micro-kernel for tiles of rows x cols, up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows.
+// What packs, or may stream, is NR wide.
+using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t, Fetch&, const void*, size_t);
+template <class P, size_t AR, size_t AU, size_t BU, size_t V, Packs PACK, class T, bool STREAM, size_t... I>
 inline Kernel kernel_of(size_t rows, std::index_sequence<I...>) {
-    static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, PACK, T>...};
+    static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, PACK, T, STREAM>...};
     return kernels[rows - 1];
 }
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR, Packs PACK = PACKS_NOTHING, class T = float>
-inline Kernel kernel(size_t rows, size_t cols) {
+inline Kernel kernel(size_t rows, size_t cols, bool may_stream = false) {
     auto any_rows = std::make_index_sequence<MR>();
-    if (PACK == PACKS_NOTHING && cols <= VL) return kernel_of<P, AR, AU, BU, 1, PACKS_NOTHING, T>(rows, any_rows);
-    return kernel_of<P, AR, AU, BU, NV, PACK, T>(rows, any_rows);
+    if (may_stream && cols == NR) return kernel_of<P, AR, AU, BU, NV, PACK, T, true>(rows, any_rows);
+    if (PACK == PACKS_NOTHING && cols <= VL) return kernel_of<P, AR, AU, BU, 1, PACKS_NOTHING, T, false>(rows, any_rows);
+    return kernel_of<P, AR, AU, BU, NV, PACK, T, false>(rows, any_rows);
 }
-// Computes a tile with it. Streams only where the tile is NR wide.
+// Computes a tile with it.
 inline void tile(Kernel kernel, size_t rows, size_t cols, size_t units, const float* a, size_t lda, const float* b, float* c, size_t ldc,
-                 const float* init, size_t ldi, Fetch& fetch, bool may_stream = false, const void* source = nullptr, size_t stride = 0) {
-    if (cols % VL == 0) return kernel(units, a, lda, b, c, ldc, init, ldi, fetch, may_stream && cols == NR, source, stride);
+                 const float* init, size_t ldi, Fetch& fetch, const void* source = nullptr, size_t stride = 0) {
+    if (cols % VL == 0) return kernel(units, a, lda, b, c, ldc, init, ldi, fetch, source, stride);
     alignas(64) float t[MR * NR];
-    kernel(units, a, lda, b, t, NR, ZEROS, 0, fetch, false, nullptr, 0);
+    kernel(units, a, lda, b, t, NR, ZEROS, 0, fetch, nullptr, 0);
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + t[i * NR + j];
 }
-// The same by itself.
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
 inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi) {
     Fetch nothing;
@@ -546,14 +544,17 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
         if (of_a) pack<P>(dst, width, A + at * am + k * ak, am, ak, width, n);
         else pack<P>(dst, NR, B + k * bk + at * bn, bn, bk, width, n);
     };
-    // A task's own panels are packed each before its first tile, or by it, where their values lie side by side and whole units
-    // are no more memory than when packed: twice as many lines, perhaps from memory, hold a tile up for longer than packing.
+    // A task's own panels are packed by the first tile of each, where their values lie side by side and whole units are no more
+    // memory than when packed: twice as many lines, perhaps from memory, hold a tile up for longer than packing. Before that
+    // comes what the tile reads first, or all of a panel where tiles do not pack or are narrow.
     Packs tile_packs = K % U ? PACKS_NOTHING : by_columns ? (bn == 1 ? PACKS_B : PACKS_NOTHING) : am == 1 && sizeof(TA) * U <= sizeof(float) ? PACKS_A : PACKS_NOTHING;
+    size_t before_tile = tile_packs == PACKS_B ? 0 : tile_packs == PACKS_A ? AHEAD * U : kc;
     auto kernel_for = [&](Packs packs, size_t rows, size_t cols) {
-        if (packs == PACKS_A) return kernel<P, 1, 0, NR, PACKS_A, TA>(rows, cols);
         constexpr bool READY = P::template READY<TA>;  // direct is false where it is
-        if (packs == PACKS_B) return direct ? kernel<P, !READY, READY, NR, PACKS_B, TB>(rows, cols) : kernel<P, 1, 0, NR, PACKS_B, TB>(rows, cols);
-        return direct ? kernel<P, !READY, READY>(rows, cols) : kernel<P>(rows, cols);
+        if (packs == PACKS_A) return kernel<P, 1, 0, NR, PACKS_A, TA>(rows, cols, streams);
+        if (packs == PACKS_B && direct) return kernel<P, !READY, READY, NR, PACKS_B, TB>(rows, cols, streams);
+        if (packs == PACKS_B) return kernel<P, 1, 0, NR, PACKS_B, TB>(rows, cols, streams);
+        return direct ? kernel<P, !READY, READY>(rows, cols, streams) : kernel<P>(rows, cols, streams);
     };
     auto source = [&](size_t at, size_t width, size_t k, size_t n, bool of_a) {
         return of_a ? Fetch::of(A + at * am + k * ak, width, n, am, ak) : Fetch::of(B + k * bk + at * bn, width, n, bn, bk);
@@ -585,8 +586,14 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                         // Most likely this thread's own operand is packed next: its next chunk of k, or the first of its next block.
                         size_t next_b = q + 1 < count ? b : b + team, next_k = q + 1 < count ? k + kc : c0 * kc, next_d = block_begin(next_b);
                         Fetch next_own = source(next_d, block_begin(next_b + 1) - next_d, next_k, std::min(kc, K - next_k), !by_columns);
-                        // Each thread begins with shared panels of its own.
-                        for (size_t turn = 0, x = thread * outer / team; turn < outer; turn++, x = x + 1 < outer ? x + 1 : 0) {
+                        size_t x0 = thread * outer / team;  // each thread begins with shared panels of its own
+                        if (packs_own)
+                            for (size_t y = 0; y < inner; y++) {
+                                size_t r = begin(d, y, !by_columns), width = begin(d, y + 1, !by_columns) - r;
+                                size_t across = by_columns ? width : begin(s, x0 + 1, false) - begin(s, x0, false);
+                                pack_panel(own + r * units, d0 + r, width, k, across == NR ? std::min(n, before_tile) : n, !by_columns);
+                            }
+                        for (size_t turn = 0, x = x0; turn < outer; turn++, x = x + 1 < outer ? x + 1 : 0) {
                             size_t r = begin(s, x, by_columns), width = begin(s, x + 1, by_columns) - r, tiles = (outer - turn) * inner;
                             Fetch next_shared, *fetch = &next_own;
                             if (packs_shared) {
@@ -605,14 +612,9 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                 const float* init = k || start == ACCUMULATE ? c : bias ? bias + col : ZEROS;
                                 size_t ldi = init == c ? ldc : 0;
                                 beside.ask_for_next(*fetch);
-                                Packs packs = PACKS_NOTHING;
-                                if (packs_own && !turn) {
-                                    if (across == NR) packs = tile_packs;
-                                    size_t before = packs == PACKS_B ? 0 : packs == PACKS_A ? std::min(n, AHEAD * U) : n;
-                                    pack_panel(own + own_r * units, d0 + own_r, own_width, k, before, !by_columns);
-                                }
+                                Packs packs = packs_own && !turn && across == NR ? tile_packs : PACKS_NOTHING;
                                 tile(kernel_for(packs, height, across), height, across, units, direct ? (const float*)(A + row * am + k) : a, direct ? am / U : 0, bp,
-                                     c, ldc, init, ldi, *fetch, streams, by_columns ? (const void*)(B + k * bk + col) : A + row + k * ak, by_columns ? bk : ak);
+                                     c, ldc, init, ldi, *fetch, by_columns ? (const void*)(B + k * bk + col) : A + row + k * ak, by_columns ? bk : ak);
                                 if (k + n == K)
                                     for (size_t i = 0; i < height; i++) epi(row + i, col, across, c + i * ldc);
                                 beside.next();
@@ -711,7 +713,7 @@ inline double measure_peak_flops() {
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
-                kernel<P>(MR, NR)(units, a, 0, b, c, NR, ZEROS, 0, nothing, false, nullptr, 0);
+                kernel<P>(MR, NR)(units, a, 0, b, c, NR, ZEROS, 0, nothing, nullptr, 0);
                 __asm__ volatile("" : : "r"(c) : "memory");
             }
             t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
