@@ -5,7 +5,7 @@
 // fp32. The scheme is GotoBLAS's (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008):
 //   - the longer side of C is cut into blocks, the threads' tasks; the operand of the other side is shared by them, in
 //     panels that stay in the last-level cache, each packed by whoever needs it first;
-//   - a task packs its own operand for its L2 cache, KC values of k at a time,
+//   - a task packs its own operand for its L2 cache, KC values of k at a time, where it can in the course of its first tiles,
 //   - and walks both with a micro-kernel that holds a tile of C, up to MR x NR, in registers;
 //   - rows of A that are what the micro-kernel reads, value by value, are not packed at all.
 // Each element of C is summed over k in one fixed order, whatever the number of threads or its place in C. The widths
