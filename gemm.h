@@ -343,7 +343,7 @@ struct Fetch {
 };
 
 // A micro-kernel can pack the operand it reads while it computes, for those after it, where one unit's values lie side by side in
-// memory: loads and stores are not what it waits for. B's vectors are stored as they are used. A's are stored some units ahead,
+// memory: it waits for its multiplications, not for loads and stores. B's vectors are stored as they are used. A's are stored some units ahead,
 // since a load of a part of what a masked store has just written waits until it is in the cache.
 enum Packs { PACKS_NOTHING, PACKS_A, PACKS_B };
 constexpr size_t AHEAD = 8;
@@ -418,7 +418,7 @@ inline Kernel kernel(size_t rows, size_t cols, bool may_stream = false) {
     if (PACK == PACKS_NOTHING && cols <= VL) return kernel_of<P, AR, AU, BU, 1, PACKS_NOTHING, T, false>(rows, any_rows);
     return kernel_of<P, AR, AU, BU, NV, PACK, T, false>(rows, any_rows);
 }
-// Computes a tile with it.
+// c (rows, cols) of a tile by such a micro-kernel, which takes the rest as above.
 inline void tile(Kernel kernel, size_t rows, size_t cols, size_t units, const float* a, size_t lda, const float* b, float* c, size_t ldc,
                  const float* init, size_t ldi, Fetch& fetch, const void* source = nullptr, size_t stride = 0) {
     if (cols % VL == 0) return kernel(units, a, lda, b, c, ldc, init, ldi, fetch, source, stride);
@@ -427,6 +427,7 @@ inline void tile(Kernel kernel, size_t rows, size_t cols, size_t units, const fl
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + t[i * NR + j];
 }
+// The same by the micro-kernel that fits, with nothing packed or asked for.
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR>
 inline void tile(size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c, size_t ldc, const float* init, size_t ldi) {
     Fetch nothing;
@@ -547,10 +548,12 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     // A task's own panels are packed by the first tile of each, where their values lie side by side and whole units are no more
     // memory than when packed: twice as many lines, perhaps from memory, hold a tile up for longer than packing. Before that
     // comes what the tile reads first, or all of a panel where tiles do not pack or are narrow.
-    Packs tile_packs = K % U ? PACKS_NOTHING : by_columns ? (bn == 1 ? PACKS_B : PACKS_NOTHING) : am == 1 && sizeof(TA) * U <= sizeof(float) ? PACKS_A : PACKS_NOTHING;
-    size_t before_tile = tile_packs == PACKS_B ? 0 : tile_packs == PACKS_A ? AHEAD * U : kc;
+    Packs tile_packs = PACKS_NOTHING;
+    if (K % U == 0 && by_columns && bn == 1) tile_packs = PACKS_B;
+    if (K % U == 0 && !by_columns && am == 1 && sizeof(TA) * U <= sizeof(float)) tile_packs = PACKS_A;
+    size_t before_tile = tile_packs == PACKS_B ? 0 : tile_packs == PACKS_A ? AHEAD * U : kc;  // values of k
     auto kernel_for = [&](Packs packs, size_t rows, size_t cols) {
-        constexpr bool READY = P::template READY<TA>;  // direct is false where it is
+        constexpr bool READY = P::template READY<TA>;  // without it direct is false
         if (packs == PACKS_A) return kernel<P, 1, 0, NR, PACKS_A, TA>(rows, cols, streams);
         if (packs == PACKS_B && direct) return kernel<P, !READY, READY, NR, PACKS_B, TB>(rows, cols, streams);
         if (packs == PACKS_B) return kernel<P, 1, 0, NR, PACKS_B, TB>(rows, cols, streams);
