@@ -310,8 +310,9 @@ OPENBLAS = -DHAVE_OPENBLAS -I$(subst /lib/,/include/,$(OPENBLAS_DIR)) -L$(OPENBL
 PEERS = $(if $(HAVE_DNNL),-DHAVE_DNNL -ldnnl) $(if $(OPENBLAS_DIR),$(OPENBLAS))
 SHAPES ?=
 THREADS ?= 0
+COPIES ?= 1
 bench-gemm: $(BUILD)/bench_gemm
-	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BUILD)/bench_gemm --shapes "$(SHAPES)" --threads $(THREADS) $(if $(RUNS),--runs $(RUNS))
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BUILD)/bench_gemm --shapes "$(SHAPES)" --threads $(THREADS) --copies $(COPIES) $(if $(RUNS),--runs $(RUNS))
 $(BUILD)/bench_gemm: dev/bench/bench_gemm.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $< -o $@ $(PEERS)

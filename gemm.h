@@ -78,6 +78,16 @@ inline void release(void* p, size_t bytes) {
     if (p) munmap(p, round_up(std::max<size_t>(bytes, 1), 2 << 20));
 }
 
+// Lines of the L1 cache that one set holds; 0 where the system does not tell.
+inline size_t l1_ways() {
+#ifdef _SC_LEVEL1_DCACHE_ASSOC
+    static const long ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
+    return (size_t)std::max(ways, 0L);
+#else
+    return 0;
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------
 // Vectors
 
@@ -528,8 +538,10 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     Workspace& ws = workspace();
     size_t nt = M * N * K < WORTH_WAKING ? 1 : omp_get_max_threads();
     ws.reserve((int)nt);
-    // A needs no packing where its rows are units, and in a high product do not fall on the same sets of the L1 cache.
-    bool direct = P::template READY<TA> && ak == 1 && K % U == 0 && am % U == 0 && (N > M || am * sizeof(TA) % L1_WAY);
+    // A needs no packing where its rows are units; but rows on the same sets of the L1 cache must nearly fit there, and then
+    // packing still pays in a high product.
+    bool same_sets = am * sizeof(TA) % L1_WAY == 0, fit = N > M && MR <= l1_ways() + 2;
+    bool direct = P::template READY<TA> && ak == 1 && K % U == 0 && am % U == 0 && (!same_sets || fit);
     bool by_columns = direct ? 2 * N >= M : N > M, packs_own = by_columns || !direct, packs_shared = !by_columns || !direct;
     size_t D = by_columns ? N : M, S = by_columns ? M : N;  // D is divided among the tasks, S is shared by them
     size_t kc = round_up(ceil_div(K, ceil_div(K, KC * U)), U), chunks = ceil_div(K, kc);  // of K alone: it fixes the order of the sums

@@ -2,13 +2,17 @@
 //
 // The three products of a linear layer, X (M,K), W (N,K), Y (M,N), all row-major:
 //     Y = X W^T + b      dX = dY W      dW += dY^T X
-// Everyone gets the same arrays in memory, packs them anew at every call, and takes turns: A B C A B C ... Figures are
-// medians; the share is that of the machine's peak, measured first. In bf16 the operands are bf16 and the result fp32.
-// OpenBLAS adds no bias. All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
+// Everyone gets the same arrays in memory, packs them anew at every call, and takes turns: A B C A B C ... With --copies
+// the arrays are others at each call, so that they come from memory, as in a training step. Figures are medians; the share
+// is that of the machine's peak, measured first. In bf16 the operands are bf16 and the result fp32. OpenBLAS adds no bias.
+// All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
 #include "bench.h"
 #include "flags.h"
 #include "gpt2.h"
 #include "rng.h"
+
+#include <array>
+#include <memory>
 
 #ifdef HAVE_DNNL
 #include <dnnl.hpp>
@@ -58,9 +62,8 @@ struct Array {
 
 // The product as C (m,n) = A (m,k) B (k,n), element A(i,k) at A[i*am + k*ak]: what all interfaces come down to.
 struct Product {
-    size_t m, n, k;
+    size_t m, n, k, am, ak, bk, bn;
     const Array *A, *B;
-    size_t am, ak, bk, bn;
     float* C;
     const float* bias;
     bool accumulate;
@@ -122,41 +125,55 @@ struct Result {
     double distance = 0;
 };
 
-Result race(const Shape& s, Form form, int runs) {
-    size_t M = s.M, K = s.K, N = s.N;
-    Array X(M * K, 1), W(N * K, 2), Y(M * N, 3), bias(N, 4);
-    size_t out = form == FORWARD ? M * N : form == DX ? M * K : N * K;
-    Array C(out, 5);
-    Product p = form == FORWARD ? Product{M, N, K, &X, &W, K, 1, 1, K, C.f, bias.f, false}
-                : form == DX    ? Product{M, K, N, &Y, &W, N, 1, K, 1, C.f, nullptr, false}
-                                : Product{N, K, M, &Y, &X, 1, N, K, 1, C.f, nullptr, true};
-    Call call[CONTESTANTS] = {ours<gemm::F32>(p, p.A->f, p.B->f), onednn(p, false), openblas(p),
-                              bench::BF16_DOT ? ours<gemm::BF16>(p, p.A->h, p.B->h) : nullptr, bench::BF16_DOT ? onednn(p, true) : nullptr};
+// One set of operands, and everyone's product of them.
+struct Operands {
+    Array A, B, bias, C;
+    Product p;
+    std::array<Call, CONTESTANTS> call;
+
+    static size_t a_size(const Shape& s, Form form) { return form == FORWARD ? s.M * s.K : s.M * s.N; }
+    static size_t b_size(const Shape& s, Form form) { return form == DW ? s.M * s.K : s.N * s.K; }
+    static size_t c_size(const Shape& s, Form form) { return form == FORWARD ? s.M * s.N : form == DX ? s.M * s.K : s.N * s.K; }
+    Operands(const Shape& s, Form form) : A(a_size(s, form), 1), B(b_size(s, form), 2), bias(s.N, 3), C(c_size(s, form), 4) {
+        size_t M = s.M, K = s.K, N = s.N;
+        p = form == FORWARD ? Product{M, N, K, K, 1, 1, K, &A, &B, C.f, bias.f, false}
+            : form == DX    ? Product{M, K, N, N, 1, K, 1, &A, &B, C.f, nullptr, false}
+                            : Product{N, K, M, 1, N, K, 1, &A, &B, C.f, nullptr, true};
+        call = {ours<gemm::F32>(p, A.f, B.f), onednn(p, false), openblas(p), bench::BF16_DOT ? ours<gemm::BF16>(p, A.h, B.h) : nullptr,
+                bench::BF16_DOT ? onednn(p, true) : nullptr};
+    }
+};
+
+Result race(const Shape& s, Form form, int runs, int copies) {
+    std::vector<std::unique_ptr<Operands>> sets;
+    for (int i = 0; i < copies; i++) sets.push_back(std::make_unique<Operands>(s, form));
     Result r;
-    size_t repeats[CONTESTANTS] = {};
+    size_t repeats[CONTESTANTS] = {}, turn = 0;
     std::vector<float> want[2];
+    const Product& p = sets[0]->p;
+    size_t out = Operands::c_size(s, form);
     for (int who = 0; who < CONTESTANTS; who++) {
-        if (!call[who]) continue;
-        std::fill(C.f, C.f + out, 0.5f);
-        call[who]();
+        if (!sets[0]->call[who]) continue;
+        std::fill(p.C, p.C + out, 0.5f);
+        sets[0]->call[who]();
         auto& w = want[is_bf16(who)];
-        if (w.empty()) w.assign(C.f, C.f + out);
+        if (w.empty()) w.assign(p.C, p.C + out);
         double diff = 0, norm = 0;
         for (size_t i = 0; i < out; i++) {
-            double c = (double)C.f[i] + (who == OPENBLAS && p.bias ? (double)bias.f[i % N] : 0), d = c - (double)w[i];
+            double c = (double)p.C[i] + (who == OPENBLAS && p.bias ? (double)p.bias[i % s.N] : 0), d = c - (double)w[i];
             diff += d * d, norm += (double)w[i] * w[i];
         }
         r.distance = std::max(r.distance, std::sqrt(diff / norm));
         double t0 = bench::now();
-        call[who]();
+        sets[0]->call[who]();
         repeats[who] = (size_t)std::max(1.0, 4e-3 / (bench::now() - t0));  // a sample lasts 4 ms at least
     }
     for (int run = 0; run < runs; run++)
         for (int who = 0; who < CONTESTANTS; who++) {
-            if (!call[who]) continue;
+            if (!sets[0]->call[who]) continue;
             double t0 = bench::now();
-            for (size_t i = 0; i < repeats[who]; i++) call[who]();
-            r.gflops[who].add(2e-9 * (double)M * (double)K * (double)N * (double)repeats[who] / (bench::now() - t0));
+            for (size_t i = 0; i < repeats[who]; i++) sets[turn++ % sets.size()]->call[who]();
+            r.gflops[who].add(2e-9 * (double)s.M * (double)s.K * (double)s.N * (double)repeats[who] / (bench::now() - t0));
         }
     return r;
 }
@@ -165,16 +182,18 @@ Result race(const Shape& s, Form form, int runs) {
 
 int main(int argc, char** argv) {
     return run_main("bench_gemm", [&]() -> int {
-        int runs = 9, most_threads = std::min(2, omp_get_max_threads()), only_threads = 0;
+        int runs = 9, copies = 1, most_threads = std::min(2, omp_get_max_threads()), only_threads = 0;
         std::string only;
         Flags f("bench_gemm", "times matrix products");
         f.add("runs", "", &runs, "N", "samples of each, taken in turns");
         f.add("shapes", "", &only, "NAME", "124m, char or small; \"\": all");
+        f.add("copies", "", &copies, "N", "sets of operands, taken in turn: 1 stays in the cache; 11 of GPT-2 124M's come from memory");
         f.add("threads", "", &only_threads, "N", "0: 1, then 2");
         f.parse(argc, argv);
         for (const char* v : {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"})
             if (getenv(v)) fail("%s=%s binds OpenBLAS to other kernels than this machine's; unset it (make bench-gemm does)", v, getenv(v));
         if (runs < 1) throw UsageError(strf("--runs is %d, wanted at least 1", runs));
+        if (copies < 1) throw UsageError(strf("--copies is %d, wanted at least 1", copies));
 #if defined(HAVE_DNNL) && defined(HAVE_OPENBLAS)
         printf("peers: oneDNN %d.%d.%d, %s\n", dnnl_version()->major, dnnl_version()->minor, dnnl_version()->patch, openblas_get_config());
 #endif
@@ -201,7 +220,7 @@ int main(int argc, char** argv) {
             for (const Shape& s : SHAPES)
                 for (Form form : {FORWARD, DX, DW}) {
                     if (!only.empty() && only != s.what) continue;
-                    Result r = race(s, form, runs);
+                    Result r = race(s, form, runs, copies);
                     printf("%5zu %5zu %5zu %-8s", s.M, s.K, s.N, FORM_NAME[form]);
                     double best = 0;
                     for (int who = 0; who < CONTESTANTS; who++) {
