@@ -30,6 +30,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -502,12 +503,25 @@ struct Workspace {
     int threads = 0;
     uint64_t operands = 0;
     std::atomic<uint64_t> state[MOST_PANELS] = {};
+    std::unique_ptr<std::atomic<uint64_t>[]> next;  // of each thread's tasks for operand e: e << 32 plus the first not begun
     static size_t bytes(int threads) { return (SHARED_UNITS + (size_t)threads * PRIVATE_UNITS) * sizeof(float); }
     void reserve(int n) {
         if (n <= threads) return;
         release(shared, bytes(threads));
         shared = (float*)allocate(bytes(n), "scratch memory of the matrix product");
         private_ = shared + SHARED_UNITS, threads = n;
+        next.reset(new std::atomic<uint64_t>[n]());
+    }
+    // The task that a thread takes next: of its own, which stand side by side, so that what they touch stays near its processor
+    // from product to product; then of the others'. tasks if all have been begun.
+    size_t take_task(size_t thread, size_t team, uint64_t e, size_t tasks) {
+        for (size_t i = 0; i < team; i++) {
+            size_t of = (thread + i) % team;
+            uint64_t first = (e << 32) + tasks * of / team, end = (e << 32) + tasks * (of + 1) / team, s = next[of].load();
+            for (uint64_t t; (t = std::max(s, first)) < end;)
+                if (next[of].compare_exchange_weak(s, t + 1)) return t - (e << 32);
+        }
+        return tasks;
     }
     bool untouched(size_t i, uint64_t e) const { return state[i].load(std::memory_order_relaxed) < 2 * e + 1; }
     // Packs panel i of operand e, or waits for the thread that does.
@@ -579,8 +593,6 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     size_t all_tiles = row_panels(M) * ceil_div(N, NR) * chunks;  // or a few more
     uint64_t first_operand = ws.operands;
     ws.operands += ceil_div(S, s_max) * ceil_div(chunks, at_once);
-    // Tasks begun; each thread counts one too many when it finds no other, so a shared operand takes up blocks + team.
-    std::atomic<size_t> tasks = 0;
 
     auto worker = [&](size_t thread, size_t team) {
         float* own = ws.private_ + thread * Workspace::PRIVATE_UNITS;
@@ -589,17 +601,16 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
         for (size_t s0 = 0; s0 < S; s0 += s_max)
             for (size_t c0 = 0; c0 < chunks; c0 += at_once, operand++) {
                 size_t s = std::min(s_max, S - s0), count = std::min(at_once, chunks - c0), outer = panels(s, by_columns);
-                size_t first_task = (operand - first_operand) * (blocks + team);
-                if (first_task && team > 1) {
+                if (operand != first_operand && team > 1) {
 #pragma omp barrier
                 }
-                for (size_t b; (b = tasks++ - first_task) < blocks;) {
+                for (size_t b; (b = ws.take_task(thread, team, operand, blocks)) < blocks;) {
                     size_t d0 = block_begin(b), d = block_begin(b + 1) - d0, inner = panels(d, !by_columns);
                     for (size_t q = 0; q < count; q++) {
                         size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
                         float* shared = ws.shared + q * round_up(s, NR) * (kc / U);
                         // Most likely this thread's own operand is packed next: its next chunk of k, or the first of its next block.
-                        size_t next_b = q + 1 < count ? b : b + team, next_k = q + 1 < count ? k + kc : c0 * kc, next_d = block_begin(next_b);
+                        size_t next_b = q + 1 < count ? b : b + 1, next_k = q + 1 < count ? k + kc : c0 * kc, next_d = block_begin(next_b);
                         Fetch next_own = source(next_d, block_begin(next_b + 1) - next_d, next_k, std::min(kc, K - next_k), !by_columns);
                         size_t x0 = thread * outer / team;  // each thread begins with shared panels of its own
                         if (packs_own)

@@ -645,7 +645,7 @@ TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memor
 
 TEST_CASE("gemm: an element has the same bits wherever it stands, however A lies in memory and whatever the number of threads") {
     Random r(4);
-    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {450, 150, 600}};
+    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {71, 203, 1024}, {450, 150, 600}};
     for (auto& [M, N, K] : sizes) {
         INFO(M, " x ", N, " x ", K);
         Floats A = r.floats(M * K), turned(M * K), B = r.floats(K * N), bias = r.floats(N), want(M * N);
@@ -666,6 +666,21 @@ TEST_CASE("gemm: an element has the same bits wherever it stands, however A lies
             for (size_t i = 0; i < rows; i++) CHECK(!memcmp(&C[i * cols], &want[(first + i) * N + col], cols * sizeof(float)));
         }
     }
+}
+
+TEST_CASE("gemm: a thread takes its own tasks in order, then what the others have not begun; each once, and for a new operand all again") {
+    gemm::Workspace w;
+    w.reserve(3);
+    for (uint64_t operand : {1, 2, 7}) {  // 10 tasks: 0 to 2, 3 to 5 and 6 to 9
+        std::vector<size_t> taken;
+        auto take = [&](size_t thread) { taken.push_back(w.take_task(thread, 3, operand, 10)); };
+        take(2), take(0);
+        for (int i = 0; i < 8; i++) take(1);
+        CHECK(taken == std::vector<size_t>{6, 0, 3, 4, 5, 7, 8, 9, 1, 2});
+        for (size_t thread : {0, 1, 2}) CHECK(w.take_task(thread, 3, operand, 10) == 10);
+    }
+    for (size_t want : {3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 10}) CHECK(w.take_task(1, 3, 8, 10) == want);  // alone
+    gemm::release(w.shared, gemm::Workspace::bytes(3));
 }
 
 TEST_CASE("gemm: a large product that is not read again soon has the same bits, aligned or not, and keeps what stands beside it") {
