@@ -498,12 +498,12 @@ enum Start { OVERWRITE, ACCUMULATE, FOR_LATER };
 // Scratch memory of multiply(), made once for the largest number of threads seen; and how far the panels of the shared
 // operand are packed: operands are counted from 0, and for operand e a panel's state is 2e + 1 during and 2e + 2 after.
 struct Workspace {
-    static constexpr size_t PRIVATE_UNITS = std::max(round_up(MB, MR), NB) * KC, MOST_PANELS = 2048;
+    static constexpr size_t PRIVATE_UNITS = std::max(round_up(MB, MR), NB) * KC, MOST_PANELS = 2048, TASK_BITS = 24;
     float *shared = nullptr, *private_ = nullptr;
     int threads = 0;
     uint64_t operands = 0;
     std::atomic<uint64_t> state[MOST_PANELS] = {};
-    std::unique_ptr<std::atomic<uint64_t>[]> next;  // of each thread's tasks for operand e: e << 32 plus the first not begun
+    std::unique_ptr<std::atomic<uint64_t>[]> next;  // of each thread's tasks for operand e: e << TASK_BITS plus the first not begun
     static size_t bytes(int threads) { return (SHARED_UNITS + (size_t)threads * PRIVATE_UNITS) * sizeof(float); }
     void reserve(int n) {
         if (n <= threads) return;
@@ -517,9 +517,9 @@ struct Workspace {
     size_t take_task(size_t thread, size_t team, uint64_t e, size_t tasks) {
         for (size_t i = 0; i < team; i++) {
             size_t of = (thread + i) % team;
-            uint64_t first = (e << 32) + tasks * of / team, end = (e << 32) + tasks * (of + 1) / team, s = next[of].load();
+            uint64_t all = e << TASK_BITS, first = all + tasks * of / team, end = all + tasks * (of + 1) / team, s = next[of].load();
             for (uint64_t t; (t = std::max(s, first)) < end;)
-                if (next[of].compare_exchange_weak(s, t + 1)) return t - (e << 32);
+                if (next[of].compare_exchange_weak(s, t + 1)) return t - all;
         }
         return tasks;
     }
