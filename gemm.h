@@ -512,8 +512,8 @@ struct Workspace {
         private_ = shared + SHARED_UNITS, threads = n;
         next.reset(new std::atomic<uint64_t>[n]());
     }
-    // The task that a thread takes next: of its own, which stand side by side, so that what they touch stays near its processor
-    // from product to product; then of the others'. tasks if all have been begun.
+    // Which of operand e's tasks, of [0, tasks), a thread of the team begins next: one of its own, which stand side by side, so that
+    // what they touch stays near its processor from product to product; then one of the others'. `tasks` when all are begun.
     size_t take_task(size_t thread, size_t team, uint64_t e, size_t tasks) {
         for (size_t i = 0; i < team; i++) {
             size_t of = (thread + i) % team;
