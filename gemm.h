@@ -7,7 +7,8 @@
 //     panels that stay in the last-level cache, each packed by whoever needs it first;
 //   - a task packs its own operand for its L2 cache, KC values of k at a time, where it can in the course of its first tiles,
 //   - and walks both with a micro-kernel that holds a tile of C, up to MR x NR, in registers;
-//   - rows of A that are what the micro-kernel reads, value by value, are not packed at all.
+//   - rows of A that are what the micro-kernel reads, value by value, are not packed at all; where the columns of C are divided, tiles then
+//     have half the rows and twice the columns on AVX-512, which asks for fewer loads.
 // Each element of C is summed over k in one fixed order, whatever the number of threads or its place in C. The widths
 // follow the compiler's target (-march): AVX-512, AVX2, NEON, or other 128-bit vectors.
 //
@@ -40,22 +41,23 @@
 namespace gemm {
 
 #if defined(__AVX512F__)
-constexpr size_t VL = 16, MR = 14;
+constexpr size_t VL = 16, MR = 14, L1_WAYS = 8;
 #elif defined(__AVX__)
-constexpr size_t VL = 8, MR = 6;
+constexpr size_t VL = 8, MR = 6, L1_WAYS = 8;
 #elif defined(__aarch64__)  // NEON: 32 registers
-constexpr size_t VL = 4, MR = 12;
+constexpr size_t VL = 4, MR = 12, L1_WAYS = 4;
 #else
-constexpr size_t VL = 4, MR = 6;
+constexpr size_t VL = 4, MR = 6, L1_WAYS = 8;
 #endif
 constexpr size_t NV = 2, NR = NV * VL;
+constexpr bool WIDE_TILES = VL == 16;      // tiles of up to MR / 2 x 2 NR too
 constexpr size_t KC = 512;                 // units of k in one packed block
 constexpr size_t MB = 8 * MR, NB = 128;    // largest task: rows or columns; with KC a third of a 1 MiB L2
 constexpr size_t SHARED_UNITS = 2 << 20;   // the packed operand of all threads: 8 MiB of last-level cache
 constexpr size_t SHARED_WIDTH = 1344;      // its most rows or columns; a multiple of every panel's width
 constexpr size_t WORTH_WAKING = 1 << 17;   // multiplications from which a product is made by all threads
 constexpr size_t LINE = 64 / sizeof(float);  // floats in a line of the caches
-constexpr size_t L1_WAY = 4096;            // bytes after which an address falls on the same set of the L1 cache
+constexpr size_t L1_WAY = 4096;            // bytes after which an address falls on the same set of the L1 cache, which holds L1_WAYS lines, or more
 constexpr size_t STREAMED = 1 << 20;       // values of C from which FOR_LATER goes past the caches
 
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
@@ -77,16 +79,6 @@ inline void* allocate(size_t bytes, const char* what) {
 }
 inline void release(void* p, size_t bytes) {
     if (p) munmap(p, round_up(std::max<size_t>(bytes, 1), 2 << 20));
-}
-
-// Lines of the L1 cache that one set holds; 0 where the system does not tell.
-inline size_t l1_ways() {
-#ifdef _SC_LEVEL1_DCACHE_ASSOC
-    static const long ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
-    return (size_t)std::max(ways, 0L);
-#else
-    return 0;
-#endif
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -203,17 +195,23 @@ inline void store(bf16* p, vec v, size_t n = VL) {
 }
 
 // Turns a VL x VL block: value j of v[i] changes place with value i of v[j].
-template <size_t H = VL / 2>
+template <size_t H = 2>
 inline __attribute__((always_inline)) void transpose(vec* v) {
-    ivec low, high;  // of two rows H apart, the off-diagonal blocks change places
-    for (size_t j = 0; j < VL; j++) low[j] = (int)(j & H ? VL + j - H : j), high[j] = (int)(j & H ? VL + j : j + H);
+    ivec low, high;  // rows H apart are interleaved: by value within four lanes, 4 x 4 blocks being turned so, then by fours
+    constexpr size_t FOURS = VL / 4;
+    for (size_t j = 0; j < VL; j++) {
+        size_t f = j / 4, i = j % 4;
+        low[j] = (int)(H < 4 ? i % 2 * VL + 4 * f + i / 2 : 2 * f / FOURS * VL + 2 * f % FOURS * 4 + i);
+        high[j] = low[j] + (H < 4 ? 2 : 4);
+    }
 #pragma GCC unroll 16
     for (size_t i = 0; i < VL; i++)
         if (!(i & H)) {
             vec a = v[i], b = v[i + H];
             v[i] = __builtin_shuffle(a, b, low), v[i + H] = __builtin_shuffle(a, b, high);
         }
-    if constexpr (H > 1) transpose<H / 2>(v);
+    constexpr size_t NEXT = H == 2 ? 1 : H == 1 ? 4 : 2 * H;
+    if constexpr (NEXT < VL) transpose<NEXT>(v);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -276,6 +274,26 @@ struct BF16 {
 };
 #endif
 
+// dst[u*ld + r] = unit u of row r < w, for w <= VL rows sr apart, of K values side by side, as far as whole blocks of VL units go; how
+// many values that were. The block is turned in registers. w is VL where FULL, ld is LD where that is not 0.
+template <class P, bool FULL, size_t LD, class T>
+__attribute__((noinline)) size_t turn_blocks(float* dst, size_t ld, const T* src, size_t sr, size_t w, size_t K) {
+    constexpr size_t STEP = P::PER_UNIT * VL;
+    if (LD) ld = LD;
+    const T* row[VL];
+    for (size_t i = 0; i < VL; i++) row[i] = src + std::min(i, w - 1) * sr;  // where there are fewer, the last one stands in for the others
+    size_t k = 0, some = std::min(w, VL - 1);
+    for (; k + STEP <= K; k += STEP, dst += VL * ld) {
+        vec v[VL];
+#pragma GCC unroll 16
+        for (size_t i = 0; i < VL; i++) v[i] = P::along((FULL ? src + i * sr : row[i]) + k, STEP);
+        transpose(v);
+#pragma GCC unroll 16
+        for (size_t u = 0; u < VL; u++) store(dst + u * ld, v[u], FULL ? VL : some);
+    }
+    return k;
+}
+
 // dst[u*ld + r] = unit u of row r, for n rows of K values; value (r, k) is src[r*sr + k*sk]. ld is n, or a multiple of
 // VL; then what lies beyond n in a row's last vector is set to 0.
 template <class P, class T>
@@ -291,32 +309,27 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
         return;
     }
     for (size_t r = 0; r < n; r += VL) {
-        size_t w = std::min(VL, n - r), out = std::min(VL, ld - r);
+        size_t w = std::min(VL, n - r), out = std::min(VL, ld - r), k = 0;
         const T* s = src + r * sr;
-        float* d = dst + r;
-        // VL rows of VL units are turned in registers; where there are fewer rows, the last one stands in for the others.
-        auto turn = [&](size_t k, size_t values, auto whole) {
-            vec v[VL];
-            T line[STEP];
-#pragma GCC unroll 16
-            for (size_t i = 0; i < VL; i++) {
-                const T* at = s + (whole ? i : std::min(i, w - 1)) * sr + k * sk;
-                if (!whole && sk != 1) {
+        if (sk == 1 && w == out) {
+            if (w < VL) k = turn_blocks<P, false, 0>(dst + r, ld, s, sr, w, K);
+            else k = ld == NR ? turn_blocks<P, true, NR>(dst + r, ld, s, sr, w, K) : turn_blocks<P, true, 0>(dst + r, ld, s, sr, w, K);
+        }
+        for (float* d = dst + r + k / U * ld; k < K; k += STEP) {
+            size_t values = std::min(STEP, K - k);
+            vec v[VL] = {};
+            for (size_t i = 0; i < w; i++) {
+                T line[STEP];
+                const T* at = s + i * sr + k * sk;
+                if (sk != 1) {
                     for (size_t j = 0; j < values; j++) line[j] = at[j * sk];
                     at = line;
                 }
-                v[i] = P::along(at, whole ? STEP : values);
+                v[i] = P::along(at, values);
             }
-            if (!whole && w < out)
-                for (size_t i = w; i < VL; i++) v[i] = vec{};
             transpose(v);
-            for (size_t u = 0; u < (whole ? VL : ceil_div(values, U)); u++, d += ld) store(d, v[u], whole ? VL : out);
-        };
-        size_t k = 0;
-        if (w == VL && sk == 1)
-            for (; k + STEP <= K; k += STEP) turn(k, STEP, std::true_type());
-        for (; k + STEP <= K; k += STEP) turn(k, STEP, std::false_type());
-        if (k < K) turn(k, K - k, std::false_type());
+            for (size_t u = 0; u < ceil_div(values, U); u++, d += ld) store(d, v[u], out);
+        }
     }
 }
 
@@ -324,12 +337,14 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
 // The micro-kernel
 
 // Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next, as
-// long as it lasts; and a line of each of `arrays` arrays.
+// long as it lasts, and where to; and a line of each of `arrays` arrays.
 struct Fetch {
     static constexpr size_t BYTES = LINE * sizeof(float), MOST_ARRAYS = 4;
     const char* at = nullptr;
     size_t lines = 0, left = 1, row = 1;  // lines in all, to the end of this row, and in a row
     size_t jump = 0;                      // bytes from a row's end to the next row
+    const char* into = nullptr;           // where the lines are packed to, or null for memory that is in the cache
+    size_t packed = 0;                    // bytes there for each line
     size_t every = SIZE_MAX;
     size_t arrays = 0;
     const char* beside[MOST_ARRAYS] = {};
@@ -343,9 +358,13 @@ struct Fetch {
         f.at = (const char*)p, f.left = f.row = ceil_div(inner * sizeof(T), BYTES), f.lines = f.row * outer, f.jump = stride - f.row * BYTES;
         return f;
     }
+    void pack_into(const float* p, size_t values) {
+        if (lines) into = (const char*)p, packed = values * sizeof(float) / lines;
+    }
     __attribute__((always_inline)) void one() {  // a call would spill the accumulators
         if (lines) {
             __builtin_prefetch(at);
+            if (into) __builtin_prefetch(into, 1), into += packed;
             lines--, at += BYTES;
             if (!--left) at += jump, left = row;
         }
@@ -360,7 +379,7 @@ enum Packs { PACKS_NOTHING, PACKS_A, PACKS_B };
 constexpr size_t AHEAD = 8;
 
 // c (R, V*VL; row stride ldc) = init (row stride ldi) + sum over units u of a[u*AU + i*AR] times b[u*BU + j]; with AR = 0
-// the row stride of a is lda.
+// the row stride of a is lda. Where V > NV, columns from NR on stand in b's next panel, NR * units values further on.
 // With PACKS_A or PACKS_B that operand is written first: unit u's value i, or the first of its two, is source[u * PER_UNIT * stride + i],
 // a's from unit AHEAD on.
 // With STREAM init counts as 0, and c, aligned to a vector, does not enter the caches.
@@ -368,6 +387,7 @@ constexpr size_t AHEAD = 8;
 template <class P, size_t R, size_t V, size_t AR, size_t AU, size_t BU, Packs PACK, class T, bool STREAM>
 __attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, size_t lda, const float* __restrict b, float* c,
                                             size_t ldc, const float* init, size_t ldi, Fetch& fetch, const void* source, size_t stride) {
+    const size_t panel = NR * units;
     vec acc[R][V] = {};
     const float* third[(R + 2) / 3];  // rows 0, 3, 6, ...: from each, an address reaches two more
     for (size_t i = 0; i < (R + 2) / 3; i++) third[i] = a + 3 * i * lda;
@@ -389,8 +409,9 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
             vec bv[V];
 #pragma GCC unroll 8
             for (size_t j = 0; j < V; j++) {
-                bv[j] = PACK == PACKS_B ? across(j * VL, VL) : load(b + j * VL);
-                if (PACK == PACKS_B) store(const_cast<float*>(b) + j * VL, bv[j]);
+                const float* at = b + j / NV * panel + j % NV * VL;
+                bv[j] = PACK == PACKS_B ? across(j * VL, VL) : load(at);
+                if (PACK == PACKS_B) store(const_cast<float*>(at), bv[j]);
             }
             if (PACK != PACKS_NOTHING) from += P::PER_UNIT * stride;
 #pragma GCC unroll 16
@@ -412,19 +433,21 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
         }
 }
 
-alignas(64) inline const float ZEROS[NR] = {};
+alignas(64) inline const float ZEROS[2 * NR] = {};
 
-// The micro-kernel for tiles of rows x cols, up to MR x NR. With AU = 0 A is packed: its unit stride is the number of rows.
-// What packs, or may stream, is NR wide.
+// The micro-kernel for tiles of rows x cols, up to MR x NR, or MR / 2 x 2 NR with AR = 0. With AU = 0 A is packed: its unit stride
+// is the number of rows. What packs is NR or 2 NR wide, what may stream NR.
 using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t, Fetch&, const void*, size_t);
 template <class P, size_t AR, size_t AU, size_t BU, size_t V, Packs PACK, class T, bool STREAM, size_t... I>
 inline Kernel kernel_of(size_t rows, std::index_sequence<I...>) {
-    static constexpr Kernel kernels[MR] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, PACK, T, STREAM>...};
+    static constexpr Kernel kernels[sizeof...(I)] = {micro_kernel<P, I + 1, V, AR, AU ? AU : I + 1, BU, PACK, T, STREAM>...};
     return kernels[rows - 1];
 }
 template <class P, size_t AR = 1, size_t AU = 0, size_t BU = NR, Packs PACK = PACKS_NOTHING, class T = float>
 inline Kernel kernel(size_t rows, size_t cols, bool may_stream = false) {
     auto any_rows = std::make_index_sequence<MR>();
+    if constexpr (WIDE_TILES && !AR)
+        if (cols == 2 * NR) return kernel_of<P, AR, AU, BU, 2 * NV, PACK, T, false>(rows, std::make_index_sequence<MR / 2>());
     if (may_stream && cols == NR) return kernel_of<P, AR, AU, BU, NV, PACK, T, true>(rows, any_rows);
     if (PACK == PACKS_NOTHING && cols <= VL) return kernel_of<P, AR, AU, BU, 1, PACKS_NOTHING, T, false>(rows, any_rows);
     return kernel_of<P, AR, AU, BU, NV, PACK, T, false>(rows, any_rows);
@@ -445,9 +468,9 @@ inline void tile(size_t rows, size_t cols, size_t units, const float* a, const f
     tile(kernel<P, AR, AU, BU>(rows, cols), rows, cols, units, a, 0, b, c, ldc, init, ldi, nothing);
 }
 
-// Rows are dealt out evenly to panels of at most MR; panel i begins at row panel_row(i).
-inline size_t row_panels(size_t rows) { return ceil_div(rows, MR); }
-inline size_t panel_row(size_t rows, size_t i) { return rows * i / row_panels(rows); }
+// Rows are dealt out evenly to panels of at most `most`; panel i begins at row panel_row(i).
+inline size_t row_panels(size_t rows, size_t most = MR) { return ceil_div(rows, most); }
+inline size_t panel_row(size_t rows, size_t i, size_t most = MR) { return rows * i / row_panels(rows, most); }
 
 // ---------------------------------------------------------------------------------------------
 // The product by all threads
@@ -552,21 +575,21 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     Workspace& ws = workspace();
     size_t nt = M * N * K < WORTH_WAKING ? 1 : omp_get_max_threads();
     ws.reserve((int)nt);
-    // A needs no packing where its rows are units; but rows on the same sets of the L1 cache must nearly fit there, and then
-    // packing still pays in a high product.
-    bool same_sets = am * sizeof(TA) % L1_WAY == 0, fit = N > M && MR <= l1_ways() + 2;
-    bool direct = P::template READY<TA> && ak == 1 && K % U == 0 && am % U == 0 && (!same_sets || fit);
+    // A needs no packing where its rows are units; but a tile's rows must fit the L1 cache where all fall on the same sets.
+    bool units_stand = P::template READY<TA> && ak == 1 && K % U == 0 && am % U == 0, wide = WIDE_TILES && units_stand && 2 * N >= M;
+    size_t mr = wide ? MR / 2 : MR, nr = wide ? 2 * NR : NR;
+    bool direct = units_stand && (am * sizeof(TA) % L1_WAY || mr <= L1_WAYS);
     bool by_columns = direct ? 2 * N >= M : N > M, packs_own = by_columns || !direct, packs_shared = !by_columns || !direct;
     size_t D = by_columns ? N : M, S = by_columns ? M : N;  // D is divided among the tasks, S is shared by them
     size_t kc = round_up(ceil_div(K, ceil_div(K, KC * U)), U), chunks = ceil_div(K, kc);  // of K alone: it fixes the order of the sums
-    // Tasks end where panels of columns do, or anywhere between rows.
-    size_t step = by_columns ? NR : 1, steps = ceil_div(D, step), blocks = std::min(steps, round_up(ceil_div(D, by_columns ? NB : MB), nt));
+    // Tasks end where panels of columns do, with wide tiles every other panel unless they are few, or anywhere between rows.
+    size_t step = !by_columns ? 1 : D >= 2 * nt * nr ? nr : NR, steps = ceil_div(D, step), blocks = std::min(steps, round_up(ceil_div(D, by_columns ? NB : MB), nt));
     auto block_begin = [&](size_t b) { return std::min(D, steps * std::min(b, blocks) / blocks * step); };
     bool streams = start == FOR_LATER && chunks == 1 && M * N >= STREAMED && ldc % VL == 0 && (uintptr_t)C % sizeof(vec) == 0 &&
                    !bias && std::is_same<Epilogue, NoEpilogue>::value;
     // Panels of n rows of A or columns of B, which one begins where, and its packing and what to ask for before it.
-    auto panels = [](size_t n, bool of_a) { return of_a ? row_panels(n) : ceil_div(n, NR); };
-    auto begin = [](size_t n, size_t i, bool of_a) { return of_a ? panel_row(n, i) : std::min(n, i * NR); };
+    auto panels = [=](size_t n, bool of_a) { return of_a ? row_panels(n, mr) : ceil_div(n, NR); };
+    auto begin = [=](size_t n, size_t i, bool of_a) { return of_a ? panel_row(n, i, mr) : std::min(n, i * NR); };
     auto pack_panel = [&](float* dst, size_t at, size_t width, size_t k, size_t n, bool of_a) {
         if (of_a) pack<P>(dst, width, A + at * am + k * ak, am, ak, width, n);
         else pack<P>(dst, NR, B + k * bk + at * bn, bn, bk, width, n);
@@ -589,8 +612,8 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
         return of_a ? Fetch::of(A + at * am + k * ak, width, n, am, ak) : Fetch::of(B + k * bk + at * bn, width, n, bn, bk);
     };
     size_t s_max = std::min(S, SHARED_WIDTH), room = SHARED_UNITS / (round_up(s_max, NR) * (kc / U));
-    size_t at_once = std::max<size_t>(1, std::min(room, Workspace::MOST_PANELS / panels(s_max, by_columns)));
-    size_t all_tiles = row_panels(M) * ceil_div(N, NR) * chunks;  // or a few more
+    size_t at_once = packs_shared ? std::max<size_t>(1, std::min(room, Workspace::MOST_PANELS / panels(s_max, by_columns))) : chunks;
+    size_t all_tiles = row_panels(M, mr) * ceil_div(N, nr) * chunks;  // or a few more
     uint64_t first_operand = ws.operands;
     ws.operands += ceil_div(S, s_max) * ceil_div(chunks, at_once);
 
@@ -605,7 +628,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
 #pragma omp barrier
                 }
                 for (size_t b; (b = ws.take_task(thread, team, operand, blocks)) < blocks;) {
-                    size_t d0 = block_begin(b), d = block_begin(b + 1) - d0, inner = panels(d, !by_columns);
+                    size_t d0 = block_begin(b), d = block_begin(b + 1) - d0, inner = panels(d, !by_columns), inner_tiles = wide ? ceil_div(inner, 2) : inner;
                     for (size_t q = 0; q < count; q++) {
                         size_t k = (c0 + q) * kc, n = std::min(kc, K - k), units = ceil_div(n, U);
                         float* shared = ws.shared + q * round_up(s, NR) * (kc / U);
@@ -620,17 +643,22 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                 pack_panel(own + r * units, d0 + r, width, k, across == NR ? std::min(n, before_tile) : n, !by_columns);
                             }
                         for (size_t turn = 0, x = x0; turn < outer; turn++, x = x + 1 < outer ? x + 1 : 0) {
-                            size_t r = begin(s, x, by_columns), width = begin(s, x + 1, by_columns) - r, tiles = (outer - turn) * inner;
+                            size_t r = begin(s, x, by_columns), width = begin(s, x + 1, by_columns) - r, tiles = (outer - turn) * inner_tiles;
                             Fetch next_shared, *fetch = &next_own;
                             if (packs_shared) {
                                 size_t next = x + 1 < outer ? x + 1 : 0, at = begin(s, next, by_columns);
                                 ws.once(q * outer + x, operand, [&] { pack_panel(shared + r * units, s0 + r, width, k, n, by_columns); });
-                                if (ws.untouched(q * outer + next, operand))
-                                    next_shared = source(s0 + at, begin(s, next + 1, by_columns) - at, k, n, by_columns), fetch = &next_shared, tiles = inner;
+                                if (ws.untouched(q * outer + next, operand)) {
+                                    size_t next_width = begin(s, next + 1, by_columns) - at;
+                                    next_shared = source(s0 + at, next_width, k, n, by_columns), fetch = &next_shared, tiles = inner_tiles;
+                                    next_shared.pack_into(shared + at * units, next_width * units);
+                                }
                             }
                             if (size_t most = std::max(fetch->lines, beside.lines() * tiles)) fetch->every = std::max<size_t>(1, units * tiles / most);
-                            for (size_t y = 0; y < inner; y++) {
-                                size_t own_r = begin(d, y, !by_columns), own_width = begin(d, y + 1, !by_columns) - own_r;
+                            for (size_t y = 0, end; y < inner; y = end) {
+                                size_t own_r = begin(d, y, !by_columns);
+                                end = wide && own_r + nr <= d ? y + 2 : y + 1;
+                                size_t own_width = begin(d, end, !by_columns) - own_r;
                                 size_t row = by_columns ? s0 + r : d0 + own_r, height = by_columns ? width : own_width;
                                 size_t col = by_columns ? d0 + own_r : s0 + r, across = by_columns ? own_width : width;
                                 const float *a = by_columns ? shared + r * units : own + own_r * units, *bp = by_columns ? own + own_r * units : shared + r * units;
@@ -638,7 +666,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                 const float* init = k || start == ACCUMULATE ? c : bias ? bias + col : ZEROS;
                                 size_t ldi = init == c ? ldc : 0;
                                 beside.ask_for_next(*fetch);
-                                Packs packs = packs_own && !turn && across == NR ? tile_packs : PACKS_NOTHING;
+                                Packs packs = packs_own && !turn && across >= NR ? tile_packs : PACKS_NOTHING;
                                 tile(kernel_for(packs, height, across), height, across, units, direct ? (const float*)(A + row * am + k) : a, direct ? am / U : 0, bp,
                                      c, ldc, init, ldi, *fetch, by_columns ? (const void*)(B + k * bk + col) : A + row + k * ak, by_columns ? bk : ak);
                                 if (k + n == K)

@@ -639,13 +639,16 @@ TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memor
     // Rows of A that fall on the same sets of the L1 cache, in a high and in a wide product.
     check_product(r, 200, 50, 1024, 0, 0, gemm::ACCUMULATE, false, 0);
     check_product(r, 50, 200, 1024, 0, 1, gemm::OVERWRITE, true, 0);
+    // Columns for wide tiles, for one of half the width, and six more; the first packed by tiles or beforehand.
+    check_product(r, 50, 10 * gemm::NR + gemm::NR + 6, gemm::KC + 9, 0, 0, gemm::OVERWRITE, true, 0);
+    check_product(r, 50, 10 * gemm::NR + gemm::NR + 6, gemm::KC + 9, 0, 1, gemm::ACCUMULATE, false, 0);
     check_product(r, 250, 1, 1, 0, 0, gemm::OVERWRITE, true, 0);
     check_product(r, 1, 250, 1, 0, 0, gemm::OVERWRITE, true, 0);
 }
 
 TEST_CASE("gemm: an element has the same bits wherever it stands, however A lies in memory and whatever the number of threads") {
     Random r(4);
-    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {71, 203, 1024}, {450, 150, 600}};
+    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {71, 203, 1024}, {450, 150, 600}, {77, 358, 130}};
     for (auto& [M, N, K] : sizes) {
         INFO(M, " x ", N, " x ", K);
         Floats A = r.floats(M * K), turned(M * K), B = r.floats(K * N), bias = r.floats(N), want(M * N);
