@@ -291,7 +291,7 @@ $(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/d
 	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
 # make bench ROWS=char RUNS=5: ROWS of 124m-4x64 124m-4x256 124m-1x1024 char, PARTS of steps sampling scaling, RUNS processes
-# of STEPS steps each; PYTHON: one that has PyTorch; LLMC: a checkout of llm.c
+# of STEPS steps each; PYTHON: one that has PyTorch, or several; LLMC: a checkout of llm.c
 ROWS ?=
 PARTS ?= steps sampling scaling
 RUNS ?=

@@ -7,10 +7,13 @@
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
 
+#include <glob.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
+#include <iterator>
 #include <map>
+#include <sstream>
 
 #include "bench.h"
 #include "flags.h"
@@ -226,6 +229,12 @@ struct Contestant {
     }
 };
 
+// What stands between spaces.
+Words words_of(const std::string& s) {
+    std::istringstream in(s);
+    return {std::istream_iterator<std::string>(in), {}};
+}
+
 struct Report {
     std::string text;
     void add(const std::string& s) { text += s, fputs(s.c_str(), stdout), fflush(stdout); }
@@ -247,11 +256,17 @@ void race(std::vector<Contestant>& all, int rounds) {
     fprintf(stderr, "\r\033[K");
 }
 
+// A Python, and the PyTorch that it has.
+struct Python {
+    std::string file, name = "PyTorch", missing = "not installed";
+    bool is_old = false;  // before PyTorch 2
+};
+
 struct Options {
     int runs = 3, steps = 3, threads = 0;
     std::string rows, parts = "steps sampling scaling", python = "python3", llmc, out = "out/bench.md";
     std::string self, build;  // this program, and the folder it stands in
-    bool has_torch = false;
+    std::vector<Python> pythons;
     Words common_env() const {
         return {strf("OMP_NUM_THREADS=%d", threads), "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"};
     }
@@ -270,13 +285,17 @@ Contestant our_step(const Options& o, const Row& r, const char* dtype) {
     return c;
 }
 
-// PyTorch with the allocator settings that suit it best: freed pages are kept, on huge pages.
-Contestant torch(const Options& o, const char* name, const std::string& dtype, Words args, Words more_env = {}, const char* key = "ms") {
-    Words argv = {o.python, "dev/bench/peer_torch.py"}, env = o.common_env();
+// PyTorch with the settings that suit it best: freed pages are kept, on huge pages; and where it multiplies with the system's BLAS,
+// OpenBLAS in the build that shares PyTorch's OpenMP threads.
+Contestant torch(const Options& o, const Python& python, const std::string& how, const std::string& dtype, Words args, Words more_env = {}, const char* key = "ms") {
+    Words argv = {python.file, "dev/bench/peer_torch.py"}, env = o.common_env();
     argv.insert(argv.end(), args.begin(), args.end());
     env.insert(env.end(), {"MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=100000000000", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"});
     env.insert(env.end(), more_env.begin(), more_env.end());
-    return {name, dtype, {argv, env, ""}, key, 3, o.has_torch ? "" : "not installed"};
+    glob_t found = {};
+    if (!glob("/usr/lib/*/openblas-openmp", 0, nullptr, &found)) env.push_back(strf("LD_LIBRARY_PATH=%s", found.gl_pathv[0]));
+    globfree(&found);
+    return {python.name + how, dtype, {argv, env, ""}, key, 3, python.missing};
 }
 
 // llm.c's train_gpt2, built from the user's checkout with its own Makefile for this shape.
@@ -329,12 +348,14 @@ void bench_steps(const Options& o, const Row& r, const Peak& peak, Report& repor
     std::vector<Contestant> all;
     for (const char* dtype : {"fp32", "bf16"}) {
         all.push_back(our_step(o, r, dtype));
-        all.push_back(torch(o, "PyTorch", dtype, {"step", shape, dtype, n}));
-        all.push_back(torch(o, "PyTorch, torch.compile", dtype, {"step", shape, dtype, n}, {"TORCH_COMPILE=1"}));
-        if (dtype == std::string("fp32")) {
-            all.push_back(torch(o, "PyTorch, linear layers by oneDNN", dtype, {"step", shape, dtype, n}, {"TORCH_LINEAR=onednn"}));
-            all.push_back(llmc(o, r, o.steps + 1));
+        bool is_fp32 = dtype == std::string("fp32");
+        for (const Python& python : o.pythons) {
+            all.push_back(torch(o, python, "", dtype, {"step", shape, dtype, n}));
+            if (python.is_old) continue;
+            all.push_back(torch(o, python, ", torch.compile", dtype, {"step", shape, dtype, n}, {"TORCH_COMPILE=1"}));
+            if (is_fp32) all.push_back(torch(o, python, ", linear layers by oneDNN", dtype, {"step", shape, dtype, n}, {"TORCH_LINEAR=onednn"}));
         }
+        if (is_fp32) all.push_back(llmc(o, r, o.steps + 1));
     }
     report.add(strf("\n### %s\n\n| | | a step, ms | tokens/s | GFLOP/s | share of peak | peak memory | its time / ours | others |\n", r.title));
     report.add("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
@@ -361,8 +382,10 @@ void bench_sampling(const Options& o, Report& report) {
         for (const char* dtype : {"fp32", "bf16"}) {
             Words args = {"sample", dtype, std::to_string(N), "64"};
             all.push_back(ours(o, dtype, args, "tokens/s"));
-            all.push_back(torch(o, "PyTorch", dtype, args, {}, "tokens/s"));
-            all.back().warm_up = 1;
+            for (const Python& python : o.pythons) {
+                all.push_back(torch(o, python, "", dtype, args, {}, "tokens/s"));
+                all.back().warm_up = 1;
+            }
         }
         race(all, o.runs);
         for (const Contestant& c : all) {
@@ -412,7 +435,7 @@ int bench_all(int argc, char** argv) {
     f.add("runs", "", &o.runs, "N", "processes of each contestant, taken in turns");
     f.add("steps", "", &o.steps, "N", "timed steps of each process");
     f.add("threads", "", &o.threads, "N", "threads; 0: all cores");
-    f.add("python", "", &o.python, "FILE", "the Python that has PyTorch");
+    f.add("python", "", &o.python, "FILES", "the Python that has PyTorch, or several");
     f.add("llmc", "", &o.llmc, "DIR", "a checkout of llm.c");
     f.add("out", "", &o.out, "FILE", "the tables once more, in Markdown");
     f.parse(argc, argv);
@@ -426,10 +449,7 @@ int bench_all(int argc, char** argv) {
     std::vector<const Row*> rows;
     for (const Row& r : ROWS) {
         bool wanted = o.rows.empty();
-        for (size_t i = 0, end; i < o.rows.size(); i = end + 1) {
-            end = std::min(o.rows.find(' ', i), o.rows.size());
-            wanted |= end > i && std::string(r.name).find(o.rows.substr(i, end - i)) != std::string::npos;
-        }
+        for (const std::string& part : words_of(o.rows)) wanted |= std::string(r.name).find(part) != std::string::npos;
         if (wanted) rows.push_back(&r);
     }
     if (rows.empty()) throw UsageError(strf("--rows: '%s' names none of 124m-4x64, 124m-4x256, 124m-1x1024, char", o.rows.c_str()));
@@ -437,10 +457,18 @@ int bench_all(int argc, char** argv) {
 
     Report report;
     report.add(strf("%s\n\n", cpu::GPT2::device().c_str()));
-    Outcome version = run({{o.python, "dev/bench/peer_torch.py", "check"}, {}, ""});
-    o.has_torch = !version.status;
-    report.add(!o.has_torch ? strf("PyTorch: not installed for %s (python3 -m pip install torch, or PYTHON=a Python that has it)\n", o.python.c_str())
-                              : "PyTorch " + version.text);
+    for (const std::string& file : words_of(o.python)) {
+        Outcome version = run({{file, "dev/bench/peer_torch.py", "check"}, {}, ""});
+        Python python = {file};
+        if (!version.status) {
+            size_t dot = version.text.find('.');
+            python.name += " " + version.text.substr(0, version.text.find_first_not_of("0123456789", dot + 1));
+            python.missing = "", python.is_old = atoi(version.text.c_str()) < 2;
+        }
+        report.add(version.status ? strf("PyTorch: not installed for %s (python3 -m pip install torch, or PYTHON=a Python that has it)\n", file.c_str())
+                                  : "PyTorch " + version.text);
+        o.pythons.push_back(python);
+    }
     report.add(o.llmc.empty() ? "llm.c: not installed (git clone https://github.com/karpathy/llm.c, then LLMC=path/to/llm.c)\n\n" : "llm.c: " + o.llmc + "\n\n");
     report.add("| threads | fp32 multiply-add | bf16 dot product | memory read | memory, AdamW's pattern | others |\n| --- | --- | --- | --- | --- | --- |\n");
     if (o.threads > 1) measure_peak(o, 1, report);

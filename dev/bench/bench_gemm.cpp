@@ -3,8 +3,9 @@
 // The three products of a linear layer, X (M,K), W (N,K), Y (M,N), all row-major:
 //     Y = X W^T + b      dX = dY W      dW += dY^T X
 // Everyone gets the same arrays in memory, packs them anew at every call, and takes turns: A B C A B C ... With --copies
-// the arrays are others at each call, so that they come from memory, as in a training step. Figures are medians; the share
-// is that of the machine's peak, measured first. In bf16 the operands are bf16 and the result fp32. OpenBLAS adds no bias.
+// the arrays are others at each call, so that they come from memory, as in a training step. The machine's peak takes its turn
+// too: clocks and neighbours change within a minute. Figures are medians, shares of the peak and ratios those of single turns.
+// In bf16 the operands are bf16 and the result fp32. OpenBLAS adds no bias.
 // All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
 #include "bench.h"
 #include "flags.h"
@@ -31,6 +32,7 @@ const char* const FORM_NAME[] = {"Y=XW'+b", "dX=dYW", "dW+=dY'X"};
 enum Who { OURS, ONEDNN, OPENBLAS, OURS_BF16, ONEDNN_BF16, CONTESTANTS };
 const char* const WHO_NAME[] = {"ours", "oneDNN", "OpenBLAS", "ours", "oneDNN"};
 bool is_bf16(int who) { return who >= OURS_BF16; }
+Who ours_like(int who) { return is_bf16(who) ? OURS_BF16 : OURS; }
 
 struct Shape {
     size_t M, K, N;
@@ -118,10 +120,10 @@ Call openblas([[maybe_unused]] const Product& p) {
 #endif
 }
 
-// GFLOP/s of each contestant; also the largest relative L2 distance of a result from ours, so that nobody wins by computing
+// GFLOP/s of each contestant, its share of the peak, and ours over it; also the largest relative L2 distance of a result from ours, so that nobody wins by computing
 // something else.
 struct Result {
-    Samples gflops[CONTESTANTS];
+    Samples gflops[CONTESTANTS], share[CONTESTANTS], ours_over[CONTESTANTS];
     double distance = 0;
 };
 
@@ -144,7 +146,7 @@ struct Operands {
     }
 };
 
-Result race(const Shape& s, Form form, int runs, int copies) {
+Result race(const Shape& s, Form form, int runs, int copies, int threads) {
     std::vector<std::unique_ptr<Operands>> sets;
     for (int i = 0; i < copies; i++) sets.push_back(std::make_unique<Operands>(s, form));
     Result r;
@@ -168,13 +170,16 @@ Result race(const Shape& s, Form form, int runs, int copies) {
         sets[0]->call[who]();
         repeats[who] = (size_t)std::max(1.0, 4e-3 / (bench::now() - t0));  // a sample lasts 4 ms at least
     }
-    for (int run = 0; run < runs; run++)
+    for (int run = 0; run < runs; run++) {
+        double g[CONTESTANTS] = {}, peak[2] = {bench::fma_flops(threads) / 1e9, bench::bf16_flops(threads) / 1e9};
         for (int who = 0; who < CONTESTANTS; who++) {
             if (!sets[0]->call[who]) continue;
             double t0 = bench::now();
             for (size_t i = 0; i < repeats[who]; i++) sets[turn++ % sets.size()]->call[who]();
-            r.gflops[who].add(2e-9 * (double)s.M * (double)s.K * (double)s.N * (double)repeats[who] / (bench::now() - t0));
+            g[who] = 2e-9 * (double)s.M * (double)s.K * (double)s.N * (double)repeats[who] / (bench::now() - t0);
+            r.gflops[who].add(g[who]), r.share[who].add(g[who] / peak[is_bf16(who)]), r.ours_over[who].add(g[ours_like(who)] / g[who]);
         }
+    }
     return r;
 }
 
@@ -211,28 +216,25 @@ int main(int argc, char** argv) {
 #endif
             Samples fma, dot;
             for (int i = 0; i < 15; i++) fma.add(bench::fma_flops(n) / 1e9), dot.add(bench::bf16_flops(n) / 1e9);
-            double peak[2] = {fma.median(), dot.median()};
-            printf("\n%d thread%s: peak %.0f GFLOP/s fp32 (%.0f to %.0f), ", n, n > 1 ? "s" : "", peak[0], fma.min(), fma.max());
-            printf(bench::BF16_DOT ? "%.0f bf16 (%.0f to %.0f)\n" : "no bf16 dot product\n", peak[1], dot.min(), dot.max());
+            printf("\n%d thread%s: peak %.0f GFLOP/s fp32 (%.0f to %.0f), ", n, n > 1 ? "s" : "", fma.median(), fma.min(), fma.max());
+            printf(bench::BF16_DOT ? "%.0f bf16 (%.0f to %.0f) at first\n" : "no bf16 dot product\n", dot.median(), dot.min(), dot.max());
             printf("GFLOP/s, share of peak, (fewest to most of %d); 'x' ours against the better peer\n%5s %5s %5s %-8s", runs, "M", "K", "N", "");
             for (int who = 0; who < CONTESTANTS; who++) printf(" | %-24s%s", strf("%s %s", WHO_NAME[who], is_bf16(who) ? "bf16" : "fp32").c_str(), who == OPENBLAS || who == ONEDNN_BF16 ? " |    x" : "");
             printf("\n");
             for (const Shape& s : SHAPES)
                 for (Form form : {FORWARD, DX, DW}) {
                     if (!only.empty() && only != s.what) continue;
-                    Result r = race(s, form, runs, copies);
+                    Result r = race(s, form, runs, copies, n);
                     printf("%5zu %5zu %5zu %-8s", s.M, s.K, s.N, FORM_NAME[form]);
-                    double best = 0;
+                    double x = NAN;  // ours over the better peer
                     for (int who = 0; who < CONTESTANTS; who++) {
                         const Samples& g = r.gflops[who];
-                        bool half = is_bf16(who), mine = who == OURS || who == OURS_BF16;
-                        if (mine) best = 0;
-                        else if (!g.empty()) best = std::max(best, g.median());
-                        printf(" | %-24s", g.empty() ? "-" : strf("%6.1f %3.0f%% (%.0f to %.0f)", g.median(), 100 * g.median() / peak[half], g.min(), g.max()).c_str());
+                        printf(" | %-24s", g.empty() ? "-" : strf("%6.1f %3.0f%% (%.0f to %.0f)", g.median(), 100 * r.share[who].median(), g.min(), g.max()).c_str());
+                        x = who == ours_like(who) ? NAN : std::fmin(x, r.ours_over[who].median());
                         if (who != OPENBLAS && who != ONEDNN_BF16) continue;
-                        double x = best > 0 ? r.gflops[half ? OURS_BF16 : OURS].median() / best : NAN;
-                        printf(best > 0 ? " | %4.2f" : " |    -", x);
-                        if (x < worst[n > 1][half]) worst[n > 1][half] = x;
+                        printf(x > 0 ? " | %4.2f" : " |    -", x);
+                        double& least = worst[n > 1][is_bf16(who)];
+                        least = std::fmin(least, x);
                     }
                     printf("%s\n", r.distance > 1e-3 ? strf("  results differ: %.2g", r.distance).c_str() : "");
                     fflush(stdout);

@@ -8,6 +8,7 @@ ROW is L,NH,C,V,B,T. Threads: OMP_NUM_THREADS. bench.cpp sets MALLOC_* and GLIBC
 pages are kept: on a Zen 5 EPYC with two cores (PyTorch 2.15), GPT-2 124M, B=4 T=64, a step then took 1.02 s in fp32 where
 it had taken 1.15 to 1.36, and 0.40 s in bf16 where it had taken 0.54. TORCH_COMPILE=1 adds torch.compile: 1.05 to 1.07 s and
 0.38 s. Fused AdamW, scaled_dot_product_attention, a padded vocabulary and gradients set to None are PyTorch's own advice.
+PyTorch 1.13, Debian's, has no fused AdamW, no torch.compile, and the attention under a private name; it multiplies with the system's BLAS.
 """
 import math
 import os
@@ -20,6 +21,8 @@ except ImportError:
     sys.exit("PyTorch is missing")
 import torch.nn as nn
 import torch.nn.functional as F
+
+NEW = int(torch.__version__.split(".")[0]) >= 2
 
 
 # PyTorch's own package multiplies fp32 with MKL, which on AMD's processors takes its AVX2 path: 40% of a Zen 5's peak.
@@ -65,7 +68,7 @@ class Block(nn.Module):
         if cache is not None:
             cache[0][:, :, pos:pos + T], cache[1][:, :, pos:pos + T] = k, v
             k, v = cache[0][:, :, :pos + T], cache[1][:, :, :pos + T]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None) if NEW else F._scaled_dot_product_attention(q, k, v, is_causal=cache is None)[0]
         x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
 
@@ -93,7 +96,8 @@ class GPT2(nn.Module):
 def step(row, dtype, steps):
     L, NH, C, V, B, T = (int(x) for x in row.split(","))
     model = GPT2(L, NH, C, V, max(T, 1024 if V > 1000 else T))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=os.environ.get("FUSED", "1") == "1")
+    fused = {"fused": os.environ.get("FUSED", "1") == "1"} if NEW else {}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, **fused)
     run = torch.compile(model) if os.environ.get("TORCH_COMPILE") == "1" else model
     x = torch.randint(0, V, (B, T))
     y = torch.randint(0, V, (B, T))
