@@ -358,6 +358,7 @@ struct Fetch {
         f.at = (const char*)p, f.left = f.row = ceil_div(inner * sizeof(T), BYTES), f.lines = f.row * outer, f.jump = stride - f.row * BYTES;
         return f;
     }
+    // Packed, the lines become this many values from p on.
     void pack_into(const float* p, size_t values) {
         if (lines) into = (const char*)p, packed = values * sizeof(float) / lines;
     }
