@@ -55,7 +55,7 @@ help:
 	@echo "make roofline                  recompute the traffic budget, dev/bench/ROOFLINE.md"
 	@echo "make                           build ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
 	@echo "make bench                     time training steps and sampling, beside PyTorch and llm.c where they are"
-	@echo "           ROWS=char RUNS=5    fewer rows, more runs   PYTHON=python3   LLMC=path/to/llm.c"
+	@echo "           ROWS=char RUNS=5    fewer rows, more runs   PYTHON=python3   LLMC=path/to/llm.c   PATIENCE=60"
 	@echo "make bench-gemm                time the matrix product beside oneDNN and OpenBLAS (SHAPES=124m, char or small)"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
 	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
@@ -291,14 +291,16 @@ $(BUILD)/test_emulator: $(BUILD)/$(EMULATOR)/test_emulator.emulated.o $(BUILD)/d
 	$(CXX) $(FLAGS) $< $(EMULATED_LINK) -o $@
 
 # make bench ROWS=char RUNS=5: ROWS of 124m-4x64 124m-4x256 124m-1x1024 char, PARTS of steps sampling scaling, RUNS processes
-# of STEPS steps each; PYTHON: one that has PyTorch, or several; LLMC: a checkout of llm.c
+# of STEPS steps each, before which PATIENCE seconds may pass while the machine is slow;
+# PYTHON: one that has PyTorch, or several; LLMC: a checkout of llm.c
 ROWS ?=
 PARTS ?= steps sampling scaling
 RUNS ?=
 STEPS ?=
+PATIENCE ?=
 LLMC ?=
 bench: $(BUILD)/bench
-	$(BUILD)/bench --rows "$(ROWS)" --parts "$(PARTS)" $(if $(RUNS),--runs $(RUNS)) $(if $(STEPS),--steps $(STEPS)) --python "$(PYTHON)" --llmc "$(LLMC)"
+	$(BUILD)/bench --rows "$(ROWS)" --parts "$(PARTS)" $(if $(RUNS),--runs $(RUNS)) $(if $(STEPS),--steps $(STEPS)) $(if $(PATIENCE),--patience $(PATIENCE)) --python "$(PYTHON)" --llmc "$(LLMC)"
 $(BUILD)/bench: dev/bench/bench.cpp train_gpt2.cpp $(HEADERS)
 	@mkdir -p $(@D)
 	$(CXX) $(FLAGS) $< -o $@

@@ -336,8 +336,9 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
 // ---------------------------------------------------------------------------------------------
 // The micro-kernel
 
-// Lines of memory that a micro-kernel asks for while it computes, one every `every` units: what will be packed next, as
-// long as it lasts, and where to; and a line of each of `arrays` arrays.
+// Lines of memory that a micro-kernel asks for while it computes. Every `every` units it asks for those of a row: first of what the
+// epilogue will read or write with the tile, then of C. At every `rarely`-th of these calls it asks for a line of what will be packed
+// next, as long as it lasts, and where to, and of each of `arrays` arrays. All of them at once are more than the caches can wait for.
 struct Fetch {
     static constexpr size_t BYTES = LINE * sizeof(float), MOST_ARRAYS = 4;
     const char* at = nullptr;
@@ -345,7 +346,9 @@ struct Fetch {
     size_t jump = 0;                      // bytes from a row's end to the next row
     const char* into = nullptr;           // where the lines are packed to, or null for memory that is in the cache
     size_t packed = 0;                    // bytes there for each line
-    size_t every = SIZE_MAX;
+    const char* touched = nullptr;        // of the epilogue's next row
+    size_t touched_lines = 0, touched_row = 0;  // in each row, and bytes from row to row
+    size_t every = SIZE_MAX, rarely = 1, calls = 0;
     size_t arrays = 0;
     const char* beside[MOST_ARRAYS] = {};
 
@@ -362,7 +365,16 @@ struct Fetch {
     void pack_into(const float* p, size_t values) {
         if (lines) into = (const char*)p, packed = values * sizeof(float) / lines;
     }
-    __attribute__((always_inline)) void one() {  // a call would spill the accumulators
+    // Units from one line to the next, and at most from row to row.
+    void set_pace(size_t line, size_t row) { rarely = line / row + 1, every = std::max<size_t>(1, line / rarely); }
+    // Inlined, since a call would spill the accumulators.
+    __attribute__((always_inline)) void touched_lines_of_a_row() {
+        for (size_t i = 0; i < touched_lines; i++) __builtin_prefetch(touched + i * BYTES);
+        touched += touched_row;
+    }
+    __attribute__((always_inline)) void one() {
+        if (++calls < rarely) return;
+        calls = 0;
         if (lines) {
             __builtin_prefetch(at);
             if (into) __builtin_prefetch(into, 1), into += packed;
@@ -399,10 +411,14 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
     };
     const T* from = (const T*)source + (PACK == PACKS_A ? AHEAD * P::PER_UNIT * stride : 0);
     auto across = [&](size_t i, size_t n) { return P::across(from + i, from + (P::PER_UNIT - 1) * stride + i, n); };
-    for (size_t i = 0; i < R && !STREAM; i++)
-        for (size_t j = 0; j < V; j++) __builtin_prefetch(c + i * ldc + j * VL, 1);
-    for (size_t u = 0; u < units;) {
+    const float* c_row = c;
+    for (size_t u = 0, call = 0; u < units; call++) {
         fetch.one();
+        if (call < R) fetch.touched_lines_of_a_row();
+        else if (call < 2 * R && !STREAM) {
+            for (size_t j = 0; j < V; j++) __builtin_prefetch(c_row + j * VL, 1);
+            c_row += ldc;
+        }
         for (size_t n = std::min(fetch.every, units - u); n; n--, u++, a += AU, b += BU) {
             if (PACK == PACKS_A && u + AHEAD < units)
 #pragma GCC unroll 8
@@ -479,6 +495,14 @@ inline size_t panel_row(size_t rows, size_t i, size_t most = MR) { return rows *
 // An epilogue sees each finished piece of a row once: n values c[0..n) of row `row`, from column `col` on.
 struct NoEpilogue {
     void operator()(size_t, size_t, size_t, float*) const {}
+};
+// A matrix that an epilogue reads or writes where C has the same element; so that its lines can be asked for beforehand.
+struct Touched {
+    const char* first = nullptr;
+    size_t row = 0, value = 0;  // bytes from row to row, and of a value
+    Touched() {}
+    template <class T>
+    Touched(const T* p, size_t ld) : first((const char*)p), row(ld * sizeof(T)), value(sizeof(T)) {}
 };
 
 // Work that the threads do beside a product: floats [0, size()) of up to Fetch::MOST_ARRAYS arrays, any part at any time.
@@ -567,10 +591,10 @@ inline Workspace& workspace() {
 
 // C (M,N) = A (M,K) B (K,N), with A(m,k) = A[m*am + k*ak], B(k,n) = B[k*bk + n*bn], C row-major with row stride ldc.
 // start ACCUMULATE adds to C; bias (N) or null is added to an overwritten C. P is F32 or BF16; A and B are float or bf16.
-// work does not touch A, B or C.
+// work does not touch A, B or C; touched is what epi touches beside C.
 template <class P = F32, class TA, class TB, class Epilogue = NoEpilogue, class Work = NoWork>
 inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_t ak, const TB* B, size_t bk, size_t bn, float* C,
-                     size_t ldc, Start start = OVERWRITE, const float* bias = nullptr, Epilogue epi = {}, const Work& work = {}) {
+                     size_t ldc, Start start = OVERWRITE, const float* bias = nullptr, Epilogue epi = {}, const Work& work = {}, Touched touched = {}) {
     if (!M || !N || !K) return work(0, work.size());
     constexpr size_t U = P::PER_UNIT;
     Workspace& ws = workspace();
@@ -655,7 +679,8 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                     next_shared.pack_into(shared + at * units, next_width * units);
                                 }
                             }
-                            if (size_t most = std::max(fetch->lines, beside.lines() * tiles)) fetch->every = std::max<size_t>(1, units * tiles / most);
+                            size_t most = std::max(fetch->lines, beside.lines() * tiles);
+                            fetch->set_pace(units * tiles / std::max<size_t>(1, most), std::max<size_t>(1, units / (2 * mr + 1)));
                             for (size_t y = 0, end; y < inner; y = end) {
                                 size_t own_r = begin(d, y, !by_columns);
                                 end = wide && own_r + nr <= d ? y + 2 : y + 1;
@@ -667,10 +692,13 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                 const float* init = k || start == ACCUMULATE ? c : bias ? bias + col : ZEROS;
                                 size_t ldi = init == c ? ldc : 0;
                                 beside.ask_for_next(*fetch);
+                                bool finished = k + n == K, touches = finished && touched.first;
+                                fetch->touched = touches ? touched.first + row * touched.row + col * touched.value : nullptr;
+                                fetch->touched_lines = touches ? ceil_div(across * touched.value, Fetch::BYTES) : 0, fetch->touched_row = touches ? touched.row : 0;
                                 Packs packs = packs_own && !turn && across >= NR ? tile_packs : PACKS_NOTHING;
                                 tile(kernel_for(packs, height, across), height, across, units, direct ? (const float*)(A + row * am + k) : a, direct ? am / U : 0, bp,
                                      c, ldc, init, ldi, *fetch, by_columns ? (const void*)(B + k * bk + col) : A + row + k * ak, by_columns ? bk : ak);
-                                if (k + n == K)
+                                if (finished)
                                     for (size_t i = 0; i < height; i++) epi(row + i, col, across, c + i * ldc);
                                 beside.next();
                             }

@@ -230,11 +230,12 @@ inline void layernorm_backward(float* dx, float* dw, float* db, const float* dy,
     }
 }
 
-// Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue; beside it, work. P: what is multiplied, floats or
-// bf16 numbers.
+// Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null; then the epilogue, which touches `touched` too; beside it, work. P: what
+// is multiplied, floats or bf16 numbers.
 template <class P = gemm::F32, class TX, class TW, class Epilogue = gemm::NoEpilogue, class Work = gemm::NoWork>
-inline void matmul_forward(float* Y, const TX* X, const TW* W, const float* b, size_t M, size_t K, size_t N, Epilogue epi = {}, const Work& work = {}) {
-    gemm::multiply<P>(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi, work);
+inline void matmul_forward(float* Y, const TX* X, const TW* W, const float* b, size_t M, size_t K, size_t N, Epilogue epi = {}, const Work& work = {},
+                           gemm::Touched touched = {}) {
+    gemm::multiply<P>(M, N, K, X, K, 1, W, 1, K, Y, N, gemm::OVERWRITE, b, epi, work, touched);
 }
 
 // db (N) += (or =, as start says) column sums of dY (M,N).
@@ -260,10 +261,10 @@ inline void bias_backward(float* db, const TY* dY, size_t M, size_t N, gemm::Sta
 // beside dX, work.
 template <class P = gemm::F32, class TY, class TX, class Epilogue = gemm::NoEpilogue, class Work = gemm::NoWork>
 inline void matmul_backward(float* dX, float* dW, float* db, const TY* dY, const TX* X, const float* W, size_t M, size_t K,
-                            size_t N, Epilogue epi = {}, gemm::Start start = gemm::ACCUMULATE, const Work& work = {}) {
+                            size_t N, Epilogue epi = {}, gemm::Start start = gemm::ACCUMULATE, const Work& work = {}, gemm::Touched touched = {}) {
     gemm::multiply<P>(N, K, M, dY, 1, N, X, K, 1, dW, K, start);
     bias_backward(db, dY, M, N, start);
-    gemm::multiply<P>(M, K, N, dY, N, 1, W, K, 1, dX, K, gemm::OVERWRITE, nullptr, epi, work);
+    gemm::multiply<P>(M, K, N, dY, N, 1, W, K, 1, dX, K, gemm::OVERWRITE, nullptr, epi, work, touched);
 }
 
 // Causal self-attention, softmax(Q K^T / sqrt(hs)) V per head (Vaswani et al. 2017). qkv (B,T,3C) holds Q, K and V side
@@ -1009,7 +1010,7 @@ struct GPT2 {
                             [=, dfch = grad.dfch](size_t m, size_t n, size_t count, float* d) {
                                 size_t at = m * 4 * C + n;
                                 gelu_backward(dfch + at, d, a.fch + at, count, activation);
-                            }, start, squares(FCPROJW, l));
+                            }, start, squares(FCPROJW, l), gemm::Touched(a.fch, 4 * C));
             matmul_backward<P>(grad.dln, g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, grad.dfch, a.ln2, p.fcw + l * 4 * C * C, M, C, 4 * C, gemm::NoEpilogue(), start, squares(FCW, l));
             layernorm_backward(dresid, g.ln2w + l * C, g.ln2b + l * C, grad.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
                                p.ln2w + l * C, M, C, true, start);
@@ -1022,7 +1023,7 @@ struct GPT2 {
                             [=](size_t m, size_t n, size_t count, float* d) {
                                 if (grover)
                                     for (size_t i = 0; i < count; i++) d[i] += dresid[m * C + n + i];
-                            }, start, squares(QKVW, l));
+                            }, start, squares(QKVW, l), grover ? gemm::Touched(dresid, C) : gemm::Touched());
             layernorm_backward(dresid, g.ln1w + l * C, g.ln1b + l * C, grad.dln, a.resid, a.ln1_mean, a.ln1_rstd,
                                p.ln1w + l * C, M, C, !grover, start);
         }
@@ -1064,7 +1065,7 @@ struct GPT2 {
                                    p.ln2w + l * C, p.ln2b + l * C, M, C, drop(rng::ATTPROJ_DROPOUT, l), pass_.seq0 * t_ * C, cfg.eps);
         matmul_forward<P>(a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C,
                        [=](size_t m, size_t n, size_t count, float* c) { gelu_forward(a.fch_gelu + m * 4 * C + n, c, count, activation); },
-                       beside(FCW, l));
+                       beside(FCW, l), gemm::Touched(a.fch_gelu, 4 * C));
     }
 
     // The gradient of a residual branch's output: dresid under its dropout mask, made in dbranch.
