@@ -336,6 +336,15 @@ inline void pack(float* dst, size_t ld, const T* src, size_t sr, size_t sk, size
 // ---------------------------------------------------------------------------------------------
 // The micro-kernel
 
+// A matrix that an epilogue reads or writes where C has the same element; so that its lines can be asked for beforehand.
+struct Touched {
+    const char* first = nullptr;
+    size_t row = 0, value = 0;  // bytes from row to row, and of a value
+    Touched() {}
+    template <class T>
+    Touched(const T* p, size_t ld) : first((const char*)p), row(ld * sizeof(T)), value(sizeof(T)) {}
+};
+
 // Lines of memory that a micro-kernel asks for while it computes. Every `every` units it asks for those of a row: first of what the
 // epilogue will read or write with the tile, then of C. At every `rarely`-th of these calls it asks for a line of what will be packed
 // next, as long as it lasts, and where to, and of each of `arrays` arrays. All of them at once are more than the caches can wait for.
@@ -346,8 +355,8 @@ struct Fetch {
     size_t jump = 0;                      // bytes from a row's end to the next row
     const char* into = nullptr;           // where the lines are packed to, or null for memory that is in the cache
     size_t packed = 0;                    // bytes there for each line
-    const char* touched = nullptr;        // of the epilogue's next row
-    size_t touched_lines = 0, touched_row = 0;  // in each row, and bytes from row to row
+    const char* touched = nullptr;        // the next row that the epilogue touches
+    size_t touched_lines = 0, touched_row = 0;  // in a row, and bytes from row to row
     size_t every = SIZE_MAX, rarely = 1, calls = 0;
     size_t arrays = 0;
     const char* beside[MOST_ARRAYS] = {};
@@ -367,8 +376,12 @@ struct Fetch {
     }
     // Units from one line to the next, and at most from row to row.
     void set_pace(size_t line, size_t row) { rarely = line / row + 1, every = std::max<size_t>(1, line / rarely); }
-    // Inlined, since a call would spill the accumulators.
-    __attribute__((always_inline)) void touched_lines_of_a_row() {
+    // The epilogue will touch n columns of m from (row, col) on.
+    void touch(const Touched& m, size_t row, size_t col, size_t n) {
+        touched = m.first + row * m.row + col * m.value, touched_lines = ceil_div(n * m.value, BYTES), touched_row = m.row;
+    }
+    // Inlined, as one() is, since a call would spill the accumulators.
+    __attribute__((always_inline)) void one_row() {
         for (size_t i = 0; i < touched_lines; i++) __builtin_prefetch(touched + i * BYTES);
         touched += touched_row;
     }
@@ -414,7 +427,7 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
     const float* c_row = c;
     for (size_t u = 0, call = 0; u < units; call++) {
         fetch.one();
-        if (call < R) fetch.touched_lines_of_a_row();
+        if (call < R) fetch.one_row();
         else if (call < 2 * R && !STREAM) {
             for (size_t j = 0; j < V; j++) __builtin_prefetch(c_row + j * VL, 1);
             c_row += ldc;
@@ -495,14 +508,6 @@ inline size_t panel_row(size_t rows, size_t i, size_t most = MR) { return rows *
 // An epilogue sees each finished piece of a row once: n values c[0..n) of row `row`, from column `col` on.
 struct NoEpilogue {
     void operator()(size_t, size_t, size_t, float*) const {}
-};
-// A matrix that an epilogue reads or writes where C has the same element; so that its lines can be asked for beforehand.
-struct Touched {
-    const char* first = nullptr;
-    size_t row = 0, value = 0;  // bytes from row to row, and of a value
-    Touched() {}
-    template <class T>
-    Touched(const T* p, size_t ld) : first((const char*)p), row(ld * sizeof(T)), value(sizeof(T)) {}
 };
 
 // Work that the threads do beside a product: floats [0, size()) of up to Fetch::MOST_ARRAYS arrays, any part at any time.
@@ -692,9 +697,8 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
                                 const float* init = k || start == ACCUMULATE ? c : bias ? bias + col : ZEROS;
                                 size_t ldi = init == c ? ldc : 0;
                                 beside.ask_for_next(*fetch);
-                                bool finished = k + n == K, touches = finished && touched.first;
-                                fetch->touched = touches ? touched.first + row * touched.row + col * touched.value : nullptr;
-                                fetch->touched_lines = touches ? ceil_div(across * touched.value, Fetch::BYTES) : 0, fetch->touched_row = touches ? touched.row : 0;
+                                bool finished = k + n == K;
+                                fetch->touch(finished ? touched : Touched(), row, col, across);
                                 Packs packs = packs_own && !turn && across >= NR ? tile_packs : PACKS_NOTHING;
                                 tile(kernel_for(packs, height, across), height, across, units, direct ? (const float*)(A + row * am + k) : a, direct ? am / U : 0, bp,
                                      c, ldc, init, ldi, *fetch, by_columns ? (const void*)(B + k * bk + col) : A + row + k * ak, by_columns ? bk : ak);
