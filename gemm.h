@@ -721,9 +721,13 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
 // ---------------------------------------------------------------------------------------------
 // Few rows: generation
 
+constexpr size_t MANY_ROWS = 8;  // of W at once, where X has fewer than 4
+
 // R rows of W by M of X, each dot product summed lane by lane and then across the lanes, whatever R and M.
+// Asks for the lines of W some rows further on: where rows are many in their order in memory.
 template <size_t M, size_t R, class T>
-inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias, bool fresh_lines) {
+inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
+    constexpr size_t AHEAD_ROWS = R * sizeof(float) / sizeof(T);
     vec acc[M][R] = {};
     size_t k = 0;
     for (; k < K; k += VL) {
@@ -731,8 +735,9 @@ inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy,
         vec w[R];
         for (size_t r = 0; r < R; r++) {
             w[r] = load(W + r * K + k, n);
-            if (fresh_lines) __builtin_prefetch(W + (r + 2 * R) * K + k);
+            if (R < MANY_ROWS) __builtin_prefetch(W + (r + 2 * R) * K + k);
         }
+        for (size_t i = 0; R == MANY_ROWS && i < R * VL * sizeof(T); i += Fetch::BYTES) __builtin_prefetch((const char*)(W + (AHEAD_ROWS * K + k * R)) + i);
         for (size_t m = 0; m < M; m++) {
             vec x = load(X + m * K + k, n);
             for (size_t r = 0; r < R; r++) acc[m][r] += x * w[r];
@@ -751,23 +756,26 @@ inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy,
     }
 }
 template <size_t R, class T>
-inline void few_rows(size_t M, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias, bool more) {
-    for (; M >= 8; M -= 8, X += 8 * K, Y += 8 * ldy) few_dots<8, R>(K, X, W, Y, ldy, bias, more);
-    if (M >= 4) few_dots<4, R>(K, X, W, Y, ldy, bias, more), M -= 4, X += 4 * K, Y += 4 * ldy;
-    if (M >= 2) few_dots<2, R>(K, X, W, Y, ldy, bias, more), M -= 2, X += 2 * K, Y += 2 * ldy;
-    if (M) few_dots<1, R>(K, X, W, Y, ldy, bias, more);
+inline void few_rows(size_t M, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
+    if constexpr (R <= 2) {
+        for (; M >= 8; M -= 8, X += 8 * K, Y += 8 * ldy) few_dots<8, R>(K, X, W, Y, ldy, bias);
+        if (M >= 4) few_dots<4, R>(K, X, W, Y, ldy, bias), M -= 4, X += 4 * K, Y += 4 * ldy;
+    }
+    if (M >= 2) few_dots<2, R>(K, X, W, Y, ldy, bias), M -= 2, X += 2 * K, Y += 2 * ldy;
+    if (M) few_dots<1, R>(K, X, W, Y, ldy, bias);
 }
 
 // Y (M,N) = X (M,K) W^T (N,K) + bias for a few rows (generation), W float or bf16: W is read from memory once. A row's
 // result does not depend on the others.
 template <class T>
 inline void multiply_few(size_t M, size_t N, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
-    constexpr size_t R = 2, BLOCK = 16;
+    constexpr size_t R = 2, BLOCK = 2 * MANY_ROWS;
 #pragma omp parallel for schedule(static)
     for (size_t n0 = 0; n0 < N; n0 += BLOCK) {
         size_t end = std::min(N, n0 + BLOCK), n = n0;
-        for (; n + R <= end; n += R) few_rows<R>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr, n + 3 * R <= N);
-        for (; n < end; n++) few_rows<1>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr, false);
+        for (; M < 4 && n + MANY_ROWS <= end; n += MANY_ROWS) few_rows<MANY_ROWS>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
+        for (; n + R <= end; n += R) few_rows<R>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
+        for (; n < end; n++) few_rows<1>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
     }
 }
 
