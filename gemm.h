@@ -347,7 +347,7 @@ struct Touched {
 
 // Lines of memory that a micro-kernel asks for while it computes. Every `every` units it asks for those of a row: first of what the
 // epilogue will read or write with the tile, then of C. At every `rarely`-th of these calls it asks for a line of what will be packed
-// next, as long as it lasts, and where to, and of each of `arrays` arrays. All of them at once are more than the caches can wait for.
+// next, as long as it lasts, and where to, and of each of `arrays` arrays. Asked for all at once, they come late.
 struct Fetch {
     static constexpr size_t BYTES = LINE * sizeof(float), MOST_ARRAYS = 4;
     const char* at = nullptr;
@@ -724,7 +724,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
 constexpr size_t MANY_ROWS = 8;  // of W at once, where X has fewer than 4
 
 // R rows of W by M of X, each dot product summed lane by lane and then across the lanes, whatever R and M.
-// Asks for the lines of W some rows further on: where rows are many in their order in memory.
+// Asks for the lines of W some rows further on; with MANY_ROWS in the order of memory, where each is asked for once.
 template <size_t M, size_t R, class T>
 inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
     constexpr size_t AHEAD_ROWS = R * sizeof(float) / sizeof(T);
