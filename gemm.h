@@ -159,6 +159,15 @@ inline float sum(vec v) {
         for (size_t i = 0; i < h; i++) v[i] += v[i + h];
     return v[0];
 }
+// Of VL vectors at once: lane i of v[0] becomes the sum across v[i], summed in the same order.
+template <size_t H = VL / 2>
+inline __attribute__((always_inline)) void sum_each(vec* v) {
+    ivec low, high;  // of each 2H lanes of a vector, the lower H of it and of the one H further on
+    for (size_t j = 0; j < VL; j++) low[j] = (int)(j / (2 * H) * 2 * H + j % H + j / H % 2 * VL), high[j] = low[j] + (int)H;
+#pragma GCC unroll 16
+    for (size_t i = 0; i < H; i++) v[i] = __builtin_shuffle(v[i], v[i + H], low) + __builtin_shuffle(v[i], v[i + H], high);
+    if constexpr (H > 1) sum_each<H / 2>(v);
+}
 inline float max(vec v) {
     for (size_t h = VL / 2; h; h /= 2)
         for (size_t i = 0; i < h; i++) v[i] = std::max(v[i], v[i + h]);
@@ -223,6 +232,7 @@ struct F32 {
     template <class T>
     static constexpr bool READY = std::is_same<T, float>::value;
     static vec add_product(vec c, float a, vec b) { return c + a * b; }
+    static vec add_products(vec c, vec a, vec b) { return c + a * b; }  // lane by lane
     // VL units of one row: n values along k.
     template <class T>
     static vec along(const T* s, size_t n) { return load(s, n); }
@@ -237,7 +247,8 @@ struct BF16 {
     static constexpr size_t PER_UNIT = 2;
     template <class T>
     static constexpr bool READY = std::is_same<T, bf16>::value;
-    static vec add_product(vec c, float a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_ps(a), (__m512bh)b); }
+    static vec add_product(vec c, float a, vec b) { return add_products(c, (vec)_mm512_set1_ps(a), b); }
+    static vec add_products(vec c, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
     static vec along(const float* s, size_t n) {
         return (vec)_mm512_cvtne2ps_pbh((__m512)load(s + std::min(n, VL), n > VL ? n - VL : 0), (__m512)load(s, n));
     }
@@ -267,6 +278,7 @@ struct BF16 {
     template <class T>
     static constexpr bool READY = false;
     static vec add_product(vec c, float a, vec b) { return c + a * b; }
+    static vec add_products(vec c, vec a, vec b) { return c + a * b; }
     static vec along(const float* s, size_t n) { return round_to_bf16(load(s, n)); }
     static vec along(const bf16* s, size_t n) { return load(s, n); }
     template <class T>
@@ -721,62 +733,74 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
 // ---------------------------------------------------------------------------------------------
 // Few rows: generation
 
-constexpr size_t MANY_ROWS = 8;  // of W at once, where X has fewer than 4
+// dst (M, units of K values) = X (M,K) as P multiplies it.
+template <class P>
+inline void to_units(float* dst, const float* X, size_t M, size_t K) {
+    constexpr size_t U = P::PER_UNIT;
+    for (size_t m = 0; m < M; m++, X += K, dst += ceil_div(K, U))
+        for (size_t k = 0; k < K; k += U * VL) store(dst + k / U, P::along(X + k, K - k), ceil_div(K - k, U));
+}
 
-// R rows of W by M of X, each dot product summed lane by lane and then across the lanes, whatever R and M.
-// Asks for the lines of W some rows further on; with MANY_ROWS in the order of memory, where each is asked for once.
-template <size_t M, size_t R, class T>
+// The dot products of M rows of units X with R rows of W, AT_ONCE at a time: each summed lane by lane and then across the lanes,
+// whatever M and R. One row of X reads W as fast as memory gives it, one line after the other; more keep the processor too busy
+// to look far enough ahead, and ask for what comes. They ask the second cache for it, which holds more requests than the first.
+template <class P, size_t M, size_t R, size_t AT_ONCE, class T>
 inline void few_dots(size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
-    constexpr size_t AHEAD_ROWS = R * sizeof(float) / sizeof(T);
-    vec acc[M][R] = {};
-    size_t k = 0;
-    for (; k < K; k += VL) {
-        size_t n = std::min(VL, K - k);
-        vec w[R];
-        for (size_t r = 0; r < R; r++) {
-            w[r] = load(W + r * K + k, n);
-            if (R < MANY_ROWS) __builtin_prefetch(W + (r + 2 * R) * K + k);
-        }
-        for (size_t i = 0; R == MANY_ROWS && i < R * VL * sizeof(T); i += Fetch::BYTES) __builtin_prefetch((const char*)(W + (AHEAD_ROWS * K + k * R)) + i);
-        for (size_t m = 0; m < M; m++) {
-            vec x = load(X + m * K + k, n);
-            for (size_t r = 0; r < R; r++) acc[m][r] += x * w[r];
-        }
+    constexpr size_t U = P::PER_UNIT, STEP = U * VL, AHEAD_BYTES = 8192;
+    const size_t ldx = ceil_div(K, U);
+    vec sums[round_up(M * R, VL)] = {};
+#pragma GCC unroll 16
+    for (size_t r0 = 0; r0 < R; r0 += AT_ONCE, W += AT_ONCE * K) {
+        vec acc[AT_ONCE][M] = {};
+        auto step = [&](size_t k, size_t n) __attribute__((always_inline)) {
+            vec w[AT_ONCE];
+            for (size_t r = 0; r < AT_ONCE; r++) {
+                w[r] = P::along(W + r * K + k, n);
+                if (M > 1) __builtin_prefetch((const char*)(W + r * K + k) + AHEAD_BYTES, 0, 2);
+            }
+            for (size_t m = 0; m < M; m++) {
+                vec x = load(X + m * ldx + k / U, ceil_div(n, U));
+                for (size_t r = 0; r < AT_ONCE; r++) acc[r][m] = P::add_products(acc[r][m], x, w[r]);
+            }
+        };
+        size_t k = 0;
+        for (; k + STEP <= K; k += STEP) step(k, STEP);
+        if (k < K) step(k, K - k);
+        for (size_t r = 0; r < AT_ONCE; r++)
+            for (size_t m = 0; m < M; m++) sums[(r0 + r) * M + m] = acc[r][m];
     }
-    for (size_t first = 0; first < M * R; first += VL) {  // VL sums across lanes at once, by turning their block
-        vec v[VL] = {};
-        for (size_t i = 0; i < VL && first + i < M * R; i++) v[i] = acc[(first + i) / R][(first + i) % R];
-        transpose(v);
-        for (size_t h = VL / 2; h; h /= 2)
-            for (size_t j = 0; j < h; j++) v[j] += v[j + h];
-        for (size_t i = 0; i < VL && first + i < M * R; i++) {
-            size_t m = (first + i) / R, r = (first + i) % R;
-            Y[m * ldy + r] = v[0][i] + (bias ? bias[r] : 0.0f);
-        }
+#pragma GCC unroll 16
+    for (size_t first = 0; first < M * R; first += VL) {
+        sum_each(sums + first);
+        for (size_t i = first; i < std::min(first + VL, M * R); i++) Y[i % M * ldy + i / M] = sums[first][i - first] + (bias ? bias[i / M] : 0.0f);
     }
-}
-template <size_t R, class T>
-inline void few_rows(size_t M, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
-    if constexpr (R <= 2) {
-        for (; M >= 8; M -= 8, X += 8 * K, Y += 8 * ldy) few_dots<8, R>(K, X, W, Y, ldy, bias);
-        if (M >= 4) few_dots<4, R>(K, X, W, Y, ldy, bias), M -= 4, X += 4 * K, Y += 4 * ldy;
-    }
-    if (M >= 2) few_dots<2, R>(K, X, W, Y, ldy, bias), M -= 2, X += 2 * K, Y += 2 * ldy;
-    if (M) few_dots<1, R>(K, X, W, Y, ldy, bias);
 }
 
-// Y (M,N) = X (M,K) W^T (N,K) + bias for a few rows (generation), W float or bf16: W is read from memory once. A row's
-// result does not depend on the others.
-template <class T>
+// Y (M,N) = X W^T (N,K) + bias for a few rows X (generation), as to_units<P> leaves them; W float, or bf16 where P is BF16. A row's
+// result does not depend on the others. By one thread.
+template <class P, class T>
+inline void few_rows(size_t M, size_t N, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
+    size_t m = 0;
+    auto rows = [&](auto count) {
+        constexpr size_t ROWS = decltype(count)::value, AT_ONCE = ROWS >= 4 && MR > 6 ? 2 : 1, R = std::max(VL / ROWS, AT_ONCE);
+        for (; m + ROWS <= M; m += ROWS, X += ROWS * ceil_div(K, P::PER_UNIT), Y += ROWS * ldy) {
+            size_t n = 0;
+            for (; n + R <= N; n += R) few_dots<P, ROWS, R, AT_ONCE>(K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
+            for (; n < N; n++) few_dots<P, ROWS, 1, 1>(K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
+        }
+    };
+    rows(std::integral_constant<size_t, 8>());
+    rows(std::integral_constant<size_t, 4>());
+    rows(std::integral_constant<size_t, 2>());
+    rows(std::integral_constant<size_t, 1>());
+}
+
+// The same by all threads: W is read from memory once.
+template <class P, class T>
 inline void multiply_few(size_t M, size_t N, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
-    constexpr size_t R = 2, BLOCK = 2 * MANY_ROWS;
+    constexpr size_t BLOCK = 16;
 #pragma omp parallel for schedule(static)
-    for (size_t n0 = 0; n0 < N; n0 += BLOCK) {
-        size_t end = std::min(N, n0 + BLOCK), n = n0;
-        for (; M < 4 && n + MANY_ROWS <= end; n += MANY_ROWS) few_rows<MANY_ROWS>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
-        for (; n + R <= end; n += R) few_rows<R>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
-        for (; n < end; n++) few_rows<1>(M, K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
-    }
+    for (size_t n = 0; n < N; n += BLOCK) few_rows<P>(M, std::min(BLOCK, N - n), K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 // sampler.h - from logits to text: choosing a token, and writing poems with any model's decoder.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -19,24 +21,31 @@ class Sampler {
     // Draws from softmax(logits / temperature) cut to top_k, then to top_p, by u, uniform in [0,1). logits (V).
     int pick(const float* logits, int V, const SampleOptions& o, double u) {
         if (o.temperature <= 0) return (int)(std::max_element(logits, logits + V) - logits);
-        candidates_.resize((size_t)V);
-        for (int v = 0; v < V; v++) candidates_[(size_t)v] = {logits[v], v};
-        size_t n = o.top_k > 0 ? std::min((size_t)o.top_k, (size_t)V) : (size_t)V;
-        auto more_likely = [](const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.token < b.token; };
-        if (n < (size_t)V || o.top_p < 1)  // without a cut the order does not matter
-            std::partial_sort(candidates_.begin(), candidates_.begin() + (ptrdiff_t)n, candidates_.end(), more_likely);
-        double sum = 0, max = *std::max_element(logits, logits + V);
-        weights_.resize(n);
-        for (size_t i = 0; i < n; i++) sum += weights_[i] = std::exp((candidates_[i].logit - max) / o.temperature);
-        if (o.top_p < 1) {
+        size_t n = (size_t)V;
+        double max = *std::max_element(logits, logits + V);
+        candidates_.resize(n);
+        for (size_t v = 0; v < n; v++) candidates_[v] = {logits[v], (int)v, 0};
+        auto at = [&](size_t i) { return candidates_.begin() + (ptrdiff_t)i; };
+        // Candidates [from, to) become the likeliest that are left, in order.
+        auto sort = [&](size_t from, size_t to) {
+            auto more_likely = [](const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.token < b.token; };
+            if (to < candidates_.size()) std::partial_sort(at(from), at(to), candidates_.end(), more_likely);
+            else std::sort(at(from), at(to), more_likely);
+        };
+        size_t sorted = 0;
+        if (o.top_k > 0 && (size_t)o.top_k < n) sort(0, sorted = (size_t)o.top_k), candidates_.resize(n = sorted);
+        double sum = 0;
+        for (Candidate& c : candidates_) sum += c.weight = std::exp((c.logit - max) / o.temperature);
+        if (o.top_p < 1) {  // few tokens, as a rule, reach it: no more than they are sorted
             double reached = 0, wanted = o.top_p * sum;
             size_t k = 0;
-            while (k < n && reached < wanted) reached += weights_[k++];
-            n = std::max<size_t>(k, 1), sum = std::max(reached, weights_[0]);
+            for (; k < n && (!k || reached < wanted); reached += candidates_[k++].weight)
+                if (k == sorted) sort(k, sorted = k < n / 64 ? 8 * k + 64 : n);
+            n = k, sum = reached;
         }
-        double at = u * sum;
+        double left = u * sum;
         for (size_t i = 0; i + 1 < n; i++)
-            if ((at -= weights_[i]) < 0) return candidates_[i].token;
+            if ((left -= candidates_[i].weight) < 0) return candidates_[i].token;
         return candidates_[n - 1].token;
     }
 
@@ -44,9 +53,9 @@ class Sampler {
     struct Candidate {
         float logit;
         int token;
+        double weight;
     };
     std::vector<Candidate> candidates_;
-    std::vector<double> weights_;
 };
 
 // Holds back the bytes of a character that is not yet whole.
@@ -76,7 +85,8 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
     std::vector<bool> ended(N, false);
     std::vector<int> next;
     size_t alive = N, shown = 0;  // `shown`: tokens of each text that the decoder holds or has forgotten
-    Sampler sampler;
+    std::vector<Sampler> samplers((size_t)omp_get_max_threads());
+    std::vector<int> picked(N, eot);
     decoder.reset();
     for (int i = 0; i < max_tokens && alive; i++) {
         size_t length = text[0].size(), n = length - shown;
@@ -88,12 +98,15 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
         for (auto& t : text) next.insert(next.end(), t.end() - (ptrdiff_t)n, t.end());
         const float* logits = decoder.append(next.data(), n);
         shown = length;
+#pragma omp parallel for schedule(static)
+        for (size_t s = 0; s < N; s++)
+            if (!ended[s])
+                picked[s] = samplers[(size_t)omp_get_thread_num()].pick(logits + s * (size_t)V, V, o, rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i));
         for (size_t s = 0; s < N; s++) {
-            int token = ended[s] ? eot : sampler.pick(logits + s * (size_t)V, V, o, rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i));
-            text[s].push_back(token);
+            text[s].push_back(picked[s]);
             if (ended[s]) continue;
-            if (token == eot) ended[s] = true, alive--;
-            else emit(s, token);
+            if (picked[s] == eot) ended[s] = true, alive--;
+            else emit(s, picked[s]);
         }
     }
 }

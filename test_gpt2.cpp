@@ -398,6 +398,11 @@ Floats piece(cpu::GPT2& m, cpu::GPT2::State s) {
     m.each_piece(s, [&](const float* x, size_t n) { out.insert(out.end(), x, x + n); });
     return out;
 }
+// m's parameters become `from`, rounded where m keeps them so.
+void load_params(cpu::GPT2& m, const Floats& from) {
+    auto at = from.begin();
+    m.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) { std::copy(at, at + (ptrdiff_t)n, p), at += (ptrdiff_t)n; });
+}
 
 // A training pass over tokens of which `counted` are targets.
 Pass training_pass(size_t counted, uint32_t step = 3, uint64_t seq0 = 0) {
@@ -742,22 +747,25 @@ TEST_CASE("gemm: work beside a product is done once, all of it, by any number of
 
 namespace {
 
+template <class T>
+std::vector<T> typed(const Floats& x) {
+    std::vector<T> y;
+    for (float f : x)
+        if constexpr (sizeof(T) == 2) y.push_back(float_to_bf16(f));
+        else y.push_back(f);
+    return y;
+}
+double rounded(double x) { return bf16_to_float(float_to_bf16((float)x)); }
+
 // Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.
 template <class TA, class TB>
 void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form) {
     INFO("M ", M, " N ", N, " K ", K, ", forms of A and B ", a_form, " ", b_form, ", bytes ", sizeof(TA), " ", sizeof(TB));
     Strided A(r, M, K, a_form), B(r, K, N, b_form);
-    auto typed = [](const Floats& x, auto zero) {
-        std::vector<decltype(zero)> y;
-        for (float f : x)
-            if constexpr (sizeof zero == 2) y.push_back(float_to_bf16(f));
-            else y.push_back(f);
-        return y;
-    };
-    auto a = typed(A.data, TA()), b = [&] { return typed(B.data, TB()); }();
+    auto a = typed<TA>(A.data);
+    auto b = typed<TB>(B.data);
     Floats C(M * N, NAN);
     gemm::multiply<gemm::BF16>(M, N, K, a.data(), A.sr, A.sc, b.data(), B.sr, B.sc, C.data(), N);
-    auto rounded = [](double x) { return (double)bf16_to_float(float_to_bf16((float)x)); };
     double diff = 0;
     for (size_t m = 0; m < M; m++)
         for (size_t n = 0; n < N; n++) {
@@ -786,29 +794,48 @@ TEST_CASE("gemm of bf16 numbers: the product of the operands rounded to nearest,
     check_bf16_product<uint16_t, uint16_t>(r, 3 * gemm::MB + 3, 41, 4 * gemm::KC + 6, 0, 0);
 }
 
-TEST_CASE("multiply_few: X W^T + b for few rows, any width; a row does not depend on the others") {
+namespace {
+
+// Checks a trial of multiply_few against sums in double precision, of operands rounded as P rounds them.
+template <class P, class T>
+void check_few(Random& r) {
+    size_t M = 1 + r.below(19), N = r.among({1, 2, 3, 17, 65}), K = r.among({1, 2, 31, 32, 33, 63, 64, 100, 257}), ldy = N + r.below(3);
+    bool with_bias = r.below(2);
+    INFO("M ", M, " N ", N, " K ", K, " bytes ", sizeof(T));
+    Floats X = r.floats(M * K), W = r.floats(N * K), b = r.floats(N), Y(M * ldy, 7.0f), alone(N);
+    std::vector<T> w = typed<T>(W);
+    auto few = [&](size_t rows, const float* x, float* y, size_t ld) {
+        Floats units(rows * K + 1, 7.0f);
+        gemm::to_units<P>(units.data(), x, rows, K);
+        CHECK(units.back() == 7.0f);
+        gemm::multiply_few<P>(rows, N, K, units.data(), w.data(), y, ld, with_bias ? b.data() : nullptr);
+    };
+    few(M, X.data(), Y.data(), ldy);
+    size_t row = r.below(M);
+    few(1, &X[row * K], alone.data(), N);
+    CHECK(!memcmp(alone.data(), &Y[row * ldy], N * sizeof(float)));
+    auto operand = [](float x) { return sizeof(T) == 2 ? rounded(x) : (double)x; };
+    double diff = 0;
+    for (size_t m = 0; m < M; m++) {
+        for (size_t n = 0; n < N; n++) {
+            double want = with_bias ? b[n] : 0;
+            for (size_t k = 0; k < K; k++) want += operand(X[m * K + k]) * operand(W[n * K + k]);
+            diff += std::pow(Y[m * ldy + n] - want, 2);
+        }
+        for (size_t n = N; n < ldy; n++) CHECK(Y[m * ldy + n] == 7.0f);
+    }
+    double error = std::sqrt(diff / (double)(M * N * K));
+    note("multiply_few", error, 1e-6);
+    CHECK(error <= 1e-6);
+}
+
+}  // namespace
+
+TEST_CASE("multiply_few: X W^T + b for few rows, fp32 and bf16, any width; a row does not depend on the others") {
     Random r(5);
     for (size_t trial = 0; trial < 80; trial++) {
-        size_t M = 1 + r.below(19), N = r.among({1, 2, 3, 17, 65}), K = r.among({1, 2, 31, 32, 33, 63, 64, 100, 257}), ldy = N + r.below(3);
-        bool with_bias = r.below(2);
-        INFO("M ", M, " N ", N, " K ", K);
-        Floats X = r.floats(M * K), W = r.floats(N * K), b = r.floats(N), Y(M * ldy, 7.0f), alone(N);
-        gemm::multiply_few(M, N, K, X.data(), W.data(), Y.data(), ldy, with_bias ? b.data() : nullptr);
-        size_t row = r.below(M);
-        gemm::multiply_few(1, N, K, &X[row * K], W.data(), alone.data(), N, with_bias ? b.data() : nullptr);
-        CHECK(!memcmp(alone.data(), &Y[row * ldy], N * sizeof(float)));
-        double diff = 0;
-        for (size_t m = 0; m < M; m++) {
-            for (size_t n = 0; n < N; n++) {
-                double want = with_bias ? b[n] : 0;
-                for (size_t k = 0; k < K; k++) want += (double)X[m * K + k] * W[n * K + k];
-                diff += std::pow(Y[m * ldy + n] - want, 2);
-            }
-            for (size_t n = N; n < ldy; n++) CHECK(Y[m * ldy + n] == 7.0f);
-        }
-        double error = std::sqrt(diff / (double)(M * N * K));
-        note("multiply_few", error, 1e-6);
-        CHECK(error <= 1e-6);
+        check_few<gemm::F32, float>(r);
+        check_few<gemm::BF16, gemm::bf16>(r);
     }
 }
 
@@ -1848,13 +1875,13 @@ TEST_CASE("the decoder's logits are the full forward pass's after every prefix, 
         }
 }
 
-TEST_CASE("a decoder with weights in bf16 is the fp32 decoder with rounded weights; relative L2 1e-5") {
+// As for training in bf16: operands are off by up to 1/256, and the errors of many terms average out.
+TEST_CASE("a decoder in bf16 is the fp32 decoder with rounded weights, within the rounding of what they multiply; relative L2 1e-2") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         Config c = config(2, 3, 51, 97, 40, arch);
         cpu::GPT2 full(c, 0, 0, false), half(c, 0, 0, false, 0, Precision{BF16, true});
         randomise(full, 71);
-        const float* from = full.params();
-        half.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) { std::copy(from, from + n, p), from += n; });
+        load_params(half, parameters(full));
         for (size_t i = 0; i < num_params(c); i++) full.params()[i] = bf16_to_float(float_to_bf16(full.params()[i]));
         CHECK(same_bits(piece(half, cpu::GPT2::PARAMS), parameters(full)));
         CHECK(cpu::GPT2::memory_need(c, 0, 0, false, 0, half.precision).params == num_params(c) * 2);
@@ -1865,34 +1892,38 @@ TEST_CASE("a decoder with weights in bf16 is the fp32 decoder with rounded weigh
         for (size_t at = 0, n = 5; at < T; at += n, n = 1) {  // a prompt, then token by token
             Tokens next;
             for (size_t s = 0; s < N; s++) next.insert(next.end(), &tokens[s * T + at], &tokens[s * T + at] + n);
-            check_close("bf16 decoder, logits", b.append(next.data(), n), a.append(next.data(), n), N * (size_t)c.V, 1e-5);
+            check_close("bf16 decoder, logits", b.append(next.data(), n), a.append(next.data(), n), N * (size_t)c.V, 1e-2);
         }
     }
 }
 
-TEST_CASE("a sequence's logits have the same bits however many are written beside it, and with any number of threads") {
+TEST_CASE("a sequence's logits have the same bits however many are written beside it, and with any number of threads, fp32 and bf16") {
     Config c = config(2, 3, 51, 97, 80);  // an odd width, so that no vector divides a row
-    cpu::GPT2 m(c, 0, 0, false);
-    randomise(m, 61);
-    Tokens prompt = Random(61).tokens(70, c.V);
-    std::vector<Floats> first;
-    for (int threads : {1, 2, 3})
-        for (size_t N : {1, 2, 5, 9}) {
-            Threads guard(threads);
-            cpu::Decoder decoder(m, N, 80);
-            std::vector<Floats> logits;
-            size_t t = 0;
-            for (size_t n : {1, 66, 1, 2}) {
-                Tokens next;
-                for (size_t s = 0; s < N; s++)
-                    for (size_t i = 0; i < n; i++) next.push_back((prompt[t + i] + (int)s) % c.V);
-                const float* l = decoder.append(next.data(), n);
-                logits.push_back(Floats(l, l + c.V));
-                t += n;
+    cpu::GPT2 full(c, 0, 0, false);
+    randomise(full, 61);
+    for (Dtype dtype : {FP32, BF16}) {
+        cpu::GPT2 m(c, 0, 0, false, 0, Precision{dtype, true});
+        load_params(m, parameters(full));
+        Tokens prompt = Random(61).tokens(70, c.V);
+        std::vector<Floats> first;
+        for (int threads : {1, 2, 3})
+            for (size_t N : {1, 2, 5, 9}) {
+                Threads guard(threads);
+                cpu::Decoder decoder(m, N, 80);
+                std::vector<Floats> logits;
+                size_t t = 0;
+                for (size_t n : {1, 66, 1, 2}) {
+                    Tokens next;
+                    for (size_t s = 0; s < N; s++)
+                        for (size_t i = 0; i < n; i++) next.push_back((prompt[t + i] + (int)s) % c.V);
+                    const float* l = decoder.append(next.data(), n);
+                    logits.push_back(Floats(l, l + c.V));
+                    t += n;
+                }
+                if (first.empty()) first = logits;
+                for (size_t i = 0; i < logits.size(); i++) CHECK(same_bits(logits[i], first[i]));
             }
-            if (first.empty()) first = logits;
-            for (size_t i = 0; i < logits.size(); i++) CHECK(same_bits(logits[i], first[i]));
-        }
+    }
 }
 
 namespace {

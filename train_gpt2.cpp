@@ -1171,13 +1171,16 @@ class Decoder {
         x_ = a.take(rows_, C), ln_ = a.take(rows_, C), qkv_ = a.take(rows_, 3 * C), att_ = a.take(rows_, C), br_ = a.take(rows_, C);
         fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take((size_t)threads_, T_);
         logits_ = a.take(N_, c.V), last_ = a.take(N_, C);
-        w_ = a.take(C), b_ = a.take(4 * C);
+        w_ = a.take(C), b_ = a.take(4 * C), units_ = a.take(N_, 4 * C);
     }
-    // One token a sequence is bound by reading W; and the number of sequences must not change a sequence's sums.
+    // One token a sequence is bound by reading W; and the number of sequences must not change a sequence's sums. With weights
+    // in bf16 X is rounded too, as in training.
     template <class W>
-    static void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N, bool one_token) {
-        if (one_token) gemm::multiply_few(M, N, K, X, w, Y, N, b);
-        else matmul_forward(Y, X, w, b, M, K, N);
+    void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N, bool one_token) {
+        using P = std::conditional_t<std::is_same<W, float>::value, gemm::F32, gemm::BF16>;
+        if (!one_token) return matmul_forward<P>(Y, X, w, b, M, K, N);
+        gemm::to_units<P>(units_, X, M, K);
+        gemm::multiply_few<P>(M, N, K, units_, w, Y, N, b);
     }
     static float value(float w) { return w; }
     static float value(gemm::bf16 w) { return bf16_to_float(w); }
@@ -1188,45 +1191,60 @@ class Decoder {
         return buf;
     }
 
+    // Attention of each sequence's n new tokens to all so far, att_ (N_*n,C) from qkv_ (N_*n,3C). cache, of one layer, holds
+    // keys (T_,hs), then values (T_,hs), of each sequence and head, so that both are read one line after the other.
+    void attend(float* cache, size_t n) {
+        size_t C = m_.cfg.C, NH = m_.cfg.NH, hs = m_.cfg.hs(), rows = N_ * n * NH;
+        float scale = 1.0f / std::sqrt((float)hs);
+        auto keys = [&](size_t r, size_t h) { return cache + (r / n * NH + h) * 2 * T_ * hs; };
+#pragma omp parallel
+        {
+#pragma omp for schedule(static)
+            for (size_t rh = 0; rh < rows; rh++) {
+                size_t r = rh / NH, h = rh % NH;
+                const float* k = qkv_ + r * 3 * C + C + h * hs;
+                float* to = keys(r, h) + (pos_ + r % n) * hs;
+                memcpy(to, k, hs * sizeof(float)), memcpy(to + T_ * hs, k + C, hs * sizeof(float));
+            }
+#pragma omp for schedule(static)
+            for (size_t rh = 0; rh < rows; rh++) {
+                size_t r = rh / NH, h = rh % NH, len = pos_ + r % n + 1;
+                const float *q = qkv_ + r * 3 * C + h * hs, *k = keys(r, h), *v = k + T_ * hs;
+                float *s = scores_ + (size_t)omp_get_thread_num() * T_, *o = att_ + r * C + h * hs, max = -INFINITY, sum = 0;
+                gemm::few_rows<gemm::F32>(1, len, hs, q, k, s, 0, nullptr);
+#pragma omp simd reduction(max : max)
+                for (size_t j = 0; j < len; j++) max = s[j] > max ? s[j] : max;
+                for (size_t j = 0; j < len; j += gemm::VL) gemm::store(s + j, exp_approx((gemm::load(s + j, len - j) - max) * scale), len - j);
+#pragma omp simd reduction(+ : sum)
+                for (size_t j = 0; j < len; j++) sum += s[j];
+                for (size_t i = 0; i < hs; i++) o[i] = 0;
+                for (size_t j = 0; j < len; j++, v += hs) {
+                    float share = s[j] / sum;
+                    for (size_t i = 0; i < hs; i++) o[i] += share * v[i];
+                }
+            }
+        }
+    }
+
     // One chunk: the first n of `stride` tokens of each sequence.
     template <class W>
     void run(const ParamsOf<W>& p, const int* tokens, size_t stride, size_t n, bool want_logits) {
         const Config& c = m_.cfg;
-        size_t C = c.C, NH = c.NH, hs = c.hs(), M = N_ * n;
-        bool grover = c.arch == GROVER_ARCH;
-        float scale = 1.0f / std::sqrt((float)hs), *mean = stat_, *rstd = stat_ + M;
+        size_t C = c.C, M = N_ * n;
+        float *mean = stat_, *rstd = stat_ + M;
         for (size_t r = 0; r < M; r++)
             for (size_t i = 0; i < C; i++)
                 x_[r * C + i] = value(p.wte[(size_t)tokens[r / n * stride + r % n] * C + i]) + value(p.wpe[(pos_ + r % n) * C + i]);
         for (size_t l = 0; l < (size_t)c.L; l++) {
-            float* cache = cache_ + l * N_ * T_ * 2 * C;
-            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln1w + l * C, C, w_), floats(p.ln1b + l * C, C, b_), M, C, c.eps);
-            if (grover) memcpy(x_, ln_, M * C * sizeof(float));
+            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln1w + l * C, C, w_), floats(p.ln1b + l * C, C, b_), M, C, c.eps,
+                              c.arch == GROVER_ARCH ? x_ : nullptr);
             matmul(qkv_, ln_, p.qkvw + l * 3 * C * C, floats(p.qkvb + l * 3 * C, 3 * C, b_), M, C, 3 * C, n == 1);
-            for (size_t r = 0; r < M; r++)
-                memcpy(cache + ((r / n) * T_ + pos_ + r % n) * 2 * C, qkv_ + r * 3 * C + C, 2 * C * sizeof(float));
-#pragma omp parallel for schedule(static)
-            for (size_t rh = 0; rh < M * NH; rh++) {
-                size_t r = rh / NH, h = rh % NH, len = pos_ + r % n + 1;
-                const float *q = qkv_ + r * 3 * C + h * hs, *k = cache + r / n * T_ * 2 * C + h * hs, *v = k + C;
-                float *s = scores_ + (size_t)omp_get_thread_num() * T_, *o = att_ + r * C + h * hs, max = -INFINITY, sum = 0;
-                for (size_t j = 0; j < len; j++) {
-                    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                    for (size_t i = 0; i < hs; i++) dot += q[i] * k[j * 2 * C + i];
-                    s[j] = dot * scale, max = s[j] > max ? s[j] : max;
-                }
-                for (size_t j = 0; j < len; j += gemm::VL) gemm::store(s + j, exp_approx(gemm::load(s + j, len - j) - max), len - j);
-                for (size_t j = 0; j < len; j++) sum += s[j];
-                for (size_t i = 0; i < hs; i++) o[i] = 0;
-                for (size_t j = 0; j < len; j++)
-                    for (size_t i = 0; i < hs; i++) o[i] += s[j] / sum * v[j * 2 * C + i];
-            }
+            attend(cache_ + l * N_ * T_ * 2 * C, n);
             matmul(br_, att_, p.attprojw + l * C * C, floats(p.attprojb + l * C, C, b_), M, C, C, n == 1);
-            for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
-            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln2w + l * C, C, w_), floats(p.ln2b + l * C, C, b_), M, C, c.eps);
+            residual_layernorm_forward(x_, ln_, mean, rstd, x_, br_, floats(p.ln2w + l * C, C, w_), floats(p.ln2b + l * C, C, b_), M, C, Dropout(), 0, c.eps);
             matmul(fc_, ln_, p.fcw + l * 4 * C * C, floats(p.fcb + l * 4 * C, 4 * C, b_), M, C, 4 * C, n == 1);
-            gelu_forward(fc_, fc_, M * 4 * C, c.activation);
+#pragma omp parallel for schedule(static)
+            for (size_t r = 0; r < M; r++) gelu_forward(fc_ + r * 4 * C, fc_ + r * 4 * C, 4 * C, c.activation);
             matmul(br_, fc_, p.fcprojw + l * 4 * C * C, floats(p.fcprojb + l * C, C, b_), M, 4 * C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
         }
@@ -1240,7 +1258,7 @@ class Decoder {
     GPT2& m_;
     size_t N_, T_, rows_, pos_ = 0, bytes_ = 0;
     int threads_ = omp_get_max_threads();
-    float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_, *w_, *b_;
+    float *mem_, *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_, *w_, *b_, *units_;
 };
 
 }  // namespace cpu
