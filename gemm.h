@@ -655,6 +655,9 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     };
     size_t s_max = std::min(S, SHARED_WIDTH), room = SHARED_UNITS / (round_up(s_max, NR) * (kc / U));
     size_t at_once = packs_shared ? std::max<size_t>(1, std::min(room, Workspace::MOST_PANELS / panels(s_max, by_columns))) : chunks;
+    // Where A's rows are units, each task reads all of A. What the cache does not keep that long one thread reads in chunks of k, each for all
+    // tasks; several threads would have to wait for each other after each.
+    if (!packs_shared && nt == 1 && S * K * sizeof(TA) > SHARED_UNITS * sizeof(float)) at_once = 1;
     size_t all_tiles = row_panels(M, mr) * ceil_div(N, nr) * chunks;  // or a few more
     uint64_t first_operand = ws.operands;
     ws.operands += ceil_div(S, s_max) * ceil_div(chunks, at_once);

@@ -653,7 +653,7 @@ TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memor
 
 TEST_CASE("gemm: an element has the same bits wherever it stands, however A lies in memory and whatever the number of threads") {
     Random r(4);
-    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {71, 203, 1024}, {450, 150, 600}, {77, 358, 130}};
+    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {71, 203, 1024}, {450, 150, 600}, {77, 358, 130}, {77, 145, 32000}};
     for (auto& [M, N, K] : sizes) {
         INFO(M, " x ", N, " x ", K);
         Floats A = r.floats(M * K), turned(M * K), B = r.floats(K * N), bias = r.floats(N), want(M * N);
@@ -2101,6 +2101,30 @@ TEST_CASE("the sampler: temperature 0 takes the most likely token; each token ow
     o.temperature = 1e-3f;
     CHECK(sampler.pick(far, 3, o, 0.9999) == 1);
     CHECK(sampler.pick(far, 1, o, 0.5) == 0);  // a vocabulary of one
+}
+
+TEST_CASE("the sampler: of a large vocabulary top_p draws what it would from all tokens in order of likelihood") {
+    const int V = 5000;
+    for (double sd : {0.0, 1.0, 3.0, 5.0}) {  // from flat to peaked
+        Floats logits = Random(73).floats(V, sd);
+        std::vector<int> order(V);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[(size_t)a] > logits[(size_t)b]; });
+        double total = 0;
+        for (float l : logits) total += std::exp((double)l);
+        for (float top_p : {0.001f, 0.3f, 0.9f, 0.999f}) {
+            INFO("standard deviation ", sd, " top_p ", top_p);
+            Doubles reached;  // up to and with each token in order
+            for (double sum = 0; reached.empty() || sum < top_p * total;) reached.push_back(sum += std::exp((double)logits[(size_t)order[reached.size()]]));
+            SampleOptions o;
+            o.temperature = 1, o.top_p = top_p;
+            Sampler sampler;
+            for (double u : {0.0, 0.1, 0.5, 0.77, 0.9, 0.99, 1 - 0x1p-40}) {
+                size_t i = (size_t)(std::upper_bound(reached.begin(), reached.end(), u * reached.back()) - reached.begin());
+                CHECK(sampler.pick(logits.data(), V, o, u) == order[std::min(i, reached.size() - 1)]);
+            }
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------
