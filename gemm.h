@@ -49,6 +49,7 @@ constexpr size_t VL = 4, MR = 12, L1_WAYS = 4;
 #else
 constexpr size_t VL = 4, MR = 6, L1_WAYS = 8;
 #endif
+constexpr bool MANY_REGISTERS = MR >= 12;  // 32, else 16
 constexpr size_t NV = 2, NR = NV * VL;
 constexpr bool WIDE_TILES = VL == 16;      // tiles of up to MR / 2 x 2 NR too
 constexpr size_t KC = 512;                 // units of k in one packed block
@@ -655,9 +656,9 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
     };
     size_t s_max = std::min(S, SHARED_WIDTH), room = SHARED_UNITS / (round_up(s_max, NR) * (kc / U));
     size_t at_once = packs_shared ? std::max<size_t>(1, std::min(room, Workspace::MOST_PANELS / panels(s_max, by_columns))) : chunks;
-    // Where A's rows are units, each task reads all of A. What the cache does not keep that long one thread reads in chunks of k, each for all
-    // tasks; several threads would have to wait for each other after each.
-    if (!packs_shared && nt == 1 && S * K * sizeof(TA) > SHARED_UNITS * sizeof(float)) at_once = 1;
+    // Where A's rows are units, each task reads all those at hand. What the cache does not keep that long one thread reads in chunks of k,
+    // each for all tasks; several threads would have to wait for each other after each.
+    if (!packs_shared && nt == 1 && s_max * K * sizeof(TA) > SHARED_UNITS * sizeof(float)) at_once = 1;
     size_t all_tiles = row_panels(M, mr) * ceil_div(N, nr) * chunks;  // or a few more
     uint64_t first_operand = ws.operands;
     ws.operands += ceil_div(S, s_max) * ceil_div(chunks, at_once);
@@ -736,7 +737,7 @@ inline void multiply(size_t M, size_t N, size_t K, const TA* A, size_t am, size_
 // ---------------------------------------------------------------------------------------------
 // Few rows: generation
 
-// dst (M, units of K values) = X (M,K) as P multiplies it.
+// dst (M, units of K values) = X (M,K) as P multiplies it; for F32 that is X as it stands.
 template <class P>
 inline void to_units(float* dst, const float* X, size_t M, size_t K) {
     constexpr size_t U = P::PER_UNIT;
@@ -785,7 +786,7 @@ template <class P, class T>
 inline void few_rows(size_t M, size_t N, size_t K, const float* X, const T* W, float* Y, size_t ldy, const float* bias) {
     size_t m = 0;
     auto rows = [&](auto count) {
-        constexpr size_t ROWS = decltype(count)::value, AT_ONCE = ROWS >= 4 && MR > 6 ? 2 : 1, R = std::max(VL / ROWS, AT_ONCE);
+        constexpr size_t ROWS = decltype(count)::value, AT_ONCE = ROWS >= 4 && MANY_REGISTERS ? 2 : 1, R = std::max(VL / ROWS, AT_ONCE);
         for (; m + ROWS <= M; m += ROWS, X += ROWS * ceil_div(K, P::PER_UNIT), Y += ROWS * ldy) {
             size_t n = 0;
             for (; n + R <= N; n += R) few_dots<P, ROWS, R, AT_ONCE>(K, X, W + n * K, Y + n, ldy, bias ? bias + n : nullptr);

@@ -24,7 +24,7 @@ int main(int argc, char** argv) {
         f.add("top_p", "", &so.top_p, "P", "choose among the likeliest that together reach probability P");
         f.add("ignore_end", "", &keep_eot, "do not stop where the model ends the poem");
         f.add("seed", "", &seed, "N", "the same seed writes the same poems");
-        f.add("dtype", "", &dtype, "NAME", "what is kept and multiplied: fp32, or bf16, which is half as large and up to twice as fast");
+        f.add("dtype", "", &dtype, "NAME", "how weights are kept and multiplied: fp32, or bf16, which is half as large and up to twice as fast");
         f.add("threads", "", &threads, "N", "threads; 0: all cores");
         f.epilogue("Example:\n  ./sample_gpt2 -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 --top_k 50 --top_p 0.95 --seed 7 --num 3\n");
         f.parse(argc, argv);

@@ -1,8 +1,6 @@
 // sampler.h - from logits to text: choosing a token, and writing poems with any model's decoder.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -18,6 +16,9 @@ struct SampleOptions {
 
 class Sampler {
   public:
+    // Has memory for a vocabulary of V from the start.
+    explicit Sampler(int V = 0) : candidates_((size_t)V) {}
+
     // Draws from softmax(logits / temperature) cut to top_k, then to top_p, by u, uniform in [0,1). logits (V).
     int pick(const float* logits, int V, const SampleOptions& o, double u) {
         if (o.temperature <= 0) return (int)(std::max_element(logits, logits + V) - logits);
@@ -36,7 +37,7 @@ class Sampler {
         if (o.top_k > 0 && (size_t)o.top_k < n) sort(0, sorted = (size_t)o.top_k), candidates_.resize(n = sorted);
         double sum = 0;
         for (Candidate& c : candidates_) sum += c.weight = std::exp((c.logit - max) / o.temperature);
-        if (o.top_p < 1) {  // few tokens, as a rule, reach it: no more than they are sorted
+        if (o.top_p < 1) {  // few tokens, as a rule, reach it: they are sorted part by part until they do
             double reached = 0, wanted = o.top_p * sum;
             size_t k = 0;
             for (; k < n && (!k || reached < wanted); reached += candidates_[k++].weight)
@@ -85,7 +86,7 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
     std::vector<bool> ended(N, false);
     std::vector<int> next;
     size_t alive = N, shown = 0;  // `shown`: tokens of each text that the decoder holds or has forgotten
-    std::vector<Sampler> samplers((size_t)omp_get_max_threads());
+    std::vector<Sampler> samplers(std::min<size_t>(N, 16), Sampler(V));  // of parts of the texts, which draw side by side
     std::vector<int> picked(N, eot);
     decoder.reset();
     for (int i = 0; i < max_tokens && alive; i++) {
@@ -99,9 +100,9 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
         const float* logits = decoder.append(next.data(), n);
         shown = length;
 #pragma omp parallel for schedule(static)
-        for (size_t s = 0; s < N; s++)
-            if (!ended[s])
-                picked[s] = samplers[(size_t)omp_get_thread_num()].pick(logits + s * (size_t)V, V, o, rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i));
+        for (size_t part = 0; part < samplers.size(); part++)
+            for (size_t s = N * part / samplers.size(); s < N * (part + 1) / samplers.size(); s++)
+                if (!ended[s]) picked[s] = samplers[part].pick(logits + s * (size_t)V, V, o, rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i));
         for (size_t s = 0; s < N; s++) {
             text[s].push_back(picked[s]);
             if (ended[s]) continue;

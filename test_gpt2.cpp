@@ -755,7 +755,11 @@ std::vector<T> typed(const Floats& x) {
         else y.push_back(f);
     return y;
 }
-double rounded(double x) { return bf16_to_float(float_to_bf16((float)x)); }
+float rounded(double x) { return bf16_to_float(float_to_bf16((float)x)); }
+Floats rounded(Floats values) {
+    for (float& f : values) f = rounded(f);
+    return values;
+}
 
 // Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.
 template <class TA, class TB>
@@ -770,7 +774,7 @@ void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, 
     for (size_t m = 0; m < M; m++)
         for (size_t n = 0; n < N; n++) {
             double want = 0;
-            for (size_t k = 0; k < K; k++) want += rounded(A.at(m, k)) * rounded(B.at(k, n));
+            for (size_t k = 0; k < K; k++) want += (double)rounded(A.at(m, k)) * rounded(B.at(k, n));
             diff += std::pow(C[m * N + n] - want, 2);
         }
     double error = std::sqrt(diff / (double)(M * N * K));
@@ -805,7 +809,7 @@ void check_few(Random& r) {
     Floats X = r.floats(M * K), W = r.floats(N * K), b = r.floats(N), Y(M * ldy, 7.0f), alone(N);
     std::vector<T> w = typed<T>(W);
     auto few = [&](size_t rows, const float* x, float* y, size_t ld) {
-        Floats units(rows * K + 1, 7.0f);
+        Floats units(rows * gemm::ceil_div(K, P::PER_UNIT) + 1, 7.0f);
         gemm::to_units<P>(units.data(), x, rows, K);
         CHECK(units.back() == 7.0f);
         gemm::multiply_few<P>(rows, N, K, units.data(), w.data(), y, ld, with_bias ? b.data() : nullptr);
@@ -814,7 +818,7 @@ void check_few(Random& r) {
     size_t row = r.below(M);
     few(1, &X[row * K], alone.data(), N);
     CHECK(!memcmp(alone.data(), &Y[row * ldy], N * sizeof(float)));
-    auto operand = [](float x) { return sizeof(T) == 2 ? rounded(x) : (double)x; };
+    auto operand = [](float x) { return (double)(sizeof(T) == 2 ? rounded(x) : x); };
     double diff = 0;
     for (size_t m = 0; m < M; m++) {
         for (size_t n = 0; n < N; n++) {
@@ -1043,10 +1047,6 @@ TEST_CASE("attention in bf16: from rounded queries, keys and values, over all ti
             INFO("B ", s.B, " T ", s.T, " NH ", s.NH, " head ", s.hs, " p ", p);
             size_t B = s.B, T = s.T, NH = s.NH, C = NH * s.hs;
             cpu::Dropout drop = dropout_of(p, rng::ATT_DROPOUT);
-            auto rounded = [](Floats values) {
-                for (float& f : values) f = bf16_to_float(float_to_bf16(f));
-                return values;
-            };
             auto floats = [](const std::vector<gemm::bf16>& from) {
                 Floats values(from.size());
                 std::transform(from.begin(), from.end(), values.begin(), bf16_to_float);
@@ -1882,7 +1882,7 @@ TEST_CASE("a decoder in bf16 is the fp32 decoder with rounded weights, within th
         cpu::GPT2 full(c, 0, 0, false), half(c, 0, 0, false, 0, Precision{BF16, true});
         randomise(full, 71);
         load_params(half, parameters(full));
-        for (size_t i = 0; i < num_params(c); i++) full.params()[i] = bf16_to_float(float_to_bf16(full.params()[i]));
+        for (size_t i = 0; i < num_params(c); i++) full.params()[i] = rounded(full.params()[i]);
         CHECK(same_bits(piece(half, cpu::GPT2::PARAMS), parameters(full)));
         CHECK(cpu::GPT2::memory_need(c, 0, 0, false, 0, half.precision).params == num_params(c) * 2);
         const size_t N = 3, T = 9;
@@ -1998,7 +1998,7 @@ TEST_CASE("generate ends a sequence at end-of-text, shows nothing of it, and sto
     CHECK(longest < 100);  // one in five tokens ends it
 }
 
-TEST_CASE("generated text is what the full forward pass would choose, past the context too, and does not depend on its neighbours") {
+TEST_CASE("generated text is what the full forward pass would choose, past the context too, and depends neither on its neighbours nor on the number of threads") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         const size_t capacity = 16;
         Config c = config(2, 3, 48, 40, (int)capacity, arch);
@@ -2017,6 +2017,12 @@ TEST_CASE("generated text is what the full forward pass would choose, past the c
         CHECK(five == again);
         CHECK(five[0] != five[1]);
         CHECK(five != other);
+        auto many = write(37, 5, 1);  // more than draw side by side
+        for (int threads : {1, 2, 3}) {
+            Threads guard(threads);
+            CHECK((write(37, 5, 1) == many));
+            CHECK((write(5, 5, 1) == std::vector<Tokens>(many.begin(), many.begin() + 5)));
+        }
 
         Tokens window = {1, 2, 3}, want, unused(capacity, 0);
         Floats logits(capacity * (size_t)c.V);
@@ -2224,7 +2230,7 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
         CHECK(reader.version == MODEL_BF16);
         trainer::load_model(back, reader);
     }
-    for (size_t i = 0; i < num_params(c); i++) CHECK(back.params()[i] == bf16_to_float(float_to_bf16(m.params()[i])));
+    for (size_t i = 0; i < num_params(c); i++) CHECK(back.params()[i] == rounded(m.params()[i]));
     CHECK((write_bf16(back, dir / "half2.bin") == half));
 
     CHECK(contains(error_of([&] { ModelWriter(dir / "x", c).finish(); }), "parameters missing"));

@@ -166,7 +166,7 @@ inline void layernorm_row(A* y, float* mean, float* rstd, const float* x, const 
 }
 
 // y (M,C) = LayerNorm(x), in floats or rounded to bf16; mean, rstd (M) are kept for backward; copy (M,C) or null takes y in
-// floats.
+// floats, and may be x.
 template <class A>
 inline void layernorm_forward(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t M,
                               size_t C, float eps = LAYERNORM_EPS, float* copy = nullptr) {
@@ -1171,7 +1171,7 @@ class Decoder {
         x_ = a.take(rows_, C), ln_ = a.take(rows_, C), qkv_ = a.take(rows_, 3 * C), att_ = a.take(rows_, C), br_ = a.take(rows_, C);
         fc_ = a.take(rows_, 4 * C), stat_ = a.take(rows_, 2), scores_ = a.take((size_t)threads_, T_);
         logits_ = a.take(N_, c.V), last_ = a.take(N_, C);
-        w_ = a.take(C), b_ = a.take(4 * C), units_ = a.take(N_, 4 * C);
+        w_ = a.take(C), b_ = a.take(4 * C), units_ = a.take(m_.half.wte ? N_ : 0, 4 * C);
     }
     // One token a sequence is bound by reading W; and the number of sequences must not change a sequence's sums. With weights
     // in bf16 X is rounded too, as in training.
@@ -1179,8 +1179,8 @@ class Decoder {
     void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N, bool one_token) {
         using P = std::conditional_t<std::is_same<W, float>::value, gemm::F32, gemm::BF16>;
         if (!one_token) return matmul_forward<P>(Y, X, w, b, M, K, N);
-        gemm::to_units<P>(units_, X, M, K);
-        gemm::multiply_few<P>(M, N, K, units_, w, Y, N, b);
+        if (m_.half.wte) gemm::to_units<P>(units_, X, M, K), X = units_;
+        gemm::multiply_few<P>(M, N, K, X, w, Y, N, b);
     }
     static float value(float w) { return w; }
     static float value(gemm::bf16 w) { return bf16_to_float(w); }
