@@ -34,9 +34,9 @@ class Sampler {
             else std::sort(at(from), at(to), more_likely);
         };
         size_t sorted = 0;
-        if (o.top_k > 0 && (size_t)o.top_k < n) sort(0, sorted = (size_t)o.top_k), candidates_.resize(n = sorted);
+        if (o.top_k > 0 && (size_t)o.top_k < n) sort(0, n = sorted = (size_t)o.top_k);
         double sum = 0;
-        for (Candidate& c : candidates_) sum += c.weight = std::exp((c.logit - max) / o.temperature);
+        for (size_t i = 0; i < n; i++) sum += candidates_[i].weight = std::exp((candidates_[i].logit - max) / o.temperature);
         if (o.top_p < 1) {  // few tokens, as a rule, reach it: they are sorted part by part until they do
             double reached = 0, wanted = o.top_p * sum;
             size_t k = 0;
