@@ -27,7 +27,7 @@
 #include <utility>
 #include <vector>
 
-#include "io.h"
+#include "lib/io.h"
 #include "tokenizer/unicode_tables.h"
 
 // ---------------------------------------------------------------------------------------------

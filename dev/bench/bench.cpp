@@ -16,8 +16,8 @@
 #include <sstream>
 
 #include "bench.h"
-#include "flags.h"
-#include "sampler.h"
+#include "lib/flags.h"
+#include "lib/sampler.h"
 
 namespace {
 

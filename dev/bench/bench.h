@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "gemm.h"
+#include "lib/gemm.h"
 
 namespace bench {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "rng.h"
+#include "lib/rng.h"
 #include "tokenizer/tokenizer.h"
 
 struct SampleOptions {

@@ -36,7 +36,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "io.h"
+#include "lib/io.h"
 
 namespace gemm {
 
