@@ -14,7 +14,7 @@ FLAGS = $(BASE_FLAGS) $(or $(MARCH_$(ISA)),-march=$(ARCH))
 # Tuned for some processors, g++ leaves a loop of one sum unfused: then an element's bits would hang on its neighbours'.
 FUSE := $(shell f=--param=avoid-fma-max-bits=0; $(CXX) -Werror $$f -E -x c++ /dev/null >/dev/null 2>&1 && echo $$f)
 BASE_FLAGS = -std=c++17 $(CXXFLAGS) -ffp-contract=fast $(FUSE) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra -I.
-HEADERS = $(wildcard lib/*.h tokenizer/*.h data/*.h dev/*.h dev/*/*.h)
+HEADERS = $(wildcard *.h tokenizer/*.h data/*.h dev/*.h dev/*/*.h)
 PROGRAMS = train_gpt2 sample_gpt2 prepare_data
 CUDA_HOME ?= /usr/local/cuda
 BUILD ?= build

@@ -1,8 +1,8 @@
 // sample_gpt2.cpp - writes poems from a checkpoint.
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
-#include "lib/flags.h"
-#include "lib/sampler.h"
+#include "flags.h"
+#include "sampler.h"
 #include "tokenizer/tokenizer.h"
 
 int main(int argc, char** argv) {

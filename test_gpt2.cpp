@@ -19,7 +19,7 @@
 
 #include "dev/test_util.h"
 #include "train_gpt2.cpp"
-#include "lib/trainer.h"
+#include "trainer.h"
 
 namespace {
 

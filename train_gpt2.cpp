@@ -9,9 +9,9 @@
 #ifndef TRAIN_GPT2_CPP
 #define TRAIN_GPT2_CPP
 
-#include "lib/gemm.h"
-#include "lib/gpt2.h"
-#include "lib/rng.h"
+#include "gemm.h"
+#include "gpt2.h"
+#include "rng.h"
 
 #include <tuple>
 
@@ -1264,7 +1264,7 @@ class Decoder {
 }  // namespace cpu
 
 #ifndef ARAPOET_NO_MAIN
-#include "lib/trainer.h"
+#include "trainer.h"
 int main(int argc, char** argv) {
     gemm::spin_less(argv);
     return train<cpu::GPT2, cpu::Decoder>(argc, argv);

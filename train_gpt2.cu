@@ -24,8 +24,8 @@
 #include <memory>
 #include <utility>
 
-#include "lib/gpt2.h"
-#include "lib/rng.h"
+#include "gpt2.h"
+#include "rng.h"
 
 namespace gpu {
 
@@ -2731,7 +2731,7 @@ class Decoder {
 }  // namespace gpu
 
 #ifndef ARAPOET_NO_MAIN
-#include "lib/trainer.h"
+#include "trainer.h"
 int main(int argc, char** argv) { return train<gpu::GPT2, gpu::Decoder>(argc, argv); }
 #endif
 #endif  // TRAIN_GPT2_CU

@@ -3,7 +3,7 @@
 //
 // Compiled with -DPROGRAM="name" and -DVARIANTS=V(generic)...; a variant is the whole program with its main renamed. Its
 // functions are invisible to the others, so that no template compiled for AVX-512 serves a processor without.
-#include "lib/io.h"
+#include "io.h"
 
 #define V(isa) int run_##isa(int, char**);
 VARIANTS

@@ -11,7 +11,7 @@
 #include <map>
 #include <string>
 
-#include "lib/io.h"
+#include "io.h"
 
 // A fresh folder under /tmp, removed with all its content at the end.
 struct TempDir {

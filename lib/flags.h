@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "lib/io.h"
+#include "io.h"
 
 class Flags {
   public:

@@ -36,7 +36,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "lib/io.h"
+#include "io.h"
 
 namespace gemm {
 

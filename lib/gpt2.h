@@ -15,8 +15,8 @@
 #include <array>
 #include <cmath>
 
-#include "lib/io.h"
-#include "lib/rng.h"
+#include "io.h"
+#include "rng.h"
 
 enum Arch { GPT2_ARCH = 0, GROVER_ARCH = 1 };
 enum Activation { GELU_TANH = 0, GELU_ERF = 1 };

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "lib/rng.h"
+#include "rng.h"
 #include "tokenizer/tokenizer.h"
 
 struct SampleOptions {

@@ -19,9 +19,9 @@
 #include <memory>
 
 #include "data/dataloader.h"
-#include "lib/flags.h"
-#include "lib/gpt2.h"
-#include "lib/sampler.h"
+#include "flags.h"
+#include "gpt2.h"
+#include "sampler.h"
 #include "tokenizer/tokenizer.h"
 
 namespace trainer {

@@ -16,8 +16,8 @@
 #include <sstream>
 
 #include "bench.h"
-#include "lib/flags.h"
-#include "lib/sampler.h"
+#include "flags.h"
+#include "sampler.h"
 
 namespace {
 

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "lib/gemm.h"
+#include "gemm.h"
 
 namespace bench {
 

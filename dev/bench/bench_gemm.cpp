@@ -8,9 +8,9 @@
 // In bf16 the operands are bf16 and the result fp32. OpenBLAS adds no bias.
 // All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
 #include "bench.h"
-#include "lib/flags.h"
-#include "lib/gpt2.h"
-#include "lib/rng.h"
+#include "flags.h"
+#include "gpt2.h"
+#include "rng.h"
 
 #include <array>
 #include <memory>

@@ -8,7 +8,7 @@
 
 #include <map>
 
-#include "lib/gpt2.h"
+#include "gpt2.h"
 
 struct Golden {
     std::string text;  // which script and versions wrote the file

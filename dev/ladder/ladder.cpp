@@ -21,8 +21,8 @@
 #include "train_gpt2.cpp"
 
 #include "data/dataloader.h"
-#include "lib/flags.h"
-#include "lib/sampler.h"
+#include "flags.h"
+#include "sampler.h"
 #include "tokenizer/tokenizer.h"
 
 namespace ladder {
