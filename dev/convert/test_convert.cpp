@@ -166,7 +166,9 @@ void check_published(const std::string& dir, Published& p) {
     Json header = Json::parse(file.substr(8, n));
     CHECK(header["__metadata__"]["format"] == "pt");
     CHECK(header.size() == p.tensors.size() + 1);
-    for (auto& [name, e] : p.tensors) {
+    for (auto& tensor : p.tensors) {
+        const std::string& name = tensor.first;
+        auto& e = tensor.second;
         INFO(name);
         const Json& j = header["transformer." + name];
         CHECK(j["dtype"] == e.dtype);

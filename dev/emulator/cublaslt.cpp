@@ -180,7 +180,9 @@ struct Refusal {
 };
 template <class... A>
 void demand(bool condition, cublasStatus_t otherwise, const char* why, A... a) {
-    if (!condition) throw Refusal{otherwise, format(why, a...)};
+    if (condition) return;
+    if constexpr (sizeof...(a) > 0) throw Refusal{otherwise, format(why, a...)};
+    else throw Refusal{otherwise, why};
 }
 constexpr cublasStatus_t UNSUPPORTED = CUBLAS_STATUS_NOT_SUPPORTED, INVALID = CUBLAS_STATUS_INVALID_VALUE;
 thread_local std::string last_refusal;
