@@ -1,12 +1,11 @@
-// sample_gpt2.cpp - writes poems from a checkpoint.
-#define ARAPOET_NO_MAIN
-#include "train_gpt2.cpp"
-#include "flags.h"
-#include "sampler.h"
+// sample_gpt2.cpp - writes poems from a checkpoint. Its model is the object made of train_gpt2.cpp.
+#include "lib/flags.h"
+#include "lib/machine.h"
+#include "lib/sampler.h"
 #include "tokenizer/tokenizer.h"
 
 int main(int argc, char** argv) {
-    gemm::spin_less(argv);
+    machine::spin_less(argv);
     return run_main("sample_gpt2", [&]() -> int {
         std::string checkpoint = "out/model.bin", tokenizer_path, prompt, dtype = "fp32";
         int tokens = 400, num = 1, threads = 0;
@@ -15,43 +14,53 @@ int main(int argc, char** argv) {
         SampleOptions so;
         Flags f("sample_gpt2", "writes poems from a checkpoint");
         f.add("init_from", "e", &checkpoint, "FILE", "the model");
-        f.add("tokenizer", "", &tokenizer_path, "FILE", "its tokenizer; by default tokenizer.bin in the model's folder");
+        f.add("tokenizer", "", &tokenizer_path, "FILE",
+              "its tokenizer; by default tokenizer.bin in the model's folder");
         f.add("prompt", "p", &prompt, "TEXT", "how the poems begin");
         f.add("tokens", "n", &tokens, "N", "longest poem, in tokens");
         f.add("num", "", &num, "N", "how many poems; they are written side by side");
-        f.add("temperature", "", &so.temperature, "X", "below 1 is safer, above 1 is wilder, 0 always takes the likeliest");
+        f.add("temperature", "", &so.temperature, "X",
+              "below 1 is safer, above 1 is wilder, 0 always takes the likeliest");
         f.add("top_k", "", &so.top_k, "K", "choose among the K likeliest tokens; 0: all");
         f.add("top_p", "", &so.top_p, "P", "choose among the likeliest that together reach probability P");
         f.add("ignore_end", "", &keep_eot, "do not stop where the model ends the poem");
         f.add("seed", "", &seed, "N", "the same seed writes the same poems");
-        f.add("dtype", "", &dtype, "NAME", "how weights are kept and multiplied: fp32, or bf16, which is half as large and up to twice as fast");
+        f.add("dtype", "", &dtype, "NAME",
+              "how weights are kept and multiplied: fp32, or bf16, which is half as large and up to twice as "
+              "fast");
         f.add("threads", "", &threads, "N", "threads; 0: all cores");
-        f.epilogue("Example:\n  ./sample_gpt2 -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 --top_k 50 --top_p 0.95 --seed 7 --num 3\n");
+        f.epilogue(
+            "Example:\n  ./sample_gpt2 -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 "
+            "--top_k 50 --top_p 0.95 --seed 7 --num 3\n");
         f.parse(argc, argv);
         if (tokens < 1) throw UsageError(strf("--tokens is %d, wanted at least 1", tokens));
         if (num < 1 || num > 4096) throw UsageError(strf("--num is %d, wanted 1 to 4096", num));
-        if (so.temperature < 0) throw UsageError(strf("--temperature is %g, wanted at least 0", so.temperature));
+        if (so.temperature < 0)
+            throw UsageError(strf("--temperature is %g, wanted at least 0", so.temperature));
         if (so.top_k < 0) throw UsageError(strf("--top_k is %d, wanted at least 0", so.top_k));
-        if (!(so.top_p > 0 && so.top_p <= 1)) throw UsageError(strf("--top_p is %g, wanted above 0 and at most 1", so.top_p));
-        if (dtype != "fp32" && dtype != "bf16") throw UsageError(strf("--dtype: '%s' is unknown; known are fp32, bf16", dtype.c_str()));
-        if (threads < 0 || threads > 4096) throw UsageError(strf("--threads is %d, wanted 0 to 4096", threads));
-        if (threads) cpu::GPT2::set_threads(threads);
+        if (!(so.top_p > 0 && so.top_p <= 1))
+            throw UsageError(strf("--top_p is %g, wanted above 0 and at most 1", so.top_p));
+        if (dtype != "fp32" && dtype != "bf16")
+            throw UsageError(strf("--dtype: '%s' is unknown; known are fp32, bf16", dtype.c_str()));
+        if (threads < 0 || threads > 4096)
+            throw UsageError(strf("--threads is %d, wanted 0 to 4096", threads));
+        if (threads) machine::set_threads(threads);
 
         ModelReader reader(checkpoint);
         if (tokenizer_path.empty()) tokenizer_path = dirname_of(checkpoint) + "/tokenizer.bin";
-        if (!file_exists(tokenizer_path)) fail("%s: tokenizer not found; name it with --tokenizer FILE", tokenizer_path.c_str());
+        if (!file_exists(tokenizer_path))
+            fail("%s: tokenizer not found; name it with --tokenizer FILE", tokenizer_path.c_str());
         Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
         if (tokenizer.vocab_size() != reader.cfg.V)
-            fail("%s: has %d tokens, %s has a vocabulary of %d", tokenizer_path.c_str(), tokenizer.vocab_size(), checkpoint.c_str(), reader.cfg.V);
+            fail("%s: has %d tokens, %s has a vocabulary of %d", tokenizer_path.c_str(),
+                 tokenizer.vocab_size(), checkpoint.c_str(), reader.cfg.V);
         std::vector<int> start = {tokenizer.eot()};
         for (int t : tokenizer.encode(prompt)) start.push_back(t);
         if (start.size() > (size_t)reader.cfg.maxT)
-            fail("the prompt has %zu tokens, %s takes at most %d after the one that begins a poem", start.size() - 1, checkpoint.c_str(),
-                 reader.cfg.maxT - 1);
+            fail("the prompt has %zu tokens, %s takes at most %d after the one that begins a poem",
+                 start.size() - 1, checkpoint.c_str(), reader.cfg.maxT - 1);
 
-        cpu::GPT2 model(reader.cfg, 0, 0, false, 0, Precision{dtype == "bf16" ? BF16 : FP32, true});
-        model.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) { reader.read(p, n); });
-        cpu::Decoder decoder(model, (size_t)num, (size_t)reader.cfg.maxT);
+        auto decoder = open_decoder(reader, (size_t)num, dtype == "bf16" ? BF16 : FP32);
         // The first poem streams; the others are written beside it and shown when it is done.
         std::vector<std::string> rest((size_t)num);
         Utf8Stream stream;
@@ -61,11 +70,12 @@ int main(int argc, char** argv) {
         };
         title(0);
         fflush(stdout);
-        generate(decoder, (size_t)num, start, reader.cfg.V, keep_eot ? -1 : tokenizer.eot(), tokens, seed, so, [&](size_t s, int token) {
-            std::string text = token == tokenizer.eot() ? "\n\n" : tokenizer.bytes(token);
-            if (s) rest[s] += text;
-            else fputs(stream.feed(text).c_str(), stdout), fflush(stdout);
-        });
+        generate(*decoder, (size_t)num, start, reader.cfg.V, keep_eot ? -1 : tokenizer.eot(), tokens, seed,
+                 so, [&](size_t s, int token) {
+                     std::string text = token == tokenizer.eot() ? "\n\n" : tokenizer.bytes(token);
+                     if (s) rest[s] += text;
+                     else fputs(stream.feed(text).c_str(), stdout), fflush(stdout);
+                 });
         for (int i = 1; i < num; i++) title(i), fputs(Utf8Stream().feed(rest[(size_t)i]).c_str(), stdout);
         printf("\n");
         return 0;

@@ -5,7 +5,7 @@
 // train_gpt2.cpp is compared with it layer by layer and as a whole. Tensors are compared by relative L2 error; the
 // largest one of each kind is printed at the end.
 //
-// The other test files and dev/test_main.cpp are linked into this program.
+// lib/test_gemm.cpp, the matrix product's tests, and dev/test_main.cpp are linked into this program.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -15,58 +15,14 @@
 
 #include <map>
 #include <numeric>
-#include <random>
 
 #include "dev/test_util.h"
 #include "train_gpt2.cpp"
-#include "trainer.h"
+#include "lib/trainer.h"
+
+using namespace test;
 
 namespace {
-
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-using Tokens = std::vector<int>;
-
-// ---------------------------------------------------------------------------------------------
-// Helpers: random data, comparing, threads
-
-struct Random {
-    std::mt19937_64 engine;
-    explicit Random(uint64_t seed) : engine(seed) {}
-    double uniform() { return (double)(engine() >> 11) * 0x1p-53; }
-    double normal() { return std::normal_distribution<double>()(engine); }
-    size_t below(size_t n) { return engine() % n; }
-    size_t among(std::initializer_list<size_t> list) { return list.begin()[below(list.size())]; }
-    Floats floats(size_t n, double scale = 1, double mean = 0) {
-        Floats x(n);
-        for (float& f : x) f = (float)(mean + scale * normal());
-        return x;
-    }
-    Tokens tokens(size_t n, int V) {
-        Tokens x(n);
-        for (int& t : x) t = (int)below((size_t)V);
-        return x;
-    }
-    // As tokens(), but about one in seven is -1, which means "ignore".
-    Tokens targets(size_t n, int V) {
-        Tokens x = tokens(n, V);
-        for (int& t : x)
-            if (below(7) == 0) t = -1;
-        x[0] = (int)below((size_t)V);
-        return x;
-    }
-};
-
-bool same_bits(const Floats& a, const Floats& b) {
-    return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * sizeof(float)));
-}
-
-// Sets the number of threads and restores it at the end.
-struct Threads {
-    int before = omp_get_max_threads();
-    explicit Threads(int n) { omp_set_num_threads(n); }
-    ~Threads() { omp_set_num_threads(before); }
-};
 
 cpu::Dropout dropout_of(float p, rng::Stream site = rng::ATTPROJ_DROPOUT) {
     return {p, rng::Key(20261123, 5, site, 2)};
@@ -301,7 +257,8 @@ class Model {
     std::vector<std::vector<Ref>> w;  // [ParamId][layer]
 
     explicit Model(cpu::GPT2& m) : cfg(m.cfg), dropout(m.dropout), seed(m.seed) {
-        const float* p = m.params();
+        Floats all = piece(m, PARAMS);
+        const float* p = all.data();
         for (const ParamInfo& info : param_table(cfg)) {
             w.emplace_back();
             for (size_t l = 0; l < info.layers; l++, p += info.per_layer()) w.back().push_back(tensor(p, info.per_layer()));
@@ -383,26 +340,19 @@ void randomise(cpu::GPT2& m, uint64_t seed) {
     Random r(seed);
     ParamTable table = param_table(m.cfg);
     auto off = param_offsets(m.cfg);
+    Floats all = piece(m, PARAMS);
     for (int i = 0; i < NUM_PARAMS; i++) {
         bool weight = i == LN1W || i == LN2W || i == LNFW, embedding = i == WTE || i == WPE;
         double scale = !table[i].decay ? 0.3 : embedding ? 0.4 : (i == QKVW ? 1.5 : 1) / std::sqrt((double)m.cfg.C);
         Floats w = r.floats(i == WTE ? (size_t)m.cfg.V * table[i].cols : table[i].size(), scale, weight ? 1 : 0);
-        std::copy(w.begin(), w.end(), m.params() + off[i]);
+        std::copy(w.begin(), w.end(), &all[off[i]]);
     }
+    set_piece(m, PARAMS, all);
 }
 
-Floats gradients(cpu::GPT2& m) { return Floats(m.grads(), m.grads() + num_params(m.cfg)); }
-Floats parameters(cpu::GPT2& m) { return Floats(m.params(), m.params() + num_params(m.cfg)); }
-Floats piece(cpu::GPT2& m, cpu::GPT2::State s) {
-    Floats out;
-    m.each_piece(s, [&](const float* x, size_t n) { out.insert(out.end(), x, x + n); });
-    return out;
-}
-// m's parameters become `from`, rounded where m keeps them so.
-void load_params(cpu::GPT2& m, const Floats& from) {
-    auto at = from.begin();
-    m.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) { std::copy(at, at + (ptrdiff_t)n, p), at += (ptrdiff_t)n; });
-}
+// In the file's order.
+Floats gradients(cpu::GPT2& m) { return piece(m, GRADS); }
+Floats parameters(cpu::GPT2& m) { return piece(m, PARAMS); }
 
 // A training pass over tokens of which `counted` are targets.
 Pass training_pass(size_t counted, uint32_t step = 3, uint64_t seq0 = 0) {
@@ -501,19 +451,19 @@ TEST_CASE("exp_approx is e^x within 2e-7, clamped outside [-87, 88], and keeps N
         float x = -87.0f + (float)i * 1e-4f;
         if (x > 88.0f) break;
         double want = std::exp((double)x);
-        worst = std::max(worst, std::fabs((double)cpu::exp_approx(x) - want) / want);
+        worst = std::max(worst, std::fabs((double)simd::exp_approx(x) - want) / want);
     }
     note("exp_approx (largest relative)", worst, 2e-7);
     CHECK(worst <= 2e-7);
-    CHECK(cpu::exp_approx(0.0f) == 1.0f);
-    CHECK(cpu::exp_approx(-0.0f) == 1.0f);
-    CHECK(cpu::exp_approx(-1e30f) == cpu::exp_approx(-87.0f));
-    CHECK(cpu::exp_approx(-INFINITY) == cpu::exp_approx(-87.0f));
-    CHECK(cpu::exp_approx(INFINITY) == cpu::exp_approx(88.0f));
-    CHECK(std::isfinite(cpu::exp_approx(INFINITY)));
-    CHECK(std::isnan(cpu::exp_approx(NAN)));
+    CHECK(simd::exp_approx(0.0f) == 1.0f);
+    CHECK(simd::exp_approx(-0.0f) == 1.0f);
+    CHECK(simd::exp_approx(-1e30f) == simd::exp_approx(-87.0f));
+    CHECK(simd::exp_approx(-INFINITY) == simd::exp_approx(-87.0f));
+    CHECK(simd::exp_approx(INFINITY) == simd::exp_approx(88.0f));
+    CHECK(std::isfinite(simd::exp_approx(INFINITY)));
+    CHECK(std::isnan(simd::exp_approx(NAN)));
     Floats x(37, NAN), y(37);  // the vector code too
-    for (size_t i = 0; i < x.size(); i++) y[i] = cpu::exp_approx(x[i]);
+    for (size_t i = 0; i < x.size(); i++) y[i] = simd::exp_approx(x[i]);
     CHECK(std::all_of(y.begin(), y.end(), [](float f) { return std::isnan(f); }));
 }
 
@@ -521,8 +471,8 @@ TEST_CASE("normal_cdf is the normal distribution function within 4e-7, and its d
     double worst = 0, worst_density = 0;
     for (int i = -120000; i <= 120000; i++) {
         float x = (float)i * 1e-4f, density;
-        gemm::vec densities;
-        double cdf = cpu::normal_cdf(gemm::vec{} + x, &densities)[0];
+        simd::vec densities;
+        double cdf = simd::normal_cdf(simd::vec{} + x, &densities)[0];
         density = densities[0];
         worst = std::max(worst, std::fabs(cdf - 0.5 * std::erfc(-(double)x / std::sqrt(2.0))));
         worst_density = std::max(worst_density, std::fabs(density - std::exp(-(double)x * x / 2) / std::sqrt(2 * M_PI)));
@@ -542,325 +492,22 @@ TEST_CASE("gelu and its derivative, tanh and erf: relative L2 1e-6, any length, 
             Floats x = r.floats(n, 2), y(n), d = r.floats(n);
             Doubles want(n), want_d(n);
             for (size_t i = 0; i < n; i++) want[i] = ref::gelu(x[i], activation), want_d[i] = d[i] * ref::gelu_derivative(x[i], activation);
-            cpu::gelu_forward(y.data(), x.data(), n, activation);
-            cpu::gelu_backward(d.data(), d.data(), x.data(), n, activation);
+            simd::gelu_forward(y.data(), x.data(), n, activation);
+            simd::gelu_backward(d.data(), d.data(), x.data(), n, activation);
             check_close(kind + ": forward", y, want, n < 100 ? 1e-5 : 1e-6);  // a short row may be all small values
             check_close(kind + ": backward", d, want_d, n < 100 ? 1e-5 : 1e-6);
         }
         for (float x : {-1e4f, -100.0f, -20.0f, 20.0f, 100.0f, 1e4f}) {
             float y, d = 1;
-            cpu::gelu_forward(&y, &x, 1, activation);
-            cpu::gelu_backward(&d, &d, &x, 1, activation);
+            simd::gelu_forward(&y, &x, 1, activation);
+            simd::gelu_backward(&d, &d, &x, 1, activation);
             CHECK(std::fabs(y - std::max(x, 0.0f)) <= 1e-6);
             CHECK(std::fabs(d - (x > 0)) <= 1e-6);
         }
         Floats nan(19, NAN), y(19), d(19, 1.0f);
-        cpu::gelu_forward(y.data(), nan.data(), 19, activation);
-        cpu::gelu_backward(d.data(), d.data(), nan.data(), 19, activation);
+        simd::gelu_forward(y.data(), nan.data(), 19, activation);
+        simd::gelu_backward(d.data(), d.data(), nan.data(), 19, activation);
         for (size_t i = 0; i < 19; i++) CHECK((std::isnan(y[i]) && std::isnan(d[i])));
-    }
-}
-
-// ---------------------------------------------------------------------------------------------
-// The matrix product
-
-namespace {
-
-// A matrix of which element (r, c) stands at r*sr + c*sc; between them there is NaN.
-struct Strided {
-    size_t sr, sc;
-    Floats data;
-    Strided(Random& r, size_t rows, size_t cols, size_t form) {
-        if (form == 0) sr = cols, sc = 1;
-        else if (form == 1) sr = 1, sc = rows;
-        else if (form == 2) sr = cols + 3, sc = 1;  // part of a wider matrix
-        else sr = 2 * cols + 1, sc = 2;             // neither stride is 1
-        data.assign((rows - 1) * sr + (cols - 1) * sc + 1, NAN);
-        Floats values = r.floats(rows * cols);
-        for (size_t i = 0; i < rows * cols; i++) data[i / cols * sr + i % cols * sc] = values[i];
-    }
-    double at(size_t r, size_t c) const { return data[r * sr + c * sc]; }
-};
-
-// Runs one product, checks it and what lies beside it, and that the epilogue saw every final value once.
-void check_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form, gemm::Start start, bool with_bias, size_t extra) {
-    INFO("M ", M, " N ", N, " K ", K, ", forms of A and B ", a_form, " ", b_form, start ? ", accumulated" : "", with_bias ? ", bias" : "");
-    Strided A(r, M, K, a_form), B(r, K, N, b_form);
-    size_t ldc = N + extra;
-    Floats C = r.floats(M * ldc), before = C, bias = r.floats(N), seen(M * N);
-    std::vector<int> times(M * N);
-    gemm::multiply(M, N, K, A.data.data(), A.sr, A.sc, B.data.data(), B.sr, B.sc, C.data(), ldc, start,
-                   with_bias ? bias.data() : nullptr, [&](size_t row, size_t col, size_t n, float* c) {
-                       for (size_t i = 0; i < n; i++) times[row * N + col + i]++, seen[row * N + col + i] = c[i], c[i] *= 2;
-                   });
-    Doubles want(M * N), row(N);
-    for (size_t m = 0; m < M; m++) {
-        for (size_t n = 0; n < N; n++) row[n] = start == gemm::ACCUMULATE ? (double)before[m * ldc + n] : with_bias ? (double)bias[n] : 0.0;
-        for (size_t k = 0; k < K; k++)
-            for (size_t n = 0; n < N; n++) row[n] += A.at(m, k) * B.at(k, n);
-        std::copy(row.begin(), row.end(), want.begin() + (ptrdiff_t)(m * N));
-    }
-    size_t not_once = 0, not_kept = 0, beside = 0;
-    for (size_t m = 0; m < M; m++)
-        for (size_t n = 0; n < ldc; n++) {
-            if (n >= N) beside += C[m * ldc + n] != before[m * ldc + n];
-            else not_once += times[m * N + n] != 1, not_kept += C[m * ldc + n] != 2 * seen[m * N + n];
-        }
-    CHECK(not_once == 0);
-    CHECK(not_kept == 0);
-    CHECK(beside == 0);
-    // A short sum can cancel to almost nothing; measure against the terms instead of the sum.
-    double diff = 0, norm = 0;
-    for (size_t i = 0; i < M * N; i++) diff += std::pow(seen[i] - want[i], 2), norm += want[i] * want[i];
-    norm = std::max(norm, (double)(M * N * K));
-    double error = std::sqrt(diff / norm);
-    note("gemm", error, 2e-6);
-    CHECK_MESSAGE(error <= 2e-6, "relative L2 error ", error);
-}
-
-}  // namespace
-
-TEST_CASE("gemm: every form of strides, odd sizes, bias or accumulation; the epilogue sees each element once, finished") {
-    Random r(2);
-    for (size_t trial = 0; trial < 500; trial++) {
-        size_t M = r.among({1, 2, 3, 5, 6, 7, 12, 13, 25}), N = r.among({1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 65, 130});
-        size_t K = r.among({1, 2, 3, 4, 5, 7, 16, 48, 97, 255, 256, 257, 300});
-        gemm::Start start = r.below(2) ? gemm::ACCUMULATE : gemm::OVERWRITE;
-        check_product(r, M, N, K, trial % 4, trial / 4 % 4, start, start == gemm::OVERWRITE && r.below(2), r.below(4));
-    }
-}
-
-TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memory in both directions") {
-    Random r(3);
-    check_product(r, gemm::MB + 1, 33, gemm::KC + 1, 0, 1, gemm::OVERWRITE, true, 0);
-    check_product(r, 3 * gemm::MB + 5, 17, 2 * gemm::KC + 3, 1, 0, gemm::ACCUMULATE, false, 1);
-    check_product(r, 7, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 1, gemm::OVERWRITE, true, 0);
-    check_product(r, 5, 3 * gemm::NB + 4, 2 * gemm::KC + 9, 0, 0, gemm::ACCUMULATE, false, 3);
-    // The shared operand in two pieces of rows or columns, and in two pieces of k.
-    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 17, 3, 0, 1, gemm::OVERWRITE, true, 0);
-    check_product(r, gemm::SHARED_WIDTH + 9, gemm::SHARED_WIDTH + 5, 2, 1, 0, gemm::ACCUMULATE, false, 0);
-    check_product(r, gemm::SHARED_WIDTH + 7, gemm::SHARED_WIDTH + 18, 2 * gemm::KC + 7, 1, 1, gemm::OVERWRITE, true, 0);
-    check_product(r, gemm::SHARED_WIDTH, gemm::SHARED_WIDTH + 1, 2 * gemm::KC + 7, 0, 1, gemm::OVERWRITE, true, 0);
-    // Rows of A that fall on the same sets of the L1 cache, in a high and in a wide product.
-    check_product(r, 200, 50, 1024, 0, 0, gemm::ACCUMULATE, false, 0);
-    check_product(r, 50, 200, 1024, 0, 1, gemm::OVERWRITE, true, 0);
-    // Columns for wide tiles, for one of half the width, and six more; the first packed by tiles or beforehand.
-    check_product(r, 50, 10 * gemm::NR + gemm::NR + 6, gemm::KC + 9, 0, 0, gemm::OVERWRITE, true, 0);
-    check_product(r, 50, 10 * gemm::NR + gemm::NR + 6, gemm::KC + 9, 0, 1, gemm::ACCUMULATE, false, 0);
-    check_product(r, 250, 1, 1, 0, 0, gemm::OVERWRITE, true, 0);
-    check_product(r, 1, 250, 1, 0, 0, gemm::OVERWRITE, true, 0);
-}
-
-TEST_CASE("gemm: an element has the same bits wherever it stands, however A lies in memory and whatever the number of threads") {
-    Random r(4);
-    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {71, 203, 1024}, {450, 150, 600}, {77, 358, 130}, {77, 145, 32000}};
-    for (auto& [M, N, K] : sizes) {
-        INFO(M, " x ", N, " x ", K);
-        Floats A = r.floats(M * K), turned(M * K), B = r.floats(K * N), bias = r.floats(N), want(M * N);
-        for (size_t i = 0; i < M * K; i++) turned[i % K * M + i / K] = A[i];
-        gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, want.data(), N, gemm::OVERWRITE, bias.data());
-        for (int threads : {1, 2, 3, 4, 7}) {
-            Threads guard(threads);
-            Floats C(M * N), D(M * N);
-            gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, C.data(), N, gemm::OVERWRITE, bias.data());
-            CHECK(same_bits(C, want));
-            gemm::multiply(M, N, K, turned.data(), 1, M, B.data(), N, 1, D.data(), N, gemm::OVERWRITE, bias.data());
-            CHECK(same_bits(D, want));
-        }
-        for (size_t first : {0, 1, 5, 50, 70}) {  // some rows and columns alone
-            size_t rows = std::min<size_t>(7, M - first), col = first % 5, cols = N - col - first % 3;
-            Floats C(rows * cols);
-            gemm::multiply(rows, cols, K, &A[first * K], K, 1, &B[col], N, 1, C.data(), cols, gemm::OVERWRITE, &bias[col]);
-            for (size_t i = 0; i < rows; i++) CHECK(!memcmp(&C[i * cols], &want[(first + i) * N + col], cols * sizeof(float)));
-        }
-    }
-}
-
-TEST_CASE("gemm: a thread takes its own tasks in order, then what the others have not begun; each once, and for a new operand all again") {
-    gemm::Workspace w;
-    w.reserve(3);
-    for (uint64_t operand : {1, 2, 7}) {  // 10 tasks: 0 to 2, 3 to 5 and 6 to 9
-        std::vector<size_t> taken;
-        auto take = [&](size_t thread) { taken.push_back(w.take_task(thread, 3, operand, 10)); };
-        take(2), take(0);
-        for (int i = 0; i < 8; i++) take(1);
-        CHECK(taken == std::vector<size_t>{6, 0, 3, 4, 5, 7, 8, 9, 1, 2});
-        for (size_t thread : {0, 1, 2}) CHECK(w.take_task(thread, 3, operand, 10) == 10);
-    }
-    for (size_t want : {3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 10}) CHECK(w.take_task(1, 3, 8, 10) == want);  // alone
-    gemm::release(w.shared, gemm::Workspace::bytes(3));
-}
-
-TEST_CASE("gemm: a large product that is not read again soon has the same bits, aligned or not, and keeps what stands beside it") {
-    Random r(7);
-    const size_t M = 1061, K = 21, LD = 1040;
-    Floats A = r.floats(M * K), B = r.floats(K * LD), want(M * LD, 7.0f), memory(M * LD + 32);
-    float* aligned = (float*)gemm::round_up((size_t)memory.data(), 64);
-    for (size_t N : {1024, 1040, 1001}) {
-        REQUIRE(M * N >= gemm::STREAMED);
-        std::fill(want.begin(), want.end(), 7.0f);
-        gemm::multiply(M, N, K, A.data(), 1, M, B.data(), LD, 1, want.data(), LD);
-        for (float* C : {aligned, aligned + 1}) {
-            std::fill(memory.begin(), memory.end(), 7.0f);
-            gemm::multiply(M, N, K, A.data(), 1, M, B.data(), LD, 1, C, LD, gemm::FOR_LATER);
-            CHECK(!memcmp(C, want.data(), M * LD * sizeof(float)));
-            CHECK((C == memory.data() || C[-1] == 7.0f));
-        }
-    }
-}
-
-namespace {
-
-// Work beside a product: counts how often each float is done.
-struct CountBeside {
-    static constexpr size_t ARRAYS = 2, UNIT = 48;
-    Floats& done;
-    size_t size() const { return done.size(); }
-    void locate(size_t i, const char** to) const { to[0] = to[1] = (const char*)&done[i]; }
-    void operator()(size_t i, size_t n) const {
-        REQUIRE(i + n <= done.size());
-        REQUIRE(i % UNIT == 0);
-        REQUIRE((n % UNIT == 0 || i + n == done.size()));
-        for (size_t k = i; k < i + n; k++) done[k]++;
-    }
-};
-
-}  // namespace
-
-TEST_CASE("gemm: work beside a product is done once, all of it, by any number of threads, and changes nothing in the product") {
-    Random r(8);
-    const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {3, 5, 2}, {40, 1500, 30}, {0, 5, 3}};
-    for (auto& [M, N, K] : sizes) {
-        Floats A = r.floats(M * K), B = r.floats(K * N), want(M * N);
-        gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, want.data(), N);
-        for (size_t size : {0, 1, 16, 17, 1000, 100003})
-            for (int threads : {1, 2, 3}) {
-                INFO(M, " x ", N, " x ", K, ", beside it ", size, ", threads ", threads);
-                Threads guard(threads);
-                Floats C(M * N), done(size);
-                gemm::multiply(M, N, K, A.data(), K, 1, B.data(), N, 1, C.data(), N, gemm::OVERWRITE, nullptr, gemm::NoEpilogue(), CountBeside{done});
-                CHECK(same_bits(C, want));
-                CHECK(std::count(done.begin(), done.end(), 1.0f) == (long)size);
-            }
-    }
-}
-
-namespace {
-
-template <class T>
-std::vector<T> typed(const Floats& x) {
-    std::vector<T> y;
-    for (float f : x)
-        if constexpr (sizeof(T) == 2) y.push_back(float_to_bf16(f));
-        else y.push_back(f);
-    return y;
-}
-float rounded(double x) { return bf16_to_float(float_to_bf16((float)x)); }
-Floats rounded(Floats values) {
-    for (float& f : values) f = rounded(f);
-    return values;
-}
-
-// Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.
-template <class TA, class TB>
-void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form) {
-    INFO("M ", M, " N ", N, " K ", K, ", forms of A and B ", a_form, " ", b_form, ", bytes ", sizeof(TA), " ", sizeof(TB));
-    Strided A(r, M, K, a_form), B(r, K, N, b_form);
-    auto a = typed<TA>(A.data);
-    auto b = typed<TB>(B.data);
-    Floats C(M * N, NAN);
-    gemm::multiply<gemm::BF16>(M, N, K, a.data(), A.sr, A.sc, b.data(), B.sr, B.sc, C.data(), N);
-    double diff = 0;
-    for (size_t m = 0; m < M; m++)
-        for (size_t n = 0; n < N; n++) {
-            double want = 0;
-            for (size_t k = 0; k < K; k++) want += (double)rounded(A.at(m, k)) * rounded(B.at(k, n));
-            diff += std::pow(C[m * N + n] - want, 2);
-        }
-    double error = std::sqrt(diff / (double)(M * N * K));
-    note("gemm, bf16 operands", error, 2e-6);
-    CHECK_MESSAGE(error <= 2e-6, "relative L2 error ", error);
-}
-
-}  // namespace
-
-TEST_CASE("gemm of bf16 numbers: the product of the operands rounded to nearest, from floats and from bf16, any strides and sizes") {
-    Random r(6);
-    for (size_t trial = 0; trial < 240; trial++) {
-        size_t M = r.among({1, 2, 5, 13, 14, 15, 29}), N = r.among({1, 3, 15, 16, 17, 31, 33, 70}), K = r.among({1, 2, 3, 31, 32, 33, 64, 97, 257});
-        size_t a = trial % 4, b = trial / 4 % 4;
-        if (trial % 3 == 0) check_bf16_product<float, float>(r, M, N, K, a, b);
-        else if (trial % 3 == 1) check_bf16_product<uint16_t, float>(r, M, N, K, a, b);
-        else check_bf16_product<uint16_t, uint16_t>(r, M, N, K, a, b);
-    }
-    check_bf16_product<float, float>(r, gemm::MB + 3, gemm::NB + 37, 2 * gemm::KC + 5, 0, 1);
-    check_bf16_product<uint16_t, float>(r, gemm::MB + 3, gemm::NB + 37, 4 * gemm::KC + 6, 0, 1);
-    check_bf16_product<uint16_t, uint16_t>(r, 3 * gemm::MB + 3, 41, 4 * gemm::KC + 6, 0, 0);
-}
-
-namespace {
-
-// Checks a trial of multiply_few against sums in double precision, of operands rounded as P rounds them.
-template <class P, class T>
-void check_few(Random& r) {
-    size_t M = 1 + r.below(19), N = r.among({1, 2, 3, 17, 65}), K = r.among({1, 2, 31, 32, 33, 63, 64, 100, 257}), ldy = N + r.below(3);
-    bool with_bias = r.below(2);
-    INFO("M ", M, " N ", N, " K ", K, " bytes ", sizeof(T));
-    Floats X = r.floats(M * K), W = r.floats(N * K), b = r.floats(N), Y(M * ldy, 7.0f), alone(N);
-    std::vector<T> w = typed<T>(W);
-    auto few = [&](size_t rows, const float* x, float* y, size_t ld) {
-        Floats units(rows * gemm::ceil_div(K, P::PER_UNIT) + 1, 7.0f);
-        gemm::to_units<P>(units.data(), x, rows, K);
-        CHECK(units.back() == 7.0f);
-        gemm::multiply_few<P>(rows, N, K, units.data(), w.data(), y, ld, with_bias ? b.data() : nullptr);
-    };
-    few(M, X.data(), Y.data(), ldy);
-    size_t row = r.below(M);
-    few(1, &X[row * K], alone.data(), N);
-    CHECK(!memcmp(alone.data(), &Y[row * ldy], N * sizeof(float)));
-    auto operand = [](float x) { return (double)(sizeof(T) == 2 ? rounded(x) : x); };
-    double diff = 0;
-    for (size_t m = 0; m < M; m++) {
-        for (size_t n = 0; n < N; n++) {
-            double want = with_bias ? b[n] : 0;
-            for (size_t k = 0; k < K; k++) want += operand(X[m * K + k]) * operand(W[n * K + k]);
-            diff += std::pow(Y[m * ldy + n] - want, 2);
-        }
-        for (size_t n = N; n < ldy; n++) CHECK(Y[m * ldy + n] == 7.0f);
-    }
-    double error = std::sqrt(diff / (double)(M * N * K));
-    note("multiply_few", error, 1e-6);
-    CHECK(error <= 1e-6);
-}
-
-}  // namespace
-
-TEST_CASE("multiply_few: X W^T + b for few rows, fp32 and bf16, any width; a row does not depend on the others") {
-    Random r(5);
-    for (size_t trial = 0; trial < 80; trial++) {
-        check_few<gemm::F32, float>(r);
-        check_few<gemm::BF16, gemm::bf16>(r);
-    }
-}
-
-TEST_CASE("linear layer, forward and backward, at odd sizes") {
-    Random r(6);
-    for (size_t trial = 0; trial < 12; trial++) {
-        size_t M = r.among({1, 5, 111}), K = r.among({1, 3, 48, 97}), N = r.among({1, 7, 48, 145});
-        INFO("M ", M, " K ", K, " N ", N);
-        Floats X = r.floats(M * K), W = r.floats(N * K), b = r.floats(N, 3), Y(M * N), dY = r.floats(M * N);
-        Floats dX(M * K), dW = r.floats(N * K), db = r.floats(N, 3);
-        ref::Tape tape;
-        auto x = ref::tensor(X), w = ref::tensor(W), bias = ref::tensor(b), y = tape.linear(x, w, bias, K, N);
-        y->d.assign(dY.begin(), dY.end()), w->d.assign(dW.begin(), dW.end()), bias->d.assign(db.begin(), db.end());
-        tape.backward();
-        cpu::matmul_forward(Y.data(), X.data(), W.data(), b.data(), M, K, N);
-        cpu::matmul_backward(dX.data(), dW.data(), db.data(), dY.data(), X.data(), W.data(), M, K, N);
-        double tolerance = M == 1 || K == 1 || N == 1 ? 1e-5 : 1e-6;  // a single sum may cancel
-        check_close("linear: y", Y, y->v, tolerance);
-        check_close("linear: dx", dX, x->d, tolerance);
-        check_close("linear: dw", dW, w->d, tolerance);
-        check_close("linear: db", db, bias->d, tolerance);
     }
 }
 
@@ -950,8 +597,8 @@ TEST_CASE("layernorm, forward and backward, dx overwritten or added to; relative
             cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), M, C);
             Floats dw2(C), db2(C);
             auto backward = [&](Floats& to_x, Floats& to_w, Floats& to_b, bool accumulate) {
-                cpu::layernorm_backward(to_x.data(), to_w.data(), to_b.data(), dy.data(), x.data(), mean.data(), rstd.data(), w.data(),
-                                        M, C, accumulate);
+                cpu::layernorm_backward(to_x.data(), nullptr, to_w.data(), to_b.data(), dy.data(), x.data(),
+                                        mean.data(), rstd.data(), w.data(), M, C, accumulate);
             };
             backward(dx_over, dw2, db2, false), backward(dx, dw, db, true);
             double tolerance = C < 16 ? 1e-5 : 2e-6;  // in a narrow row dx nearly cancels
@@ -960,6 +607,33 @@ TEST_CASE("layernorm, forward and backward, dx overwritten or added to; relative
             check_close("layernorm: dx added", dx, want_added, tolerance);
             check_close("layernorm: dw", dw, rw->d, 2e-6);
             check_close("layernorm: db", db, rb->d, 2e-6);
+        }
+}
+
+TEST_CASE("layernorm's backward also leaves dx under a dropout mask; dw and db may be overwritten") {
+    Random r(17);
+    const size_t M = 37, C = 1100;
+    const uint64_t e0 = 5 * M * C + 3;
+    Floats x = r.floats(M * C, 2, 0.5), w = r.floats(C, 1, 0.3), b = r.floats(C), y(M * C), mean(M), rstd(M);
+    Floats dy = r.floats(M * C), start = r.floats(M * C);
+    cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), M, C);
+    for (float p : {0.0f, 0.2f})
+        for (bool accumulate : {false, true}) {
+            INFO("p ", p, ", accumulate ", accumulate);
+            cpu::Dropout drop = dropout_of(p);
+            Floats dx = start, want = start, masked(M * C, NAN);
+            Floats dw(C), db(C), dw_over(C, 9.0f), db_over(C, 9.0f);
+            cpu::layernorm_backward(want.data(), nullptr, dw.data(), db.data(), dy.data(), x.data(),
+                                    mean.data(), rstd.data(), w.data(), M, C, accumulate);
+            cpu::layernorm_backward(dx.data(), masked.data(), dw_over.data(), db_over.data(), dy.data(),
+                                    x.data(), mean.data(), rstd.data(), w.data(), M, C, accumulate, drop, e0,
+                                    false);
+            CHECK(same_bits(dx, want));
+            CHECK(same_bits(dw_over, dw));
+            CHECK(same_bits(db_over, db));
+            Doubles want_masked = ref::dropout_factors(drop.key, e0, M * C, p);
+            for (size_t i = 0; i < M * C; i++) want_masked[i] *= dx[i];
+            check_close("layernorm: dx under a mask", masked, want_masked, 2e-7);
         }
 }
 
@@ -1047,14 +721,14 @@ TEST_CASE("attention in bf16: from rounded queries, keys and values, over all ti
             INFO("B ", s.B, " T ", s.T, " NH ", s.NH, " head ", s.hs, " p ", p);
             size_t B = s.B, T = s.T, NH = s.NH, C = NH * s.hs;
             cpu::Dropout drop = dropout_of(p, rng::ATT_DROPOUT);
-            auto floats = [](const std::vector<gemm::bf16>& from) {
+            auto floats = [](const std::vector<simd::bf16>& from) {
                 Floats values(from.size());
                 std::transform(from.begin(), from.end(), values.begin(), bf16_to_float);
                 return values;
             };
             Floats qkv = rounded(r.floats(B * T * 3 * C)), dout = rounded(r.floats(B * T * C)), lse(B * NH * T);
             Floats scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(T, s.hs), NAN);
-            std::vector<gemm::bf16> out(B * T * C), dqkv(B * T * 3 * C);
+            std::vector<simd::bf16> out(B * T * C), dqkv(B * T * 3 * C);
             ref::Tape tape;
             auto x = ref::tensor(qkv);
             Doubles want_lse, factor;
@@ -1063,8 +737,9 @@ TEST_CASE("attention in bf16: from rounded queries, keys and values, over all ti
             y->d.assign(dout.begin(), dout.end());
             tape.backward();
             cpu::Attention attention{B, T, C, NH};
-            attention.forward<gemm::BF16>(out.data(), lse.data(), qkv.data(), drop, 0, scratch.data());
-            attention.backward<gemm::BF16>(dqkv.data(), dout.data(), out.data(), qkv.data(), lse.data(), drop, 0, scratch.data());
+            attention.forward(out.data(), lse.data(), qkv.data(), drop, 0, scratch.data());
+            attention.backward(dqkv.data(), dout.data(), out.data(), qkv.data(), lse.data(), drop, 0,
+                               scratch.data());
             check_close("attention, bf16: out", floats(out), y->v, 6e-3);
             if (T > 1) check_close("attention, bf16: lse", lse, want_lse, 6e-3);
             check_close("attention, bf16: dqkv", floats(dqkv), x->d, 6e-3);
@@ -1080,12 +755,12 @@ TEST_CASE("cross-entropy can leave the same gradient rounded to bf16, from the s
         Tokens targets = r.targets(M, (int)V);
         targets[0] = (int)V - 1, targets[2] = -1;
         cpu::cross_entropy(losses.data(), logits.data(), ld, targets.data(), M, V, 0.037f);
-        cpu::cross_entropy<gemm::bf16>(losses_half.data(), half.data(), ld, targets.data(), M, V, 0.037f);
+        cpu::cross_entropy<simd::bf16>(losses_half.data(), half.data(), ld, targets.data(), M, V, 0.037f);
         CHECK(same_bits(losses, losses_half));
         size_t wrong = 0;
         for (size_t m = 0; m < M; m++)
             for (size_t v = 0; v < V; v++) {
-                gemm::bf16 got;
+                simd::bf16 got;
                 memcpy(&got, (const char*)&half[m * ld] + v * sizeof got, sizeof got);
                 wrong += got != float_to_bf16(logits[m * ld + v]) && std::fabs(logits[m * ld + v]) > 1e-37f;  // denormals may become 0
             }
@@ -1220,11 +895,13 @@ TEST_CASE("the fp32 model's gradients are its own loss's central differences alo
                 auto difference = [&](double h) {
                     double loss[2];
                     for (int side = 0; side < 2; side++) {
+                        Floats moved = w;
                         for (size_t j = 0; j < direction.size(); j++)
-                            m.params()[off[i] + j] = (float)(w[off[i] + j] + (side ? h : -h) * direction[j]);
+                            moved[off[i] + j] = (float)(w[off[i] + j] + (side ? h : -h) * direction[j]);
+                        set_piece(m, PARAMS, moved);
                         loss[side] = batch.forward(m, pass);
                     }
-                    std::copy(w.begin(), w.end(), m.params());
+                    set_piece(m, PARAMS, w);
                     return (loss[1] - loss[0]) / (2 * h);
                 };
                 double h = 0.005, measured = (4 * difference(h) - difference(2 * h)) / 3;  // Richardson: no h^2 term
@@ -1253,7 +930,7 @@ void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t se
     ref::Model want(m);
     double want_loss = want.loss(batch.tokens, batch.targets, B, T, pass, true);
     double loss = batch.forward(m, pass);
-    m.backward();
+    CHECK(m.backward() == loss);
     check_close("model, loss", loss, want_loss, 1e-6);
     CHECK(m.counted() == batch.counted());
     Floats logits(B * T * (size_t)c.V);
@@ -1261,16 +938,17 @@ void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t se
     check_close("model, logits", logits, want.logits, 1e-5);
     ParamTable table = param_table(c);
     auto off = param_offsets(c);
+    Floats got = gradients(m);
     for (int i = 0; i < NUM_PARAMS; i++) {
         Doubles g = want.gradient(i);
         REQUIRE(g.size() == table[i].size());
-        check_close(strf("model, gradients: %s", table[i].name), m.grads() + off[i], g.data(), g.size(), 1e-5);
-        for (size_t l = 0; l < table[i].layers; l++)
-            check_close(strf("model, gradients: %s of layer %zu", table[i].name, l), m.grads() + off[i] + l * table[i].per_layer(),
-                        &g[l * table[i].per_layer()], table[i].per_layer(), 1e-5);
+        check_close(strf("model, gradients: %s", table[i].name), &got[off[i]], g.data(), g.size(), 1e-5);
+        for (size_t l = 0, n = table[i].per_layer(); l < table[i].layers; l++)
+            check_close(strf("model, gradients: %s of layer %zu", table[i].name, l), &got[off[i] + l * n],
+                        &g[l * n], n, 1e-5);
     }
     size_t padded = 0;
-    for (size_t j = (size_t)c.V * (size_t)c.C; j < off[WPE]; j++) padded += m.grads()[j] != 0;
+    for (size_t j = (size_t)c.V * (size_t)c.C; j < off[WPE]; j++) padded += got[j] != 0;
     CHECK(padded == 0);
 }
 
@@ -1307,7 +985,7 @@ TEST_CASE("gradients add up over backward passes") {
     Random r(40);
     Batch a(r, 3, 37, c.V), b(r, 2, 29, c.V);
     auto gradient_of = [&](const Batch& batch, bool fresh) {
-        if (fresh) std::fill(m.grads(), m.grads() + num_params(c), 0.0f);
+        if (fresh) set_piece(m, GRADS, Floats(num_params(c)));
         batch.forward(m, training_pass(100)), m.backward();
         return gradients(m);
     };
@@ -1335,6 +1013,7 @@ TEST_CASE("evaluation: no dropout, no gradient, and the same loss whether or not
         check_close("model, loss", loss, want, 1e-6);
         CHECK(loss == batch.forward(evaluator));
         CHECK(same_bits(g, gradients(trainer_)));
+        CHECK_THROWS_AS(trainer_.backward(), std::logic_error);
         CHECK(batch.forward(trainer_, pass) == first);  // a validation in between changes nothing
         pass.step++;
         CHECK(batch.forward(trainer_, pass) != first);  // another step, other masks
@@ -1366,8 +1045,10 @@ TEST_CASE("four micro-batches have the gradient of one big batch, dropout and al
             check_close("micro-batches: loss", mean, loss, 1e-6);
             ParamTable table = param_table(c);
             auto off = param_offsets(c);
+            Floats got = gradients(small), want = gradients(big);
             for (int i = 0; i < NUM_PARAMS; i++)
-                check_close(strf("micro-batches: %s", table[i].name), small.grads() + off[i], big.grads() + off[i], table[i].size(), 1e-5);
+                check_close(strf("micro-batches: %s", table[i].name), &got[off[i]], &want[off[i]],
+                            table[i].size(), 1e-5);
         }
 }
 
@@ -1391,9 +1072,10 @@ TEST_CASE("what backward computes again instead of keeping it changes no loss an
                 if (!recompute) want = gradients(m), losses = now;
                 CHECK(now == losses);
                 auto off = param_offsets(c);
+                Floats got = gradients(m);
                 for (int i = 0; i < NUM_PARAMS; i++)
-                    check_close(strf("recomputation: %s", param_table(c)[i].name), m.grads() + off[i], &want[off[i]],
-                                off[i + 1] - off[i], 1e-6);
+                    check_close(strf("recomputation: %s", param_table(c)[i].name), &got[off[i]],
+                                &want[off[i]], off[i + 1] - off[i], 1e-6);
             }
         }
 }
@@ -1424,8 +1106,10 @@ TEST_CASE("the head in several chunks of rows equals the head in one; relative L
     check_close("chunked head: loss", loss, want_loss / (double)batch.counted(), 1e-6);
     ParamTable table = param_table(c);
     auto off = param_offsets(c);
+    Floats got = gradients(m);
     for (int i = 0; i < NUM_PARAMS; i++)
-        check_close(strf("chunked head: %s", table[i].name), m.grads() + off[i], want.data() + off[i], table[i].size(), 1e-5);
+        check_close(strf("chunked head: %s", table[i].name), &got[off[i]], &want[off[i]],
+                    table[i].size(), 1e-5);
 }
 
 TEST_CASE("losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, over training steps with dropout") {
@@ -1452,7 +1136,7 @@ TEST_CASE("losses, gradients' norms and weights have the same bits with 1, 2, 3 
                 m.update(a, step + 1, 0.5f);
                 now.losses.push_back(batch.forward(m));
             }
-            now.params = parameters(m), now.moments = piece(m, cpu::GPT2::ADAM_V);
+            now.params = parameters(m), now.moments = piece(m, ADAM_V);
             if (threads == 1) first = now;
             INFO("threads ", threads);
             CHECK(now.losses == first.losses);
@@ -1465,8 +1149,9 @@ TEST_CASE("losses, gradients' norms and weights have the same bits with 1, 2, 3 
 TEST_CASE("what is too large to address is refused in one line, and what fits is counted") {
     Config c = config(2, 3, 48, 97, 40);
     const size_t absurd[][2] = {{SIZE_MAX / 2, 37}, {(size_t)1 << 40, 1 << 20}, {SIZE_MAX / 48, 1}, {1, SIZE_MAX / 1000}};
-    for (auto& [B, T] : absurd) {
-        std::string e = error_of([&c, B = B, T = T] { cpu::GPT2::memory_need(c, B, T, true); });
+    for (auto& batch : absurd) {
+        const size_t B = batch[0], T = batch[1];
+        std::string e = error_of([&] { cpu::GPT2::memory_need(c, B, T, true); });
         CHECK_MESSAGE((contains(e, "address") && !contains(e, "\n")), B, " x ", T, ": ", e);
     }
     CHECK(contains(error_of([&] { cpu::GPT2 m(config(2, 5, 48, 97, 40), 1, 1, true); }), "model: C is 48, wanted a multiple of NH = 5"));
@@ -1507,6 +1192,74 @@ TEST_CASE("the parameter table has GPT-2's tensors, and presets have the publish
     check_close("step_flops", step_flops(c, 3, 37), per_token * 3 * 37, 1e-12);
 }
 
+TEST_CASE("the pieces cover every element of file and memory exactly once, in the file's order") {
+    const Config configs[] = {config(1, 1, 1, 1, 1), config(2, 3, 12, 23, 9), config(5, 2, 10, 200, 7)};
+    for (const Config& c : configs) {
+        INFO(c.text());
+        const size_t n = num_params(c);
+        std::vector<int> in_file(n), in_memory(n);
+        std::vector<ParamPiece> pieces = param_pieces(c);
+        ParamTable table = param_table(c);
+        auto off = param_offsets(c);
+        size_t i = 0;
+        for (int id = 0; id < NUM_PARAMS; id++)
+            for (size_t l = 0; l < table[id].layers; l++) {
+                REQUIRE(i < pieces.size());
+                const ParamPiece& t = pieces[i++];
+                CHECK((t.id == id && t.layer == l && t.decay == table[id].decay));
+                CHECK((t.size == table[id].per_layer() && t.file == off[id] + l * t.size));
+                REQUIRE((t.file + t.size <= n && t.memory + t.size <= n));
+                for (size_t j = 0; j < t.size; j++) in_file[t.file + j]++, in_memory[t.memory + j]++;
+            }
+        CHECK(i == pieces.size());
+        CHECK((size_t)std::count(in_file.begin(), in_file.end(), 1) == n);
+        CHECK((size_t)std::count(in_memory.begin(), in_memory.end(), 1) == n);
+    }
+}
+
+TEST_CASE("memory holds wte, wpe, each block's matrices and its vectors, lnfw, lnfb, without a gap") {
+    Config c = config(3, 2, 10, 20, 7);
+    std::vector<std::pair<int, size_t>> want = {{WTE, 0}, {WPE, 0}}, got;
+    for (size_t l = 0; l < 3; l++)
+        for (int id : {QKVW, ATTPROJW, FCW, FCPROJW, LN1W, LN1B, QKVB, ATTPROJB, LN2W, LN2B, FCB, FCPROJB})
+            want.push_back({id, l});
+    want.push_back({LNFW, 0}), want.push_back({LNFB, 0});
+    std::vector<ParamPiece> pieces = param_pieces(c);
+    std::sort(pieces.begin(), pieces.end(),
+              [](const ParamPiece& a, const ParamPiece& b) { return a.memory < b.memory; });
+    size_t next = 0;
+    for (const ParamPiece& t : pieces) {
+        CHECK(t.memory == next);
+        next = t.memory + t.size;
+        got.push_back({t.id, t.layer});
+    }
+    CHECK(next == num_params(c));
+    CHECK((got == want));
+}
+
+TEST_CASE("a model's tensors, by name, by number and layer, and as pieces, are the same memory") {
+    Config c = config(3, 2, 10, 20, 7);
+    Floats memory(num_params(c));
+    Params<float> p(memory.data(), c);
+    for (const ParamPiece& t : param_pieces(c)) {
+        INFO(param_table(c)[t.id].name, " of layer ", t.layer);
+        Layer<float> b = p.layer(t.layer);
+        const float* named[] = {p.wte,  p.wpe,  b.ln1w, b.ln1b, b.qkvw,    b.qkvb,    b.attprojw, b.attprojb,
+                                b.ln2w, b.ln2b, b.fcw,  b.fcb,  b.fcprojw, b.fcprojb, p.lnfw,     p.lnfb};
+        CHECK(p.tensor(t.id, t.layer) == &memory[t.memory]);
+        CHECK(named[t.id] == &memory[t.memory]);
+    }
+    cpu::GPT2 m(c, 1, 1, true);
+    for (const ParamPiece& t : param_pieces(c)) {
+        for (size_t j = 0; j < t.size; j++) m.params.tensor(t.id, t.layer)[j] = (float)(t.file + j);
+        for (size_t j = 0; j < t.size; j++) m.grads.tensor(t.id, t.layer)[j] = -(float)(t.file + j);
+    }
+    Floats params = parameters(m), grads = gradients(m);
+    size_t wrong = 0;
+    for (size_t j = 0; j < params.size(); j++) wrong += params[j] != (float)j, wrong += grads[j] != -(float)j;
+    CHECK(wrong == 0);
+}
+
 TEST_CASE("initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), biases 0, LayerNorm 1, padding 0") {
     Config c = config(3, 4, 96, 200, 64);
     cpu::GPT2 m(c, 0, 0, false), same(c, 0, 0, false), other(c, 0, 0, false);
@@ -1519,11 +1272,12 @@ TEST_CASE("initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L))
     CHECK(!same_bits(parameters(m), parameters(other)));
     ParamTable table = param_table(c);
     auto off = param_offsets(c);
+    Floats all = parameters(m);
     for (int i = 0; i < NUM_PARAMS; i++) {
         INFO(table[i].name);
         bool matrix = i == WTE || i == WPE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW;
         bool residual = i == ATTPROJW || i == FCPROJW, weight = i == LN1W || i == LN2W || i == LNFW;
-        const float* w = m.params() + off[i];
+        const float* w = &all[off[i]];
         if (!matrix) {
             CHECK(std::all_of(w, w + table[i].size(), [=](float f) { return f == (weight ? 1.0f : 0.0f); }));
             continue;
@@ -1558,8 +1312,10 @@ TEST_CASE("bf16: loss, logits and gradients are fp32's within rounding: 1e-3, an
             full.backward(), half.backward();
             ParamTable table = param_table(c);
             auto off = param_offsets(c);
+            Floats got_g = gradients(half), want_g = gradients(full);
             for (int i = 0; i < NUM_PARAMS; i++)
-                check_close(strf("bf16, gradients: %s", table[i].name), half.grads() + off[i], full.grads() + off[i], table[i].size(), 1e-2);
+                check_close(strf("bf16, gradients: %s", table[i].name), &got_g[off[i]], &want_g[off[i]],
+                            table[i].size(), 1e-2);
             Floats a(3 * 67 * 97), b(3 * 67 * 97);
             half.logits(a.data()), full.logits(b.data());
             check_close("bf16, logits", a.data(), b.data(), a.size(), 1e-2);
@@ -1636,7 +1392,8 @@ TEST_CASE("AdamW follows its formulas over six steps; decays only matrices and e
     randomise(m, 50);
     auto off = param_offsets(c);
     const size_t n = num_params(c), used = (size_t)c.V * c.C, pad_end = off[WPE];
-    Doubles w(m.params(), m.params() + n), m1(n), m2(n);
+    Floats start = parameters(m);
+    Doubles w(start.begin(), start.end()), m1(n), m2(n);
     AdamW a;
     a.beta1 = 0.85f, a.beta2 = 0.96f, a.eps = 1e-6f, a.weight_decay = 0.3f;
     Random r(51);
@@ -1645,7 +1402,7 @@ TEST_CASE("AdamW follows its formulas over six steps; decays only matrices and e
         const float scale = t % 2 ? 1.0f : 0.25f;
         Floats g = r.floats(n, t == 3 ? 1e-5 : 0.1);
         std::fill(&g[used], &g[pad_end], 0.0f);
-        std::copy(g.begin(), g.end(), m.grads());
+        set_piece(m, GRADS, g);
         m.update(a, t, scale);
         int id = 0;
         for (size_t j = 0; j < n; j++) {
@@ -1655,99 +1412,69 @@ TEST_CASE("AdamW follows its formulas over six steps; decays only matrices and e
             double m_hat = m1[j] / (1 - std::pow(b1, t)), v_hat = m2[j] / (1 - std::pow(b2, t));
             w[j] -= a.lr * (m_hat / (std::sqrt(v_hat) + a.eps) + (decays(id) ? (double)a.weight_decay * w[j] : 0));
         }
+        Floats got = parameters(m), left = gradients(m);
         for (int i = 0; i < NUM_PARAMS; i++)
-            check_close(strf("AdamW: %s after step %u", param_table(c)[i].name, t), m.params() + off[i], &w[off[i]],
+            check_close(strf("AdamW: %s after step %u", param_table(c)[i].name, t), &got[off[i]], &w[off[i]],
                         off[i + 1] - off[i], 1e-6);
-        check_close("AdamW: first moment", piece(m, cpu::GPT2::ADAM_M), m1, 1e-6);
-        check_close("AdamW: second moment", piece(m, cpu::GPT2::ADAM_V), m2, 1e-6);
-        CHECK(std::all_of(m.grads(), m.grads() + n, [](float f) { return f == 0; }));
-        CHECK(std::all_of(m.params() + used, m.params() + pad_end, [](float f) { return f == 0; }));
+        check_close("AdamW: first moment", piece(m, ADAM_M), m1, 1e-6);
+        check_close("AdamW: second moment", piece(m, ADAM_V), m2, 1e-6);
+        CHECK(std::all_of(left.begin(), left.end(), [](float f) { return f == 0; }));
+        CHECK(std::all_of(&got[used], &got[pad_end], [](float f) { return f == 0; }));
     }
 }
 
 TEST_CASE("AdamW's first step is the learning rate in the gradient's direction, whatever its size: the bias is corrected") {
     cpu::GPT2 m(config(1, 1, 4, 3, 2), 1, 1, true);
     size_t n = num_params(m.cfg);
-    for (size_t j = 0; j < n; j++) m.grads()[j] = j % 2 ? 1e-3f * (float)(1 + j) : -2.0f;
+    Floats g(n);
+    for (size_t j = 0; j < n; j++) g[j] = j % 2 ? 1e-3f * (float)(1 + j) : -2.0f;
+    set_piece(m, GRADS, g);
     AdamW a;
     a.lr = 0.1f;
     m.update(a, 1, 1);
-    for (size_t j = 0; j < n; j++) CHECK(std::fabs(m.params()[j] - (j % 2 ? -0.1 : 0.1)) < 1e-5);
+    Floats w = parameters(m);
+    for (size_t j = 0; j < n; j++) CHECK(std::fabs(w[j] - (j % 2 ? -0.1 : 0.1)) < 1e-5);
 }
 
-TEST_CASE("an update that is finished beside the next forward pass has the bits of one that is finished at once") {
-    struct Seen {
-        Doubles losses;
-        Floats params, m, v;
-    };
-    for (int L : {1, 3})
-        for (Dtype dtype : {FP32, BF16})
-            for (bool evaluates : {false, true}) {
-                Config c = config(L, 3, 69, L == 1 ? 640 : 97, 40, L == 1 ? GPT2_ARCH : GROVER_ARCH);
-                auto train = [&](bool at_once, int threads) {
-                    Threads guard(threads);
-                    cpu::GPT2 m(c, 3, 37, true, L == 3 && threads == 3 ? 3 : 0, Precision{dtype, true});
-                    randomise(m, 54);
-                    m.dropout = 0.1f;
-                    Random r(54);
-                    Seen seen;
-                    for (uint32_t step = 0; step < 3; step++) {
-                        Batch batch(r, 3, 37, c.V);
-                        if (step && evaluates) seen.losses.push_back(batch.forward(m));
-                        m.accumulate(batch.tokens.data(), batch.targets.data(), 3, 37, training_pass(batch.counted(), step));
-                        seen.losses.push_back(m.step(AdamW(), step + 1).loss);
-                        if (at_once) m.finish_update();
-                    }
-                    seen.params = parameters(m), seen.m = piece(m, cpu::GPT2::ADAM_M), seen.v = piece(m, cpu::GPT2::ADAM_V);
-                    return seen;
-                };
-                Seen want = train(true, 1);
-                for (int threads : {1, 2, 3}) {
-                    INFO(L, " layers, dtype ", (int)dtype, ", evaluates ", evaluates, ", threads ", threads);
-                    Seen got = train(false, threads);
-                    CHECK(got.losses == want.losses);
-                    CHECK(same_bits(got.params, want.params));
-                    CHECK(same_bits(got.m, want.m));
-                    CHECK(same_bits(got.v, want.v));
-                }
-            }
-}
-
-TEST_CASE("whatever is asked of a model after an update, it answers with all parameters updated") {
+TEST_CASE("after a step all views of a model are updated: tensors, pieces, logits, an older decoder") {
     Config c = config(3, 3, 69, 97, 40);
     Tokens prompt = {5, 7, 11};
-    // What the model says after one step when asked for one thing first.
-    auto asked = [&](bool finished, const std::function<Floats(cpu::GPT2&)>& ask) {
-        cpu::GPT2 m(c, 2, 40, true);
+    for (Dtype dtype : {FP32, BF16}) {
+        INFO("dtype ", (int)dtype);
+        cpu::GPT2 m(c, 2, 40, true, 0, {dtype, true}), fresh(c, 2, 40, false, 0, {dtype, true});
         randomise(m, 55);
+        cpu::Decoder decoder(m, 1, 40), fresh_decoder(fresh, 1, 40);
         Random r(55);
         Batch batch(r, 2, 40, c.V);
+        m.accumulate(batch.tokens.data(), batch.targets.data(), 2, 40, training_pass(batch.counted()));
+        Floats before = parameters(m), g = gradients(m);
         AdamW a;
         a.lr = 0.1f;
-        m.accumulate(batch.tokens.data(), batch.targets.data(), 2, 40, training_pass(batch.counted()));
-        m.step(a, 1);
-        if (finished) m.finish_update();
-        Floats answer = ask(m), rest = parameters(m);
-        answer.insert(answer.end(), rest.begin(), rest.end());
-        return answer;
-    };
-    const std::pair<const char*, std::function<Floats(cpu::GPT2&)>> questions[] = {
-        {"parameters", [](cpu::GPT2& m) { return parameters(m); }},
-        {"pieces of parameters", [](cpu::GPT2& m) { return piece(m, cpu::GPT2::PARAMS); }},
-        {"first moment", [](cpu::GPT2& m) { return piece(m, cpu::GPT2::ADAM_M); }},
-        {"second moment", [](cpu::GPT2& m) { return piece(m, cpu::GPT2::ADAM_V); }},
-        {"gradients", [](cpu::GPT2& m) { return gradients(m); }},
-        {"logits", [&](cpu::GPT2& m) { Floats l(2 * 40 * (size_t)c.V); m.logits(l.data()); return l; }},
-        {"a second update", [](cpu::GPT2& m) { m.update(AdamW(), 2, 1); return Floats(); }},
-        {"new weights", [](cpu::GPT2& m) { m.init_weights(3); return piece(m, cpu::GPT2::ADAM_V); }},
-        {"a decoder's logits", [&](cpu::GPT2& m) {
-             cpu::Decoder decoder(m, 1, 40);
-             const float* l = decoder.append(prompt.data(), prompt.size());
-             return Floats(l, l + c.V);
-         }}};
-    for (auto& [name, ask] : questions) {
-        INFO(name);
-        CHECK(same_bits(asked(false, ask), asked(true, ask)));
+        CHECK(m.step(a, 1).finite());
+        // From moments of zero, and corrected, the first is g and the second g^2.
+        Doubles want(before.begin(), before.end()), m1(g.size()), m2(g.size());
+        for (const ParamPiece& t : param_pieces(c))
+            for (size_t j = t.file; j < t.file + t.size; j++) {
+                double decay = t.decay ? (double)a.weight_decay * before[j] : 0;
+                want[j] -= (double)a.lr * (g[j] / (std::fabs((double)g[j]) + a.eps) + decay);
+                m1[j] = (1 - (double)a.beta1) * g[j], m2[j] = (1 - (double)a.beta2) * g[j] * g[j];
+            }
+        Floats after = parameters(m), left = gradients(m);
+        check_close("AdamW: parameters after a step", after, want, 1e-6);
+        check_close("AdamW: first moment", piece(m, ADAM_M), m1, 1e-6);
+        check_close("AdamW: second moment", piece(m, ADAM_V), m2, 1e-6);
+        CHECK(std::all_of(left.begin(), left.end(), [](float f) { return f == 0; }));
+        for (const ParamPiece& t : param_pieces(c))
+            CHECK(!memcmp(m.params.tensor(t.id, t.layer), &after[t.file], t.size * sizeof(float)));
+
+        set_piece(fresh, PARAMS, after);
+        Floats logits(2 * 40 * (size_t)c.V), fresh_logits(logits.size());
+        CHECK(batch.forward(m) == batch.forward(fresh));
+        m.logits(logits.data()), fresh.logits(fresh_logits.data());
+        CHECK(same_bits(logits, fresh_logits));
+        const float* next = decoder.append(prompt.data(), prompt.size());
+        const float* want_next = fresh_decoder.append(prompt.data(), prompt.size());
+        CHECK(!memcmp(next, want_next, (size_t)c.V * sizeof(float)));
     }
 }
 
@@ -1756,12 +1483,13 @@ TEST_CASE("the gradients' norm is that of all parameters, past the borders of it
     cpu::GPT2 m(c, 1, 1, true);
     REQUIRE(num_params(c) > 3 << 16);
     Floats g = Random(52).floats(num_params(c), 0.01);
-    std::copy(g.begin(), g.end(), m.grads());
+    set_piece(m, GRADS, g);
     double sum = 0;
     for (float x : g) sum += (double)x * x;
     check_close("gradients' norm", m.grad_norm(), std::sqrt(sum), 1e-12);
     CHECK(same_bits(g, gradients(m)));
-    m.grads()[12345] = NAN;
+    g[12345] = NAN;
+    set_piece(m, GRADS, g);
     CHECK(std::isnan(m.grad_norm()));
 }
 
@@ -1784,8 +1512,9 @@ TEST_CASE("the norm that backward sums on its way is that of the gradients, afte
                 check_close("gradients' norm", norm, true_norm(), 1e-12);
                 check_close("gradients' norm", m.grad_norm(), norm, 1e-12);
             }
-            float* g = m.grads();
-            for (size_t j = 0; j < num_params(m.cfg); j++) g[j] *= 3;
+            m.each_piece(GRADS, [](float* g, size_t n) {
+                for (size_t j = 0; j < n; j++) g[j] *= 3;
+            });
             check_close("gradients' norm", m.grad_norm(), true_norm(), 1e-12);
         }
 }
@@ -1798,13 +1527,13 @@ TEST_CASE("clipping: a gradient longer than the limit counts as one of the limit
         double norm = 0;
         for (float x : g) norm += (double)x * x;
         for (float& x : g) x *= (float)(length / std::sqrt(norm));
-        std::copy(g.begin(), g.end(), m.grads());
+        set_piece(m, GRADS, g);
         double measured = m.grad_norm(), limit = 1;
         AdamW a;
         m.update(a, 1, measured > limit ? (float)(limit / measured) : 1.0f);  // as trainer.h does
         Doubles want(n);
         for (size_t j = 0; j < n; j++) want[j] = 0.1 * g[j] * std::min(1.0, limit / length);
-        check_close("clipping", piece(m, cpu::GPT2::ADAM_M), want, 1e-6);
+        check_close("clipping", piece(m, ADAM_M), want, 1e-6);
     }
 }
 
@@ -1881,9 +1610,9 @@ TEST_CASE("a decoder in bf16 is the fp32 decoder with rounded weights, within th
         Config c = config(2, 3, 51, 97, 40, arch);
         cpu::GPT2 full(c, 0, 0, false), half(c, 0, 0, false, 0, Precision{BF16, true});
         randomise(full, 71);
-        load_params(half, parameters(full));
-        for (size_t i = 0; i < num_params(c); i++) full.params()[i] = rounded(full.params()[i]);
-        CHECK(same_bits(piece(half, cpu::GPT2::PARAMS), parameters(full)));
+        set_piece(half, PARAMS, parameters(full));
+        set_piece(full, PARAMS, rounded(parameters(full)));
+        CHECK(same_bits(piece(half, PARAMS), parameters(full)));
         CHECK(cpu::GPT2::memory_need(c, 0, 0, false, 0, half.precision).params == num_params(c) * 2);
         const size_t N = 3, T = 9;
         cpu::Decoder a(full, N, T), b(half, N, T);
@@ -1897,13 +1626,33 @@ TEST_CASE("a decoder in bf16 is the fp32 decoder with rounded weights, within th
     }
 }
 
+TEST_CASE("a decoder opened from a file is one of a model with the file's parameters, fp32 and bf16") {
+    TempDir dir;
+    Config c = config(2, 3, 51, 97, 40, GROVER_ARCH);
+    cpu::GPT2 full(c, 0, 0, false);
+    randomise(full, 72);
+    trainer::save_model(full, dir / "model.bin");
+    Tokens tokens = Random(72).tokens(2 * 9, c.V);
+    for (Dtype dtype : {FP32, BF16}) {
+        cpu::GPT2 m(c, 0, 0, false, 0, Precision{dtype, true});
+        set_piece(m, PARAMS, parameters(full));
+        cpu::Decoder want(m, 2, 40);
+        ModelReader reader(dir / "model.bin");
+        std::unique_ptr<Decoder> decoder = open_decoder(reader, 2, dtype);
+        CHECK(decoder->capacity() == 40);
+        const float *got = decoder->append(tokens.data(), 9), *logits = want.append(tokens.data(), 9);
+        CHECK(decoder->length() == 9);
+        CHECK(!memcmp(got, logits, 2 * (size_t)c.V * sizeof(float)));
+    }
+}
+
 TEST_CASE("a sequence's logits have the same bits however many are written beside it, and with any number of threads, fp32 and bf16") {
     Config c = config(2, 3, 51, 97, 80);  // an odd width, so that no vector divides a row
     cpu::GPT2 full(c, 0, 0, false);
     randomise(full, 61);
     for (Dtype dtype : {FP32, BF16}) {
         cpu::GPT2 m(c, 0, 0, false, 0, Precision{dtype, true});
-        load_params(m, parameters(full));
+        set_piece(m, PARAMS, parameters(full));
         Tokens prompt = Random(61).tokens(70, c.V);
         std::vector<Floats> first;
         for (int threads : {1, 2, 3})
@@ -1929,15 +1678,15 @@ TEST_CASE("a sequence's logits have the same bits however many are written besid
 namespace {
 
 // Stands in for a model: the next token is always the last one plus one, modulo 100. Notes what it was asked.
-struct CountingDecoder {
+struct CountingDecoder : ::Decoder {
     size_t N, limit, held = 0;
     std::vector<size_t> appended, resets_at;
     Floats logits;
     CountingDecoder(size_t N_, size_t limit_) : N(N_), limit(limit_), logits(N_ * 100) {}
-    size_t length() const { return held; }
-    size_t capacity() const { return limit; }
-    void reset() { resets_at.push_back(appended.size()), held = 0; }
-    const float* append(const int* tokens, size_t n) {
+    size_t length() const override { return held; }
+    size_t capacity() const override { return limit; }
+    void reset() override { resets_at.push_back(appended.size()), held = 0; }
+    const float* append(const int* tokens, size_t n) override {
         held += n, appended.push_back(n);
         REQUIRE(held <= limit);
         for (size_t s = 0; s < N; s++)
@@ -2215,11 +1964,13 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
     REQUIRE(bytes.size() == 1024 + 4 * num_params(c));
     const int32_t want[12] = {20240326, 3, c.maxT, c.V, c.L, c.NH, c.C, c.Vp, 1, 1, 0, 0};
     CHECK(!memcmp(bytes.data(), want, sizeof want));
-    CHECK(!memcmp(bytes.data() + 1024, m.params(), 4 * num_params(c)));
+    Floats p = parameters(m);
+    CHECK(!memcmp(bytes.data() + 1024, p.data(), 4 * num_params(c)));
 
     auto write_bf16 = [&](cpu::GPT2& model, const std::string& to) {
         ModelWriter w(to, c, MODEL_BF16);
-        w.add(model.params(), 100), w.add(model.params() + 100, num_params(c) - 100);  // in pieces
+        Floats all = parameters(model);
+        w.add(all.data(), 100), w.add(&all[100], num_params(c) - 100);  // in pieces
         w.finish();
         return read_file(to);
     };
@@ -2230,22 +1981,53 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
         CHECK(reader.version == MODEL_BF16);
         trainer::load_model(back, reader);
     }
-    for (size_t i = 0; i < num_params(c); i++) CHECK(back.params()[i] == rounded(m.params()[i]));
+    Floats read_back = parameters(back);
+    for (size_t i = 0; i < num_params(c); i++) CHECK(read_back[i] == rounded(p[i]));
     CHECK((write_bf16(back, dir / "half2.bin") == half));
 
     CHECK(contains(error_of([&] { ModelWriter(dir / "x", c).finish(); }), "parameters missing"));
     CHECK(contains(error_of([&] {
               ModelWriter w(dir / "x", c);
-              w.add(m.params(), num_params(c)), w.add(m.params(), 3);
+              w.add(p.data(), num_params(c)), w.add(p.data(), 3);
           }),
                    "3 parameters too many"));
     CHECK(!file_exists(dir / "x"));
     for (float bad : {NAN, INFINITY}) {  // a model that is no model does not replace one
-        m.params()[num_params(c) - 1] = bad;
+        p.back() = bad;
+        set_piece(m, PARAMS, p);
         CHECK(contains(error_of([&] { trainer::save_model(m, path); }), path + ": not written, the parameters hold NaN or infinity"));
     }
     CHECK((read_file(path) == bytes));
     CHECK(files_in(dir.path) == 3);
+}
+
+TEST_CASE("a model file is a header and the tensors in order, and the same when read and saved again") {
+    TempDir dir;
+    for (Config c : {small_config(), config(3, 3, 9, 20, 7)}) {
+        INFO(c.text());
+        cpu::GPT2 m(c, 0, 0, false), back(c, 1, 1, true), half(c, 0, 0, false, 0, Precision{BF16, true});
+        randomise(m, 88);
+        trainer::save_model(m, dir / "model.bin");
+        std::vector<int32_t> header = model_header(c, MODEL_FP32);
+        std::string want((const char*)header.data(), 1024);
+        ParamTable table = param_table(c);
+        for (int id = 0; id < NUM_PARAMS; id++)
+            for (size_t l = 0; l < table[id].layers; l++)
+                want.append((const char*)m.params.tensor(id, l), table[id].per_layer() * sizeof(float));
+        CHECK((read_file(dir / "model.bin") == want));
+
+        ModelReader reader(dir / "model.bin"), once_more(dir / "model.bin");
+        trainer::load_model(back, reader), trainer::load_model(half, once_more);
+        trainer::save_model(back, dir / "again.bin");
+        CHECK((read_file(dir / "again.bin") == want));
+        size_t wrong = 0;
+        for (const ParamPiece& t : param_pieces(c)) {
+            const float* x = m.params.tensor(t.id, t.layer);
+            const simd::bf16* h = half.params_bf16.tensor(t.id, t.layer);
+            for (size_t j = 0; j < t.size; j++) wrong += h[j] != float_to_bf16(x[j]);
+        }
+        CHECK(wrong == 0);
+    }
 }
 
 TEST_CASE("files as llm.c writes them, fp32 and bf16, load: seven header words, then its sixteen tensors in its order") {
@@ -2269,13 +2051,22 @@ TEST_CASE("files as llm.c writes them, fp32 and bf16, load: seven header words, 
         CHECK((reader.cfg.arch == GPT2_ARCH && reader.cfg.activation == GELU_TANH && reader.cfg.eps == 1e-5f));
         cpu::GPT2 m(reader.cfg, 0, 0, false);
         trainer::load_model(m, reader);
-        const float* tensors[16] = {m.p.wte,  m.p.wpe,  m.p.ln1w, m.p.ln1b, m.p.qkvw,    m.p.qkvb,    m.p.attprojw, m.p.attprojb,
-                                    m.p.ln2w, m.p.ln2b, m.p.fcw,  m.p.fcb,  m.p.fcprojw, m.p.fcprojb, m.p.lnfw,     m.p.lnfb};
-        for (size_t k = 0; k < 16; k++)
-            for (size_t i = 0; i < sizes[k]; i++)
-                if (tensors[k][i] != (k == 0 && i >= V * C ? 0 : value(k, i))) FAIL("version ", version, ", tensor ", k, ", element ", i);
+        for (size_t l = 0; l < L; l++) {
+            const Params<float>& p = m.params;
+            Layer<float> b = p.layer(l);
+            const float* tensors[] = {p.wte,      p.wpe,      b.ln1w, b.ln1b, b.qkvw, b.qkvb,
+                                      b.attprojw, b.attprojb, b.ln2w, b.ln2b, b.fcw,  b.fcb,
+                                      b.fcprojw,  b.fcprojb,  p.lnfw, p.lnfb};
+            for (size_t k = 0; k < 16; k++) {
+                size_t n = k < 2 || k > 13 ? sizes[k] : sizes[k] / L, first = k < 2 || k > 13 ? 0 : l * n;
+                for (size_t i = 0; i < n; i++)
+                    if (tensors[k][i] != (k == 0 && i >= V * C ? 0 : value(k, first + i)))
+                        FAIL("version ", version, ", tensor ", k, ", layer ", l, ", element ", i);
+            }
+        }
         ModelWriter writer(dir / "ours.bin", reader.cfg, version);  // and what we write is that file
-        writer.add(m.params(), num_params(m.cfg)), writer.finish();
+        Floats all = parameters(m);
+        writer.add(all.data(), all.size()), writer.finish();
         CHECK((read_file(dir / "ours.bin") == bytes));
     }
 }
@@ -2412,10 +2203,10 @@ TEST_CASE("the training state comes back as it was: progress, settings, moments"
     cpu::GPT2 m(small_config(), 1, 1, true), back(m.cfg, 1, 1, true);
     randomise(m, 86), randomise(back, 86);
     Floats moments = Random(86).floats(2 * num_params(m.cfg));
-    std::copy(moments.begin(), moments.begin() + (ptrdiff_t)num_params(m.cfg), m.grads());
+    set_piece(m, GRADS, Floats(moments.begin(), moments.begin() + (ptrdiff_t)num_params(m.cfg)));
     AdamW a;
     m.update(a, 1, 1);
-    std::copy(m.params(), m.params() + num_params(m.cfg), back.params());
+    set_piece(back, PARAMS, parameters(m));
     trainer::Progress p;
     p.step = 1234, p.position = ((uint64_t)1 << 40) + 17, p.best_val = 2.25, p.best_step = 1200;
     p.smoothed = 0.1, p.smoothed_weight = 0.7, p.seconds = 99.5, p.pending = true;
@@ -2433,8 +2224,72 @@ TEST_CASE("the training state comes back as it was: progress, settings, moments"
     CHECK(reader.progress.pending);
     CHECK(!memcmp(&reader.progress.last, &p.last, sizeof p.last));
     reader.load_moments(back);
-    CHECK(same_bits(piece(m, cpu::GPT2::ADAM_M), piece(back, cpu::GPT2::ADAM_M)));
-    CHECK(same_bits(piece(m, cpu::GPT2::ADAM_V), piece(back, cpu::GPT2::ADAM_V)));
+    CHECK(same_bits(piece(m, ADAM_M), piece(back, ADAM_M)));
+    CHECK(same_bits(piece(m, ADAM_V), piece(back, ADAM_V)));
+}
+
+namespace {
+
+// The state file's checksum as it was made first: of whole sections, word by word, the last one filled up with
+// zeros.
+uint64_t first_checksum(const std::vector<std::string>& sections) {
+    uint64_t h = 0x243F6A8885A308D3u;
+    for (const std::string& section : sections)
+        for (size_t i = 0; i < section.size(); i += 8) {
+            uint64_t word = 0;
+            memcpy(&word, &section[i], std::min<size_t>(8, section.size() - i));
+            h = (h ^ word) * 0x9E3779B97F4A7C15u, h ^= h >> 29;
+        }
+    return h;
+}
+std::string bytes_of(const Floats& x) { return {(const char*)x.data(), x.size() * sizeof(float)}; }
+
+}  // namespace
+
+TEST_CASE("a training state loads, and is the same, as when the checksum took sections whole") {
+    TempDir dir;
+    Config c = config(3, 1, 3, 3, 1);
+    c.Vp = 3;
+    size_t odd = 0;  // pieces that end within a word
+    for (const ParamPiece& t : param_pieces(c)) odd += t.size % 2;
+    REQUIRE((odd > 20 && num_params(c) % 2 == 1));
+    cpu::GPT2 m(c, 1, 1, true), back(c, 1, 1, true);
+    randomise(m, 89);
+    set_piece(m, GRADS, Random(89).floats(num_params(c)));
+    m.update(AdamW(), 1, 1);
+    trainer::Progress p;
+    p.step = 7, p.best_val = 1.5;
+    const std::string settings = "a=1\nb=2\nc";  // ends within a word, too
+    trainer::save_state(m, p, settings, dir / "state.bin");
+    const std::string saved = read_file(dir / "state.bin");
+    const std::vector<std::string> sections = {saved.substr(0, 1024), settings, bytes_of(piece(m, ADAM_M)),
+                                               bytes_of(piece(m, ADAM_V)), bytes_of(parameters(m))};
+    uint64_t check = first_checksum(sections);
+    std::string first = sections[0] + sections[1] + sections[2] + sections[3];
+    first.append((const char*)&check, 8);
+    CHECK((saved == first));
+    write_file(dir / "first.bin", first);
+    set_piece(back, PARAMS, parameters(m));
+    CHECK(error_of([&] { trainer::StateReader(dir / "first.bin").load_moments(back); }).empty());
+    CHECK(same_bits(piece(m, ADAM_M), piece(back, ADAM_M)));
+    CHECK(same_bits(piece(m, ADAM_V), piece(back, ADAM_V)));
+}
+
+TEST_CASE("the state's checksum is the same however its sections are cut into pieces") {
+    Random r(92);
+    for (int trial = 0; trial < 200; trial++) {
+        std::vector<std::string> sections(3);
+        trainer::Checksum sum;
+        for (std::string& section : sections) {
+            for (size_t n = r.below(70); n; n--) section += (char)r.below(256);
+            for (size_t i = 0, n; i < section.size(); i += n) {
+                n = std::min(section.size() - i, r.below(4) ? r.below(20) : 0);
+                sum.add(section.data() + i, n);
+            }
+            sum.end_section();
+        }
+        CHECK(sum.value() == first_checksum(sections));
+    }
 }
 
 TEST_CASE("a training state with any byte changed, cut short, prolonged, or beside another model is refused by name") {
@@ -2443,7 +2298,9 @@ TEST_CASE("a training state with any byte changed, cut short, prolonged, or besi
     c.Vp = 3;
     cpu::GPT2 m(c, 1, 1, true);
     randomise(m, 87);
-    for (size_t j = 0; j < num_params(c); j++) m.grads()[j] = (float)(j + 1);
+    Floats g(num_params(c));
+    std::iota(g.begin(), g.end(), 1.0f);
+    set_piece(m, GRADS, g);
     m.update(AdamW(), 1, 1);
     trainer::Progress p;
     p.step = 5;
@@ -2473,10 +2330,11 @@ TEST_CASE("a training state with any byte changed, cut short, prolonged, or besi
     write_file(path, good + "x");
     CHECK(contains(error_at(path), "trailing data"));
     for (size_t at : {(size_t)0, num_params(c) - 1}) {  // the checksum covers the model beside it
-        float before = m.params()[at];
-        m.params()[at] = std::nextafter(before, 10.0f);
+        Floats before = parameters(m), changed = before;
+        changed[at] = std::nextafter(before[at], 10.0f);
+        set_piece(m, PARAMS, changed);
         CHECK(contains(error_at(dir / "state.bin"), "checksum does not match"));
-        m.params()[at] = before;
+        set_piece(m, PARAMS, before);
     }
     trainer::StateReader reader(dir / "state.bin");
     cpu::GPT2 other(config(1, 1, 4, 3, 2), 1, 1, true);

@@ -1,16 +1,17 @@
-// train_gpt2.cu - GPT-2 on one NVIDIA GPU: the model, flags and files of train_gpt2.cpp, with fused kernels and cuBLASLt.
+// train_gpt2.cu - GPT-2 on one NVIDIA GPU: the model, flags and files of train_gpt2.cpp.
 //
-// Read it from top to bottom: the build's number type, errors and launches, tensor-core instructions, the kernels of each
-// layer (a comment says which function of train_gpt2.cpp each one is held against), matrix products by cuBLASLt, the model,
-// the decoder with its key/value cache, and a main that hands the model to the trainer in trainer.h.
+// Read it from top to bottom: the build's number type, errors and launches, tensor-core instructions, the
+// kernels of each layer (a comment names the function of train_gpt2.cpp, lib/vec.h or lib/gemm.h that each
+// one is tested against), matrix products by cuBLASLt, the model, the decoder with its key/value cache, and a
+// main that hands the model to lib/trainer.h.
 //
 // Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary padded to Vp.
-// floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's moments and master
-// weights are always float. There are no atomics on floats: a run repeats bit for bit.
+// floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's
+// moments and master weights are always float. There are no atomics on floats: a run repeats bit for bit.
 //
-// Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR); so kernels are launched
-// by launch() alone, the dynamic shared memory of every kernel is `dynamic_smem`, and each PTX instruction stands in a
-// wrapper with a second body.
+// Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR); so kernels
+// are launched by launch() alone, the dynamic shared memory of every kernel is `dynamic_smem`, and each PTX
+// instruction stands in a wrapper with a second body.
 #ifndef TRAIN_GPT2_CU
 #define TRAIN_GPT2_CU
 
@@ -24,8 +25,9 @@
 #include <memory>
 #include <utility>
 
-#include "gpt2.h"
-#include "rng.h"
+#include "lib/memory.h"
+#include "lib/rng.h"
+#include "lib/sampler.h"
 
 namespace gpu {
 
@@ -62,8 +64,6 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cud
     c.gridDim = grid, c.blockDim = block, c.dynamicSmemBytes = smem, c.stream = stream;
     CUDA_CHECK(cudaLaunchKernelEx(&c, kernel, std::forward<A>(args)...));
 }
-
-inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------------------------------------
 // Numbers, 16-byte accesses, reductions, dropout
@@ -1403,8 +1403,8 @@ inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout,
 // ---------------------------------------------------------------------------------------------
 // GELU and bias
 
-// cpu::gelu_tanh and cpu::gelu_erf: GELU and its derivative. The sigmoid form of the one has no cancellation; the normal
-// distribution function of the other is Abramowitz and Stegun 7.1.26, to 3e-7.
+// simd::gelu_tanh and simd::gelu_erf: GELU and its derivative. The sigmoid form of the one has no
+// cancellation; the normal distribution function of the other is Abramowitz and Stegun 7.1.26, to 3e-7.
 __device__ inline float gelu(float x, float* derivative, int activation) {
     if (activation == GELU_TANH) {
         float u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = __fdividef(1.0f, 1.0f + exponential(-u2));
@@ -1426,7 +1426,7 @@ __global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, const floa
     for (int k = 0; k < VEC; k++) f[k] = gelu(f[k], &unused, activation);
     store(y + i, narrow(f));
 }
-// cpu::gelu_forward. y = gelu(x), n values, a multiple of 8; y may be x.
+// simd::gelu_forward. y = gelu(x), n values, a multiple of 8; y may be x.
 inline void gelu_forward(floatX* y, const floatX* x, size_t n, int activation, cudaStream_t s) {
     launch(gelu_forward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, y, x, n, activation);
 }
@@ -1442,7 +1442,7 @@ __global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* d, const flo
     }
     store(d + i, narrow(g));
 }
-// cpu::gelu_backward. d *= gelu'(x), n values, a multiple of 8.
+// simd::gelu_backward. d *= gelu'(x), n values, a multiple of 8.
 inline void gelu_backward(floatX* d, const floatX* x, size_t n, int activation, cudaStream_t s) {
     launch(gelu_backward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, d, x, n, activation);
 }
@@ -1495,7 +1495,7 @@ inline size_t bias_backward_parts(size_t N) { return ceil_div((size_t)multiproce
 // Floats of scratch that bias_backward needs.
 inline size_t bias_backward_scratch(size_t N) { return bias_backward_parts(N) * N; }
 
-// cpu::bias_backward. db (N) += column sums of dY (M,N), N a multiple of 8.
+// gemm::bias_gradient. db (N) += column sums of dY (M,N), N a multiple of 8.
 inline void bias_backward(float* db, float* scratch, const floatX* dY, size_t M, size_t N, cudaStream_t s) {
     size_t parts = std::min(bias_backward_parts(N), ceil_div(M, BIAS_WARPS));
     launch(bias_backward_kernel, dim3((unsigned)ceil_div(N / VEC, WARP), (unsigned)parts), BIAS_WARPS * WARP, 0, s, scratch, dY, M, N);
@@ -1593,44 +1593,74 @@ __device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
     r.x = (unsigned short)((__float_as_uint(x) + (bits & 0xffff)) >> 16);
     return r;
 }
-// Writes VEC parameters, from element e of all on. bf16: element e takes 16 bits of Philox block e / 8.
-__device__ inline void store_parameters(floatX* params, size_t e, const Floats& w, const rng::Key& key) {
+
+// Parameters, gradients and moments lie in memory layer by layer, but random bits and the order of sums are
+// those of the model file, so that no result depends on the layout. The kernels below count elements as the
+// file does; a table in device memory says where they lie. It has one segment for each tensor of each layer.
+struct Segment {
+    size_t end;       // the element after its last one, counted as in the file
+    ptrdiff_t shift;  // element e of the file is element e + shift in memory
+    bool decays;      // weight decay applies
+};
+struct ParamMap {
+    const Segment* segments = nullptr;
+    size_t n = 0;  // parameters
+};
+inline std::vector<Segment> param_segments(const Config& c) {
+    std::vector<Segment> segments;
+    for (const ParamPiece& p : param_pieces(c))
+        segments.push_back({p.file + p.size, (ptrdiff_t)p.memory - (ptrdiff_t)p.file, p.decay});
+    return segments;
+}
+// The segment of element e, at `segment` or after it: a thread's elements ascend. Segments begin at multiples
+// of 8 elements, so that a vector never lies in two of them.
+__device__ inline Segment find_segment(const Segment*& segment, size_t e) {
+    while (e >= segment->end) segment++;
+    return *segment;
+}
+
+// Writes VEC parameters, elements e and the following ones of the file. bf16: element e takes 16 bits of
+// Philox block e / 8.
+__device__ inline void store_parameters(floatX* to, size_t e, const Floats& w, const rng::Key& key) {
     if constexpr (BUILD_DTYPE == BF16) {
         rng::Block r = key.block(e / 8);
         Vec<floatX> x;
         for (int k = 0; k < VEC; k++) x[k] = round_stochastic(w[k], r.w[k / 2] >> (k % 2 * 16));
-        store_once(params + e, x);
+        store_once(to, x);
     } else {
-        store_once(params + e, narrow(w));
+        store_once(to, narrow(w));
     }
 }
 
 // Pass 1: the sum of squares of this block's share of the gradients, in doubles as in cpu::GPT2::grad_norm.
 constexpr int ADAMW_THREADS = 256;
-__global__ void __launch_bounds__(ADAMW_THREADS) grad_norm_kernel(double* partials, const float* grads, size_t n) {
+__global__ void __launch_bounds__(ADAMW_THREADS) grad_norm_kernel(double* partials, const float* grads,
+                                                                 ParamMap map) {
     double sum[1] = {0};
+    const Segment* segment = map.segments;
+    size_t stride = (size_t)gridDim.x * blockDim.x * 4;
 #pragma unroll 4
-    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; e < n; e += (size_t)gridDim.x * blockDim.x * 4) {
-        Vec<float> g = load_once(grads + e);
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; e < map.n; e += stride) {
+        Vec<float> g = load_once(grads + e + find_segment(segment, e).shift);
         for (int k = 0; k < 4; k++) sum[0] += (double)g[k] * g[k];
     }
     group_sum(sum, blockDim.x / WARP);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
 }
 
-// One step's settings, and which tensors decay: tensor i ends before element end[i], bit i of decays.
+// One step's settings.
 struct AdamWStep {
     AdamW a;
     float c1, c2;  // bias corrections 1 / (1 - beta^t)
     uint32_t t;
     uint64_t seed;
-    uint32_t decays;
-    size_t end[NUM_PARAMS];
 };
 
 // Pass 2. Each block sums pass 1's parts by itself, in the same order.
-__global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(StepResult* report, floatX* params, float* master, const float* grads, float* moment1,
-                                                              float* moment2, const double* partials, int parts, const double* loss, AdamWStep step) {
+__global__ void __launch_bounds__(ADAMW_THREADS)
+    adamw_kernel(StepResult* report, floatX* params, float* master, const float* grads, float* moment1,
+                 float* moment2, const double* partials, int parts, const double* loss, ParamMap map,
+                 AdamWStep step) {
     double sum[1] = {0};
     for (int i = threadIdx.x; i < parts; i += blockDim.x) sum[0] += partials[i];
     group_sum(sum, blockDim.x / WARP);
@@ -1641,21 +1671,23 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(StepResult* report
     const AdamW& a = step.a;
     float scale = a.grad_clip > 0 && norm > a.grad_clip ? (float)(a.grad_clip / norm) : 1.0f;
     rng::Key key(step.seed, step.t, rng::ROUNDING);
-    int tensor = 0;
-    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < step.end[NUM_PARAMS - 1]; e += (size_t)gridDim.x * blockDim.x * VEC) {
-        while (e >= step.end[tensor]) tensor++;
-        float shrink = 1.0f - (step.decays >> tensor & 1 ? a.lr * a.weight_decay : 0.0f);
-        Floats g = load_floats(grads + e), m = load_floats(moment1 + e), v = load_floats(moment2 + e);
-        Floats w = master ? load_floats(master + e) : widen(load_once(params + e));
+    const Segment* segment = map.segments;
+    size_t stride = (size_t)gridDim.x * blockDim.x * VEC;
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < map.n; e += stride) {
+        Segment at = find_segment(segment, e);
+        size_t i = e + at.shift;
+        float shrink = 1.0f - (at.decays ? a.lr * a.weight_decay : 0.0f);
+        Floats g = load_floats(grads + i), m = load_floats(moment1 + i), v = load_floats(moment2 + i);
+        Floats w = master ? load_floats(master + i) : widen(load_once(params + i));
         for (int k = 0; k < VEC; k++) {
             float gk = g[k] * scale;
             m[k] = a.beta1 * m[k] + (1 - a.beta1) * gk;
             v[k] = a.beta2 * v[k] + (1 - a.beta2) * gk * gk;
             w[k] = w[k] * shrink - a.lr * (m[k] * step.c1) / (sqrtf(v[k] * step.c2) + a.eps);
         }
-        store_floats(moment1 + e, m), store_floats(moment2 + e, v);
-        if (master) store_floats(master + e, w);
-        store_parameters(params, e, w, key);
+        store_floats(moment1 + i, m), store_floats(moment2 + i, v);
+        if (master) store_floats(master + i, w);
+        store_parameters(params + i, e, w, key);
     }
 }
 
@@ -1663,32 +1695,39 @@ inline int grad_norm_blocks() { return 8 * multiprocessors(); }
 // Doubles of scratch that adamw_step needs.
 inline size_t adamw_scratch() { return grad_norm_blocks(); }
 
-// cpu::GPT2::step. One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a model with this
-// config: gradients longer than grad_clip count as that long; weight decay where param_table says so. params, master, grads,
-// moment1 and moment2 are arrays of all parameters; master is null without master weights, and in fp32. bf16 parameters are
-// rounded stochastically, keyed by seed and t. The gradients stay as they are. *report receives *loss and the gradient's norm
-// before clipping; where either is not finite, nothing else changes.
-inline void adamw_step(StepResult* report, floatX* params, float* master, const float* grads, float* moment1, float* moment2, double* scratch,
-                       const double* loss, const Config& c, const AdamW& a, uint32_t t, uint64_t seed, cudaStream_t s) {
-    ParamTable table = param_table(c);
-    auto off = param_offsets(c);
-    AdamWStep step = {a, (float)(1 / (1 - std::pow((double)a.beta1, t))), (float)(1 / (1 - std::pow((double)a.beta2, t))), t, seed, 0, {}};
-    for (int i = 0; i < NUM_PARAMS; i++) step.end[i] = off[i + 1], step.decays |= (uint32_t)table[i].decay << i;
-    size_t n = off[NUM_PARAMS];
-    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(n, ADAMW_THREADS * 4));
-    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, scratch, grads, n);
-    size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(n, ADAMW_THREADS * VEC));
-    launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, report, params, master, grads, moment1, moment2, scratch, parts, loss, step);
+// cpu::GPT2::step. One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a
+// model: gradients longer than grad_clip count as that long; weight decay where param_table says so. params,
+// master, grads, moment1 and moment2 are arrays of all parameters, which lie in them as `map` says; master is
+// null without master weights, and in fp32. bf16 parameters are rounded stochastically, keyed by seed and t.
+// The gradients are not changed. *report receives *loss and the gradient's norm before clipping; where either
+// is not finite, nothing else changes.
+inline void adamw_step(StepResult* report, floatX* params, float* master, const float* grads, float* moment1,
+                       float* moment2, double* scratch, const double* loss, const ParamMap& map,
+                       const AdamW& a, uint32_t t, uint64_t seed, cudaStream_t s) {
+    auto correction = [t](float beta) { return (float)(1 / (1 - std::pow((double)beta, t))); };
+    AdamWStep step = {a, correction(a.beta1), correction(a.beta2), t, seed};
+    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(map.n, ADAMW_THREADS * 4));
+    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, scratch, grads, map);
+    size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(map.n, ADAMW_THREADS * VEC));
+    launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, report, params, master, grads, moment1,
+           moment2, scratch, parts, loss, map, step);
 }
 
-__global__ void __launch_bounds__(ADAMW_THREADS) round_parameters_kernel(floatX* params, const float* master, size_t n, rng::Key key) {
-    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < n; e += (size_t)gridDim.x * blockDim.x * VEC)
-        store_parameters(params, e, load_floats(master + e), key);
+__global__ void __launch_bounds__(ADAMW_THREADS)
+    round_parameters_kernel(floatX* params, const float* master, ParamMap map, rng::Key key) {
+    const Segment* segment = map.segments;
+    size_t stride = (size_t)gridDim.x * blockDim.x * VEC;
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < map.n; e += stride) {
+        size_t i = e + find_segment(segment, e).shift;
+        store_parameters(params + i, e, load_floats(master + i), key);
+    }
 }
-// params = what step number t wrote from the master weights, n in all: a resumed run continues bit for bit.
-inline void round_parameters(floatX* params, const float* master, size_t n, uint64_t seed, uint32_t t, cudaStream_t s) {
-    size_t blocks = std::min<size_t>(8 * multiprocessors(), ceil_div(n, ADAMW_THREADS * VEC));
-    launch(round_parameters_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, params, master, n, rng::Key(seed, t, rng::ROUNDING));
+// params = what step number t wrote from the master weights: a resumed run continues bit for bit.
+inline void round_parameters(floatX* params, const float* master, const ParamMap& map, uint64_t seed,
+                             uint32_t t, cudaStream_t s) {
+    size_t blocks = std::min<size_t>(8 * multiprocessors(), ceil_div(map.n, ADAMW_THREADS * VEC));
+    launch(round_parameters_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, params, master, map,
+           rng::Key(seed, t, rng::ROUNDING));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -2002,60 +2041,21 @@ inline void from_floats(floatX* out, const float* in, size_t n) {
         for (size_t i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_bf16(in[i]);
 }
 
-// Hands out pieces of one block of device memory; with no block it only counts. In the emulator's builds a gap that nothing
-// may touch follows each piece.
-struct Arena {
-    static constexpr size_t MOST = (size_t)1 << 60;
-    char* base = nullptr;
-    size_t used = 0;
-    template <class E>
-    E* take(size_t a, size_t b = 1, size_t c = 1) {
-        E* p = base ? (E*)(base + used) : nullptr;
-        size_t n, end;
-        if (__builtin_mul_overflow(a, b, &n) || __builtin_mul_overflow(n, c, &n) || n > MOST / sizeof(E) || (end = used + n * sizeof(E)) > MOST)
-            fail("this model and batch are too large to address: they need more than %s of memory", human_bytes((double)MOST).c_str());
+// An arena of device memory, or with no base one that only counts: each piece begins at a multiple of 256
+// bytes. In the emulator's builds a gap that nothing may touch follows each piece.
+inline size_t next_piece(char* base, size_t end) {
 #ifdef EMULATOR
-        used = emu::arena_gap(end);
-        if (base) CUDA_CHECK(emu::poison(base + end, used - end));
+    size_t next = emu::arena_gap(end);
+    if (base) CUDA_CHECK(emu::poison(base + end, next - end));
+    return next;
 #else
-        used = ceil_div(end, 256) * 256;
+    (void)base;
+    return round_up(end, 256);
 #endif
-        return p;
-    }
-};
+}
+inline Arena device_arena(char* base = nullptr) { return {base, 0, next_piece}; }
 
-// The tensors of gpt2.h inside one array of parameters (floatX) or gradients (float).
-template <class E>
-struct Tensors {
-    E *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb;
-    void point_into(E* base, const Config& c) {
-        E** p[NUM_PARAMS] = {&wte,  &wpe,  &ln1w, &ln1b, &qkvw,    &qkvb,    &attprojw, &attprojb,
-                             &ln2w, &ln2b, &fcw,  &fcb,  &fcprojw, &fcprojb, &lnfw,     &lnfb};
-        auto off = param_offsets(c);
-        for (int i = 0; i < NUM_PARAMS; i++) *p[i] = base + off[i];
-    }
-};
-
-// What forward keeps for backward; M = B*T rows. Each tensor has one slot a layer, or a single one that is
-// used again: by every layer of a model that does not train, and in training by what is recomputed.
-struct Activations {
-    floatX *embedded, *ln1, *qkv, *atty, *resid2, *ln2, *fch, *fch_gelu, *resid3, *lnf;
-    float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd, *lnf_mean, *lnf_rstd, *losses;
-    size_t gelu_slots, ln_slots, block_slots, resid_slots;
-
-    void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
-        size_t C = c.C, L = c.L;
-        auto kept_below = [&](int level) { return trains && recompute < level ? L : 1; };
-        gelu_slots = kept_below(1), ln_slots = kept_below(2), block_slots = kept_below(3), resid_slots = trains ? L : 1;
-        embedded = a.take<floatX>(M, C), resid3 = a.take<floatX>(resid_slots, M, C);
-        qkv = a.take<floatX>(block_slots, M, 3 * C), lse = a.take<float>(block_slots, M, c.NH), atty = a.take<floatX>(block_slots, M, C);
-        resid2 = a.take<floatX>(block_slots, M, C), fch = a.take<floatX>(block_slots, M, 4 * C);
-        ln1_mean = a.take<float>(block_slots, M), ln1_rstd = a.take<float>(block_slots, M);
-        ln2_mean = a.take<float>(block_slots, M), ln2_rstd = a.take<float>(block_slots, M);
-        ln1 = a.take<floatX>(ln_slots, M, C), ln2 = a.take<floatX>(ln_slots, M, C), fch_gelu = a.take<floatX>(gelu_slots, M, 4 * C);
-        lnf = a.take<floatX>(M, C), lnf_mean = a.take<float>(M), lnf_rstd = a.take<float>(M), losses = a.take<float>(M);
-    }
-};
+using Block = Activations<floatX, floatX>::Block;
 
 // What is used and used again within a pass: gradients of activations, one layer at a time, the logits of some rows, scratch.
 struct Workspace {
@@ -2072,9 +2072,19 @@ struct Workspace {
         if (!trains) return;
         dresid = a.take<floatX>(M, C), dbranch = a.take<floatX>(M, C);
         dqkv = dfch = a.take<floatX>(M, 4 * C);
-        layernorm = a.take<float>(layernorm_backward_scratch(C)), attention = a.take<float>(attention_backward_scratch(B, T, C, c.NH));
+        layernorm = a.take<float>(layernorm_backward_scratch(C));
+        attention = a.take<float>(attention_backward_scratch(B, T, C, c.NH));
         bias = a.take<float>(Matmul::scratch(C));
     }
+};
+
+// The LayerNorm after a block: the next block's first, or the final one.
+struct Norm {
+    const floatX *w, *b;
+    float *dw, *db;
+    floatX* y;  // its output (M,C)
+    float *mean, *rstd;
+    bool final;
 };
 
 // What the host gives to one micro-step, in one piece so that one copy brings it over.
@@ -2127,8 +2137,8 @@ struct GPT2 {
     float dropout = 0;
     uint64_t seed = 1337;
     bool use_graphs = true;  // false launches every kernel by itself
-    Tensors<floatX> p{};
-    Tensors<float> g{};
+    Params<floatX> params;
+    Params<float> grads;  // empty in a model that does not train
     Stream stream;
 
     static constexpr const char* PROGRAM = "train_gpt2cu";
@@ -2139,7 +2149,7 @@ struct GPT2 {
     // The head's rows are cut into parts of equal length.
     static size_t head_rows(const Config& c, size_t M) {
         size_t most = std::max<size_t>(head_logits / c.Vp, 1), parts = std::max<size_t>(ceil_div(M, most), 1);
-        return std::min(M, ceil_div(ceil_div(M, parts), 8) * 8);
+        return std::min(M, round_up(ceil_div(M, parts), 8));
     }
 
     static void require_device() { require_gpu(); }
@@ -2195,7 +2205,8 @@ struct GPT2 {
         size_t M = checked_mul(B, T, "batch size x sequence length");
         MemoryNeed n;
         Memory m;
-        Arena params, all, optimizer, activations, scratch;
+        const Arena none = device_arena();
+        Arena params = none, all = none, optimizer = none, activations = none, scratch = none;
         m.place_params(params, c), m.place_params(all, c), m.place_gradients(all, c, trains);
         m.place_optimizer(optimizer, c, trains, precision);
         m.place_activations(activations, c, M, trains, recompute);
@@ -2205,28 +2216,30 @@ struct GPT2 {
         return n;
     }
 
-    // recompute: what backward computes again instead of keeping it. Of 16C numbers per token and layer 0 keeps all;
-    // 1 drops GELU's output, 4C; 2 that and LayerNorm's, 6C; 3 whole blocks, all but C.
+    // recompute: see Activations::place.
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision = {BUILD_DTYPE})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
         check_precision(precision);
         MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
         size_t M = B * T;
-        Arena a;
         weights_.allocate(need.params + need.grads);
-        a = {weights_.p, 0};
+        Arena a = device_arena(weights_.p);
         mem_.place_params(a, c), mem_.place_gradients(a, c, trains);
-        p.point_into(mem_.params, c);
+        params = Params<floatX>(mem_.params, c);
+        std::vector<Segment> segments;  // is uploaded by the time the stream is waited for
         if (trains) {
-            g.point_into(mem_.grads, c);
+            grads = Params<float>(mem_.grads, c);
             optimizer_.allocate(need.optimizer);
-            a = {optimizer_.p, 0};
+            a = device_arena(optimizer_.p);
             mem_.place_optimizer(a, c, trains, precision);
             CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, num_params(c) * sizeof(float), stream.stream));
             CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, num_params(c) * sizeof(float), stream.stream));
+            segments = param_segments(c);
+            CUDA_CHECK(cudaMemcpyAsync(mem_.segments, segments.data(), segments.size() * sizeof(Segment),
+                                       cudaMemcpyHostToDevice, stream.stream));
         }
         activations_.allocate(need.activations + need.scratch);
-        a = {activations_.p, 0};
+        a = device_arena(activations_.p);
         mem_.place_activations(a, c, M, trains, recompute);
         mem_.place_scratch(a, c, B, T, trains);
         staging_.allocate(PIECE * (sizeof(float) + sizeof(floatX)));
@@ -2250,13 +2263,11 @@ struct GPT2 {
     // The CPU's initial weights, bit for bit.
     void init_weights(uint64_t from_seed) {
         auto off = param_offsets(cfg);
-        size_t at = 0;
+        size_t at = 0;  // counted as in the file
+        int id = 0;
         each_piece(PARAMS, [&](float* w, size_t n) {
-            for (int i = 0; i < NUM_PARAMS; i++) {
-                size_t begin = std::max(at, off[i]), end = std::min(at + n, off[i + 1]);
-                if (begin < end) initial_weights(w + (begin - at), cfg, i, begin - off[i], end - begin, from_seed);
-            }
-            at += n;
+            while (at >= off[id + 1]) id++;
+            initial_weights(w, cfg, id, at - off[id], n, from_seed), at += n;
         });
     }
 
@@ -2280,46 +2291,37 @@ struct GPT2 {
     // One AdamW step, number t from 1, with the gradient clipped; where it is not finite, nothing changes.
     StepResult step(const AdamW& a, uint32_t t) {
         if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
-        adamw_step(&mem_.report->step, mem_.params, mem_.master, mem_.grads, mem_.m, mem_.v, mem_.norm_parts, &mem_.report->loss, cfg, a, t,
-                   seed, stream.stream);
+        adamw_step(&mem_.report->step, mem_.params, mem_.master, mem_.grads, mem_.m, mem_.v, mem_.norm_parts,
+                   &mem_.report->loss, param_map(), a, t, seed, stream.stream);
         micro_steps_ = 0;
         return read_report().step;
     }
 
-    // State out and in, piece by piece in order through pinned memory: f(pointer, number of floats). An f that takes a pointer
-    // to const reads, any other writes.
-    enum State { PARAMS, ADAM_M, ADAM_V };
+    // State out and in through pinned memory, piece by piece in the model file's order: f(pointer, number of
+    // floats). An f that takes a pointer to const reads, any other writes. A piece lies within one tensor of
+    // one layer. PARAMS are the master weights where there are any; GRADS those of the step so far.
     template <class F>
     void each_piece(State s, F f) {
-        float* device = s == PARAMS ? mem_.master : s == ADAM_M ? mem_.m : mem_.v;
-        if (s != PARAMS && !trains) throw std::logic_error("each_piece: a model that does not train has no optimizer state");
+        float* device = s == PARAMS ? mem_.master : s == GRADS ? mem_.grads : s == ADAM_M ? mem_.m : mem_.v;
+        if (s != PARAMS && !trains)
+            throw std::logic_error("each_piece: a model that does not train has no gradients and moments");
         constexpr bool writes = !std::is_invocable<F, const float*, size_t>::value;
-        for (size_t i = 0, total = num_params(cfg); i < total; i += PIECE) {
-            size_t n = std::min(PIECE, total - i);
-            float* host = (float*)staging_.p;
-            if (!writes && device) download(host, device + i, n);
-            else if (!writes) download_params(host, i, n);
-            f(host, n);
-            if (writes && device) upload(device + i, host, n);
-            if (writes && s == PARAMS) upload_params(host, i, n);
-        }
+        float* host = (float*)staging_.p;
+        for (const ParamPiece& piece : pieces_)
+            for (size_t done = 0; done < piece.size; done += PIECE) {
+                size_t i = piece.memory + done, n = std::min(PIECE, piece.size - done);
+                if (!writes && device) download(host, device + i, n);
+                else if (!writes) download_params(host, i, n);
+                f(host, n);
+                if (writes && device) upload(device + i, host, n);
+                if (writes && s == PARAMS) upload_params(host, i, n);
+            }
     }
     // Says that the state just loaded is that after update number t: the bf16 parameters are rounded from their masters as
     // that update rounded them, so that the run goes on bit for bit.
     void resumed(uint32_t t) {
-        if (t && mem_.master) round_parameters(mem_.params, mem_.master, num_params(cfg), seed, t, stream.stream);
+        if (t && mem_.master) round_parameters(mem_.params, mem_.master, param_map(), seed, t, stream.stream);
     }
-    // All gradients of the step so far, in the order of param_table, for tests.
-    std::vector<float> grads() {
-        std::vector<float> out(num_params(cfg));
-        for (size_t i = 0; i < out.size(); i += PIECE) {
-            size_t n = std::min(PIECE, out.size() - i);
-            download((float*)staging_.p, mem_.grads + i, n);
-            memcpy(&out[i], staging_.p, n * sizeof(float));
-        }
-        return out;
-    }
-
     Matmul& matmul() { return *matmul_; }
 
   private:
@@ -2328,7 +2330,8 @@ struct GPT2 {
         floatX* params = nullptr;
         float *grads = nullptr, *m = nullptr, *v = nullptr, *master = nullptr;
         double* norm_parts = nullptr;
-        Activations act{};
+        Segment* segments = nullptr;
+        Activations<floatX, floatX> act{};
         Workspace work{};
         Batch batch;
         Report* report = nullptr;
@@ -2342,8 +2345,11 @@ struct GPT2 {
             m = a.take<float>(num_params(c)), v = a.take<float>(num_params(c));
             if (precision.dtype == BF16 && precision.master_weights) master = a.take<float>(num_params(c));
             norm_parts = a.take<double>(adamw_scratch());
+            segments = a.take<Segment>(param_pieces(c).size());
         }
-        void place_activations(Arena& a, const Config& c, size_t M, bool trains, int recompute) { act.place(a, c, M, trains, recompute); }
+        void place_activations(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
+            act.place(a, c, M, trains, recompute);
+        }
         void place_scratch(Arena& a, const Config& c, size_t B, size_t T, bool trains) {
             work.place(a, c, B, T, head_rows(c, B * T), trains);
             char* memory = a.take<char>(Batch::bytes(B * T));
@@ -2365,20 +2371,20 @@ struct GPT2 {
         uint64_t seed;
         cudaGraphExec_t exec;
     };
-    // Where the activations of one layer stand.
-    struct Block {
-        const floatX* resid;  // what the block reads
-        floatX *ln1, *qkv, *atty, *resid2, *ln2, *fch, *fch_gelu, *resid3;
-        float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd;
-    };
-    Block block(size_t l) const {
-        const Activations& a = mem_.act;
-        size_t C = cfg.C, M = b_ * t_, gelu = l % a.gelu_slots * M, ln = l % a.ln_slots * M, blk = l % a.block_slots * M, res = l % a.resid_slots * M;
-        size_t before = (l + a.resid_slots - 1) % a.resid_slots * M;
-        return {l ? a.resid3 + before * C : a.embedded, a.ln1 + ln * C, a.qkv + blk * 3 * C, a.atty + blk * C, a.resid2 + blk * C,
-                a.ln2 + ln * C, a.fch + blk * 4 * C, a.fch_gelu + gelu * 4 * C, a.resid3 + res * C, a.ln1_mean + blk, a.ln1_rstd + blk,
-                a.lse + blk * cfg.NH, a.ln2_mean + blk, a.ln2_rstd + blk};
+    Norm norm_after(size_t l) {
+        const Activations<floatX, floatX>& act = mem_.act;
+        if (l + 1 == (size_t)cfg.L)
+            return {params.lnfw, params.lnfb,  grads.lnfw,   grads.lnfb,
+                    act.lnf,     act.lnf_mean, act.lnf_rstd, true};
+        Layer<floatX> w = params.layer(l + 1);
+        Layer<float> g = grads.layer(l + 1);
+        Block a = block(l + 1);
+        return {w.ln1w, w.ln1b, g.ln1w, g.ln1b, a.ln1, a.ln1_mean, a.ln1_rstd, false};
     }
+    // The activations of block l in the pass that is being launched.
+    Block block(size_t l) const { return mem_.act.block(l, cfg, b_ * t_); }
+    ParamMap param_map() const { return {mem_.segments, num_params(cfg)}; }
+    bool grover() const { return cfg.arch == GROVER_ARCH; }
     Dropout drop(rng::Stream site, size_t layer) const { return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state}; }
 
     // One pass over a batch: its data go to the GPU, and the recorded kernels follow.
@@ -2422,131 +2428,194 @@ struct GPT2 {
     void launch_pass(bool first) {
         if (first) clear_gradients();
         if (first || !train_) CUDA_CHECK(cudaMemsetAsync(mem_.report, 0, sizeof(Report), stream.stream));
-        forward_pass(!first);
-        if (train_) backward_pass(!first);
+        if (train_) forward_pass(), backward_pass(!first);
+        else evaluate();
     }
-    // Zeros, where gradients are only ever added to: all but the matrices that the products write.
+    // Zeros, where gradients are only ever added to: all but the matrices that the products write. What lies
+    // side by side in memory is cleared at once.
     void clear_gradients() {
-        auto off = param_offsets(cfg);
-        auto product = [](int i) { return i == WTE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW; };
-        for (int i = 0, end; i < NUM_PARAMS; i = end + 1) {
-            for (end = i; end < NUM_PARAMS && !product(end);) end++;
-            if (end > i) CUDA_CHECK(cudaMemsetAsync(mem_.grads + off[i], 0, (off[end] - off[i]) * sizeof(float), stream.stream));
+        std::vector<ParamPiece> pieces = pieces_;
+        std::sort(pieces.begin(), pieces.end(), [](auto& a, auto& b) { return a.memory < b.memory; });
+        size_t begin = 0, end = 0;  // what is to be cleared next
+        auto clear = [&] {
+            if (begin == end) return;
+            CUDA_CHECK(cudaMemsetAsync(mem_.grads + begin, 0, (end - begin) * sizeof(float), stream.stream));
+        };
+        for (const ParamPiece& p : pieces) {
+            bool product = p.decay && p.id != WPE;
+            if (product) continue;
+            if (p.memory != end) clear(), begin = p.memory;
+            end = p.memory + p.size;
         }
+        clear();
     }
 
-    void forward_pass(bool accumulate) {
-        const Activations& act = mem_.act;
+    // From the tokens to the final LayerNorm.
+    void forward_pass() {
         size_t C = cfg.C, M = b_ * t_, L = cfg.L;
-        embedding_forward(act.embedded, mem_.batch.tokens, p.wte, p.wpe, b_, t_, C, drop(rng::EMB_DROPOUT, 0), stream.stream);
-        Block first = block(0);
-        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.embedded, p.ln1w, p.ln1b, M, C, cfg.eps, stream.stream);
+        cudaStream_t s = stream.stream;
+        embedding_forward(mem_.act.embedded, mem_.batch.tokens, params.wte, params.wpe, b_, t_, C,
+                          drop(rng::EMB_DROPOUT, 0), s);
+        Layer<floatX> w = params.layer(0);
+        Block a = block(0);
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, w.ln1w, w.ln1b, M, C, cfg.eps, s);
         for (size_t l = 0; l < L; l++) {
-            block_forward(l);
-            Block a = block(l), next = l + 1 < L ? block(l + 1) : Block{};
-            matmul_->forward(mem_.work.branch, a.fch_gelu, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
-            bool last = l + 1 == L;  // the next LayerNorm is the following block's first, or the final one
-            residual_layernorm_forward(a.resid3, last ? act.lnf : next.ln1, last ? act.lnf_mean : next.ln1_mean,
-                                       last ? act.lnf_rstd : next.ln1_rstd, a.resid2, mem_.work.branch, last ? p.lnfw : p.ln1w + (l + 1) * C,
-                                       last ? p.lnfb : p.ln1b + (l + 1) * C, M, t_, C, drop(rng::FCPROJ_DROPOUT, l), cfg.eps, stream.stream);
+            Norm after = norm_after(l);
+            block_forward(l, &after);
         }
-        head(M, accumulate);
     }
-    // Block l from its ln1 up to the GELU.
-    void block_forward(size_t l) {
+    // Block l and the LayerNorm after it. Without that (null) it ends at the GELU: backward needs no more.
+    void block_forward(size_t l, const Norm* after) {
+        Layer<floatX> w = params.layer(l);
         Block a = block(l);
         size_t C = cfg.C, M = b_ * t_;
         floatX* branch = mem_.work.branch;
-        matmul_->forward(a.qkv, a.ln1, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
-        attention_forward(a.atty, a.lse, a.qkv, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), stream.stream);
-        matmul_->forward(branch, a.atty, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
-        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, cfg.arch == GROVER_ARCH ? a.ln1 : a.resid, branch, p.ln2w + l * C,
-                                   p.ln2b + l * C, M, t_, C, drop(rng::ATTPROJ_DROPOUT, l), cfg.eps, stream.stream);
-        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, cfg.activation);
+        cudaStream_t s = stream.stream;
+        matmul_->forward(a.qkv, a.ln1, w.qkvw, w.qkvb, M, C, 3 * C);
+        attention_forward(a.atty, a.lse, a.qkv, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), s);
+        matmul_->forward(branch, a.atty, w.attprojw, w.attprojb, M, C, C);
+        const floatX* skip = grover() ? a.ln1 : a.resid;
+        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, skip, branch, w.ln2w, w.ln2b, M,
+                                   t_, C, drop(rng::ATTPROJ_DROPOUT, l), cfg.eps, s);
+        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, w.fcw, w.fcb, M, C, 4 * C, cfg.activation);
+        if (!after) return;
+        matmul_->forward(branch, a.fch_gelu, w.fcprojw, w.fcprojb, M, 4 * C, C);
+        residual_layernorm_forward(a.resid3, after->y, after->mean, after->rstd, a.resid2, branch, after->w,
+                                   after->b, M, t_, C, drop(rng::FCPROJ_DROPOUT, l), cfg.eps, s);
     }
-    // Output layer and loss, some rows at a time so that the logits of the whole batch never exist at once.
-    // In training also dln = dlogits wte and dwte += dlogits^T lnf.
-    void head(size_t M, bool accumulate) {
-        const Workspace& w = mem_.work;
-        size_t C = cfg.C, Vp = cfg.Vp, R = head_rows(cfg, M);
+
+    // The head's forward half for rows [m, m + n): logits and losses; in training also the logits' gradient,
+    // in their place.
+    void head_forward(size_t m, size_t n) {
+        matmul_->forward(mem_.work.logits, mem_.act.lnf + m * cfg.C, params.wte, nullptr, n, cfg.C, cfg.Vp);
+        cross_entropy(mem_.act.losses + m, mem_.work.logits, mem_.batch.targets + m, n, cfg.V, cfg.Vp, train_,
+                      mem_.batch.state, stream.stream);
+    }
+    // Adds the batch's losses to the report's, in training times grad_scale.
+    void report_losses() {
+        sum_losses(&mem_.report->loss, &mem_.report->counted, mem_.act.losses, mem_.batch.targets, b_ * t_,
+                   train_ ? mem_.batch.state : nullptr, stream.stream);
+    }
+    // A whole pass without gradients.
+    void evaluate() {
+        forward_pass();
+        size_t M = b_ * t_, R = head_rows(cfg, M);
+        for (size_t m = 0; m < M; m += R) head_forward(m, std::min(R, M - m));
+        report_losses();
+    }
+
+    // The output layer: its loss, dln = dlogits wte and dwte = dlogits^T lnf (or +=), a chunk of rows at a
+    // time, so that the logits of the whole batch never exist at once.
+    void head_loss(bool accumulate) {
+        const Workspace& work = mem_.work;
+        size_t C = cfg.C, Vp = cfg.Vp, M = b_ * t_, R = head_rows(cfg, M);
         for (size_t m = 0; m < M; m += R) {
             size_t n = std::min(R, M - m);
+            head_forward(m, n);
             const floatX* x = mem_.act.lnf + m * C;
-            matmul_->forward(w.logits, x, p.wte, nullptr, n, C, Vp);
-            cross_entropy(mem_.act.losses + m, w.logits, mem_.batch.targets + m, n, cfg.V, Vp, train_, mem_.batch.state, stream.stream);
-            if (!train_) continue;
-            matmul_->weight_gradient(g.wte, nullptr, w.logits, x, n, C, Vp, accumulate || m);
-            matmul_->input_gradient(w.dln + m * C, w.logits, p.wte, n, C, Vp);
+            matmul_->weight_gradient(grads.wte, nullptr, work.logits, x, n, C, Vp, accumulate || m);
+            matmul_->input_gradient(work.dln + m * C, work.logits, params.wte, n, C, Vp);
         }
-        sum_losses(&mem_.report->loss, &mem_.report->counted, mem_.act.losses, mem_.batch.targets, M, train_ ? mem_.batch.state : nullptr, stream.stream);
+        report_losses();
     }
 
+    // From the loss back to the embeddings. accumulate: the matrices' gradients are added to what is there.
     void backward_pass(bool accumulate) {
-        const Activations& act = mem_.act;
-        const Workspace& w = mem_.work;
+        head_loss(accumulate);
+        for (size_t l = cfg.L; l-- > 0;) block_backward(l, norm_after(l), accumulate);
+        const Workspace& work = mem_.work;
         cudaStream_t s = stream.stream;
-        size_t C = cfg.C, M = b_ * t_, L = cfg.L;
-        bool grover = cfg.arch == GROVER_ARCH;
+        size_t C = cfg.C, M = b_ * t_;
+        const floatX* dskip = grover() ? work.dresid : nullptr;
+        Layer<floatX> w = params.layer(0);
+        Layer<float> g = grads.layer(0);
+        Block a = block(0);
+        layernorm_backward(work.dresid, nullptr, g.ln1w, g.ln1b, work.layernorm, work.dln, dskip, a.resid,
+                           a.ln1_mean, a.ln1_rstd, w.ln1w, M, t_, C, !grover(), Dropout{}, s);
+        embedding_backward(grads.wte, grads.wpe, work.dresid, mem_.batch.buckets, b_, t_, C,
+                           drop(rng::EMB_DROPOUT, 0), s);
+    }
+    // Backward through the LayerNorm after block l, then through the block. It begins with dln, the gradient
+    // of that LayerNorm's output, and dresid, that of the residual stream after it (none after the final
+    // one); it leaves both for the LayerNorm before the block.
+    void block_backward(size_t l, const Norm& after, bool accumulate) {
+        const Workspace& work = mem_.work;
+        Layer<floatX> w = params.layer(l);
+        Layer<float> g = grads.layer(l);
+        Block a = block(l);
+        cudaStream_t s = stream.stream;
+        size_t C = cfg.C, M = b_ * t_;
         int activation = cfg.activation;
-        // LayerNorm's backward also writes what the residual branch before it receives: dresid under that branch's mask.
-        floatX* masked = dropout > 0 ? w.dbranch : nullptr;
-        const floatX* dbranch = masked ? masked : w.dresid;
-        layernorm_backward(w.dresid, masked, g.lnfw, g.lnfb, w.layernorm, w.dln, nullptr, block(L - 1).resid3, act.lnf_mean, act.lnf_rstd,
-                           p.lnfw, M, t_, C, false, drop(rng::FCPROJ_DROPOUT, L - 1), s);
-        for (size_t l = L; l-- > 0;) {
-            Block a = block(l);
-            if (l + 1 < L) {  // the last block's activations still stand in their slots
-                if (recompute >= 2) layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, p.ln1w + l * C, p.ln1b + l * C, M, C, cfg.eps, s);
-                if (recompute == 2) layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, p.ln2w + l * C, p.ln2b + l * C, M, C, cfg.eps, s);
-                if (recompute == 1 || recompute == 2) gelu_forward(a.fch_gelu, a.fch, M * 4 * C, activation, s);
-                if (recompute == 3) block_forward(l);
-            }
-            matmul_->weight_gradient(g.fcprojw + l * 4 * C * C, g.fcprojb + l * C, dbranch, a.fch_gelu, M, 4 * C, C, accumulate);
-            matmul_->input_gradient_gelu(w.dfch, dbranch, p.fcprojw + l * 4 * C * C, a.fch, M, 4 * C, C, activation);
-            matmul_->weight_gradient(g.fcw + l * 4 * C * C, g.fcb + l * 4 * C, w.dfch, a.ln2, M, C, 4 * C, accumulate);
-            matmul_->input_gradient(w.dln, w.dfch, p.fcw + l * 4 * C * C, M, C, 4 * C);
-            layernorm_backward(w.dresid, masked, g.ln2w + l * C, g.ln2b + l * C, w.layernorm, w.dln, nullptr, a.resid2, a.ln2_mean, a.ln2_rstd,
-                               p.ln2w + l * C, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
+        // LayerNorm's backward also writes what the branch before it receives: dresid under its mask.
+        floatX* masked = dropout > 0 ? work.dbranch : nullptr;
+        const floatX* dbranch = masked ? masked : work.dresid;
+        // GROVER's residual stream starts from the normalised row: its gradient passes the LayerNorm too.
+        const floatX* dskip = grover() && !after.final ? work.dresid : nullptr;
+        layernorm_backward(work.dresid, masked, after.dw, after.db, work.layernorm, work.dln, dskip, a.resid3,
+                           after.mean, after.rstd, after.w, M, t_, C, !after.final && !grover(),
+                           drop(rng::FCPROJ_DROPOUT, l), s);
+        // The last block's activations are still there. This may overwrite the mean and rstd just read.
+        if (recompute && l + 1 < (size_t)cfg.L) recompute_block(l);
 
-            matmul_->weight_gradient(g.attprojw + l * C * C, g.attprojb + l * C, dbranch, a.atty, M, C, C, accumulate);
-            matmul_->input_gradient(w.dln, dbranch, p.attprojw + l * C * C, M, C, C);
-            attention_backward(w.dqkv, w.attention, w.dln, a.atty, a.qkv, a.lse, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), s);
-            matmul_->weight_gradient(g.qkvw + l * 3 * C * C, g.qkvb + l * 3 * C, w.dqkv, a.ln1, M, C, 3 * C, accumulate);
-            matmul_->input_gradient(w.dln, w.dqkv, p.qkvw + l * 3 * C * C, M, C, 3 * C);
-            // GROVER's residual starts from the normalised input, so its gradient goes through the LayerNorm too.
-            layernorm_backward(w.dresid, l ? masked : nullptr, g.ln1w + l * C, g.ln1b + l * C, w.layernorm, w.dln, grover ? w.dresid : nullptr, a.resid,
-                               a.ln1_mean, a.ln1_rstd, p.ln1w + l * C, M, t_, C, !grover, drop(rng::FCPROJ_DROPOUT, l ? l - 1 : 0), s);
-        }
-        embedding_backward(g.wte, g.wpe, w.dresid, mem_.batch.buckets, b_, t_, C, drop(rng::EMB_DROPOUT, 0), s);
+        matmul_->weight_gradient(g.fcprojw, g.fcprojb, dbranch, a.fch_gelu, M, 4 * C, C, accumulate);
+        matmul_->input_gradient_gelu(work.dfch, dbranch, w.fcprojw, a.fch, M, 4 * C, C, activation);
+        matmul_->weight_gradient(g.fcw, g.fcb, work.dfch, a.ln2, M, C, 4 * C, accumulate);
+        matmul_->input_gradient(work.dln, work.dfch, w.fcw, M, C, 4 * C);
+        layernorm_backward(work.dresid, masked, g.ln2w, g.ln2b, work.layernorm, work.dln, nullptr, a.resid2,
+                           a.ln2_mean, a.ln2_rstd, w.ln2w, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
+
+        matmul_->weight_gradient(g.attprojw, g.attprojb, dbranch, a.atty, M, C, C, accumulate);
+        matmul_->input_gradient(work.dln, dbranch, w.attprojw, M, C, C);
+        attention_backward(work.dqkv, work.attention, work.dln, a.atty, a.qkv, a.lse, b_, t_, C, cfg.NH,
+                           drop(rng::ATT_DROPOUT, l), s);
+        matmul_->weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, accumulate);
+        matmul_->input_gradient(work.dln, work.dqkv, w.qkvw, M, C, 3 * C);
+    }
+    // What backward needs of block l and forward did not keep; see Activations::place.
+    void recompute_block(size_t l) {
+        Layer<floatX> w = params.layer(l);
+        Block a = block(l);
+        cudaStream_t s = stream.stream;
+        size_t C = cfg.C, M = b_ * t_;
+        if (recompute >= 2)
+            layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, w.ln1w, w.ln1b, M, C, cfg.eps, s);
+        if (recompute == 3) return block_forward(l, nullptr);
+        if (recompute == 2)
+            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, w.ln2w, w.ln2b, M, C, cfg.eps, s);
+        gelu_forward(a.fch_gelu, a.fch, M * 4 * C, cfg.activation, s);
     }
 
     // Lets every product of the largest batch find its fastest algorithm, before there is anything in memory to spoil.
     void time_products(size_t M) {
-        const Workspace& w = mem_.work;
         b_ = B, t_ = T, train_ = trains;
+        const Workspace& work = mem_.work;
+        Layer<floatX> w = params.layer(0);
+        Layer<float> g = grads.layer(0);
         Block a = block(0);
-        size_t C = cfg.C, R = head_rows(cfg, M), rest = M % R;
+        const floatX* lnf = mem_.act.lnf;
+        size_t C = cfg.C, Vp = cfg.Vp, R = head_rows(cfg, M), rest = M % R;
+        int activation = cfg.activation;
         matmul_->timing = true;
-        matmul_->forward(a.qkv, a.ln1, p.qkvw, p.qkvb, M, C, 3 * C);
-        matmul_->forward(w.branch, a.atty, p.attprojw, p.attprojb, M, C, C);
-        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, p.fcw, p.fcb, M, C, 4 * C, cfg.activation);
-        matmul_->forward(w.branch, a.fch_gelu, p.fcprojw, p.fcprojb, M, 4 * C, C);
+        matmul_->forward(a.qkv, a.ln1, w.qkvw, w.qkvb, M, C, 3 * C);
+        matmul_->forward(work.branch, a.atty, w.attprojw, w.attprojb, M, C, C);
+        matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, w.fcw, w.fcb, M, C, 4 * C, activation);
+        matmul_->forward(work.branch, a.fch_gelu, w.fcprojw, w.fcprojb, M, 4 * C, C);
         if (trains) {
-            matmul_->weight_gradient(g.fcprojw, g.fcprojb, w.dresid, a.fch_gelu, M, 4 * C, C, true);
-            matmul_->input_gradient_gelu(w.dfch, w.dresid, p.fcprojw, a.fch, M, 4 * C, C, cfg.activation);
-            matmul_->weight_gradient(g.fcw, g.fcb, w.dfch, a.ln2, M, C, 4 * C, true);
-            matmul_->input_gradient(w.dln, w.dfch, p.fcw, M, C, 4 * C);
-            matmul_->weight_gradient(g.attprojw, g.attprojb, w.dresid, a.atty, M, C, C, true);
-            matmul_->input_gradient(w.dln, w.dresid, p.attprojw, M, C, C);
-            matmul_->weight_gradient(g.qkvw, g.qkvb, w.dqkv, a.ln1, M, C, 3 * C, true);
-            matmul_->input_gradient(w.dln, w.dqkv, p.qkvw, M, C, 3 * C);
+            matmul_->weight_gradient(g.fcprojw, g.fcprojb, work.dresid, a.fch_gelu, M, 4 * C, C, true);
+            matmul_->input_gradient_gelu(work.dfch, work.dresid, w.fcprojw, a.fch, M, 4 * C, C, activation);
+            matmul_->weight_gradient(g.fcw, g.fcb, work.dfch, a.ln2, M, C, 4 * C, true);
+            matmul_->input_gradient(work.dln, work.dfch, w.fcw, M, C, 4 * C);
+            matmul_->weight_gradient(g.attprojw, g.attprojb, work.dresid, a.atty, M, C, C, true);
+            matmul_->input_gradient(work.dln, work.dresid, w.attprojw, M, C, C);
+            matmul_->weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, true);
+            matmul_->input_gradient(work.dln, work.dqkv, w.qkvw, M, C, 3 * C);
         }
         for (size_t n : {R, rest}) {
             if (!n) continue;
-            matmul_->forward(w.logits, mem_.act.lnf, p.wte, nullptr, n, C, cfg.Vp);
+            matmul_->forward(work.logits, lnf, params.wte, nullptr, n, C, Vp);
             if (!trains) continue;
-            matmul_->weight_gradient(g.wte, nullptr, w.logits, mem_.act.lnf, n, C, cfg.Vp, true);
-            matmul_->input_gradient(w.dln, w.logits, p.wte, n, C, cfg.Vp);
+            matmul_->weight_gradient(grads.wte, nullptr, work.logits, lnf, n, C, Vp, true);
+            matmul_->input_gradient(work.dln, work.logits, params.wte, n, C, Vp);
         }
         matmul_->timing = false;
         matmul_->save_timings();
@@ -2565,7 +2634,8 @@ struct GPT2 {
         CUDA_CHECK(cudaMemcpyAsync(device, host, n * sizeof(float), cudaMemcpyHostToDevice, stream.stream));
         stream.wait();
     }
-    // Parameters i.. to and from floats in the pinned memory, whose second part holds them as floatX.
+    // Parameters i.. (as memory holds them) to and from floats in the pinned memory, whose second part holds
+    // them as floatX.
     void download_params(float* host, size_t i, size_t n) {
         floatX* narrow = (floatX*)(host + PIECE);
         CUDA_CHECK(cudaMemcpyAsync(narrow, mem_.params + i, n * sizeof(floatX), cudaMemcpyDeviceToHost, stream.stream));
@@ -2583,6 +2653,7 @@ struct GPT2 {
     DeviceMemory weights_, optimizer_, activations_;
     PinnedMemory staging_, report_;
     Memory mem_;
+    const std::vector<ParamPiece> pieces_ = param_pieces(cfg);
     Slot slots_[SLOTS];
     size_t next_slot_ = 0, micro_steps_ = 0, counted_ = 0;
     std::unique_ptr<Matmul> matmul_;
@@ -2643,33 +2714,33 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP) decode_attention_kernel(fl
     }
 }
 
-class Decoder {
+class Decoder final : public ::Decoder {
   public:
     // N sequences side by side, contexts of up to `context` tokens (at most maxT).
     Decoder(GPT2& model, size_t N, size_t context) : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
-        Arena a;
+        Arena a = device_arena();
         place(a);
         if (size_t have = GPT2::memory_available(); a.used > have)
             fail("%zu texts side by side need %s of GPU memory for keys and values, %s are free; write fewer at once", N,
                  human_bytes((double)a.used).c_str(), human_bytes((double)have).c_str());
         memory_.allocate(a.used);
-        a = {memory_.p, 0};
+        a = device_arena(memory_.p);
         place(a);
         host_tokens_.allocate(rows_ * sizeof(int)), host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
         out_.resize(N * (size_t)m_.cfg.V);
     }
 
-    size_t length() const { return pos_; }
-    size_t capacity() const { return T_; }
-    void reset() { pos_ = 0; }
+    size_t length() const override { return pos_; }
+    size_t capacity() const override { return T_; }
+    void reset() override { pos_ = 0; }
 
     // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one.
-    const float* append(const int* tokens, size_t n) {
+    const float* append(const int* tokens, size_t n) override {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
         for (size_t i = 0; i + 1 < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - 1 - i));
         run(tokens + n - 1, n, 1);  // the last token by itself: its rows are those that the output layer takes
         const Config& c = m_.cfg;
-        m_.matmul().forward(logits_, ln_, m_.p.wte, nullptr, N_, c.C, c.Vp);
+        m_.matmul().forward(logits_, ln_, m_.params.wte, nullptr, N_, c.C, c.Vp);
         CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, N_ * (size_t)c.Vp * sizeof(floatX), cudaMemcpyDeviceToHost, m_.stream.stream));
         m_.stream.wait();
         for (size_t s = 0; s < N_; s++)
@@ -2693,27 +2764,33 @@ class Decoder {
     // One chunk through all layers: the first n of `stride` tokens of each sequence. Leaves the final LayerNorm's output in ln_.
     void run(const int* tokens, size_t stride, size_t n) {
         const Config& c = m_.cfg;
-        const Tensors<floatX>& p = m_.p;
+        const Params<floatX>& params = m_.params;
         Matmul& matmul = m_.matmul();
         cudaStream_t s = m_.stream.stream;
         size_t C = c.C, M = N_ * n;
         m_.stream.wait();  // the chunk before has been copied
         for (size_t r = 0; r < M; r++) ((int*)host_tokens_.p)[r] = tokens[r / n * stride + r % n];
         CUDA_CHECK(cudaMemcpyAsync(tokens_, host_tokens_.p, M * sizeof(int), cudaMemcpyHostToDevice, s));
-        embedding_forward(x_, tokens_, p.wte, p.wpe + pos_ * C, N_, n, C, Dropout{}, s);
-        layernorm_forward(ln_, mean_, rstd_, x_, p.ln1w, p.ln1b, M, C, c.eps, s);
+        embedding_forward(x_, tokens_, params.wte, params.wpe + pos_ * C, N_, n, C, Dropout{}, s);
+        layernorm_forward(ln_, mean_, rstd_, x_, params.layer(0).ln1w, params.layer(0).ln1b, M, C, c.eps, s);
         for (size_t l = 0; l < (size_t)c.L; l++) {
-            matmul.forward(qkv_, ln_, p.qkvw + l * 3 * C * C, p.qkvb + l * 3 * C, M, C, 3 * C);
-            launch(decode_attention_kernel, dim3((unsigned)M, (unsigned)c.NH), DECODE_WARPS * WARP, 0, s, att_, cache_ + l * N_ * T_ * 2 * C, qkv_,
-                   pos_, n, T_, C, c.hs());
-            matmul.forward(branch_, att_, p.attprojw + l * C * C, p.attprojb + l * C, M, C, C);
-            residual_layernorm_forward(x_, ln_, mean_, rstd_, c.arch == GROVER_ARCH ? ln_ : x_, branch_, p.ln2w + l * C, p.ln2b + l * C, M, n, C,
+            Layer<floatX> w = params.layer(l);
+            matmul.forward(qkv_, ln_, w.qkvw, w.qkvb, M, C, 3 * C);
+            dim3 grid((unsigned)M, (unsigned)c.NH);
+            floatX* cache = cache_ + l * N_ * T_ * 2 * C;
+            launch(decode_attention_kernel, grid, DECODE_WARPS * WARP, 0, s, att_, cache, qkv_, pos_, n, T_,
+                   C, c.hs());
+            matmul.forward(branch_, att_, w.attprojw, w.attprojb, M, C, C);
+            const floatX* skip = c.arch == GROVER_ARCH ? ln_ : x_;
+            residual_layernorm_forward(x_, ln_, mean_, rstd_, skip, branch_, w.ln2w, w.ln2b, M, n, C,
                                        Dropout{}, c.eps, s);
-            matmul.forward_gelu(fc_gelu_, fc_, ln_, p.fcw + l * 4 * C * C, p.fcb + l * 4 * C, M, C, 4 * C, c.activation);
-            matmul.forward(branch_, fc_gelu_, p.fcprojw + l * 4 * C * C, p.fcprojb + l * C, M, 4 * C, C);
+            matmul.forward_gelu(fc_gelu_, fc_, ln_, w.fcw, w.fcb, M, C, 4 * C, c.activation);
+            matmul.forward(branch_, fc_gelu_, w.fcprojw, w.fcprojb, M, 4 * C, C);
             bool last = l + 1 == (size_t)c.L;
-            residual_layernorm_forward(x_, ln_, mean_, rstd_, x_, branch_, last ? p.lnfw : p.ln1w + (l + 1) * C, last ? p.lnfb : p.ln1b + (l + 1) * C,
-                                       M, n, C, Dropout{}, c.eps, s);
+            const floatX* after_w = last ? params.lnfw : params.layer(l + 1).ln1w;
+            const floatX* after_b = last ? params.lnfb : params.layer(l + 1).ln1b;
+            residual_layernorm_forward(x_, ln_, mean_, rstd_, x_, branch_, after_w, after_b, M, n, C,
+                                       Dropout{}, c.eps, s);
         }
         pos_ += n;
     }
@@ -2731,7 +2808,7 @@ class Decoder {
 }  // namespace gpu
 
 #ifndef ARAPOET_NO_MAIN
-#include "trainer.h"
+#include "lib/trainer.h"
 int main(int argc, char** argv) { return train<gpu::GPT2, gpu::Decoder>(argc, argv); }
 #endif
 #endif  // TRAIN_GPT2_CU

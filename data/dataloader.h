@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "io.h"
-#include "rng.h"
+#include "lib/io.h"
+#include "lib/rng.h"
 
 constexpr int32_t TOKEN_FILE_MAGIC = 20240520, TOKEN_FILE_VERSION = 1;
 

@@ -18,9 +18,9 @@
 #include <vector>
 
 #include "data/dataloader.h"
-#include "flags.h"
-#include "io.h"
-#include "rng.h"
+#include "lib/flags.h"
+#include "lib/io.h"
+#include "lib/rng.h"
 #include "tokenizer/tokenizer.h"
 
 namespace prep {

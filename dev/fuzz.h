@@ -5,7 +5,7 @@
 #include <filesystem>
 #include <string>
 
-#include "io.h"
+#include "lib/io.h"
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 

@@ -4,7 +4,7 @@
 // The first byte of an input chooses the kind, the rest is the file. Whatever comes must be refused with an Error of one
 // line, or be read; a model and a state that were read must come back from what is written. Anything else is a finding.
 #include "dev/fuzz.h"
-#include "trainer.h"
+#include "lib/trainer.h"
 
 namespace {
 

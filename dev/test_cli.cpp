@@ -16,7 +16,7 @@
 
 #include "data/dataloader.h"
 #include "dev/test_util.h"
-#include "gpt2.h"
+#include "lib/gpt2.h"
 #include "tokenizer/tokenizer.h"
 
 namespace {

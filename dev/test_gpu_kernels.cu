@@ -217,10 +217,10 @@ TEST_CASE("layernorm backward: added or written, with GROVER's second gradient, 
 
             Values want = before, want_dw = dw, want_db = db, d = dy, want_masked(M * C);
             for (size_t i = 0; i < M * C && grover; i++) d[i] += before[i];
-            cpu::layernorm_backward(want.data(), want_dw.data(), want_db.data(), d.data(), x.data(), mean.data(), rstd.data(), w.data(), M, C,
-                                    accumulate);
-            want_masked = want;
-            if (p > 0) masks.cpu().apply(want_masked.data(), want.data(), Masks::SEQ0 * T * C, M * C);
+            cpu::layernorm_backward(want.data(), p > 0 ? want_masked.data() : nullptr, want_dw.data(),
+                                    want_db.data(), d.data(), x.data(), mean.data(), rstd.data(), w.data(), M,
+                                    C, accumulate, masks.cpu(), Masks::SEQ0 * T * C);
+            if (p == 0) want_masked = want;
 
             auto got = repeatable([&, accumulate = accumulate, grover = grover, p = p] {
                 Device<floatX> dresid(before), out(M * C), dyd(dy), xd(x), wd(w);
@@ -279,8 +279,8 @@ TEST_CASE("GELU, tanh and erf form, and its derivative, also far out, at zero an
         Values x = normals_x(n, 1, 2.5), d = normals_x(n, 2), y(n), want_d = d;
         const float special[] = {0.0f, -0.0f, 20, -20, 88, -100, 1e4f, -1e4f};
         std::copy(std::begin(special), std::end(special), x.begin() + 1000);
-        cpu::gelu_forward(y.data(), x.data(), n, activation);
-        cpu::gelu_backward(want_d.data(), want_d.data(), x.data(), n, activation);
+        simd::gelu_forward(y.data(), x.data(), n, activation);
+        simd::gelu_backward(want_d.data(), want_d.data(), x.data(), n, activation);
         auto got = repeatable([&] {
             Device<floatX> in(x), out(n), grad(d);
             gpu::gelu_forward(out, in, n, activation, STREAM);
@@ -321,7 +321,7 @@ TEST_CASE("bias and GELU in one pass, rows beyond the grid included") {
                     return std::vector<Values>{p.values(), gelu ? out.values() : Values()};
                 });
                 check_x("bias forward:" + sizes({M, N}), got[0], pre);
-                cpu::gelu_forward(y.data(), got[0].data(), M * N, activation);
+                simd::gelu_forward(y.data(), got[0].data(), M * N, activation);
                 if (gelu) check_x("bias GELU forward:" + sizes({M, N}), got[1], y);
             }
 }
@@ -330,7 +330,7 @@ TEST_CASE("bias backward: column sums are added") {
     for (size_t N : {(size_t)8, (size_t)264, (size_t)2304})
         for (size_t M : {(size_t)1, (size_t)5, 2 * 8 * gpu::bias_backward_parts(N) + 3}) {
             Values dY = normals_x(M * N, 1), db = normals(N, 2), want = db;
-            cpu::bias_backward(want.data(), dY.data(), M, N);
+            gemm::bias_gradient(want.data(), dY.data(), M, N);
             Values got = repeatable([&] {
                 Device<floatX> d(dY);
                 Device<float> b(db), scratch(gpu::bias_backward_scratch(N));
@@ -448,8 +448,9 @@ TEST_CASE("losses are summed and targets counted on top of what is there") {
 // ---------------------------------------------------------------------------------------------
 // AdamW
 
-// A model's parameters and optimizer state, so large that the kernels' loops run at least twice; on the device and in
-// cpu::GPT2.
+// A model's parameters and optimizer state, so large that the kernels' loops run at least twice; on the
+// device and in cpu::GPT2. What goes in and out is in the file's order. On the device arrays lie as
+// ParamLayout says where `layered`, else as in the file.
 struct Optimizer {
     Config config = [] {
         Config c;
@@ -460,32 +461,44 @@ struct Optimizer {
     }();
     size_t n = num_params(config);
     cpu::GPT2 model{config, 1, 1, true};
-    bool with_master;
+    bool with_master, layered;
     Device<floatX> params{n};
     Device<float> master{n}, grads{n}, moment1{n}, moment2{n};
     Device<double> scratch{gpu::adamw_scratch()}, loss{std::vector<double>{1.25}};
     Device<StepResult> report{std::vector<StepResult>(1)};
+    std::vector<gpu::Segment> host_segments = gpu::param_segments(config);
+    Device<gpu::Segment> segments{host_segments.size()};
 
-    explicit Optimizer(bool with_master_) : with_master(with_master_) {
+    explicit Optimizer(bool with_master_, bool layered_ = true)
+        : with_master(with_master_), layered(layered_) {
+        for (gpu::Segment& s : host_segments)
+            if (!layered) s.shift = 0;
+        segments.set(host_segments);
         model.init_weights(1);
-        Values w(model.params(), model.params() + n);
-        if (!with_master) w = rounded(w), std::copy(w.begin(), w.end(), model.params());
-        set_params(w);
-        moment1.set(Values(n, 0)), moment2.set(Values(n, 0));
+        Values w = get_state(model, PARAMS);
+        if (!with_master) w = rounded(w), set_state(model, PARAMS, w);
+        set(params, w), set(master, w);
+        set(moment1, Values(n, 0)), set(moment2, Values(n, 0));
     }
-    // The floats that are updated: master weights, or the parameters themselves.
-    void set_params(const Values& w) {
-        std::vector<floatX> x(n);
-        for (size_t i = 0; i < n; i++) x[i] = as_floatX(w[i]);
-        params.set(x), master.set(w);
+    gpu::ParamMap map() { return {segments, n}; }
+    // One of the arrays, in the file's order.
+    template <class T>
+    Values get(const Device<T>& d) const {
+        return layered ? to_file(config, d.values()) : d.values();
+    }
+    template <class T>
+    void set(Device<T>& d, const Values& file) const {
+        Values in_memory = layered ? to_memory(config, file) : file;
+        std::vector<T> x(n);
+        for (size_t i = 0; i < n; i++) {
+            if constexpr (std::is_same<T, float>::value) x[i] = in_memory[i];
+            else x[i] = as_floatX(in_memory[i]);
+        }
+        d.set(x);
     }
     void step(const AdamW& a, uint32_t t, uint64_t seed) {
-        gpu::adamw_step(report, params, with_master ? (float*)master : nullptr, grads, moment1, moment2, scratch, loss, config, a, t, seed, STREAM);
-    }
-    Values cpu_state(cpu::GPT2::State s) {
-        Values x;
-        model.each_piece(s, [&](float* p, size_t k) { x.assign(p, p + k); });
-        return x;
+        gpu::adamw_step(report, params, with_master ? (float*)master : nullptr, grads, moment1, moment2,
+                        scratch, loss, map(), a, t, seed, STREAM);
     }
 };
 
@@ -496,25 +509,25 @@ TEST_CASE("AdamW over several steps is the CPU's: clipped and not, decay where p
         Optimizer o(gpu::BUILD_DTYPE == BF16);
         for (uint32_t t = 1; t <= 4; t++) {
             Values g = normals(o.n, t, 0.01 * t);
-            o.grads.set(g);
-            std::copy(g.begin(), g.end(), o.model.grads());
+            o.set(o.grads, g);
+            set_state(o.model, GRADS, g);
             o.step(a, t, 5);
             StepResult want = o.model.step(a, t), got = o.report.get()[0];
             CHECK(got.loss == 1.25);
             CHECK(got.norm == doctest::Approx(want.norm).epsilon(1e-12));
-            CHECK(same_bits(o.grads.values(), g));
+            CHECK(same_bits(o.get(o.grads), g));
         }
-        Values got = gpu::BUILD_DTYPE == BF16 ? o.master.values() : o.params.values(), start = got;
-        check_float("AdamW: parameters", got, o.cpu_state(cpu::GPT2::PARAMS));
-        check_float("AdamW: first moment", o.moment1.values(), o.cpu_state(cpu::GPT2::ADAM_M));
-        check_float("AdamW: second moment", o.moment2.values(), o.cpu_state(cpu::GPT2::ADAM_V));
+        Values got = gpu::BUILD_DTYPE == BF16 ? o.get(o.master) : o.get(o.params), start = got;
+        check_float("AdamW: parameters", got, get_state(o.model, PARAMS));
+        check_float("AdamW: first moment", o.get(o.moment1), get_state(o.model, ADAM_M));
+        check_float("AdamW: second moment", o.get(o.moment2), get_state(o.model, ADAM_V));
         // Most of a parameter's value is not the step's: the steps themselves agree too.
         Optimizer fresh(true);
-        Values before = fresh.master.values(), want = o.cpu_state(cpu::GPT2::PARAMS);
+        Values before = fresh.get(fresh.master), want = get_state(o.model, PARAMS);
         for (size_t i = 0; i < o.n; i++) got[i] -= before[i], want[i] -= before[i];
         check_close("AdamW: change of parameters", got.data(), want.data(), o.n, 20 * FLOAT_TOLERANCE);
         bool padding = true;
-        Values w = o.params.values();
+        Values w = o.get(o.params);
         auto off = param_offsets(o.config);
         CHECK(off[NUM_PARAMS] == o.n);
         for (float f : w) padding = padding && std::isfinite(f);
@@ -525,10 +538,29 @@ TEST_CASE("AdamW over several steps is the CPU's: clipped and not, decay where p
 TEST_CASE("AdamW gives the same bits under every schedule") {
     repeatable([&] {
         Optimizer o(gpu::BUILD_DTYPE == BF16);
-        o.grads.set(normals(o.n, 9, 0.1));
+        o.set(o.grads, normals(o.n, 9, 0.1));
         for (uint32_t t = 1; t <= 2; t++) o.step(SETTINGS[1], t, 5);
         return std::vector<Values>{o.params.values(), o.moment1.values(), o.moment2.values()};
     });
+}
+
+TEST_CASE("AdamW gives the same bits wherever the tensors lie in memory") {
+    for (bool with_master : {true, false}) {
+        Optimizer a(with_master, true), b(with_master, false);
+        for (uint32_t t = 1; t <= 3; t++)
+            for (Optimizer* o : {&a, &b}) {
+                o->set(o->grads, normals(o->n, t, 0.1));
+                o->step(SETTINGS[1], t, 5);
+            }
+        CHECK(a.report.get()[0].norm == b.report.get()[0].norm);
+        CHECK(!same_bits(a.params.values(), b.params.values()));  // they do lie elsewhere
+        CHECK(same_bits(a.get(a.params), b.get(b.params)));
+        CHECK(same_bits(a.get(a.master), b.get(b.master)));
+        CHECK(same_bits(a.get(a.moment1), b.get(b.moment1)));
+        CHECK(same_bits(a.get(a.moment2), b.get(b.moment2)));
+        for (Optimizer* o : {&a, &b}) gpu::round_parameters(o->params, o->master, o->map(), 6, 3, STREAM);
+        CHECK(same_bits(a.get(a.params), b.get(b.params)));
+    }
 }
 
 TEST_CASE("a norm or loss that is not finite leaves all but the report as it was") {
@@ -540,11 +572,11 @@ TEST_CASE("a norm or loss that is not finite leaves all but the report as it was
         for (bool with_master : {true, false}) {
             Optimizer o(with_master);
             Values g = normals(o.n, 9, 0.1);
-            o.grads.set(g);
+            o.set(o.grads, g);
             o.step(SETTINGS[0], 1, 5);
             Values before[] = {o.params.values(), o.master.values(), o.moment1.values(), o.moment2.values()};
             g[o.n - 3] = grad;
-            o.grads.set(g), o.loss.set({loss});
+            o.set(o.grads, g), o.loss.set({loss});
             o.step(SETTINGS[0], 2, 5);
             CHECK(same_bits(o.params.values(), before[0]));
             CHECK(same_bits(o.master.values(), before[1]));
@@ -570,13 +602,13 @@ TEST_CASE("without master weights each parameter becomes one of the two neighbou
     for (const AdamW& a : SETTINGS) {
         Optimizer o(false);
         for (uint32_t t = 1; t <= 3; t++) {
-            Values start = o.params.values(), g = normals(o.n, t, 0.01);
-            std::copy(start.begin(), start.end(), o.model.params());
-            std::copy(g.begin(), g.end(), o.model.grads());
-            o.grads.set(g);
+            Values start = o.get(o.params), g = normals(o.n, t, 0.01);
+            set_state(o.model, PARAMS, start);
+            set_state(o.model, GRADS, g);
+            o.set(o.grads, g);
             o.step(a, t, 5);
             o.model.step(a, t);
-            Values got = o.params.values(), want = o.cpu_state(cpu::GPT2::PARAMS);
+            Values got = o.get(o.params), want = get_state(o.model, PARAMS);
             size_t wrong = 0, changed = 0;
             for (size_t i = 0; i < o.n; i++) {  // the last bits of the two results may differ
                 float w = want[i], less = w - std::fabs(w) * 2e-6f, more = w + std::fabs(w) * 2e-6f;
@@ -591,10 +623,10 @@ TEST_CASE("without master weights each parameter becomes one of the two neighbou
 
 TEST_CASE("bf16 parameters are the master weights plus 16 random bits, cut off: element e has bits of Philox block e / 8") {
     Optimizer o(true);
-    o.grads.set(normals(o.n, 9, 0.1));
+    o.set(o.grads, normals(o.n, 9, 0.1));
     uint64_t seed = 0xfeedface12345678ull;
     for (uint32_t t = 1; t <= 2; t++) o.step(SETTINGS[0], t, seed);
-    Values master = o.master.values(), got = o.params.values(), want(o.n);
+    Values master = o.get(o.master), got = o.get(o.params), want(o.n);
     rng::Key key(seed, 2, rng::ROUNDING);
     for (size_t e = 0; e < o.n; e++) {
         uint32_t bits;
@@ -604,10 +636,10 @@ TEST_CASE("bf16 parameters are the master weights plus 16 random bits, cut off: 
     }
     CHECK(same_bits(got, want));
     Device<floatX> again(o.n);
-    gpu::round_parameters(again, o.master, o.n, seed, 2, STREAM);
-    CHECK(same_bits(again.values(), got));  // what a resumed run continues with
-    gpu::round_parameters(again, o.master, o.n, seed, 3, STREAM);
-    CHECK(!same_bits(again.values(), got));
+    gpu::round_parameters(again, o.master, o.map(), seed, 2, STREAM);
+    CHECK(same_bits(o.get(again), got));  // what a resumed run continues with
+    gpu::round_parameters(again, o.master, o.map(), seed, 3, STREAM);
+    CHECK(!same_bits(o.get(again), got));
 }
 
 TEST_CASE("stochastic rounding is unbiased, to a neighbour, and independent from element to element") {
@@ -618,10 +650,11 @@ TEST_CASE("stochastic rounding is unbiased, to a neighbour, and independent from
     memcpy(&w[8], &all_ones, 4);  // a NaN whose bits would overflow
     Device<float> master(w);
     Device<floatX> params(N);
+    Device<gpu::Segment> segment(std::vector<gpu::Segment>{{N, 0, false}});
     double up[N] = {}, at[8] = {}, covariance[8][8] = {}, squares = 0;
     size_t wrong = 0;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {
-        gpu::round_parameters(params, master, N, seed, 1, STREAM);
+        gpu::round_parameters(params, master, {segment, N}, seed, 1, STREAM);
         Values got = params.values();
         double off[8];
         for (size_t e = 0; e < N; e++) {

@@ -95,6 +95,30 @@ class Device {
     size_t n_;
 };
 
+// A model's state out and in, in the file's order.
+template <class Model>
+Values get_state(Model& m, State s) {
+    Values to;
+    m.each_piece(s, [&](const float* p, size_t n) { to.insert(to.end(), p, p + n); });
+    return to;
+}
+template <class Model>
+void set_state(Model& m, State s, const Values& from) {
+    const float* at = from.data();
+    m.each_piece(s, [&](float* p, size_t n) { memcpy(p, at, n * sizeof(float)), at += n; });
+}
+// An array of all parameters from the file's order to that of memory, and back.
+inline Values to_memory(const Config& c, const Values& file) {
+    Values memory(file.size());
+    for (const ParamPiece& p : param_pieces(c)) std::copy_n(&file[p.file], p.size, &memory[p.memory]);
+    return memory;
+}
+inline Values to_file(const Config& c, const Values& memory) {
+    Values file(memory.size());
+    for (const ParamPiece& p : param_pieces(c)) std::copy_n(&memory[p.memory], p.size, &file[p.file]);
+    return file;
+}
+
 inline bool same_bits(const Values& a, const Values& b) {
     return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * sizeof(float)));
 }

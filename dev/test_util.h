@@ -1,7 +1,9 @@
-// test_util.h - what several tests need: a folder that goes away, an error's text, whole files, tensors compared.
+// test_util.h - what several tests need: a folder that goes away, an error's text, whole files, tensors
+// compared; and, in namespace test, random numbers, threads and a model's state.
 #pragma once
 
 #include <doctest/doctest.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,9 +11,11 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <random>
 #include <string>
 
-#include "io.h"
+#include "lib/gpt2.h"
+#include "lib/io.h"
 
 // A fresh folder under /tmp, removed with all its content at the end.
 struct TempDir {
@@ -102,3 +106,71 @@ inline void check_close(const std::string& what, const std::vector<float>& got, 
 inline void check_close(const std::string& what, double got, double want, double tolerance) {
     check_close(what, &got, &want, 1, tolerance);
 }
+
+namespace test {
+
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+using Tokens = std::vector<int>;
+
+struct Random {
+    std::mt19937_64 engine;
+    explicit Random(uint64_t seed) : engine(seed) {}
+    double uniform() { return (double)(engine() >> 11) * 0x1p-53; }
+    double normal() { return std::normal_distribution<double>()(engine); }
+    size_t below(size_t n) { return engine() % n; }
+    size_t among(std::initializer_list<size_t> list) { return list.begin()[below(list.size())]; }
+    Floats floats(size_t n, double scale = 1, double mean = 0) {
+        Floats x(n);
+        for (float& f : x) f = (float)(mean + scale * normal());
+        return x;
+    }
+    Tokens tokens(size_t n, int V) {
+        Tokens x(n);
+        for (int& t : x) t = (int)below((size_t)V);
+        return x;
+    }
+    // As tokens(), but about one in seven is -1, which means "ignore".
+    Tokens targets(size_t n, int V) {
+        Tokens x = tokens(n, V);
+        for (int& t : x)
+            if (below(7) == 0) t = -1;
+        x[0] = (int)below((size_t)V);
+        return x;
+    }
+};
+
+inline bool same_bits(const Floats& a, const Floats& b) {
+    return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * sizeof(float)));
+}
+
+// The nearest bf16 number, as a float.
+inline float rounded(double x) { return bf16_to_float(float_to_bf16((float)x)); }
+inline Floats rounded(Floats values) {
+    for (float& f : values) f = rounded(f);
+    return values;
+}
+
+// Sets the number of threads and restores it at the end.
+struct Threads {
+    int before = omp_get_max_threads();
+    explicit Threads(int n) { omp_set_num_threads(n); }
+    ~Threads() { omp_set_num_threads(before); }
+};
+
+// A model's parameters, gradients or moments as one array in the file's order, out and in.
+template <class Model>
+Floats piece(Model& m, State s) {
+    Floats out;
+    m.each_piece(s, [&](const float* x, size_t n) { out.insert(out.end(), x, x + n); });
+    return out;
+}
+template <class Model>
+void set_piece(Model& m, State s, const Floats& from) {
+    size_t at = 0;
+    REQUIRE(from.size() == num_params(m.cfg));
+    m.each_piece(s, [&](float* x, size_t n) { std::copy(&from[at], &from[at] + n, x), at += n; });
+    REQUIRE(at == from.size());
+}
+
+}  // namespace test

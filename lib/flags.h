@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "io.h"
+#include "lib/io.h"
 
 class Flags {
   public:

@@ -1,22 +1,31 @@
-// gpt2.h - the model on paper: its sizes, its 16 parameter tensors, and its checkpoint file.
+// gpt2.h - the model on paper: its sizes, its 16 parameter tensors and where they stand, and its checkpoint
+// file.
 //
 // GPT-2 (Radford et al. 2019) as published, and GROVER (Zellers et al. 2019), the block that
-// AraGPT2-large and -mega use. Sixteen tensors in this order, each holding all layers:
+// AraGPT2-large and -mega use: its skip connection starts from the LayerNorm's output,
+//     GPT-2:   r = x + attention(LN1(x))             y = r + MLP(LN2(r))
+//     GROVER:  h = LN1(x), r = h + attention(h)      y = r + MLP(LN2(r))
+// Sixteen tensors in this order, each holding all layers:
 //     wte (Vp,C)  wpe (maxT,C)  ln1w ln1b (L,C)  qkvw (L,3C,C)  qkvb (L,3C)  attprojw (L,C,C)
 //     attprojb (L,C)  ln2w ln2b (L,C)  fcw (L,4C,C)  fcb (L,4C)  fcprojw (L,C,4C)  fcprojb (L,C)
 //     lnfw lnfb (C)
 // Matrices are (out, in). Vp is V padded up to a multiple of 128; padded rows are zero and stay zero.
 //
+// Files hold them in this order, tensor by tensor. Memory holds them layer by layer (ParamLayout), and so do
+// gradients and the optimizer's moments. Code reaches them through Params: w.wte, w.layer(l).fcw.
+//
 // The model file is llm.c's, so that its published files load as they are: 256 int32, then the tensors.
 //     [0] 20240326  [1] 3 = fp32, 5 = bf16  [2] maxT [3] V [4] L [5] NH [6] C [7] Vp
-//     ours, 0 in llm.c's files: [8] arch, [9] activation, [10] LayerNorm's epsilon as a float's bits (0: 1e-5)
+//     ours, 0 in llm.c's files: [8] arch, [9] activation, [10] LayerNorm's epsilon as a float's bits (0:
+//     1e-5)
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
-#include "io.h"
-#include "rng.h"
+#include "lib/io.h"
+#include "lib/rng.h"
 
 enum Arch { GPT2_ARCH = 0, GROVER_ARCH = 1 };
 enum Activation { GELU_TANH = 0, GELU_ERF = 1 };
@@ -29,12 +38,12 @@ struct Config {
 
     int hs() const { return C / NH; }
     bool same_shape(const Config& o) const {
-        return maxT == o.maxT && V == o.V && Vp == o.Vp && L == o.L && NH == o.NH && C == o.C && arch == o.arch &&
-               activation == o.activation && eps == o.eps;
+        return maxT == o.maxT && V == o.V && Vp == o.Vp && L == o.L && NH == o.NH && C == o.C &&
+               arch == o.arch && activation == o.activation && eps == o.eps;
     }
     std::string text() const {
-        return strf("%s, %d layers, %d heads, %d channels, context %d, vocabulary %d", arch == GPT2_ARCH ? "GPT-2" : "GROVER", L,
-                    NH, C, maxT, V);
+        return strf("%s, %d layers, %d heads, %d channels, context %d, vocabulary %d",
+                    arch == GPT2_ARCH ? "GPT-2" : "GROVER", L, NH, C, maxT, V);
     }
 };
 
@@ -45,13 +54,15 @@ inline void check_config(const Config& c, const char* where) {
     struct {
         const char* name;
         int value, lo, hi;
-    } range[] = {{"maxT", c.maxT, 1, 1 << 20}, {"V", c.V, 1, 1 << 20},          {"Vp", c.Vp, 1, 1 << 21},
-                 {"L", c.L, 1, 4096},          {"NH", c.NH, 1, 4096},           {"C", c.C, 1, 1 << 17},
+    } range[] = {{"maxT", c.maxT, 1, 1 << 20}, {"V", c.V, 1, 1 << 20},
+                 {"Vp", c.Vp, 1, 1 << 21},     {"L", c.L, 1, 4096},
+                 {"NH", c.NH, 1, 4096},        {"C", c.C, 1, 1 << 17},
                  {"arch", c.arch, 0, 1},       {"activation", c.activation, 0, 1}};
     for (auto& r : range)
         if (r.value < r.lo || r.value > r.hi)
             fail("%s: %s is %d, wanted %d to %d", where, r.name, r.value, r.lo, r.hi);
-    if (!(c.eps > 0 && c.eps <= 1)) fail("%s: LayerNorm's epsilon is %g, wanted above 0 and at most 1", where, c.eps);
+    if (!(c.eps > 0 && c.eps <= 1))
+        fail("%s: LayerNorm's epsilon is %g, wanted above 0 and at most 1", where, c.eps);
     if (c.C % c.NH) fail("%s: C is %d, wanted a multiple of NH = %d", where, c.C, c.NH);
     if (c.Vp < c.V) fail("%s: Vp is %d, wanted at least V = %d", where, c.Vp, c.V);
 }
@@ -60,38 +71,61 @@ inline void check_config(const Config& c, const char* where) {
 // The parameters
 
 constexpr int NUM_PARAMS = 16;
-enum ParamId { WTE, WPE, LN1W, LN1B, QKVW, QKVB, ATTPROJW, ATTPROJB, LN2W, LN2B, FCW, FCB, FCPROJW, FCPROJB, LNFW, LNFB };
+enum ParamId {
+    WTE,
+    WPE,
+    LN1W,
+    LN1B,
+    QKVW,
+    QKVB,
+    ATTPROJW,
+    ATTPROJB,
+    LN2W,
+    LN2B,
+    FCW,
+    FCB,
+    FCPROJW,
+    FCPROJB,
+    LNFW,
+    LNFB
+};
+
+// How a tensor begins: normal with standard deviation 0.02; normal with 0.02/sqrt(2L), for projections into
+// the residual stream; all ones; all zeros.
+enum Init { NORMAL, RESIDUAL, ONES, ZEROS };
 
 struct ParamInfo {
     const char* name;
     size_t rows, cols;  // of one layer; a vector has rows 1
-    size_t layers;      // 1 for what stands outside the blocks
+    bool in_block;      // one in each of the L blocks; else one in the model
     bool decay;         // weight decay applies: matrices and embeddings, as in nanoGPT
-    bool residual;      // writes into the residual stream: initialised smaller
+    Init init;
+    size_t layers;  // L or 1
     size_t per_layer() const { return rows * cols; }
     size_t size() const { return rows * cols * layers; }
 };
 
 using ParamTable = std::array<ParamInfo, NUM_PARAMS>;
 
+// All that the programs know of a parameter tensor, in the order of ParamId and of the model file.
 inline ParamTable param_table(const Config& c) {
     size_t C = c.C, L = c.L, Vp = c.Vp, T = c.maxT;
-    return {{{"wte", Vp, C, 1, true, false},
-             {"wpe", T, C, 1, true, false},
-             {"ln1w", 1, C, L, false, false},
-             {"ln1b", 1, C, L, false, false},
-             {"qkvw", 3 * C, C, L, true, false},
-             {"qkvb", 1, 3 * C, L, false, false},
-             {"attprojw", C, C, L, true, true},
-             {"attprojb", 1, C, L, false, false},
-             {"ln2w", 1, C, L, false, false},
-             {"ln2b", 1, C, L, false, false},
-             {"fcw", 4 * C, C, L, true, false},
-             {"fcb", 1, 4 * C, L, false, false},
-             {"fcprojw", C, 4 * C, L, true, true},
-             {"fcprojb", 1, C, L, false, false},
-             {"lnfw", 1, C, 1, false, false},
-             {"lnfb", 1, C, 1, false, false}}};
+    return {{{"wte", Vp, C, false, true, NORMAL, 1},
+             {"wpe", T, C, false, true, NORMAL, 1},
+             {"ln1w", 1, C, true, false, ONES, L},
+             {"ln1b", 1, C, true, false, ZEROS, L},
+             {"qkvw", 3 * C, C, true, true, NORMAL, L},
+             {"qkvb", 1, 3 * C, true, false, ZEROS, L},
+             {"attprojw", C, C, true, true, RESIDUAL, L},
+             {"attprojb", 1, C, true, false, ZEROS, L},
+             {"ln2w", 1, C, true, false, ONES, L},
+             {"ln2b", 1, C, true, false, ZEROS, L},
+             {"fcw", 4 * C, C, true, true, NORMAL, L},
+             {"fcb", 1, 4 * C, true, false, ZEROS, L},
+             {"fcprojw", C, 4 * C, true, true, RESIDUAL, L},
+             {"fcprojb", 1, C, true, false, ZEROS, L},
+             {"lnfw", 1, C, false, false, ONES, 1},
+             {"lnfb", 1, C, false, false, ZEROS, 1}}};
 }
 
 inline size_t num_params(const Config& c) {
@@ -100,7 +134,7 @@ inline size_t num_params(const Config& c) {
     return n;
 }
 
-// Where each tensor starts inside one array of all parameters (elements); [NUM_PARAMS] is the total.
+// Where each tensor starts in the file (elements, the header left out); [NUM_PARAMS] is the total.
 inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
     std::array<size_t, NUM_PARAMS + 1> off{};
     ParamTable t = param_table(c);
@@ -108,20 +142,95 @@ inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
     return off;
 }
 
+// Where tensor `id` of a layer starts in memory (elements): the embeddings; block after block, in each first
+// the tensors that decay, then the others; the final LayerNorm. Nothing lies between them.
+class ParamLayout {
+  public:
+    ParamLayout() = default;
+    explicit ParamLayout(const Config& c) {
+        ParamTable table = param_table(c);
+        for (int id : {WTE, WPE}) start_[id] = first_block_, first_block_ += table[id].size();
+        for (bool decay : {true, false})
+            for (int id = 0; id < NUM_PARAMS; id++)
+                if (table[id].in_block && table[id].decay == decay)
+                    start_[id] = block_, block_ += table[id].per_layer();
+        for (int id = 0; id < NUM_PARAMS; id++)
+            if (table[id].in_block) start_[id] += first_block_, stride_[id] = block_;
+        size_t end = first_block_ + (size_t)c.L * block_;
+        for (int id : {LNFW, LNFB}) start_[id] = end, end += table[id].size();
+    }
+    size_t at(int id, size_t layer = 0) const { return start_[id] + layer * stride_[id]; }
+
+  private:
+    std::array<size_t, NUM_PARAMS> start_{}, stride_{};
+    size_t first_block_ = 0, block_ = 0;  // where block 0 starts, and the size of a block
+};
+
+// One tensor of one layer, or one outside the blocks: where its elements stand in the file and in memory.
+struct ParamPiece {
+    int id;
+    size_t layer, file, memory, size;
+    bool decay;
+};
+// All pieces in the file's order.
+inline std::vector<ParamPiece> param_pieces(const Config& c) {
+    std::vector<ParamPiece> pieces;
+    ParamTable table = param_table(c);
+    ParamLayout layout(c);
+    size_t file = 0;
+    for (int id = 0; id < NUM_PARAMS; id++)
+        for (size_t l = 0; l < table[id].layers; l++) {
+            size_t n = table[id].per_layer();
+            pieces.push_back({id, l, file, layout.at(id, l), n, table[id].decay}), file += n;
+        }
+    return pieces;
+}
+
+// The tensors of one block.
+template <class W>
+struct Layer {
+    W *ln1w, *ln1b, *qkvw, *qkvb, *attprojw, *attprojb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb;
+};
+// The tensors inside one array, laid out as ParamLayout says: parameters, or gradients.
+template <class W>
+struct Params {
+    W *wte = nullptr, *wpe = nullptr, *lnfw = nullptr, *lnfb = nullptr;
+
+    Params() = default;
+    Params(W* base, const Config& c) : base_(base), layout_(c) {
+        wte = tensor(WTE), wpe = tensor(WPE), lnfw = tensor(LNFW), lnfb = tensor(LNFB);
+    }
+    W* tensor(int id, size_t l = 0) const { return base_ + layout_.at(id, l); }
+    Layer<W> layer(size_t l) const {
+        return {tensor(LN1W, l),     tensor(LN1B, l),     tensor(QKVW, l),    tensor(QKVB, l),
+                tensor(ATTPROJW, l), tensor(ATTPROJB, l), tensor(LN2W, l),    tensor(LN2B, l),
+                tensor(FCW, l),      tensor(FCB, l),      tensor(FCPROJW, l), tensor(FCPROJB, l)};
+    }
+
+  private:
+    W* base_ = nullptr;
+    ParamLayout layout_;
+};
+
+// What a model can hand out or take in, array by array; all are laid out alike.
+enum State { PARAMS, GRADS, ADAM_M, ADAM_V };
+
 // Bytes of the keys and values that generation keeps for N sequences of T tokens, in fp32.
 inline size_t key_value_bytes(const Config& c, size_t N, size_t T) {
     return checked_mul(checked_mul(c.L, N, "sequences"), T * 2 * c.C * sizeof(float), "keys and values");
 }
-// GPT-2's initialisation from the seed: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), LayerNorm weights 1, biases 0,
-// padded vocabulary rows 0. Writes elements [first, first + n) of tensor `id` to w.
+
+// GPT-2's initialisation from the seed, as the table's Init says; padded rows of wte are 0. Writes elements
+// [first, first + n) of tensor `id` to w, counted over all layers as the file holds them.
 inline void initial_weights(float* w, const Config& c, int id, size_t first, size_t n, uint64_t seed) {
     const ParamInfo info = param_table(c)[id];
-    bool ones = id == LN1W || id == LN2W || id == LNFW;
-    size_t drawn = !info.decay ? 0 : id == WTE ? (size_t)c.V * c.C : info.size();  // elements below are random
-    double std_dev = info.residual ? 0.02 / std::sqrt(2.0 * c.L) : 0.02;
+    bool random = info.init == NORMAL || info.init == RESIDUAL;
+    size_t drawn = !random ? 0 : id == WTE ? (size_t)c.V * c.C : info.size();  // elements below are random
+    double std_dev = info.init == RESIDUAL ? 0.02 / std::sqrt(2.0 * c.L) : 0.02;
+    float rest = info.init == ONES ? 1.0f : 0.0f;
     rng::Key key(seed, 0, rng::INIT, (uint32_t)id);
 #pragma omp parallel for schedule(static)
-    for (size_t j = 0; j < n; j++) w[j] = first + j < drawn ? (float)(std_dev * key.normal(first + j)) : ones ? 1.0f : 0.0f;
+    for (size_t j = 0; j < n; j++) w[j] = first + j < drawn ? (float)(std_dev * key.normal(first + j)) : rest;
 }
 
 // Floating-point operations of one training step over B sequences of T tokens, counted as usual
@@ -137,9 +246,12 @@ inline Config preset_config(const std::string& name) {
         const char* name;
         int L, NH, C, maxT;
     };
-    static const Preset presets[] = {{"tiny", 4, 4, 128, 64},          {"char", 6, 6, 384, 256},
-                                     {"gpt2", 12, 12, 768, 1024},      {"gpt2-medium", 24, 16, 1024, 1024},
-                                     {"gpt2-large", 36, 20, 1280, 1024}, {"gpt2-xl", 48, 25, 1600, 1024}};
+    static const Preset presets[] = {{"tiny", 4, 4, 128, 64},
+                                     {"char", 6, 6, 384, 256},
+                                     {"gpt2", 12, 12, 768, 1024},
+                                     {"gpt2-medium", 24, 16, 1024, 1024},
+                                     {"gpt2-large", 36, 20, 1280, 1024},
+                                     {"gpt2-xl", 48, 25, 1600, 1024}};
     std::string known;
     for (const Preset& p : presets) {
         if (name == p.name) {
@@ -158,9 +270,9 @@ inline Config preset_config(const std::string& name) {
 // What one forward pass is for. Training keeps activations, applies dropout and computes the head's gradient.
 struct Pass {
     bool train = false;
-    uint32_t step = 0;       // keys the dropout masks
-    uint64_t seq0 = 0;       // number of the first sequence within the step's whole batch
-    float grad_scale = 1;    // 1 / (tokens of the whole batch)
+    uint32_t step = 0;     // keys the dropout masks
+    uint64_t seq0 = 0;     // number of the first sequence within the step's whole batch
+    float grad_scale = 1;  // 1 / (tokens of the whole batch)
 };
 
 // AdamW's settings for one step; gradients longer than grad_clip count as that long (0: no limit).
@@ -168,14 +280,15 @@ struct AdamW {
     float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
 };
 
-// What a step found: the mean loss of its batches, and the gradient's norm before clipping. Where either is not
-// finite the parameters were left alone.
+// What a step found: the mean loss of its batches, and the gradient's norm before clipping. Where either is
+// not finite the parameters were left alone.
 struct StepResult {
     double loss = 0, norm = 0;
     bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
 };
 
-// What numbers a model computes with. bf16 keeps fp32 master weights beside its bf16 parameters unless told not to.
+// What numbers a model computes with. bf16 keeps fp32 master weights beside its bf16 parameters unless told
+// not to.
 enum Dtype { FP32, BF16 };
 struct Precision {
     Dtype dtype = FP32;
@@ -230,8 +343,8 @@ inline bool all_finite(const float* p, size_t n) {
     return zero == 0;
 }
 
-// Writes a model file piece by piece: construct, add() all parameters in order, finish(). NaN and infinity are
-// refused, and what stood there before stays.
+// Writes a model file piece by piece: construct, add() all parameters in order, finish(). NaN and infinity
+// are refused, and what stood there before stays.
 class ModelWriter {
   public:
     ModelWriter(const std::string& path, const Config& c, int version = MODEL_FP32)
@@ -242,7 +355,9 @@ class ModelWriter {
     void add(const float* p, size_t n) {
         if (n > left_) fail("model file: %zu parameters too many", n - left_);
         left_ -= n;
-        if (!all_finite(p, n)) fail("%s: not written, the parameters hold NaN or infinity; try a lower --learning_rate", path_.c_str());
+        if (!all_finite(p, n))
+            fail("%s: not written, the parameters hold NaN or infinity; try a lower --learning_rate",
+                 path_.c_str());
         if (!bf16_) return file_.write(p, n * 4);
         for (size_t i = 0; i < n; i += buf_.size()) {
             size_t k = std::min(n - i, buf_.size());

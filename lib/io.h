@@ -96,6 +96,8 @@ inline std::string human_bytes(double b) {
     return strf(u ? "%.1f %s" : "%.0f %s", b, unit[u]);
 }
 
+constexpr size_t ceil_div(size_t n, size_t by) { return (n + by - 1) / by; }
+constexpr size_t round_up(size_t n, size_t to) { return ceil_div(n, to) * to; }
 // a * b in size_t; an overflow is the user's absurd size, named by `what`.
 inline size_t checked_mul(size_t a, size_t b, const char* what) {
     size_t r;

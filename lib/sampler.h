@@ -3,15 +3,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <string>
 #include <vector>
 
-#include "rng.h"
-#include "tokenizer/tokenizer.h"
+#include "lib/gpt2.h"
+#include "lib/rng.h"
+#include "lib/utf8.h"
 
 struct SampleOptions {
     float temperature = 0.8f;  // logits are divided by it; 0 takes the most likely token
     int top_k = 0;             // only the k most likely tokens; 0: all
-    float top_p = 1.0f;        // only the most likely tokens that together reach this probability (Holtzman et al. 2020)
+    float top_p =
+        1.0f;  // only the most likely tokens that together reach this probability (Holtzman et al. 2020)
 };
 
 class Sampler {
@@ -19,7 +23,8 @@ class Sampler {
     // Has memory for a vocabulary of V from the start.
     explicit Sampler(int V = 0) : candidates_((size_t)V) {}
 
-    // Draws from softmax(logits / temperature) cut to top_k, then to top_p, by u, uniform in [0,1). logits (V).
+    // Draws from softmax(logits / temperature) cut to top_k, then to top_p, by u, uniform in [0,1). logits
+    // (V).
     int pick(const float* logits, int V, const SampleOptions& o, double u) {
         if (o.temperature <= 0) return (int)(std::max_element(logits, logits + V) - logits);
         size_t n = (size_t)V;
@@ -29,14 +34,17 @@ class Sampler {
         auto at = [&](size_t i) { return candidates_.begin() + (ptrdiff_t)i; };
         // Candidates [from, to) become the likeliest that are left, in order.
         auto sort = [&](size_t from, size_t to) {
-            auto more_likely = [](const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.token < b.token; };
+            auto more_likely = [](const Candidate& a, const Candidate& b) {
+                return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+            };
             if (to < candidates_.size()) std::partial_sort(at(from), at(to), candidates_.end(), more_likely);
             else std::sort(at(from), at(to), more_likely);
         };
         size_t sorted = 0;
         if (o.top_k > 0 && (size_t)o.top_k < n) sort(0, n = sorted = (size_t)o.top_k);
         double sum = 0;
-        for (size_t i = 0; i < n; i++) sum += candidates_[i].weight = std::exp((candidates_[i].logit - max) / o.temperature);
+        for (size_t i = 0; i < n; i++)
+            sum += candidates_[i].weight = std::exp((candidates_[i].logit - max) / o.temperature);
         if (o.top_p < 1) {  // few tokens, as a rule, reach it: they are sorted part by part until they do
             double reached = 0, wanted = o.top_p * sum;
             size_t k = 0;
@@ -74,19 +82,37 @@ class Utf8Stream {
     std::string pending_;
 };
 
-// Continues the prompt in all N sequences of the decoder by up to max_tokens tokens each. Sequence s draws its
-// i-th token by rng::Key(seed, s, SAMPLE).uniform(i) and ends at end-of-text; emit(s, token) sees every new
-// token but that one. A full context goes on with its second half.
-template <class Decoder, class Emit>
-void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V, int eot, int max_tokens, uint64_t seed,
-              const SampleOptions& o, Emit emit) {
+// A model that continues N sequences at once, and remembers what it has seen of them.
+struct Decoder {
+    virtual ~Decoder() = default;
+    virtual size_t length() const = 0;    // tokens of each sequence seen so far
+    virtual size_t capacity() const = 0;  // the most it can hold
+    virtual void reset() = 0;             // forgets them all
+    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one,
+    // valid until the next call. length() + n is at most capacity().
+    virtual const float* append(const int* tokens, size_t n) = 0;
+};
+
+// A decoder with the parameters of `file`, which it reads to the end, for N sequences as long as the model's
+// context; dtype is how weights are kept and multiplied. train_gpt2.cpp defines it. Fails where memory is
+// short.
+std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype);
+
+// Continues the prompt in all N sequences of the decoder by up to max_tokens tokens each. Sequence s draws
+// its i-th token by rng::Key(seed, s, SAMPLE).uniform(i) and ends at end-of-text; emit(s, token) sees every
+// new token but that one. A full context goes on with its second half. V: vocabulary; eot: end-of-text, or
+// -1.
+template <class Emit>
+void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V, int eot, int max_tokens,
+              uint64_t seed, const SampleOptions& o, Emit emit) {
     if (prompt.empty() || prompt.size() > decoder.capacity())
         fail("the prompt has %zu tokens, the context takes 1 to %zu", prompt.size(), decoder.capacity());
     std::vector<std::vector<int>> text(N, prompt);
     std::vector<bool> ended(N, false);
     std::vector<int> next;
     size_t alive = N, shown = 0;  // `shown`: tokens of each text that the decoder holds or has forgotten
-    std::vector<Sampler> samplers(std::min<size_t>(N, 16), Sampler(V));  // of parts of the texts, which draw side by side
+    std::vector<Sampler> samplers(std::min<size_t>(N, 16),
+                                  Sampler(V));  // of parts of the texts, which draw side by side
     std::vector<int> picked(N, eot);
     decoder.reset();
     for (int i = 0; i < max_tokens && alive; i++) {
@@ -102,7 +128,10 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
 #pragma omp parallel for schedule(static)
         for (size_t part = 0; part < samplers.size(); part++)
             for (size_t s = N * part / samplers.size(); s < N * (part + 1) / samplers.size(); s++)
-                if (!ended[s]) picked[s] = samplers[part].pick(logits + s * (size_t)V, V, o, rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i));
+                if (!ended[s])
+                    picked[s] =
+                        samplers[part].pick(logits + s * (size_t)V, V, o,
+                                            rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i));
         for (size_t s = 0; s < N; s++) {
             text[s].push_back(picked[s]);
             if (ended[s]) continue;

@@ -19,9 +19,9 @@
 #include <memory>
 
 #include "data/dataloader.h"
-#include "flags.h"
-#include "gpt2.h"
-#include "sampler.h"
+#include "lib/flags.h"
+#include "lib/gpt2.h"
+#include "lib/sampler.h"
 #include "tokenizer/tokenizer.h"
 
 namespace trainer {
@@ -163,25 +163,37 @@ inline double learning_rate(const std::string& schedule, double peak, int step, 
 // ---------------------------------------------------------------------------------------------
 // The state file
 
-// A 64-bit checksum, word by word; catches any changed, missing or swapped bytes.
+// A 64-bit checksum, word by word; catches any changed, missing or swapped bytes. How a section is cut into pieces does
+// not matter; end_section() after each section fills its last word up with zeros.
 class Checksum {
   public:
     void add(const void* data, size_t bytes) {
         const char* d = (const char*)data;
-        for (; bytes >= 8; d += 8, bytes -= 8) {
-            uint64_t w;
-            memcpy(&w, d, 8);
-            mix(w);
+        for (; bytes; d++, bytes--) {
+            if (!filled_)
+                for (; bytes >= 8; d += 8, bytes -= 8) {
+                    uint64_t w;
+                    memcpy(&w, d, 8);
+                    mix(w);
+                }
+            if (!bytes) return;
+            word_[filled_++] = *d;
+            if (filled_ == 8) end_section();
         }
+    }
+    void end_section() {
+        if (!filled_) return;
         uint64_t w = 0;
-        memcpy(&w, d, bytes);
-        if (bytes) mix(w);
+        memcpy(&w, word_, filled_);
+        mix(w), filled_ = 0;
     }
     uint64_t value() const { return h_; }
 
   private:
     void mix(uint64_t w) { h_ = (h_ ^ w) * 0x9E3779B97F4A7C15u, h_ ^= h_ >> 29; }
     uint64_t h_ = 0x243F6A8885A308D3u;
+    char word_[8];
+    size_t filled_ = 0;
 };
 
 constexpr int32_t STATE_MAGIC = 20261123, STATE_VERSION = 1;
@@ -223,13 +235,13 @@ inline std::vector<int> checkpoints_in(const std::string& dir) {
 template <class Model>
 void save_model(Model& model, const std::string& path) {
     ModelWriter w(path, model.cfg);
-    model.each_piece(Model::PARAMS, [&](const float* p, size_t n) { w.add(p, n); });
+    model.each_piece(PARAMS, [&](const float* p, size_t n) { w.add(p, n); });
     w.finish();
 }
 
 template <class Model>
 void load_model(Model& model, ModelReader& r) {
-    model.each_piece(Model::PARAMS, [&](float* p, size_t n) { r.read(p, n); });
+    model.each_piece(PARAMS, [&](float* p, size_t n) { r.read(p, n); });
 }
 
 template <class Model>
@@ -245,9 +257,13 @@ void save_state(Model& model, const Progress& p, const std::string& settings, co
     memcpy(&h[12], d, sizeof d), memcpy(&h[20], &p.last, sizeof p.last);
     put(h.data(), 1024);
     put(settings.data(), settings.size());
-    model.each_piece(Model::ADAM_M, [&](const float* x, size_t n) { put(x, n * 4); });
-    model.each_piece(Model::ADAM_V, [&](const float* x, size_t n) { put(x, n * 4); });
-    model.each_piece(Model::PARAMS, [&](const float* x, size_t n) { sum.add(x, n * 4); });
+    sum.end_section();
+    for (State s : {ADAM_M, ADAM_V}) {
+        model.each_piece(s, [&](const float* x, size_t n) { put(x, n * 4); });
+        sum.end_section();
+    }
+    model.each_piece(PARAMS, [&](const float* x, size_t n) { sum.add(x, n * 4); });
+    sum.end_section();
     uint64_t check = sum.value();
     out.write(&check, 8);
     out.commit();
@@ -275,17 +291,19 @@ class StateReader {
         sum_.add(h.data(), 1024);
         settings.resize((size_t)h[3]);
         file_.read(&settings[0], settings.size(), "settings");
-        sum_.add(settings.data(), settings.size());
+        sum_.add(settings.data(), settings.size()), sum_.end_section();
     }
     // Fills AdamW's moments; the model's parameters must be loaded already, the checksum covers them.
     template <class Model>
     void load_moments(Model& model) {
         if (count_ != num_params(model.cfg))
             fail("%s: holds %" PRIu64 " parameters, the model has %zu", file_.path.c_str(), count_, num_params(model.cfg));
-        auto get = [&](float* x, size_t n) { file_.read(x, n * 4, "optimizer state"), sum_.add(x, n * 4); };
-        model.each_piece(Model::ADAM_M, get);
-        model.each_piece(Model::ADAM_V, get);
-        model.each_piece(Model::PARAMS, [&](const float* x, size_t n) { sum_.add(x, n * 4); });
+        for (State s : {ADAM_M, ADAM_V}) {
+            model.each_piece(s, [&](float* x, size_t n) { file_.read(x, n * 4, "optimizer state"), sum_.add(x, n * 4); });
+            sum_.end_section();
+        }
+        model.each_piece(PARAMS, [&](const float* x, size_t n) { sum_.add(x, n * 4); });
+        sum_.end_section();
         uint64_t check;
         file_.read(&check, 8, "checksum");
         if (check != sum_.value())

@@ -12,8 +12,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "flags.h"
-#include "io.h"
+#include "lib/flags.h"
+#include "lib/io.h"
 #include "tokenizer/tokenizer.h"
 
 namespace exporter {

@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "flags.h"
-#include "io.h"
+#include "lib/flags.h"
+#include "lib/io.h"
 #include "tokenizer/tokenizer.h"
 
 namespace tokenize {

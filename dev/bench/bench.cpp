@@ -16,8 +16,8 @@
 #include <sstream>
 
 #include "bench.h"
-#include "flags.h"
-#include "sampler.h"
+#include "lib/flags.h"
+#include "lib/sampler.h"
 
 namespace {
 
@@ -79,7 +79,7 @@ int work_step(const Row& r, const std::string& dtype, int steps) {
 int work_sample(const std::string& dtype, int N, int tokens) {
     cpu::GPT2 model(ROWS[0].config(), 0, 0, false, 0, precision_of(dtype));
     rng::Key key(1, 0, rng::INIT);
-    model.each_piece(cpu::GPT2::PARAMS, [&](float* p, size_t n) {
+    model.each_piece(PARAMS, [&](float* p, size_t n) {
 #pragma omp parallel for schedule(static)
         for (size_t i = 0; i < n; i++) p[i] = (float)(int32_t)key.u32(i) * 0x1p-36f;
     });
@@ -109,7 +109,7 @@ int write_llmc_files(const Row& r, const std::string& dir) {
     cpu::GPT2 model(r.config(), 0, 0, false);
     model.init_weights(1);
     ModelWriter w(dir + "/gpt2_124M.bin", model.cfg);
-    w.add(model.params(), num_params(model.cfg));
+    model.each_piece(PARAMS, [&](const float* p, size_t n) { w.add(p, n); });
     w.finish();
     std::string data = dir + "/dev/data/tinyshakespeare";
     make_dirs(data);
@@ -507,7 +507,7 @@ int bench_all(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     std::string what = argc > 1 ? argv[1] : "";
-    if (what == "step" || what == "sample") gemm::spin_less(argv);  // as train_gpt2 and sample_gpt2 run; the peers keep their own ways
+    if (what == "step" || what == "sample") machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 run; the peers keep their own ways
     return run_main("bench", [&] {
         if (what == "step" && argc == 5) return work_step(find_row(argv[2]), argv[3], atoi(argv[4]));
         if (what == "sample" && argc == 5) return work_sample(argv[2], atoi(argv[3]), atoi(argv[4]));

@@ -12,7 +12,8 @@
 #include <immintrin.h>
 #endif
 
-#include "gemm.h"
+#include "lib/machine.h"
+#include "lib/vec.h"
 
 namespace bench {
 
@@ -60,15 +61,15 @@ constexpr size_t CHAIN_STEPS = 1 << 20;
 // FLOP/s of fp32 multiply-add, n threads, one sample of some 10 ms.
 inline double fma_flops(int n) {
     double t = seconds_on(n, [](size_t) {
-        gemm::vec x{}, y{}, acc[CHAINS] = {};
+        simd::vec x{}, y{}, acc[CHAINS] = {};
         hide(x), hide(y), hide(acc);
         for (size_t k = 0; k < CHAIN_STEPS; k++) {
-#pragma GCC unroll 16
+UNROLL(16)
             for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * x + y;
         }
         hide(acc);
     });
-    return n * 2.0 * gemm::VL * CHAINS * CHAIN_STEPS / t;
+    return n * 2.0 * simd::VL * CHAINS * CHAIN_STEPS / t;
 }
 
 // FLOP/s of bf16 dot products accumulated in fp32 (vdpbf16ps); 0 where the machine has none.
@@ -79,7 +80,7 @@ inline double bf16_flops([[maybe_unused]] int n) {
         __m512 acc[CHAINS] = {};
         hide(x), hide(y), hide(acc);
         for (size_t k = 0; k < CHAIN_STEPS; k++) {
-#pragma GCC unroll 16
+UNROLL(16)
             for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_dpbf16_ps(acc[i], x, y);
         }
         hide(acc);
@@ -96,19 +97,19 @@ struct Memory {
     static constexpr size_t N = 64 << 20;
     float* a[4];
     Memory() {
-        for (float*& p : a) p = (float*)gemm::allocate(N * 4, "benchmark");
+        for (float*& p : a) p = (float*)machine::allocate(N * 4, "benchmark");
         for (float* p : a)
 #pragma omp parallel for schedule(static)
             for (size_t i = 0; i < N; i++) p[i] = 1.0f;
     }
     ~Memory() {
-        for (float* p : a) gemm::release(p, N * 4);
+        for (float* p : a) machine::release(p, N * 4);
     }
     double read(int n) const {
         const float* p = a[0];
         return 4.0 * N / seconds_on(n, [=](size_t t) {
-            gemm::vec sum[4] = {}, x[4];
-            for (size_t i = N / n * t; i < N / n * (t + 1); i += 4 * gemm::VL) {
+            simd::vec sum[4] = {}, x[4];
+            for (size_t i = N / n * t; i < N / n * (t + 1); i += 4 * simd::VL) {
                 memcpy(x, p + i, sizeof x);
                 for (int j = 0; j < 4; j++) sum[j] += x[j];
             }

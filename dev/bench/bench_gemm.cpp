@@ -8,9 +8,9 @@
 // In bf16 the operands are bf16 and the result fp32. OpenBLAS adds no bias.
 // All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
 #include "bench.h"
-#include "flags.h"
-#include "gpt2.h"
-#include "rng.h"
+#include "lib/flags.h"
+#include "lib/gemm_internal.h"
+#include "lib/rng.h"
 
 #include <array>
 #include <memory>
@@ -52,12 +52,12 @@ struct Array {
     size_t n;
     float* f;
     uint16_t* h;
-    Array(size_t n_, uint32_t stream) : n(n_), f((float*)gemm::allocate(n * 4, "benchmark")), h((uint16_t*)gemm::allocate(n * 2, "benchmark")) {
+    Array(size_t n_, uint32_t stream) : n(n_), f((float*)machine::allocate(n * 4, "benchmark")), h((uint16_t*)machine::allocate(n * 2, "benchmark")) {
         rng::Key key(1, stream, rng::SAMPLE);
 #pragma omp parallel for schedule(static)
         for (size_t i = 0; i < n; i++) f[i] = (float)(int32_t)key.u32(i) * 0x1p-31f, h[i] = float_to_bf16(f[i]);
     }
-    ~Array() { gemm::release(f, n * 4), gemm::release(h, n * 2); }
+    ~Array() { machine::release(f, n * 4), machine::release(h, n * 2); }
     Array(const Array&) = delete;
     Array& operator=(const Array&) = delete;
 };
@@ -71,9 +71,11 @@ struct Product {
     bool accumulate;
 };
 
-template <class P, class T>
-Call ours(const Product& p, const T* A, const T* B) {
-    return [=] { gemm::multiply<P>(p.m, p.n, p.k, A, p.am, p.ak, B, p.bk, p.bn, p.C, p.n, p.accumulate ? gemm::ACCUMULATE : gemm::OVERWRITE, p.bias); };
+template <class T>
+Call ours(Dtype dtype, const Product& p, const T* A, const T* B) {
+    gemm::Start start = p.accumulate ? gemm::ACCUMULATE : gemm::OVERWRITE;
+    gemm::Product product = {p.m, p.n, p.k, {A, p.am, p.ak}, {B, p.bk, p.bn}, p.C, p.n, start, p.bias};
+    return [=] { gemm::multiply(dtype, product); };
 }
 
 Call onednn([[maybe_unused]] const Product& p, [[maybe_unused]] bool bf16) {
@@ -141,7 +143,7 @@ struct Operands {
         p = form == FORWARD ? Product{M, N, K, K, 1, 1, K, &A, &B, C.f, bias.f, false}
             : form == DX    ? Product{M, K, N, N, 1, K, 1, &A, &B, C.f, nullptr, false}
                             : Product{N, K, M, 1, N, K, 1, &A, &B, C.f, nullptr, true};
-        call = {ours<gemm::F32>(p, A.f, B.f), onednn(p, false), openblas(p), bench::BF16_DOT ? ours<gemm::BF16>(p, A.h, B.h) : nullptr,
+        call = {ours(FP32, p, A.f, B.f), onednn(p, false), openblas(p), bench::BF16_DOT ? ours(BF16, p, A.h, B.h) : nullptr,
                 bench::BF16_DOT ? onednn(p, true) : nullptr};
     }
 };

@@ -14,8 +14,8 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
-#include "flags.h"
-#include "gpt2.h"
+#include "lib/flags.h"
+#include "lib/gpt2.h"
 
 namespace convert {
 

@@ -8,7 +8,7 @@
 
 #include <map>
 
-#include "gpt2.h"
+#include "lib/gpt2.h"
 
 struct Golden {
     std::string text;  // which script and versions wrote the file

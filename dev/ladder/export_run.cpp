@@ -7,7 +7,7 @@
 // sizes and seed, ./train_gpt2 begins with these weights and meets these windows in this order.
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
-#include "trainer.h"
+#include "lib/trainer.h"
 
 int main(int argc, char** argv) {
     return run_main("export_run", [&]() -> int {

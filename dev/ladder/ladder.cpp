@@ -21,8 +21,8 @@
 #include "train_gpt2.cpp"
 
 #include "data/dataloader.h"
-#include "flags.h"
-#include "sampler.h"
+#include "lib/flags.h"
+#include "lib/sampler.h"
 #include "tokenizer/tokenizer.h"
 
 namespace ladder {
@@ -118,6 +118,13 @@ inline std::vector<Tensor> tensors(const Rung& r, size_t V, size_t C, size_t T) 
     return list;
 }
 
+// The gradients of a linear layer Y (M,N) = X (M,K) W^T + b: dX (M,K) is written, dW (N,K) and db (N) are added to.
+inline void linear_backward(float* dX, float* dW, float* db, const float* dY, const float* X, const float* W, size_t M,
+                            size_t K, size_t N) {
+    gemm::weight_gradient(dW, db, dY, X, M, K, N, true);
+    gemm::input_gradient(dX, dY, W, M, K, N);
+}
+
 class Model {
   public:
     const Rung r;
@@ -126,14 +133,13 @@ class Model {
     uint64_t seed = 1337;        // of weights and dropout
 
     Model(const Rung& rung, size_t V_, size_t C_, size_t T_, size_t B) : r(rung), V(V_), C(C_), T(T_), rows(B * T_), list(tensors(rung, V_, C_, T_)) {
-        cpu::Arena a;
-        place(a);
-        bytes_ = a.used * sizeof(float);
-        mem_ = (float*)gemm::allocate(bytes_, "model");
-        a = cpu::Arena{mem_, 0};
-        place(a);
+        Arena counted, placed;
+        place(counted);
+        bytes_ = counted.used;
+        placed.base = mem_ = (char*)machine::allocate(bytes_, "model");
+        place(placed);
     }
-    ~Model() { gemm::release(mem_, bytes_); }
+    ~Model() { machine::release(mem_, bytes_); }
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
@@ -167,22 +173,22 @@ class Model {
         for (size_t l = 0; l < (size_t)r.blocks; l++) {
             Block a = block(l);
             const float* in = normed(a.ln1, a.mean1, a.rstd1, a.x, p_.ln1w, p_.ln1b, l);
-            cpu::matmul_forward(a.qkv, in, p_.qkvw + l * 3 * C * C, p_.qkvb + l * 3 * C, M, C, 3 * C);
+            gemm::forward(a.qkv, in, p_.qkvw + l * 3 * C * C, p_.qkvb + l * 3 * C, M, C, 3 * C);
             attention().forward(a.att, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), 0, scratch_);
             const float* result = a.att;
-            if (r.projection) cpu::matmul_forward(result_, a.att, p_.projw + l * C * C, p_.projb + l * C, M, C, C), result = result_;
+            if (r.projection) gemm::forward(result_, a.att, p_.projw + l * C * C, p_.projb + l * C, M, C, C), result = result_;
             join_forward(a.mid, a.x, result, drop(rng::ATTPROJ_DROPOUT, l));
             if (!r.hidden) continue;
 
             in = normed(a.ln2, a.mean2, a.rstd2, a.mid, p_.ln2w, p_.ln2b, l);
-            cpu::matmul_forward(a.fc, in, p_.fcw + l * H * C, p_.fcb + l * H, M, C, H);
+            gemm::forward(a.fc, in, p_.fcw + l * H * C, p_.fcb + l * H, M, C, H);
             relu_forward(a.fc, M * H);
             result = a.fc;
-            if (r.projection) cpu::matmul_forward(result_, a.fc, p_.fcprojw + l * C * H, p_.fcprojb + l * C, M, H, C), result = result_;
+            if (r.projection) gemm::forward(result_, a.fc, p_.fcprojw + l * C * H, p_.fcprojb + l * C, M, H, C), result = result_;
             join_forward(a.out, a.mid, result, drop(rng::FCPROJ_DROPOUT, l));
         }
         const float* in = normed(lnf_, meanf_, rstdf_, last(), p_.lnfw, p_.lnfb, 0);
-        cpu::matmul_forward(logits_, in, p_.headw, p_.headb, M, C, V);
+        gemm::forward(logits_, in, p_.headw, p_.headb, M, C, V);
         return logits_;
     }
 
@@ -201,22 +207,22 @@ class Model {
         size_t M = B_ * t_, H = hidden();
         if (!r.heads) return bigram_backward(g_.table, logits_, tokens_, M, V);
 
-        cpu::matmul_backward(r.layernorm ? dread_ : d_, g_.headw, g_.headb, logits_, r.layernorm ? lnf_ : last(), p_.headw, M, C, V);
-        if (r.layernorm) cpu::layernorm_backward(d_, g_.lnfw, g_.lnfb, dread_, last(), meanf_, rstdf_, p_.lnfw, M, C, false);
+        linear_backward(r.layernorm ? dread_ : d_, g_.headw, g_.headb, logits_, r.layernorm ? lnf_ : last(), p_.headw, M, C, V);
+        if (r.layernorm) cpu::layernorm_backward(d_, nullptr, g_.lnfw, g_.lnfb, dread_, last(), meanf_, rstdf_, p_.lnfw, M, C, false);
         for (size_t l = (size_t)r.blocks; l-- > 0;) {
             Block a = block(l);
             if (r.hidden) {
                 const float* dresult = masked(d_, drop(rng::FCPROJ_DROPOUT, l));
-                if (r.projection) cpu::matmul_backward(dfc_, g_.fcprojw + l * C * H, g_.fcprojb + l * C, dresult, a.fc, p_.fcprojw + l * C * H, M, H, C);
+                if (r.projection) linear_backward(dfc_, g_.fcprojw + l * C * H, g_.fcprojb + l * C, dresult, a.fc, p_.fcprojw + l * C * H, M, H, C);
                 else memcpy(dfc_, dresult, M * H * sizeof(float));
                 relu_backward(dfc_, a.fc, M * H);
-                cpu::matmul_backward(dread_, g_.fcw + l * H * C, g_.fcb + l * H, dfc_, r.layernorm ? a.ln2 : a.mid, p_.fcw + l * H * C, M, C, H);
+                linear_backward(dread_, g_.fcw + l * H * C, g_.fcb + l * H, dfc_, r.layernorm ? a.ln2 : a.mid, p_.fcw + l * H * C, M, C, H);
                 join_backward(g_.ln2w, g_.ln2b, a.mid, a.mean2, a.rstd2, p_.ln2w, l);
             }
             const float* dresult = masked(d_, drop(rng::ATTPROJ_DROPOUT, l));
-            if (r.projection) cpu::matmul_backward(datt_, g_.projw + l * C * C, g_.projb + l * C, dresult, a.att, p_.projw + l * C * C, M, C, C), dresult = datt_;
+            if (r.projection) linear_backward(datt_, g_.projw + l * C * C, g_.projb + l * C, dresult, a.att, p_.projw + l * C * C, M, C, C), dresult = datt_;
             attention().backward(dqkv_, dresult, a.att, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), 0, scratch_);
-            cpu::matmul_backward(dread_, g_.qkvw + l * 3 * C * C, g_.qkvb + l * 3 * C, dqkv_, r.layernorm ? a.ln1 : a.x, p_.qkvw + l * 3 * C * C, M, C, 3 * C);
+            linear_backward(dread_, g_.qkvw + l * 3 * C * C, g_.qkvb + l * 3 * C, dqkv_, r.layernorm ? a.ln1 : a.x, p_.qkvw + l * 3 * C * C, M, C, 3 * C);
             join_backward(g_.ln1w, g_.ln1b, a.x, a.mean1, a.rstd1, p_.ln1w, l);
         }
         cpu::embedding_backward(g_.wte, g_.wpe, d_, tokens_, B_, t_, C, {}, 0);
@@ -243,28 +249,28 @@ class Model {
         float *x, *ln1, *mean1, *rstd1, *qkv, *lse, *att, *mid, *ln2, *mean2, *rstd2, *fc, *out;
     };
 
-    void place(cpu::Arena& a) {
+    void place(Arena& a) {
         size_t L = (size_t)r.blocks, H = hidden(), M = rows;
         auto weights = [&](Weights& w) {
             size_t start = a.used;
             w = {};
-            for (const Tensor& t : list) w.*t.at = a.take(t.size());
-            params_size_ = a.used - start;
-            return a.base ? a.base + start : nullptr;
+            for (const Tensor& t : list) w.*t.at = a.take<float>(t.size());
+            params_size_ = (a.used - start) / sizeof(float);
+            return a.base ? (float*)(a.base + start) : nullptr;
         };
-        params_ = weights(p_), grads_ = weights(g_), moments_ = a.take(2, params_size_);
-        logits_ = a.take(M, V), losses_ = a.take(M);
+        params_ = weights(p_), grads_ = weights(g_), moments_ = a.take<float>(2, params_size_);
+        logits_ = a.take<float>(M, V), losses_ = a.take<float>(M);
         if (!r.heads) return;
-        x_ = a.take(M, C), blocks_.resize(L);
+        x_ = a.take<float>(M, C), blocks_.resize(L);
         for (Block& b : blocks_) {
             b.x = &b == &blocks_[0] ? x_ : r.hidden ? (&b)[-1].out : (&b)[-1].mid;
-            b.ln1 = a.take(M, C), b.mean1 = a.take(M), b.rstd1 = a.take(M);
-            b.qkv = a.take(M, 3 * C), b.lse = a.take(M, (size_t)r.heads), b.att = a.take(M, C), b.mid = a.take(M, C);
-            b.ln2 = a.take(M, C), b.mean2 = a.take(M), b.rstd2 = a.take(M), b.fc = a.take(M, H), b.out = a.take(M, C);
+            b.ln1 = a.take<float>(M, C), b.mean1 = a.take<float>(M), b.rstd1 = a.take<float>(M);
+            b.qkv = a.take<float>(M, 3 * C), b.lse = a.take<float>(M, (size_t)r.heads), b.att = a.take<float>(M, C), b.mid = a.take<float>(M, C);
+            b.ln2 = a.take<float>(M, C), b.mean2 = a.take<float>(M), b.rstd2 = a.take<float>(M), b.fc = a.take<float>(M, H), b.out = a.take<float>(M, C);
         }
-        lnf_ = a.take(M, C), meanf_ = a.take(M), rstdf_ = a.take(M), result_ = a.take(M, C);
-        d_ = a.take(M, C), dread_ = a.take(M, C), dmasked_ = a.take(M, C), datt_ = a.take(M, C), dqkv_ = a.take(M, 3 * C), dfc_ = a.take(M, H);
-        scratch_ = a.take((size_t)omp_get_max_threads(), cpu::Attention::scratch(T, C / (size_t)r.heads));
+        lnf_ = a.take<float>(M, C), meanf_ = a.take<float>(M), rstdf_ = a.take<float>(M), result_ = a.take<float>(M, C);
+        d_ = a.take<float>(M, C), dread_ = a.take<float>(M, C), dmasked_ = a.take<float>(M, C), datt_ = a.take<float>(M, C), dqkv_ = a.take<float>(M, 3 * C), dfc_ = a.take<float>(M, H);
+        scratch_ = a.take<float>((size_t)omp_get_max_threads(), cpu::Attention::scratch(T, C / (size_t)r.heads));
     }
 
     size_t hidden() const { return (size_t)r.hidden * C; }
@@ -297,11 +303,11 @@ class Model {
     // connection goes around.
     void join_backward(float* dw, float* db, const float* x, const float* mean, const float* rstd, const float* w, size_t l) {
         size_t M = B_ * t_;
-        if (r.layernorm) return cpu::layernorm_backward(d_, dw + l * C, db + l * C, dread_, x, mean, rstd, w + l * C, M, C, r.residual);
+        if (r.layernorm) return cpu::layernorm_backward(d_, nullptr, dw + l * C, db + l * C, dread_, x, mean, rstd, w + l * C, M, C, r.residual);
         for (size_t i = 0; i < M * C; i++) d_[i] = dread_[i] + (r.residual ? d_[i] : 0);
     }
 
-    float* mem_ = nullptr;
+    char* mem_ = nullptr;
     size_t bytes_ = 0, params_size_ = 0, B_ = 0, t_ = 0;
     Weights p_{}, g_{};
     float *params_ = nullptr, *grads_ = nullptr, *moments_ = nullptr, *logits_ = nullptr, *losses_ = nullptr;
@@ -313,13 +319,13 @@ class Model {
 };
 
 // Writes with a model that sees the last T tokens: the window slides, and all of it is computed anew each time.
-class Decoder {
+class Decoder final : public ::Decoder {
   public:
     explicit Decoder(Model& m) : m_(m) {}
-    size_t length() const { return 0; }
-    size_t capacity() const { return SIZE_MAX; }
-    void reset() { window_.clear(); }
-    const float* append(const int* tokens, size_t n) {
+    size_t length() const override { return 0; }
+    size_t capacity() const override { return SIZE_MAX; }
+    void reset() override { window_.clear(); }
+    const float* append(const int* tokens, size_t n) override {
         window_.insert(window_.end(), tokens, tokens + n);
         if (window_.size() > m_.T) window_.erase(window_.begin(), window_.end() - (ptrdiff_t)m_.T);
         return m_.logits(window_.data(), 1, window_.size()) + (window_.size() - 1) * m_.V;
@@ -494,7 +500,7 @@ struct Result {
 class Results {
   public:
     Results(size_t jobs, const Options& o)
-        : stride_(gemm::round_up(sizeof(Result) + sizeof(Point) * ((size_t)(o.steps / o.eval_every) + 2), 64)), bytes_(checked_mul(jobs, stride_, "results")) {
+        : stride_(round_up(sizeof(Result) + sizeof(Point) * ((size_t)(o.steps / o.eval_every) + 2), 64)), bytes_(checked_mul(jobs, stride_, "results")) {
         mem_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         if (mem_ == MAP_FAILED) fail("out of memory: %zu results need %s; a larger --eval_every needs less", jobs, human_bytes((double)bytes_).c_str());
     }

@@ -1,0 +1,1038 @@
+// gemm.cpp - how the matrix products of lib/gemm.h keep the processor busy.
+//
+// The scheme is GotoBLAS's (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication",
+// 2008):
+//   - One side of C, rows or columns, is divided among tasks, which the threads take. The operand of the
+//     other side is shared by all threads: it is packed in panels that stay in the last-level cache, each by
+//     whichever thread needs it first.
+//   - A task packs its own operand for its L2 cache, KC units of k at a time. Often the first tile that reads
+//     a panel packs it while it computes.
+//   - A micro-kernel holds a tile of C, up to MR x NR, in registers, and walks along k through a panel of
+//     each operand. While it computes, it prefetches what comes next.
+//   - Where the rows of A are already what the micro-kernel reads, A is used unpacked ("direct"). If the
+//     columns of C are divided, tiles then have half the rows and twice the columns on AVX-512, which needs
+//     fewer loads.
+// Each element of C is summed over k in one fixed order, whatever the number of threads and its place in C.
+//
+// This file is compiled twice: as it is, for products of floats and the public functions; with GEMM_BF16, for
+// products of bf16 numbers. The widths follow the compiler's target (-march): AVX-512, AVX2, NEON, or other
+// 128-bit vectors.
+#include "lib/gemm_internal.h"
+
+#include <chrono>
+#include <type_traits>
+
+namespace gemm {
+
+// What each of the two objects provides.
+struct Kernels {
+    void (*multiply)(const Product&);
+    void (*few_rows)(float* Y, const float* X, const void* W, const float* b, size_t M, size_t K, size_t N,
+                     size_t ldy);
+    void (*pack)(float* dst, size_t ld, const float* src, size_t row, size_t col, size_t n, size_t K);
+    void (*to_units)(float* dst, const float* src, size_t n);
+    void (*tile)(TileOf of, size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c,
+                 size_t ldc, bool accumulate);
+    double (*measure_peak_flops)();
+};
+extern const Kernels fp32_kernels, bf16_kernels;
+
+namespace {
+
+using simd::ivec;
+using simd::load;
+using simd::store;
+using simd::vec;
+
+// ---------------------------------------------------------------------------------------------
+// The numbers that are multiplied. A unit is what stands in one lane of a vector: PER_UNIT consecutive values
+// of k. Where READY<T>, values of T that follow each other in memory are units already.
+
+#ifndef GEMM_BF16
+struct Numbers {
+    static constexpr size_t PER_UNIT = 1;
+    template <class T>
+    static constexpr bool READY = std::is_same<T, float>::value;
+    static vec add_product(vec c, float a, vec b) { return c + a * b; }
+    static vec add_products(vec c, vec a, vec b) { return c + a * b; }  // lane by lane
+    // VL units of one row: n values along k.
+    template <class T>
+    static vec along(const T* s, size_t n) {
+        return load(s, n);
+    }
+    // One unit of n neighbouring rows; next is the following k, or null after the last.
+    template <class T>
+    static vec across(const T* s, const T*, size_t n) {
+        return load(s, n);
+    }
+};
+using Weight = float;  // of few_rows
+#elif defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+// bf16 in pairs: one instruction adds the products of two pairs to a float.
+struct Numbers {
+    static constexpr size_t PER_UNIT = 2;
+    template <class T>
+    static constexpr bool READY = std::is_same<T, bf16>::value;
+    static vec add_product(vec c, float a, vec b) { return add_products(c, (vec)_mm512_set1_ps(a), b); }
+    static vec add_products(vec c, vec a, vec b) {
+        return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+    }
+    static vec along(const float* s, size_t n) {
+        return (vec)_mm512_cvtne2ps_pbh((__m512)load(s + std::min(n, VL), n > VL ? n - VL : 0),
+                                        (__m512)load(s, n));
+    }
+    static vec along(const bf16* s, size_t n) {
+        if (n >= 2 * VL) return load((const float*)s);
+        return (vec)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), s);
+    }
+    static vec across(const float* s, const float* next, size_t n) {
+        __m512i both =
+            (__m512i)_mm512_cvtne2ps_pbh((__m512)(next ? load(next, n) : vec{}), (__m512)load(s, n));
+        return (vec)_mm512_permutexvar_epi16(in_pairs(VL), both);
+    }
+    static vec across(const bf16* s, const bf16* next, size_t n) {
+        __mmask32 m = (__mmask32)(n >= VL ? 0xffff : (1u << n) - 1);
+        __m512i odd = next ? _mm512_maskz_loadu_epi16(m, next) : _mm512_setzero_si512();
+        return (vec)_mm512_permutex2var_epi16(_mm512_maskz_loadu_epi16(m, s), in_pairs(2 * VL), odd);
+    }
+
+  private:
+    static __m512i in_pairs(int distance) {  // lane i, then lane distance + i, then i + 1 ...
+        ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        return (__m512i)(lane * 0x10001 + (distance << 16));
+    }
+};
+using Weight = bf16;
+#else
+// Without such an instruction: values rounded to bf16, multiplied as floats. The same but for a sum's order
+// and for subnormal numbers, which the instruction takes as 0.
+struct Numbers {
+    static constexpr size_t PER_UNIT = 1;
+    template <class T>
+    static constexpr bool READY = false;
+    static vec add_product(vec c, float a, vec b) { return c + a * b; }
+    static vec add_products(vec c, vec a, vec b) { return c + a * b; }
+    static vec along(const float* s, size_t n) { return simd::round_to_bf16(load(s, n)); }
+    static vec along(const bf16* s, size_t n) { return load(s, n); }
+    template <class T>
+    static vec across(const T* s, const T*, size_t n) {
+        return along(s, n);
+    }
+};
+using Weight = bf16;
+#endif
+
+constexpr size_t U = Numbers::PER_UNIT;
+alignas(64) const float ZEROS[2 * NR] = {};
+
+// ---------------------------------------------------------------------------------------------
+// Packing
+
+// dst[u * ld + r] = unit u of row r < w, for w <= VL rows `row` apart, of K values that follow each other, as
+// far as whole blocks of VL units go; returns how many values that were. A block is transposed in registers.
+// w is VL where FULL, ld is LD where that is not 0.
+template <bool FULL, size_t LD, class T>
+__attribute__((noinline)) size_t pack_blocks(float* dst, size_t ld, const T* src, size_t row, size_t w,
+                                             size_t K) {
+    constexpr size_t STEP = U * VL;
+    if (LD) ld = LD;
+    const T* start[VL];
+    for (size_t i = 0; i < VL; i++)
+        start[i] = src + std::min(i, w - 1) * row;  // the last row fills up missing ones
+    size_t k = 0, some = std::min(w, VL - 1);
+    for (; k + STEP <= K; k += STEP, dst += VL * ld) {
+        vec v[VL];
+        UNROLL(16)
+        for (size_t i = 0; i < VL; i++) v[i] = Numbers::along((FULL ? src + i * row : start[i]) + k, STEP);
+        simd::transpose(v);
+        UNROLL(16)
+        for (size_t u = 0; u < VL; u++) store(dst + u * ld, v[u], FULL ? VL : some);
+    }
+    return k;
+}
+
+// See gemm.h.
+template <class T>
+void pack(float* dst, size_t ld, const T* src, size_t row, size_t col, size_t n, size_t K) {
+    constexpr size_t STEP = U * VL;
+    if (row == 1) {  // neighbouring rows follow each other in memory: whole vectors, k by k
+        if (n == NR && ld == NR)
+            for (; K >= U; K -= U, src += U * col, dst += NR)
+                for (size_t r = 0; r < NR; r += VL)
+                    store(dst + r, Numbers::across(src + r, src + (U - 1) * col + r, VL));
+        for (size_t k = 0; k < K; k += U, src += U * col, dst += ld)
+            for (size_t r = 0; r < n; r += VL) {
+                const T* next = k + U <= K ? src + (U - 1) * col + r : nullptr;
+                store(dst + r, Numbers::across(src + r, next, std::min(VL, n - r)), std::min(VL, ld - r));
+            }
+        return;
+    }
+    for (size_t r = 0; r < n; r += VL) {
+        size_t w = std::min(VL, n - r), out = std::min(VL, ld - r), k = 0;
+        const T* s = src + r * row;
+        if (col == 1 && w == out) {
+            if (w < VL) k = pack_blocks<false, 0>(dst + r, ld, s, row, w, K);
+            else if (ld == NR) k = pack_blocks<true, NR>(dst + r, ld, s, row, w, K);
+            else k = pack_blocks<true, 0>(dst + r, ld, s, row, w, K);
+        }
+        for (float* d = dst + r + k / U * ld; k < K; k += STEP) {  // what is left, by any strides
+            size_t values = std::min(STEP, K - k);
+            vec v[VL] = {};
+            for (size_t i = 0; i < w; i++) {
+                T line[STEP];
+                const T* at = s + i * row + k * col;
+                if (col != 1) {
+                    for (size_t j = 0; j < values; j++) line[j] = at[j * col];
+                    at = line;
+                }
+                v[i] = Numbers::along(at, values);
+            }
+            simd::transpose(v);
+            for (size_t u = 0; u < ceil_div(values, U); u++, d += ld) store(d, v[u], out);
+        }
+    }
+}
+
+// dst = the units of n values that follow each other.
+void to_units(float* dst, const float* src, size_t n) {
+    for (size_t k = 0; k < n; k += U * VL)
+        store(dst + k / U, Numbers::along(src + k, n - k), ceil_div(n - k, U));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Prefetching
+
+// A matrix that the epilogue reads or writes at the same elements as C.
+struct Touched {
+    const char* first = nullptr;
+    size_t row = 0, value = 0;  // bytes from row to row, and of a value
+    Touched() = default;
+    explicit Touched(const Epilogue& e) {
+        if (e.kind == Epilogue::NONE) return;
+        value = e.kind == Epilogue::GELU && e.out_bf16 ? sizeof(bf16) : sizeof(float), row = e.ld * value;
+        first = e.kind != Epilogue::GELU ? (const char*)e.in
+                : e.out_bf16             ? (const char*)e.out_bf16
+                                         : (const char*)e.out;
+    }
+};
+
+// The cache lines that a micro-kernel prefetches while it computes; asked for all at once they would come
+// late. Every `every` units it prefetches a row: first of what the epilogue touches, then of C. At every
+// `rarely`-th of these calls it prefetches one line of what is packed next, one of where that goes, and one
+// of the gradients to be squared.
+struct Fetch {
+    static constexpr size_t BYTES = LINE * sizeof(float);
+    const char* at = nullptr;
+    size_t lines = 0, left = 1, row = 1;  // lines in all, to the end of this row, and in a row
+    size_t jump = 0;                      // bytes from a row's end to the next row
+    const char* into = nullptr;     // where the lines are packed to, or null for memory that is in the cache
+    size_t packed = 0;              // bytes there for each line
+    const char* touched = nullptr;  // the next row that the epilogue touches
+    size_t touched_lines = 0, touched_row = 0;  // in a row, and bytes from row to row
+    const char* squares = nullptr;              // gradients, or null
+    size_t every = SIZE_MAX, rarely = 1, calls = 0;
+
+    // Values (i, k) of i < width, k < depth at p[i * si + k * sk]; nothing where neither side is contiguous.
+    template <class T>
+    static Fetch of(const T* p, size_t width, size_t depth, size_t si, size_t sk) {
+        size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth;
+        size_t stride = (sk == 1 ? si : sk) * sizeof(T);
+        Fetch f;
+        if (!inner || !outer || (sk != 1 && si != 1)) return f;
+        f.at = (const char*)p, f.left = f.row = ceil_div(inner * sizeof(T), BYTES);
+        f.lines = f.row * outer, f.jump = stride - f.row * BYTES;
+        return f;
+    }
+    // Packed, the lines become this many values from p on.
+    void pack_into(const float* p, size_t values) {
+        if (lines) into = (const char*)p, packed = values * sizeof(float) / lines;
+    }
+    // Units from one line to the next, and at most from row to row.
+    void set_pace(size_t line, size_t most) {
+        rarely = line / most + 1, every = std::max<size_t>(1, line / rarely);
+    }
+    // The epilogue will touch n columns of m from (i, j) on.
+    void touch(const Touched& m, size_t i, size_t j, size_t n) {
+        touched = m.first + i * m.row + j * m.value, touched_lines = ceil_div(n * m.value, BYTES),
+        touched_row = m.row;
+    }
+    // Both are always inlined: around a call the micro-kernel would have to save its accumulators.
+    __attribute__((always_inline)) void one_row() {
+        for (size_t i = 0; i < touched_lines; i++) __builtin_prefetch(touched + i * BYTES);
+        touched += touched_row;
+    }
+    __attribute__((always_inline)) void one() {
+        if (++calls < rarely) return;
+        calls = 0;
+        if (lines) {
+            __builtin_prefetch(at);
+            if (into) __builtin_prefetch(into, 1), into += packed;
+            lines--, at += BYTES;
+            if (!--left) at += jump, left = row;
+        }
+        if (squares) __builtin_prefetch(squares), squares += BYTES;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------
+// The micro-kernel
+
+// A micro-kernel can pack the operand that it reads, for the tiles after it, if the values of one k stand
+// side by side in memory: it waits for its multiplications, not for loads and stores. Vectors of B are stored
+// as they are used. Those of A are stored AHEAD units before, since a load of part of what was just stored
+// has to wait for the store.
+enum Packs { PACKS_NOTHING, PACKS_A, PACKS_B };
+constexpr size_t AHEAD = 8;
+
+// A policy says how a micro-kernel reads its operands. Strides are constants, so that addresses cost no
+// instructions. Both operands packed, a's panel with a stride of its own rows:
+struct Packed {
+    static constexpr size_t A_ROW = 1;   // from row to row of a; 0: lda, known only when it runs
+    static constexpr size_t A_UNIT = 0;  // from unit to unit of a; 0: the number of rows
+    static constexpr size_t B_UNIT = NR;
+    static constexpr Packs PACKS = PACKS_NOTHING;
+    using Source = float;  // type of what it packs
+};
+// A used where it stands.
+struct Direct : Packed {
+    static constexpr size_t A_ROW = 0, A_UNIT = 1;
+};
+template <class T>
+struct PackingA : Packed {
+    static constexpr Packs PACKS = PACKS_A;
+    using Source = T;
+};
+template <class T>
+struct PackingB : Packed {
+    static constexpr Packs PACKS = PACKS_B;
+    using Source = T;
+};
+template <class T>
+struct DirectPackingB : Direct {
+    static constexpr Packs PACKS = PACKS_B;
+    using Source = T;
+};
+// Attention: A is columns, or rows, of a tile of scores (gemm.h, TileOf). Rows are multiplied with packed
+// queries.
+struct ScoreColumns : Packed {
+    static constexpr size_t A_UNIT = SCORES;
+};
+struct ScoreRows : Packed {
+    static constexpr size_t A_ROW = SCORES / U, A_UNIT = 1;
+};
+
+// c (ROWS, VECS * VL; row stride ldc) = init (row stride ldi) + the sum over units u of a's unit (row, u)
+// times b's (u, column). Where VECS > NV, columns from NR on stand in b's next panel, NR * units values
+// further on. With PACKS_A or PACKS_B that operand is written first: value i of unit u, or the first of its
+// two, is source[u * PER_UNIT * stride + i], a's only from unit AHEAD on. With STREAM init counts as 0, and
+// c, aligned to a vector, does not enter the caches. Not inlined: among a caller's variables the compiler
+// would run out of registers and spill the accumulators.
+template <class Policy, size_t ROWS, size_t VECS, bool STREAM>
+__attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, size_t lda,
+                                            const float* __restrict b, float* c, size_t ldc,
+                                            const float* init, size_t ldi, Fetch& fetch, const void* source,
+                                            size_t stride) {
+    using T = typename Policy::Source;
+    constexpr size_t R = ROWS, V = VECS, AR = Policy::A_ROW, AU = Policy::A_UNIT ? Policy::A_UNIT : ROWS;
+    constexpr Packs PACKS = Policy::PACKS;
+    const size_t panel = NR * units;
+    vec acc[R][V] = {};
+    const float* third[(R + 2) / 3];  // rows 0, 3, 6, ...: an address reaches two more rows from each
+    for (size_t i = 0; i < (R + 2) / 3; i++) third[i] = a + 3 * i * lda;
+    auto value = [&](size_t i) {
+        float unit;  // perhaps two bf16 numbers
+        memcpy(&unit, AR ? a + i * AR : third[i / 3] + i % 3 * lda, sizeof unit);
+        return unit;
+    };
+    const T* from = (const T*)source + (PACKS == PACKS_A ? AHEAD * U * stride : 0);
+    auto across = [&](size_t i, size_t n) {
+        return Numbers::across(from + i, from + (U - 1) * stride + i, n);
+    };
+    const float* c_row = c;
+    for (size_t u = 0, call = 0; u < units; call++) {
+        fetch.one();
+        if (call < R) fetch.one_row();
+        else if (call < 2 * R && !STREAM) {
+            for (size_t j = 0; j < V; j++) __builtin_prefetch(c_row + j * VL, 1);
+            c_row += ldc;
+        }
+        for (size_t n = std::min(fetch.every, units - u); n; n--, u++, a += AU, b += Policy::B_UNIT) {
+            if (PACKS == PACKS_A && u + AHEAD < units) {
+                float* to = const_cast<float*>(a) + AHEAD * AU;
+                UNROLL(8)
+                for (size_t i = 0; i < R; i += VL)
+                    store(to + i, across(i, std::min(VL, R - i)), std::min(VL, R - i));
+            }
+            vec bv[V];
+            UNROLL(8)
+            for (size_t j = 0; j < V; j++) {
+                const float* at = b + j / NV * panel + j % NV * VL;
+                bv[j] = PACKS == PACKS_B ? across(j * VL, VL) : load(at);
+                if (PACKS == PACKS_B) store(const_cast<float*>(at), bv[j]);
+            }
+            if (PACKS != PACKS_NOTHING) from += U * stride;
+            UNROLL(16)
+            for (size_t i = 0; i < R; i++) UNROLL(8)
+            for (size_t j = 0; j < V; j++) acc[i][j] = Numbers::add_product(acc[i][j], value(i), bv[j]);
+            if (!AR) UNROLL(8)
+            for (size_t i = 0; i < (R + 2) / 3; i++) third[i] += AU;
+        }
+    }
+    UNROLL(16)
+    for (size_t i = 0; i < R; i++) UNROLL(8)
+    for (size_t j = 0; j < V; j++) {
+        float* to = c + i * ldc + j * VL;
+        if (STREAM) simd::stream(to, acc[i][j]);
+        else store(to, load(init + i * ldi + j * VL) + acc[i][j]);
+    }
+}
+
+using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t,
+                        Fetch&, const void*, size_t);
+template <class Policy, size_t VECS, bool STREAM, size_t... I>
+Kernel kernel_of(size_t rows, std::index_sequence<I...>) {
+    static constexpr Kernel kernels[sizeof...(I)] = {micro_kernel<Policy, I + 1, VECS, STREAM>...};
+    return kernels[rows - 1];
+}
+// The micro-kernel for a tile of rows x cols: up to MR x NR; with Direct also up to MR / 2 rows and exactly 2
+// NR columns. What packs B is NR or 2 NR wide. Only tiles of NR columns stream, and only of packed A.
+template <class Policy>
+Kernel kernel(size_t rows, size_t cols, bool streams = false) {
+    auto any_rows = std::make_index_sequence<MR>();
+    if constexpr (WIDE_TILES && !Policy::A_ROW)
+        if (cols == 2 * NR) return kernel_of<Policy, 2 * NV, false>(rows, std::make_index_sequence<MR / 2>());
+    if constexpr (Policy::A_ROW && !Policy::A_UNIT)
+        if (streams && cols == NR) return kernel_of<Policy, NV, true>(rows, any_rows);
+    if constexpr (Policy::PACKS == PACKS_NOTHING)
+        if (cols <= VL) return kernel_of<Policy, 1, false>(rows, any_rows);
+    return kernel_of<Policy, NV, false>(rows, any_rows);
+}
+
+// c (rows, cols) of a tile by such a micro-kernel; the other arguments are the micro-kernel's.
+void run(Kernel kernel, size_t rows, size_t cols, size_t units, const float* a, size_t lda, const float* b,
+         float* c, size_t ldc, const float* init, size_t ldi, Fetch& fetch, const void* source = nullptr,
+         size_t stride = 0) {
+    if (cols % VL == 0) return kernel(units, a, lda, b, c, ldc, init, ldi, fetch, source, stride);
+    alignas(64) float whole[MR * NR];
+    kernel(units, a, lda, b, whole, NR, ZEROS, 0, fetch, nullptr, 0);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + whole[i * NR + j];
+}
+
+void tile(TileOf of, size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c,
+          size_t ldc, bool accumulate) {
+    Kernel k = of == PANEL        ? kernel<Packed>(rows, cols)
+               : of == SCORE_ROWS ? kernel<ScoreRows>(rows, cols)
+                                  : kernel<ScoreColumns>(rows, cols);
+    Fetch nothing;
+    run(k, rows, cols, units, a, 0, b, c, ldc, accumulate ? c : ZEROS, accumulate ? ldc : 0, nothing);
+}
+
+// ---------------------------------------------------------------------------------------------
+// The product by all threads
+
+// rows x cols finished values of C from (row, col) on.
+void apply(const Epilogue& e, size_t row, size_t col, size_t rows, size_t cols, float* c, size_t ldc) {
+    auto each_row = [&](auto f) {
+        for (size_t i = 0; i < rows; i++) f((row + i) * e.ld + col, c + i * ldc);
+    };
+    auto with_out = [&](auto f) { e.out_bf16 ? f(e.out_bf16) : f(e.out); };
+    switch (e.kind) {
+        case Epilogue::NONE:
+            break;
+        case Epilogue::GELU:
+            with_out([&](auto* out) {
+                each_row(
+                    [&](size_t at, const float* x) { simd::gelu_forward(out + at, x, cols, e.activation); });
+            });
+            break;
+        case Epilogue::GELU_GRADIENT:
+            with_out([&](auto* out) {
+                each_row([&](size_t at, const float* d) {
+                    simd::gelu_backward(out + at, d, e.in + at, cols, e.activation);
+                });
+            });
+            break;
+        case Epilogue::ADD:
+            each_row([&](size_t at, float* x) {
+                for (size_t j = 0; j < cols; j++) x[j] += e.in[at + j];
+            });
+    }
+}
+
+// A thread's share of the left-over sums of squares: a slice after each tile, whose lines were prefetched
+// during it.
+class SquaresShare {
+  public:
+    SquaresShare(const Squares& s, size_t thread, size_t team, size_t tiles)
+        : squares_(s), slice_(round_up(ceil_div(s.n, tiles), SQUARES)) {
+        size_t share = round_up(ceil_div(s.n, team), SQUARES);
+        at_ = std::min(s.n, thread * share), end_ = std::min(s.n, at_ + share);
+    }
+    size_t lines_per_tile() const { return at_ < end_ ? slice_ / LINE : 0; }
+    // Lets f prefetch the slice after the one that is made next.
+    void prefetch(Fetch& f) const {
+        f.squares = at_ + slice_ < end_ ? (const char*)(squares_.g + at_ + slice_) : nullptr;
+    }
+    void make_slice() { make(std::min(slice_, end_ - at_)); }
+    void make_rest() { make(end_ - at_); }
+
+  private:
+    void make(size_t n) {
+        if (n) squares_.make(at_, n), at_ += n;
+    }
+    const Squares& squares_;
+    size_t slice_, at_, end_;
+};
+
+// One product. "Own" is the operand whose side of C is divided among tasks, "shared" the other one; with
+// by_columns own is B, else A. Both are cut into panels: of A at most mr rows, of B NR columns.
+template <class TA, class TB>
+class Multiplication {
+  public:
+    explicit Multiplication(const Product& p)
+        : p_(p),
+          A_((const TA*)p.A.data),
+          B_((const TB*)p.B.data),
+          squares_(std::exchange(ws_.squares, {})),
+          touched_(p.epilogue) {}
+
+    void run() {
+        if (!p_.M || !p_.N || !p_.K) return squares_.make(0, squares_.n);
+        threads_ = p_.M * p_.N * p_.K < WORTH_WAKING ? 1 : (size_t)omp_get_max_threads();
+        ws_.reserve((int)threads_);
+        plan();
+        first_operand_ = ws_.operands;
+        ws_.operands += ceil_div(shared_side_, strip_) * ceil_div(chunks_, at_once_);
+        if (threads_ == 1) return work(0, 1);
+#pragma omp parallel num_threads((int)threads_)
+        work((size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
+    }
+
+  private:
+    // ---- the plan: made once
+
+    void plan() {
+        const size_t M = p_.M, N = p_.N, K = p_.K, am = p_.A.row;
+        // A is used unpacked where its rows are units; but a tile's rows must fit the L1 cache, where rows a
+        // multiple of L1_WAY apart share their sets.
+        bool units_stand = Numbers::READY<TA> && p_.A.col == 1 && K % U == 0 && am % U == 0;
+        wide_ = WIDE_TILES && units_stand && 2 * N >= M;
+        mr_ = wide_ ? MR / 2 : MR, nr_ = wide_ ? 2 * NR : NR;
+        direct_ = units_stand && (am * sizeof(TA) % L1_WAY || mr_ <= L1_WAYS);
+        // Chunks depend on K alone, since they fix the order of the sums.
+        kc_ = round_up(ceil_div(K, ceil_div(K, KC * U)), U);
+        chunks_ = ceil_div(K, kc_);
+        by_columns_ = direct_ ? 2 * N >= M : N > M;
+        if (by_columns_) divide_by_columns();
+        else divide_by_rows();
+        streams_ = p_.start == FOR_LATER && chunks_ == 1 && M * N >= STREAMED && p_.ldc % VL == 0 &&
+                   !direct_ && (uintptr_t)p_.C % sizeof(vec) == 0 && !p_.bias &&
+                   p_.epilogue.kind == Epilogue::NONE;
+        all_tiles_ = row_panels(M, mr_) * ceil_div(N, nr_) * chunks_;  // or a few more
+        plan_shared();
+    }
+    // Tasks end where panels of columns do; with wide tiles at every other panel, unless they are few.
+    void divide_by_columns() {
+        divided_side_ = p_.N, shared_side_ = p_.M, packs_own_ = true, packs_shared_ = !direct_;
+        step_ = p_.N >= 2 * threads_ * nr_ ? nr_ : NR, steps_ = ceil_div(p_.N, step_);
+        blocks_ = std::min(steps_, round_up(ceil_div(p_.N, NB), threads_));
+        // The first tile packs B where the values of a k stand side by side and whole units are no more
+        // memory than when packed: twice as many lines, perhaps from memory, would hold a tile up for longer
+        // than packing.
+        if (p_.K % U == 0 && p_.B.col == 1) tile_packs_ = PACKS_B;
+        before_tile_ = tile_packs_ == PACKS_B ? 0 : kc_;
+    }
+    // Tasks end between any two rows.
+    void divide_by_rows() {
+        divided_side_ = p_.M, shared_side_ = p_.N, packs_own_ = !direct_, packs_shared_ = true;
+        step_ = 1, steps_ = p_.M, blocks_ = std::min(steps_, round_up(ceil_div(p_.M, MB), threads_));
+        if (p_.K % U == 0 && p_.A.row == 1 && TILES_PACK_A) tile_packs_ = PACKS_A;
+        before_tile_ = tile_packs_ == PACKS_A ? AHEAD * U : kc_;
+    }
+    // How much of the shared operand is at hand at a time: a strip of its rows or columns, and so many chunks
+    // of k.
+    void plan_shared() {
+        strip_ = std::min(shared_side_, SHARED_WIDTH);
+        size_t room = SHARED_UNITS / (round_up(strip_, NR) * (kc_ / U)),
+               most = Workspace::MOST_PANELS / panels(strip_, by_columns_);
+        at_once_ = packs_shared_ ? std::max<size_t>(1, std::min(room, most)) : chunks_;
+        // Unpacked rows of A are read by each task. What the cache does not keep that long is read in chunks
+        // of k, each for all tasks; by one thread only, as several would have to wait for each other after
+        // each chunk.
+        if (!packs_shared_ && threads_ == 1 && strip_ * p_.K * sizeof(TA) > SHARED_UNITS * sizeof(float))
+            at_once_ = 1;
+    }
+
+    size_t block_begin(size_t b) const {
+        return std::min(divided_side_, steps_ * std::min(b, blocks_) / blocks_ * step_);
+    }
+    // Panels of n rows of A or columns of B, and which row or column panel i begins with.
+    size_t panels(size_t n, bool of_a) const { return of_a ? row_panels(n, mr_) : ceil_div(n, NR); }
+    size_t begin(size_t n, size_t i, bool of_a) const {
+        return of_a ? panel_row(n, i, mr_) : std::min(n, i * NR);
+    }
+
+    Fetch fetch_of(size_t at, size_t width, size_t k, size_t n, bool of_a) const {
+        const Operand &a = p_.A, &b = p_.B;
+        return of_a ? Fetch::of(A_ + at * a.row + k * a.col, width, n, a.row, a.col)
+                    : Fetch::of(B_ + k * b.row + at * b.col, width, n, b.col, b.row);
+    }
+    // The panel of `width` rows or columns from `at` on, n values from k on.
+    void pack_panel(float* dst, size_t at, size_t width, size_t k, size_t n, bool of_a) const {
+        const Operand &a = p_.A, &b = p_.B;
+        if (of_a) pack(dst, width, A_ + at * a.row + k * a.col, a.row, a.col, width, n);
+        else pack(dst, NR, B_ + k * b.row + at * b.col, b.col, b.row, width, n);
+    }
+    Kernel kernel_for(Packs packs, size_t rows, size_t cols) const {
+        if constexpr (TILES_PACK_A)
+            if (packs == PACKS_A) return kernel<PackingA<TA>>(rows, cols, streams_);
+        if constexpr (Numbers::READY<TA>)  // else direct_ is false
+            if (direct_)
+                return packs == PACKS_B ? kernel<DirectPackingB<TB>>(rows, cols) : kernel<Direct>(rows, cols);
+        if (packs == PACKS_B) return kernel<PackingB<TB>>(rows, cols, streams_);
+        return kernel<Packed>(rows, cols, streams_);
+    }
+
+    // ---- the work of one thread
+
+    struct Thread {
+        size_t id, team;
+        float* own;  // its packed operand
+        SquaresShare squares;
+        uint64_t operand;  // the number of the shared operand at hand
+    };
+    // What a thread multiplies at a time: its task's rows or columns [d0, d0 + d) with those of the strip,
+    // [s0, s0 + s), over n values of k.
+    struct Chunk {
+        size_t d0, d, s0, s, k, n, units;
+        size_t own_panels, own_tiles, shared_panels;
+        size_t first_panel;  // the shared panel that this thread begins with
+        size_t state;        // number of the chunk's first shared panel in Workspace::state
+        float* shared;       // the packed shared operand
+        Fetch next_own;
+    };
+
+    void work(size_t id, size_t team) {
+        Thread t = {id, team, ws_.private_ + id * Workspace::PRIVATE_UNITS,
+                    SquaresShare(squares_, id, team, all_tiles_), first_operand_};
+        for (size_t s0 = 0; s0 < shared_side_; s0 += strip_)
+            for (size_t c0 = 0; c0 < chunks_; c0 += at_once_, t.operand++) {
+                size_t s = std::min(strip_, shared_side_ - s0), count = std::min(at_once_, chunks_ - c0);
+                if (t.operand != first_operand_ && team > 1) {
+#pragma omp barrier
+                }
+                for (size_t b; (b = ws_.take_task(id, team, t.operand, blocks_)) < blocks_;) {
+                    for (size_t q = 0; q < count; q++) {
+                        Chunk c = chunk_of(t, b, s0, s, c0, q, count);
+                        if (packs_own_) pack_own(t, c);
+                        multiply_chunk(t, c);
+                    }
+                    if (streams_) simd::finish_streams();
+                }
+            }
+        t.squares.make_rest();
+    }
+
+    // Chunk q of the `count` from chunk c0 on, in task b.
+    Chunk chunk_of(const Thread& t, size_t b, size_t s0, size_t s, size_t c0, size_t q, size_t count) const {
+        Chunk c;
+        c.d0 = block_begin(b), c.d = block_begin(b + 1) - c.d0, c.s0 = s0, c.s = s;
+        c.k = (c0 + q) * kc_, c.n = std::min(kc_, p_.K - c.k), c.units = ceil_div(c.n, U);
+        c.own_panels = panels(c.d, !by_columns_),
+        c.own_tiles = wide_ ? ceil_div(c.own_panels, 2) : c.own_panels;
+        c.shared_panels = panels(s, by_columns_), c.first_panel = t.id * c.shared_panels / t.team;
+        c.state = q * c.shared_panels, c.shared = ws_.shared + q * round_up(s, NR) * (kc_ / U);
+        // Most likely this thread's own operand is packed next: its next chunk of k, or the first of the next
+        // block.
+        bool more = q + 1 < count;
+        size_t next_b = more ? b : b + 1, next_k = more ? c.k + kc_ : c0 * kc_, next_d = block_begin(next_b);
+        c.next_own = fetch_of(next_d, block_begin(next_b + 1) - next_d, next_k, std::min(kc_, p_.K - next_k),
+                              !by_columns_);
+        return c;
+    }
+
+    // Packs the task's own operand, of panels that the first tile packs only the beginning.
+    void pack_own(const Thread& t, const Chunk& c) const {
+        for (size_t y = 0; y < c.own_panels; y++) {
+            size_t r = begin(c.d, y, !by_columns_), width = begin(c.d, y + 1, !by_columns_) - r;
+            size_t cols =
+                by_columns_ ? width : begin(c.s, c.first_panel + 1, false) - begin(c.s, c.first_panel, false);
+            size_t n = cols == NR ? std::min(c.n, before_tile_) : c.n;
+            pack_panel(t.own + r * c.units, c.d0 + r, width, c.k, n, !by_columns_);
+        }
+    }
+    // Makes sure that shared panel x is packed. If nobody has begun the one after it, `next` prefetches that.
+    bool pack_shared(const Thread& t, const Chunk& c, size_t x, Fetch* next) const {
+        size_t r = begin(c.s, x, by_columns_), width = begin(c.s, x + 1, by_columns_) - r;
+        ws_.once(c.state + x, t.operand,
+                 [&] { pack_panel(c.shared + r * c.units, c.s0 + r, width, c.k, c.n, by_columns_); });
+        size_t after = x + 1 < c.shared_panels ? x + 1 : 0, at = begin(c.s, after, by_columns_);
+        if (!ws_.untouched(c.state + after, t.operand)) return false;
+        size_t after_width = begin(c.s, after + 1, by_columns_) - at;
+        *next = fetch_of(c.s0 + at, after_width, c.k, c.n, by_columns_);
+        next->pack_into(c.shared + at * c.units, after_width * c.units);
+        return true;
+    }
+
+    // All tiles of a chunk: each shared panel with all own panels. Each thread begins with shared panels of
+    // its own.
+    void multiply_chunk(Thread& t, Chunk& c) const {
+        for (size_t turn = 0, x = c.first_panel; turn < c.shared_panels;
+             turn++, x = x + 1 < c.shared_panels ? x + 1 : 0) {
+            Fetch next_shared, *fetch = &c.next_own;
+            size_t tiles = (c.shared_panels - turn) * c.own_tiles;
+            if (packs_shared_ && pack_shared(t, c, x, &next_shared))
+                fetch = &next_shared, tiles = c.own_tiles;
+            size_t most = std::max(fetch->lines, t.squares.lines_per_tile() * tiles);
+            fetch->set_pace(c.units * tiles / std::max<size_t>(1, most),
+                            std::max<size_t>(1, c.units / (2 * mr_ + 1)));
+            for (size_t y = 0; y < c.own_panels;) y = run_tile(t, c, x, y, !turn, *fetch);
+        }
+    }
+    // The tile of shared panel x and own panel y, and with wide tiles the own panel after it. Returns the
+    // next own panel.
+    size_t run_tile(Thread& t, const Chunk& c, size_t x, size_t y, bool first, Fetch& fetch) const {
+        const Operand &A = p_.A, &B = p_.B;
+        size_t shared_r = begin(c.s, x, by_columns_),
+               shared_width = begin(c.s, x + 1, by_columns_) - shared_r;
+        size_t own_r = begin(c.d, y, !by_columns_), end = wide_ && own_r + nr_ <= c.d ? y + 2 : y + 1;
+        size_t own_width = begin(c.d, end, !by_columns_) - own_r;
+        size_t row = by_columns_ ? c.s0 + shared_r : c.d0 + own_r,
+               rows = by_columns_ ? shared_width : own_width;
+        size_t col = by_columns_ ? c.d0 + own_r : c.s0 + shared_r,
+               cols = by_columns_ ? own_width : shared_width;
+        const float *shared = c.shared + shared_r * c.units, *own = t.own + own_r * c.units;
+        const float *a = by_columns_ ? shared : own, *b = by_columns_ ? own : shared;
+        if (direct_) a = (const float*)(A_ + row * A.row + c.k);
+        float* to = p_.C + row * p_.ldc + col;
+        bool adds = c.k || p_.start == ACCUMULATE, finished = c.k + c.n == p_.K;
+        const float* init = adds ? to : p_.bias ? p_.bias + col : ZEROS;
+        t.squares.prefetch(fetch);
+        fetch.touch(finished ? touched_ : Touched(), row, col, cols);
+        Packs packs = packs_own_ && first && cols >= NR ? tile_packs_ : PACKS_NOTHING;
+        const void* source = by_columns_ ? (const void*)(B_ + c.k * B.row + col) : A_ + row + c.k * A.col;
+        gemm::run(kernel_for(packs, rows, cols), rows, cols, c.units, a, direct_ ? A.row / U : 0, b, to,
+                  p_.ldc, init, adds ? p_.ldc : 0, fetch, source, by_columns_ ? B.row : A.col);
+        if (finished) apply(p_.epilogue, row, col, rows, cols, to, p_.ldc);
+        t.squares.make_slice();
+        return end;
+    }
+
+    static constexpr bool TILES_PACK_A = sizeof(TA) * U <= sizeof(float);
+    static_assert(!WIDE_TILES || MR / 2 <= L1_WAYS, "wide tiles always use A unpacked");
+    Workspace& ws_ = workspace();
+    const Product& p_;
+    const TA* A_;
+    const TB* B_;
+    const Squares squares_;
+    const Touched touched_;
+    size_t threads_ = 1;
+    // the plan
+    bool wide_, direct_, by_columns_, packs_own_, packs_shared_, streams_;
+    size_t mr_, nr_;                     // largest tile
+    size_t kc_, chunks_;                 // values of k in a chunk, and chunks in all
+    size_t divided_side_, shared_side_;  // M and N, or N and M
+    size_t step_, steps_, blocks_;       // tasks end at multiples of step_
+    Packs tile_packs_ = PACKS_NOTHING;
+    size_t before_tile_;  // values of k that are packed before the first tile packs the rest
+    size_t strip_, at_once_, all_tiles_;
+    uint64_t first_operand_;
+};
+
+void run_product(const Product& p) {
+#ifdef GEMM_BF16
+    bool a = p.A.type == BF16, b = p.B.type == BF16;
+    if (a && b) Multiplication<bf16, bf16>(p).run();
+    else if (a) Multiplication<bf16, float>(p).run();
+    else if (b) Multiplication<float, bf16>(p).run();
+    else Multiplication<float, float>(p).run();
+#else
+    if (p.A.type != FP32 || p.B.type != FP32)
+        throw std::logic_error("gemm: bf16 operands in a product of floats");
+    Multiplication<float, float>(p).run();
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------
+// Few rows: generation
+
+// The dot products of M rows of units X with R rows of W, AT_ONCE at a time: each summed lane by lane and
+// then across the lanes, whatever M and R. One row of X reads W as fast as memory gives it, one line after
+// the other. More rows keep the processor too busy to look far enough ahead, so lines are prefetched, to L2,
+// which takes more requests than L1.
+template <size_t M, size_t R, size_t AT_ONCE>
+void few_dots(float* Y, const float* X, const Weight* W, const float* b, size_t K, size_t ldy) {
+    constexpr size_t STEP = U * VL, AHEAD_BYTES = 8192;
+    const size_t ldx = ceil_div(K, U);
+    vec sums[round_up(M * R, VL)] = {};
+    UNROLL(16)
+    for (size_t r0 = 0; r0 < R; r0 += AT_ONCE, W += AT_ONCE * K) {
+        vec acc[AT_ONCE][M] = {};
+        auto step = [&](size_t k, size_t n) __attribute__((always_inline)) {
+            vec w[AT_ONCE];
+            for (size_t r = 0; r < AT_ONCE; r++) {
+                w[r] = Numbers::along(W + r * K + k, n);
+                if (M > 1) __builtin_prefetch((const char*)(W + r * K + k) + AHEAD_BYTES, 0, 2);
+            }
+            for (size_t m = 0; m < M; m++) {
+                vec x = load(X + m * ldx + k / U, ceil_div(n, U));
+                for (size_t r = 0; r < AT_ONCE; r++) acc[r][m] = Numbers::add_products(acc[r][m], x, w[r]);
+            }
+        };
+        size_t k = 0;
+        for (; k + STEP <= K; k += STEP) step(k, STEP);
+        if (k < K) step(k, K - k);
+        for (size_t r = 0; r < AT_ONCE; r++)
+            for (size_t m = 0; m < M; m++) sums[(r0 + r) * M + m] = acc[r][m];
+    }
+    UNROLL(16)
+    for (size_t first = 0; first < M * R; first += VL) {
+        simd::sum_each(sums + first);
+        for (size_t i = first; i < std::min(first + VL, M * R); i++)
+            Y[i % M * ldy + i / M] = sums[first][i - first] + (b ? b[i / M] : 0.0f);
+    }
+}
+
+// N outputs of all rows, by one thread.
+void few_columns(float* Y, const float* X, const Weight* W, const float* b, size_t M, size_t K, size_t N,
+                 size_t ldy) {
+    size_t m = 0;
+    auto rows = [&](auto count) {
+        constexpr size_t ROWS = decltype(count)::value, AT_ONCE = ROWS >= 4 && MANY_REGISTERS ? 2 : 1;
+        constexpr size_t R = std::max(VL / ROWS, AT_ONCE);
+        for (; m + ROWS <= M; m += ROWS, X += ROWS * ceil_div(K, U), Y += ROWS * ldy) {
+            size_t n = 0;
+            for (; n + R <= N; n += R)
+                few_dots<ROWS, R, AT_ONCE>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
+            for (; n < N; n++) few_dots<ROWS, 1, 1>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
+        }
+    };
+    rows(std::integral_constant<size_t, 8>());
+    rows(std::integral_constant<size_t, 4>());
+    rows(std::integral_constant<size_t, 2>());
+    rows(std::integral_constant<size_t, 1>());
+}
+
+void few_rows(float* Y, const float* X, const void* weights, const float* b, size_t M, size_t K, size_t N,
+              size_t ldy) {
+    constexpr size_t BLOCK = 16;
+    const Weight* W = (const Weight*)weights;
+    if (!K) throw std::logic_error("few_rows: K is 0");
+    if (omp_in_parallel() && std::is_same<Weight, float>::value) return few_columns(Y, X, W, b, M, K, N, ldy);
+    size_t at_once = M;
+    if (!std::is_same<Weight, float>::value) {  // rows are rounded into the workspace, as many as it holds
+        workspace().reserve(1);
+        at_once = std::max<size_t>(1, SHARED_UNITS / ceil_div(K, U));
+    }
+    for (size_t m = 0; m < M; m += at_once) {
+        size_t rows = std::min(at_once, M - m);
+        const float* x = X + m * K;
+        if (!std::is_same<Weight, float>::value) {
+            float* rounded = workspace().shared;
+            for (size_t i = 0; i < rows; i++) to_units(rounded + i * ceil_div(K, U), x + i * K, K);
+            x = rounded;
+        }
+#pragma omp parallel for schedule(static)
+        for (size_t n = 0; n < N; n += BLOCK)
+            few_columns(Y + m * ldy + n, x, W + n * K, b ? b + n : nullptr, rows, K, std::min(BLOCK, N - n),
+                        ldy);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+
+// The micro-kernel on operands in L1, all threads at once, best of 5.
+double measure_peak_flops() {
+    double best = 0;
+    size_t threads = (size_t)omp_get_max_threads();
+    constexpr size_t units = 64, reps = 4000;
+    for (int trial = 0; trial < 5; trial++) {
+        double t = 0;
+#pragma omp parallel reduction(max : t)
+        {
+            alignas(64) float a[MR * units] = {}, b[NR * units] = {}, c[MR * NR];
+            Fetch nothing;
+#pragma omp barrier
+            auto t0 = std::chrono::steady_clock::now();
+            for (size_t r = 0; r < reps; r++) {
+                kernel<Packed>(MR, NR)(units, a, 0, b, c, NR, ZEROS, 0, nothing, nullptr, 0);
+                __asm__ volatile("" : : "r"(c) : "memory");
+            }
+            t = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
+        }
+        best = std::max(best, 2.0 * MR * NR * units * U * reps * (double)threads / t);
+    }
+    return best;
+}
+
+}  // namespace
+
+#ifdef GEMM_BF16
+
+const Kernels bf16_kernels = {run_product, few_rows, pack<float>, to_units, tile, measure_peak_flops};
+
+#else
+
+const Kernels fp32_kernels = {run_product, few_rows, pack<float>, to_units, tile, measure_peak_flops};
+
+// ---------------------------------------------------------------------------------------------
+// The public functions
+
+Workspace& workspace() {
+    static Workspace w;
+    return w;
+}
+size_t workspace_bytes(int threads) { return Workspace::bytes(threads); }
+void reserve(int threads) { workspace().reserve(threads); }
+
+static const Kernels& kernels(Dtype dtype) { return dtype == BF16 ? bf16_kernels : fp32_kernels; }
+
+void multiply(Dtype dtype, const Product& product) { kernels(dtype).multiply(product); }
+
+static size_t or_dense(size_t ld, size_t dense) { return ld ? ld : dense; }
+// A product is one of bf16 numbers as soon as an operand is.
+static void multiply(const Product& p) { multiply(p.A.type == BF16 || p.B.type == BF16 ? BF16 : FP32, p); }
+
+template <class TX, class TW>
+static Product forward_product(float* Y, const TX* X, const TW* W, const float* b, size_t M, size_t K,
+                               size_t N, size_t ldy) {
+    return {M, N, K, Operand(X, K, 1), Operand(W, 1, K), Y, or_dense(ldy, N), OVERWRITE, b};
+}
+void forward(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N,
+             size_t ldy) {
+    multiply(forward_product(Y, X, W, b, M, K, N, ldy));
+}
+void forward(float* Y, const bf16* X, const float* W, const float* b, size_t M, size_t K, size_t N,
+             size_t ldy) {
+    multiply(forward_product(Y, X, W, b, M, K, N, ldy));
+}
+void forward(float* Y, const float* X, const bf16* W, const float* b, size_t M, size_t K, size_t N,
+             size_t ldy) {
+    multiply(forward_product(Y, X, W, b, M, K, N, ldy));
+}
+
+void forward_gelu(float* Y, float* pre, const float* X, const float* W, const float* b, size_t M, size_t K,
+                  size_t N, int activation) {
+    Product p = forward_product(pre, X, W, b, M, K, N, 0);
+    p.epilogue = {Epilogue::GELU, nullptr, Y, nullptr, N, activation};
+    multiply(p);
+}
+void forward_gelu(bf16* Y, float* pre, const bf16* X, const float* W, const float* b, size_t M, size_t K,
+                  size_t N, int activation) {
+    Product p = forward_product(pre, X, W, b, M, K, N, 0);
+    p.epilogue = {Epilogue::GELU, nullptr, nullptr, Y, N, activation};
+    multiply(p);
+}
+
+template <class TY>
+static Product input_product(float* dX, const TY* dY, const float* W, size_t M, size_t K, size_t N,
+                             size_t ldy) {
+    return {M, K, N, Operand(dY, or_dense(ldy, N), 1), Operand(W, K, 1), dX, K};
+}
+template <class TY>
+static void input_gradient_of(float* dX, const TY* dY, const float* W, size_t M, size_t K, size_t N,
+                              const float* add, size_t ldy) {
+    Product p = input_product(dX, dY, W, M, K, N, ldy);
+    if (add) p.epilogue = {Epilogue::ADD, add, nullptr, nullptr, K};
+    multiply(p);
+}
+void input_gradient(float* dX, const float* dY, const float* W, size_t M, size_t K, size_t N,
+                    const float* add, size_t ldy) {
+    input_gradient_of(dX, dY, W, M, K, N, add, ldy);
+}
+void input_gradient(float* dX, const bf16* dY, const float* W, size_t M, size_t K, size_t N, const float* add,
+                    size_t ldy) {
+    input_gradient_of(dX, dY, W, M, K, N, add, ldy);
+}
+void input_gradient_gelu(float* dX, float* sums, const float* dY, const float* W, const float* pre, size_t M,
+                         size_t K, size_t N, int activation) {
+    Product p = input_product(sums, dY, W, M, K, N, 0);
+    p.epilogue = {Epilogue::GELU_GRADIENT, pre, dX, nullptr, K, activation};
+    multiply(FP32, p);
+}
+void input_gradient_gelu(bf16* dX, float* sums, const float* dY, const float* W, const float* pre, size_t M,
+                         size_t K, size_t N, int activation) {
+    Product p = input_product(sums, dY, W, M, K, N, 0);
+    p.epilogue = {Epilogue::GELU_GRADIENT, pre, nullptr, dX, K, activation};
+    multiply(BF16, p);
+}
+
+template <class TY, class TX>
+static void weight_gradient_of(float* dW, float* db, const TY* dY, const TX* X, size_t M, size_t K, size_t N,
+                               bool accumulate, double* squares, size_t ldy) {
+    finish_squares();
+    multiply({N, K, M, Operand(dY, 1, or_dense(ldy, N)), Operand(X, K, 1), dW, K,
+              accumulate ? ACCUMULATE : FOR_LATER});
+    if (db) bias_gradient(db, dY, M, N, accumulate, ldy);
+    if (squares) workspace().squares = {dW, squares, N * K};
+}
+void weight_gradient(float* dW, float* db, const float* dY, const float* X, size_t M, size_t K, size_t N,
+                     bool accumulate, double* squares, size_t ldy) {
+    weight_gradient_of(dW, db, dY, X, M, K, N, accumulate, squares, ldy);
+}
+void weight_gradient(float* dW, float* db, const float* dY, const bf16* X, size_t M, size_t K, size_t N,
+                     bool accumulate, double* squares, size_t ldy) {
+    weight_gradient_of(dW, db, dY, X, M, K, N, accumulate, squares, ldy);
+}
+void weight_gradient(float* dW, float* db, const bf16* dY, const bf16* X, size_t M, size_t K, size_t N,
+                     bool accumulate, double* squares, size_t ldy) {
+    weight_gradient_of(dW, db, dY, X, M, K, N, accumulate, squares, ldy);
+}
+
+template <class TY>
+static void bias_gradient_of(float* db, const TY* dY, size_t M, size_t N, bool accumulate, size_t ldy) {
+    constexpr size_t VECS = 4, STRIP = VECS * VL;
+#pragma omp parallel for schedule(static)
+    for (size_t n0 = 0; n0 < N; n0 += STRIP) {
+        vec sum[VECS] = {};
+        const TY* d = dY + n0;
+        if (N - n0 >= STRIP)  // with a length the compiler knows
+            for (size_t m = 0; m < M; m++, d += ldy)
+                for (size_t i = 0; i < VECS; i++) sum[i] += load(d + i * VL);
+        else
+            for (size_t m = 0; m < M; m++, d += ldy)
+                for (size_t i = 0; i * VL < N - n0; i++) sum[i] += load(d + i * VL, N - n0 - i * VL);
+        for (size_t n = n0, i = 0; n < N && i < VECS; n += VL, i++)
+            store(db + n, accumulate ? load(db + n, N - n) + sum[i] : sum[i], N - n);
+    }
+}
+void bias_gradient(float* db, const float* dY, size_t M, size_t N, bool accumulate, size_t ldy) {
+    bias_gradient_of(db, dY, M, N, accumulate, or_dense(ldy, N));
+}
+void bias_gradient(float* db, const bf16* dY, size_t M, size_t N, bool accumulate, size_t ldy) {
+    bias_gradient_of(db, dY, M, N, accumulate, or_dense(ldy, N));
+}
+
+void sum_squares(double* sums, const float* g, size_t n) {
+    const Squares squares = {g, sums, n};
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i += SQUARES) squares.make(i, std::min(SQUARES, n - i));
+}
+void finish_squares() {
+    const Squares left = std::exchange(workspace().squares, {});
+    if (left.n) sum_squares(left.sums, left.g, left.n);
+}
+
+void few_rows(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N,
+              size_t ldy) {
+    fp32_kernels.few_rows(Y, X, W, b, M, K, N, or_dense(ldy, N));
+}
+void few_rows(float* Y, const float* X, const bf16* W, const float* b, size_t M, size_t K, size_t N,
+              size_t ldy) {
+    bf16_kernels.few_rows(Y, X, W, b, M, K, N, or_dense(ldy, N));
+}
+
+void pack(Dtype dtype, float* dst, size_t ld, const float* src, size_t row, size_t col, size_t n, size_t K) {
+    kernels(dtype).pack(dst, ld, src, row, col, n, K);
+}
+void to_units(Dtype dtype, float* dst, const float* src, size_t n) { kernels(dtype).to_units(dst, src, n); }
+void tile(Dtype dtype, TileOf of, size_t rows, size_t cols, size_t units, const float* a, const float* b,
+          float* c, size_t ldc, bool accumulate) {
+    kernels(dtype).tile(of, rows, cols, units, a, b, c, ldc, accumulate);
+}
+double measure_peak_flops(Dtype dtype) { return kernels(dtype).measure_peak_flops(); }
+
+#endif  // GEMM_BF16
+
+}  // namespace gemm
