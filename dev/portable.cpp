@@ -1,9 +1,10 @@
-// portable.cpp - main() of a program that make PORTABLE=1 builds: it holds the program once for each instruction set and
-// starts the best that the processor has, or the one that ARAPOET_ISA names.
+// portable.cpp - main() of a program that make PORTABLE=1 builds: it holds the program once for each
+// instruction set and starts the best that the processor has, or the one that ARAPOET_ISA names.
 //
-// Compiled with -DPROGRAM="name" and -DVARIANTS=V(generic)...; a variant is the whole program with its main renamed. Its
-// functions are invisible to the others, so that no template compiled for AVX-512 serves a processor without.
-#include "io.h"
+// Compiled with -DPROGRAM="name" and -DVARIANTS=V(generic)...; a variant is the whole program with its main
+// renamed. Its functions are invisible to the others, so that no template compiled for AVX-512 serves a
+// processor without.
+#include "lib/io.h"
 
 #define V(isa) int run_##isa(int, char**);
 VARIANTS

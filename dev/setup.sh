@@ -1,31 +1,47 @@
 #!/bin/sh
-# Installs what a target needs beyond g++ and make, or says how: dev/setup.sh tests|convert|plot|fuzz
-set -e
+# Installs what a target needs beyond g++ and make, or says how: dev/setup.sh tests|convert|plot|fuzz|clang|format
+# Several may run at once: they install one after the other.
+lock=${TMPDIR:-/tmp}/arapoet-setup.lock
 
-# header-or-command, Debian package
-need() {
+# Is this header, command or library here?
+have() {
     case "$1" in
-        *.h|*.hpp) printf '#include <%s>\n' "$1" | ${CXX:-g++} -std=c++17 -E -x c++ - >/dev/null 2>&1 && return ;;
-        *) command -v "$1" >/dev/null 2>&1 && return ;;
+        *.h|*.hpp) printf '#include <%s>\n' "$1" | ${CXX:-g++} -std=c++17 -E -x c++ - >/dev/null 2>&1 ;;
+        libFuzzer) ls "$(clang++ -print-resource-dir)"/lib/linux/libclang_rt.fuzzer-* >/dev/null 2>&1 ;;
+        *) command -v "$1" >/dev/null 2>&1 ;;
     esac
+}
+
+# Another dev/setup.sh may have installed it while this one waited for the lock; dpkg's own lock is waited for too.
+install() { # HEADER-OR-COMMAND DEBIAN-PACKAGE
+    command -v flock >/dev/null 2>&1 && ! flock -w 600 9 && return 1
+    have "$1" && return
+    echo "installing $2"
+    set -- -y -qq -o DPkg::Lock::Timeout=300 "$2"
+    { apt-get install "$@" || { apt-get update -qq && apt-get install "$@"; }; } >/dev/null 2>&1 9>&-
+}
+
+need() { # HEADER-OR-COMMAND DEBIAN-PACKAGE HOMEBREW-PACKAGE
+    have "$1" && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-        echo "installing $2"
-        { apt-get install -y -qq "$2" || { apt-get update -qq && apt-get install -y -qq "$2"; }; } >/dev/null 2>&1 && return
+        (install "$1" "$2") 9>"$lock" && have "$1" && return
     fi
-    echo "dev/setup.sh: $1 is missing; install it with: sudo apt-get install $2" >&2
+    how="sudo apt-get install $2"
+    [ "$(uname -s)" = Darwin ] && how="brew install $3"
+    echo "dev/setup.sh: $1 is missing; install it with: $how" >&2
     exit 1
 }
 
-# libFuzzer comes in a package of its own, named after clang's version.
-need_fuzzer() {
-    v=$(clang++ -dumpversion | cut -d. -f1)
-    ls "$(clang++ -print-resource-dir)"/lib/linux/libclang_rt.fuzzer-* >/dev/null 2>&1 || need libclang_rt.fuzzer "libclang-rt-$v-dev"
-}
+json() { need nlohmann/json.hpp nlohmann-json3-dev nlohmann-json; }
 
 case "$1" in
-    tests) need doctest/doctest.h doctest-dev; need nlohmann/json.hpp nlohmann-json3-dev ;;
-    convert) need nlohmann/json.hpp nlohmann-json3-dev ;;
-    fuzz) need nlohmann/json.hpp nlohmann-json3-dev; need clang++ clang; need_fuzzer ;;
-    plot) need gnuplot gnuplot-nox ;;
-    *) echo "usage: dev/setup.sh tests|convert|plot|fuzz" >&2; exit 2 ;;
+    tests) need doctest/doctest.h doctest-dev doctest && json ;;
+    convert) json ;;
+    plot) need gnuplot gnuplot-nox gnuplot ;;
+    format) need clang-format clang-format clang-format ;;
+    # libFuzzer comes in a package of its own, named after clang's version.
+    fuzz) json; need clang++ clang llvm; need libFuzzer "libclang-rt-$(clang++ -dumpversion | cut -d. -f1)-dev" llvm ;;
+    # clang++-15 wants clang-15 and its OpenMP, libomp-15-dev.
+    clang) need "${CXX%% *}" "clang${CXX##*clang++}" llvm; need omp.h "libomp${CXX##*clang++}-dev" libomp ;;
+    *) echo "usage: dev/setup.sh tests|convert|plot|fuzz|clang|format" >&2; exit 2 ;;
 esac

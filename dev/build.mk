@@ -1,0 +1,98 @@
+# How objects are made, and what must be installed for it.
+.PHONY: FORCE
+.SECONDARY:
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+
+# All cores work, unless make was told -j itself.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+endif
+# $(call named,TARGETS): those that this make was asked for
+named = $(filter $1,$(MAKECMDGOALS))
+
+help-dev:
+	@echo "make                           ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
+	@echo "make PORTABLE=1                the same for any processor of this kind; ARAPOET_ISA=avx2 etc. chooses a path"
+	@echo "make NAME                      NAME: $(TOOLS)"
+	@echo "  CXX=clang++ ARCH=haswell     another compiler, another processor; BUILD=build/mine: another folder of objects"
+	@echo "make test-layers               only the tests of the model's layers and of the matrix product"
+	@echo "make test-asan                 all tests under AddressSanitizer and UBSan"
+	@echo "make test-portable             the layers' tests for every set of instructions that make PORTABLE=1 knows"
+	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
+	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
+	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
+	@echo "make check-fuzzers             whether the fuzzers compile"
+	@echo "make format, format-check      give the sources the form of .clang-format; tell whether they have it"
+	@echo "make gpu-check                 on a machine with a GPU: the tests on it, and speeds, to dev/bench/gpu-NAME.md"
+	@echo "make device-programs           the programs of gpu-check, built only"
+	@echo "make check-kernels             what nvcc makes of the kernels: registers, spills, tensor-core instructions"
+	@echo "make roofline                  recompute the traffic budget, dev/bench/ROOFLINE.md"
+	@echo "make bench                     time training steps and sampling, beside PyTorch and llm.c where they are"
+	@echo "  ROWS=char RUNS=5             fewer rows, more runs   PYTHON=python3   LLMC=path/to/llm.c   PATIENCE=60"
+	@echo "make bench-gemm                time the matrix product beside oneDNN and OpenBLAS (SHAPES=124m, char or small)"
+	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
+
+# --- what must be there beside a compiler and make: dev/setup.sh installs it where it can, or says how
+NEEDS = need-tests need-convert need-plot need-fuzz need-clang need-format
+.PHONY: $(NEEDS) need-python
+$(NEEDS):
+	@CXX="$(CXX)" dev/setup.sh $(@:need-%=%)
+PYTHON ?= python3
+need-python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install it with:" \
+	  "sudo apt-get install python3, or name one: PYTHON=FILE" >&2; exit 1; }
+
+# --- the command. No -ffast-math: NaN must stay NaN. Contraction to FMA is wanted, and stated.
+OPENMP = -fopenmp
+MARCH = -march=$(ARCH)
+BASE_ARCH = $(if $(filter x86_64,$(shell uname -m)),x86-64,armv8-a)
+portable = $(filter-out 0,$(PORTABLE))
+ifneq ($(portable),)
+override ARCH = $(BASE_ARCH)
+endif
+UNAME_S := $(shell uname -s)
+ifeq ($(UNAME_S),Darwin)
+MARCH = $(if $(filter native,$(ARCH)),-mcpu,-march)=$(ARCH)
+ifeq ($(filter g++-%,$(CXX)),)
+# Apple's clang has no OpenMP of its own: brew install libomp
+LIBOMP ?= $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
+OPENMP = -Xpreprocessor -fopenmp -I$(LIBOMP)/include
+LDLIBS += -L$(LIBOMP)/lib -lomp
+endif
+else ifneq ($(findstring clang,$(CXX)),)
+# Elsewhere clang's is a package of its own.
+COMPILER = need-clang
+endif
+# $(call probe,FLAG) is FLAG where the compiler knows it.
+probe = $(shell $(CXX) -Werror $1 -E -x c++ /dev/null >/dev/null 2>&1 && echo $1)
+# Tuned for some processors, g++ does not fuse a loop that makes a single sum. Results would then depend on an
+# element's position in the vector.
+FUSE := $(call probe,--param=avoid-fma-max-bits=0)
+# $(call command,OPTIMISATION,PROCESSOR)
+command = $(CXX) -std=c++17 $1 -ffp-contract=fast $(FUSE) -fno-math-errno -fno-trapping-math $(OPENMP) \
+	-Wall -Wextra -I. $2
+
+# --- $(call folder,DIR,COMMAND): the objects in DIR, which COMMAND makes, with DEFINE where a rule sets it.
+# DIR/flags holds
+# COMMAND; it is written when COMMAND has become another one, and the objects are made anew.
+define compile
+@mkdir -p $(@D)
+$(flags.$1) $(DEFINE) -MMD -MP -c $< -o $@
+endef
+define folder
+flags.$1 = $2
+$1/%.o: %.cpp $1/flags | $$(COMPILER)
+	$$(call compile,$1)
+$(GEMM:%=$1/%): lib/gemm.cpp $1/flags | $$(COMPILER)
+	$$(call compile,$1)
+$1/lib/gemm_bf16.o: DEFINE = -DGEMM_BF16
+endef
+link = $(flags.$1) $(filter %.o %.so,$^) -o $@ $(LDLIBS)
+
+quote = '$(subst ','\'',$1)'
+changed = $(or $(call named,clean),$(shell printf '%s\n' $(call quote,$(flags.$1)) | cmp -s - $1/flags || echo FORCE))
+%/flags: $$(call changed,$$*)
+	@mkdir -p $(@D); printf '%s\n' $(call quote,$(flags.$*)) >$@
+
+$(eval $(call folder,$(BUILD),$(call command,$(CXXFLAGS),$(MARCH))))

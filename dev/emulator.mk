@@ -1,0 +1,47 @@
+# dev/emulator: CUDA code compiled as C++, and a library in place of cudart and cuBLASLt. The tests of
+# dev/test.mk want it where the CUDA Toolkit's headers are.
+.PHONY: need-cuda
+CUDA_HOME ?= /usr/local/cuda
+ifeq ($(wildcard $(CUDA_HOME)/include/cuda_runtime.h),)
+NO_CUDA = the CUDA Toolkit's headers are not in $(CUDA_HOME)/include; install it \
+	(https://developer.nvidia.com/cuda-downloads) or name its folder: make CUDA_HOME=DIR
+endif
+need-cuda:
+	@test -z "$(NO_CUDA)" || { echo "make: $(NO_CUDA)" >&2; exit 1; }
+
+# The library is the same, and never instrumented, for all tests; -Bsymbolic keeps it from taking a template
+# out of an instrumented program.
+EMULATOR = dev/emulator
+LIBEMU = $(BUILD)/libemu/libemu.so
+LIBEMU_OBJECTS = $(patsubst %,$(BUILD)/libemu/$(EMULATOR)/%.o,fiber reports threads warp memory streams host_api cublaslt)
+$(eval $(call folder,$(BUILD)/libemu,$(CXX) -std=c++17 -O2 -g1 $(MARCH) -fPIC -ftls-model=initial-exec -Wall -Wextra \
+	-isystem $(CUDA_HOME)/include))
+$(LIBEMU_OBJECTS): | need-cuda
+$(LIBEMU): $(LIBEMU_OBJECTS)
+	$(CXX) -shared -Wl,-soname,libemu.so,-Bsymbolic-functions $^ -o $@ -lpthread
+
+# $(call emulated,DIR): the programs of a folder of objects, from objects in DIR/emulated; those that take
+# longest first
+EMULATED_TESTS = $(foreach t,model attention kernels,test_gpu_$t_bf16 test_gpu_$t_fp32) test_emulator
+EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
+EMULATE = -g1 -fno-strict-aliasing $(call probe,-fno-extern-tls-init) -Wno-unknown-pragmas \
+	-isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow -x c++ -include $(EMULATOR)/emu.h
+define emulated
+flags.$1/emulated = $$(flags.$1) $(EMULATE)
+$1/emulated/%_bf16.o: %.cu $1/emulated/flags | need-cuda need-tests $$(COMPILER)
+	$$(call compile,$1/emulated)
+$1/emulated/%_fp32.o: DEFINE = -DPRECISION_FP32
+$1/emulated/%_fp32.o: %.cu $1/emulated/flags | need-cuda need-tests $$(COMPILER)
+	$$(call compile,$1/emulated)
+$1/test_gpu_%: $1/emulated/dev/test_gpu_%.o
+	$$(call link,$1)
+$1/test_emulator: $1/emulated/dev/emulator/test_emulator_bf16.o
+	$$(call link,$1)
+$1/train_gpt2cu_emu: $1/emulated/train_gpt2_bf16.o
+	$$(call link,$1)
+$1/train_gpt2cu_emu_fp32: $1/emulated/train_gpt2_fp32.o
+	$$(call link,$1)
+$(EMULATED_TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
+$(EMULATED_TESTS:%=$1/%) $(EMULATED_TRAINERS:%=$1/%): $1/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+$(EMULATED_TESTS:%=$1/%) $(EMULATED_TRAINERS:%=$1/%): LDLIBS += -Wl,-rpath,$(abspath $(dir $(LIBEMU)))
+endef

@@ -1,0 +1,47 @@
+# make PORTABLE=1: a program several times over, once for each set of instructions, in one file that chooses
+# when it starts (dev/portable.cpp). BASE_ARCH is in the Makefile.
+.PHONY: test-portable need-binutils
+ISAS = $(if $(filter x86-64,$(BASE_ARCH)),generic avx2 avx512 avx512bf16,generic)
+MARCH_generic = -march=$(BASE_ARCH)
+MARCH_avx2 = -march=x86-64-v3
+MARCH_avx512 = -march=x86-64-v4
+MARCH_avx512bf16 = -march=x86-64-v4 -mavx512bf16
+PORT = $(BUILD)/portable
+
+# A variant is a program's objects, joined; then all symbols but the renamed main's are made local, so that
+# the linker cannot take a template out of another variant. The join prefers sample_gpt2's main to
+# train_gpt2's weak one.
+LOCAL := $(call probe,-fno-gnu-unique)
+define variant
+$(call folder,$(PORT)/$1,$(call command,$(CXXFLAGS) $(LOCAL),$(MARCH_$1)))
+$(PORT)/$1/train_gpt2.o $(PORT)/$1/sample_gpt2.o: DEFINE = -Dmain=run_$1
+$(PORT)/train_gpt2.$1.o: $(PORT)/$1/train_gpt2.o $(GEMM:%=$(PORT)/$1/%)
+$(PORT)/sample_gpt2.$1.o: $(PORT)/$1/sample_gpt2.o $(PORT)/$1/train_gpt2.o $(GEMM:%=$(PORT)/$1/%)
+$(PORT)/train_gpt2.$1.o $(PORT)/sample_gpt2.$1.o: | need-binutils
+	ld -r --force-group-allocation $$^ -o $$@.joined
+	objcopy --wildcard --keep-global-symbol='_Z*run_$1iPPc' $$@.joined $$@
+	@rm $$@.joined
+endef
+$(foreach i,$(ISAS),$(eval $(call variant,$i)))
+$(PORT)/%.main.o: DEFINE = -DPROGRAM='"$(*F)"' -DVARIANTS="$(ISAS:%=V(%))"
+$(PORT)/%.main.o: dev/portable.cpp $(PORT)/generic/flags | $$(COMPILER)
+	$(call compile,$(PORT)/generic)
+$(PORT)/train_gpt2 $(PORT)/sample_gpt2: %: %.main.o $(foreach i,$(ISAS),%.$i.o)
+	$(call link,$(PORT)/generic)
+need-binutils:
+	@command -v objcopy >/dev/null || { echo "make PORTABLE=1: ld and objcopy are missing; install them with:" \
+	  "sudo apt-get install binutils" >&2; exit 1; }
+
+# The layers' tests for each set, and the choice among the sets. AVX2 is tested as tuned for a processor
+# that would rather not fuse.
+TUNED = $(PORT)/avx2-tuned
+$(eval $(call folder,$(TUNED),$(call command,$(CXXFLAGS) -mtune=znver3,$(MARCH_avx2))))
+define layers
+$(LAYER_TESTS:%=$2/%) $(PORT)/generic/dev/test_main.o: | need-tests
+$(PORT)/test_gpt2.$1: $(LAYER_TESTS:%=$2/%) $(GEMM:%=$2/%) $(PORT)/generic/dev/test_main.o
+	$$(call link,$2)
+endef
+$(foreach i,$(ISAS),$(eval $(call layers,$i,$(if $(filter avx2,$i),$(TUNED),$(PORT)/$i))))
+test-portable: $(ISAS:%=$(PORT)/test_gpt2.%) $(PORT)/train_gpt2 $(PORT)/sample_gpt2 prepare_data \
+	| $(call named,test test-layers test-asan)
+	@dev/test_portable.sh $(PORT) $(ISAS)

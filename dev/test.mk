@@ -1,0 +1,78 @@
+# Tests. A test program ends with "N passed, N failed[, N skipped]", dev/run_tests.sh with their sum.
+.PHONY: format format-check test test-layers test-asan test-emulator-asan test-emulator-tsan fuzz check-fuzzers
+
+# The tests of the model's layers and of the matrix product are one program; each other test_NAME.cpp is its
+# own, beside the emulated trainers, which test_cli starts.
+LAYER_TESTS = $(patsubst %.cpp,%.o,test_gpt2.cpp $(wildcard lib/test_*.cpp))
+TOOL_TESTS = $(patsubst %.cpp,%,$(filter-out dev/test_main.cpp,$(wildcard data/test_*.cpp tokenizer/test_*.cpp \
+	dev/test_*.cpp dev/*/test_*.cpp)))
+TESTS = test_gpt2 $(notdir $(TOOL_TESTS))
+
+# $(call tests,DIR): the test programs of a folder of objects
+define tests
+$1/test_gpt2: $(LAYER_TESTS:%=$1/%)
+$(foreach t,$(TOOL_TESTS),$(eval $1/$(notdir $t): $1/$t.o))
+$(TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
+	$$(call link,$1)
+$(LAYER_TESTS:%=$1/%) $(TOOL_TESTS:%=$1/%.o) $1/dev/test_main.o: | need-tests
+endef
+
+# Tests use all cores, and some have little time. So one of these targets runs its tests after the other, in
+# this order, while the next one's objects are made.
+$(eval $(call tests,$(BUILD)))
+ifeq ($(NO_CUDA),)
+$(eval $(call emulated,$(BUILD)))
+CUDA_TESTS = $(EMULATED_TESTS:%=$(BUILD)/%)
+CUDA_TRAINERS = $(EMULATED_TRAINERS:%=$(BUILD)/%)
+else
+SKIPPED_TESTS = $(EMULATED_TESTS:%="skip:%: $(NO_CUDA)")
+endif
+test: $(CUDA_TESTS) $(TESTS:%=$(BUILD)/%) $(CUDA_TRAINERS) $(PROGRAMS)
+	@dev/run_tests.sh $(TESTS:%=$(BUILD)/%) $(CUDA_TESTS) $(SKIPPED_TESTS)
+test-layers: $(BUILD)/test_gpt2 | $(call named,test)
+	@dev/run_tests.sh $<
+
+# Under AddressSanitizer and UBSan. The programs that test_cli starts are the plain ones.
+SANITIZE = -Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+ASAN = $(BUILD)/asan
+$(eval $(call folder,$(ASAN),$(call command,$(SANITIZE),$(MARCH))))
+$(eval $(call tests,$(ASAN)))
+test-asan: $(TESTS:%=$(ASAN)/%) $(PROGRAMS) | $(call named,test test-layers)
+	@dev/run_tests.sh $(TESTS:%=$(ASAN)/%)
+
+# The emulated CUDA code under the same, and under ThreadSanitizer with a TSan fiber for each CUDA thread
+$(eval $(call emulated,$(ASAN)))
+test-emulator-asan: $(EMULATED_TESTS:%=$(ASAN)/%) | $(call named,test test-layers test-asan test-portable)
+	@dev/run_tests.sh $(EMULATED_TESTS:%=$(ASAN)/%)
+TSAN = $(BUILD)/tsan
+$(eval $(call folder,$(TSAN),$(call command,-O1 -g -fsanitize=thread,$(MARCH))))
+$(eval $(call emulated,$(TSAN)))
+test-emulator-tsan: $(EMULATED_TESTS:%=$(TSAN)/%) | \
+	$(call named,test test-layers test-asan test-portable test-emulator-asan)
+	@OMP_NUM_THREADS=1 dev/run_tests.sh $(EMULATED_TESTS:%=$(TSAN)/%)
+
+# A minute of fuzzing for each reader of files
+FUZZ_SECONDS ?= 60
+FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/fuzz_*.cpp dev/*/fuzz_*.cpp)
+FUZZ = $(BUILD)/fuzz
+FUZZ_COMMAND = clang++ -std=c++17 -O1 -g -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+$(eval $(call folder,$(FUZZ),$(FUZZ_COMMAND)))
+$(FUZZERS:%.cpp=$(FUZZ)/%.o): | need-fuzz
+$(FUZZERS:%.cpp=$(FUZZ)/%): %: %.o
+	$(call link,$(FUZZ))
+fuzz: $(FUZZERS:%.cpp=$(FUZZ)/%)
+	@for f in $^; do echo "== $$f"; \
+	  $$f -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -print_final_stats=1 -artifact_prefix=$(FUZZ)/ >$$f.log 2>&1 \
+	    || { tail -40 $$f.log; exit 1; }; \
+	  grep -h number_of_executed $$f.log; done
+# Their sources, without clang
+check-fuzzers: $(FUZZERS:%=check-%)
+$(FUZZERS:%=check-%): check-%: | need-convert
+	$(flags.$(BUILD)) -fsyntax-only $*
+
+# The sources' form, as .clang-format says; `make format` applies it
+SOURCES = $(filter-out tokenizer/unicode_tables.h,$(shell git ls-files '*.cpp' '*.h' '*.cu'))  # that one is generated
+format: | need-format
+	clang-format -i $(SOURCES)
+format-check: | need-format
+	clang-format --dry-run -Werror $(SOURCES)
