@@ -1,9 +1,10 @@
-// test_gpt2.cpp - the CPU model, its files, optimizer and sampler, held against plain double-precision mathematics.
+// test_gpt2.cpp - the CPU model, its files, optimizer and sampler, held against plain double-precision
+// mathematics.
 //
-// `namespace ref` is a second model, written from the definitions: each operation knows its value and how a gradient
-// passes through it, in plain loops over doubles, and a tape runs them backwards. Finite differences verify it, and
-// train_gpt2.cpp is compared with it layer by layer and as a whole. Tensors are compared by relative L2 error; the
-// largest one of each kind is printed at the end.
+// `namespace ref` is a second model, written from the definitions: each operation knows its value and how a
+// gradient passes through it, in plain loops over doubles, and a tape runs them backwards. Finite differences
+// verify it, and train_gpt2.cpp is compared with it layer by layer and as a whole. Tensors are compared by
+// relative L2 error; the largest one of each kind is printed at the end.
 //
 // lib/test_gemm.cpp, the matrix product's tests, and dev/test_main.cpp are linked into this program.
 #ifndef ARAPOET_NO_MAIN
@@ -57,7 +58,8 @@ Ref tensor(const Floats& x) { return tensor(x.data(), x.size()); }
 // Dropout's factors of elements e0.. straight from the random numbers.
 Doubles dropout_factors(const rng::Key& key, uint64_t e0, size_t n, float p) {
     Doubles f(n);
-    for (size_t i = 0; i < n; i++) f[i] = (double)key.u32(e0 + i) < (double)p * 0x1p32 ? 0.0 : 1.0 / (1.0 - (double)p);
+    for (size_t i = 0; i < n; i++)
+        f[i] = (double)key.u32(e0 + i) < (double)p * 0x1p32 ? 0.0 : 1.0 / (1.0 - (double)p);
     return f;
 }
 
@@ -128,7 +130,8 @@ class Tape {
                 for (size_t n = 0; n < N; n++) {
                     double d = y->d[m * N + n];
                     if (b) b->d[n] += d;
-                    for (size_t k = 0; k < K; k++) x->d[m * K + k] += d * w->v[n * K + k], w->d[n * K + k] += d * x->v[m * K + k];
+                    for (size_t k = 0; k < K; k++)
+                        x->d[m * K + k] += d * w->v[n * K + k], w->d[n * K + k] += d * x->v[m * K + k];
                 }
         });
         return y;
@@ -145,7 +148,8 @@ class Tape {
             for (size_t c = 0; c < C; c++) centred[m * C + c] = x->v[m * C + c] - mean;
             for (size_t c = 0; c < C; c++) variance += centred[m * C + c] * centred[m * C + c] / (double)C;
             sigma[m] = std::sqrt(variance + eps);
-            for (size_t c = 0; c < C; c++) y->v[m * C + c] = centred[m * C + c] / sigma[m] * w->v[c] + b->v[c];
+            for (size_t c = 0; c < C; c++)
+                y->v[m * C + c] = centred[m * C + c] / sigma[m] * w->v[c] + b->v[c];
         }
         steps_.push_back([=] {
             for (size_t m = 0; m < M; m++) {
@@ -154,7 +158,9 @@ class Tape {
                     double d = y->d[m * C + j];
                     w->d[j] += d * u[j] / s, b->d[j] += d;
                     for (size_t i = 0; i < C; i++)
-                        x->d[m * C + i] += d * w->v[j] * (((i == j) - 1 / (double)C) / s - u[i] * u[j] / ((double)C * s * s * s));
+                        x->d[m * C + i] +=
+                            d * w->v[j] *
+                            (((i == j) - 1 / (double)C) / s - u[i] * u[j] / ((double)C * s * s * s));
                 }
             }
         });
@@ -165,19 +171,22 @@ class Tape {
         Ref y = tensor(x->v.size());
         for (size_t i = 0; i < y->v.size(); i++) y->v[i] = ref::gelu(x->v[i], activation);
         steps_.push_back([=] {
-            for (size_t i = 0; i < y->v.size(); i++) x->d[i] += y->d[i] * gelu_derivative(x->v[i], activation);
+            for (size_t i = 0; i < y->v.size(); i++)
+                x->d[i] += y->d[i] * gelu_derivative(x->v[i], activation);
         });
         return y;
     }
 
-    // y (B,T,C) from qkv (B,T,3C): softmax over the past of q k / sqrt(hs), times factor (B,NH,T,T) where there
-    // is one, times v. The softmax is passed backwards by its full Jacobian. lse (B,NH,T), if wanted.
+    // y (B,T,C) from qkv (B,T,3C): softmax over the past of q k / sqrt(hs), times factor (B,NH,T,T) where
+    // there is one, times v. The softmax is passed backwards by its full Jacobian. lse (B,NH,T), if wanted.
     Ref attention(Ref qkv, size_t T, size_t C, size_t NH, const Doubles& factor, Doubles* lse = nullptr) {
         size_t B = qkv->v.size() / (3 * T * C), hs = C / NH;
         Ref y = tensor(B * T * C);
         Doubles prob(B * NH * T * T);
         if (lse) lse->resize(B * NH * T);
-        auto at = [=](size_t b, size_t t, size_t h, size_t which) { return ((b * T + t) * 3 + which) * C + h * hs; };
+        auto at = [=](size_t b, size_t t, size_t h, size_t which) {
+            return ((b * T + t) * 3 + which) * C + h * hs;
+        };
         for (size_t b = 0; b < B; b++)
             for (size_t h = 0; h < NH; h++)
                 for (size_t t = 0; t < T; t++) {
@@ -185,14 +194,16 @@ class Tape {
                     double max = -INFINITY, sum = 0;
                     for (size_t j = 0; j <= t; j++) {
                         double dot = 0;
-                        for (size_t i = 0; i < hs; i++) dot += qkv->v[at(b, t, h, 0) + i] * qkv->v[at(b, j, h, 1) + i];
+                        for (size_t i = 0; i < hs; i++)
+                            dot += qkv->v[at(b, t, h, 0) + i] * qkv->v[at(b, j, h, 1) + i];
                         prob[row + j] = dot / std::sqrt((double)hs), max = std::max(max, prob[row + j]);
                     }
                     for (size_t j = 0; j <= t; j++) sum += prob[row + j] = std::exp(prob[row + j] - max);
                     for (size_t j = 0; j <= t; j++) {
                         prob[row + j] /= sum;
                         double weight = prob[row + j] * (factor.empty() ? 1 : factor[row + j]);
-                        for (size_t i = 0; i < hs; i++) y->v[(b * T + t) * C + h * hs + i] += weight * qkv->v[at(b, j, h, 2) + i];
+                        for (size_t i = 0; i < hs; i++)
+                            y->v[(b * T + t) * C + h * hs + i] += weight * qkv->v[at(b, j, h, 2) + i];
                     }
                     if (lse) (*lse)[row / T] = max + std::log(sum);
                 }
@@ -201,7 +212,8 @@ class Tape {
             for (size_t b = 0; b < B; b++)
                 for (size_t h = 0; h < NH; h++)
                     for (size_t t = 0; t < T; t++) {
-                        const double *p = &prob[((b * NH + h) * T + t) * T], *d = &y->d[(b * T + t) * C + h * hs];
+                        const double *p = &prob[((b * NH + h) * T + t) * T],
+                                     *d = &y->d[(b * T + t) * C + h * hs];
                         for (size_t j = 0; j <= t; j++) {
                             double f = factor.empty() ? 1 : factor[((b * NH + h) * T + t) * T + j];
                             dp[j] = 0;
@@ -261,21 +273,26 @@ class Model {
         const float* p = all.data();
         for (const ParamInfo& info : param_table(cfg)) {
             w.emplace_back();
-            for (size_t l = 0; l < info.layers; l++, p += info.per_layer()) w.back().push_back(tensor(p, info.per_layer()));
+            for (size_t l = 0; l < info.layers; l++, p += info.per_layer())
+                w.back().push_back(tensor(p, info.per_layer()));
         }
     }
 
     // The mean loss; a training pass leaves the gradients in w[..]->d too (adding to what is there).
-    double loss(const Tokens& tokens, const Tokens& targets, size_t B, size_t T, const Pass& pass, bool with_gradient) {
+    double loss(const Tokens& tokens, const Tokens& targets, size_t B, size_t T, const Pass& pass,
+                bool with_gradient) {
         size_t C = (size_t)cfg.C, NH = (size_t)cfg.NH, L = (size_t)cfg.L, M = B * T;
         Tape tape;
         auto drop = [&](Ref x, rng::Stream site, size_t l) {
             return tape.times(x, factors(pass, site, l, pass.seq0 * T * C, M * C));
         };
-        auto norm = [&](Ref x, int weight, int bias, size_t l) { return tape.layernorm(x, w[weight][l], w[bias][l], C, (double)cfg.eps); };
+        auto norm = [&](Ref x, int weight, int bias, size_t l) {
+            return tape.layernorm(x, w[weight][l], w[bias][l], C, (double)cfg.eps);
+        };
         auto attention = [&](Ref x, size_t l) {
             Ref qkv = tape.linear(x, w[QKVW][l], w[QKVB][l], C, 3 * C);
-            Ref y = tape.attention(qkv, T, C, NH, factors(pass, rng::ATT_DROPOUT, l, pass.seq0 * NH * T * T, B * NH * T * T));
+            Ref y = tape.attention(
+                qkv, T, C, NH, factors(pass, rng::ATT_DROPOUT, l, pass.seq0 * NH * T * T, B * NH * T * T));
             return drop(tape.linear(y, w[ATTPROJW][l], w[ATTPROJB][l], C, C), rng::ATTPROJ_DROPOUT, l);
         };
         auto mlp = [&](Ref x, size_t l) {
@@ -331,7 +348,8 @@ class Model {
 
 Config config(int L, int NH, int C, int V, int maxT, int arch = GPT2_ARCH, int activation = GELU_TANH) {
     Config c;
-    c.L = L, c.NH = NH, c.C = C, c.V = V, c.Vp = pad_vocab(V), c.maxT = maxT, c.arch = arch, c.activation = activation;
+    c.L = L, c.NH = NH, c.C = C, c.V = V, c.Vp = pad_vocab(V), c.maxT = maxT, c.arch = arch,
+    c.activation = activation;
     return c;
 }
 
@@ -343,8 +361,11 @@ void randomise(cpu::GPT2& m, uint64_t seed) {
     Floats all = piece(m, PARAMS);
     for (int i = 0; i < NUM_PARAMS; i++) {
         bool weight = i == LN1W || i == LN2W || i == LNFW, embedding = i == WTE || i == WPE;
-        double scale = !table[i].decay ? 0.3 : embedding ? 0.4 : (i == QKVW ? 1.5 : 1) / std::sqrt((double)m.cfg.C);
-        Floats w = r.floats(i == WTE ? (size_t)m.cfg.V * table[i].cols : table[i].size(), scale, weight ? 1 : 0);
+        double scale = !table[i].decay ? 0.3
+                       : embedding     ? 0.4
+                                       : (i == QKVW ? 1.5 : 1) / std::sqrt((double)m.cfg.C);
+        Floats w =
+            r.floats(i == WTE ? (size_t)m.cfg.V * table[i].cols : table[i].size(), scale, weight ? 1 : 0);
         std::copy(w.begin(), w.end(), &all[off[i]]);
     }
     set_piece(m, PARAMS, all);
@@ -378,12 +399,15 @@ TEST_CASE("philox gives the known answers of the Random123 distribution") {
                   {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
                   {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}};
     for (auto& k : known) {
-        rng::Block b = rng::philox(k.key[0], k.key[1], k.counter[0], k.counter[1], k.counter[2], k.counter[3]);
+        rng::Block b =
+            rng::philox(k.key[0], k.key[1], k.counter[0], k.counter[1], k.counter[2], k.counter[3]);
         for (int i = 0; i < 4; i++) CHECK(b.w[i] == k.want[i]);
     }
 }
 
-TEST_CASE("a key's numbers are philox blocks keyed by the seed and counted by (element / 4, step, stream and layer)") {
+TEST_CASE(
+    "a key's numbers are philox blocks keyed by the seed and counted by (element / 4, step, stream and "
+    "layer)") {
     uint64_t seed = 0x0123456789abcdef, e = ((uint64_t)7 << 34) + 5;
     rng::Key key(seed, 42, rng::ATTPROJ_DROPOUT, 3);
     for (uint64_t i = 0; i < 9; i++) {
@@ -435,7 +459,8 @@ TEST_CASE("shuffle gives every permutation equally often, and the same one for t
     }
     std::vector<int> a(1001), b(1001);
     std::iota(a.begin(), a.end(), 0), std::iota(b.begin(), b.end(), 0);
-    rng::shuffle(a.data(), a.size(), rng::Key(7, 3, rng::SHUFFLE)), rng::shuffle(b.data(), b.size(), rng::Key(7, 3, rng::SHUFFLE));
+    rng::shuffle(a.data(), a.size(), rng::Key(7, 3, rng::SHUFFLE)),
+        rng::shuffle(b.data(), b.size(), rng::Key(7, 3, rng::SHUFFLE));
     CHECK(a == b);
     std::sort(b.begin(), b.end());
     for (int i = 0; i < 1001; i++) CHECK(b[(size_t)i] == i);
@@ -475,7 +500,8 @@ TEST_CASE("normal_cdf is the normal distribution function within 4e-7, and its d
         double cdf = simd::normal_cdf(simd::vec{} + x, &densities)[0];
         density = densities[0];
         worst = std::max(worst, std::fabs(cdf - 0.5 * std::erfc(-(double)x / std::sqrt(2.0))));
-        worst_density = std::max(worst_density, std::fabs(density - std::exp(-(double)x * x / 2) / std::sqrt(2 * M_PI)));
+        worst_density =
+            std::max(worst_density, std::fabs(density - std::exp(-(double)x * x / 2) / std::sqrt(2 * M_PI)));
     }
     note("normal_cdf (largest absolute)", worst, 4e-7);
     note("normal density (largest absolute)", worst_density, 1e-7);
@@ -491,10 +517,13 @@ TEST_CASE("gelu and its derivative, tanh and erf: relative L2 1e-6, any length, 
             CAPTURE(n);
             Floats x = r.floats(n, 2), y(n), d = r.floats(n);
             Doubles want(n), want_d(n);
-            for (size_t i = 0; i < n; i++) want[i] = ref::gelu(x[i], activation), want_d[i] = d[i] * ref::gelu_derivative(x[i], activation);
+            for (size_t i = 0; i < n; i++)
+                want[i] = ref::gelu(x[i], activation),
+                want_d[i] = d[i] * ref::gelu_derivative(x[i], activation);
             simd::gelu_forward(y.data(), x.data(), n, activation);
             simd::gelu_backward(d.data(), d.data(), x.data(), n, activation);
-            check_close(kind + ": forward", y, want, n < 100 ? 1e-5 : 1e-6);  // a short row may be all small values
+            check_close(kind + ": forward", y, want,
+                        n < 100 ? 1e-5 : 1e-6);  // a short row may be all small values
             check_close(kind + ": backward", d, want_d, n < 100 ? 1e-5 : 1e-6);
         }
         for (float x : {-1e4f, -100.0f, -20.0f, 20.0f, 100.0f, 1e4f}) {
@@ -526,13 +555,15 @@ TEST_CASE("dropout keeps exactly the elements that the random numbers keep, wher
                 drop.apply(in_place.data(), in_place.data(), e, n);
                 size_t wrong = 0;
                 for (size_t i = 0; i < n; i++)
-                    wrong += (factor[i] == 0) != (y[i] == 0) || std::fabs(y[i] - x[i] * factor[i]) > 2e-7 * std::fabs(y[i]);
+                    wrong += (factor[i] == 0) != (y[i] == 0) ||
+                             std::fabs(y[i] - x[i] * factor[i]) > 2e-7 * std::fabs(y[i]);
                 CHECK(wrong == 0);
                 CHECK(same_bits(y, in_place));
             }
 }
 
-TEST_CASE("dropout keeps a share of 1-p, leaves the mean as it was, and differs by seed, step, site and layer") {
+TEST_CASE(
+    "dropout keeps a share of 1-p, leaves the mean as it was, and differs by seed, step, site and layer") {
     const size_t n = 400000;
     for (float p : {0.1f, 0.5f, 0.9f}) {
         Floats x(n, 1.0f);
@@ -547,8 +578,9 @@ TEST_CASE("dropout keeps a share of 1-p, leaves the mean as it was, and differs 
         cpu::Dropout{0.5f, rng::Key(seed, step, site, layer)}.apply(x.data(), x.data(), 0, x.size());
         return x;
     };
-    std::vector<Floats> masks = {mask(1, 1, rng::EMB_DROPOUT, 0), mask(2, 1, rng::EMB_DROPOUT, 0), mask(1, 2, rng::EMB_DROPOUT, 0),
-                                 mask(1, 1, rng::ATTPROJ_DROPOUT, 0), mask(1, 1, rng::EMB_DROPOUT, 1)};
+    std::vector<Floats> masks = {mask(1, 1, rng::EMB_DROPOUT, 0), mask(2, 1, rng::EMB_DROPOUT, 0),
+                                 mask(1, 2, rng::EMB_DROPOUT, 0), mask(1, 1, rng::ATTPROJ_DROPOUT, 0),
+                                 mask(1, 1, rng::EMB_DROPOUT, 1)};
     for (size_t i = 0; i < masks.size(); i++)
         for (size_t j = 0; j < i; j++) {
             size_t equal = 0;
@@ -557,7 +589,8 @@ TEST_CASE("dropout keeps a share of 1-p, leaves the mean as it was, and differs 
         }
 }
 
-TEST_CASE("embedding, forward and backward: repeated tokens, dropout, an offset in the batch; relative L2 1e-6") {
+TEST_CASE(
+    "embedding, forward and backward: repeated tokens, dropout, an offset in the batch; relative L2 1e-6") {
     Random r(8);
     for (float p : {0.0f, 0.2f})
         for (size_t C : {1, 48, 67, 130}) {
@@ -570,8 +603,10 @@ TEST_CASE("embedding, forward and backward: repeated tokens, dropout, an offset 
             cpu::Dropout drop = dropout_of(p, rng::EMB_DROPOUT);
             ref::Tape tape;
             auto e = ref::tensor(wte), pos = ref::tensor(wpe);
-            auto out = tape.times(tape.embedding(e, pos, tokens, T, C), ref::dropout_factors(drop.key, e0, B * T * C, p));
-            e->d.assign(dwte.begin(), dwte.end()), pos->d.assign(dwpe.begin(), dwpe.end()), out->d.assign(dy.begin(), dy.end());
+            auto out = tape.times(tape.embedding(e, pos, tokens, T, C),
+                                  ref::dropout_factors(drop.key, e0, B * T * C, p));
+            e->d.assign(dwte.begin(), dwte.end()), pos->d.assign(dwpe.begin(), dwpe.end()),
+                out->d.assign(dy.begin(), dy.end());
             tape.backward();
             cpu::embedding_forward(y.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, drop, e0);
             cpu::embedding_backward(dwte.data(), dwpe.data(), dy.data(), tokens.data(), B, T, C, drop, e0);
@@ -586,11 +621,15 @@ TEST_CASE("layernorm, forward and backward, dx overwritten or added to; relative
     for (size_t C : {2, 3, 16, 17, 48, 97})
         for (size_t M : {1, 7, 111}) {
             INFO("M ", M, " C ", C);
-            Floats x = r.floats(M * C, 2, 0.5), w = r.floats(C, 1, 0.3), b = r.floats(C), y(M * C), mean(M), rstd(M);
-            Floats dy = r.floats(M * C), dw = r.floats(C), db = r.floats(C), dx = r.floats(M * C), dx_over = dx;
+            Floats x = r.floats(M * C, 2, 0.5), w = r.floats(C, 1, 0.3), b = r.floats(C), y(M * C), mean(M),
+                   rstd(M);
+            Floats dy = r.floats(M * C), dw = r.floats(C), db = r.floats(C), dx = r.floats(M * C),
+                   dx_over = dx;
             ref::Tape tape;
-            auto rx = ref::tensor(x), rw = ref::tensor(w), rb = ref::tensor(b), ry = tape.layernorm(rx, rw, rb, C);
-            rw->d.assign(dw.begin(), dw.end()), rb->d.assign(db.begin(), db.end()), ry->d.assign(dy.begin(), dy.end());
+            auto rx = ref::tensor(x), rw = ref::tensor(w), rb = ref::tensor(b),
+                 ry = tape.layernorm(rx, rw, rb, C);
+            rw->d.assign(dw.begin(), dw.end()), rb->d.assign(db.begin(), db.end()),
+                ry->d.assign(dy.begin(), dy.end());
             tape.backward();
             Doubles want_over = rx->d, want_added = rx->d;
             for (size_t i = 0; i < M * C; i++) want_added[i] += dx[i];
@@ -603,7 +642,9 @@ TEST_CASE("layernorm, forward and backward, dx overwritten or added to; relative
             backward(dx_over, dw2, db2, false), backward(dx, dw, db, true);
             double tolerance = C < 16 ? 1e-5 : 2e-6;  // in a narrow row dx nearly cancels
             check_close("layernorm: y", y, ry->v, 2e-6);
-            if (C > 2) check_close("layernorm: dx", dx_over, want_over, tolerance);  // exact dx is nearly 0 for C = 2
+            if (C > 2)
+                check_close("layernorm: dx", dx_over, want_over,
+                            tolerance);  // exact dx is nearly 0 for C = 2
             check_close("layernorm: dx added", dx, want_added, tolerance);
             check_close("layernorm: dw", dw, rw->d, 2e-6);
             check_close("layernorm: db", db, rb->d, 2e-6);
@@ -662,30 +703,36 @@ TEST_CASE("residual with layernorm: skip + dropout(branch), then the norm; relat
             Floats sum(M * C), y(M * C), mean(M), rstd(M);
             cpu::Dropout drop = dropout_of(p);
             ref::Tape tape;
-            auto s = tape.add(ref::tensor(skip_in), tape.times(ref::tensor(branch), ref::dropout_factors(drop.key, e0, M * C, p)));
+            auto s = tape.add(ref::tensor(skip_in),
+                              tape.times(ref::tensor(branch), ref::dropout_factors(drop.key, e0, M * C, p)));
             auto want = tape.layernorm(s, ref::tensor(w), ref::tensor(b), C);
-            cpu::residual_layernorm_forward(sum.data(), y.data(), mean.data(), rstd.data(), skip_in.data(), branch.data(), w.data(),
-                                            b.data(), M, C, drop, e0);
+            cpu::residual_layernorm_forward(sum.data(), y.data(), mean.data(), rstd.data(), skip_in.data(),
+                                            branch.data(), w.data(), b.data(), M, C, drop, e0);
             check_close("residual + layernorm: sum", sum, s->v, 1e-6);
             check_close("residual + layernorm: y", y, want->v, 2e-6);
         }
 }
 
-TEST_CASE("attention, forward and backward: T around its block of queries and around KC, with and without dropout; relative L2 5e-6") {
+TEST_CASE(
+    "attention, forward and backward: T around its block of queries and around KC, with and without dropout; "
+    "relative L2 5e-6") {
     Random r(12);
     struct {
         size_t B, T, NH, hs;
-    } shapes[] = {{1, 1, 1, 1},   {2, 1, 3, 5},   {1, 2, 2, 3},   {3, 37, 3, 16}, {1, 96, 1, 7},  {1, 97, 2, 5}, {1, 193, 1, 8},
-                  {1, 255, 1, 4}, {1, 256, 1, 3}, {1, 257, 1, 4}, {1, 300, 2, 6}, {2, 19, 1, 260}, {1, 21, 17, 1}};
+    } shapes[] = {{1, 1, 1, 1},   {2, 1, 3, 5},    {1, 2, 2, 3},   {3, 37, 3, 16}, {1, 96, 1, 7},
+                  {1, 97, 2, 5},  {1, 193, 1, 8},  {1, 255, 1, 4}, {1, 256, 1, 3}, {1, 257, 1, 4},
+                  {1, 300, 2, 6}, {2, 19, 1, 260}, {1, 21, 17, 1}};
     for (auto& s : shapes)
         for (float p : {0.0f, 0.2f}) {
             INFO("B ", s.B, " T ", s.T, " NH ", s.NH, " head ", s.hs, " p ", p);
             size_t B = s.B, T = s.T, NH = s.NH, C = NH * s.hs;
             const uint64_t seq0 = 3;
             cpu::Dropout drop = dropout_of(p, rng::ATT_DROPOUT);
-            Floats qkv = r.floats(B * T * 3 * C), out(B * T * C), lse(B * NH * T), dout = r.floats(B * T * C), dqkv(B * T * 3 * C, 9.0f);
+            Floats qkv = r.floats(B * T * 3 * C), out(B * T * C), lse(B * NH * T), dout = r.floats(B * T * C),
+                   dqkv(B * T * 3 * C, 9.0f);
             for (size_t i = 0; i < qkv.size(); i++)
-                if (i % (3 * C) < 2 * C) qkv[i] *= 1.5f;  // scores far enough apart that the softmax is not flat
+                if (i % (3 * C) < 2 * C)
+                    qkv[i] *= 1.5f;  // scores far enough apart that the softmax is not flat
             ref::Tape tape;
             auto x = ref::tensor(qkv);
             Doubles want_lse, factor;
@@ -693,10 +740,12 @@ TEST_CASE("attention, forward and backward: T around its block of queries and ar
             auto y = tape.attention(x, T, C, NH, factor, &want_lse);
             y->d.assign(dout.begin(), dout.end());
             tape.backward();
-            Floats scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(T, s.hs), NAN);  // nothing may be assumed of it
+            Floats scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(T, s.hs),
+                           NAN);  // nothing may be assumed of it
             cpu::Attention attention{B, T, C, NH};
             attention.forward(out.data(), lse.data(), qkv.data(), drop, seq0, scratch.data());
-            attention.backward(dqkv.data(), dout.data(), out.data(), qkv.data(), lse.data(), drop, seq0, scratch.data());
+            attention.backward(dqkv.data(), dout.data(), out.data(), qkv.data(), lse.data(), drop, seq0,
+                               scratch.data());
             check_close("attention: out", out, y->v, 5e-6);
             if (T > 1) check_close("attention: lse", lse, want_lse, 5e-6);
             check_close("attention: dqkv", dqkv, x->d, 5e-6);
@@ -711,11 +760,14 @@ TEST_CASE("attention, forward and backward: T around its block of queries and ar
         }
 }
 
-TEST_CASE("attention in bf16: from rounded queries, keys and values, over all tiles, with and without dropout; relative L2 6e-3") {
+TEST_CASE(
+    "attention in bf16: from rounded queries, keys and values, over all tiles, with and without dropout; "
+    "relative L2 6e-3") {
     Random r(15);
     struct {
         size_t B, T, NH, hs;
-    } shapes[] = {{1, 1, 1, 1}, {2, 3, 3, 5}, {1, 63, 2, 16}, {2, 65, 1, 33}, {1, 113, 2, 7}, {1, 300, 1, 64}};
+    } shapes[] = {{1, 1, 1, 1},   {2, 3, 3, 5},   {1, 63, 2, 16},
+                  {2, 65, 1, 33}, {1, 113, 2, 7}, {1, 300, 1, 64}};
     for (auto& s : shapes)
         for (float p : {0.0f, 0.2f}) {
             INFO("B ", s.B, " T ", s.T, " NH ", s.NH, " head ", s.hs, " p ", p);
@@ -726,7 +778,8 @@ TEST_CASE("attention in bf16: from rounded queries, keys and values, over all ti
                 std::transform(from.begin(), from.end(), values.begin(), bf16_to_float);
                 return values;
             };
-            Floats qkv = rounded(r.floats(B * T * 3 * C)), dout = rounded(r.floats(B * T * C)), lse(B * NH * T);
+            Floats qkv = rounded(r.floats(B * T * 3 * C)), dout = rounded(r.floats(B * T * C)),
+                   lse(B * NH * T);
             Floats scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(T, s.hs), NAN);
             std::vector<simd::bf16> out(B * T * C), dqkv(B * T * 3 * C);
             ref::Tape tape;
@@ -762,19 +815,23 @@ TEST_CASE("cross-entropy can leave the same gradient rounded to bf16, from the s
             for (size_t v = 0; v < V; v++) {
                 simd::bf16 got;
                 memcpy(&got, (const char*)&half[m * ld] + v * sizeof got, sizeof got);
-                wrong += got != float_to_bf16(logits[m * ld + v]) && std::fabs(logits[m * ld + v]) > 1e-37f;  // denormals may become 0
+                wrong += got != float_to_bf16(logits[m * ld + v]) &&
+                         std::fabs(logits[m * ld + v]) > 1e-37f;  // denormals may become 0
             }
         CHECK(wrong == 0);
     }
 }
 
-TEST_CASE("cross-entropy: loss and gradient with ignored targets, logits of any size, and nothing beside them touched; relative L2 1e-6") {
+TEST_CASE(
+    "cross-entropy: loss and gradient with ignored targets, logits of any size, and nothing beside them "
+    "touched; relative L2 1e-6") {
     Random r(13);
     for (size_t V : {1, 2, 3, 16, 97, 500}) {
         const size_t M = 23, ld = V + 5;
         INFO("V ", V);
         Floats logits = r.floats(M * ld, 3), losses(M), losses_only(M);
-        for (size_t v = 0; v < V; v++) logits[1 * ld + v] += 1e4f, logits[2 * ld + v] -= 1e4f, logits[3 * ld + v] *= 200;
+        for (size_t v = 0; v < V; v++)
+            logits[1 * ld + v] += 1e4f, logits[2 * ld + v] -= 1e4f, logits[3 * ld + v] *= 200;
         Tokens targets = r.targets(M, (int)V);
         targets[5] = -1, targets[6] = -1;
         const float dscale = 0.037f;
@@ -815,18 +872,24 @@ namespace {
 struct Batch {
     size_t B, T;
     Tokens tokens, targets;
-    Batch(Random& r, size_t B_, size_t T_, int V) : B(B_), T(T_), tokens(r.tokens(B_ * T_, V)), targets(r.targets(B_ * T_, V)) {}
+    Batch(Random& r, size_t B_, size_t T_, int V)
+        : B(B_), T(T_), tokens(r.tokens(B_ * T_, V)), targets(r.targets(B_ * T_, V)) {}
     size_t counted() const { return count_targets(targets); }
-    double forward(cpu::GPT2& m, const Pass& pass = {}) const { return m.forward(tokens.data(), targets.data(), B, T, pass); }
+    double forward(cpu::GPT2& m, const Pass& pass = {}) const {
+        return m.forward(tokens.data(), targets.data(), B, T, pass);
+    }
 };
 
 std::string variant(const Config& c, float dropout) {
-    return strf("%s, %s, dropout %g", c.arch == GPT2_ARCH ? "GPT-2" : "GROVER", c.activation == GELU_TANH ? "tanh" : "erf", dropout);
+    return strf("%s, %s, dropout %g", c.arch == GPT2_ARCH ? "GPT-2" : "GROVER",
+                c.activation == GELU_TANH ? "tanh" : "erf", dropout);
 }
 
 }  // namespace
 
-TEST_CASE("the reference's gradients are its loss's central differences, 40 parameters of each tensor, relative L2 1e-6") {
+TEST_CASE(
+    "the reference's gradients are its loss's central differences, 40 parameters of each tensor, relative L2 "
+    "1e-6") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF})
             for (float dropout : {0.0f, 0.2f}) {
@@ -846,24 +909,29 @@ TEST_CASE("the reference's gradients are its loss's central differences, 40 para
                     Doubles difference, gradient;
                     for (int k = 0; k < 40; k++) {
                         ref::Tensor& w = *want.w[i][r.below(table[i].layers)];
-                        size_t j = r.below(i == WPE ? 7 * 12 : w.v.size());  // of wpe and wte, what the batch uses
+                        size_t j =
+                            r.below(i == WPE ? 7 * 12 : w.v.size());  // of wpe and wte, what the batch uses
                         if (i == WTE) j = (size_t)batch.tokens[r.below(14)] * 12 + j % 12;
                         double at = w.v[j], h = 1e-5, loss[2];
                         for (int side = 0; side < 2; side++) {
                             w.v[j] = at + (side ? h : -h);
-                            loss[side] = (double)batch.counted() * want.loss(batch.tokens, batch.targets, batch.B, batch.T, pass, false);
+                            loss[side] = (double)batch.counted() * want.loss(batch.tokens, batch.targets,
+                                                                             batch.B, batch.T, pass, false);
                         }
                         w.v[j] = at;
                         difference.push_back((loss[1] - loss[0]) / (2 * h)), gradient.push_back(w.d[j]);
                     }
-                    check_close(strf("finite differences, reference: %s", table[i].name), gradient.data(), difference.data(), 40, 1e-6);
+                    check_close(strf("finite differences, reference: %s", table[i].name), gradient.data(),
+                                difference.data(), 40, 1e-6);
                 }
             }
 }
 
-// fp32 rounds the loss, so a single parameter's difference says little. Along a tensor's gradient the loss changes
-// most; and along a random direction it must change as the gradient says.
-TEST_CASE("the fp32 model's gradients are its own loss's central differences along two directions of each tensor, within 1e-3") {
+// fp32 rounds the loss, so a single parameter's difference says little. Along a tensor's gradient the loss
+// changes most; and along a random direction it must change as the gradient says.
+TEST_CASE(
+    "the fp32 model's gradients are its own loss's central differences along two directions of each tensor, "
+    "within 1e-3") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         Config c = config(2, 3, 48, 97, 40, arch, arch == GPT2_ARCH ? GELU_TANH : GELU_ERF);
         cpu::GPT2 m(c, 3, 37, true);
@@ -882,16 +950,19 @@ TEST_CASE("the fp32 model's gradients are its own loss's central differences alo
             for (size_t j = off[i]; j < off[i + 1]; j++) norm += (double)g[j] * g[j];
             norm = std::sqrt(norm);
             for (bool random : {false, true}) {
-                // The random direction has the gradient's elements, one in four turned around, and some noise.
+                // The random direction has the gradient's elements, one in four turned around, and some
+                // noise.
                 Doubles direction(table[i].size());
                 double slope = 0, length = 0, root = std::sqrt((double)direction.size());
                 for (size_t j = 0; j < direction.size(); j++) {
                     direction[j] = g[off[i] + j] / norm;
-                    if (random) direction[j] = (r.below(4) ? direction[j] : -direction[j]) + 0.02 * r.normal() / root;
+                    if (random)
+                        direction[j] = (r.below(4) ? direction[j] : -direction[j]) + 0.02 * r.normal() / root;
                     if (i == WTE && j >= (size_t)c.V * c.C) direction[j] = 0;
                     length += direction[j] * direction[j];
                 }
-                for (size_t j = 0; j < direction.size(); j++) direction[j] /= std::sqrt(length), slope += direction[j] * g[off[i] + j];
+                for (size_t j = 0; j < direction.size(); j++)
+                    direction[j] /= std::sqrt(length), slope += direction[j] * g[off[i] + j];
                 auto difference = [&](double h) {
                     double loss[2];
                     for (int side = 0; side < 2; side++) {
@@ -904,7 +975,8 @@ TEST_CASE("the fp32 model's gradients are its own loss's central differences alo
                     set_piece(m, PARAMS, w);
                     return (loss[1] - loss[0]) / (2 * h);
                 };
-                double h = 0.005, measured = (4 * difference(h) - difference(2 * h)) / 3;  // Richardson: no h^2 term
+                double h = 0.005,
+                       measured = (4 * difference(h) - difference(2 * h)) / 3;  // Richardson: no h^2 term
                 double error = std::fabs(measured - slope) / norm;
                 note("finite differences, fp32 (of the norm)", error, 1e-3);
                 CHECK_MESSAGE(error <= 1e-3, "slope ", measured, ", the gradient says ", slope, " of ", norm);
@@ -919,8 +991,10 @@ TEST_CASE("the fp32 model's gradients are its own loss's central differences alo
 namespace {
 
 // Loss, logits and all gradients of one training pass, layer by layer.
-void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t seed, uint64_t seq0, int recompute = 0) {
-    INFO(variant(c, dropout), ", L ", c.L, " NH ", c.NH, " C ", c.C, " V ", c.V, " B ", B, " T ", T, " eps ", c.eps, " recompute ", recompute);
+void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t seed, uint64_t seq0,
+                 int recompute = 0) {
+    INFO(variant(c, dropout), ", L ", c.L, " NH ", c.NH, " C ", c.C, " V ", c.V, " B ", B, " T ", T, " eps ",
+         c.eps, " recompute ", recompute);
     cpu::GPT2 m(c, B, T, true, recompute);
     randomise(m, seed);
     m.dropout = dropout, m.seed = seed + ((uint64_t)1 << 40);
@@ -954,20 +1028,27 @@ void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t se
 
 }  // namespace
 
-TEST_CASE("the whole model: loss, logits and all 16 gradients, GPT-2 and GROVER, both GELUs, dropout on and off; relative L2 1e-5") {
+TEST_CASE(
+    "the whole model: loss, logits and all 16 gradients, GPT-2 and GROVER, both GELUs, dropout on and off; "
+    "relative L2 1e-5") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF})
-            for (float dropout : {0.0f, 0.2f}) check_model(config(2, 3, 48, 97, 40, arch, activation), 3, 37, dropout, 30, 6);
+            for (float dropout : {0.0f, 0.2f})
+                check_model(config(2, 3, 48, 97, 40, arch, activation), 3, 37, dropout, 30, 6);
 }
 
-TEST_CASE("the whole model at other odd sizes: one token, one head, a head of one channel, several blocks of queries; relative L2 1e-5") {
+TEST_CASE(
+    "the whole model at other odd sizes: one token, one head, a head of one channel, several blocks of "
+    "queries; relative L2 1e-5") {
     check_model(config(1, 5, 20, 2, 1), 2, 1, 0.0f, 31, 0);
     check_model(config(3, 1, 36, 300, 101), 1, 101, 0.2f, 32, 0);
     check_model(config(1, 9, 9, 131, 20, GROVER_ARCH), 5, 13, 0.2f, 33, 1000);
     check_model(config(2, 7, 77, 33, 99, GROVER_ARCH, GELU_ERF), 2, 99, 0.0f, 34, 0);
 }
 
-TEST_CASE("the whole model with LayerNorm's epsilon at 1e-12, 1e-3 and 0.1, whatever backward computes again; relative L2 1e-5") {
+TEST_CASE(
+    "the whole model with LayerNorm's epsilon at 1e-12, 1e-3 and 0.1, whatever backward computes again; "
+    "relative L2 1e-5") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (float eps : {1e-12f, 1e-3f, 0.1f})
             for (int recompute : {0, 1, 2, 3}) {
@@ -1009,7 +1090,8 @@ TEST_CASE("evaluation: no dropout, no gradient, and the same loss whether or not
         double first = batch.forward(trainer_, pass);
         trainer_.backward();
         Floats g = gradients(trainer_);
-        double loss = batch.forward(trainer_), want = ref::Model(evaluator).loss(batch.tokens, batch.targets, 3, 37, Pass{}, false);
+        double loss = batch.forward(trainer_),
+               want = ref::Model(evaluator).loss(batch.tokens, batch.targets, 3, 37, Pass{}, false);
         check_close("model, loss", loss, want, 1e-6);
         CHECK(loss == batch.forward(evaluator));
         CHECK(same_bits(g, gradients(trainer_)));
@@ -1039,7 +1121,9 @@ TEST_CASE("four micro-batches have the gradient of one big batch, dropout and al
             big.backward();
             for (size_t i = 0; i < 4; i++) {
                 size_t at = i * each * 37;
-                mean += small.forward(&batch.tokens[at], &batch.targets[at], each, 37, training_pass(4 * each * 37, 3, i * each)) / 4;
+                mean += small.forward(&batch.tokens[at], &batch.targets[at], each, 37,
+                                      training_pass(4 * each * 37, 3, i * each)) /
+                        4;
                 small.backward();
             }
             check_close("micro-batches: loss", mean, loss, 1e-6);
@@ -1052,7 +1136,8 @@ TEST_CASE("four micro-batches have the gradient of one big batch, dropout and al
         }
 }
 
-TEST_CASE("what backward computes again instead of keeping it changes no loss and no gradient; relative L2 1e-6") {
+TEST_CASE(
+    "what backward computes again instead of keeping it changes no loss and no gradient; relative L2 1e-6") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF}) {
             Config c = config(3, 3, 51, 97, 40, arch, activation);
@@ -1067,7 +1152,8 @@ TEST_CASE("what backward computes again instead of keeping it changes no loss an
                 m.dropout = 0.2f;
                 Doubles now = {batch.forward(m, training_pass(batch.counted()))};
                 m.backward();
-                now.push_back(batch.forward(m)), now.push_back(next.forward(m, training_pass(batch.counted(), 4, 3)));
+                now.push_back(batch.forward(m)),
+                    now.push_back(next.forward(m, training_pass(batch.counted(), 4, 3)));
                 m.backward();
                 if (!recompute) want = gradients(m), losses = now;
                 CHECK(now == losses);
@@ -1094,7 +1180,9 @@ TEST_CASE("the head in several chunks of rows equals the head in one; relative L
         cpu::GPT2 m(c, 1, 35, true);
         randomise(m, 43);
         for (size_t b = 0; b < 2; b++) {
-            want_loss += m.forward(&batch.tokens[b * 35], &batch.targets[b * 35], 1, 35, training_pass(70, 3, b)) * (double)counted[b];
+            want_loss +=
+                m.forward(&batch.tokens[b * 35], &batch.targets[b * 35], 1, 35, training_pass(70, 3, b)) *
+                (double)counted[b];
             m.backward();
         }
         want = gradients(m);
@@ -1108,11 +1196,13 @@ TEST_CASE("the head in several chunks of rows equals the head in one; relative L
     auto off = param_offsets(c);
     Floats got = gradients(m);
     for (int i = 0; i < NUM_PARAMS; i++)
-        check_close(strf("chunked head: %s", table[i].name), &got[off[i]], &want[off[i]],
-                    table[i].size(), 1e-5);
+        check_close(strf("chunked head: %s", table[i].name), &got[off[i]], &want[off[i]], table[i].size(),
+                    1e-5);
 }
 
-TEST_CASE("losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, over training steps with dropout") {
+TEST_CASE(
+    "losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, over training steps "
+    "with dropout") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         struct {
             Floats params, moments;
@@ -1148,21 +1238,27 @@ TEST_CASE("losses, gradients' norms and weights have the same bits with 1, 2, 3 
 
 TEST_CASE("what is too large to address is refused in one line, and what fits is counted") {
     Config c = config(2, 3, 48, 97, 40);
-    const size_t absurd[][2] = {{SIZE_MAX / 2, 37}, {(size_t)1 << 40, 1 << 20}, {SIZE_MAX / 48, 1}, {1, SIZE_MAX / 1000}};
+    const size_t absurd[][2] = {{SIZE_MAX / 2, 37},
+                                {(size_t)1 << 40, 1 << 20},
+                                {SIZE_MAX / 48, 1},
+                                {1, SIZE_MAX / 1000}};
     for (auto& batch : absurd) {
         const size_t B = batch[0], T = batch[1];
         std::string e = error_of([&] { cpu::GPT2::memory_need(c, B, T, true); });
         CHECK_MESSAGE((contains(e, "address") && !contains(e, "\n")), B, " x ", T, ": ", e);
     }
-    CHECK(contains(error_of([&] { cpu::GPT2 m(config(2, 5, 48, 97, 40), 1, 1, true); }), "model: C is 48, wanted a multiple of NH = 5"));
-    MemoryNeed trains = cpu::GPT2::memory_need(c, 3, 37, true), reads = cpu::GPT2::memory_need(c, 3, 37, false);
+    CHECK(contains(error_of([&] { cpu::GPT2 m(config(2, 5, 48, 97, 40), 1, 1, true); }),
+                   "model: C is 48, wanted a multiple of NH = 5"));
+    MemoryNeed trains = cpu::GPT2::memory_need(c, 3, 37, true),
+               reads = cpu::GPT2::memory_need(c, 3, 37, false);
     CHECK(trains.params == num_params(c) * 4);
     CHECK(trains.grads == trains.params);
     CHECK(trains.optimizer == 2 * trains.params);
     CHECK(reads.grads + reads.optimizer == 0);
     CHECK(reads.activations < trains.activations);
     CHECK(cpu::GPT2::memory_need(c, 3, 37, true, 1).activations < trains.activations);
-    CHECK(cpu::GPT2::memory_need(c, 3, 37, true, 2).activations < cpu::GPT2::memory_need(c, 3, 37, true, 1).activations);
+    CHECK(cpu::GPT2::memory_need(c, 3, 37, true, 2).activations <
+          cpu::GPT2::memory_need(c, 3, 37, true, 1).activations);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -1172,7 +1268,10 @@ TEST_CASE("the parameter table has GPT-2's tensors, and presets have the publish
     struct {
         const char* name;
         size_t params;  // published, vocabulary of 50257
-    } published[] = {{"gpt2", 124439808}, {"gpt2-medium", 354823168}, {"gpt2-large", 774030080}, {"gpt2-xl", 1557611200}};
+    } published[] = {{"gpt2", 124439808},
+                     {"gpt2-medium", 354823168},
+                     {"gpt2-large", 774030080},
+                     {"gpt2-xl", 1557611200}};
     for (auto& p : published) {
         Config c = preset_config(p.name);
         CHECK(num_params(c) - (size_t)(c.Vp - c.V) * c.C == p.params);
@@ -1260,7 +1359,9 @@ TEST_CASE("a model's tensors, by name, by number and layer, and as pieces, are t
     CHECK(wrong == 0);
 }
 
-TEST_CASE("initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), biases 0, LayerNorm 1, padding 0") {
+TEST_CASE(
+    "initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), biases 0, LayerNorm 1, padding "
+    "0") {
     Config c = config(3, 4, 96, 200, 64);
     cpu::GPT2 m(c, 0, 0, false), same(c, 0, 0, false), other(c, 0, 0, false);
     {
@@ -1284,18 +1385,24 @@ TEST_CASE("initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L))
         }
         size_t n = i == WTE ? 200 * 96 : table[i].size();
         double sum = 0, squares = 0, fourth = 0, want = residual ? 0.02 / std::sqrt(6.0) : 0.02;
-        for (size_t j = 0; j < n; j++) sum += w[j], squares += (double)w[j] * w[j], fourth += std::pow(w[j] / want, 4);
-        double mean = sum / (double)n, deviation = std::sqrt(squares / (double)n), error = 5 / std::sqrt((double)n);
+        for (size_t j = 0; j < n; j++)
+            sum += w[j], squares += (double)w[j] * w[j], fourth += std::pow(w[j] / want, 4);
+        double mean = sum / (double)n, deviation = std::sqrt(squares / (double)n),
+               error = 5 / std::sqrt((double)n);
         CHECK(std::fabs(mean) < want * error);
         CHECK(std::fabs(deviation / want - 1) < error);
         CHECK(std::fabs(fourth / (double)n - 3) < 10 * error);  // of a normal distribution
         CHECK(std::all_of(w + n, w + table[i].size(), [](float f) { return f == 0; }));
-        for (size_t l = 1; l < table[i].layers; l++) CHECK(memcmp(w, w + l * table[i].per_layer(), 64));  // no two layers alike
+        for (size_t l = 1; l < table[i].layers; l++)
+            CHECK(memcmp(w, w + l * table[i].per_layer(), 64));  // no two layers alike
     }
 }
 
-// bf16 keeps 8 bits: operands are off by up to 1/256, 1/600 in the mean, and errors of many terms average out.
-TEST_CASE("bf16: loss, logits and gradients are fp32's within rounding: 1e-3, and relative L2 1e-2 of each tensor") {
+// bf16 keeps 8 bits: operands are off by up to 1/256, 1/600 in the mean, and errors of many terms average
+// out.
+TEST_CASE(
+    "bf16: loss, logits and gradients are fp32's within rounding: 1e-3, and relative L2 1e-2 of each "
+    "tensor") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (float dropout : {0.0f, 0.2f}) {
             Config c = config(2, 3, 51, 97, 70, arch, arch == GPT2_ARCH ? GELU_TANH : GELU_ERF);
@@ -1322,7 +1429,9 @@ TEST_CASE("bf16: loss, logits and gradients are fp32's within rounding: 1e-3, an
         }
 }
 
-TEST_CASE("bf16: losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, and after recomputation") {
+TEST_CASE(
+    "bf16: losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, and after "
+    "recomputation") {
     Floats first;
     for (int threads : {1, 2, 3, 4}) {
         Threads guard(threads);
@@ -1334,7 +1443,8 @@ TEST_CASE("bf16: losses, gradients' norms and weights have the same bits with 1,
         Floats seen;
         for (uint32_t step = 0; step < 3; step++) {
             Batch batch(r, 3, step % 2 ? 37 : 101, c.V);
-            m.accumulate(batch.tokens.data(), batch.targets.data(), 3, batch.T, training_pass(batch.counted(), step));
+            m.accumulate(batch.tokens.data(), batch.targets.data(), 3, batch.T,
+                         training_pass(batch.counted(), step));
             StepResult s = m.step(AdamW(), step + 1);
             seen.push_back((float)s.loss), seen.push_back((float)s.norm);
         }
@@ -1351,7 +1461,9 @@ TEST_CASE("bf16 without fp32 master weights is refused by the flag's name") {
     cpu::GPT2::check_precision(Precision{BF16, true}), cpu::GPT2::check_precision(Precision{FP32, false});
 }
 
-TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER, fp32 and bf16") {
+TEST_CASE(
+    "training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER, fp32 "
+    "and bf16") {
     const int V = 12, T = 16, B = 4;
     const char* text = "abcabdabcabeffgahiabcjkl";
     Tokens ids;
@@ -1366,7 +1478,8 @@ TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in
                 Tokens x, y;
                 for (int b = 0; b < B; b++) {
                     size_t at = r.below(ids.size() - T - 1);
-                    x.insert(x.end(), &ids[at], &ids[at] + T), y.insert(y.end(), &ids[at + 1], &ids[at + 1] + T);
+                    x.insert(x.end(), &ids[at], &ids[at] + T),
+                        y.insert(y.end(), &ids[at + 1], &ids[at + 1] + T);
                 }
                 loss = m.forward(x.data(), y.data(), B, T, training_pass(B * T, step));
                 m.backward();
@@ -1385,9 +1498,13 @@ TEST_CASE("training on a small repetitive text: from ln V to a loss below 0.5 in
 // ---------------------------------------------------------------------------------------------
 // The optimizer
 
-TEST_CASE("AdamW follows its formulas over six steps; decays only matrices and embeddings; leaves gradients and padding zero") {
+TEST_CASE(
+    "AdamW follows its formulas over six steps; decays only matrices and embeddings; leaves gradients and "
+    "padding zero") {
     Config c = config(2, 3, 12, 23, 9);
-    auto decays = [](int i) { return i == WTE || i == WPE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW; };
+    auto decays = [](int i) {
+        return i == WTE || i == WPE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW;
+    };
     cpu::GPT2 m(c, 1, 1, true);
     randomise(m, 50);
     auto off = param_offsets(c);
@@ -1410,7 +1527,8 @@ TEST_CASE("AdamW follows its formulas over six steps; decays only matrices and e
             double gj = (double)g[j] * scale, b1 = a.beta1, b2 = a.beta2;
             m1[j] = b1 * m1[j] + (1 - b1) * gj, m2[j] = b2 * m2[j] + (1 - b2) * gj * gj;
             double m_hat = m1[j] / (1 - std::pow(b1, t)), v_hat = m2[j] / (1 - std::pow(b2, t));
-            w[j] -= a.lr * (m_hat / (std::sqrt(v_hat) + a.eps) + (decays(id) ? (double)a.weight_decay * w[j] : 0));
+            w[j] -= a.lr *
+                    (m_hat / (std::sqrt(v_hat) + a.eps) + (decays(id) ? (double)a.weight_decay * w[j] : 0));
         }
         Floats got = parameters(m), left = gradients(m);
         for (int i = 0; i < NUM_PARAMS; i++)
@@ -1423,7 +1541,9 @@ TEST_CASE("AdamW follows its formulas over six steps; decays only matrices and e
     }
 }
 
-TEST_CASE("AdamW's first step is the learning rate in the gradient's direction, whatever its size: the bias is corrected") {
+TEST_CASE(
+    "AdamW's first step is the learning rate in the gradient's direction, whatever its size: the bias is "
+    "corrected") {
     cpu::GPT2 m(config(1, 1, 4, 3, 2), 1, 1, true);
     size_t n = num_params(m.cfg);
     Floats g(n);
@@ -1493,7 +1613,9 @@ TEST_CASE("the gradients' norm is that of all parameters, past the borders of it
     CHECK(std::isnan(m.grad_norm()));
 }
 
-TEST_CASE("the norm that backward sums on its way is that of the gradients, after one batch, two, and a change by hand; relative 1e-12") {
+TEST_CASE(
+    "the norm that backward sums on its way is that of the gradients, after one batch, two, and a change by "
+    "hand; relative 1e-12") {
     for (int L : {1, 3})
         for (Dtype dtype : {FP32, BF16}) {
             cpu::GPT2 m(config(L, 3, 69, 97, 40), 2, 40, true, 0, Precision{dtype, true});
@@ -1519,7 +1641,9 @@ TEST_CASE("the norm that backward sums on its way is that of the gradients, afte
         }
 }
 
-TEST_CASE("clipping: a gradient longer than the limit counts as one of the limit's length, a shorter one as it is") {
+TEST_CASE(
+    "clipping: a gradient longer than the limit counts as one of the limit's length, a shorter one as it "
+    "is") {
     for (double length : {5.0, 0.5}) {
         cpu::GPT2 m(config(1, 1, 4, 3, 2), 1, 1, true);
         size_t n = num_params(m.cfg);
@@ -1537,8 +1661,12 @@ TEST_CASE("clipping: a gradient longer than the limit counts as one of the limit
     }
 }
 
-TEST_CASE("learning-rate schedules: linear warm-up, then constant, cosine, linear or wsd to the end; unknown names are refused") {
-    auto lr = [](const char* schedule, int step) { return trainer::learning_rate(schedule, 2.0, step, 10, 110, 0.1); };
+TEST_CASE(
+    "learning-rate schedules: linear warm-up, then constant, cosine, linear or wsd to the end; unknown names "
+    "are refused") {
+    auto lr = [](const char* schedule, int step) {
+        return trainer::learning_rate(schedule, 2.0, step, 10, 110, 0.1);
+    };
     for (const char* schedule : {"constant", "cosine", "linear", "wsd"}) {
         INFO(schedule);
         CHECK(lr(schedule, 0) == doctest::Approx(0.2));
@@ -1550,11 +1678,13 @@ TEST_CASE("learning-rate schedules: linear warm-up, then constant, cosine, linea
         CHECK(lr(schedule, 1000) == doctest::Approx(end));  // and stays there
         for (int step = 10; step < 110; step++) CHECK(lr(schedule, step + 1) <= lr(schedule, step));
         CHECK(trainer::learning_rate(schedule, 2.0, 0, 0, 100, 0.1) == doctest::Approx(2.0));  // no warm-up
-        CHECK(trainer::learning_rate(schedule, 2.0, 99, 200, 100, 0.1) == doctest::Approx(1.0));  // nothing but warm-up
+        CHECK(trainer::learning_rate(schedule, 2.0, 99, 200, 100, 0.1) ==
+              doctest::Approx(1.0));  // nothing but warm-up
     }
     CHECK(lr("constant", 60) == 2.0);
-    CHECK(lr("cosine", 60) == doctest::Approx(1.1));                              // half way between 2 and 0.2
-    CHECK(lr("cosine", 35) == doctest::Approx(0.2 + 1.8 * 0.5 * (1 + std::sqrt(0.5))));  // a quarter of the way: cos 45 degrees
+    CHECK(lr("cosine", 60) == doctest::Approx(1.1));  // half way between 2 and 0.2
+    CHECK(lr("cosine", 35) ==
+          doctest::Approx(0.2 + 1.8 * 0.5 * (1 + std::sqrt(0.5))));  // a quarter of the way: cos 45 degrees
     CHECK(lr("linear", 60) == doctest::Approx(1.1));
     CHECK(lr("linear", 35) == doctest::Approx(1.55));
     CHECK(lr("wsd", 60) == 2.0);
@@ -1562,14 +1692,17 @@ TEST_CASE("learning-rate schedules: linear warm-up, then constant, cosine, linea
     CHECK(lr("wsd", 99) == doctest::Approx(0.2 + 1.8 * (1 - std::sqrt(0.5))));
     for (const char* unknown : {"", "cosin", "Cosine"}) {
         std::string e = error_of([&] { trainer::learning_rate(unknown, 1, 0, 0, 1, 0); });
-        CHECK(contains(e, "--lr_schedule: '" + std::string(unknown) + "' is unknown; known are constant, cosine, linear, wsd"));
+        CHECK(contains(e, "--lr_schedule: '" + std::string(unknown) +
+                              "' is unknown; known are constant, cosine, linear, wsd"));
     }
 }
 
 // ---------------------------------------------------------------------------------------------
 // Generation
 
-TEST_CASE("the decoder's logits are the full forward pass's after every prefix, in chunks of any size; relative L2 1e-5") {
+TEST_CASE(
+    "the decoder's logits are the full forward pass's after every prefix, in chunks of any size; relative L2 "
+    "1e-5") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF}) {
             const size_t N = 3, T = 140;
@@ -1592,20 +1725,25 @@ TEST_CASE("the decoder's logits are the full forward pass's after every prefix, 
                 for (size_t t = 0, n; t < T; t += n) {
                     n = std::min(T - t, chunk ? chunk : 1 + r.below(70));
                     Tokens next;
-                    for (size_t s = 0; s < N; s++) next.insert(next.end(), &batch.tokens[s * T + t], &batch.tokens[s * T + t] + n);
+                    for (size_t s = 0; s < N; s++)
+                        next.insert(next.end(), &batch.tokens[s * T + t], &batch.tokens[s * T + t] + n);
                     const float* logits = decoder.append(next.data(), n);
                     CHECK(decoder.length() == t + n);
                     for (size_t s = 0; s < N; s++)
-                        check_close("decoder, logits", logits + s * V, &want[(s * T + t + n - 1) * V], V, 1e-5);
+                        check_close("decoder, logits", logits + s * V, &want[(s * T + t + n - 1) * V], V,
+                                    1e-5);
                 }
                 CHECK_THROWS_AS(decoder.append(batch.tokens.data(), 1), std::logic_error);
             }
-            CHECK(cpu::Decoder(m, 1, 1000).capacity() == 150);  // never more than the positions the model knows
+            CHECK(cpu::Decoder(m, 1, 1000).capacity() ==
+                  150);  // never more than the positions the model knows
         }
 }
 
 // As for training in bf16: operands are off by up to 1/256, and the errors of many terms average out.
-TEST_CASE("a decoder in bf16 is the fp32 decoder with rounded weights, within the rounding of what they multiply; relative L2 1e-2") {
+TEST_CASE(
+    "a decoder in bf16 is the fp32 decoder with rounded weights, within the rounding of what they multiply; "
+    "relative L2 1e-2") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         Config c = config(2, 3, 51, 97, 40, arch);
         cpu::GPT2 full(c, 0, 0, false), half(c, 0, 0, false, 0, Precision{BF16, true});
@@ -1620,8 +1758,10 @@ TEST_CASE("a decoder in bf16 is the fp32 decoder with rounded weights, within th
         Tokens tokens = r.tokens(N * T, c.V);
         for (size_t at = 0, n = 5; at < T; at += n, n = 1) {  // a prompt, then token by token
             Tokens next;
-            for (size_t s = 0; s < N; s++) next.insert(next.end(), &tokens[s * T + at], &tokens[s * T + at] + n);
-            check_close("bf16 decoder, logits", b.append(next.data(), n), a.append(next.data(), n), N * (size_t)c.V, 1e-2);
+            for (size_t s = 0; s < N; s++)
+                next.insert(next.end(), &tokens[s * T + at], &tokens[s * T + at] + n);
+            check_close("bf16 decoder, logits", b.append(next.data(), n), a.append(next.data(), n),
+                        N * (size_t)c.V, 1e-2);
         }
     }
 }
@@ -1646,7 +1786,9 @@ TEST_CASE("a decoder opened from a file is one of a model with the file's parame
     }
 }
 
-TEST_CASE("a sequence's logits have the same bits however many are written beside it, and with any number of threads, fp32 and bf16") {
+TEST_CASE(
+    "a sequence's logits have the same bits however many are written beside it, and with any number of "
+    "threads, fp32 and bf16") {
     Config c = config(2, 3, 51, 97, 80);  // an odd width, so that no vector divides a row
     cpu::GPT2 full(c, 0, 0, false);
     randomise(full, 61);
@@ -1690,7 +1832,8 @@ struct CountingDecoder : ::Decoder {
         held += n, appended.push_back(n);
         REQUIRE(held <= limit);
         for (size_t s = 0; s < N; s++)
-            for (int v = 0; v < 100; v++) logits[s * 100 + (size_t)v] = v == (tokens[s * n + n - 1] + 1) % 100 ? 50.0f : 0.0f;
+            for (int v = 0; v < 100; v++)
+                logits[s * 100 + (size_t)v] = v == (tokens[s * n + n - 1] + 1) % 100 ? 50.0f : 0.0f;
         return logits.data();
     }
 };
@@ -1702,22 +1845,26 @@ TEST_CASE("generate goes on past the context with its second half, and computes 
     std::vector<Tokens> out(2);
     SampleOptions greedy;
     greedy.temperature = 0;
-    generate(decoder, 2, {10, 11, 12}, 100, 99, 20, 1, greedy, [&](size_t s, int token) { out[s].push_back(token); });
+    generate(decoder, 2, {10, 11, 12}, 100, 99, 20, 1, greedy,
+             [&](size_t s, int token) { out[s].push_back(token); });
     for (auto& text : out) {
         REQUIRE(text.size() == 20);
         for (int i = 0; i < 20; i++) CHECK(text[(size_t)i] == 13 + i);
     }
     // The prompt, five single tokens until 8 are held, then 4 of the last and four single ones, and so on.
-    CHECK(decoder.appended == std::vector<size_t>{3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1});
+    CHECK(decoder.appended ==
+          std::vector<size_t>{3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1});
     CHECK(decoder.resets_at == std::vector<size_t>{0, 6, 11, 16});
 
     CountingDecoder one(1, 1);  // even a context of one token works
     Tokens text;
     generate(one, 1, {5}, 100, 99, 4, 1, greedy, [&](size_t, int token) { text.push_back(token); });
     CHECK(text == Tokens{6, 7, 8, 9});
-    std::string e = error_of([&] { generate(decoder, 2, Tokens(9, 1), 100, 99, 1, 1, greedy, [](size_t, int) {}); });
+    std::string e =
+        error_of([&] { generate(decoder, 2, Tokens(9, 1), 100, 99, 1, 1, greedy, [](size_t, int) {}); });
     CHECK(contains(e, "the prompt has 9 tokens, the context takes 1 to 8"));
-    CHECK(contains(error_of([&] { generate(decoder, 2, {}, 100, 99, 1, 1, greedy, [](size_t, int) {}); }), "the prompt has 0 tokens"));
+    CHECK(contains(error_of([&] { generate(decoder, 2, {}, 100, 99, 1, 1, greedy, [](size_t, int) {}); }),
+                   "the prompt has 0 tokens"));
 }
 
 TEST_CASE("generate ends a sequence at end-of-text, shows nothing of it, and stops when all have ended") {
@@ -1747,7 +1894,9 @@ TEST_CASE("generate ends a sequence at end-of-text, shows nothing of it, and sto
     CHECK(longest < 100);  // one in five tokens ends it
 }
 
-TEST_CASE("generated text is what the full forward pass would choose, past the context too, and depends neither on its neighbours nor on the number of threads") {
+TEST_CASE(
+    "generated text is what the full forward pass would choose, past the context too, and depends neither on "
+    "its neighbours nor on the number of threads") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         const size_t capacity = 16;
         Config c = config(2, 3, 48, 40, (int)capacity, arch);
@@ -1758,7 +1907,8 @@ TEST_CASE("generated text is what the full forward pass would choose, past the c
             SampleOptions o;
             o.temperature = temperature, o.top_k = 20, o.top_p = 0.95f;
             std::vector<Tokens> out(N);
-            generate(decoder, N, {1, 2, 3}, c.V, -1, 50, seed, o, [&](size_t s, int token) { out[s].push_back(token); });
+            generate(decoder, N, {1, 2, 3}, c.V, -1, 50, seed, o,
+                     [&](size_t s, int token) { out[s].push_back(token); });
             return out;
         };
         auto one = write(1, 5, 1), five = write(5, 5, 1), again = write(5, 5, 1), other = write(5, 6, 1);
@@ -1776,7 +1926,8 @@ TEST_CASE("generated text is what the full forward pass would choose, past the c
         Tokens window = {1, 2, 3}, want, unused(capacity, 0);
         Floats logits(capacity * (size_t)c.V);
         for (int i = 0; i < 50; i++) {
-            if (window.size() > capacity) window.erase(window.begin(), window.end() - (ptrdiff_t)capacity / 2);
+            if (window.size() > capacity)
+                window.erase(window.begin(), window.end() - (ptrdiff_t)capacity / 2);
             m.forward(window.data(), unused.data(), 1, window.size());
             m.logits(logits.data());
             const float* last = &logits[(window.size() - 1) * (size_t)c.V];
@@ -1794,7 +1945,7 @@ TEST_CASE("the sampler draws from softmax(logits / temperature) cut to top_k, th
         float temperature;
         int top_k;
         float top_p;
-    } cases[] = {{1, 0, 1},   {0.5f, 0, 1}, {2, 0, 1},       {1, 3, 1}, {1, 1, 1},     {1, 100, 1},
+    } cases[] = {{1, 0, 1},    {0.5f, 0, 1}, {2, 0, 1},       {1, 3, 1}, {1, 1, 1},     {1, 100, 1},
                  {1, 0, 0.5f}, {1, 0, 0.9f}, {0.8f, 5, 0.7f}, {1, 0, 0}, {3, 4, 0.999f}};
     Sampler sampler;
     for (auto& o : cases) {
@@ -1827,7 +1978,9 @@ TEST_CASE("the sampler draws from softmax(logits / temperature) cut to top_k, th
     }
 }
 
-TEST_CASE("the sampler: temperature 0 takes the most likely token; each token owns its share of u, after a cut by likelihood") {
+TEST_CASE(
+    "the sampler: temperature 0 takes the most likely token; each token owns its share of u, after a cut by "
+    "likelihood") {
     Sampler sampler;
     SampleOptions o;
     const float logits[5] = {std::log(0.2f), std::log(0.4f), std::log(0.1f), std::log(0.3f), -50};
@@ -1841,7 +1994,8 @@ TEST_CASE("the sampler: temperature 0 takes the most likely token; each token ow
     struct {
         double u;
         int token;
-    } picks[] = {{0, 1}, {0.399, 1}, {0.401, 3}, {0.699, 3}, {0.701, 0}, {0.899, 0}, {0.901, 2}, {1 - 0x1p-53, 2}};
+    } picks[] = {{0, 1},     {0.399, 1}, {0.401, 3}, {0.699, 3},
+                 {0.701, 0}, {0.899, 0}, {0.901, 2}, {1 - 0x1p-53, 2}};
     for (auto& p : picks) CHECK(sampler.pick(logits, 5, o, p.u) == p.token);
     o.top_p = 0.65f;  // 0.4 + 0.3 reach it
     CHECK(sampler.pick(logits, 5, o, 0.57) == 1);
@@ -1858,24 +2012,28 @@ TEST_CASE("the sampler: temperature 0 takes the most likely token; each token ow
     CHECK(sampler.pick(far, 1, o, 0.5) == 0);  // a vocabulary of one
 }
 
-TEST_CASE("the sampler: of a large vocabulary top_p draws what it would from all tokens in order of likelihood") {
+TEST_CASE(
+    "the sampler: of a large vocabulary top_p draws what it would from all tokens in order of likelihood") {
     const int V = 5000;
     for (double sd : {0.0, 1.0, 3.0, 5.0}) {  // from flat to peaked
         Floats logits = Random(73).floats(V, sd);
         std::vector<int> order(V);
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[(size_t)a] > logits[(size_t)b]; });
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int a, int b) { return logits[(size_t)a] > logits[(size_t)b]; });
         double total = 0;
         for (float l : logits) total += std::exp((double)l);
         for (float top_p : {0.001f, 0.3f, 0.9f, 0.999f}) {
             INFO("standard deviation ", sd, " top_p ", top_p);
             Doubles reached;  // up to and with each token in order
-            for (double sum = 0; reached.empty() || sum < top_p * total;) reached.push_back(sum += std::exp((double)logits[(size_t)order[reached.size()]]));
+            for (double sum = 0; reached.empty() || sum < top_p * total;)
+                reached.push_back(sum += std::exp((double)logits[(size_t)order[reached.size()]]));
             SampleOptions o;
             o.temperature = 1, o.top_p = top_p;
             Sampler sampler;
             for (double u : {0.0, 0.1, 0.5, 0.77, 0.9, 0.99, 1 - 0x1p-40}) {
-                size_t i = (size_t)(std::upper_bound(reached.begin(), reached.end(), u * reached.back()) - reached.begin());
+                size_t i = (size_t)(std::upper_bound(reached.begin(), reached.end(), u * reached.back()) -
+                                    reached.begin());
                 CHECK(sampler.pick(logits.data(), V, o, u) == order[std::min(i, reached.size() - 1)]);
             }
         }
@@ -1903,7 +2061,8 @@ std::string reading_error(const std::string& path) {
 }
 
 size_t files_in(const std::string& dir) {
-    return (size_t)std::distance(std::filesystem::directory_iterator(dir), std::filesystem::directory_iterator());
+    return (size_t)std::distance(std::filesystem::directory_iterator(dir),
+                                 std::filesystem::directory_iterator());
 }
 
 // No file may grow beyond so many bytes, as on a full disk.
@@ -1936,10 +2095,10 @@ TEST_CASE("bf16 keeps every bf16 number, rounds others to the nearest, ties to e
         for (int step : {-1, 1}) wrong += std::fabs((double)bf16_to_float((uint16_t)(h + step)) - f) < error;
     }
     CHECK(wrong == 0);
-    CHECK(float_to_bf16(1.0f + 0x1p-8f) == 0x3F80);           // half way: to the even one below
+    CHECK(float_to_bf16(1.0f + 0x1p-8f) == 0x3F80);            // half way: to the even one below
     CHECK(float_to_bf16(1.0f + 0x1p-7f + 0x1p-8f) == 0x3F82);  // and above
-    CHECK(float_to_bf16(-3.4e38f) == 0xFF80);                 // overflows to infinity
-    uint32_t bits = 0x7F800001;                               // a NaN whose upper half alone would be infinity
+    CHECK(float_to_bf16(-3.4e38f) == 0xFF80);                  // overflows to infinity
+    uint32_t bits = 0x7F800001;  // a NaN whose upper half alone would be infinity
     float nan;
     memcpy(&nan, &bits, 4);
     CHECK(std::isnan(bf16_to_float(float_to_bf16(nan))));
@@ -1987,15 +2146,16 @@ TEST_CASE("model files come back bit for bit, fp32 and bf16, with llm.c's header
 
     CHECK(contains(error_of([&] { ModelWriter(dir / "x", c).finish(); }), "parameters missing"));
     CHECK(contains(error_of([&] {
-              ModelWriter w(dir / "x", c);
-              w.add(p.data(), num_params(c)), w.add(p.data(), 3);
-          }),
+                       ModelWriter w(dir / "x", c);
+                       w.add(p.data(), num_params(c)), w.add(p.data(), 3);
+                   }),
                    "3 parameters too many"));
     CHECK(!file_exists(dir / "x"));
     for (float bad : {NAN, INFINITY}) {  // a model that is no model does not replace one
         p.back() = bad;
         set_piece(m, PARAMS, p);
-        CHECK(contains(error_of([&] { trainer::save_model(m, path); }), path + ": not written, the parameters hold NaN or infinity"));
+        CHECK(contains(error_of([&] { trainer::save_model(m, path); }),
+                       path + ": not written, the parameters hold NaN or infinity"));
     }
     CHECK((read_file(path) == bytes));
     CHECK(files_in(dir.path) == 3);
@@ -2030,16 +2190,22 @@ TEST_CASE("a model file is a header and the tensors in order, and the same when 
     }
 }
 
-TEST_CASE("files as llm.c writes them, fp32 and bf16, load: seven header words, then its sixteen tensors in its order") {
+TEST_CASE(
+    "files as llm.c writes them, fp32 and bf16, load: seven header words, then its sixteen tensors in its "
+    "order") {
     TempDir dir;
     const size_t T = 5, V = 11, Vp = 128, L = 3, C = 8;
-    const size_t sizes[16] = {Vp * C, T * C, L * C, L * C, L * 3 * C * C, L * 3 * C, L * C * C, L * C,  // wte wpe ln1 qkv attproj
-                              L * C, L * C, L * 4 * C * C, L * 4 * C, L * C * 4 * C, L * C, C, C};      // ln2 fc fcproj lnf
+    const size_t sizes[16] = {Vp * C,    T * C, L * C,         L * C,     L * 3 * C * C, L * 3 * C,
+                              L * C * C, L * C,  // wte wpe ln1 qkv attproj
+                              L * C,     L * C, L * 4 * C * C, L * 4 * C, L * C * 4 * C, L * C,
+                              C,         C};  // ln2 fc fcproj lnf
     for (int version : {3, 5}) {
         std::string bytes(1024, '\0');
         const int32_t header[8] = {20240326, version, (int)T, (int)V, (int)L, 2, (int)C, (int)Vp};
         memcpy(&bytes[0], header, sizeof header);
-        auto value = [](size_t tensor, size_t i) { return (float)(tensor + 1) + (float)(i % 8) / 8; };  // a bf16 number
+        auto value = [](size_t tensor, size_t i) {
+            return (float)(tensor + 1) + (float)(i % 8) / 8;
+        };  // a bf16 number
         for (size_t k = 0; k < 16; k++)
             for (size_t i = 0; i < sizes[k]; i++) {
                 float x = k == 0 && i >= V * C ? 0 : value(k, i);
@@ -2048,7 +2214,8 @@ TEST_CASE("files as llm.c writes them, fp32 and bf16, load: seven header words, 
             }
         write_file(dir / "llmc.bin", bytes);
         ModelReader reader(dir / "llmc.bin");
-        CHECK((reader.cfg.arch == GPT2_ARCH && reader.cfg.activation == GELU_TANH && reader.cfg.eps == 1e-5f));
+        CHECK(
+            (reader.cfg.arch == GPT2_ARCH && reader.cfg.activation == GELU_TANH && reader.cfg.eps == 1e-5f));
         cpu::GPT2 m(reader.cfg, 0, 0, false);
         trainer::load_model(m, reader);
         for (size_t l = 0; l < L; l++) {
@@ -2109,13 +2276,16 @@ TEST_CASE("model files with any header field impossible are refused, by the name
         memcpy(&value, &good[index * 4], 4);
         write_file(path, with_header(good, index, index == 6 ? value + 2 : value + 1));
         std::string e = reading_error(path);
-        CHECK_MESSAGE((contains(e, path) && contains(e, "its header asks for") && contains(e, "truncated")), e);
+        CHECK_MESSAGE((contains(e, path) && contains(e, "its header asks for") && contains(e, "truncated")),
+                      e);
     }
     write_file(path, with_header(good, 1, 5));  // half as long as it says
     CHECK(contains(reading_error(path), "trailing data"));
 }
 
-TEST_CASE("LayerNorm's epsilon stands in the model file's header as a float's bits, 0 for 1e-5; impossible bits are refused") {
+TEST_CASE(
+    "LayerNorm's epsilon stands in the model file's header as a float's bits, 0 for 1e-5; impossible bits "
+    "are refused") {
     TempDir dir;
     Config c = small_config();
     const std::string path = dir / "model.bin";
@@ -2134,11 +2304,12 @@ TEST_CASE("LayerNorm's epsilon stands in the model file's header as a float's bi
     struct {
         uint32_t bits;
         const char* shown;
-    } impossible[] = {{0x7fc00000, "nan"}, {0xffffffff, "-nan"}, {0x7f800000, "inf"}, {0xff800000, "-inf"}, {0x80000000, "-0"},
-                      {0xb727c5ac, "-1e-05"}, {0x40000000, "2"}};
+    } impossible[] = {{0x7fc00000, "nan"}, {0xffffffff, "-nan"},   {0x7f800000, "inf"}, {0xff800000, "-inf"},
+                      {0x80000000, "-0"},  {0xb727c5ac, "-1e-05"}, {0x40000000, "2"}};
     for (auto& k : impossible) {
         write_file(path, with_header(good, 10, (int32_t)k.bits));
-        CHECK(reading_error(path) == path + ": LayerNorm's epsilon is " + k.shown + ", wanted above 0 and at most 1");
+        CHECK(reading_error(path) ==
+              path + ": LayerNorm's epsilon is " + k.shown + ", wanted above 0 and at most 1");
     }
 }
 
@@ -2156,7 +2327,8 @@ TEST_CASE("model files truncated anywhere, with trailing bytes, with NaN, or mis
     for (size_t n : lengths) {
         write_file(path, good.substr(0, n));
         std::string e = reading_error(path);
-        CHECK_MESSAGE((contains(e, path) && contains(e, n < 1024 ? "is not a model file" : "truncated")), n, " bytes: ", e);
+        CHECK_MESSAGE((contains(e, path) && contains(e, n < 1024 ? "is not a model file" : "truncated")), n,
+                      " bytes: ", e);
     }
     for (size_t extra : {1, 4, 1024}) {
         write_file(path, good + std::string(extra, '\0'));
@@ -2195,7 +2367,8 @@ TEST_CASE("a full disk leaves the old model and state whole, and no temporary fi
         CHECK((read_file(state) == old_state));
         CHECK(files_in(dir.path) == 2);
     }
-    CHECK(contains(error_of([&] { trainer::save_model(m, dir / "no/such/folder.bin"); }), "no/such/folder.bin: cannot write"));
+    CHECK(contains(error_of([&] { trainer::save_model(m, dir / "no/such/folder.bin"); }),
+                   "no/such/folder.bin: cannot write"));
 }
 
 TEST_CASE("the training state comes back as it was: progress, settings, moments") {
@@ -2230,8 +2403,8 @@ TEST_CASE("the training state comes back as it was: progress, settings, moments"
 
 namespace {
 
-// The state file's checksum as it was made first: of whole sections, word by word, the last one filled up with
-// zeros.
+// The state file's checksum as it was made first: of whole sections, word by word, the last one filled up
+// with zeros.
 uint64_t first_checksum(const std::vector<std::string>& sections) {
     uint64_t h = 0x243F6A8885A308D3u;
     for (const std::string& section : sections)
@@ -2292,7 +2465,9 @@ TEST_CASE("the state's checksum is the same however its sections are cut into pi
     }
 }
 
-TEST_CASE("a training state with any byte changed, cut short, prolonged, or beside another model is refused by name") {
+TEST_CASE(
+    "a training state with any byte changed, cut short, prolonged, or beside another model is refused by "
+    "name") {
     TempDir dir;
     Config c = config(1, 1, 2, 3, 2);
     c.Vp = 3;
@@ -2338,7 +2513,8 @@ TEST_CASE("a training state with any byte changed, cut short, prolonged, or besi
     }
     trainer::StateReader reader(dir / "state.bin");
     cpu::GPT2 other(config(1, 1, 4, 3, 2), 1, 1, true);
-    CHECK(contains(error_of([&] { reader.load_moments(other); }), strf("holds %zu parameters", num_params(c))));
+    CHECK(
+        contains(error_of([&] { reader.load_moments(other); }), strf("holds %zu parameters", num_params(c))));
 }
 
 TEST_CASE("training goes on from model and state files with the same bits as without a stop") {
@@ -2427,7 +2603,9 @@ std::string printed(F f) {
 
 }  // namespace
 
-TEST_CASE("where memory is short, training recomputes more, then takes smaller batches, says so, and learns the same") {
+TEST_CASE(
+    "where memory is short, training recomputes more, then takes smaller batches, says so, and learns the "
+    "same") {
     TempDir dir;
     Tokenizer tokenizer = Tokenizer::characters("abcdefghij");
     tokenizer.save(dir / "tokenizer.bin");
@@ -2436,7 +2614,9 @@ TEST_CASE("where memory is short, training recomputes more, then takes smaller b
     write_tokens(dir / "train.bin", text), write_tokens(dir / "val.bin", text);
     Config c = config(4, 2, 32, tokenizer.vocab_size(), 64);
     const size_t poem = (size_t)4 * 64 * 2 * 32 * 4;  // keys and values
-    auto need = [&](size_t B, int recompute) { return cpu::GPT2::memory_need(c, B, 64, true, recompute).total() + poem; };
+    auto need = [&](size_t B, int recompute) {
+        return cpu::GPT2::memory_need(c, B, 64, true, recompute).total() + poem;
+    };
     std::string file = dir / "model.bin", data = dir.path;
     {
         cpu::GPT2 m(c, 0, 0, false);
@@ -2444,12 +2624,24 @@ TEST_CASE("where memory is short, training recomputes more, then takes smaller b
         trainer::save_model(m, file);
     }
     auto run = [&](size_t free_bytes, std::vector<std::string> more = {}) {
-        std::vector<std::string> words = {"train_gpt2", "-e", file, "--data", data, "-o", dir / "run", "--overwrite", "--max_steps", "2", "--total_batch_size", "512"};
+        std::vector<std::string> words = {"train_gpt2",
+                                          "-e",
+                                          file,
+                                          "--data",
+                                          data,
+                                          "-o",
+                                          dir / "run",
+                                          "--overwrite",
+                                          "--max_steps",
+                                          "2",
+                                          "--total_batch_size",
+                                          "512"};
         words.insert(words.end(), more.begin(), more.end());
         std::vector<char*> argv;
         for (std::string& w : words) argv.push_back(&w[0]);
         SmallMachine::free_bytes = free_bytes;
-        return printed([&] { trainer::Run<SmallMachine, cpu::Decoder>((int)argv.size(), argv.data()).main(); });
+        return printed(
+            [&] { trainer::Run<SmallMachine, cpu::Decoder>((int)argv.size(), argv.data()).main(); });
     };
     auto weights = [&] {
         cpu::GPT2 m(c, 0, 0, false);
@@ -2463,11 +2655,14 @@ TEST_CASE("where memory is short, training recomputes more, then takes smaller b
     CHECK(!contains(plenty, "memory is short"));
     CHECK(contains(plenty, "memory           " + human_bytes((double)need(8, 0)) + ": "));
     Floats want = weights();
-    CHECK(contains(run(need(8, 0) - 1, {"-b", "8"}), "so this run takes --recompute 1 --batch_size 8; the step stays 512 tokens\n"));
+    CHECK(contains(run(need(8, 0) - 1, {"-b", "8"}),
+                   "so this run takes --recompute 1 --batch_size 8; the step stays 512 tokens\n"));
     CHECK(contains(run(need(8, 2), {"-b", "8"}), "--recompute 2 --batch_size 8;"));
     std::string tight = run(need(8, 3), {"-b", "8"});
-    CHECK(contains(tight, "memory is short (" + human_bytes((double)need(8, 0)) + " needed, " + human_bytes((double)need(8, 3)) +
-                              " free), so this run takes --recompute 3 --batch_size 8; the step stays 512 tokens\n"));
+    CHECK(contains(
+        tight, "memory is short (" + human_bytes((double)need(8, 0)) + " needed, " +
+                   human_bytes((double)need(8, 3)) +
+                   " free), so this run takes --recompute 3 --batch_size 8; the step stays 512 tokens\n"));
     CHECK(contains(tight, "memory           " + human_bytes((double)need(8, 3)) + ": "));
     CHECK(contains(tight, "batch            8 x 64 tokens\n"));
     check_close("short memory: weights after two steps", weights(), Doubles(want.begin(), want.end()), 1e-5);
@@ -2475,9 +2670,11 @@ TEST_CASE("where memory is short, training recomputes more, then takes smaller b
     const std::vector<std::string> rest = {"--total_batch_size", "1024"};
     CHECK(contains(run(need(4, 3), rest), "--recompute 3 --batch_size 4; the step stays 1024 tokens"));
     CHECK(contains(run(need(4, 3), rest), "batch            4 x 64 tokens, 4 accumulated: 1024 a step\n"));
-    CHECK(contains(run(need(2, 0), {"--recompute", "0", "--total_batch_size", "1024"}), "takes --recompute 0 --batch_size 2;"));
+    CHECK(contains(run(need(2, 0), {"--recompute", "0", "--total_batch_size", "1024"}),
+                   "takes --recompute 0 --batch_size 2;"));
     std::string refused = run(need(8, 3) - 1, {"-b", "8"});
-    CHECK(contains(refused, "this run needs " + human_bytes((double)need(8, 0)) + " of memory, " + human_bytes((double)need(8, 3) - 1) +
+    CHECK(contains(refused, "this run needs " + human_bytes((double)need(8, 0)) + " of memory, " +
+                                human_bytes((double)need(8, 3) - 1) +
                                 " are free; --batch_size 7 --recompute 3 would fit"));
     CHECK(contains(run(need(1, 3) - 1, rest), "not even --batch_size 1 would fit"));
     CHECK(!contains(run(need(8, 0) - poem, {"-b", "8", "--sample_every", "0"}), "memory is short"));

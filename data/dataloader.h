@@ -40,7 +40,8 @@ class TokenFile {
     explicit TokenFile(const std::string& p) : path(p) {
         Reader in(p);
         std::vector<int32_t> h = in.header(TOKEN_FILE_MAGIC, "token");
-        if (h[1] != TOKEN_FILE_VERSION) fail("%s: version is %d, wanted %d", p.c_str(), h[1], TOKEN_FILE_VERSION);
+        if (h[1] != TOKEN_FILE_VERSION)
+            fail("%s: version is %d, wanted %d", p.c_str(), h[1], TOKEN_FILE_VERSION);
         if (h[2] < 1) fail("%s: token count is %d, wanted at least 1", p.c_str(), h[2]);
         in.expect_size(1024 + sizeof(uint16_t) * (uint64_t)h[2]);
         tokens_.resize((size_t)h[2]);
@@ -54,7 +55,8 @@ class TokenFile {
     void check_vocab(int V) const {
         for (size_t i = 0; i < tokens_.size(); i++)
             if (tokens_[i] >= V)
-                fail("%s: token %d at position %zu, wanted tokens below the vocabulary size %d", path.c_str(), tokens_[i], i, V);
+                fail("%s: token %d at position %zu, wanted tokens below the vocabulary size %d", path.c_str(),
+                     tokens_[i], i, V);
     }
 
   private:
@@ -69,11 +71,16 @@ class TrainLoader {
   public:
     // Of `world` processes that train together, this one has number `rank`. The file must outlive the loader.
     TrainLoader(const TokenFile& file, int T, uint64_t seed, bool shuffle, int rank = 0, int world = 1)
-        : file_(file), T_((size_t)T), seed_(seed), shuffle_(shuffle), rank_((uint64_t)rank), world_((uint64_t)world) {
+        : file_(file),
+          T_((size_t)T),
+          seed_(seed),
+          shuffle_(shuffle),
+          rank_((uint64_t)rank),
+          world_((uint64_t)world) {
         if (T < 1 || rank < 0 || rank >= world) fail("no loader for T = %d, rank %d of %d", T, rank, world);
         if (file.size() < T_ + 1)
-            fail("%s: corpus shorter than one window: %zu tokens, wanted at least T + 1 = %zu", file.path.c_str(),
-                 file.size(), T_ + 1);
+            fail("%s: corpus shorter than one window: %zu tokens, wanted at least T + 1 = %zu",
+                 file.path.c_str(), file.size(), T_ + 1);
         order_.resize(file.size() / T_);
         start_epoch(0);
     }
@@ -97,7 +104,8 @@ class TrainLoader {
     uint64_t position() const { return position_; }
     void seek(uint64_t windows) {
         if (windows / order_.size() > UINT32_MAX)
-            fail("%s: data position %llu is beyond the last epoch", file_.path.c_str(), (unsigned long long)windows);
+            fail("%s: data position %llu is beyond the last epoch", file_.path.c_str(),
+                 (unsigned long long)windows);
         position_ = windows;
     }
     uint64_t windows_per_epoch() const { return order_.size(); }

@@ -1,5 +1,6 @@
-// Feeds arbitrary bytes to prepare_data as a CSV and as a text file, under libFuzzer, AddressSanitizer and UBSan
-// (make fuzz). Whatever comes must be prepared or be refused with an Error, and what is prepared must load again.
+// Feeds arbitrary bytes to prepare_data as a CSV and as a text file, under libFuzzer, AddressSanitizer and
+// UBSan (make fuzz). Whatever comes must be prepared or be refused with an Error, and what is prepared must
+// load again.
 #define ARAPOET_NO_MAIN
 #include "dev/fuzz.h"
 #include "prepare_data.cpp"
@@ -10,8 +11,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (!size) return 0;
     prep::Options o;
     o.files = {dir + "/in"}, o.out = dir + "/out";
-    o.format = data[0] & 1 ? "csv" : "text", o.on_error = data[0] & 2 ? "skip" : "fail", o.keep = data[0] & 4 ? "all" : "letters";
-    o.normalize_alef = o.normalize_hamza = o.normalize_ya = o.normalize_ta = o.remove_tatweel = o.remove_tashkeel = data[0] & 8;
+    o.format = data[0] & 1 ? "csv" : "text", o.on_error = data[0] & 2 ? "skip" : "fail",
+    o.keep = data[0] & 4 ? "all" : "letters";
+    o.normalize_alef = o.normalize_hamza = o.normalize_ya = o.normalize_ta = o.remove_tatweel =
+        o.remove_tashkeel = data[0] & 8;
     std::string text((const char*)data + 1, size - 1);
     if (data[0] & 1 && data[0] & 16) text = "id,poem_text\n" + text;
     fuzz::write(o.files[0], text);

@@ -55,14 +55,17 @@ TEST_CASE("utf-8: no other bytes are a character: overlong forms, surrogates and
     CHECK(count_valid(1, full) == 0x80);
     CHECK(count_valid(2, full) == 0x800 - 0x80);
     CHECK(count_valid(3, full) == 0x10000 - 0x800 - 0x800);
-    CHECK(count_valid(4, two_full) == 0x100000 / 4096 * 2 * 2);  // two of six edge bytes go on with a character
+    CHECK(count_valid(4, two_full) ==
+          0x100000 / 4096 * 2 * 2);  // two of six edge bytes go on with a character
     CHECK(utf8::find_invalid("ab\xD8\xA8") == std::string_view::npos);
     CHECK(utf8::find_invalid("ab\xD8") == 2);
-    CHECK(utf8::find_invalid("ab\xD8" "c") == 2);
+    CHECK(utf8::find_invalid("ab\xD8"
+                             "c") == 2);
     CHECK(utf8::find_invalid("ab\xED\xA0\x80") == 2);
 }
 
-TEST_CASE("utf-8: a stream that prints the printable prefix never prints half a character and loses nothing") {
+TEST_CASE(
+    "utf-8: a stream that prints the printable prefix never prints half a character and loses nothing") {
     const std::string text = "a\u0628\u20AC\U0001F600\u0645z\U0001F600";
     for (size_t chunk = 1; chunk <= 5; chunk++) {
         std::string pending, printed;
@@ -79,7 +82,8 @@ TEST_CASE("utf-8: a stream that prints the printable prefix never prints half a 
     CHECK(utf8::printable_prefix("\x80\x80\x80\x80") == 4);  // garbage is not held back for ever
     CHECK(utf8::printable_prefix("\xFF") == 1);
     CHECK(utf8::printable_prefix("") == 0);
-    for (const char* whole : {"z", "az", "\u0628", "a\u20AC", "\U0001F600"}) CHECK(utf8::printable_prefix(whole) == strlen(whole));
+    for (const char* whole : {"z", "az", "\u0628", "a\u20AC", "\U0001F600"})
+        CHECK(utf8::printable_prefix(whole) == strlen(whole));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -182,7 +186,8 @@ TEST_CASE("a tokenizer file with any wrong header field is refused by the field'
             CHECK(contains(e, std::to_string(v)));
         }
     write_file(dir / "t.bin", with_header(good, 2, 2));
-    CHECK(contains(error_of([&] { Tokenizer::load(dir / "t.bin"); }), "end-of-text token is 2, wanted 0 to 1"));
+    CHECK(
+        contains(error_of([&] { Tokenizer::load(dir / "t.bin"); }), "end-of-text token is 2, wanted 0 to 1"));
 }
 
 TEST_CASE("a tokenizer file truncated anywhere, or with bytes behind its end, is refused") {
@@ -201,7 +206,8 @@ TEST_CASE("a tokenizer file truncated anywhere, or with bytes behind its end, is
     CHECK(contains(error_of([&] { Tokenizer::load(dir / "none.bin"); }), "cannot open"));
 }
 
-TEST_CASE("a character tokenizer file must hold single characters, each once, and end-of-text as it is spelled") {
+TEST_CASE(
+    "a character tokenizer file must hold single characters, each once, and end-of-text as it is spelled") {
     TempDir dir;
     auto load_error = [&](const Strings& tokens, int eot) {
         write_file(dir / "t.bin", tokenizer_file(tokens, eot));
@@ -236,7 +242,8 @@ TEST_CASE("a token file has llm.c's layout and reads as it was written") {
     TempDir dir;
     write_tokens(dir / "t.bin", {7, 65535, 0});
     std::string want(1024, '\0');
-    want = with_header(with_header(with_header(want, 0, 20240520), 1, 1), 2, 3) + std::string("\7\0\xFF\xFF\0\0", 6);
+    want = with_header(with_header(with_header(want, 0, 20240520), 1, 1), 2, 3) +
+           std::string("\7\0\xFF\xFF\0\0", 6);
     CHECK(read_file(dir / "t.bin") == want);
     TokenFile f(dir / "t.bin");
     REQUIRE(f.size() == 3);
@@ -245,7 +252,9 @@ TEST_CASE("a token file has llm.c's layout and reads as it was written") {
     CHECK(f[2] == 0);
 }
 
-TEST_CASE("a token file with any wrong header field, truncated anywhere, or with bytes behind its end, is refused") {
+TEST_CASE(
+    "a token file with any wrong header field, truncated anywhere, or with bytes behind its end, is "
+    "refused") {
     TempDir dir;
     write_tokens(dir / "t.bin", {1, 2, 3});
     const std::string good = read_file(dir / "t.bin");
@@ -254,8 +263,10 @@ TEST_CASE("a token file with any wrong header field, truncated anywhere, or with
         return error_of([&] { TokenFile f(dir / "t.bin"); });
     };
     CHECK(error(good) == "");
-    CHECK(contains(error(with_header(good, 0, 20240328)), "is not a token file: magic number is 20240328, wanted 20240520"));
-    for (int v : {0, 2, -1}) CHECK(contains(error(with_header(good, 1, v)), strf("version is %d, wanted 1", v)));
+    CHECK(contains(error(with_header(good, 0, 20240328)),
+                   "is not a token file: magic number is 20240328, wanted 20240520"));
+    for (int v : {0, 2, -1})
+        CHECK(contains(error(with_header(good, 1, v)), strf("version is %d, wanted 1", v)));
     for (int v : {0, -1, INT32_MIN})
         CHECK(contains(error(with_header(good, 2, v)), strf("token count is %d, wanted at least 1", v)));
     for (int v : {4, INT32_MAX}) CHECK(contains(error(with_header(good, 2, v)), "truncated"));
@@ -284,7 +295,8 @@ std::vector<Window> draw(TrainLoader& loader, int T, int B, int calls) {
     for (int c = 0; c < calls; c++) {
         loader.next(B, in.data(), out.data());
         for (int b = 0; b < B; b++)
-            windows.push_back({{in.begin() + b * T, in.begin() + (b + 1) * T}, {out.begin() + b * T, out.begin() + (b + 1) * T}});
+            windows.push_back({{in.begin() + b * T, in.begin() + (b + 1) * T},
+                               {out.begin() + b * T, out.begin() + (b + 1) * T}});
     }
     return windows;
 }
@@ -371,7 +383,8 @@ TEST_CASE("several processes draw together what one draws alone") {
     TrainLoader alone(f.file, T, 2, true);
     std::deque<TrainLoader> ranks;
     for (int r = 0; r < world; r++) ranks.emplace_back(f.file, T, 2, true, r, world);
-    for (int step = 0; step < 8; step++) {  // crosses epochs of 22 windows, in the midst of a rank's batch, too
+    for (int step = 0; step < 8;
+         step++) {  // crosses epochs of 22 windows, in the midst of a rank's batch, too
         std::vector<Window> together;
         for (TrainLoader& r : ranks)
             for (Window& w : draw(r, T, B, 1)) together.push_back(w);
@@ -500,13 +513,16 @@ TEST_CASE("rows are chosen by the value of a column, and a condition that cannot
         return run.error();
     };
     CHECK(contains(error(csv, "poems.csv", "poet"), "--where: 'poet' is no condition, wanted COLUMN=VALUE"));
-    CHECK(contains(error(csv, "poems.csv", "age=3"), "has no column 'age'; its columns are poet, poem_text (--where chooses one)"));
+    CHECK(contains(error(csv, "poems.csv", "age=3"),
+                   "has no column 'age'; its columns are poet, poem_text (--where chooses one)"));
     CHECK(contains(error(csv, "poems.csv", "poet=W"), "no row is left of 5"));
-    CHECK(contains(error("a\nb\n", "poems.txt", "poet=X"), "is plain text, --where wants the columns of a CSV"));
+    CHECK(contains(error("a\nb\n", "poems.txt", "poet=X"),
+                   "is plain text, --where wants the columns of a CSV"));
 }
 
 TEST_CASE("unbalanced quotes are refused with the line") {
-    CHECK(contains(Run("poem_text,id\na,1\n\"b,2\nc,3\n").error(), "line 3: a quoted field begins and never ends"));
+    CHECK(contains(Run("poem_text,id\na,1\n\"b,2\nc,3\n").error(),
+                   "line 3: a quoted field begins and never ends"));
     CHECK(contains(Run("poem_text,id\n\"a\nb,1\nc,\"x\"\n").error(),
                    "line 4: text goes on after the closing quote of a field that begins on line 2"));
     CHECK(contains(Run("poem_text,id\n\"a\"b,1\n").error(), "line 2: text goes on"));
@@ -551,7 +567,8 @@ TEST_CASE("a text holds one poem a line, or poems between blank lines, told by t
     CHECK(read("a\nb\n", "blank") == Strings{"a\nb"});
 }
 
-std::string cleaned(const std::string& text, const std::function<void(prep::Options&)>& set = [](prep::Options&) {}) {
+std::string cleaned(
+    const std::string& text, const std::function<void(prep::Options&)>& set = [](prep::Options&) {}) {
     prep::Options o;
     set(o);
     return prep::Cleaner(o)(text);
@@ -571,14 +588,15 @@ TEST_CASE("--keep letters keeps exactly U+0621..U+064A and white space") {
 }
 
 TEST_CASE("--keep all keeps everything but control characters and direction marks") {
-    CHECK(cleaned(std::string("a\0\x01\x7F\u0085\u009F\u200F\uFEFF!\u064B\U0001F600", 21), keep_all) == "a !\u064B\U0001F600");
+    CHECK(cleaned(std::string("a\0\x01\x7F\u0085\u009F\u200F\uFEFF!\u064B\U0001F600", 21), keep_all) ==
+          "a !\u064B\U0001F600");
 }
 
 TEST_CASE("a run of white space becomes its strongest sign: newline, TAB, space; none at the ends") {
     CHECK(cleaned("  a  b\u00A0\u2003c ", keep_all) == "a b c");
     CHECK(cleaned("a \t b\t\tc", keep_all) == "a\tb\tc");
     CHECK(cleaned("\n a \r\n\t\n b\rc\u2028d\t\n", keep_all) == "a\nb\nc\nd");
-    CHECK(cleaned("\u0628 \u060C \u062A") == "\u0628 \u062A");          // removed punctuation leaves no double space
+    CHECK(cleaned("\u0628 \u060C \u062A") == "\u0628 \u062A");  // removed punctuation leaves no double space
     CHECK(cleaned("\u0628 \u060C\n: \u062A") == "\u0628\n\u062A");
     CHECK(cleaned("a\n\tb \n \t c", keep_all) == "a\nb\nc");
     CHECK(cleaned(" \u060C \n") == "");
@@ -589,11 +607,14 @@ TEST_CASE("each --normalize and --remove switch changes its letters and no other
         bool prep::Options::*flag;
         std::map<uint32_t, uint32_t> becomes;  // 0 = removed
     };
-    Switch tatweel{&prep::Options::remove_tatweel, {{0x0640, 0}}}, tashkeel{&prep::Options::remove_tashkeel, {{0x0670, 0}}};
+    Switch tatweel{&prep::Options::remove_tatweel, {{0x0640, 0}}},
+        tashkeel{&prep::Options::remove_tashkeel, {{0x0670, 0}}};
     for (uint32_t c = 0x064B; c <= 0x065F; c++) tashkeel.becomes[c] = 0;
-    Switch alef{&prep::Options::normalize_alef, {{0x0622, 0x0627}, {0x0623, 0x0627}, {0x0625, 0x0627}, {0x0671, 0x0627}}};
+    Switch alef{&prep::Options::normalize_alef,
+                {{0x0622, 0x0627}, {0x0623, 0x0627}, {0x0625, 0x0627}, {0x0671, 0x0627}}};
     Switch hamza{&prep::Options::normalize_hamza, {{0x0624, 0x0648}, {0x0626, 0x064A}}};
-    Switch ya{&prep::Options::normalize_ya, {{0x0649, 0x064A}}}, ta{&prep::Options::normalize_ta, {{0x0629, 0x0647}}};
+    Switch ya{&prep::Options::normalize_ya, {{0x0649, 0x064A}}},
+        ta{&prep::Options::normalize_ta, {{0x0629, 0x0647}}};
     for (const Switch& s : {alef, hamza, ya, ta, tatweel, tashkeel})
         for (uint32_t c = 0x061D; c <= 0x06FF; c++) {
             std::string in, want;
@@ -617,7 +638,8 @@ TEST_CASE("what cleaning removed and replaced is counted") {
     CHECK(run.r.replaced == 1);
 }
 
-TEST_CASE("a poem equal to an earlier one after cleaning is dropped, across files, and empty and short ones too") {
+TEST_CASE(
+    "a poem equal to an earlier one after cleaning is dropped, across files, and empty and short ones too") {
     Run run("\u0628 \u062A\n\u0628, \u062A!\n...\n\u062B\n", "a.txt");
     run.o.files.push_back(run.dir / "b.csv");
     write_file(run.dir / "b.csv", "poem_text\n\u0628  \u062A\n\u062C\u062C\u062C\n");
@@ -655,7 +677,8 @@ Strings random_poems(size_t n, uint64_t seed) {
         std::string poem;
         for (size_t v = 0, verses = 1 + below(6); v < verses; v++) {
             std::string verse;
-            for (size_t k = 0, letters = 10 + below(20); k < letters; k++) utf8::append(verse, (uint32_t)(0x0628 + below(20)));
+            for (size_t k = 0, letters = 10 + below(20); k < letters; k++)
+                utf8::append(verse, (uint32_t)(0x0628 + below(20)));
             if (i && below(12) == 0) {  // one to three consecutive verses of an earlier poem
                 std::string_view borrowed = poems[below(i)];
                 size_t end = 0;
@@ -731,7 +754,8 @@ TEST_CASE("two poems go one to each side, whatever the fraction; one poem alone 
         Run run("\u0628\u062A\u0628\u0628\n\u062A\u0628\n", "poems.txt");
         run.o.val_fraction = fraction;
         for (bool own_tokenizer : {false, true}) {
-            if (own_tokenizer) Tokenizer::characters("\u0628\u062A").save(run.o.tokenizer = run.dir / "t.bin");
+            if (own_tokenizer)
+                Tokenizer::characters("\u0628\u062A").save(run.o.tokenizer = run.dir / "t.bin");
             run.go();
             CHECK(run.train.size() == 1);
             CHECK(run.val.size() == 1);
@@ -777,7 +801,8 @@ TEST_CASE("without a validation split no older val.bin stays behind") {
     CHECK(run.train.size() == 2);
 }
 
-TEST_CASE("an existing tokenizer is used as it is; a character it lacks, and a token beyond 16 bits, are refused") {
+TEST_CASE(
+    "an existing tokenizer is used as it is; a character it lacks, and a token beyond 16 bits, are refused") {
     Run run("\u0628\u062A\n", "poems.txt");
     run.o.tokenizer = run.dir / "t.bin";
     Tokenizer::characters("xyz\u062A\u0628").save(run.o.tokenizer);
@@ -829,7 +854,8 @@ TEST_CASE("a byte-level BPE tokenizes any poem; only its tokens beyond 16 bits a
     CHECK(contains(run.error(), "t.bin: token 70257 ('\u064A') does not fit a token file"));
 }
 
-TEST_CASE("missing and empty files, and a corpus that cleaning empties, are one-line errors that write nothing") {
+TEST_CASE(
+    "missing and empty files, and a corpus that cleaning empties, are one-line errors that write nothing") {
     Run run("");
     CHECK(contains(run.error(), "poems.csv: is empty"));
     write_file(run.o.files[0], "poem_text\nlatin\n...\n");
@@ -918,7 +944,8 @@ TEST_CASE("the command line reports counts, files and the next command, and says
     CHECK(contains(command({"-o", out}), "usage: which poems?"));
     CHECK(contains(command({poems}), "usage: where to?"));
     for (const char* flag : {"--format", "--layout", "--keep", "--on_error"})
-        CHECK(contains(command({poems, "-o", out, flag, "maybe"}), strf("usage: %s: 'maybe' is unknown; known are ", flag)));
+        CHECK(contains(command({poems, "-o", out, flag, "maybe"}),
+                       strf("usage: %s: 'maybe' is unknown; known are ", flag)));
     for (const char* f : {"-0.1", "1", "7"})
         CHECK(contains(command({poems, "-o", out, "--val_fraction", f}), "usage: --val_fraction"));
     CHECK(contains(command({poems, "-o", out, "--min_chars", "0"}), "usage: --min_chars"));
@@ -936,7 +963,8 @@ TEST_CASE("the corpus of classical poems comes out whole") {
     o.files = {path}, o.out = dir / "out";
     auto start = std::chrono::steady_clock::now();
     prep::Report r = prep::prepare(o);
-    printf("corpus: %.2f s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    printf("corpus: %.2f s\n",
+           std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     // The counts are those of the corpus's own README.
     CHECK(r.poems_read == 16631);
     CHECK(r.train.poems + r.val.poems == 16631);

@@ -1,4 +1,5 @@
-// fuzz.h - what the fuzzers of files share: a folder in memory, files, and inputs that begin with a byte for the mode.
+// fuzz.h - what the fuzzers of files share: a folder in memory, files, and inputs that begin with a byte for
+// the mode.
 #pragma once
 
 #include <algorithm>
@@ -35,8 +36,8 @@ struct Folder {
     }
 };
 
-// libFuzzer's mutation of what follows the first byte, the mode. Now and then it starts from the valid content of a mode,
-// so that mutations reach past the first check.
+// libFuzzer's mutation of what follows the first byte, the mode. Now and then it starts from the valid
+// content of a mode, so that mutations reach past the first check.
 template <class ContentOf>
 size_t mutate(uint8_t* data, size_t size, size_t max_size, unsigned seed, int modes, ContentOf valid) {
     if (size < 2 || seed % 64 == 0) {

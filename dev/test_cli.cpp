@@ -1,5 +1,5 @@
-// test_cli.cpp - what ./prepare_data, ./train_gpt2 and ./sample_gpt2 promise to a user: exit codes, output and
-// files. Runs the built programs from the repository root, in folders of their own.
+// test_cli.cpp - what ./prepare_data, ./train_gpt2 and ./sample_gpt2 promise to a user: exit codes, output
+// and files. Runs the built programs from the repository root, in folders of their own.
 #include <doctest/doctest.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -53,7 +53,8 @@ void open_terminal(int columns, int ends[2]) {
 }
 
 Result run(const Strings& words, const How& how = {}) {
-    if (!file_exists(words[0])) fail("%s: not found; make builds it, and the tests run in the repository's root", words[0].c_str());
+    if (!file_exists(words[0]))
+        fail("%s: not found; make builds it, and the tests run in the repository's root", words[0].c_str());
     int out[2], err[2];
     if (how.columns) open_terminal(how.columns, out);
     else if (pipe2(out, O_CLOEXEC)) fail("no pipe: %s", strerror(errno));
@@ -118,8 +119,12 @@ Strings lines(const std::string& text) {
     if (l.back().empty()) l.pop_back();
     return l;
 }
-Result train(const std::string& flags, const How& how = {}) { return run(words("./train_gpt2 " + flags), how); }
-Result prepare(const std::string& flags, const How& how = {}) { return run(words("./prepare_data " + flags), how); }
+Result train(const std::string& flags, const How& how = {}) {
+    return run(words("./train_gpt2 " + flags), how);
+}
+Result prepare(const std::string& flags, const How& how = {}) {
+    return run(words("./prepare_data " + flags), how);
+}
 Result sample(const std::string& flags, const std::string& prompt = "") {
     Strings w = words("./sample_gpt2 " + flags);
     w.push_back("--prompt"), w.push_back(prompt);
@@ -174,10 +179,12 @@ struct Log {
     Strings header;
     std::vector<Strings> rows;
     explicit Log(const std::string& folder) {
-        for (const std::string& line : lines(read_file(folder + "/log.csv"))) rows.push_back(split(line, ','));
+        for (const std::string& line : lines(read_file(folder + "/log.csv")))
+            rows.push_back(split(line, ','));
         header = rows.at(0), rows.erase(rows.begin());
         for (const Strings& row : rows)
-            if (row.size() != header.size()) fail("log.csv: a row has %zu fields, the header %zu", row.size(), header.size());
+            if (row.size() != header.size())
+                fail("log.csv: a row has %zu fields, the header %zu", row.size(), header.size());
     }
     Strings column(const std::string& name) const {
         auto at = std::find(header.begin(), header.end(), name);
@@ -188,8 +195,9 @@ struct Log {
     }
     // All that must not depend on the machine's speed.
     std::vector<Strings> losses() const {
-        return {column("step"), column("train_loss"), column("smoothed_loss"), column("val_loss"), column("val_bits_per_char"),
-                column("grad_norm"), column("lr")};
+        return {column("step"),     column("train_loss"),        column("smoothed_loss"),
+                column("val_loss"), column("val_bits_per_char"), column("grad_norm"),
+                column("lr")};
     }
 };
 
@@ -222,13 +230,16 @@ bool loads_and_is_finite(const std::string& model) {
 // ---------------------------------------------------------------------------------------------
 // A small diwan, its tokens, and a small model of it, made once
 
-constexpr const char* MODEL = " --depth 1 --heads 2 --channels 16 --seq_len 16 --batch_size 4 --sample_every 0 ";
+constexpr const char* MODEL =
+    " --depth 1 --heads 2 --channels 16 --seq_len 16 --batch_size 4 --sample_every 0 ";
 
 // Poems of the given words, four verses each, as a CSV like the real corpus.
 std::string diwan(const Strings& vocabulary, int poems) {
     std::string csv = "id,poet,poem_text\n";
     uint32_t state = 12345;
-    auto word = [&] { return vocabulary[(state = state * 1664525u + 1013904223u) / 65536 % vocabulary.size()]; };
+    auto word = [&] {
+        return vocabulary[(state = state * 1664525u + 1013904223u) / 65536 % vocabulary.size()];
+    };
     for (int i = 0; i < poems; i++) {
         csv += strf("%d,\"nobody, I say\",\"", i);
         for (int verse = 0; verse < 4; verse++) {
@@ -246,8 +257,10 @@ struct Fixture {
     std::string other_csv = dir / "other.csv", other = dir / "other";  // of fewer characters
     Result prepared, trained;
     Fixture() {
-        write_file(csv, diwan({"قفا", "نبك", "من", "ذكرى", "حبيب", "ومنزل", "بسقط", "اللوى", "بين", "الدخول", "فحومل", "ليل", "طويل",
-                               "سلام", "على", "أرض", "بعيد", "شوق", "قمر", "غيث"}, 40));
+        write_file(csv,
+                   diwan({"قفا",   "نبك", "من",   "ذكرى", "حبيب", "ومنزل", "بسقط", "اللوى", "بين", "الدخول",
+                          "فحومل", "ليل", "طويل", "سلام", "على",  "أرض",   "بعيد", "شوق",   "قمر", "غيث"},
+                         40));
         write_file(other_csv, diwan({"باب", "بيت", "تاب", "بات"}, 40));
         prepared = prepare(csv + " -o " + data);
         prepare(other_csv + " -o " + other);
@@ -270,7 +283,8 @@ TEST_CASE("cli: from a CSV to a poem by the commands that the programs themselve
     CHECK(contains(f.prepared.out, "./train_gpt2 --data " + f.data));
     CHECK(files_in(f.data) == std::set<std::string>{"train.bin", "val.bin", "tokenizer.bin"});
     check_success(f.trained);
-    for (const char* name : {"model.bin", "tokenizer.bin", "log.csv", "main.log"}) CHECK(files_in(f.out).count(name) == 1);
+    for (const char* name : {"model.bin", "tokenizer.bin", "log.csv", "main.log"})
+        CHECK(files_in(f.out).count(name) == 1);
     CHECK(read_file(f.out + "/tokenizer.bin") == read_file(f.data + "/tokenizer.bin"));
     CHECK(loads_and_is_finite(f.model));
     std::string command = "./sample_gpt2 -e " + f.model;
@@ -283,7 +297,8 @@ TEST_CASE("cli: from a CSV to a poem by the commands that the programs themselve
 
 TEST_CASE("cli: prepare_data says what it read, kept and dropped") {
     const Fixture& f = tiny();
-    for (const char* part : {"poem_text", "40 poems", "characters", "verses", "vocabulary", "train", "val"}) CHECK(contains(f.prepared.out, part));
+    for (const char* part : {"poem_text", "40 poems", "characters", "verses", "vocabulary", "train", "val"})
+        CHECK(contains(f.prepared.out, part));
     int32_t h[3];
     memcpy(h, read_file(f.data + "/train.bin").data(), sizeof h);
     CHECK(contains(f.prepared.out, " " + commas((uint64_t)h[2]) + " "));  // the tokens of train
@@ -291,8 +306,11 @@ TEST_CASE("cli: prepare_data says what it read, kept and dropped") {
 
 TEST_CASE("cli: train_gpt2 shows model, data, memory and settings, then a line a step") {
     const std::string& out = tiny().trained.out;
-    for (const char* part : {"1 layer", "2 heads", "16 channels", "parameters", "memory", "learning rate", "AdamW", "dropout", "GFLOP/s"}) CHECK(contains(out, part));
-    for (const char* part : {"step  1/20 | ", "step 20/20 | ", "loss ", "norm ", "lr ", " ms", "tokens/s", "% of peak", "ETA ", "perplexity", "bits per character"})
+    for (const char* part : {"1 layer", "2 heads", "16 channels", "parameters", "memory", "learning rate",
+                             "AdamW", "dropout", "GFLOP/s"})
+        CHECK(contains(out, part));
+    for (const char* part : {"step  1/20 | ", "step 20/20 | ", "loss ", "norm ", "lr ", " ms", "tokens/s",
+                             "% of peak", "ETA ", "perplexity", "bits per character"})
         CHECK(contains(out, part));
 }
 
@@ -300,7 +318,9 @@ TEST_CASE("cli: the loss falls") {
     TempDir d;
     check_success(train(tiny().flags() + "--max_steps 60 --learning_rate 1e-2 -o " + (d / "run")));
     Strings val = Log(d / "run").column("val_loss");
-    CHECK(std::stod(val.front()) == doctest::Approx(std::log(Tokenizer::load(tiny().data + "/tokenizer.bin").vocab_size())).epsilon(0.02));
+    CHECK(std::stod(val.front()) ==
+          doctest::Approx(std::log(Tokenizer::load(tiny().data + "/tokenizer.bin").vocab_size()))
+              .epsilon(0.02));
     CHECK(std::stod(val.back()) < std::stod(val.front()) - 0.3);
 }
 
@@ -331,7 +351,8 @@ TEST_CASE("cli: main.log is in llm.c's format and agrees with log.csv") {
         double loss, lr, norm;
         if (sscanf(line.c_str(), "s:%d trl:%lf lr:%lf norm:%lf", &step, &loss, &lr, &norm) == 4) {
             CHECK(line == strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, loss, lr, norm));
-            CHECK(strf("%.4f", loss) == strf("%.4f", std::stod(log.column("train_loss").at((size_t)step + 1))));
+            CHECK(strf("%.4f", loss) ==
+                  strf("%.4f", std::stod(log.column("train_loss").at((size_t)step + 1))));
             train_lines++;
         } else {
             REQUIRE(sscanf(line.c_str(), "s:%d tel:%lf", &step, &loss) == 2);
@@ -347,10 +368,12 @@ TEST_CASE("cli: main.log is in llm.c's format and agrees with log.csv") {
 TEST_CASE("cli: neither ANSI codes nor carriage returns where the output is no terminal") {
     const Fixture& f = tiny();
     TempDir d;
-    Result with_poems = train(f.flags() + "--sample_every 2 --sample_tokens 20 --max_steps 4 -o " + (d / "run"));
+    Result with_poems =
+        train(f.flags() + "--sample_every 2 --sample_tokens 20 --max_steps 4 -o " + (d / "run"));
     check_success(with_poems);
     CHECK(contains(with_poems.out, "--- a poem after step 2 ---"));
-    for (const Result& r : {f.prepared, f.trained, with_poems, sample("-e " + f.model), train("--help"), train("--nonsense")}) {
+    for (const Result& r :
+         {f.prepared, f.trained, with_poems, sample("-e " + f.model), train("--help"), train("--nonsense")}) {
         CHECK(!contains(r.out + r.err, "\x1b"));
         CHECK(!contains(r.out + r.err, "\r"));
         CHECK(utf8::find_invalid(r.out) == std::string::npos);
@@ -378,12 +401,45 @@ TEST_CASE("cli: --help exits with 0 and explains every flag") {
     for (const char* ask : {"--help", "-h"}) {
         Result r = train(ask);
         check_success(r);
-        for (const char* flag : {"data", "train_data", "val_data", "tokenizer", "init_from", "preset", "depth", "heads", "channels", "seq_len", "dropout",
-                                 "batch_size", "total_batch_size", "max_steps", "learning_rate", "lr_schedule", "warmup_steps", "final_lr_fraction",
-                                 "weight_decay", "beta1", "beta2", "eps", "grad_clip", "seed", "threads", "val_every", "val_batches", "sample_every",
-                                 "sample_tokens", "temperature", "prompt", "out", "save_every", "keep", "resume", "overwrite"}) {
+        for (const char* flag : {"data",
+                                 "train_data",
+                                 "val_data",
+                                 "tokenizer",
+                                 "init_from",
+                                 "preset",
+                                 "depth",
+                                 "heads",
+                                 "channels",
+                                 "seq_len",
+                                 "dropout",
+                                 "batch_size",
+                                 "total_batch_size",
+                                 "max_steps",
+                                 "learning_rate",
+                                 "lr_schedule",
+                                 "warmup_steps",
+                                 "final_lr_fraction",
+                                 "weight_decay",
+                                 "beta1",
+                                 "beta2",
+                                 "eps",
+                                 "grad_clip",
+                                 "seed",
+                                 "threads",
+                                 "val_every",
+                                 "val_batches",
+                                 "sample_every",
+                                 "sample_tokens",
+                                 "temperature",
+                                 "prompt",
+                                 "out",
+                                 "save_every",
+                                 "keep",
+                                 "resume",
+                                 "overwrite"}) {
             INFO(std::string(flag));
-            CHECK((contains(r.out, std::string("\n  --") + flag + " ") || contains(r.out, std::string("\n  --") + flag + ",")));
+            CHECK((contains(r.out, std::string("\n  --") + flag + " ") ||
+                   contains(r.out, std::string("\n  --") + flag + ",")));
         }
         for (char alias : std::string("ijeobtdluqcvmsgnx")) {
             INFO(alias);
@@ -392,10 +448,12 @@ TEST_CASE("cli: --help exits with 0 and explains every flag") {
     }
     Result s = run({"./sample_gpt2", "--help"}), p = prepare("--help");
     check_success(s), check_success(p);
-    for (const char* flag : {"--init_from", "--tokenizer", "--prompt", "--tokens", "--num", "--temperature", "--top_k", "--top_p", "--seed", ", -e "})
+    for (const char* flag : {"--init_from", "--tokenizer", "--prompt", "--tokens", "--num", "--temperature",
+                             "--top_k", "--top_p", "--seed", ", -e "})
         CHECK(contains(s.out, flag));
-    for (const char* flag : {"--out", "--column", "--layout", "--keep", "--on_error", "--normalize_alef", "--normalize_hamza", "--normalize_ya",
-                             "--normalize_ta", "--remove_tatweel", "--remove_tashkeel", "--val_fraction", "--seed", ", -o "})
+    for (const char* flag : {"--out", "--column", "--layout", "--keep", "--on_error", "--normalize_alef",
+                             "--normalize_hamza", "--normalize_ya", "--normalize_ta", "--remove_tatweel",
+                             "--remove_tashkeel", "--val_fraction", "--seed", ", -o "})
         CHECK(contains(p.out, flag));
 }
 
@@ -403,14 +461,20 @@ TEST_CASE("cli: llm.c's short flags, --name=value and dashes mean the same as th
     const Fixture& f = tiny();
     TempDir d;
     std::string size = " --depth 1 --heads 2 --channels 16 --tokenizer " + f.data + "/tokenizer.bin ";
-    check_success(train(size + "--train_data " + f.data + "/train.bin --val_data " + f.data + "/val.bin --out " + (d / "a") +
-                        " --batch_size 2 --seq_len 8 --total_batch_size 32 --learning_rate 0.01 --warmup_steps 3 --final_lr_fraction 0.5"
-                        " --weight_decay 0.2 --val_every 2 --val_batches 3 --sample_every 5 --sample_tokens 7 --save_every 3 --max_steps 6"));
+    check_success(train(size + "--train_data " + f.data + "/train.bin --val_data " + f.data +
+                        "/val.bin --out " + (d / "a") +
+                        " --batch_size 2 --seq_len 8 --total_batch_size 32 --learning_rate 0.01 "
+                        "--warmup_steps 3 --final_lr_fraction 0.5"
+                        " --weight_decay 0.2 --val_every 2 --val_batches 3 --sample_every 5 --sample_tokens "
+                        "7 --save_every 3 --max_steps 6"));
     check_success(train(size + "-i " + f.data + "/train.bin -j " + f.data + "/val.bin -o " + (d / "b") +
                         " -b 2 -t 8 -d 32 -l 0.01 -u 3 -q 0.5 -c 0.2 -v 2 -m 3 -s 5 -g 7 -n 3 -x 6"));
-    check_success(train(size + "--train-data=" + f.data + "/train.bin --val-data=" + f.data + "/val.bin --out=" + (d / "c") +
-                        " --batch-size=2 --seq-len=8 --total-batch-size=32 --learning-rate=0.01 --warmup-steps=3 --final-lr-fraction=0.5"
-                        " --weight-decay=0.2 --val-every=2 --val-batches=3 --sample-every=5 --sample-tokens=7 --save-every=3 --max-steps=6"));
+    check_success(train(size + "--train-data=" + f.data + "/train.bin --val-data=" + f.data +
+                        "/val.bin --out=" + (d / "c") +
+                        " --batch-size=2 --seq-len=8 --total-batch-size=32 --learning-rate=0.01 "
+                        "--warmup-steps=3 --final-lr-fraction=0.5"
+                        " --weight-decay=0.2 --val-every=2 --val-batches=3 --sample-every=5 "
+                        "--sample-tokens=7 --save-every=3 --max-steps=6"));
     for (const char* name : {"b", "c"}) {
         CHECK(Log(d / name).losses() == Log(d / "a").losses());
         CHECK(files_in(d / name) == files_in(d / "a"));
@@ -433,8 +497,10 @@ TEST_CASE("cli: training is the same to the bit when repeated, and on 1, 2 or 3 
         CHECK(Log(d / "b").losses() == Log(d / "a").losses());
         CHECK(read_file((d / "b") + "/main.log") == read_file((d / "a") + "/main.log"));
         CHECK(files_in(d / "b") == files_in(d / "a"));
-        for (const std::string& name : with_prefix(d / "a", "model")) CHECK(read_file((d / "b") + "/" + name) == read_file((d / "a") + "/" + name));
-        CHECK(moments_in(read_file((d / "b") + "/state_00000012.bin")) == moments_in(read_file((d / "a") + "/state_00000012.bin")));
+        for (const std::string& name : with_prefix(d / "a", "model"))
+            CHECK(read_file((d / "b") + "/" + name) == read_file((d / "a") + "/" + name));
+        CHECK(moments_in(read_file((d / "b") + "/state_00000012.bin")) ==
+              moments_in(read_file((d / "a") + "/state_00000012.bin")));
     }
     check_success(train(flags + (d / "c") + " --seed 4"));
     CHECK(Log(d / "c").losses() != Log(d / "a").losses());
@@ -454,11 +520,15 @@ TEST_CASE("cli: a run that Ctrl-C, SIGTERM or kill -9 ended goes on as if nothin
     struct {
         int val_every, max_steps;
         bool twice;
-    } cases[] = {{1, 70, false}, {9, 150, true}};  // the signal meets a step that is to be validated; most often one that is not
+    } cases[] = {
+        {1, 70, false},
+        {9, 150, true}};  // the signal meets a step that is to be validated; most often one that is not
     for (auto& c : cases) {
         TempDir d;
-        std::string flags = tiny().flags() + strf("--max_steps %d --val_every %d --val_batches 2 --save_every 10 --dropout 0.2 --total_batch_size 128 -o ",
-                                                  c.max_steps, c.val_every);
+        std::string flags = tiny().flags() + strf(
+                                                 "--max_steps %d --val_every %d --val_batches 2 --save_every "
+                                                 "10 --dropout 0.2 --total_batch_size 128 -o ",
+                                                 c.max_steps, c.val_every);
         check_success(train(flags + (d / "whole")));
         for (int signal : {SIGINT, SIGTERM, SIGKILL}) {
             CAPTURE(c.val_every);
@@ -466,7 +536,8 @@ TEST_CASE("cli: a run that Ctrl-C, SIGTERM or kill -9 ended goes on as if nothin
             std::string out = d / strf("signal_%d", signal), again = "./train_gpt2 -o " + out + " --resume";
             auto until_step = [&](int step) {
                 How how;
-                how.until = strf("step %*d/%d |", (int)std::to_string(c.max_steps).size(), step, c.max_steps), how.signal = signal;
+                how.until = strf("step %*d/%d |", (int)std::to_string(c.max_steps).size(), step, c.max_steps),
+                how.signal = signal;
                 return how;
             };
             Result r = train(flags + out, until_step(15));
@@ -481,7 +552,8 @@ TEST_CASE("cli: a run that Ctrl-C, SIGTERM or kill -9 ended goes on as if nothin
             REQUIRE(std::stoi(steps.back()) < c.max_steps);
             if (c.twice) {
                 int saved = std::stoi(with_prefix(out, "state_").back().substr(6));
-                CHECK(run(words(again), until_step(saved + 12)).code == (signal == SIGKILL ? 128 + SIGKILL : 0));
+                CHECK(run(words(again), until_step(saved + 12)).code ==
+                      (signal == SIGKILL ? 128 + SIGKILL : 0));
             }
             check_success(run(words(again)));
             check_same_run(out, d / "whole", c.max_steps);
@@ -492,7 +564,9 @@ TEST_CASE("cli: a run that Ctrl-C, SIGTERM or kill -9 ended goes on as if nothin
 
 TEST_CASE("cli: a finished run goes on with a longer --max_steps") {
     TempDir d;
-    std::string flags = tiny().flags() + "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 --val_every 3 --save_every 4 -o ";
+    std::string flags = tiny().flags() +
+                        "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 "
+                        "--val_every 3 --save_every 4 -o ";
     check_success(train(flags + (d / "a") + " --max_steps 24"));
     check_success(train(flags + (d / "b") + " --max_steps 12"));
     check_success(train("--resume --max_steps 24 -o " + (d / "b")));
@@ -533,7 +607,8 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
         {"model_00000008.bin", [](std::string s) { return s.substr(0, s.size() - 4); }},
         {"model_00000008.bin", [](std::string s) { return with_header(s, 0, 1); }},
         {"model_00000008.bin", [](std::string s) { return with_header(s, 4, 2); }},
-        {"model_00000008.bin", [](std::string s) { return with_header(s, 700, 0x7fc00000); }},  // a parameter becomes NaN
+        {"model_00000008.bin",
+         [](std::string s) { return with_header(s, 700, 0x7fc00000); }},  // a parameter becomes NaN
         {"model_00000008.bin", [](std::string s) { return flipped(s, 5000); }},
     };
     int number = 0;
@@ -548,7 +623,8 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
         Result r = train("--resume --max_steps 10 -o " + run);
         check_failure(r, "train_gpt2", 1, {run + "/", "_00000008.bin", "delete"});
         CHECK(contents_of(run) == before);
-        std::filesystem::remove(run + "/state_00000008.bin"), std::filesystem::remove(run + "/model_00000008.bin");
+        std::filesystem::remove(run + "/state_00000008.bin"),
+            std::filesystem::remove(run + "/model_00000008.bin");
         check_success(train("--resume -o " + run));
         check_same_run(run, d / "good", 8);
     }
@@ -557,22 +633,26 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
 // ---------------------------------------------------------------------------------------------
 // Evaluating and keeping
 
-TEST_CASE("cli: --max_steps 0 prints the loss of the whole validation file in every unit, and writes nothing") {
+TEST_CASE(
+    "cli: --max_steps 0 prints the loss of the whole validation file in every unit, and writes nothing") {
     const Fixture& f = tiny();
     TempDir d;
     check_success(train(f.flags() + "--max_steps 10 --val_batches 0 -o " + (d / "run")));
     Log log(d / "run");
-    double logged = std::stod(log.column("val_loss").back()), bits = std::stod(log.column("val_bits_per_char").back());
+    double logged = std::stod(log.column("val_loss").back()),
+           bits = std::stod(log.column("val_bits_per_char").back());
     uint64_t targets = TokenFile(f.data + "/val.bin").size() - 1;
     for (const char* batch : {"", " -b 1", " -b 7", " -b 64"}) {
         INFO(std::string(batch));
-        Result r = train("--max_steps 0 --data " + f.data + " -o " + (d / "untouched") + " -e " + (d / "run") + "/model_00000010.bin" + batch);
+        Result r = train("--max_steps 0 --data " + f.data + " -o " + (d / "untouched") + " -e " +
+                         (d / "run") + "/model_00000010.bin" + batch);
         check_success(r);
         double nats = number_before(r.out, " nats per token");
         CHECK(std::abs(nats - logged) < 2e-6 * (1 + logged));
         CHECK(std::abs(number_after(r.out, "perplexity ") - std::exp(logged)) < 1e-3);
         CHECK(std::abs(number_before(r.out, " bits per character") - bits) < 1e-5);
-        CHECK(std::abs(number_before(r.out, " nats per character") - logged) < 1e-5);  // each token is one character
+        CHECK(std::abs(number_before(r.out, " nats per character") - logged) <
+              1e-5);  // each token is one character
         CHECK(contains(r.out, " " + commas(targets) + " tokens"));
         CHECK(lines(r.out).size() <= 4);
     }
@@ -591,9 +671,11 @@ TEST_CASE("cli: evaluating needs no training data") {
 TEST_CASE("cli: --keep N keeps the last N checkpoints") {
     for (int keep : {1, 3}) {
         TempDir d;
-        check_success(train(tiny().flags() + strf("--max_steps 12 --save_every 2 --keep %d -o ", keep) + (d / "run")));
+        check_success(
+            train(tiny().flags() + strf("--max_steps 12 --save_every 2 --keep %d -o ", keep) + (d / "run")));
         Strings models, states;
-        for (int step = 14 - 2 * keep; step <= 12; step += 2) models.push_back(strf("model_%08d.bin", step)), states.push_back(strf("state_%08d.bin", step));
+        for (int step = 14 - 2 * keep; step <= 12; step += 2)
+            models.push_back(strf("model_%08d.bin", step)), states.push_back(strf("state_%08d.bin", step));
         CHECK(with_prefix(d / "run", "model_") == models);
         CHECK(with_prefix(d / "run", "state_") == states);
         CHECK(files_in(d / "run").count("model.bin") == 1);
@@ -603,7 +685,10 @@ TEST_CASE("cli: --keep N keeps the last N checkpoints") {
 TEST_CASE("cli: model.bin is the best by validation loss, also when training gets worse afterwards") {
     const Fixture& f = tiny();
     TempDir d;
-    check_success(train(f.flags() + "--max_steps 10 --lr_schedule constant --learning_rate 0.01 --val_every 1 --val_batches 0 -o " + (d / "run")));
+    check_success(
+        train(f.flags() +
+              "--max_steps 10 --lr_schedule constant --learning_rate 0.01 --val_every 1 --val_batches 0 -o " +
+              (d / "run")));
     Result r = train("--resume --max_steps 14 --learning_rate 1 -o " + (d / "run"));  // unlearns
     check_success(r);
     std::vector<double> val;
@@ -611,7 +696,8 @@ TEST_CASE("cli: model.bin is the best by validation loss, also when training get
     size_t best = (size_t)(std::min_element(val.begin() + 1, val.end()) - val.begin());
     CHECK(best <= 10);
     CHECK(contains(r.out, strf("Best validation loss %.4f at step %zu", val[best], best)));
-    double of_model = number_before(train("--max_steps 0 --data " + f.data + " -e " + (d / "run") + "/model.bin").out, " nats per token");
+    double of_model = number_before(
+        train("--max_steps 0 --data " + f.data + " -e " + (d / "run") + "/model.bin").out, " nats per token");
     CHECK(std::abs(of_model - val[best]) < 2e-6 * (1 + val[best]));
     CHECK(val.back() > val[best] + 0.05);
 }
@@ -631,22 +717,30 @@ TEST_CASE("cli: a folder that holds a run is not overwritten without --overwrite
 TEST_CASE("cli: fine-tuning starts from the checkpoint's weights and shape") {
     const Fixture& f = tiny();
     TempDir d;
-    check_success(train("--data " + f.data + " -e " + f.model + " --batch_size 4 -s 0 --max_steps 3 --val_batches 0 -o " + (d / "tuned")));
+    check_success(train("--data " + f.data + " -e " + f.model +
+                        " --batch_size 4 -s 0 --max_steps 3 --val_batches 0 -o " + (d / "tuned")));
     double start = std::stod(Log(d / "tuned").column("val_loss").front());
-    double of_model = number_before(train("--max_steps 0 --data " + f.data + " -e " + f.model).out, " nats per token");
+    double of_model =
+        number_before(train("--max_steps 0 --data " + f.data + " -e " + f.model).out, " nats per token");
     CHECK(std::abs(start - of_model) < 2e-6 * (1 + of_model));
     CHECK(ModelReader((d / "tuned") + "/model.bin").cfg.same_shape(ModelReader(f.model).cfg));
 }
 
-TEST_CASE("cli: fine-tuning keeps the learning rate at 3e-5 from the first step on; a large model accumulates 32 batches of 4") {
+TEST_CASE(
+    "cli: fine-tuning keeps the learning rate at 3e-5 from the first step on; a large model accumulates 32 "
+    "batches of 4") {
     const Fixture& f = tiny();
     TempDir d;
     Result small = train("--data " + f.data + " -e " + f.model + " -s 0 --max_steps 3 -o " + (d / "small"));
     check_success(small);
     CHECK(contains(small.out, "learning rate    3e-05, constant to 3e-05, warm-up 0 steps\n"));
     for (const std::string& lr : Log(d / "small").column("lr")) CHECK((lr.empty() || std::stof(lr) == 3e-5f));
-    check_success(train("--data " + f.data + " --depth 1 --heads 1 --channels 516 --seq_len 4 --batch_size 1 -s 0 --max_steps 1 -o " + (d / "wide")));
-    Result wide = train("--data " + f.data + " -e " + (d / "wide") + "/model.bin -s 0 --max_steps 1 -o " + (d / "tuned"));
+    check_success(
+        train("--data " + f.data +
+              " --depth 1 --heads 1 --channels 516 --seq_len 4 --batch_size 1 -s 0 --max_steps 1 -o " +
+              (d / "wide")));
+    Result wide = train("--data " + f.data + " -e " + (d / "wide") + "/model.bin -s 0 --max_steps 1 -o " +
+                        (d / "tuned"));
     check_success(wide);
     CHECK(contains(wide.out, "batch            4 x 4 tokens, 32 accumulated: 512 a step\n"));
 }
@@ -655,28 +749,33 @@ TEST_CASE("cli: fine-tuning keeps the learning rate at 3e-5 from the first step 
 // When training goes wrong
 
 TEST_CASE("cli: a loss that is no number stops training before it spoils a checkpoint") {
-    for (const char* absurd : {"--learning_rate 1e3 --grad_clip 0", "--learning_rate 1e3 --grad_clip 0 --save_every 1 --val_every 0",
+    for (const char* absurd : {"--learning_rate 1e3 --grad_clip 0",
+                               "--learning_rate 1e3 --grad_clip 0 --save_every 1 --val_every 0",
                                "--learning_rate 1e3 --weight_decay 1e3 --save_every 1 --val_every 0"}) {
         CAPTURE(std::string(absurd));
         TempDir d;
         Result r = train(tiny().flags() + "--max_steps 60 --keep 1 -o " + (d / "run") + " " + absurd);
         check_failure(r, "train_gpt2", 1, {"step ", "--learning_rate"});
         CHECK((contains(r.err, "NaN") || contains(r.err, "infinite") || contains(r.err, "not a number")));
-        for (const std::string& name : with_prefix(d / "run", "model")) CHECK(loads_and_is_finite((d / "run") + "/" + name));
+        for (const std::string& name : with_prefix(d / "run", "model"))
+            CHECK(loads_and_is_finite((d / "run") + "/" + name));
         CHECK(with_prefix(d / "run", "model_").size() == with_prefix(d / "run", "state_").size());
         CHECK(!holds_temporary_file(d / "run"));
     }
 }
 
 TEST_CASE("cli: no setting makes a run that claims success and leaves a model that cannot be loaded") {
-    for (const char* odd : {"--eps 0", "--eps 0 --val_every 0", "--beta1 0 --beta2 0", "--learning_rate 1e-30", "--grad_clip 1e-30", "--dropout 0.99",
-                            "--learning_rate 1e3 --weight_decay 0", "--learning_rate 30 --grad_clip 0 --warmup_steps 0"}) {
+    for (const char* odd :
+         {"--eps 0", "--eps 0 --val_every 0", "--beta1 0 --beta2 0", "--learning_rate 1e-30",
+          "--grad_clip 1e-30", "--dropout 0.99", "--learning_rate 1e3 --weight_decay 0",
+          "--learning_rate 30 --grad_clip 0 --warmup_steps 0"}) {
         CAPTURE(std::string(odd));
         TempDir d;
         Result r = train(tiny().flags() + "--max_steps 3 --save_every 1 -o " + (d / "run") + " " + odd);
         CHECK((r.code == 0 || lines(r.err).size() == 1));
         if (!file_exists(d / "run")) continue;
-        for (const std::string& name : with_prefix(d / "run", "model")) CHECK(loads_and_is_finite((d / "run") + "/" + name));
+        for (const std::string& name : with_prefix(d / "run", "model"))
+            CHECK(loads_and_is_finite((d / "run") + "/" + name));
         if (r.code == 0) check_success(sample("-e " + (d / "run") + "/model.bin --tokens 5"));
     }
 }
@@ -689,7 +788,8 @@ TEST_CASE("cli: a disk that is full while saving leaves the old checkpoint whole
         std::string flags = tiny().flags() + "--max_steps 8 --val_every 2 --save_every 4 -o ";
         check_success(train(flags + (d / "whole")));
         check_success(train(flags + (d / "run") + " --lr_schedule cosine --max_steps 8"));
-        for (const char* kind : {"model", "state"}) std::filesystem::remove((d / "run") + "/" + kind + "_00000008.bin");
+        for (const char* kind : {"model", "state"})
+            std::filesystem::remove((d / "run") + "/" + kind + "_00000008.bin");
         auto before = contents_of(d / "run");
         How how;
         how.file_limit = limit;
@@ -697,10 +797,12 @@ TEST_CASE("cli: a disk that is full while saving leaves the old checkpoint whole
         Result r = train(again, how);
         check_failure(r, "train_gpt2", 1, {d / "run", "cannot write", strerror(EFBIG)});
         CHECK(!holds_temporary_file(d / "run"));
-        for (const char* name : {"model_00000004.bin", "state_00000004.bin"}) CHECK(read_file((d / "run") + "/" + name) == before[name]);
+        for (const char* name : {"model_00000004.bin", "state_00000004.bin"})
+            CHECK(read_file((d / "run") + "/" + name) == before[name]);
         CHECK(loads_and_is_finite((d / "run") + "/model.bin"));
-        CHECK(with_prefix(d / "run", "model_") == Strings{"model_00000004.bin"});  // no half of a new checkpoint
-        if (limit == 10000) CHECK(!contains(lines(r.out).back(), "saved"));         // nor the claim of one
+        CHECK(with_prefix(d / "run", "model_") ==
+              Strings{"model_00000004.bin"});                                // no half of a new checkpoint
+        if (limit == 10000) CHECK(!contains(lines(r.out).back(), "saved"));  // nor the claim of one
         check_success(train(again));
         check_same_run(d / "run", d / "whole", 8);
     }
@@ -713,7 +815,8 @@ TEST_CASE("cli: prepare_data on a full disk leaves the old files as they were") 
     How how;
     for (rlim_t limit : {500, 1100, 3000}) {
         how.file_limit = limit;
-        check_failure(prepare(tiny().csv + " -o " + (d / "data"), how), "prepare_data", 1, {d / "data", "cannot write"});
+        check_failure(prepare(tiny().csv + " -o " + (d / "data"), how), "prepare_data", 1,
+                      {d / "data", "cannot write"});
         CHECK(contents_of(d / "data") == before);
     }
 }
@@ -722,7 +825,8 @@ TEST_CASE("cli: output that cannot be written is an error, not a success") {
     if (!file_exists("/dev/full")) return skip("/dev/full: not found");
     const Fixture& f = tiny();
     TempDir d;
-    for (const std::string& command : {"./sample_gpt2 -e " + f.model, "./prepare_data " + f.csv + " -o " + (d / "data")}) {
+    for (const std::string& command :
+         {"./sample_gpt2 -e " + f.model, "./prepare_data " + f.csv + " -o " + (d / "data")}) {
         INFO(command);
         Result r = run({"/bin/sh", "-c", command + " > /dev/full"});
         CHECK(r.code == 1);
@@ -777,16 +881,21 @@ TEST_CASE("cli: a mistake on the command line is named, with what was wanted, an
         CHECK(r.out == "");
         CHECK(r.err.size() < 300);
     }
-    CHECK(!contains(train(f.flags() + "--batch_size 16777215 --seq_len 1000000").err, "total_batch_size"));  // which nobody gave
+    CHECK(!contains(train(f.flags() + "--batch_size 16777215 --seq_len 1000000").err,
+                    "total_batch_size"));  // which nobody gave
     check_failure(sample("--nonsense"), "sample_gpt2", 2, {"--nonsense"});
     check_failure(sample("--temprature 1"), "sample_gpt2", 2, {"did you mean --temperature?"});
-    for (const char* bad : {"--tokens 0", "--num 0", "--temperature -1", "--top_k -1", "--top_p 0", "--top_p 1.5", "--threads -1"})
-        check_failure(sample("-e " + f.model + " " + bad), "sample_gpt2", 2, {words(bad)[0], words(bad)[1], "wanted"});
+    for (const char* bad : {"--tokens 0", "--num 0", "--temperature -1", "--top_k -1", "--top_p 0",
+                            "--top_p 1.5", "--threads -1"})
+        check_failure(sample("-e " + f.model + " " + bad), "sample_gpt2", 2,
+                      {words(bad)[0], words(bad)[1], "wanted"});
     check_failure(prepare(""), "prepare_data", 2, {"--help"});
     check_failure(prepare(f.csv), "prepare_data", 2, {"-o DIR"});
     for (const char* bad : {"--format xml", "--layout prose", "--keep none", "--on_error panic"})
-        check_failure(prepare(f.csv + " -o " + (d / "data") + " " + bad), "prepare_data", 2, {words(bad)[0], "'" + words(bad)[1] + "'", "known are"});
-    check_failure(prepare(f.csv + " -o " + (d / "data") + " --val_fraction 1"), "prepare_data", 2, {"--val_fraction", "1", "wanted"});
+        check_failure(prepare(f.csv + " -o " + (d / "data") + " " + bad), "prepare_data", 2,
+                      {words(bad)[0], "'" + words(bad)[1] + "'", "known are"});
+    check_failure(prepare(f.csv + " -o " + (d / "data") + " --val_fraction 1"), "prepare_data", 2,
+                  {"--val_fraction", "1", "wanted"});
     CHECK(files_in(d.path).empty());
 }
 
@@ -810,7 +919,8 @@ TEST_CASE("cli: poems that cannot be read are named, with what is wrong") {
         {d / "open.csv", {d / "open.csv", "line 2", "quote"}},
         {tiny().csv + " --column verse", {tiny().csv, "no column 'verse'", "id, poet, poem_text"}},
         {tiny().csv + " --tokenizer " + (d / "none"), {d / "none", "No such file"}},
-        {tiny().csv + " --tokenizer " + tiny().other + "/tokenizer.bin", {tiny().other + "/tokenizer.bin", "U+"}},
+        {tiny().csv + " --tokenizer " + tiny().other + "/tokenizer.bin",
+         {tiny().other + "/tokenizer.bin", "U+"}},
     };
     for (auto& c : cases) {
         CAPTURE(std::string(c.flags));
@@ -819,7 +929,8 @@ TEST_CASE("cli: poems that cannot be read are named, with what is wrong") {
         CHECK(!contains(r.err, "\x1b"));
         CHECK(!file_exists(d / "data"));
     }
-    check_failure(prepare(tiny().csv + " -o " + (d / "empty.csv") + "/data"), "prepare_data", 1, {d / "empty.csv", "folder"});
+    check_failure(prepare(tiny().csv + " -o " + (d / "empty.csv") + "/data"), "prepare_data", 1,
+                  {d / "empty.csv", "folder"});
 }
 
 TEST_CASE("cli: data and checkpoints that do not fit are named, with found and wanted") {
@@ -831,8 +942,10 @@ TEST_CASE("cli: data and checkpoints that do not fit are named, with found and w
     write_tokens(d / "alien.bin", std::vector<uint16_t>(200, 5000));
     std::string val = read_file(f.data + "/val.bin");
     write_file(d / "cut.bin", val.substr(0, val.size() - 1));
-    int vocabulary = Tokenizer::load(f.data + "/tokenizer.bin").vocab_size(), fewer = Tokenizer::load(f.other + "/tokenizer.bin").vocab_size();
-    std::string run = f.flags() + "--max_steps 2 -o " + (d / "run") + " ", tune = "--data " + f.data + " --max_steps 2 -o " + (d / "run") + " -e " + f.model + " ";
+    int vocabulary = Tokenizer::load(f.data + "/tokenizer.bin").vocab_size(),
+        fewer = Tokenizer::load(f.other + "/tokenizer.bin").vocab_size();
+    std::string run = f.flags() + "--max_steps 2 -o " + (d / "run") + " ",
+                tune = "--data " + f.data + " --max_steps 2 -o " + (d / "run") + " -e " + f.model + " ";
     struct {
         std::string flags;
         Strings parts;
@@ -844,10 +957,14 @@ TEST_CASE("cli: data and checkpoints that do not fit are named, with found and w
         {run + "-i " + (d / "file"), {d / "file", "0 bytes"}},
         {run + "-i " + f.csv, {f.csv, "magic number", "wanted 20240520"}},
         {run + "-j " + (d / "cut.bin"), {d / "cut.bin", "truncated"}},
-        {run + "--data " + (d / "short"), {(d / "short") + "/train.bin", "shorter than one window", "8 tokens", "17"}},
-        {run + "-i " + (d / "alien.bin"), {d / "alien.bin", "token 5000", "position 0", std::to_string(vocabulary)}},
-        {run + "-j " + (d / "alien.bin"), {d / "alien.bin", "token 5000", "position 0", std::to_string(vocabulary)}},
-        {run + "--tokenizer " + f.other + "/tokenizer.bin", {f.data + "/train.bin", "token ", std::to_string(fewer)}},
+        {run + "--data " + (d / "short"),
+         {(d / "short") + "/train.bin", "shorter than one window", "8 tokens", "17"}},
+        {run + "-i " + (d / "alien.bin"),
+         {d / "alien.bin", "token 5000", "position 0", std::to_string(vocabulary)}},
+        {run + "-j " + (d / "alien.bin"),
+         {d / "alien.bin", "token 5000", "position 0", std::to_string(vocabulary)}},
+        {run + "--tokenizer " + f.other + "/tokenizer.bin",
+         {f.data + "/train.bin", "token ", std::to_string(fewer)}},
         {run + "--tokenizer " + f.csv, {f.csv, "not a tokenizer file"}},
         {tune + "--depth 3", {f.model, "depth 1", "--depth", "3"}},
         {tune + "--heads 4", {f.model, "heads 2", "--heads", "4"}},
@@ -855,7 +972,8 @@ TEST_CASE("cli: data and checkpoints that do not fit are named, with found and w
         {tune + "--seq_len 17", {f.model, "16", "--seq_len", "17"}},
         {tune + "--activation gelu", {f.model, "gelu_new", "--activation"}},
         {tune + "--preset char", {f.model, "--preset"}},
-        {tune + "--data " + f.other, {f.other + "/tokenizer.bin", std::to_string(fewer), f.model, std::to_string(vocabulary)}},
+        {tune + "--data " + f.other,
+         {f.other + "/tokenizer.bin", std::to_string(fewer), f.model, std::to_string(vocabulary)}},
         {tune + "-e " + f.csv, {f.csv, "not a model file", "magic number"}},
         {tune + "-e /nowhere/model.bin", {"/nowhere/model.bin", "No such file"}},
         {run + "-o " + (d / "file") + "/run", {d / "file", "folder"}},
@@ -873,15 +991,18 @@ TEST_CASE("cli: data and checkpoints that do not fit are named, with found and w
 TEST_CASE("cli: a model or batch that no machine holds is refused at once, without taking the memory") {
     TempDir d;
     std::string run = "--data " + tiny().data + " -s 0 --max_steps 1 -o " + (d / "run") + " ";
-    for (const char* huge : {"--depth 4000 --heads 4 --channels 100000 --seq_len 16", "--depth 4096 --heads 4096 --channels 131072 --seq_len 1048576 --batch_size 1",
-                             "--depth 4096 --heads 1 --channels 131072 --seq_len 16 --batch_size 1048576", "--seq_len 16 --batch_size 16777215 --depth 4096"}) {
+    for (const char* huge : {"--depth 4000 --heads 4 --channels 100000 --seq_len 16",
+                             "--depth 4096 --heads 4096 --channels 131072 --seq_len 1048576 --batch_size 1",
+                             "--depth 4096 --heads 1 --channels 131072 --seq_len 16 --batch_size 1048576",
+                             "--seq_len 16 --batch_size 16777215 --depth 4096"}) {
         CAPTURE(std::string(huge));
         Result r = train(run + huge);
         check_failure(r, "train_gpt2", 1, {"memory", "iB"});
         CHECK(r.peak_kib < 300000);
         CHECK(!file_exists(d / "run"));
     }
-    for (const char* impossible : {"--depth 2000000000", "--channels 2000000000", "--heads 2000000000", "--seq_len 2000000000", "--batch_size 16777216 --seq_len 1048576"}) {
+    for (const char* impossible : {"--depth 2000000000", "--channels 2000000000", "--heads 2000000000",
+                                   "--seq_len 2000000000", "--batch_size 16777216 --seq_len 1048576"}) {
         CAPTURE(std::string(impossible));
         Result r = train(run + impossible);
         check_failure(r, "train_gpt2", 2, {words(impossible)[0], words(impossible)[1]});
@@ -890,7 +1011,8 @@ TEST_CASE("cli: a model or batch that no machine holds is refused at once, witho
 }
 
 TEST_CASE("cli: a batch larger than the memory is refused with the largest that fits") {
-    std::string run = "--data " + tiny().data + " --seq_len 16 --recompute 0 --max_steps 1 -o /nowhere/run --batch_size ";
+    std::string run =
+        "--data " + tiny().data + " --seq_len 16 --recompute 0 --max_steps 1 -o /nowhere/run --batch_size ";
     Result r = train(run + "16000000 --depth 1024");
     check_failure(r, "train_gpt2", 1, {"memory", "free", "would fit"});
     double fits = number_after(r.err, "--batch_size ");
@@ -902,30 +1024,39 @@ TEST_CASE("cli: a batch larger than the memory is refused with the largest that 
     CHECK(number_after(twice.err, "--batch_size ") < 1.5 * fits + 1);
 }
 
-TEST_CASE("cli: GPT-2 124M takes the memory it announces, within 5%, and with --recompute 3 trains 1024 tokens in 4 GB") {
+TEST_CASE(
+    "cli: GPT-2 124M takes the memory it announces, within 5%, and with --recompute 3 trains 1024 tokens in "
+    "4 GB") {
 #ifdef __SANITIZE_ADDRESS__
     return skip("a sanitizer takes memory of its own");
 #endif
     TempDir d;
     Strings tokens;  // bytes, then pairs of bytes: as many as GPT-2 has
-    for (int t = 0; t < 50256; t++) tokens.push_back(t < 256 ? Strings::value_type(1, (char)t) : std::string{(char)((t - 256) >> 8), (char)t});
+    for (int t = 0; t < 50256; t++)
+        tokens.push_back(t < 256 ? Strings::value_type(1, (char)t)
+                                 : std::string{(char)((t - 256) >> 8), (char)t});
     tokens.push_back("<|endoftext|>");
     Tokenizer::byte_bpe(tokens, 50256, false, "test").save(d / "tokenizer.bin");
     std::vector<uint16_t> text(1025);
     for (size_t i = 0; i < text.size(); i++) text[i] = (uint16_t)(i * 7919 % 50257);
     write_tokens(d / "train.bin", text);
     for (int recompute : {0, 3}) {
-        How how;  // killed after the second step, the first to touch all memory: the checkpoint of 2 GB need not be written
+        How how;  // killed after the second step, the first to touch all memory: the checkpoint of 2 GB need
+                  // not be written
         how.until = "step 2/3 |", how.signal = SIGKILL, how.seconds = 600;
-        Result r = train("--data " + d.path + " --preset gpt2 --batch_size 1 --max_steps 3 --sample_every 0 --recompute " + std::to_string(recompute) +
-                         " -o " + (d / "run") + " --overwrite", how);
+        Result r = train("--data " + d.path +
+                             " --preset gpt2 --batch_size 1 --max_steps 3 --sample_every 0 --recompute " +
+                             std::to_string(recompute) + " -o " + (d / "run") + " --overwrite",
+                         how);
         if (r.code == 1 && contains(r.err, "are free")) return skip(r.err.substr(0, r.err.size() - 1));
         CAPTURE(r.err);
         REQUIRE(r.code == 128 + SIGKILL);
         CHECK(contains(r.out, "124,475,904"));
-        double announced = number_after(r.out, "\nmemory") * (1 << 20), found = (double)r.max_rss_kib;  // printed in GiB
+        double announced = number_after(r.out, "\nmemory") * (1 << 20),
+               found = (double)r.max_rss_kib;  // printed in GiB
         CHECK(contains(r.out, strf("%.1f GiB: parameters", announced / (1 << 20))));
-        printf("GPT-2 124M, 1 x 1024 tokens, --recompute %d: %.2f GiB announced, %.2f GiB taken\n", recompute, announced / (1 << 20), found / (1 << 20));
+        printf("GPT-2 124M, 1 x 1024 tokens, --recompute %d: %.2f GiB announced, %.2f GiB taken\n", recompute,
+               announced / (1 << 20), found / (1 << 20));
         CHECK(found == doctest::Approx(announced).epsilon(0.05));
         if (recompute) CHECK(found * 1024 < 4e9);
     }
@@ -940,7 +1071,8 @@ TEST_CASE("cli: the same seed writes the same poem, on any number of threads; an
     check_success(a);
     CHECK(a.out == b.out);
     CHECK(a.out != c.out);
-    for (const char* threads : {" --threads 1", " --threads 2"}) CHECK(sample(flags + " --seed 7" + threads).out == a.out);
+    for (const char* threads : {" --threads 1", " --threads 2"})
+        CHECK(sample(flags + " --seed 7" + threads).out == a.out);
 }
 
 TEST_CASE("cli: --num 3 writes three poems, the first as if alone") {
@@ -964,8 +1096,10 @@ TEST_CASE("cli: --num 3 writes three poems, the first as if alone") {
     CHECK(poems[1] != poems[2] + "\n");
 }
 
-TEST_CASE("cli: the poem begins with the prompt, is valid UTF-8 wherever it is cut, and as long as asked for") {
-    std::string flags = "-e " + tiny().model + " --ignore_end --temperature 0.5 --tokens ", longest = sample(flags + "60", "قفا نبك").out;
+TEST_CASE(
+    "cli: the poem begins with the prompt, is valid UTF-8 wherever it is cut, and as long as asked for") {
+    std::string flags = "-e " + tiny().model + " --ignore_end --temperature 0.5 --tokens ",
+                longest = sample(flags + "60", "قفا نبك").out;
     for (int tokens : {1, 2, 3, 20, 59}) {  // the context has 16
         Result r = sample(flags + std::to_string(tokens), "قفا نبك");
         check_success(r);
@@ -988,7 +1122,8 @@ TEST_CASE("cli: temperature 0 does not depend on the seed, and --top_k 1 is the 
     CHECK(sample(flags + " --top_p 1e-6 --seed 5", "نبك").out == a.out);
 }
 
-TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is named, and nothing else is printed") {
+TEST_CASE(
+    "cli: a prompt, model or tokenizer that sample_gpt2 cannot use is named, and nothing else is printed") {
     const Fixture& f = tiny();
     TempDir d;
     write_file(d / "model.bin", read_file(f.model));
@@ -1005,7 +1140,9 @@ TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is name
         {"-e " + (d / "model.bin"), "", {d / "tokenizer.bin", "not found", "--tokenizer"}},
         {"-e " + f.model + " --tokenizer " + (d / "none"), "", {d / "none", "not found"}},
         {"-e " + f.model + " --tokenizer " + f.csv, "", {f.csv, "not a tokenizer file"}},
-        {"-e " + f.model + " --tokenizer " + f.other + "/tokenizer.bin", "", {f.other + "/tokenizer.bin", f.model, "vocabulary"}},
+        {"-e " + f.model + " --tokenizer " + f.other + "/tokenizer.bin",
+         "",
+         {f.other + "/tokenizer.bin", f.model, "vocabulary"}},
         {"-e " + (d / "none"), "", {d / "none", "No such file"}},
         {"-e " + (d / "cut.bin"), "", {d / "cut.bin", "truncated"}},
         {"-e " + f.csv, "", {f.csv, "not a model file"}},
@@ -1021,7 +1158,8 @@ TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is name
 // ---------------------------------------------------------------------------------------------
 // The GPU trainer, which dev/emulator runs here in both precisions
 
-// The trainers built for the emulator stand beside this program, where the CUDA Toolkit's headers were to be had.
+// The trainers built for the emulator stand beside this program, where the CUDA Toolkit's headers were to be
+// had.
 std::string beside(const std::string& name) {
     char path[4096];
     ssize_t n = readlink("/proc/self/exe", path, sizeof path);
@@ -1033,13 +1171,18 @@ bool gpu_trainers_missing() {
         if (!file_exists(beside(name))) return skip(beside(name) + ": not built"), true;
     return false;
 }
-Result train_gpu(const std::string& trainer, const std::string& flags) { return run(words(beside(trainer) + " " + flags)); }
-constexpr const char* GPU_MODEL = " --depth 1 --heads 2 --channels 64 --seq_len 16 --batch_size 4 --total_batch_size 128 --sample_every 0 ";
+Result train_gpu(const std::string& trainer, const std::string& flags) {
+    return run(words(beside(trainer) + " " + flags));
+}
+constexpr const char* GPU_MODEL =
+    " --depth 1 --heads 2 --channels 64 --seq_len 16 --batch_size 4 --total_batch_size 128 --sample_every 0 ";
 
 TEST_CASE("cli gpu: a run that one trainer began goes on on the other, and comes to the same losses") {
     if (gpu_trainers_missing()) return;
     TempDir d;
-    std::string flags = "--data " + tiny().data + GPU_MODEL + "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 --val_every 4 -o ";
+    std::string flags =
+        "--data " + tiny().data + GPU_MODEL +
+        "--lr_schedule constant --learning_rate 0.01 --warmup_steps 0 --dropout 0.1 --val_every 4 -o ";
     check_success(train(flags + (d / "cpu") + " --max_steps 8"));
     check_success(train(flags + (d / "cpu4") + " --max_steps 4"));
     for (std::string trainer : GPU_TRAINERS) {
@@ -1061,7 +1204,8 @@ TEST_CASE("cli gpu: a run that one trainer began goes on on the other, and comes
                 REQUIRE(got.size() == want.size());
                 for (size_t i = 0; i < got.size(); i++) {
                     CHECK((got[i] == "") == (want[i] == ""));
-                    if (got[i] != "") worst = std::max(worst, std::fabs(std::stod(got[i]) / std::stod(want[i]) - 1));
+                    if (got[i] != "")
+                        worst = std::max(worst, std::fabs(std::stod(got[i]) / std::stod(want[i]) - 1));
                 }
             }
         note("cli gpu: losses, " + trainer, worst, allowed);
@@ -1075,9 +1219,15 @@ TEST_CASE("cli gpu: a run that one trainer began goes on on the other, and comes
 TEST_CASE("cli gpu: shows its machine, memory and poems") {
     if (gpu_trainers_missing()) return;
     TempDir d;
-    Result r = train_gpu("train_gpt2cu_emu", "--data " + tiny().data + GPU_MODEL + "--max_steps 2 --sample_every 2 --sample_tokens 20 --temperature 0 --threads 3 -o " + (d / "run"));
+    Result r =
+        train_gpu("train_gpt2cu_emu",
+                  "--data " + tiny().data + GPU_MODEL +
+                      "--max_steps 2 --sample_every 2 --sample_tokens 20 --temperature 0 --threads 3 -o " +
+                      (d / "run"));
     check_success(r);
-    for (const char* part : {"machine ", "bf16", "GFLOP/s", "memory ", "gradients", "step 2/2", "a poem after step 2", "validation after step 2"}) CHECK(contains(r.out, part));
+    for (const char* part : {"machine ", "bf16", "GFLOP/s", "memory ", "gradients", "step 2/2",
+                             "a poem after step 2", "validation after step 2"})
+        CHECK(contains(r.out, part));
     r = train_gpu("train_gpt2cu_emu", "--help");
     check_success(r);
     CHECK(contains(r.out, "./train_gpt2cu -o out/poems --resume"));
@@ -1097,8 +1247,16 @@ TEST_CASE("cli gpu: bad input and a GPU that is missing, full or not fit are one
         {flags + "--dtype fp32", "", "", 2, {"--dtype", "bf16", "make train_gpt2cu PRECISION=FP32"}},
         {flags + "--dtype fp16", "", "", 2, {"--dtype", "fp16", "bf16"}},
         {flags + "--heads 8", "", "", 1, {"head size", "is 8,", "32, 48, 64, 80, 96, 128", "./train_gpt2 "}},
-        {flags + "--batch_size 64 --total_batch_size 0 --recompute 0", "EMU_MEMORY_MB", "5", 1, {"memory", "iB", "--batch_size ", " would fit"}},
-        {flags + "--batch_size 8 --channels 1024 --heads 8", "EMU_MEMORY_MB", "12", 1, {"memory", "iB", "smaller model"}},
+        {flags + "--batch_size 64 --total_batch_size 0 --recompute 0",
+         "EMU_MEMORY_MB",
+         "5",
+         1,
+         {"memory", "iB", "--batch_size ", " would fit"}},
+        {flags + "--batch_size 8 --channels 1024 --heads 8",
+         "EMU_MEMORY_MB",
+         "12",
+         1,
+         {"memory", "iB", "smaller model"}},
     };
     for (auto& c : cases) {
         CAPTURE(c.flags);

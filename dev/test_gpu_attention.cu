@@ -1,7 +1,8 @@
-// test_gpu_attention.cu - attention in train_gpt2.cu against cpu::Attention, and the tensor-core wrappers against a plain product.
+// test_gpu_attention.cu - attention in train_gpt2.cu against cpu::Attention, and the tensor-core wrappers
+// against a plain product.
 //
-// Lengths stand below, at and above tiles, and are multiples of 4 or not, which decides how dropout is drawn; the longest
-// ones go through every loop round a barrier at least twice.
+// Lengths stand below, at and above tiles, and are multiples of 4 or not, which decides how dropout is drawn;
+// the longest ones go through every loop round a barrier at least twice.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -13,7 +14,8 @@ using namespace gpu_test;
 
 const cudaStream_t STREAM = nullptr;
 
-// A tensor in device memory between two margins of NaN: what is read from there shows in results, and what is written is found.
+// A tensor in device memory between two margins of NaN: what is read from there shows in results, and what is
+// written is found.
 template <class T>
 struct Fenced {
     static constexpr size_t MARGIN = 4096;
@@ -29,7 +31,8 @@ struct Fenced {
     Values values() {
         Values v = all.values();
         bool clean = true;
-        for (size_t i = 0; i < MARGIN; i++) clean = clean && std::isnan(v[i]) && std::isnan(v[MARGIN + n + i]);
+        for (size_t i = 0; i < MARGIN; i++)
+            clean = clean && std::isnan(v[i]) && std::isnan(v[MARGIN + n + i]);
         CHECK_MESSAGE(clean, "written outside the tensor");
         return Values(v.begin() + MARGIN, v.begin() + (long)(MARGIN + n));
     }
@@ -46,7 +49,8 @@ struct Results {
 };
 struct Inputs {
     Values qkv, dout;
-    explicit Inputs(const Shape& s) : qkv(normals_x(s.M() * 3 * s.C(), s.T)), dout(normals_x(s.M() * s.C(), s.hs + 1000)) {}
+    explicit Inputs(const Shape& s)
+        : qkv(normals_x(s.M() * 3 * s.C(), s.T)), dout(normals_x(s.M() * s.C(), s.hs + 1000)) {}
 };
 
 Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
@@ -55,7 +59,8 @@ Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
         Fenced<float> lse(s.B * s.NH * s.T), scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH));
         gpu::attention_init(s.hs);
         gpu::attention_forward(out, lse, qkv, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
-        gpu::attention_backward(dqkv, scratch, dout, out, qkv, lse, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
+        gpu::attention_backward(dqkv, scratch, dout, out, qkv, lse, s.B, s.T, s.C(), s.NH, masks.gpu(),
+                                STREAM);
         scratch.values();
         return std::vector<Values>{out.values(), lse.values(), dqkv.values()};
     });
@@ -67,7 +72,8 @@ Results on_cpu(const Shape& s, const Inputs& in, const Masks& masks) {
     Values scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(s.T, s.hs));
     cpu::Attention attention{s.B, s.T, s.C(), s.NH};
     attention.forward(r.out.data(), r.lse.data(), in.qkv.data(), masks.cpu(), Masks::SEQ0, scratch.data());
-    attention.backward(r.dqkv.data(), in.dout.data(), r.out.data(), in.qkv.data(), r.lse.data(), masks.cpu(), Masks::SEQ0, scratch.data());
+    attention.backward(r.dqkv.data(), in.dout.data(), r.out.data(), in.qkv.data(), r.lse.data(), masks.cpu(),
+                       Masks::SEQ0, scratch.data());
     return r;
 }
 
@@ -79,11 +85,12 @@ Values third(const Values& x, size_t C, size_t which) {
     return part;
 }
 
-// In bf16 P, dS and, in D, the output are rounded as well as the gradients themselves; a test below shows that this is all.
+// In bf16 P, dS and, in D, the output are rounded as well as the gradients themselves; a test below shows
+// that this is all.
 constexpr double GRADIENT_TOLERANCE = (gpu::BUILD_DTYPE == BF16 ? 2 : 1) * X_TOLERANCE;
 
-void check(const std::string& kind, const Shape& s, const Results& got, const Results& want, double out_tolerance,
-           double gradient_tolerance) {
+void check(const std::string& kind, const Shape& s, const Results& got, const Results& want,
+           double out_tolerance, double gradient_tolerance) {
     check_close(kind + "output: " + s.text(), got.out.data(), want.out.data(), got.out.size(), out_tolerance);
     check_float(kind + "log-sum-exp: " + s.text(), got.lse, want.lse);
     const char* names[] = {"dQ", "dK", "dV"};
@@ -93,7 +100,8 @@ void check(const std::string& kind, const Shape& s, const Results& got, const Re
     }
 }
 
-TEST_CASE("attention forward and backward: the CPU's output, log-sum-exp and gradients, with its dropout mask") {
+TEST_CASE(
+    "attention forward and backward: the CPU's output, log-sum-exp and gradients, with its dropout mask") {
     std::vector<size_t> lengths = {1, 5, 16, 37, 64, 65, 130, 200};
 #if defined(__SANITIZE_THREAD__)
     lengths = {132};  // slow there; one length that is long enough for races to show
@@ -106,7 +114,8 @@ TEST_CASE("attention forward and backward: the CPU's output, log-sum-exp and gra
                 if (hs != 64 && (p > 0) != ((number + hs / 16) % 2 == 0)) continue;
                 Inputs in(s);
                 Masks masks(p, rng::ATT_DROPOUT);
-                check("attention, ", s, on_gpu(s, in, masks), on_cpu(s, in, masks), X_TOLERANCE, GRADIENT_TOLERANCE);
+                check("attention, ", s, on_gpu(s, in, masks), on_cpu(s, in, masks), X_TOLERANCE,
+                      GRADIENT_TOLERANCE);
             }
             number++;
         }
@@ -122,8 +131,8 @@ TEST_CASE("attention: head sizes without a kernel are named as such, and not tak
 
 #if !defined(PRECISION_FP32)
 
-// The mathematics in double, rounded to bf16 where the kernels must: P before it multiplies V (relative to the maximum known at its
-// tile) and dO, dS, and what is stored.
+// The mathematics in double, rounded to bf16 where the kernels must: P before it multiplies V (relative to
+// the maximum known at its tile) and dO, dS, and what is stored.
 Results with_bf16_roundings(const Shape& s, const Inputs& in, const Masks& masks, size_t tile) {
     auto bf16 = [](double x) { return (double)as_float(as_floatX((float)x)); };
     Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size())};
@@ -144,7 +153,10 @@ Results with_bf16_roundings(const Shape& s, const Inputs& in, const Masks& masks
             std::vector<double> score(i + 1), top(i + 1, -INFINITY), kept(i + 1);
             for (size_t j = 0; j <= i; j++) {
                 score[j] = dot(qi, q + j * 3 * C + C) * scale;
-                kept[j] = masks.cpu().key.u32(((Masks::SEQ0 * s.NH + bh) * T + i) * T + j) >= rng::drop_threshold(masks.p) ? keep_scale : 0;
+                kept[j] = masks.cpu().key.u32(((Masks::SEQ0 * s.NH + bh) * T + i) * T + j) >=
+                                  rng::drop_threshold(masks.p)
+                              ? keep_scale
+                              : 0;
                 for (size_t k = j / tile * tile; k <= i; k++) top[k] = std::max(top[k], score[j]);
             }
             double sum = 0, d = 0;
@@ -153,11 +165,13 @@ Results with_bf16_roundings(const Shape& s, const Inputs& in, const Masks& masks
             for (size_t c = 0; c < hs; c++) {
                 double o = 0;
                 for (size_t j = 0; j <= i; j++)
-                    o += kept[j] * bf16(std::exp(score[j] - top[j])) * std::exp(top[j] - top[i]) * q[j * 3 * C + 2 * C + c];
+                    o += kept[j] * bf16(std::exp(score[j] - top[j])) * std::exp(top[j] - top[i]) *
+                         q[j * 3 * C + 2 * C + c];
                 d += d_o[c] * bf16(o / sum), out[c] = (float)bf16(o / sum);
             }
             for (size_t j = 0; j <= i; j++) {
-                double p = std::exp(score[j] - lse), ds = bf16(p * (kept[j] * dot(d_o, q + j * 3 * C + 2 * C) - d));
+                double p = std::exp(score[j] - lse),
+                       ds = bf16(p * (kept[j] * dot(d_o, q + j * 3 * C + 2 * C) - d));
                 for (size_t c = 0; c < hs; c++) {
                     dqkv[3 * i * hs + c] += ds * scale * q[j * 3 * C + C + c];
                     dqkv[(3 * j + 1) * hs + c] += ds * scale * qi[c];
@@ -166,7 +180,8 @@ Results with_bf16_roundings(const Shape& s, const Inputs& in, const Masks& masks
             }
         }
         for (size_t i = 0; i < 3 * T; i++)
-            for (size_t c = 0; c < hs; c++) r.dqkv[(size_t)(q - in.qkv.data()) + i * C + c] = (float)bf16(dqkv[i * hs + c]);
+            for (size_t c = 0; c < hs; c++)
+                r.dqkv[(size_t)(q - in.qkv.data()) + i * C + c] = (float)bf16(dqkv[i * hs + c]);
     }
     return r;
 }
@@ -175,7 +190,8 @@ TEST_CASE("attention in bf16: rounding P, dS and the results explains the error"
     Shape s{2, 150, 2, 64};
     Inputs in(s);
     Masks masks(0.25f, rng::ATT_DROPOUT);
-    // What is left: numbers near the middle of two bf16 values, which floats and doubles round to different ones.
+    // What is left: numbers near the middle of two bf16 values, which floats and doubles round to different
+    // ones.
     double tolerance = BF16_TOLERANCE / 20;
     Results want = with_bf16_roundings(s, in, masks, gpu::ForwardShape<64>::KEYS);
     check("attention, rounded alike, ", s, on_gpu(s, in, masks), want, tolerance, tolerance);
@@ -196,7 +212,8 @@ __global__ void products_kernel(float* out, const floatX* a, const floatX* b, in
         for (int n = 0; n < 2; n++) {
             float d[4] = {};
             gpu::mma(d, left, right[which][2 * n], right[which][2 * n + 1]);
-            for (int i = 0; i < 4; i++) out[which * 256 + gpu::element_row(i) * 16 + 8 * n + gpu::element_col(i)] = d[i];
+            for (int i = 0; i < 4; i++)
+                out[which * 256 + gpu::element_row(i) * 16 + 8 * n + gpu::element_col(i)] = d[i];
         }
 }
 

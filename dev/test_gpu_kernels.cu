@@ -1,7 +1,9 @@
-// test_gpu_kernels.cu - each kernel of train_gpt2.cu but attention, alone, against its function in train_gpt2.cpp.
+// test_gpu_kernels.cu - each kernel of train_gpt2.cu but attention, alone, against its function in
+// train_gpt2.cpp.
 //
-// Sizes are odd on purpose: channels below and above what a warp or a block holds, rows that are no multiple of anything,
-// and enough of them that every loop round a barrier runs at least twice (grids are sized by the device's multiprocessors).
+// Sizes are odd on purpose: channels below and above what a warp or a block holds, rows that are no multiple
+// of anything, and enough of them that every loop round a barrier runs at least twice (grids are sized by the
+// device's multiprocessors).
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -22,7 +24,8 @@ std::string sizes(std::initializer_list<size_t> list) {
 // The same elements are 0 on both sides, and with dropout about a share p of them.
 void check_same_mask(const Values& got, const Values& want, float p) {
     size_t differ = 0, dropped = 0;
-    for (size_t i = 0; i < got.size(); i++) differ += (got[i] == 0) != (want[i] == 0), dropped += want[i] == 0;
+    for (size_t i = 0; i < got.size(); i++)
+        differ += (got[i] == 0) != (want[i] == 0), dropped += want[i] == 0;
     CHECK(differ == 0);
     CHECK((double)dropped >= 0.6 * p * (double)got.size());
 }
@@ -79,7 +82,8 @@ TEST_CASE("embedding forward: token plus position under the CPU's dropout mask")
             std::vector<int> tokens = skewed_tokens(M, V, C);
             Values wte = normals_x(V * C, 1), wpe = normals_x((T + 2) * C, 2), want(M * C);
             Masks masks(p, rng::EMB_DROPOUT);
-            cpu::embedding_forward(want.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, masks.cpu(), Masks::SEQ0 * T * C);
+            cpu::embedding_forward(want.data(), tokens.data(), wte.data(), wpe.data(), B, T, C, masks.cpu(),
+                                   Masks::SEQ0 * T * C);
             Values got = repeatable([&, B = B, T = T, C = C] {
                 Device<floatX> out(M * C), e(wte), w(wpe);
                 Device<int> tok(tokens);
@@ -91,7 +95,8 @@ TEST_CASE("embedding forward: token plus position under the CPU's dropout mask")
         }
 }
 
-TEST_CASE("buckets hold each position once, under its token, in ascending order, and name the frequent tokens") {
+TEST_CASE(
+    "buckets hold each position once, under its token, in ascending order, and name the frequent tokens") {
     for (size_t M : {(size_t)1, (size_t)64, (size_t)65, (size_t)582, (size_t)3000})
         for (int V : {1, 5, 300}) {
             std::vector<int> tokens = skewed_tokens(M, V, M), memory(gpu::EmbeddingBuckets::ints(M) + 1, -7);
@@ -103,7 +108,8 @@ TEST_CASE("buckets hold each position once, under its token, in ascending order,
             for (int u = 0; u < U; u++) {
                 right = right && (u == 0 || b.token[u - 1] < b.token[u]) && b.starts[u] < b.starts[u + 1];
                 for (int i = b.starts[u]; i < b.starts[u + 1]; i++, seen++)
-                    right = right && tokens[b.order[i]] == b.token[u] && (i == b.starts[u] || b.order[i - 1] < b.order[i]);
+                    right = right && tokens[b.order[i]] == b.token[u] &&
+                            (i == b.starts[u] || b.order[i - 1] < b.order[i]);
                 if (b.starts[u + 1] - b.starts[u] > gpu::EmbeddingBuckets::FREQUENT)
                     right = right && frequent < b.count[1] && b.frequent[frequent++] == u;
             }
@@ -122,18 +128,22 @@ TEST_CASE("embedding backward: rows of rare, middling and very frequent tokens a
             int V = 50;
             size_t M = B * T;
             std::vector<int> tokens = skewed_tokens(M, V - 2, C), memory(gpu::EmbeddingBuckets::ints(M));
-            int most = gpu::EmbeddingBuckets::FREQUENT;  // the two last tokens are the most seldom frequent, and just not
-            if (M > 200) std::fill_n(tokens.begin(), most, V - 2), std::fill_n(tokens.begin() + most, most + 1, V - 1);
+            int most = gpu::EmbeddingBuckets::FREQUENT;  // the two last tokens are the most seldom frequent,
+                                                         // and just not
+            if (M > 200)
+                std::fill_n(tokens.begin(), most, V - 2), std::fill_n(tokens.begin() + most, most + 1, V - 1);
             gpu::bucket_tokens(gpu::EmbeddingBuckets::at(memory.data(), M), tokens.data(), M);
             Values dout = normals_x(M * C, 3), dwte = normals(V * C, 4), dwpe = normals((T + 3) * C, 5);
             Values want_wte = dwte, want_wpe = dwpe, masked = dout;
             Masks masks(p, rng::EMB_DROPOUT);
-            cpu::embedding_backward(want_wte.data(), want_wpe.data(), masked.data(), tokens.data(), B, T, C, masks.cpu(), Masks::SEQ0 * T * C);
+            cpu::embedding_backward(want_wte.data(), want_wpe.data(), masked.data(), tokens.data(), B, T, C,
+                                    masks.cpu(), Masks::SEQ0 * T * C);
             auto got = repeatable([&, B = B, T = T, C = C] {
                 Device<float> e(dwte), w(dwpe);
                 Device<floatX> d(dout);
                 Device<int> m(memory);
-                gpu::embedding_backward(e, w, d, gpu::EmbeddingBuckets::at(m, M), B, T, C, masks.gpu(), STREAM);
+                gpu::embedding_backward(e, w, d, gpu::EmbeddingBuckets::at(m, M), B, T, C, masks.gpu(),
+                                        STREAM);
                 return std::vector<Values>{e.values(), w.values(), d.values()};
             });
             check_float("embedding backward: wte" + sizes({B, T, C}), got[0], want_wte);
@@ -153,8 +163,10 @@ constexpr float EPS = 0.02f;  // large enough to matter
 TEST_CASE("layernorm forward, at every number of warps that share a row") {
     for (size_t C : CHANNELS)
         for (size_t M : {(size_t)1, (size_t)7}) {
-            Values x = normals_x(M * C, C, 1, 3), w = normals_x(C, 1, 0.3, 1), b = normals_x(C, 2), y(M * C), mean(M), rstd(M);
-            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), M, C, EPS);
+            Values x = normals_x(M * C, C, 1, 3), w = normals_x(C, 1, 0.3, 1), b = normals_x(C, 2), y(M * C),
+                   mean(M), rstd(M);
+            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), b.data(), M, C,
+                                   EPS);
             auto got = repeatable([&] {
                 Device<floatX> out(M * C), in(x), weight(w), bias(b);
                 Device<float> mu(M), rs(M);
@@ -179,29 +191,36 @@ TEST_CASE("residual and layernorm in one pass: the sum, and the norm of the sum 
     for (size_t C : CHANNELS)
         for (float p : {0.0f, 0.2f}) {
             size_t T = 5, M = 2 * T;
-            Values skip = normals_x(M * C, 3), branch = normals_x(M * C, 4), w = normals_x(C, 1, 0.3, 1), b = normals_x(C, 2);
+            Values skip = normals_x(M * C, 3), branch = normals_x(M * C, 4), w = normals_x(C, 1, 0.3, 1),
+                   b = normals_x(C, 2);
             Values sum(M * C), y(M * C), mean(M), rstd(M);
             std::fill(skip.begin() + T * C, skip.end(), 0.0f);  // the second sequence's sum shows its mask
             Masks masks(p, rng::ATTPROJ_DROPOUT);
             Values masked = branch;
-            cpu::residual_layernorm_forward(sum.data(), y.data(), mean.data(), rstd.data(), skip.data(), masked.data(), w.data(), b.data(), M, C,
-                                            masks.cpu(), Masks::SEQ0 * T * C, EPS);
+            cpu::residual_layernorm_forward(sum.data(), y.data(), mean.data(), rstd.data(), skip.data(),
+                                            masked.data(), w.data(), b.data(), M, C, masks.cpu(),
+                                            Masks::SEQ0 * T * C, EPS);
             auto got = repeatable([&] {
                 Device<floatX> s(M * C), out(M * C), a(skip), br(branch), weight(w), bias(b);
                 Device<float> mu(M), rs(M);
-                gpu::residual_layernorm_forward(s, out, mu, rs, a, br, weight, bias, M, T, C, masks.gpu(), EPS, STREAM);
+                gpu::residual_layernorm_forward(s, out, mu, rs, a, br, weight, bias, M, T, C, masks.gpu(),
+                                                EPS, STREAM);
                 return std::vector<Values>{s.values(), out.values(), mu.values(), rs.values()};
             });
             check_x("residual layernorm: sum" + sizes({M, C}), got[0], sum);
-            check_same_mask(Values(got[0].begin() + T * C, got[0].end()), Values(sum.begin() + T * C, sum.end()), p);
-            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), got[0].data(), w.data(), b.data(), M, C, EPS);
+            check_same_mask(Values(got[0].begin() + T * C, got[0].end()),
+                            Values(sum.begin() + T * C, sum.end()), p);
+            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), got[0].data(), w.data(), b.data(), M,
+                                   C, EPS);
             check_x("residual layernorm: y" + sizes({M, C}), got[1], y);
             check_float("residual layernorm: mean" + sizes({M, C}), got[2], mean);
             check_float("residual layernorm: rstd" + sizes({M, C}), got[3], rstd);
         }
 }
 
-TEST_CASE("layernorm backward: added or written, with GROVER's second gradient, and under the mask of the branch before") {
+TEST_CASE(
+    "layernorm backward: added or written, with GROVER's second gradient, and under the mask of the branch "
+    "before") {
     struct {
         bool accumulate, grover;
         float p;
@@ -209,10 +228,13 @@ TEST_CASE("layernorm backward: added or written, with GROVER's second gradient, 
     for (size_t C : CHANNELS)
         for (auto [accumulate, grover, p] : cases) {
             if (C > 2000 && accumulate == grover) continue;
-            size_t groups = gpu::row_layout(C, 8).block, T = 3, M = (2 * gpu::layernorm_backward_blocks() * groups / T + 1) * T;
-            Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4, 2, 1), w = normals_x(C, 1, 0.3, 1), before = normals_x(M * C, 5);
+            size_t groups = gpu::row_layout(C, 8).block, T = 3,
+                   M = (2 * gpu::layernorm_backward_blocks() * groups / T + 1) * T;
+            Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4, 2, 1), w = normals_x(C, 1, 0.3, 1),
+                   before = normals_x(M * C, 5);
             Values dw = normals(C, 6), db = normals(C, 7), y(M * C), mean(M), rstd(M), zero(C);
-            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), zero.data(), M, C, EPS);
+            cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), zero.data(), M, C,
+                                   EPS);
             Masks masks(p, rng::FCPROJ_DROPOUT);
 
             Values want = before, want_dw = dw, want_db = db, d = dy, want_masked(M * C);
@@ -224,11 +246,14 @@ TEST_CASE("layernorm backward: added or written, with GROVER's second gradient, 
 
             auto got = repeatable([&, accumulate = accumulate, grover = grover, p = p] {
                 Device<floatX> dresid(before), out(M * C), dyd(dy), xd(x), wd(w);
-                Device<float> dwd(dw), dbd(db), mu(mean), rs(rstd), scratch(gpu::layernorm_backward_scratch(C));
+                Device<float> dwd(dw), dbd(db), mu(mean), rs(rstd),
+                    scratch(gpu::layernorm_backward_scratch(C));
                 // Where the residual's gradient passes through too, it is read from where the result goes.
-                gpu::layernorm_backward(dresid, p > 0 ? (floatX*)out : nullptr, dwd, dbd, scratch, dyd, grover ? (floatX*)dresid : nullptr, xd, mu, rs,
-                                        wd, M, T, C, accumulate, masks.gpu(), STREAM);
-                return std::vector<Values>{dresid.values(), p > 0 ? out.values() : dresid.values(), dwd.values(), dbd.values()};
+                gpu::layernorm_backward(dresid, p > 0 ? (floatX*)out : nullptr, dwd, dbd, scratch, dyd,
+                                        grover ? (floatX*)dresid : nullptr, xd, mu, rs, wd, M, T, C,
+                                        accumulate, masks.gpu(), STREAM);
+                return std::vector<Values>{dresid.values(), p > 0 ? out.values() : dresid.values(),
+                                           dwd.values(), dbd.values()};
             });
             std::string at = sizes({M, C}) + (accumulate ? " added" : "") + (grover ? " GROVER" : "");
             check_x("layernorm backward: dresid" + at, got[0], want);
@@ -241,13 +266,16 @@ TEST_CASE("layernorm backward: added or written, with GROVER's second gradient, 
 
 TEST_CASE("layernorm backward may write over the gradients it reads") {
     size_t M = 37, C = 1600;
-    Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4), w = normals_x(C, 1), mean(M, 0.1f), rstd(M, 0.9f);
+    Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4), w = normals_x(C, 1), mean(M, 0.1f),
+           rstd(M, 0.9f);
     auto run = [&](bool in_place) {
         Device<floatX> dresid(M * C), out(M * C), dyd(dy), xd(x), wd(w);
-        Device<float> dw(Values(C, 0)), db(Values(C, 0)), mu(mean), rs(rstd), scratch(gpu::layernorm_backward_scratch(C));
+        Device<float> dw(Values(C, 0)), db(Values(C, 0)), mu(mean), rs(rstd),
+            scratch(gpu::layernorm_backward_scratch(C));
         Masks masks(0.5f, rng::FCPROJ_DROPOUT);
         floatX* masked = in_place ? (floatX*)dyd : (floatX*)out;
-        gpu::layernorm_backward(dresid, masked, dw, db, scratch, dyd, nullptr, xd, mu, rs, wd, M, M, C, false, masks.gpu(), STREAM);
+        gpu::layernorm_backward(dresid, masked, dw, db, scratch, dyd, nullptr, xd, mu, rs, wd, M, M, C, false,
+                                masks.gpu(), STREAM);
         return std::vector<Values>{dresid.values(), in_place ? dyd.values() : out.values(), dw.values()};
     };
     auto a = run(false), b = repeatable([&] { return run(true); });
@@ -256,15 +284,19 @@ TEST_CASE("layernorm backward may write over the gradients it reads") {
 
 TEST_CASE("a NaN in one row stays in that row, and is seen in the sums over rows") {
     size_t M = 9, C = 776, bad = 4;
-    Values x = normals_x(M * C, 3), dy = normals_x(M * C, 4), w(C, 1.0f), b(C, 0.0f), y(M * C), mean(M), rstd(M);
+    Values x = normals_x(M * C, 3), dy = normals_x(M * C, 4), w(C, 1.0f), b(C, 0.0f), y(M * C), mean(M),
+           rstd(M);
     x[bad * C + 5] = NAN;
     Device<floatX> out(M * C), in(x), weight(w), bias(b), d(dy), dresid(M * C);
-    Device<float> mu(M), rs(M), dw(Values(C, 0)), db(Values(C, 0)), scratch(gpu::layernorm_backward_scratch(C));
+    Device<float> mu(M), rs(M), dw(Values(C, 0)), db(Values(C, 0)),
+        scratch(gpu::layernorm_backward_scratch(C));
     gpu::layernorm_forward(out, mu, rs, in, weight, bias, M, C, EPS, STREAM);
-    gpu::layernorm_backward(dresid, nullptr, dw, db, scratch, d, nullptr, in, mu, rs, weight, M, M, C, false, {}, STREAM);
+    gpu::layernorm_backward(dresid, nullptr, dw, db, scratch, d, nullptr, in, mu, rs, weight, M, M, C, false,
+                            {}, STREAM);
     Values got = out.values(), back = dresid.values(), sums = dw.values();
     size_t wrong = 0;
-    for (size_t i = 0; i < M * C; i++) wrong += std::isnan(got[i]) != (i / C == bad), wrong += std::isnan(back[i]) != (i / C == bad);
+    for (size_t i = 0; i < M * C; i++)
+        wrong += std::isnan(got[i]) != (i / C == bad), wrong += std::isnan(back[i]) != (i / C == bad);
     for (float f : sums) wrong += !std::isnan(f);
     CHECK(wrong == 0);
     CHECK(all_finite(db.values().data(), C));
@@ -366,13 +398,15 @@ TEST_CASE("cross-entropy: losses, gradient in place, ignored targets, and zeros 
                 }
                 targets[rows - 1] = V - 1;
                 float grad_scale = 1.0f / 37;
-                cpu::cross_entropy(losses.data(), want.data(), V, targets.data(), rows, V, train ? grad_scale : 0.0f);
+                cpu::cross_entropy(losses.data(), want.data(), V, targets.data(), rows, V,
+                                   train ? grad_scale : 0.0f);
                 auto got = repeatable([&] {
                     Device<floatX> x(logits);
                     Device<float> loss(rows);
                     Device<int> t(targets);
                     Device<gpu::StepState> state(std::vector<gpu::StepState>{{0, 0, grad_scale}});
-                    gpu::cross_entropy(loss, x, t, rows, V, Vp, train, train ? (gpu::StepState*)state : nullptr, STREAM);
+                    gpu::cross_entropy(loss, x, t, rows, V, Vp, train,
+                                       train ? (gpu::StepState*)state : nullptr, STREAM);
                     return std::vector<Values>{loss.values(), x.values()};
                 });
                 check_float("cross-entropy: losses" + sizes({rows, (size_t)V}), got[0], losses);
@@ -502,9 +536,12 @@ struct Optimizer {
     }
 };
 
-const AdamW SETTINGS[] = {{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0}, {3e-3f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f}, {1e-2f, 0.8f, 0.99f, 1e-6f, 0, 1e6f}};
+const AdamW SETTINGS[] = {{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0},
+                          {3e-3f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f},
+                          {1e-2f, 0.8f, 0.99f, 1e-6f, 0, 1e6f}};
 
-TEST_CASE("AdamW over several steps is the CPU's: clipped and not, decay where param_table says, gradients kept") {
+TEST_CASE(
+    "AdamW over several steps is the CPU's: clipped and not, decay where param_table says, gradients kept") {
     for (const AdamW& a : SETTINGS) {
         Optimizer o(gpu::BUILD_DTYPE == BF16);
         for (uint32_t t = 1; t <= 4; t++) {
@@ -612,7 +649,8 @@ TEST_CASE("without master weights each parameter becomes one of the two neighbou
             size_t wrong = 0, changed = 0;
             for (size_t i = 0; i < o.n; i++) {  // the last bits of the two results may differ
                 float w = want[i], less = w - std::fabs(w) * 2e-6f, more = w + std::fabs(w) * 2e-6f;
-                wrong += !is_neighbour(got[i], w) && !is_neighbour(got[i], less) && !is_neighbour(got[i], more);
+                wrong +=
+                    !is_neighbour(got[i], w) && !is_neighbour(got[i], less) && !is_neighbour(got[i], more);
                 changed += got[i] != start[i];
             }
             CHECK(wrong == 0);
@@ -621,7 +659,9 @@ TEST_CASE("without master weights each parameter becomes one of the two neighbou
     }
 }
 
-TEST_CASE("bf16 parameters are the master weights plus 16 random bits, cut off: element e has bits of Philox block e / 8") {
+TEST_CASE(
+    "bf16 parameters are the master weights plus 16 random bits, cut off: element e has bits of Philox block "
+    "e / 8") {
     Optimizer o(true);
     o.set(o.grads, normals(o.n, 9, 0.1));
     uint64_t seed = 0xfeedface12345678ull;
@@ -645,7 +685,8 @@ TEST_CASE("bf16 parameters are the master weights plus 16 random bits, cut off: 
 TEST_CASE("stochastic rounding is unbiased, to a neighbour, and independent from element to element") {
     constexpr size_t N = 4096, SEEDS = 256;
     Values w = normals(N, 1);
-    w[0] = 0, w[1] = 1, w[2] = -0.5f, w[3] = 3.4e38f, w[4] = NAN, w[5] = INFINITY, w[6] = -INFINITY, w[7] = bf16_to_float(0x3f81);
+    w[0] = 0, w[1] = 1, w[2] = -0.5f, w[3] = 3.4e38f, w[4] = NAN, w[5] = INFINITY, w[6] = -INFINITY,
+    w[7] = bf16_to_float(0x3f81);
     uint32_t all_ones = ~0u;
     memcpy(&w[8], &all_ones, 4);  // a NaN whose bits would overflow
     Device<float> master(w);
@@ -658,8 +699,14 @@ TEST_CASE("stochastic rounding is unbiased, to a neighbour, and independent from
         Values got = params.values();
         double off[8];
         for (size_t e = 0; e < N; e++) {
-            if (e == 4 || e == 8) { wrong += !std::isnan(got[e]); continue; }
-            if (e < 16) { wrong += !is_neighbour(got[e], w[e]); continue; }
+            if (e == 4 || e == 8) {
+                wrong += !std::isnan(got[e]);
+                continue;
+            }
+            if (e < 16) {
+                wrong += !is_neighbour(got[e], w[e]);
+                continue;
+            }
             wrong += !is_neighbour(got[e], w[e]);
             uint32_t bits;
             memcpy(&bits, &w[e], 4);
@@ -678,7 +725,8 @@ TEST_CASE("stochastic rounding is unbiased, to a neighbour, and independent from
     CHECK(worst < 6 * std::sqrt(0.25 / SEEDS));
     for (int i = 0; i < 8; i++) {
         CHECK(std::fabs(at[i]) / draws < 5 * std::sqrt(variance / draws));
-        for (int j = 0; j < i; j++) CHECK(std::fabs(covariance[i][j]) / draws < 5 * variance / std::sqrt(draws));
+        for (int j = 0; j < i; j++)
+            CHECK(std::fabs(covariance[i][j]) / draws < 5 * variance / std::sqrt(draws));
     }
 }
 #endif

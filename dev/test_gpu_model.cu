@@ -1,5 +1,6 @@
-// test_gpu_model.cu - the whole GPU model against the CPU's: forward and backward passes, training steps, state, generation.
-// Built for bf16 and fp32. Without a GPU dev/emulator runs it; nvcc builds the same file for a real one.
+// test_gpu_model.cu - the whole GPU model against the CPU's: forward and backward passes, training steps,
+// state, generation. Built for bf16 and fp32. Without a GPU dev/emulator runs it; nvcc builds the same file
+// for a real one.
 #define ARAPOET_NO_MAIN
 #include <doctest/doctest.h>
 
@@ -15,18 +16,21 @@ using namespace gpu_test;
 using Tokens = std::vector<int>;
 constexpr bool BUILT_BF16 = gpu::BUILD_DTYPE == BF16;
 
-// What is allowed, by the build's numbers. The emulator sums in other orders than a GPU, and knows no approximate instructions.
+// What is allowed, by the build's numbers. The emulator sums in other orders than a GPU, and knows no
+// approximate instructions.
 struct Tolerances {
     double gradient;   // of one tensor, relative L2
     double loss;       // relative
     double ten_steps;  // of each of ten losses
     double logits;
-    double weights;    // after ten steps
+    double weights;  // after ten steps
 };
 #ifdef EMULATOR
-constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1e-2, 1e-3, 2e-3, 1e-2, 2e-2} : Tolerances{1e-5, 1e-6, 1e-5, 1e-5, 2e-5};
+constexpr Tolerances ALLOWED =
+    BUILT_BF16 ? Tolerances{1e-2, 1e-3, 2e-3, 1e-2, 2e-2} : Tolerances{1e-5, 1e-6, 1e-5, 1e-5, 2e-5};
 #else
-constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2} : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 6e-5};
+constexpr Tolerances ALLOWED =
+    BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2} : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 6e-5};
 #endif
 
 // The file of timed algorithms goes to a folder of this program's own.
@@ -35,20 +39,24 @@ struct CacheFolder {
     CacheFolder() { setenv("XDG_CACHE_HOME", dir.path.c_str(), 1); }
 } cache_folder;
 
-Config config(int arch = GPT2_ARCH, int activation = GELU_TANH, int L = 2, int NH = 3, int hs = 32, int V = 301, int maxT = 24) {
+Config config(int arch = GPT2_ARCH, int activation = GELU_TANH, int L = 2, int NH = 3, int hs = 32,
+              int V = 301, int maxT = 24) {
     Config c;
-    c.L = L, c.NH = NH, c.C = NH * hs, c.V = V, c.Vp = pad_vocab(V), c.maxT = maxT, c.arch = arch, c.activation = activation;
+    c.L = L, c.NH = NH, c.C = NH * hs, c.V = V, c.Vp = pad_vocab(V), c.maxT = maxT, c.arch = arch,
+    c.activation = activation;
     return c;
 }
 
-// Weights twice as large as the initial ones, and no tensor all zeros or ones. (bf16's rounding noise in the gradients grows with
-// them.) Where the build computes in bf16 they are bf16 numbers, so that both models start from the same.
+// Weights twice as large as the initial ones, and no tensor all zeros or ones. (bf16's rounding noise in the
+// gradients grows with them.) Where the build computes in bf16 they are bf16 numbers, so that both models
+// start from the same.
 Values random_weights(const Config& c, uint64_t seed) {
     Values w;
     ParamTable table = param_table(c);
     for (int i = 0; i < NUM_PARAMS; i++) {
         bool scale = i == LN1W || i == LN2W || i == LNFW;
-        Values x = normals_x(table[i].size(), seed + (uint64_t)i, table[i].decay ? 0.04 : 0.025, scale ? 1 : 0);
+        Values x =
+            normals_x(table[i].size(), seed + (uint64_t)i, table[i].decay ? 0.04 : 0.025, scale ? 1 : 0);
         if (i == WTE) std::fill(x.begin() + c.V * c.C, x.end(), 0.0f);
         w.insert(w.end(), x.begin(), x.end());
     }
@@ -74,7 +82,8 @@ template <class Model>
 void accumulate(Model& m, const Data& d, size_t first, size_t count, uint32_t step) {
     for (size_t i = 0; i < count; i++) {
         Pass pass;
-        pass.train = true, pass.step = step, pass.seq0 = i * d.B, pass.grad_scale = 1.0f / (float)(count * d.B * d.T);
+        pass.train = true, pass.step = step, pass.seq0 = i * d.B,
+        pass.grad_scale = 1.0f / (float)(count * d.B * d.T);
         m.accumulate(d.x[first + i].data(), d.y[first + i].data(), d.B, d.T, pass);
     }
 }
@@ -88,10 +97,13 @@ AdamW settings() {
 void check_gradients(const std::string& what, const Config& c, const Values& got, const Values& want) {
     ParamTable table = param_table(c);
     auto off = param_offsets(c);
-    for (int i = 0; i < NUM_PARAMS; i++) check_close("gradients: " + what + " " + table[i].name, &got[off[i]], &want[off[i]], table[i].size(), ALLOWED.gradient);
+    for (int i = 0; i < NUM_PARAMS; i++)
+        check_close("gradients: " + what + " " + table[i].name, &got[off[i]], &want[off[i]], table[i].size(),
+                    ALLOWED.gradient);
 }
 std::string name_of(const Config& c) {
-    return std::string(c.arch == GROVER_ARCH ? "GROVER" : "GPT-2") + (c.activation == GELU_ERF ? " erf" : " tanh");
+    return std::string(c.arch == GROVER_ARCH ? "GROVER" : "GPT-2") +
+           (c.activation == GELU_ERF ? " erf" : " tanh");
 }
 
 // Lowers the number of logits held at once, so that the head works in several parts, for as long as it lives.
@@ -124,7 +136,10 @@ TEST_CASE("GPU model: loss and every gradient agree with the CPU's, whatever is 
     struct {
         int arch, activation, most_recompute;
         float dropout;
-    } cases[] = {{GPT2_ARCH, GELU_TANH, 3, 0.1f}, {GROVER_ARCH, GELU_ERF, 3, 0.1f}, {GPT2_ARCH, GELU_ERF, 0, 0.0f}, {GROVER_ARCH, GELU_TANH, 0, 0.0f}};
+    } cases[] = {{GPT2_ARCH, GELU_TANH, 3, 0.1f},
+                 {GROVER_ARCH, GELU_ERF, 3, 0.1f},
+                 {GPT2_ARCH, GELU_ERF, 0, 0.0f},
+                 {GROVER_ARCH, GELU_TANH, 0, 0.0f}};
     for (auto& t : cases) {
         Config c = config(t.arch, t.activation);
         Data d(2, 3, 20, c.V, 5);
@@ -155,7 +170,8 @@ TEST_CASE("GPU model: sizes at the edges: one row, one layer, each head size, a 
 TEST_CASE("GPU model: ten steps of training follow the CPU's losses, with and without master weights") {
     Config c = config(GPT2_ARCH, GELU_TANH, 2, 2);
     Data d(20, 2, 16, c.V, 6);
-    for (size_t i = 2; i < d.x.size(); i++) d.x[i] = d.x[i % 2], d.y[i] = d.y[i % 2];  // the same batch, so that there is something to learn
+    for (size_t i = 2; i < d.x.size(); i++)
+        d.x[i] = d.x[i % 2], d.y[i] = d.y[i % 2];  // the same batch, so that there is something to learn
     auto losses = [&](auto& m) {
         m.dropout = 0.1f;
         set_state(m, PARAMS, random_weights(c, 12));
@@ -175,8 +191,9 @@ TEST_CASE("GPU model: ten steps of training follow the CPU's losses, with and wi
         gpu::GPT2 m(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master});
         std::vector<double> got = losses(m);
         for (size_t i = 0; i < got.size(); i++)
-            check_close(std::string("ten steps: ") + (master ? "with" : "without") + " masters, loss " + std::to_string(i), &got[i], &want[i], 1,
-                        ALLOWED.ten_steps * (BUILT_BF16 && !master ? 5 : 1));
+            check_close(std::string("ten steps: ") + (master ? "with" : "without") + " masters, loss " +
+                            std::to_string(i),
+                        &got[i], &want[i], 1, ALLOWED.ten_steps * (BUILT_BF16 && !master ? 5 : 1));
         if (master) {
             // But for qkvb: a key's bias has no gradient but rounding noise, and bf16's is large.
             Values weights = get_state(m, PARAMS), wanted = get_state(reference, PARAMS);
@@ -204,7 +221,8 @@ TEST_CASE("GPU model: evaluation is without dropout, counts its targets, and lea
     accumulate(got, d, 1, 1, 1), accumulate(other, d, 1, 1, 1);
     CHECK(same_bits(get_state(got, GRADS), get_state(other, GRADS)));
     for (size_t B = 1; B <= d.B; B++) {
-        double a = small.forward(d.x[2].data(), d.y[2].data(), B, d.T), b = want.forward(d.x[2].data(), d.y[2].data(), B, d.T);
+        double a = small.forward(d.x[2].data(), d.y[2].data(), B, d.T),
+               b = want.forward(d.x[2].data(), d.y[2].data(), B, d.T);
         check_close("loss: evaluation", &a, &b, 1, ALLOWED.loss);
         CHECK(small.counted() == want.counted());
     }
@@ -233,7 +251,9 @@ Values trained_bits(bool graphs) {
     return bits;
 }
 
-TEST_CASE("GPU model: a recorded graph gives the bits of direct launches, and neither order nor schedule changes any") {
+TEST_CASE(
+    "GPU model: a recorded graph gives the bits of direct launches, and neither order nor schedule changes "
+    "any") {
     std::vector<Values> recorded = repeatable([] { return std::vector<Values>{trained_bits(true)}; });
     CHECK(same_bits(recorded[0], trained_bits(false)));
 }
@@ -251,7 +271,8 @@ TEST_CASE("GPU model: where cuBLASLt has no epilogue, kernels do its work") {
         Config c = config(GPT2_ARCH, activation, 1, 2);
         Data d(2, 2, 16, c.V, 10);
         Step want = one_step<cpu::GPT2>(c, d, 0.1f);
-        const uint32_t bias = CUBLASLT_EPILOGUE_BIAS, gelu = CUBLASLT_EPILOGUE_GELU, dgelu = 64, bgradb = CUBLASLT_EPILOGUE_BGRADB;
+        const uint32_t bias = CUBLASLT_EPILOGUE_BIAS, gelu = CUBLASLT_EPILOGUE_GELU, dgelu = 64,
+                       bgradb = CUBLASLT_EPILOGUE_BGRADB;
         for (uint32_t e : {bias, gelu, dgelu, bgradb, bias | gelu | dgelu | bgradb}) {
             TempDir cache;  // what was timed while the epilogue was to be had does not count
             setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
@@ -290,7 +311,8 @@ TEST_CASE("GPU model: memory that runs out is one line that says what to try") {
     emu::options().memory_limit = emu::statistics().memory_now + need - 1;
     std::string e = error_of([&] { gpu::GPT2(c, 2, 16, true); });
     CAPTURE(e);
-    for (const char* part : {"train_gpt2.cu:", "cudaMalloc", "out of memory", "--batch_size", "--recompute"}) CHECK(contains(e, part));
+    for (const char* part : {"train_gpt2.cu:", "cudaMalloc", "out of memory", "--batch_size", "--recompute"})
+        CHECK(contains(e, part));
     CHECK(!contains(e, "\n"));
     CHECK(gpu::GPT2::memory_available() < need);
     (void)cudaGetLastError();
@@ -304,16 +326,20 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended whe
     std::string folder = cache / "arapoet", path;
     for (auto& entry : std::filesystem::directory_iterator(folder)) path = entry.path();
     std::string first = read_file(path);
-    CHECK(std::count(first.begin(), first.end(), '\n') == 15);  // 4 layers and the head, forward and two gradients each
+    CHECK(std::count(first.begin(), first.end(), '\n') ==
+          15);  // 4 layers and the head, forward and two gradients each
     CHECK(contains(path, std::to_string(cublasLtGetVersion())));
     { gpu::GPT2 m(c, 2, 16, true); }
     CHECK(read_file(path) == first);
-    // Entries are believed: the emulator's other algorithm, whose workspace stands in bytes 8 to 15, is taken as it is.
+    // Entries are believed: the emulator's other algorithm, whose workspace stands in bytes 8 to 15, is taken
+    // as it is.
     std::string other;
     for (size_t i = 0, end; i < first.size(); i = end + 1) {
         end = first.find('\n', i);
         std::string line = first.substr(i, end - i + 1);
-        other += line.substr(0, 16) + (line.substr(16, 16) == std::string(16, '0') ? "0000100000000000" : std::string(16, '0')) + line.substr(32);
+        other += line.substr(0, 16) +
+                 (line.substr(16, 16) == std::string(16, '0') ? "0000100000000000" : std::string(16, '0')) +
+                 line.substr(32);
     }
     write_file(path, other);
     { gpu::GPT2 m(c, 2, 16, true); }
@@ -325,11 +351,14 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended whe
         for (size_t i = 0, end; i < text.size(); i = end + 1) {
             end = text.find('\n', i);
             std::string hex = text.substr(i, text.find(' ', i) - i);
-            if (hex.size() == 2 * sizeof(cublasLtMatmulAlgo_t) && hex.compare(0, 4, first_bytes) == 0) names.insert(text.substr(i + hex.size(), end - i - hex.size()));
+            if (hex.size() == 2 * sizeof(cublasLtMatmulAlgo_t) && hex.compare(0, 4, first_bytes) == 0)
+                names.insert(text.substr(i + hex.size(), end - i - hex.size()));
         }
         return names;
     };
-    for (std::string damaged : {"zz" + first.substr(2), first.substr(0, 40), "\n \n" + first.substr(first.find('\n') + 1), std::string(128, 'f') + first.substr(128)}) {
+    for (std::string damaged :
+         {"zz" + first.substr(2), first.substr(0, 40), "\n \n" + first.substr(first.find('\n') + 1),
+          std::string(128, 'f') + first.substr(128)}) {
         write_file(path, damaged);
         { gpu::GPT2 m(c, 2, 16, true); }
         CHECK(products(read_file(path)) == products(first));
@@ -376,12 +405,14 @@ TEST_CASE("GPU model: a run that was stopped and loaded again goes on bit for bi
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
     Data d(4, 2, 16, c.V, 16);
     for (bool master : {true, false}) {
-        gpu::GPT2 through(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}), before(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}),
+        gpu::GPT2 through(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}),
+            before(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}),
             after(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master});
         for (auto* m : {&through, &before}) {
             m->seed = 5;
             set_state(*m, PARAMS, random_weights(c, 17));
-            for (uint32_t t = 0; t < (m == &through ? 4 : 2); t++) accumulate(*m, d, t, 1, t), m->step(settings(), t + 1);
+            for (uint32_t t = 0; t < (m == &through ? 4 : 2); t++)
+                accumulate(*m, d, t, 1, t), m->step(settings(), t + 1);
         }
         after.seed = 5;
         for (auto s : {PARAMS, ADAM_M, ADAM_V}) set_state(after, s, get_state(before, s));
@@ -409,9 +440,12 @@ TEST_CASE("GPU model: a gradient or loss that is not finite leaves the model alo
     CHECK(m.step(settings(), 1).finite());
 }
 
-TEST_CASE("GPU decoder: logits are those of the CPU's, for prompts of any length, and agree with the forward pass") {
+TEST_CASE(
+    "GPU decoder: logits are those of the CPU's, for prompts of any length, and agree with the forward "
+    "pass") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
-        Config c = config(arch, arch == GROVER_ARCH ? GELU_ERF : GELU_TANH, 2, 2, arch == GROVER_ARCH ? 48 : 32, 130, 80);
+        Config c = config(arch, arch == GROVER_ARCH ? GELU_ERF : GELU_TANH, 2, 2,
+                          arch == GROVER_ARCH ? 48 : 32, 130, 80);
         size_t N = 2, T = 72;
         gpu::GPT2 model(c, 0, 0, false), whole(c, N, T, false);
         cpu::GPT2 reference(c, 0, 0, false);
@@ -426,7 +460,8 @@ TEST_CASE("GPU decoder: logits are those of the CPU's, for prompts of any length
         size_t at = 0, counted = 0;
         for (size_t n : {(size_t)68, (size_t)1, (size_t)1, (size_t)2}) {
             Tokens tokens;
-            for (size_t s = 0; s < N; s++) tokens.insert(tokens.end(), &d.x[0][s * T + at], &d.x[0][s * T + at] + n);
+            for (size_t s = 0; s < N; s++)
+                tokens.insert(tokens.end(), &d.x[0][s * T + at], &d.x[0][s * T + at] + n);
             const float *a = got.append(tokens.data(), n), *b = want.append(tokens.data(), n);
             check_close("decoder: logits", a, b, N * (size_t)c.V, ALLOWED.logits);
             at += n;
@@ -449,7 +484,8 @@ TEST_CASE("GPU decoder: logits are those of the CPU's, for prompts of any length
         check_close("decoder: loss against the forward pass", &mean, &forward, 1, BUILT_BF16 ? 5e-3 : 1e-5);
         got.reset(), want.reset();
         Tokens two = {5, 9};
-        check_close("decoder: logits", got.append(two.data(), 1), want.append(two.data(), 1), N * (size_t)c.V, ALLOWED.logits);
+        check_close("decoder: logits", got.append(two.data(), 1), want.append(two.data(), 1), N * (size_t)c.V,
+                    ALLOWED.logits);
     }
 }
 
@@ -467,7 +503,8 @@ TEST_CASE("GPU model: sizes that the kernels do not take are refused by name bef
 #ifdef EMULATOR
     size_t before = emu::statistics().memory_peak;
 #endif
-    refused(config(GPT2_ARCH, GELU_TANH, 1, 2, 40), 8, {"head size", "40", "32, 48, 64, 80, 96, 128", "./train_gpt2"});
+    refused(config(GPT2_ARCH, GELU_TANH, 1, 2, 40), 8,
+            {"head size", "40", "32, 48, 64, 80, 96, 128", "./train_gpt2"});
     refused(config(GPT2_ARCH, GELU_TANH, 1, 100, 128), 8, {"C is 12800", "12288"});
     refused(config(), 25, {"24 tokens", "25"});
     Config c = config();

@@ -1,7 +1,9 @@
-// test_gpu_util.h - what the tests of train_gpt2.cu share: arrays in device memory, tolerances, runs under every schedule.
+// test_gpu_util.h - what the tests of train_gpt2.cu share: arrays in device memory, tolerances, runs under
+// every schedule.
 //
-// The tests compile twice, with floatX bf16 and (PRECISION_FP32) float; as C++ for dev/emulator, and by nvcc for a device.
-// The CPU's function is fed what floatX holds, so that what is compared is the computation and not the rounding of inputs.
+// The tests compile twice, with floatX bf16 and (PRECISION_FP32) float; as C++ for dev/emulator, and by nvcc
+// for a device. The CPU's function is fed what floatX holds, so that what is compared is the computation and
+// not the rounding of inputs.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -17,10 +19,10 @@ namespace gpu_test {
 using gpu::floatX;
 using Values = std::vector<float>;
 
-// Allowed relative L2 errors: of results that are stored as floatX (bf16 has 8 bits, so rounding alone makes 1.7e-3), and of
-// those that are floats in every build. The emulator's exponentials and divisions are exact to the last place, a device's
-// are not, and in the bf16 build they are its fast approximations. In a sanitizer's build the CPU's own sums are worse: it
-// adds long rows one number after another.
+// Allowed relative L2 errors: of results that are stored as floatX (bf16 has 8 bits, so rounding alone
+// makes 1.7e-3), and of those that are floats in every build. The emulator's exponentials and divisions are
+// exact to the last place, a device's are not, and in the bf16 build they are its fast approximations. In a
+// sanitizer's build the CPU's own sums are worse: it adds long rows one number after another.
 #if defined(EMULATOR) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 constexpr double FLOAT_TOLERANCE = 2e-6, BF16_TOLERANCE = 2.5e-3;
 #else
@@ -53,7 +55,9 @@ inline Values normals(size_t n, uint64_t seed, double scale = 1, double mean = 0
     return x;
 }
 // The same as floatX holds them.
-inline Values normals_x(size_t n, uint64_t seed, double scale = 1, double mean = 0) { return rounded(normals(n, seed, scale, mean)); }
+inline Values normals_x(size_t n, uint64_t seed, double scale = 1, double mean = 0) {
+    return rounded(normals(n, seed, scale, mean));
+}
 
 // An array in device memory. Made by size it holds NaN, so that what a kernel fails to write is seen.
 template <class T>
@@ -65,7 +69,8 @@ class Device {
     }
     explicit Device(const std::vector<T>& x) : Device(x.size()) { set(x); }
     // From floats, rounded to T.
-    template <class U = T, std::enable_if_t<!std::is_same<U, float>::value && std::is_same<U, floatX>::value, int> = 0>
+    template <class U = T,
+              std::enable_if_t<!std::is_same<U, float>::value && std::is_same<U, floatX>::value, int> = 0>
     explicit Device(const Values& x) : Device(x.size()) {
         std::vector<T> t(x.size());
         for (size_t i = 0; i < x.size(); i++) t[i] = as_floatX(x[i]);
@@ -76,7 +81,9 @@ class Device {
     Device& operator=(const Device&) = delete;
 
     operator T*() { return p_; }
-    void set(const std::vector<T>& x) { CUDA_CHECK(cudaMemcpy(p_, x.data(), n_ * sizeof(T), cudaMemcpyHostToDevice)); }
+    void set(const std::vector<T>& x) {
+        CUDA_CHECK(cudaMemcpy(p_, x.data(), n_ * sizeof(T), cudaMemcpyHostToDevice));
+    }
     std::vector<T> get() const {
         std::vector<T> x(n_);
         CUDA_CHECK(cudaMemcpy(x.data(), p_, n_ * sizeof(T), cudaMemcpyDeviceToHost));
@@ -123,9 +130,9 @@ inline bool same_bits(const Values& a, const Values& b) {
     return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * sizeof(float)));
 }
 
-// Calls `run`, which makes its own inputs and returns its outputs, under every schedule of the emulator, or twice on a
-// device: every bit must be the same each time. Returns the outputs. (ThreadSanitizer sees races under any schedule, and
-// is slow: one run.)
+// Calls `run`, which makes its own inputs and returns its outputs, under every schedule of the emulator, or
+// twice on a device: every bit must be the same each time. Returns the outputs. (ThreadSanitizer sees races
+// under any schedule, and is slow: one run.)
 inline std::vector<Values> repeatable(const std::function<std::vector<Values>()>& run) {
     std::vector<Values> first = run();
     auto again = [&](const char* how) {

@@ -1,5 +1,5 @@
-// test_main.cpp - the main of every test program: runs the tests, counts them by case, and ends with one line,
-// "N passed, N failed[, N skipped]".
+// test_main.cpp - the main of every test program: runs the tests, counts them by case, and ends with one
+// line, "N passed, N failed[, N skipped]".
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
@@ -42,8 +42,9 @@ DOCTEST_REGISTER_LISTENER("counter", 1, Counter);
 }  // namespace
 
 int main(int argc, char** argv) {
-    // The tests' parallel regions are short: on a busy machine, threads that spin while they wait take many times as
-    // long. OpenMP reads this setting before main, hence the second start. Programs that tests start inherit it.
+    // The tests' parallel regions are short: on a busy machine, threads that spin while they wait take many
+    // times as long. OpenMP reads this setting before main, hence the second start. Programs that tests start
+    // inherit it.
     if (!getenv("OMP_WAIT_POLICY")) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         execv("/proc/self/exe", argv);  // returns only where it cannot
@@ -51,7 +52,8 @@ int main(int argc, char** argv) {
     doctest::Context context(argc, argv);
     int rc = context.run();
     if (context.shouldExit()) return rc;  // --help, --list-test-cases
-    if (!worst_errors.empty()) printf("largest errors (relative L2 where nothing else is said), and what is allowed:\n");
+    if (!worst_errors.empty())
+        printf("largest errors (relative L2 where nothing else is said), and what is allowed:\n");
     for (auto& [kind, w] : worst_errors) printf("  %-44s %.1e of %.0e\n", kind.c_str(), w.error, w.tolerance);
     printf("%u passed, %u failed", Counter::run - Counter::failed - Counter::skipped, Counter::failed);
     if (Counter::skipped) printf(", %u skipped", Counter::skipped);

@@ -50,7 +50,9 @@ std::string error_of(F f) {
     return "";
 }
 
-inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+inline bool contains(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
 
 inline void write_file(const std::string& path, const std::string& content) {
     std::ofstream out(path, std::ios::binary);
@@ -98,8 +100,8 @@ inline void check_close(const std::string& what, const A* got, const B* want, si
     note(what.substr(0, what.find(':')), error, tolerance);
     CHECK_MESSAGE(error <= tolerance, what, ": relative L2 error ", error, ", wanted at most ", tolerance);
 }
-inline void check_close(const std::string& what, const std::vector<float>& got, const std::vector<double>& want,
-                        double tolerance) {
+inline void check_close(const std::string& what, const std::vector<float>& got,
+                        const std::vector<double>& want, double tolerance) {
     REQUIRE(got.size() == want.size());
     check_close(what, got.data(), want.data(), got.size(), tolerance);
 }

@@ -52,14 +52,15 @@ template <class... A>
 }
 [[noreturn]] inline void fail(const char* text) { throw Error(text); }
 
-// Runs a program's body; turns exceptions, and output that could not be written, into one line on stderr and an
-// exit code: 0 done, 1 bad input or machine, 2 bad command line.
+// Runs a program's body; turns exceptions, and output that could not be written, into one line on stderr and
+// an exit code: 0 done, 1 bad input or machine, 2 bad command line.
 template <class F>
 int run_main(const char* program, F body) {
     try {
         int code = body();
         errno = 0;
-        if (fflush(stdout) || ferror(stdout)) fail("standard output: cannot write: %s", strerror(errno ? errno : EIO));
+        if (fflush(stdout) || ferror(stdout))
+            fail("standard output: cannot write: %s", strerror(errno ? errno : EIO));
         return code;
     } catch (const UsageError& e) {
         fflush(stdout);
@@ -118,7 +119,8 @@ inline void make_dirs(const std::string& path) {
     for (size_t i = 1; i <= path.size(); i++) {
         if (i < path.size() && path[i] != '/') continue;
         std::string p = path.substr(0, i);
-        if (mkdir(p.c_str(), 0777) && errno != EEXIST) fail("%s: cannot make the folder: %s", p.c_str(), strerror(errno));
+        if (mkdir(p.c_str(), 0777) && errno != EEXIST)
+            fail("%s: cannot make the folder: %s", p.c_str(), strerror(errno));
     }
     struct stat st;
     if (stat(path.c_str(), &st) || !S_ISDIR(st.st_mode)) fail("%s: is not a folder", path.c_str());
@@ -153,22 +155,26 @@ class Reader {
         while (n) {
             ssize_t k = ::read(fd_, d, n);
             if (k < 0 && errno == EINTR) continue;
-            if (k <= 0) fail("%s: cannot read %s: %s", path.c_str(), what, k ? strerror(errno) : "the file shrank");
+            if (k <= 0)
+                fail("%s: cannot read %s: %s", path.c_str(), what, k ? strerror(errno) : "the file shrank");
             d += k, n -= k, pos += k;
         }
     }
     void seek(uint64_t to) {
         if (to > size || lseek(fd_, (off_t)to, SEEK_SET) < 0)
-            fail("%s: offset %llu lies beyond its %llu bytes", path.c_str(), (unsigned long long)to, (unsigned long long)size);
+            fail("%s: offset %llu lies beyond its %llu bytes", path.c_str(), (unsigned long long)to,
+                 (unsigned long long)size);
         pos = to;
     }
     // Reads the header of 256 int32 that starts every .bin file; `kind` names the file's kind.
     std::vector<int32_t> header(int32_t magic, const char* kind) {
         std::vector<int32_t> h(256);
         if (size < 1024)
-            fail("%s: is not a %s file: %llu bytes, the header alone has 1024", path.c_str(), kind, (unsigned long long)size);
+            fail("%s: is not a %s file: %llu bytes, the header alone has 1024", path.c_str(), kind,
+                 (unsigned long long)size);
         read(h.data(), 1024, "header");
-        if (h[0] != magic) fail("%s: is not a %s file: magic number is %d, wanted %d", path.c_str(), kind, h[0], magic);
+        if (h[0] != magic)
+            fail("%s: is not a %s file: magic number is %d, wanted %d", path.c_str(), kind, h[0], magic);
         return h;
     }
     void expect_size(uint64_t want) const {
@@ -189,7 +195,8 @@ class Reader {
 // A file that appears whole or not at all. Call commit(); without it the destructor discards.
 class AtomicFile {
   public:
-    explicit AtomicFile(const std::string& path) : path_(path), tmp_(path + ".tmp" + std::to_string(getpid())) {
+    explicit AtomicFile(const std::string& path)
+        : path_(path), tmp_(path + ".tmp" + std::to_string(getpid())) {
         fd_ = open(tmp_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (fd_ < 0) fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
     }
@@ -204,15 +211,19 @@ class AtomicFile {
         while (n) {
             ssize_t k = ::write(fd_, s, n);
             if (k < 0 && errno == EINTR) continue;
-            if (k <= 0) fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(), strerror(errno));
+            if (k <= 0)
+                fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(),
+                     strerror(errno));
             s += k, n -= k;
         }
     }
     void write(const std::string& s) { write(s.data(), s.size()); }
     void commit() {
         if (fsync(fd_) && errno != EINVAL && errno != EROFS)
-            fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(), strerror(errno));
-        if (rename(tmp_.c_str(), path_.c_str())) fail("%s: cannot rename into place: %s", path_.c_str(), strerror(errno));
+            fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(),
+                 strerror(errno));
+        if (rename(tmp_.c_str(), path_.c_str()))
+            fail("%s: cannot rename into place: %s", path_.c_str(), strerror(errno));
         close(fd_), fd_ = -1;
         int dir = open(dirname_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (dir >= 0) fsync(dir), close(dir);  // makes the rename itself durable

@@ -20,7 +20,17 @@
 namespace rng {
 
 // What a draw is for: the last counter word is stream << 16 | layer.
-enum Stream : uint32_t { EMB_DROPOUT, ATT_DROPOUT, ATTPROJ_DROPOUT, FCPROJ_DROPOUT, INIT, SHUFFLE, SPLIT, SAMPLE, ROUNDING };
+enum Stream : uint32_t {
+    EMB_DROPOUT,
+    ATT_DROPOUT,
+    ATTPROJ_DROPOUT,
+    FCPROJ_DROPOUT,
+    INIT,
+    SHUFFLE,
+    SPLIT,
+    SAMPLE,
+    ROUNDING
+};
 
 struct Block {
     uint32_t w[4];

@@ -60,8 +60,8 @@ void check_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_
     auto run = [&](Floats& C, const gemm::Epilogue& epilogue) {
         const gemm::Operand a = {A.data.data(), A.sr, A.sc}, b = {B.data.data(), B.sr, B.sc};
         std::copy(before.begin(), before.end(), C.begin());
-        gemm::multiply(FP32, {M, N, K, a, b, C.data(), ldc, start, with_bias ? bias.data() : nullptr,
-                              epilogue});
+        gemm::multiply(FP32,
+                       {M, N, K, a, b, C.data(), ldc, start, with_bias ? bias.data() : nullptr, epilogue});
     };
     Floats C(M * ldc), again(M * ldc);
     run(C, {});

@@ -68,7 +68,8 @@ inline size_t find_invalid(std::string_view s) {
     return std::string_view::npos;
 }
 
-// How many bytes of s a stream may print now: all but a character at the end whose last bytes are still to come.
+// How many bytes of s a stream may print now: all but a character at the end whose last bytes are still to
+// come.
 inline size_t printable_prefix(std::string_view s) {
     for (size_t back = 1; back <= 3 && back <= s.size(); back++) {
         char c = s[s.size() - back];
@@ -87,7 +88,8 @@ inline std::string name(uint32_t c) {
     return quoted + strf("U+%04X", c);
 }
 
-// A text for an error message: 'ab', in one line, with \xNN for the bytes that would garble it; a long one is cut.
+// A text for an error message: 'ab', in one line, with \xNN for the bytes that would garble it; a long one is
+// cut.
 inline std::string quote(std::string_view s, size_t most = 60) {
     std::string quoted = "'";
     size_t i = 0;

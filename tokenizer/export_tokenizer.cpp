@@ -2,9 +2,10 @@
 //
 //     ./export_tokenizer gpt2/ gpt2.bin
 //
-// Reads tokenizer.json, or vocab.json and merges.txt, in Hugging Face's format; eos_token and add_prefix_space from
-// tokenizer_config.json. Refuses what it would encode otherwise than Hugging Face does: only GPT-2's byte-level BPE
-// is right, and the merges must be those that tokenizer.h finds in the order of the tokens.
+// Reads tokenizer.json, or vocab.json and merges.txt, in Hugging Face's format; eos_token and
+// add_prefix_space from tokenizer_config.json. Refuses what it would encode otherwise than Hugging Face does:
+// only GPT-2's byte-level BPE is right, and the merges must be those that tokenizer.h finds in the order of
+// the tokens.
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -53,8 +54,8 @@ inline const Json& member(const Json& j, const char* name) {
 // ---------------------------------------------------------------------------------------------
 // Reading the folder
 
-// GPT-2 writes bytes as characters that can be seen: a printable byte of Latin-1 as itself, the k-th of the others
-// as U+0100 + k. Returns the bytes; false where a character stands for none.
+// GPT-2 writes bytes as characters that can be seen: a printable byte of Latin-1 as itself, the k-th of the
+// others as U+0100 + k. Returns the bytes; false where a character stands for none.
 inline bool bytes_of(const std::string& token, std::string* bytes) {
     static const std::map<uint32_t, char> byte_of = [] {
         std::map<uint32_t, char> m;
@@ -80,7 +81,8 @@ class Folder {
     explicit Folder(const std::string& dir) : dir_(dir) {}
 
     Published read() {
-        const std::string json = dir_ + "/tokenizer.json", vocab = dir_ + "/vocab.json", merges = dir_ + "/merges.txt";
+        const std::string json = dir_ + "/tokenizer.json", vocab = dir_ + "/vocab.json",
+                          merges = dir_ + "/merges.txt";
         if (file_exists(json)) {
             read_tokenizer_json(json);
         } else if (file_exists(vocab)) {
@@ -103,17 +105,20 @@ class Folder {
     int id(const Json& j, const std::string& token, const std::string& path) {
         constexpr int64_t most = (1 << bpe::Merges::ID_BITS) - 1;
         if (!j.is_number_integer() || j.get<int64_t>() < 0 || j.get<int64_t>() > most)
-            fail("%s: the id of %s is %s, wanted 0 to %d", path.c_str(), quote(token).c_str(), quote(j.dump()).c_str(),
-                 (int)most);
+            fail("%s: the id of %s is %s, wanted 0 to %d", path.c_str(), quote(token).c_str(),
+                 quote(j.dump()).c_str(), (int)most);
         return j.get<int>();
     }
     void add_vocab(const Json& vocab) {
         if (!vocab.is_object()) fail("%s: has no vocabulary", p_.vocab_path.c_str());
-        for (auto& [token, number] : vocab.items()) add_token(token, id(number, token, p_.vocab_path), p_.vocab_path);
+        for (auto& [token, number] : vocab.items())
+            add_token(token, id(number, token, p_.vocab_path), p_.vocab_path);
     }
     void add_token(const std::string& token, int id, const std::string& path) {
         auto [other, is_new] = by_id_.insert({id, token});
-        if (!is_new) fail("%s: %s and %s both have id %d", path.c_str(), quote(other->second).c_str(), quote(token).c_str(), id);
+        if (!is_new)
+            fail("%s: %s and %s both have id %d", path.c_str(), quote(other->second).c_str(),
+                 quote(token).c_str(), id);
         p_.id_of[token] = id;
     }
     void add_special(const std::string& token, const Json& number, const std::string& path) {
@@ -121,7 +126,8 @@ class Folder {
         auto known = p_.id_of.find(token);
         if (known == p_.id_of.end()) add_token(token, i, path);
         else if (known->second != i)
-            fail("%s: %s has id %d, in the vocabulary it has %d", path.c_str(), quote(token).c_str(), i, known->second);
+            fail("%s: %s has id %d, in the vocabulary it has %d", path.c_str(), quote(token).c_str(), i,
+                 known->second);
         p_.special.insert(i);
     }
 
@@ -140,9 +146,10 @@ class Folder {
     void add_merge(const std::string& line, const std::string& place) {
         size_t space = line.find(' ');
         if (space == 0 || space == std::string::npos || space + 1 == line.size() || space != line.rfind(' '))
-            fail("%s: %s: %s is not two tokens with a space between them", p_.merges_path.c_str(), place.c_str(),
-                 quote(line).c_str());
-        p_.merges.push_back({line.substr(0, space), line.substr(space + 1)}), p_.merge_places.push_back(place);
+            fail("%s: %s: %s is not two tokens with a space between them", p_.merges_path.c_str(),
+                 place.c_str(), quote(line).c_str());
+        p_.merges.push_back({line.substr(0, space), line.substr(space + 1)}),
+            p_.merge_places.push_back(place);
     }
 
     void read_tokenizer_json(const std::string& path) {
@@ -153,8 +160,8 @@ class Folder {
         };
         if (!type.is_null() && type != "BPE") refuse("model.type", type, "\"BPE\"");
         if (const Json& n = member(j, "normalizer"); !n.is_null()) refuse("normalizer", n, "none");
-        for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
-                                 "ignore_merges"}) {
+        for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                                 "byte_fallback", "ignore_merges"}) {
             const Json& v = member(model, name);
             if (!v.is_null() && v != "" && v != false && v != 0) refuse(name, v, "none");
         }
@@ -180,25 +187,31 @@ class Folder {
             const Json &content = member(a, "content"), &special = member(a, "special");
             if (!content.is_string()) refuse("an added token", a, "one with content");
             if (special == false)
-                fail("%s: the added token %s is not special: it would be cut out of the text first, which is not built in",
-                     path.c_str(), quote(content.get<std::string>()).c_str());
+                fail(
+                    "%s: the added token %s is not special: it would be cut out of the text first, which is "
+                    "not built in",
+                    path.c_str(), quote(content.get<std::string>()).c_str());
             add_special(content.get<std::string>(), member(a, "id"), path);
         }
     }
 
-    // eos_token and add_prefix_space; what tokenizer_config.json says goes before tokenizer.json, as in transformers.
+    // eos_token and add_prefix_space; what tokenizer_config.json says goes before tokenizer.json, as in
+    // transformers.
     void read_config() {
         std::string eos = "<|endoftext|>", from = dir_;
         for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"}) {
             std::string path = dir_ + name;
             if (!file_exists(path)) continue;
-            const Json j = read_json(path), &token = member(j, "eos_token"), &space = member(j, "add_prefix_space");
+            const Json j = read_json(path), &token = member(j, "eos_token"),
+                       &space = member(j, "add_prefix_space");
             const Json& text = token.is_object() ? member(token, "content") : token;
             if (text.is_string()) eos = text.get<std::string>(), from = path;
-            else if (!text.is_null()) fail("%s: eos_token is %s, wanted a text", path.c_str(), quote(text.dump()).c_str());
+            else if (!text.is_null())
+                fail("%s: eos_token is %s, wanted a text", path.c_str(), quote(text.dump()).c_str());
             if (space.is_boolean()) p_.add_prefix_space = space.get<bool>();
             else if (!space.is_null())
-                fail("%s: add_prefix_space is %s, wanted true or false", path.c_str(), quote(space.dump()).c_str());
+                fail("%s: add_prefix_space is %s, wanted true or false", path.c_str(),
+                     quote(space.dump()).c_str());
         }
         auto it = p_.id_of.find(eos);
         if (it == p_.id_of.end())
@@ -209,7 +222,8 @@ class Folder {
     void finish() {
         for (auto& [id, token] : by_id_) {
             if (id != (int)p_.tokens.size())
-                fail("%s: no token has id %zu, yet %s has %d", p_.vocab_path.c_str(), p_.tokens.size(), quote(token).c_str(), id);
+                fail("%s: no token has id %zu, yet %s has %d", p_.vocab_path.c_str(), p_.tokens.size(),
+                     quote(token).c_str(), id);
             p_.tokens.push_back(token);
         }
     }
@@ -229,8 +243,8 @@ inline Tokenizer make_tokenizer(const Published& p) {
     for (size_t i = 0; i < tokens.size(); i++) {
         if (p.special.count((int)i) || !bytes_of(p.tokens[i], &tokens[i])) tokens[i] = p.tokens[i];
         if (tokens[i].empty() || tokens[i].size() > 255)
-            fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", vocab, i, quote(p.tokens[i]).c_str(),
-                 tokens[i].size());
+            fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", vocab, i,
+                 quote(p.tokens[i]).c_str(), tokens[i].size());
     }
 
     std::vector<std::pair<int, int>> parts(tokens.size(), {-1, -1});
@@ -241,16 +255,18 @@ inline Tokenizer make_tokenizer(const Published& p) {
         auto id = [&](const std::string& token) {
             auto it = p.id_of.find(token);
             if (it == p.id_of.end())
-                fail("%s: %s: %s is not in the vocabulary: are these the merges of another tokenizer?", merges,
-                     p.merge_places[m].c_str(), quote(token).c_str());
+                fail("%s: %s: %s is not in the vocabulary: are these the merges of another tokenizer?",
+                     merges, p.merge_places[m].c_str(), quote(token).c_str());
             return it->second;
         };
         int l = id(left), r = id(right), made = id(whole);
         if (p.special.count(made))
-            fail("%s: %s makes the special token %s", merges, p.merge_places[m].c_str(), quote(whole).c_str());
+            fail("%s: %s makes the special token %s", merges, p.merge_places[m].c_str(),
+                 quote(whole).c_str());
         if (made <= previous)
-            fail("%s: %s makes token %d %s, an earlier one made token %d: the ids must ascend with the merges", merges,
-                 p.merge_places[m].c_str(), made, quote(whole).c_str(), previous);
+            fail(
+                "%s: %s makes token %d %s, an earlier one made token %d: the ids must ascend with the merges",
+                merges, p.merge_places[m].c_str(), made, quote(whole).c_str(), previous);
         previous = made;
         parts[(size_t)made] = {l, r};
     }
@@ -261,12 +277,14 @@ inline Tokenizer make_tokenizer(const Published& p) {
         const bool is_merge = parts[(size_t)i].first >= 0, would_be = tok.parts(i).first >= 0;
         const std::string token = quote(p.tokens[(size_t)i]);
         if (is_merge && tok.parts(i) != parts[(size_t)i])
-            fail("%s: %s never makes token %d %s: the merges before it make something else of its bytes", merges,
-                 p.merge_places[m].c_str(), i, token.c_str());
+            fail("%s: %s never makes token %d %s: the merges before it make something else of its bytes",
+                 merges, p.merge_places[m].c_str(), i, token.c_str());
         if (!is_merge && would_be)
-            fail("%s: no merge makes token %d %s, but %s and %s would: the merges are incomplete, or of another tokenizer",
-                 merges, i, token.c_str(), quote(p.tokens[(size_t)tok.parts(i).first]).c_str(),
-                 quote(p.tokens[(size_t)tok.parts(i).second]).c_str());
+            fail(
+                "%s: no merge makes token %d %s, but %s and %s would: the merges are incomplete, or of "
+                "another tokenizer",
+                merges, i, token.c_str(), quote(p.tokens[(size_t)tok.parts(i).first]).c_str(),
+                quote(p.tokens[(size_t)tok.parts(i).second]).c_str());
         m += is_merge;
     }
     return tok;
@@ -276,16 +294,18 @@ inline int export_main(int argc, char** argv) {
     std::vector<std::string> words;
     Flags f("export_tokenizer", "makes a tokenizer file from a published model's folder");
     f.positional(&words, "DIR out.bin");
-    f.epilogue("DIR holds tokenizer.json, or vocab.json and merges.txt, as Hugging Face publishes them.\n"
-               "next: ./prepare_data poems.csv --tokenizer out.bin -o poems\n");
+    f.epilogue(
+        "DIR holds tokenizer.json, or vocab.json and merges.txt, as Hugging Face publishes them.\n"
+        "next: ./prepare_data poems.csv --tokenizer out.bin -o poems\n");
     f.parse(argc, argv);
-    if (words.size() != 2) throw UsageError("wanted two names: ./export_tokenizer DIR out.bin; --help tells more");
+    if (words.size() != 2)
+        throw UsageError("wanted two names: ./export_tokenizer DIR out.bin; --help tells more");
     const Published p = Folder(words[0]).read();
     const Tokenizer tok = make_tokenizer(p);
     tok.save(words[1]);
-    printf("%s: %s tokens, %s merges, end-of-text %d %s%s\n", words[1].c_str(), commas((uint64_t)tok.vocab_size()).c_str(),
-           commas(p.merges.size()).c_str(), tok.eot(), quote(tok.bytes(tok.eot())).c_str(),
-           tok.add_prefix_space() ? ", a space before every text" : "");
+    printf("%s: %s tokens, %s merges, end-of-text %d %s%s\n", words[1].c_str(),
+           commas((uint64_t)tok.vocab_size()).c_str(), commas(p.merges.size()).c_str(), tok.eot(),
+           quote(tok.bytes(tok.eot())).c_str(), tok.add_prefix_space() ? ", a space before every text" : "");
     return 0;
 }
 

@@ -4,9 +4,9 @@
 //         -o fuzz_tokenizer tokenizer/fuzz_tokenizer.cpp
 //     ./fuzz_tokenizer -max_total_time=60 -max_len=8192
 //
-// The first byte of an input chooses what the rest is: a tokenizer file; tokens and a text; vocab.json, merges.txt or
-// tokenizer.json. Files are accepted or refused with an Error, and a text comes back from its tokens; anything else is
-// a finding.
+// The first byte of an input chooses what the rest is: a tokenizer file; tokens and a text; vocab.json,
+// merges.txt or tokenizer.json. Files are accepted or refused with an Error, and a text comes back from its
+// tokens; anything else is a finding.
 #define ARAPOET_NO_MAIN
 #include "dev/fuzz.h"
 #include "tokenizer/export_tokenizer.cpp"
@@ -45,9 +45,12 @@ struct Valid : fuzz::Folder {
         vocab["ab"] = 256, vocab["abc"] = 257, vocab["<|endoftext|>"] = 258;
         content[VOCAB] = vocab.dump();
         content[MERGES] = "#version: 0.2\na b\nab c\n";
-        content[JSON] = exporter::Json({{"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", true}}},
-                                        {"added_tokens", {{{"id", 258}, {"content", "<|endoftext|>"}, {"special", true}}}},
-                                        {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", merges}}}}).dump();
+        content[JSON] =
+            exporter::Json(
+                {{"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", true}}},
+                 {"added_tokens", {{{"id", 258}, {"content", "<|endoftext|>"}, {"special", true}}}},
+                 {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", merges}}}})
+                .dump();
         write(dir + "/tokenizer_config.json", "{\"eos_token\": \"<|endoftext|>\"}");
     }
 };
@@ -87,7 +90,8 @@ void encode_text(const std::string& data) {
 }  // namespace
 
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
-    return fuzz::mutate(data, size, max_size, seed, NUM_MODES, [](int mode) { return valid().content[mode]; });
+    return fuzz::mutate(data, size, max_size, seed, NUM_MODES,
+                        [](int mode) { return valid().content[mode]; });
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -112,7 +116,6 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             Tokenizer t = exporter::make_tokenizer(exporter::Folder(v.dir).read());
             round_trip(t, content);
         }
-    } catch (const Error&) {
-    }
+    } catch (const Error&) {}
     return 0;
 }

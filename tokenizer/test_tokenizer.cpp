@@ -1,5 +1,5 @@
-// test_tokenizer.cpp - what byte-level BPE, export_tokenizer and tokenize promise. The character tokenizer's tests
-// are in data/test_data.cpp; check_tokenizer.py compares with tiktoken and Hugging Face.
+// test_tokenizer.cpp - what byte-level BPE, export_tokenizer and tokenize promise. The character tokenizer's
+// tests are in data/test_data.cpp; check_tokenizer.py compares with tiktoken and Hugging Face.
 #define ARAPOET_NO_MAIN
 #include "tokenizer/export_tokenizer.cpp"
 #include "tokenizer/tokenize.cpp"
@@ -72,12 +72,14 @@ Strings trained_tokens(Random& random, size_t n, const Strings& alphabet) {
     return merged;
 }
 
-// The definition, as slow as it gets: of all neighbours whose bytes together are a token, the leftmost of those that
-// make the lowest one merge.
+// The definition, as slow as it gets: of all neighbours whose bytes together are a token, the leftmost of
+// those that make the lowest one merge.
 Ids merge_by_definition(const Strings& merged, const std::string& piece) {
     Strings parts;
     for (char c : piece) parts.push_back(std::string(1, c));
-    auto rank = [&](const std::string& s) { return (size_t)(std::find(merged.begin(), merged.end(), s) - merged.begin()); };
+    auto rank = [&](const std::string& s) {
+        return (size_t)(std::find(merged.begin(), merged.end(), s) - merged.begin());
+    };
     for (;;) {
         size_t best = merged.size(), at = 0;
         for (size_t i = 0; i + 1 < parts.size(); i++)
@@ -87,7 +89,8 @@ Ids merge_by_definition(const Strings& merged, const std::string& piece) {
         parts.erase(parts.begin() + (ptrdiff_t)at + 1);
     }
     Ids ids;
-    for (const std::string& p : parts) ids.push_back(p.size() == 1 ? (unsigned char)p[0] : 256 + (int)rank(p));
+    for (const std::string& p : parts)
+        ids.push_back(p.size() == 1 ? (unsigned char)p[0] : 256 + (int)rank(p));
     return ids;
 }
 
@@ -108,7 +111,8 @@ TEST_CASE("gpt-2's pattern: words, numbers, signs, contractions and white space"
         {"Hello world", "[Hello][ world]"},
         {"a1b2", "[a][1][b][2]"},
         {"x = 12.50!", "[x][ =][ 12][.][50][!]"},
-        {"it's they're we've I'm you'll I'd don't", "[it]['s][ they]['re][ we]['ve][ I]['m][ you]['ll][ I]['d][ don]['t]"},
+        {"it's they're we've I'm you'll I'd don't",
+         "[it]['s][ they]['re][ we]['ve][ I]['m][ you]['ll][ I]['d][ don]['t]"},
         {"IT'S l'homme 'tis 'lx '", "[IT]['][S][ l]['][homme][ '][tis][ '][lx][ ']"},
         {"'s't'", "['s]['t][']"},
         {"!'s ''s", "[!'][s][ ''][s]"},
@@ -124,7 +128,9 @@ TEST_CASE("gpt-2's pattern: words, numbers, signs, contractions and white space"
         {"a\u00A0b", "[a][\u00A0][b]"},
         {"a \u3000\u2003b", "[a][ \u3000][\u2003][b]"},
         {"a\u200Bb", "[a][\u200B][b]"},  // not white space since Unicode 4
-        {"a\x1C" "b", "[a][\x1C][b]"},      // white space to Python alone
+        {"a\x1C"
+         "b",
+         "[a][\x1C][b]"},  // white space to Python alone
         {"\u0642\u0641\u0627 \u0646\u0628\u0643", "[\u0642\u0641\u0627][ \u0646\u0628\u0643]"},
         {"\u0642\u0650\u0641\u0627", "[\u0642][\u0650][\u0641\u0627]"},  // a vowel sign is a mark, no letter
         {"\u0642\u0640\u0627\u060C \u061F", "[\u0642\u0640\u0627][\u060C][ \u061F]"},
@@ -139,10 +145,12 @@ TEST_CASE("gpt-2's pattern: words, numbers, signs, contractions and white space"
 }
 
 TEST_CASE("gpt-2's pattern: a byte that is not valid UTF-8 is a sign of its own") {
-    CHECK(joined(pieces_of("a\xFF" "b")) == "[a][\xFF][b]");
+    CHECK(joined(pieces_of("a\xFF"
+                           "b")) == "[a][\xFF][b]");
     CHECK(joined(pieces_of("\u0628\xD8")) == "[\u0628][\xD8]");
     CHECK(joined(pieces_of("a \xD8\xD8! \x80\x80 ")) == "[a][ \xD8\xD8!][ \x80\x80][ ]");
-    CHECK(joined(pieces_of("\xED\xA0\x80" "a")) == "[\xED\xA0\x80][a]");
+    CHECK(joined(pieces_of("\xED\xA0\x80"
+                           "a")) == "[\xED\xA0\x80][a]");
 }
 
 TEST_CASE("gpt-2's pattern: the tables hold the letters, numbers and white space of Unicode 16, each once") {
@@ -171,7 +179,8 @@ size_t match_by_definition(const std::vector<bpe::Class>& k, const std::u32strin
 }
 
 TEST_CASE("gpt-2's pattern: random mixes are cut as the pattern's alternatives are tried") {
-    const char* const parts[] = {" ", " ", "\n", "\t", "\u00A0", "'", "'s", "'re", "v", "e", "S", "\u0628", "\u064E", "7",
+    const char* const parts[] = {" ",      " ", "\n",     "\t",         "\u00A0", "'",      "'s",
+                                 "'re",    "v", "e",      "S",          "\u0628", "\u064E", "7",
                                  "\u0663", "!", "\u060C", "\U0001F600", "\u2009", "ll"};
     Random random{1};
     for (int round = 0; round < 5000; round++) {
@@ -205,7 +214,8 @@ TEST_CASE("bpe: the pair that makes the lowest token merges first, the leftmost 
     CHECK(t.decode(t.encode("abcaabab")) == "abcaabab");
 }
 
-TEST_CASE("bpe: the merges are found in the order of the tokens; special tokens are none, wherever they stand") {
+TEST_CASE(
+    "bpe: the merges are found in the order of the tokens; special tokens are none, wherever they stand") {
     Strings tokens = {EOT, "<s>", "  "};
     for (const std::string& b : byte_tokens()) tokens.push_back(b);
     for (const char* m : {"ab", "abc", "<s", "<pad>", "xyz"}) tokens.push_back(m);
@@ -213,7 +223,8 @@ TEST_CASE("bpe: the merges are found in the order of the tokens; special tokens 
     const int ab = 259;
     CHECK(t.parts(ab) == std::pair<int, int>(3 + 'a', 3 + 'b'));
     CHECK(t.parts(ab + 1) == std::pair<int, int>(ab, 3 + 'c'));
-    for (int special : {0, 1, 2, 3 + 'a', ab + 3, ab + 4}) CHECK(t.parts(special) == std::pair<int, int>(-1, -1));
+    for (int special : {0, 1, 2, 3 + 'a', ab + 3, ab + 4})
+        CHECK(t.parts(special) == std::pair<int, int>(-1, -1));
     CHECK(t.encode("abc<s>  ") == Ids{ab + 1, 3 + '<', 3 + 's', 3 + '>', 3 + ' ', 3 + ' '});
     CHECK(t.encode("<s") == Ids{3 + '<', 3 + 's'});  // two pieces never merge
     CHECK(t.encode("xyz") == Ids{3 + 'x', 3 + 'y', 3 + 'z'});
@@ -242,12 +253,14 @@ TEST_CASE("bpe: end-of-text is never encoded from its spelling, even where merge
 TEST_CASE("bpe: words and long pieces merge as the definition says") {
     for (uint64_t seed = 0; seed < 6; seed++) {
         Random random{seed};
-        Strings alphabet = seed % 2 ? Strings{"a", "b", "c"} : Strings{"\u0628", "\u062A", "\u0627", "\u0646"};
+        Strings alphabet =
+            seed % 2 ? Strings{"a", "b", "c"} : Strings{"\u0628", "\u062A", "\u0627", "\u0646"};
         Strings merged = trained_tokens(random, 40, alphabet);
         Tokenizer t = bpe_of(merged);
         for (int round = 0; round < 60; round++) {
             std::string word;
-            for (size_t n = 1 + random.below(round % 4 ? 20 : 150); n; n--) word += alphabet[random.below(alphabet.size())];
+            for (size_t n = 1 + random.below(round % 4 ? 20 : 150); n; n--)
+                word += alphabet[random.below(alphabet.size())];
             const Ids want = merge_by_definition(merged, word);
             REQUIRE(t.encode(word) == want);
             REQUIRE(t.encode(word) == want);  // from memory
@@ -269,7 +282,8 @@ TEST_CASE("bpe: any bytes survive encoding and decoding") {
         for (int b = 0; b < 256; b++) wrong += !check({(char)a, (char)b});
     }
     for (int round = 0; round < 3000; round++) wrong += !check(random.bytes(random.below(300)));
-    const char* const parts[] = {"\u0628", "\xD8", "\xFF", "a", "!", " ", "\n", "\xE2\x80", "\U0001F600", "\xF0\x9F"};
+    const char* const parts[] = {"\u0628", "\xD8", "\xFF",     "a",          "!",
+                                 " ",      "\n",   "\xE2\x80", "\U0001F600", "\xF0\x9F"};
     for (int round = 0; round < 3000; round++) wrong += !check(random.mix(parts, random.below(200)));
     CHECK(wrong == 0);
 }
@@ -298,7 +312,8 @@ TEST_CASE("bpe: a space goes before a text that begins with none, where the toke
     CHECK(plain.encode("a") == Ids{'a'});
 }
 
-TEST_CASE("bpe: the cost grows with the text, not with its square, on text without a space and on one long word") {
+TEST_CASE(
+    "bpe: the cost grows with the text, not with its square, on text without a space and on one long word") {
     Random random{5};
     const Strings merged = trained_tokens(random, 60, {"a", "b", "\u0628"});
     Strings runs;
@@ -308,7 +323,8 @@ TEST_CASE("bpe: the cost grows with the text, not with its square, on text witho
         Strings merged;
         std::function<std::string(size_t)> text;
     } cases[] = {
-        {"random letters", merged, [&](size_t n) {
+        {"random letters", merged,
+         [&](size_t n) {
              std::string s;
              while (s.size() < n) s += "aab\u0628"[random.below(3)];
              return s;
@@ -337,7 +353,8 @@ TEST_CASE("bpe: the cost grows with the text, not with its square, on text witho
 
 TEST_CASE("bpe: the characters of a stream add up to those of its texts and one for each end-of-text") {
     Random random{11};
-    const Strings texts = {"\u0642\u0641\u0627 \u0646\u0628\u0643", "a\u20AC\U0001F600!", "\u0628", "\n\u0628 "};
+    const Strings texts = {"\u0642\u0641\u0627 \u0646\u0628\u0643", "a\u20AC\U0001F600!", "\u0628",
+                           "\n\u0628 "};
     // Some of the tokens are parts of characters, some go across them.
     const Strings merged = trained_tokens(random, 50, {"\u0642", "\u0641", "\u20AC", "\U0001F600", "a"});
     for (bool prefix : {false, true}) {
@@ -401,13 +418,15 @@ TEST_CASE("bpe: a file that is truncated, or lacks a byte, or has a token twice,
     CHECK(load_error(good) == "");
     for (size_t n = 0; n < good.size(); n += 11) {
         INFO(n);
-        CHECK(contains(load_error(good.substr(0, n)), n < 1024 ? "is not a tokenizer file" : "truncated in token"));
+        CHECK(contains(load_error(good.substr(0, n)),
+                       n < 1024 ? "is not a tokenizer file" : "truncated in token"));
     }
     CHECK(contains(load_error(good + "x"), "trailing data"));
     CHECK(contains(load_error(with_header(good, 5, 2)), "add_prefix_space is 2, wanted 0 to 1"));
     CHECK(contains(load_error(with_header(good, 3, 258)), "end-of-text token is 258"));
     CHECK(contains(load_error(with_header(good, 4, 1)), "of a character tokenizer"));
-    CHECK(contains(load_error(file_of(with({"ab", "bc", "ab", EOT}), 259)), "t.bin: tokens 256 and 258 are both 'ab'"));
+    CHECK(contains(load_error(file_of(with({"ab", "bc", "ab", EOT}), 259)),
+                   "t.bin: tokens 256 and 258 are both 'ab'"));
     CHECK(contains(load_error(file_of(with({"a", EOT}), 257)), "tokens 97 and 256 are both 'a'"));
     CHECK(contains(load_error(file_of(with({"ab", ""}), 256)), "token 257 of 258 has length 0"));
     // The byte that end-of-text stands for is not there for text.
@@ -428,7 +447,8 @@ std::string disguised(const std::string& bytes) {
         static const std::string visible = [] {
             std::string v;
             for (int b = 0; b < 256; b++)
-                if ((b >= '!' && b <= '~') || (b >= 0xA1 && b <= 0xAC) || (b >= 0xAE && b <= 0xFF)) v += (char)b;
+                if ((b >= '!' && b <= '~') || (b >= 0xA1 && b <= 0xAC) || (b >= 0xAE && b <= 0xFF))
+                    v += (char)b;
             return v;
         }();
         unsigned char b = (unsigned char)c;
@@ -463,8 +483,13 @@ struct Hf {
         return {{"normalizer", nullptr},
                 {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", true}, {"use_regex", true}}},
                 {"added_tokens", added},
-                {"model", {{"type", "BPE"}, {"dropout", nullptr}, {"continuing_subword_prefix", ""}, {"byte_fallback", false},
-                           {"vocab", vocab}, {"merges", merges}}}};
+                {"model",
+                 {{"type", "BPE"},
+                  {"dropout", nullptr},
+                  {"continuing_subword_prefix", ""},
+                  {"byte_fallback", false},
+                  {"vocab", vocab},
+                  {"merges", merges}}}};
     }
     void save_pair() const {
         write_file(dir / "vocab.json", vocab.dump());
@@ -497,9 +522,11 @@ TEST_CASE("export: vocab.json and merges.txt, special tokens before the bytes") 
     CHECK(hf.error() == "");
 }
 
-TEST_CASE("export: tokenizer.json, merges as texts and as pairs, and what tokenizer_config.json says goes first") {
+TEST_CASE(
+    "export: tokenizer.json, merges as texts and as pairs, and what tokenizer_config.json says goes first") {
     Hf hf(Strings{});
-    hf.added = {{{"id", 260}, {"content", EOT}, {"special", true}}, {{"id", 261}, {"content", "[\u0628]"}, {"special", true}}};
+    hf.added = {{{"id", 260}, {"content", EOT}, {"special", true}},
+                {{"id", 261}, {"content", "[\u0628]"}, {"special", true}}};
     write_file(hf.dir / "tokenizer.json", hf.tokenizer_json().dump());
     Tokenizer pairs = hf.make();
     CHECK(pairs.eot() == 260);
@@ -507,12 +534,15 @@ TEST_CASE("export: tokenizer.json, merges as texts and as pairs, and what tokeni
     CHECK(pairs.add_prefix_space());
     for (auto& m : hf.merges) m = m[0].get<std::string>() + " " + m[1].get<std::string>();
     exporter::Json j = hf.tokenizer_json();
-    j["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", exporter::Json::array({j["pre_tokenizer"]})}};
+    j["pre_tokenizer"] = {{"type", "Sequence"},
+                          {"pretokenizers", exporter::Json::array({j["pre_tokenizer"]})}};
     write_file(hf.dir / "tokenizer.json", j.dump());
     Tokenizer texts = hf.make();
     CHECK(pairs.encode("ab ab\u0628") == texts.encode("ab ab\u0628"));
     CHECK(texts.add_prefix_space());
-    write_file(hf.dir / "tokenizer_config.json", R"({"add_prefix_space": false, "eos_token": {"content": "[)" "\u0628" R"(]"}})");
+    write_file(hf.dir / "tokenizer_config.json", R"({"add_prefix_space": false, "eos_token": {"content": "[)"
+                                                 "\u0628"
+                                                 R"(]"}})");
     CHECK(!hf.make().add_prefix_space());
     CHECK(hf.make().eot() == 261);
 }
@@ -556,7 +586,8 @@ TEST_CASE("export: ids without gaps, each once, and in the order of the merges")
     }
     Hf swapped;
     std::swap(swapped.vocab["ab"], swapped.vocab[disguised(" a")]);
-    CHECK(contains(swapped.error_of_pair(), "merges.txt: line 3 makes token 258 'ab', an earlier one made token 259"));
+    CHECK(contains(swapped.error_of_pair(),
+                   "merges.txt: line 3 makes token 258 'ab', an earlier one made token 259"));
     Hf high;  // a special token between them is no harm
     high.vocab["<sep>"] = high.next++;
     high.merge("b", "b");
@@ -566,13 +597,15 @@ TEST_CASE("export: ids without gaps, each once, and in the order of the merges")
 TEST_CASE("export: merges of another tokenizer, incomplete ones, and ones that cannot happen") {
     Hf other;
     other.merges.push_back({"x", "y"});
-    CHECK(contains(other.error_of_pair(), "merges.txt: line 6: 'xy' is not in the vocabulary: are these the merges of another"));
+    CHECK(contains(other.error_of_pair(),
+                   "merges.txt: line 6: 'xy' is not in the vocabulary: are these the merges of another"));
     Hf unknown;
     unknown.merges.push_back({"\u4E00", "y"});
     CHECK(contains(unknown.error_of_pair(), "line 6: '\u4E00' is not in the vocabulary"));
     Hf incomplete;
     incomplete.merges.erase(3);
-    CHECK(contains(incomplete.error_of_pair(), "no merge makes token 261 '\u0120ab', but '\u0120a' and 'b' would"));
+    CHECK(contains(incomplete.error_of_pair(),
+                   "no merge makes token 261 '\u0120ab', but '\u0120a' and 'b' would"));
     Hf otherwise;
     otherwise.merges[3] = {disguised(" "), "ab"};
     CHECK(contains(otherwise.error_of_pair(), "line 5 never makes token 261 '\u0120ab'"));
@@ -643,7 +676,8 @@ TEST_CASE("export: what is not GPT-2's tokenizer, and what is not JSON, is refus
         {"/model", "7", "has no vocabulary"},
         {"/added_tokens", "{\"a\": 1}", "added_tokens is"},
         {"/added_tokens/0", "{\"id\": 1}", "an added token is"},
-        {"/added_tokens/0", "{\"id\": 262, \"content\": \"x y\", \"special\": false}", "the added token 'x y' is not special"},
+        {"/added_tokens/0", "{\"id\": 262, \"content\": \"x y\", \"special\": false}",
+         "the added token 'x y' is not special"},
     };
     for (auto& c : cases) {
         Hf hf;
@@ -680,16 +714,19 @@ TEST_CASE("tokenize: tokens are read to the last character, and many texts by th
     const std::string frames = "\2\0\0\0ab\0\0\0\0\1\0\0\0\n"s;
     CHECK(tokenize::read_frames(frames) == std::vector<std::string_view>{"ab", "", "\n"});
     for (size_t n = 1; n < frames.size(); n++)
-        if (n != 6 && n != 10) CHECK(contains(error_of([&] { tokenize::read_frames(frames.substr(0, n)); }), "is truncated"));
+        if (n != 6 && n != 10)
+            CHECK(contains(error_of([&] { tokenize::read_frames(frames.substr(0, n)); }), "is truncated"));
 }
 
 // ---------------------------------------------------------------------------------------------
 // GPT-2's own vocabulary
 
 TEST_CASE("gpt-2's vocabulary encodes known texts to the known tokens") {
-    const std::string folder = getenv("ARAPOET_GPT2_VOCAB") ? getenv("ARAPOET_GPT2_VOCAB") : "../shared/gpt2_vocab";
+    const std::string folder =
+        getenv("ARAPOET_GPT2_VOCAB") ? getenv("ARAPOET_GPT2_VOCAB") : "../shared/gpt2_vocab";
     if (!file_exists(folder + "/vocab.json"))
-        return skip("no vocab.json in " + folder + "; set ARAPOET_GPT2_VOCAB to a folder with GPT-2's vocabulary");
+        return skip("no vocab.json in " + folder +
+                    "; set ARAPOET_GPT2_VOCAB to a folder with GPT-2's vocabulary");
     Tokenizer t = exporter::make_tokenizer(exporter::Folder(folder).read());
     CHECK(t.vocab_size() == 50257);
     CHECK(t.eot() == 50256);
@@ -711,8 +748,8 @@ TEST_CASE("gpt-2's vocabulary encodes known texts to the known tokens") {
         {"a   b\n\n  c\t\td ", {64, 220, 220, 275, 628, 220, 269, 197, 197, 67, 220}},
         {"\u0642\u0641\u0627 \u0646\u0628\u0643 \u0645\u0646 \u0630\u0643\u0631\u0649 "
          "\u062D\u0628\u064A\u0628 \u0648\u0645\u0646\u0632\u0644",
-         {149,   224,   149,   223,   12919, 18923, 228,   39848, 149,   225,   47048, 23338, 17550, 108, 149,  225,
-          26897, 149,   231,   17550, 255,   39848, 22654, 39848, 42092, 25405, 23338, 148,   110,   13862}},
+         {149, 224,   149, 223, 12919, 18923, 228,   39848, 149,   225,   47048, 23338, 17550, 108, 149,
+          225, 26897, 149, 231, 17550, 255,   39848, 22654, 39848, 42092, 25405, 23338, 148,   110, 13862}},
         {"\u0642\u0650\u0641\u0627", {149, 224, 44208, 149, 223, 12919}},
         {"\U0001F600!?", {47249, 222, 22857}},
         {"<|endoftext|>", {27, 91, 437, 1659, 5239, 91, 29}},

@@ -7,16 +7,18 @@
 // A character tokenizer gives every code point of the training text one token, sorted by code point,
 // and ends with end-of-text, which separates the poems of a corpus and starts a new one.
 //
-// Byte-level BPE is GPT-2's and AraGPT2's (./export_tokenizer makes the file from a published folder). It encodes
-// like tiktoken's encode_ordinary and Hugging Face's ByteLevel BPE: the text is cut into pieces, words mostly, and
-// within a piece the pair of tokens that makes the lowest token merges until none does. It takes any bytes.
+// Byte-level BPE is GPT-2's and AraGPT2's (./export_tokenizer makes the file from a published folder). It
+// encodes like tiktoken's encode_ordinary and Hugging Face's ByteLevel BPE: the text is cut into pieces,
+// words mostly, and within a piece the pair of tokens that makes the lowest token merges until none does. It
+// takes any bytes.
 //
 // The file is llm.c's: 256 int32, then per token one length byte and its bytes.
 //     [0] 20240328  [1] 2  [2] V  [3] end-of-text
 //     [4] kind, [5] add_prefix_space: ours; 0 in llm.c's files, which hold GPT-2's byte-level BPE
-// It holds no list of merges and needs none, because the order of the tokens is the order of the merges: the two
-// tokens that merge into token t are what the tokens below t make of its bytes. A token that these make no pair of
-// is special: text never becomes it. export_tokenizer checks that the merges found so are the published ones.
+// It holds no list of merges and needs none, because the order of the tokens is the order of the merges: the
+// two tokens that merge into token t are what the tokens below t make of its bytes. A token that these make
+// no pair of is special: text never becomes it. export_tokenizer checks that the merges found so are the
+// published ones.
 #pragma once
 
 #include <algorithm>
@@ -108,11 +110,15 @@ class Merges {
         while (((size_t)1 << bits_) < 2 * most) bits_++;
         table_.assign((size_t)1 << bits_, EMPTY);
     }
-    void add(int left, int right, int result) { *slot(left, right) = key(left, right) << ID_BITS | (uint64_t)result; }
+    void add(int left, int right, int result) {
+        *slot(left, right) = key(left, right) << ID_BITS | (uint64_t)result;
+    }
 
     // Merges the n tokens at ids until no pair merges: the lowest result first, the leftmost among equals.
     // Returns how many tokens are left.
-    size_t apply(int* ids, size_t n) const { return n <= SHORT ? apply_to_few(ids, n) : apply_to_many(ids, n); }
+    size_t apply(int* ids, size_t n) const {
+        return n <= SHORT ? apply_to_few(ids, n) : apply_to_many(ids, n);
+    }
 
     // How many tokens apply() has looked at so far: what it costs, for tests.
     uint64_t work() const { return work_; }
@@ -130,7 +136,9 @@ class Merges {
         while (table_[i] != EMPTY && table_[i] >> ID_BITS != k) i = (i + 1) & mask;
         return &table_[i];
     }
-    uint64_t* slot(int left, int right) { return const_cast<uint64_t*>(std::as_const(*this).slot(left, right)); }
+    uint64_t* slot(int left, int right) {
+        return const_cast<uint64_t*>(std::as_const(*this).slot(left, right));
+    }
     int find(int left, int right) const {
         uint64_t s = *slot(left, right);
         return s == EMPTY ? NONE : (int)(s & (NONE - 1));
@@ -138,7 +146,8 @@ class Merges {
 
     // Goes through all pairs for each merge: quadratic, and the fastest for a word.
     size_t apply_to_few(int* ids, size_t n) const {
-        uint32_t pairs[SHORT];  // by left token: what it makes with its right neighbour, then its place; the least is next
+        uint32_t pairs[SHORT];  // by left token: what it makes with its right neighbour, then its place; the
+                                // least is next
         unsigned char left[SHORT + 1], right[SHORT];
         for (size_t i = 0; i < n; i++) left[i] = (unsigned char)(i - 1), right[i] = (unsigned char)(i + 1);
         auto look_at = [&](size_t i) {
@@ -172,7 +181,8 @@ class Merges {
         std::vector<Pair> pairs;
         for (size_t i = 0; i < n; i++) nodes[i] = {ids[i], i - 1, i + 1};
         auto result_at = [&](size_t i) {
-            return nodes[i].id == NONE || nodes[i].right == n ? NONE : find(nodes[i].id, nodes[nodes[i].right].id);
+            return nodes[i].id == NONE || nodes[i].right == n ? NONE
+                                                              : find(nodes[i].id, nodes[nodes[i].right].id);
         };
         for (size_t i = 0; i < n; i++)
             if (int r = result_at(i); r != NONE) pairs.push_back({r, i});
@@ -200,7 +210,8 @@ class Merges {
     mutable uint64_t work_ = 0;
 };
 
-// Remembers the tokens of short pieces, because a text repeats its words. A newer piece replaces an older one.
+// Remembers the tokens of short pieces, because a text repeats its words. A newer piece replaces an older
+// one.
 class PieceCache {
   public:
     struct Entry {
@@ -208,7 +219,9 @@ class PieceCache {
         char piece[46];
         int ids[20];
 
-        bool holds(std::string_view p) const { return length == p.size() && !memcmp(piece, p.data(), p.size()); }
+        bool holds(std::string_view p) const {
+            return length == p.size() && !memcmp(piece, p.data(), p.size());
+        }
         void store(std::string_view p, const int* tokens, size_t n) {
             if (n > std::size(ids)) return;
             length = (unsigned char)p.size(), count = (unsigned char)n;
@@ -236,7 +249,8 @@ class PieceCache {
         uint64_t h = n, word;
         auto mix = [&] { h = (h ^ word) * 0x9E3779B97F4A7C15u, h ^= h >> 32; };
         for (size_t i = 0; i + 8 < n; i += 8) memcpy(&word, &s[i], 8), mix();
-        // The last 8 bytes, some of them for the second time: a copy of changing length would cost more than all the rest.
+        // The last 8 bytes, some of them for the second time: a copy of changing length would cost more than
+        // all the rest.
         if (n >= 8) {
             memcpy(&word, &s[n - 8], 8);
         } else if (n >= 4) {
@@ -244,7 +258,8 @@ class PieceCache {
             memcpy(&first, &s[0], 4), memcpy(&last, &s[n - 4], 4);
             word = first | (uint64_t)last << 32;
         } else {
-            word = (unsigned char)s[0] | (unsigned)(unsigned char)s[n / 2] << 8 | (unsigned)(unsigned char)s[n - 1] << 16;
+            word = (unsigned char)s[0] | (unsigned)(unsigned char)s[n / 2] << 8 |
+                   (unsigned)(unsigned char)s[n - 1] << 16;
         }
         mix();
         return h * 0x9E3779B97F4A7C15u;
@@ -284,9 +299,11 @@ class Tokenizer {
     }
 
     // Byte-level BPE from its tokens in merge order; `where` names their origin in errors.
-    static Tokenizer byte_bpe(std::vector<std::string> tokens, int eot, bool add_prefix_space, const std::string& where) {
+    static Tokenizer byte_bpe(std::vector<std::string> tokens, int eot, bool add_prefix_space,
+                              const std::string& where) {
         Tokenizer t;
-        t.kind_ = BYTE_BPE, t.eot_ = eot, t.add_prefix_space_ = add_prefix_space, t.tokens_ = std::move(tokens);
+        t.kind_ = BYTE_BPE, t.eot_ = eot, t.add_prefix_space_ = add_prefix_space,
+        t.tokens_ = std::move(tokens);
         t.index_bpe(where);
         return t;
     }
@@ -331,7 +348,8 @@ class Tokenizer {
     // The file's content without the commit, so that a program can let several files appear together.
     void write(AtomicFile& out) const {
         std::vector<int32_t> h(256);
-        h[0] = MAGIC, h[1] = VERSION, h[2] = vocab_size(), h[3] = eot_, h[4] = kind_, h[5] = add_prefix_space_;
+        h[0] = MAGIC, h[1] = VERSION, h[2] = vocab_size(), h[3] = eot_, h[4] = kind_,
+        h[5] = add_prefix_space_;
         std::string body((const char*)h.data(), 1024);
         for (size_t i = 0; i < tokens_.size(); i++) {
             if (tokens_[i].size() > 255)
@@ -344,35 +362,39 @@ class Tokenizer {
 
     Kind kind() const { return kind_; }
     int vocab_size() const { return (int)tokens_.size(); }
-    // The token that separates poems. encode() never yields it, even for text that spells it: a program places it.
+    // The token that separates poems. encode() never yields it, even for text that spells it: a program
+    // places it.
     int eot() const { return eot_; }
     // Does encode() put a space before a text that begins with none?
     bool add_prefix_space() const { return add_prefix_space_; }
 
-    // The text's tokens. Characters: one without a token, and invalid UTF-8, is an Error that names it and its byte
-    // offset. Byte-level BPE takes any bytes, and decode() gives them back; it remembers words, so that two threads
-    // must not encode with one Tokenizer at once.
+    // The text's tokens. Characters: one without a token, and invalid UTF-8, is an Error that names it and
+    // its byte offset. Byte-level BPE takes any bytes, and decode() gives them back; it remembers words, so
+    // that two threads must not encode with one Tokenizer at once.
     std::vector<int> encode(std::string_view text) const {
         std::vector<int> ids;
         ids.reserve(text.size() / 2 + 1);
         if (kind_ == BYTE_BPE) {
-            if (!text.empty() && text[0] != ' ' && add_prefix_space_) encode_bpe(" " + std::string(text), ids);
+            if (!text.empty() && text[0] != ' ' && add_prefix_space_)
+                encode_bpe(" " + std::string(text), ids);
             else encode_bpe(text, ids);
             return ids;
         }
         utf8::for_each(text, [&](uint32_t c, size_t offset) {
             int id = c < token_of_.size() ? token_of_[c] : -1;
             if (id < 0)
-                fail("character %s at byte %zu is not among the tokenizer's %d", utf8::name(c).c_str(), offset, vocab_size() - 1);
+                fail("character %s at byte %zu is not among the tokenizer's %d", utf8::name(c).c_str(),
+                     offset, vocab_size() - 1);
             ids.push_back(id);
         });
         return ids;
     }
 
-    // A token's bytes; with byte-level BPE they need not be whole characters. End-of-text is "<|endoftext|>", or what
-    // the folder that a BPE comes from calls it.
+    // A token's bytes; with byte-level BPE they need not be whole characters. End-of-text is "<|endoftext|>",
+    // or what the folder that a BPE comes from calls it.
     const std::string& bytes(int token) const {
-        if (token < 0 || token >= vocab_size()) fail("token %d is out of range, the tokenizer has %d", token, vocab_size());
+        if (token < 0 || token >= vocab_size())
+            fail("token %d is out of range, the tokenizer has %d", token, vocab_size());
         return tokens_[(size_t)token];
     }
     std::string decode(const std::vector<int>& ids) const {
@@ -381,8 +403,8 @@ class Tokenizer {
         return text;
     }
     // How many characters begin in the token; end-of-text counts as one, which it leaves to the space that
-    // add_prefix_space puts behind it. Summed over a stream of texts, each after end-of-text, this does not depend on
-    // the tokenizer, so that loss in bits per character compares them.
+    // add_prefix_space puts behind it. Summed over a stream of texts, each after end-of-text, this does not
+    // depend on the tokenizer, so that loss in bits per character compares them.
     int chars(int token) const { return token == eot_ ? !add_prefix_space_ : (int)utf8::count(bytes(token)); }
 
     // Byte-level BPE: the two tokens that merge into this one; -1 and -1 for single bytes and special tokens.
@@ -393,24 +415,27 @@ class Tokenizer {
     // What encoding has cost so far, in tokens looked at while merging, for tests.
     uint64_t work() const { return merges_.work(); }
 
-
   private:
     static constexpr int32_t MAGIC = 20240328, VERSION = 2;
     static constexpr int MAX_VOCAB = 1 << bpe::Merges::ID_BITS;
     static constexpr const char* EOT_TEXT = "<|endoftext|>";
 
-    // Fills token_of_; checks that end-of-text is spelled as ever and that each other token is one character, once.
+    // Fills token_of_; checks that end-of-text is spelled as ever and that each other token is one character,
+    // once.
     void index_characters(const std::string& where) {
         const char* w = where.c_str();
-        if (tokens_[(size_t)eot_] != EOT_TEXT) fail("%s: end-of-text token %d is not written %s", w, eot_, EOT_TEXT);
+        if (tokens_[(size_t)eot_] != EOT_TEXT)
+            fail("%s: end-of-text token %d is not written %s", w, eot_, EOT_TEXT);
         for (int i = 0; i < vocab_size(); i++) {
             if (i == eot_) continue;
             const std::string& s = tokens_[(size_t)i];
             uint32_t c = 0;
             if (utf8::decode(s, 0, &c) != s.size())
-                fail("%s: token %d of a character tokenizer has %zu bytes that are not one UTF-8 character", w, i, s.size());
+                fail("%s: token %d of a character tokenizer has %zu bytes that are not one UTF-8 character",
+                     w, i, s.size());
             if (c >= token_of_.size()) token_of_.resize(c + 1, -1);
-            if (token_of_[c] >= 0) fail("%s: tokens %d and %d are both %s", w, token_of_[c], i, utf8::name(c).c_str());
+            if (token_of_[c] >= 0)
+                fail("%s: tokens %d and %d are both %s", w, token_of_[c], i, utf8::name(c).c_str());
             token_of_[c] = i;
         }
     }
@@ -422,7 +447,8 @@ class Tokenizer {
         for (int i = 0; i < vocab_size(); i++) {
             if (i == eot_ || tokens_[(size_t)i].size() != 1) continue;
             int& token = token_of_[(unsigned char)tokens_[(size_t)i][0]];
-            if (token >= 0) fail("%s: tokens %d and %d are both %s", w, token, i, utf8::quote(bytes(i)).c_str());
+            if (token >= 0)
+                fail("%s: tokens %d and %d are both %s", w, token, i, utf8::quote(bytes(i)).c_str());
             token = i;
         }
         for (size_t b = 0; b < 256; b++)
@@ -435,7 +461,8 @@ class Tokenizer {
             if (i == eot_ || tokens_[(size_t)i].size() == 1) continue;
             ids.clear();
             merge_bytes(tokens_[(size_t)i], ids);
-            if (ids.size() == 1) fail("%s: tokens %d and %d are both %s", w, ids[0], i, utf8::quote(bytes(i)).c_str());
+            if (ids.size() == 1)
+                fail("%s: tokens %d and %d are both %s", w, ids[0], i, utf8::quote(bytes(i)).c_str());
             // A special token may stand below the bytes; then it is no merge of them.
             if (ids.size() != 2 || ids[0] > i || ids[1] > i) continue;
             parts_[(size_t)i] = {ids[0], ids[1]};

@@ -17,13 +17,17 @@
 
 namespace bench {
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 struct Samples {
     std::vector<double> v;
     void add(double x) { v.insert(std::upper_bound(v.begin(), v.end(), x), x); }
     bool empty() const { return v.empty(); }
-    double median() const { return v.empty() ? NAN : v.size() % 2 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2; }
+    double median() const {
+        return v.empty() ? NAN : v.size() % 2 ? v[v.size() / 2] : (v[v.size() / 2 - 1] + v[v.size() / 2]) / 2;
+    }
     double min() const { return v.empty() ? NAN : v.front(); }
     double max() const { return v.empty() ? NAN : v.back(); }
 };
@@ -64,7 +68,7 @@ inline double fma_flops(int n) {
         simd::vec x{}, y{}, acc[CHAINS] = {};
         hide(x), hide(y), hide(acc);
         for (size_t k = 0; k < CHAIN_STEPS; k++) {
-UNROLL(16)
+            UNROLL(16)
             for (int i = 0; i < CHAINS; i++) acc[i] = acc[i] * x + y;
         }
         hide(acc);
@@ -80,7 +84,7 @@ inline double bf16_flops([[maybe_unused]] int n) {
         __m512 acc[CHAINS] = {};
         hide(x), hide(y), hide(acc);
         for (size_t k = 0; k < CHAIN_STEPS; k++) {
-UNROLL(16)
+            UNROLL(16)
             for (int i = 0; i < CHAINS; i++) acc[i] = _mm512_dpbf16_ps(acc[i], x, y);
         }
         hide(acc);
@@ -91,8 +95,8 @@ UNROLL(16)
 #endif
 }
 
-// Memory, bytes/s as the program sees them, on arrays of 256 MiB: reading one; and AdamW's pattern, four arrays read and
-// three of them written.
+// Memory, bytes/s as the program sees them, on arrays of 256 MiB: reading one; and AdamW's pattern, four
+// arrays read and three of them written.
 struct Memory {
     static constexpr size_t N = 64 << 20;
     float* a[4];
@@ -108,22 +112,23 @@ struct Memory {
     double read(int n) const {
         const float* p = a[0];
         return 4.0 * N / seconds_on(n, [=](size_t t) {
-            simd::vec sum[4] = {}, x[4];
-            for (size_t i = N / n * t; i < N / n * (t + 1); i += 4 * simd::VL) {
-                memcpy(x, p + i, sizeof x);
-                for (int j = 0; j < 4; j++) sum[j] += x[j];
-            }
-            hide(sum);
-        });
+                   simd::vec sum[4] = {}, x[4];
+                   for (size_t i = N / n * t; i < N / n * (t + 1); i += 4 * simd::VL) {
+                       memcpy(x, p + i, sizeof x);
+                       for (int j = 0; j < 4; j++) sum[j] += x[j];
+                   }
+                   hide(sum);
+               });
     }
     double update(int n) const {
-        float *__restrict w = a[0], *__restrict m = a[1], *__restrict v = a[2];
+        float* __restrict w = a[0], * __restrict m = a[1], * __restrict v = a[2];
         const float* __restrict g = a[3];
         return 7 * 4.0 * N / seconds_on(n, [=](size_t t) {
 #pragma omp simd
-            for (size_t i = N / n * t; i < N / n * (t + 1); i++)
-                m[i] = 0.9f * m[i] + 0.1f * g[i], v[i] = 0.9f * v[i] + 0.1f * g[i], w[i] -= 1e-9f * m[i] * v[i];
-        });
+                   for (size_t i = N / n * t; i < N / n * (t + 1); i++)
+                       m[i] = 0.9f * m[i] + 0.1f * g[i], v[i] = 0.9f * v[i] + 0.1f * g[i],
+                       w[i] -= 1e-9f * m[i] * v[i];
+               });
     }
 };
 

@@ -1,8 +1,10 @@
-// bench_gpu.cu - times training steps on a GPU: forward, backward, clipping and AdamW. `make gpu-check` runs it.
+// bench_gpu.cu - times training steps on a GPU: forward, backward, clipping and AdamW. `make gpu-check` runs
+// it.
 //
-//     build/bench_gpu_bf16 gpt2 gpt2-large      the models to time, by preset; the largest batch that fits, at most 32 sequences
-// Prints rows of a Markdown table: medians of 20 steps after 3 that are not counted. MFU is the counted work (Kaplan's
-// 6 N per token, and attention in full) over the peak that train_gpt2cu prints.
+//     build/device/bench_gpu_bf16 gpt2 gpt2-large      the models to time, by preset
+// The batch is the largest that fits, at most 32 sequences.
+// Prints rows of a Markdown table: medians of 20 steps after 3 that are not counted. MFU is the counted work
+// (Kaplan's 6 N per token, and attention in full) over the peak that train_gpt2cu prints.
 #define ARAPOET_NO_MAIN
 #include <algorithm>
 #include <chrono>
@@ -11,12 +13,16 @@
 
 namespace {
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // The largest of 32, 16, 8 ... sequences whose need fits into what is free; 0 where none does.
 size_t largest_batch(const Config& c, Precision p) {
     size_t B = 32;
-    while (B && gpu::GPT2::memory_need(c, B, (size_t)c.maxT, true, 0, p).total() > gpu::GPT2::memory_available()) B /= 2;
+    while (B &&
+           gpu::GPT2::memory_need(c, B, (size_t)c.maxT, true, 0, p).total() > gpu::GPT2::memory_available())
+        B /= 2;
     return B;
 }
 
@@ -53,9 +59,11 @@ void bench(const std::string& preset) {
     if (!r.finite()) fail("%s: the loss after %d steps is not finite", preset.c_str(), WARM + TIMED);
     std::sort(seconds.begin(), seconds.end());
     double t = seconds[seconds.size() / 2];
-    printf("| %s | %s | %zu x %zu | %.1f (%.1f to %.1f) | %s | %.1f%% | %s |\n", preset.c_str(), dtype, B, T, t * 1e3, seconds.front() * 1e3,
-           seconds.back() * 1e3, commas((uint64_t)((double)(B * T) / t)).c_str(),
-           100 * step_flops(c, (double)B, (double)T) / t / gpu::GPT2::peak_flops().flops, human_bytes((double)memory).c_str());
+    printf("| %s | %s | %zu x %zu | %.1f (%.1f to %.1f) | %s | %.1f%% | %s |\n", preset.c_str(), dtype, B, T,
+           t * 1e3, seconds.front() * 1e3, seconds.back() * 1e3,
+           commas((uint64_t)((double)(B * T) / t)).c_str(),
+           100 * step_flops(c, (double)B, (double)T) / t / gpu::GPT2::peak_flops().flops,
+           human_bytes((double)memory).c_str());
     fflush(stdout);
 }
 

@@ -16,8 +16,8 @@ using fuzz::read, fuzz::write;
 
 enum Mode { CONFIG, HEADER, WHOLE_FILE, INDEX, TOKENIZER, MODEL, NUM_MODES };
 
-const convert::Json CONFIG_JSON = {{"model_type", "gpt2"}, {"n_layer", 2}, {"n_head", 2}, {"n_embd", 4}, {"vocab_size", 5},
-                                   {"n_positions", 3}};
+const convert::Json CONFIG_JSON = {{"model_type", "gpt2"}, {"n_layer", 2},    {"n_head", 2},
+                                   {"n_embd", 4},          {"vocab_size", 5}, {"n_positions", 3}};
 
 // A folder in memory with a valid model, and what its files hold.
 struct Valid : fuzz::Folder {
@@ -35,7 +35,8 @@ struct Valid : fuzz::Folder {
         memcpy(&length, file.data(), 8);
         header = file.substr(8, length), data = file.substr(8 + length);
         convert::Json map;
-        for (const convert::Slot& s : convert::slots_of(c)) map["transformer." + s.name] = "model-1.safetensors";
+        for (const convert::Slot& s : convert::slots_of(c))
+            map["transformer." + s.name] = "model-1.safetensors";
         index = convert::Json({{"weight_map", map}}).dump();
         convert::from_hf(dir, dir + "/valid.bin");
         model = read(dir + "/valid.bin");
@@ -43,12 +44,18 @@ struct Valid : fuzz::Folder {
     std::string seed(Mode m) const {
         uint64_t length = header.size();
         switch (m) {
-            case CONFIG: return CONFIG_JSON.dump();
-            case HEADER: return header;
-            case WHOLE_FILE: return std::string((const char*)&length, 8) + header + data;
-            case INDEX: return index;
-            case TOKENIZER: return tokenizer;
-            default: return model;
+            case CONFIG:
+                return CONFIG_JSON.dump();
+            case HEADER:
+                return header;
+            case WHOLE_FILE:
+                return std::string((const char*)&length, 8) + header + data;
+            case INDEX:
+                return index;
+            case TOKENIZER:
+                return tokenizer;
+            default:
+                return model;
         }
     }
 };
@@ -60,7 +67,8 @@ const Valid& valid() {
 }  // namespace
 
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
-    return fuzz::mutate(data, size, max_size, seed, NUM_MODES, [](int mode) { return valid().seed((Mode)mode); });
+    return fuzz::mutate(data, size, max_size, seed, NUM_MODES,
+                        [](int mode) { return valid().seed((Mode)mode); });
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -70,7 +78,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::string text((const char*)data + 1, size - 1), file = text;
     uint64_t length = text.size();
     if (mode == HEADER) file = std::string((const char*)&length, 8) + text + v.data;
-    std::string st = v.dir + "/model.safetensors", index = st + ".index.json", shard = v.dir + "/model-1.safetensors";
+    std::string st = v.dir + "/model.safetensors", index = st + ".index.json",
+                shard = v.dir + "/model-1.safetensors";
     unlink(index.c_str()), unlink(st.c_str());
     write(v.dir + "/config.json", mode == CONFIG ? text : CONFIG_JSON.dump());
     write(mode == INDEX ? shard : st, mode == HEADER || mode == WHOLE_FILE ? file : v.seed(WHOLE_FILE));

@@ -1,4 +1,5 @@
-// Tests of convert_gpt2.cpp: small checkpoints written by hand, converted, read back, and spoilt in every way.
+// Tests of convert_gpt2.cpp: small checkpoints written by hand, converted, read back, and spoilt in every
+// way.
 #define ARAPOET_NO_MAIN
 #include "convert_gpt2.cpp"
 
@@ -28,7 +29,9 @@ struct Published {
         throw std::runtime_error("test: no tensor " + name);
     }
     void erase(const std::string& name) {
-        tensors.erase(std::remove_if(tensors.begin(), tensors.end(), [&](auto& t) { return t.first == name; }), tensors.end());
+        tensors.erase(
+            std::remove_if(tensors.begin(), tensors.end(), [&](auto& t) { return t.first == name; }),
+            tensors.end());
     }
 };
 
@@ -46,7 +49,9 @@ std::string safetensors(const Published& p, Take take, size_t gap = 0) {
         const auto& [name, e] = p.tensors[i];
         if (!take(i)) continue;
         std::string full = name == "lm_head.weight" ? name : p.prefix + name;
-        header[full] = {{"dtype", e.dtype}, {"shape", e.shape}, {"data_offsets", {data.size(), data.size() + e.bytes.size()}}};
+        header[full] = {{"dtype", e.dtype},
+                        {"shape", e.shape},
+                        {"data_offsets", {data.size(), data.size() + e.bytes.size()}}};
         data += e.bytes + std::string(gap, 'x');
     }
     return with_length(header.dump(), data);
@@ -67,7 +72,8 @@ std::string numbers(const std::string& dtype, size_t n) {
     for (size_t i = 0; i < n; i++) {
         state = state * 1664525u + 1013904223u;
         float f = (float)(int32_t)state * 0x1p-31f;
-        uint16_t bf16 = float_to_bf16(f), f16 = (uint16_t)((state >> 16 & 0x83ff) | 0x3000);  // |x| in [0.125, 0.25)
+        uint16_t bf16 = float_to_bf16(f),
+                 f16 = (uint16_t)((state >> 16 & 0x83ff) | 0x3000);  // |x| in [0.125, 0.25)
         if (dtype == "F32") bytes.append((const char*)&f, 4);
         else bytes.append((const char*)(dtype == "BF16" ? &bf16 : &f16), 2);
     }
@@ -79,7 +85,8 @@ constexpr int V = 131, T = 9, C = 12, L = 3, NH = 4;
 // A model of odd sizes. The names stand here once more, so that a slip in the converter's table shows.
 Published example(bool grover, const std::string& dtype = "F32") {
     Published p;
-    p.config = {{"model_type", "gpt2"}, {"n_layer", L}, {"n_head", NH}, {"n_embd", C}, {"vocab_size", V}, {"n_positions", T}};
+    p.config = {{"model_type", "gpt2"}, {"n_layer", L},    {"n_head", NH},
+                {"n_embd", C},          {"vocab_size", V}, {"n_positions", T}};
     auto add = [&](const std::string& name, std::vector<uint64_t> shape) {
         size_t n = 1;
         for (uint64_t d : shape) n *= d;
@@ -106,7 +113,8 @@ float value(const Published::Entry& e, size_t i) {
     if (e.dtype == "F32") return memcpy(&f, &e.bytes[4 * i], 4), f;
     memcpy(&h, &e.bytes[2 * i], 2);
     if (e.dtype == "BF16") return bf16_to_float(h);
-    double x = (h >> 10 & 31) ? std::ldexp(1024 + (h & 1023), (h >> 10 & 31) - 25) : std::ldexp(h & 1023, -24);
+    double x =
+        (h >> 10 & 31) ? std::ldexp(1024 + (h & 1023), (h >> 10 & 31) - 25) : std::ldexp(h & 1023, -24);
     return (float)(h & 0x8000 ? -x : x);
 }
 
@@ -124,7 +132,8 @@ std::vector<float> expected(Published& p, bool grover) {
             for (size_t i = 0; i < e.shape[0]; i++) out.push_back(value(e, i * e.shape[1] + o));
     };
     auto layers = [&](auto f) {
-        for (int l = 0; l < L; l++) f("h." + std::to_string(l) + ".", l ? "h." + std::to_string(l - 1) + ".ln_2" : "emb_norm");
+        for (int l = 0; l < L; l++)
+            f("h." + std::to_string(l) + ".", l ? "h." + std::to_string(l - 1) + ".ln_2" : "emb_norm");
     };
     plain("wte.weight");
     out.resize(256 * C);
@@ -180,7 +189,8 @@ void check_published(const std::string& dir, Published& p) {
 
 // One tensor of a header that is written by hand.
 std::string entry(const char* name, const char* dtype, const char* shape, const char* offsets) {
-    return strf("{\"%s\": {\"dtype\": %s, \"shape\": %s, \"data_offsets\": %s}}", name, dtype, shape, offsets);
+    return strf("{\"%s\": {\"dtype\": %s, \"shape\": %s, \"data_offsets\": %s}}", name, dtype, shape,
+                offsets);
 }
 
 }  // namespace
@@ -240,8 +250,15 @@ TEST_CASE("convert: layer_norm_epsilon goes into the model file and comes back i
     struct {
         Json given;
         const char* written;
-    } cases[] = {{1e-5, "1e-05"},          {1e-6, "1e-06"}, {1e-12, "1e-12"}, {0.001, "0.001"}, {1.25e-7, "1.25e-07"}, {1, "1.0"},
-                 {0.333333333333, "0.33333334"}, {1e-45, "1e-45"}, {9.999999747378752e-06, "1e-05"}};
+    } cases[] = {{1e-5, "1e-05"},
+                 {1e-6, "1e-06"},
+                 {1e-12, "1e-12"},
+                 {0.001, "0.001"},
+                 {1.25e-7, "1.25e-07"},
+                 {1, "1.0"},
+                 {0.333333333333, "0.33333334"},
+                 {1e-45, "1e-45"},
+                 {9.999999747378752e-06, "1e-05"}};
     for (bool grover : {false, true})
         for (auto& k : cases) {
             INFO(k.given.dump());
@@ -254,7 +271,8 @@ TEST_CASE("convert: layer_norm_epsilon goes into the model file and comes back i
             parameters(dir / "a.bin", &c);
             CHECK(c.eps == (float)k.given.get<double>());
             convert::to_hf(dir / "a.bin", dir / "back");
-            CHECK(contains(read_file(dir / "back/config.json"), strf("\"layer_norm_epsilon\": %s,", k.written)));
+            CHECK(contains(read_file(dir / "back/config.json"),
+                           strf("\"layer_norm_epsilon\": %s,", k.written)));
             convert::from_hf(dir / "back", dir / "b.bin");
             CHECK(read_file(dir / "a.bin") == read_file(dir / "b.bin"));
         }
@@ -272,7 +290,9 @@ TEST_CASE("convert: extreme numbers keep their bits") {
     convert::to_hf(dir / "a.bin", dir / "back");
     check_published(dir / "back", p);
     std::string error = error_of([&] { convert::from_hf(dir / "hf", dir / "b.bin", "bf16"); });
-    CHECK(contains(error, "tensor transformer.wte.weight: 3.40282e+38 is too large for bf16; convert with --dtype fp32"));
+    CHECK(contains(
+        error,
+        "tensor transformer.wte.weight: 3.40282e+38 is too large for bf16; convert with --dtype fp32"));
 }
 
 TEST_CASE("convert: --dtype") {
@@ -315,7 +335,8 @@ TEST_CASE("convert: mask buffers, a tied lm_head, gaps, other names of sizes") {
     for (bool tied : {true, false}) {
         p.config["tie_word_embeddings"] = tied;
         save(dir / "hf", p);
-        write_file(dir / "hf/model.safetensors", safetensors(p, [](size_t) { return true; }, 5));
+        write_file(dir / "hf/model.safetensors", safetensors(
+                                                     p, [](size_t) { return true; }, 5));
         convert::from_hf(dir / "hf", dir / "a.bin");
         CHECK(same_bits(parameters(dir / "a.bin"), expected(plain, false)));
     }
@@ -341,8 +362,10 @@ TEST_CASE("convert: shards") {
     Json wrong = map;
     wrong["transformer.wte.weight"] = "model-00002-of-00003.safetensors";
     index({{"weight_map", wrong}});
-    CHECK(contains(error(), "index.json: weight_map places transformer.wte.weight in model-00002-of-00003.safetensors, which "
-                            "lacks it"));
+    CHECK(contains(
+        error(),
+        "index.json: weight_map places transformer.wte.weight in model-00002-of-00003.safetensors, which "
+        "lacks it"));
     wrong["transformer.wte.weight"] = "model-00009-of-00003.safetensors";
     index({{"weight_map", wrong}});
     CHECK(contains(error(), "/hf/model-00009-of-00003.safetensors: is missing; " +
@@ -350,7 +373,8 @@ TEST_CASE("convert: shards") {
     for (Json bad : {Json("../model-00001-of-00003.safetensors"), Json(""), Json(3), Json()}) {
         wrong["transformer.wte.weight"] = bad;
         index({{"weight_map", wrong}});
-        CHECK(contains(error(), "weight_map of transformer.wte.weight is " + bad.dump() + ", wanted a file name"));
+        CHECK(contains(error(),
+                       "weight_map of transformer.wte.weight is " + bad.dump() + ", wanted a file name"));
     }
     index({{"weight_map", Json::object()}});
     CHECK(contains(error(), "index.json: weight_map is missing or empty"));
@@ -374,10 +398,12 @@ TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts
     };
     Published p = example(false), g = example(true);
     const Json absent(Json::value_t::discarded);
-    std::string st = dir / "hf/model.safetensors", wte = st + ": tensor transformer.wte.weight has shape (131, 12)";
+    std::string st = dir / "hf/model.safetensors",
+                wte = st + ": tensor transformer.wte.weight has shape (131, 12)";
     CHECK(error(p, "model_type", "gpt_neo") == "model_type is \"gpt_neo\", wanted gpt2 or aragpt2");
     CHECK(error(p, "model_type", 2) == "model_type is 2, wanted a string");
-    CHECK(error(p, "model_type", "aragpt2") == "model_type is \"aragpt2\" (GROVER), but " + st + " holds ln_f.weight (GPT-2)");
+    CHECK(error(p, "model_type", "aragpt2") ==
+          "model_type is \"aragpt2\" (GROVER), but " + st + " holds ln_f.weight (GPT-2)");
     CHECK(error(p, "n_layer", absent) == "n_layer is missing, wanted a whole number");
     CHECK(error(p, "n_layer", 2) == "n_layer is 2, but " + st + " holds 3 blocks");
     CHECK(error(g, "n_layer", 4) == "n_layer is 4, but " + st + " holds 3 blocks");
@@ -387,22 +413,29 @@ TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts
     CHECK(error(p, "n_head", -4) == "n_head is -4, wanted a whole number from 1 to 4096");
     CHECK(error(p, "n_head", 4.5) == "n_head is 4.5, wanted a whole number from 1 to 4096");
     CHECK(error(p, "n_head", "4") == "n_head is \"4\", wanted a whole number from 1 to 4096");
-    CHECK(error(p, "n_layer", 1ull << 40) == "n_layer is 1099511627776, wanted a whole number from 1 to 4096");
+    CHECK(error(p, "n_layer", 1ull << 40) ==
+          "n_layer is 1099511627776, wanted a whole number from 1 to 4096");
     CHECK(error(p, "vocab_size", 130) == "vocab_size is 130, but " + wte);
     CHECK(error(p, "n_embd", 16) == "n_embd is 16, but " + wte);
-    CHECK(error(p, "n_positions", 8) == "n_positions is 8, but " + st + ": tensor transformer.wpe.weight has shape (9, 12)");
+    CHECK(error(p, "n_positions", 8) ==
+          "n_positions is 8, but " + st + ": tensor transformer.wpe.weight has shape (9, 12)");
     CHECK(error(p, "n_inner", 24) == "n_inner is 24, wanted null or 4 n_embd = 48");
-    CHECK(error(p, "scale_attn_weights", false) == "scale_attn_weights is false, wanted true (the other is not implemented)");
+    CHECK(error(p, "scale_attn_weights", false) ==
+          "scale_attn_weights is false, wanted true (the other is not implemented)");
     CHECK(error(p, "scale_attn_by_inverse_layer_idx", true) ==
           "scale_attn_by_inverse_layer_idx is true, wanted false (the other is not implemented)");
-    CHECK(error(p, "add_cross_attention", true) == "add_cross_attention is true, wanted false (the other is not implemented)");
+    CHECK(error(p, "add_cross_attention", true) ==
+          "add_cross_attention is true, wanted false (the other is not implemented)");
     CHECK(error(p, "add_cross_attention", 1) == "add_cross_attention is 1, wanted true or false");
     for (double eps : {0.0, -1e-5, 1e-60, 1.5, 1e300, -1e300})
-        CHECK(error(p, "layer_norm_epsilon", eps) == "layer_norm_epsilon is " + Json(eps).dump() + ", wanted a float above 0 and at most 1");
+        CHECK(error(p, "layer_norm_epsilon", eps) ==
+              "layer_norm_epsilon is " + Json(eps).dump() + ", wanted a float above 0 and at most 1");
     CHECK(error(p, "layer_norm_epsilon", "x") == "layer_norm_epsilon is \"x\", wanted a number");
     CHECK(error(p, "activation_function", "relu") ==
-          "activation_function is \"relu\", wanted one of gelu_new, gelu_pytorch_tanh, gelu_fast, gelu, gelu_python");
-    CHECK(error(p, "tie_word_embeddings", false) == "tie_word_embeddings is false, but " + st + " has no lm_head.weight");
+          "activation_function is \"relu\", wanted one of gelu_new, gelu_pytorch_tanh, gelu_fast, gelu, "
+          "gelu_python");
+    CHECK(error(p, "tie_word_embeddings", false) ==
+          "tie_word_embeddings is false, but " + st + " has no lm_head.weight");
     for (const char* tanh : {"gelu_new", "gelu_pytorch_tanh", "gelu_fast"}) {
         CHECK(error(p, "activation_function", tanh) == "");
         Config c;
@@ -443,10 +476,12 @@ TEST_CASE("convert: a safetensors header that is truncated or corrupt") {
     memcpy(&length, good.data(), 8);
     CHECK(error("") == "has 0 bytes, wanted a header length of 8");
     CHECK(error("1234567") == "has 7 bytes, wanted a header length of 8");
-    CHECK(error(good.substr(0, 8)) == strf("truncated: header length is %llu, but 0 bytes follow", (unsigned long long)length));
+    CHECK(error(good.substr(0, 8)) ==
+          strf("truncated: header length is %llu, but 0 bytes follow", (unsigned long long)length));
     CHECK(contains(error(good.substr(0, 8 + length)), "data_offsets end at "));
     CHECK(contains(error(good.substr(0, good.size() - 1)), ", but the file has "));
-    CHECK(error(std::string(8, '\xff') + good) == "header length is 18446744073709551615, wanted at most 100000000");
+    CHECK(error(std::string(8, '\xff') + good) ==
+          "header length is 18446744073709551615, wanted at most 100000000");
     CHECK(error(with_length("")) == "header: is not JSON (byte 1 of 0)");
     CHECK(error(with_length("{")) == "header: is not JSON (byte 2 of 1)");
     CHECK(error(with_length("[]")) == "header is [], wanted an object");
@@ -457,7 +492,8 @@ TEST_CASE("convert: a safetensors header that is truncated or corrupt") {
 
     CHECK(error(with_length("{\"a\": 3}")) == "tensor a: dtype is missing in the header");
     CHECK(error(with_length("{\"a\": {\"dtype\": \"F32\"}}")) == "tensor a: shape is missing in the header");
-    CHECK(error(with_length(entry("a", "7", "[1]", "[0, 4]"), "0000")) == "tensor a: dtype is 7, wanted a string");
+    CHECK(error(with_length(entry("a", "7", "[1]", "[0, 4]"), "0000")) ==
+          "tensor a: dtype is 7, wanted a string");
     CHECK(error(with_length(entry("a", "\"F32\"", "[-1]", "[0, 4]"), "0000")) ==
           "tensor a: shape is [-1], wanted a list of whole numbers");
     CHECK(error(with_length(entry("a", "\"F32\"", "3", "[0, 4]"), "0000")) ==
@@ -474,7 +510,8 @@ TEST_CASE("convert: a safetensors header that is truncated or corrupt") {
           "tensor a: data_offsets span 4 bytes, wanted 8 for F32 (2)");
     CHECK(contains(error(with_length(entry("a", "\"F32\"", "[4294967296, 4294967296]", "[0, 0]"))),
                    "tensor a: shape: 17179869184 x 4294967296 is too large to address"));
-    CHECK(error(with_length("{\"a\\n\": {\"dtype\": \"F32\"}}")) == "tensor a?: shape is missing in the header");
+    CHECK(error(with_length("{\"a\\n\": {\"dtype\": \"F32\"}}")) ==
+          "tensor a?: shape is missing in the header");
     std::string two = entry("a", "\"F32\"", "[2]", "[0, 8]"), b = entry("b", "\"F32\"", "[2]", "[4, 12]");
     CHECK(error(with_length(two.substr(0, two.size() - 1) + "," + b.substr(1), std::string(12, '0'))) ==
           "tensors a and b overlap");
@@ -488,9 +525,11 @@ TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype
         change(p);
         p.config.update(config);
         save(dir / "hf", p);
-        std::string e = error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); }), file = dir / "hf/model.safetensors: ";
+        std::string e = error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); }),
+                    file = dir / "hf/model.safetensors: ";
         CHECK(!file_exists(dir / "a.bin"));
-        CHECK(std::distance(std::filesystem::directory_iterator(dir.path), {}) == 1);  // no temporary file stays
+        CHECK(std::distance(std::filesystem::directory_iterator(dir.path), {}) ==
+              1);  // no temporary file stays
         return e.compare(0, file.size(), file) == 0 ? e.substr(file.size()) : e;
     };
     Published p = example(false), g = example(true);
@@ -499,16 +538,19 @@ TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype
     CHECK(error(g, [](auto& p) { p.erase("emb_norm.bias"); }) == "tensor emb_norm.bias is missing");
     CHECK(error(p, [](auto& p) { p.erase("ln_f.weight"); }) ==
           "holds neither ln_f.weight (GPT-2) nor emb_norm.weight (GROVER), wanted one of the two");
-    CHECK(error(p, [](auto& p) { p.tensors.push_back({"emb_norm.weight", p.at("ln_f.weight")}); }) ==
-          "holds both ln_f.weight (GPT-2) and emb_norm.weight (GROVER), wanted one of the two");
-    CHECK(error(p, [](auto& p) { p.tensors.push_back({"score.weight", p.at("ln_f.weight")}); }) ==
-          "tensor transformer.score.weight: is not part of the model");
+    CHECK(error(p, [](auto& p) {
+              p.tensors.push_back({"emb_norm.weight", p.at("ln_f.weight")});
+          }) == "holds both ln_f.weight (GPT-2) and emb_norm.weight (GROVER), wanted one of the two");
+    CHECK(error(p, [](auto& p) {
+              p.tensors.push_back({"score.weight", p.at("ln_f.weight")});
+          }) == "tensor transformer.score.weight: is not part of the model");
     CHECK(error(p, [](auto& p) {
               p.tensors.push_back({"h.0.attn.rotary", p.at("ln_f.weight")});
               p.tensors.push_back({"h.1.attn.rotary", p.at("ln_f.weight")});
           }) == "tensor transformer.h.0.attn.rotary: is not part of the model (nor are 1 more)");
-    CHECK(error(p, [](auto& p) { p.at("h.0.attn.c_attn.weight").shape = {3 * C, C}; }) ==
-          "tensor transformer.h.0.attn.c_attn.weight: shape is (36, 12), wanted (12, 36)");
+    CHECK(error(p, [](auto& p) {
+              p.at("h.0.attn.c_attn.weight").shape = {3 * C, C};
+          }) == "tensor transformer.h.0.attn.c_attn.weight: shape is (36, 12), wanted (12, 36)");
     CHECK(error(p, [](auto& p) { p.at("h.0.attn.c_attn.weight").shape = {3 * C * C}; }) ==
           "tensor transformer.h.0.attn.c_attn.weight: shape is (432), wanted 2 dimensions");
     CHECK(error(p, [](auto& p) { p.at("wte.weight").shape = {V * C}; }) ==
@@ -517,15 +559,19 @@ TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype
           "tensor transformer.h.0.ln_1.bias: dtype is I32, wanted F32, F16 or BF16");
     CHECK(error(p, [](auto& p) { p.at("h.0.ln_1.bias").dtype = "F8_E4M3"; }) ==
           "tensor transformer.h.0.ln_1.bias: dtype is F8_E4M3, wanted F32, F16 or BF16");
-    CHECK(error(p, [](auto& p) { p.tensors.push_back({"lm_head.weight", p.at("wpe.weight")}); }) ==
-          "tensor lm_head.weight: shape is (9, 12), wanted (131, 12) as wte.weight");
+    CHECK(error(p, [](auto& p) {
+              p.tensors.push_back({"lm_head.weight", p.at("wpe.weight")});
+          }) == "tensor lm_head.weight: shape is (9, 12), wanted (131, 12) as wte.weight");
     CHECK(error(p, [](auto& p) {
               p.tensors.push_back({"lm_head.weight", {"F16", {V, C}, numbers("F16", V * C)}});
           }) == "tensor lm_head.weight: dtype is F16, wanted F32 as wte.weight");
-    auto other_head = [](auto& p) { p.tensors.push_back({"lm_head.weight", {"F32", {V, C}, numbers("F32", V * C)}}); };
+    auto other_head = [](auto& p) {
+        p.tensors.push_back({"lm_head.weight", {"F32", {V, C}, numbers("F32", V * C)}});
+    };
     for (bool tied : {true, false})
         CHECK(error(p, other_head, {{"tie_word_embeddings", tied}}) ==
-              strf("tensor lm_head.weight: differs from wte.weight (%s: tie_word_embeddings is %s); a model with its own output "
+              strf("tensor lm_head.weight: differs from wte.weight (%s: tie_word_embeddings is %s); a model "
+                   "with its own output "
                    "matrix is not implemented",
                    (dir / "hf/config.json").c_str(), tied ? "true" : "false"));
     Published both = p;  // the same tensor with and without the prefix
@@ -542,8 +588,9 @@ TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype
     }
     for (std::string dtype : {"F16", "BF16"}) {
         uint16_t inf = dtype == "F16" ? 0x7c00 : 0x7f80;
-        CHECK(error(example(false, dtype), [&](auto& p) { memcpy(&p.at("ln_f.bias").bytes[2 * 3], &inf, 2); }) ==
-              "tensor transformer.ln_f.bias: element 3 is inf");
+        CHECK(error(example(false, dtype), [&](auto& p) {
+                  memcpy(&p.at("ln_f.bias").bytes[2 * 3], &inf, 2);
+              }) == "tensor transformer.ln_f.bias: element 3 is inf");
     }
 }
 
@@ -555,13 +602,17 @@ TEST_CASE("convert: missing files") {
     auto error = [&] { return error_of([&] { convert::from_hf(dir / "it's", dir / "a.bin"); }); };
     CHECK(error() == (dir / "it's/model.safetensors: is missing, and so is model.safetensors.index.json"));
     write_file(dir / "it's/pytorch_model.bin", "");
-    CHECK(contains(error(), (dir / "it's/model.safetensors: is missing; this makes it from pytorch_model.bin: cd '") + dir.path +
-                                "/it'\\''s' && python3 -c \"import glob, torch;"));
+    CHECK(contains(error(),
+                   (dir / "it's/model.safetensors: is missing; this makes it from pytorch_model.bin: cd '") +
+                       dir.path + "/it'\\''s' && python3 -c \"import glob, torch;"));
     save(dir / "it's", p);
     CHECK(error() == "");
-    CHECK(contains(error_of([&] { convert::from_hf(dir / "it's", dir / "no/a.bin"); }), "no/a.bin: cannot write: No such file"));
-    CHECK(contains(error_of([&] { convert::to_hf(dir / "none.bin", dir / "back"); }), "none.bin: cannot open"));
-    CHECK(contains(error_of([&] { convert::to_hf(dir / "it's/config.json", dir / "back"); }), "is not a model file"));
+    CHECK(contains(error_of([&] { convert::from_hf(dir / "it's", dir / "no/a.bin"); }),
+                   "no/a.bin: cannot write: No such file"));
+    CHECK(
+        contains(error_of([&] { convert::to_hf(dir / "none.bin", dir / "back"); }), "none.bin: cannot open"));
+    CHECK(contains(error_of([&] { convert::to_hf(dir / "it's/config.json", dir / "back"); }),
+                   "is not a model file"));
     CHECK(!file_exists(dir / "back"));
 }
 
@@ -597,11 +648,12 @@ TEST_CASE("convert: to_hf drops padding, and takes the tokenizer along") {
     CHECK(error() == src + "/vocab.json: is not JSON (byte 3 of 2)");
     std::filesystem::remove(src + "/vocab.json");
     write_file(src + "/tokenizer.json",
-               "{\"model\": {\"vocab\": {\"a\": 5}}, \"added_tokens\": [{\"content\": \"<|endoftext|>\", \"id\": 7}]}");
+               "{\"model\": {\"vocab\": {\"a\": 5}}, \"added_tokens\": [{\"content\": \"<|endoftext|>\", "
+               "\"id\": 7}]}");
     CHECK(error() == "");
     CHECK(config()["eos_token_id"] == 7);
-    for (const char* odd :
-         {"{}", "{\"model\": 1}", "{\"model\": {\"vocab\": [1]}, \"added_tokens\": 3}", "{\"added_tokens\": [1]}"}) {
+    for (const char* odd : {"{}", "{\"model\": 1}", "{\"model\": {\"vocab\": [1]}, \"added_tokens\": 3}",
+                            "{\"added_tokens\": [1]}"}) {
         write_file(src + "/tokenizer.json", odd);
         CHECK(error() == "");
         CHECK(config()["eos_token_id"].is_null());
@@ -615,7 +667,9 @@ TEST_CASE("convert: to_hf drops padding, and takes the tokenizer along") {
 
     // GROVER's modelling code, which transformers finds through auto_map
     CHECK(!config().contains("auto_map"));
-    Json map = {{"AutoConfig", "configuration_aragpt2.C"}, {"AutoModelForCausalLM", "modeling_aragpt2.M"}, {"AutoX", "o/r--x.Y"}};
+    Json map = {{"AutoConfig", "configuration_aragpt2.C"},
+                {"AutoModelForCausalLM", "modeling_aragpt2.M"},
+                {"AutoX", "o/r--x.Y"}};
     write_file(src + "/config.json", Json({{"auto_map", map}}).dump());
     CHECK(contains(error(), "src/configuration_aragpt2.py: cannot open"));
     write_file(src + "/configuration_aragpt2.py", "C = 1\n");
@@ -637,7 +691,8 @@ TEST_CASE("convert: NaN in a model file leaves the folder as it was") {
     float nan = NAN;
     memcpy(&bin[bin.size() - 4], &nan, 4);
     write_file(dir / "a.bin", bin);
-    CHECK(contains(error_of([&] { convert::to_hf(dir / "a.bin", dir / "back"); }), "a.bin: the parameters hold NaN or infinity"));
+    CHECK(contains(error_of([&] { convert::to_hf(dir / "a.bin", dir / "back"); }),
+                   "a.bin: the parameters hold NaN or infinity"));
     CHECK(read_file(dir / "back/model.safetensors") == before);
     CHECK(std::distance(std::filesystem::directory_iterator(dir / "back"), {}) == 2);
     bin.resize(bin.size() - 4);
@@ -682,7 +737,9 @@ TEST_CASE("convert: the command line") {
     CHECK(error({"to-hf", "a", "b", "c"}) == "to-hf takes two names, found 3: to-hf in.bin DIR");
     CHECK(error({"from-hf", "a", "b", "--dtype", "fp16"}) == "--dtype is 'fp16', wanted fp32 or bf16");
     CHECK(error({"from-hf", "a", "b", "--tokenizer_dir", "c"}) == "--tokenizer_dir belongs to to-hf");
-    CHECK(error({"to-hf", "a", "b", "--dtype", "bf16"}) == "--dtype belongs to from-hf; to-hf keeps the numbers as they are");
+    CHECK(error({"to-hf", "a", "b", "--dtype", "bf16"}) ==
+          "--dtype belongs to from-hf; to-hf keeps the numbers as they are");
     CHECK(contains(error({"from-hf", "a", "b", "--dtipe", "bf16"}), "did you mean --dtype?"));
-    CHECK(contains(error({"from-hf", "/nonexistent", "b"}), "not a usage error: /nonexistent/config.json: cannot open"));
+    CHECK(contains(error({"from-hf", "/nonexistent", "b"}),
+                   "not a usage error: /nonexistent/config.json: cannot open"));
 }

@@ -1,4 +1,5 @@
-// api.h - how the functions of CUDA's interface are written here: a body that throws the cudaError_t it fails with.
+// api.h - how the functions of CUDA's interface are written here: a body that throws the cudaError_t it fails
+// with.
 #pragma once
 
 #include "runtime.h"
@@ -26,7 +27,8 @@ cudaError_t api(F body) {
 }
 
 // --- streams.cpp: all throw cudaError_t
-// Appends work to a stream: it runs at once, or later (lazy streams), or becomes a node of the graph under capture.
+// Appends work to a stream: it runs at once, or later (lazy streams), or becomes a node of the graph under
+// capture.
 void submit(cudaStream_t stream, std::function<void()> work);
 void wait_for_stream(cudaStream_t stream);
 void wait_for_all();

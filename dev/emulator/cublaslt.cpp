@@ -1,8 +1,9 @@
 // cublaslt.cpp - cuBLASLt's matrix product on the CPU: D = epilogue(alpha op(A) op(B) + beta C).
 //
-// A, B in bf16 with C, D in bf16 or fp32, or all in fp32; column order; batches by strides; the epilogues that training
-// uses. Sums are fp32, each element over k in order, so results repeat bit for bit. What cuBLASLt's documentation forbids
-// is refused, and so is any operand that reaches beyond its device allocation; last_report() says why.
+// A, B in bf16 with C, D in bf16 or fp32, or all in fp32; column order; batches by strides; the epilogues
+// that training uses. Sums are fp32, each element over k in order, so results repeat bit for bit. What
+// cuBLASLt's documentation forbids is refused, and so is any operand that reaches beyond its device
+// allocation; last_report() says why.
 #include <cublasLt.h>
 
 #include <algorithm>
@@ -48,7 +49,8 @@ static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t), "fits into the 
 
 size_t size_of(cudaDataType_t t) { return t == CUDA_R_16BF ? 2 : 4; }
 float load(const void* p, cudaDataType_t type, size_t i) {
-    return type == CUDA_R_16BF ? bit_cast<float>((uint32_t)((const uint16_t*)p)[i] << 16) : ((const float*)p)[i];
+    return type == CUDA_R_16BF ? bit_cast<float>((uint32_t)((const uint16_t*)p)[i] << 16)
+                               : ((const float*)p)[i];
 }
 void store(void* p, cudaDataType_t type, size_t i, float v) {
     if (type == CUDA_R_16BF) ((__nv_bfloat16*)p)[i] = __float2bfloat16_rn(v);
@@ -75,13 +77,18 @@ struct Matmul {
     size_t workspace_bytes;
     size_t m, n, k;
 
-    bool writes_aux() const { return p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX || p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
+    bool writes_aux() const {
+        return p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX || p.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+    }
     bool is_gelu() const { return p.epilogue & CUBLASLT_EPILOGUE_GELU; }
-    bool is_dgelu() const { return p.epilogue == CUBLASLT_EPILOGUE_DGELU || p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD; }
+    bool is_dgelu() const {
+        return p.epilogue == CUBLASLT_EPILOGUE_DGELU || p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD;
+    }
     bool has_bias() const { return p.epilogue & CUBLASLT_EPILOGUE_BIAS; }
     bool needs_aux() const { return writes_aux() || is_dgelu(); }
     bool has_bias_gradient() const {
-        return p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD || p.epilogue == CUBLASLT_EPILOGUE_BGRADA || p.epilogue == CUBLASLT_EPILOGUE_BGRADB;
+        return p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD || p.epilogue == CUBLASLT_EPILOGUE_BGRADA ||
+               p.epilogue == CUBLASLT_EPILOGUE_BGRADB;
     }
     bool needs_bias() const { return has_bias() || has_bias_gradient(); }
     size_t bias_count() const { return p.epilogue == CUBLASLT_EPILOGUE_BGRADB ? n : m; }
@@ -102,13 +109,18 @@ __attribute__((noinline)) void multiply_tile(const float* a, const float* b, siz
 #pragma GCC unroll 6
         for (size_t j = 0; j < NR; j++) low[j] += x * b[j], high[j] += y * b[j];
     }
-    for (size_t j = 0; j < NR; j++) memcpy(tile + j * MR, &low[j], sizeof low[j]), memcpy(tile + j * MR + VL, &high[j], sizeof high[j]);
+    for (size_t j = 0; j < NR; j++)
+        memcpy(tile + j * MR, &low[j], sizeof low[j]), memcpy(tile + j * MR + VL, &high[j], sizeof high[j]);
 }
 
-// Lays out element (r, i) = src[r*stride_r + i*stride_i], r < rows (the rest of the R zeros), i < k, as panel[i*R + r].
+// Lays out element (r, i) = src[r*stride_r + i*stride_i], r < rows (the rest of the R zeros), i < k, as
+// panel[i*R + r].
 template <size_t R>
-void pack(float* panel, const void* src, cudaDataType_t type, size_t stride_r, size_t stride_i, size_t rows, size_t k) {
-    auto place = [&](size_t r, size_t i) { panel[i * R + r] = r < rows ? load(src, type, r * stride_r + i * stride_i) : 0; };
+void pack(float* panel, const void* src, cudaDataType_t type, size_t stride_r, size_t stride_i, size_t rows,
+          size_t k) {
+    auto place = [&](size_t r, size_t i) {
+        panel[i * R + r] = r < rows ? load(src, type, r * stride_r + i * stride_i) : 0;
+    };
     if (stride_r < stride_i) {
         for (size_t i = 0; i < k; i++)
             for (size_t r = 0; r < R; r++) place(r, i);
@@ -118,7 +130,8 @@ void pack(float* panel, const void* src, cudaDataType_t type, size_t stride_r, s
     }
 }
 
-// The finished element (row, col) of the sum: the rest of the formula. Returns what was stored, before rounding.
+// The finished element (row, col) of the sum: the rest of the formula. Returns what was stored, before
+// rounding.
 float finish(const Matmul& f, size_t batch, size_t row, size_t col, float sum) {
     const cudaDataType_t type = f.d.type;
     float v = f.alpha * sum;
@@ -148,11 +161,14 @@ void run(const Matmul& f) {
         };
         const size_t bias = batch * (size_t)f.p.bias_stride;
         if (f.p.epilogue == CUBLASLT_EPILOGUE_BGRADA)
-            for (size_t i = 0; i < m; i++) store(f.p.bias, f.d.type, bias + i, row_sum(A, f.a.type, i * a_m, a_k));
+            for (size_t i = 0; i < m; i++)
+                store(f.p.bias, f.d.type, bias + i, row_sum(A, f.a.type, i * a_m, a_k));
         if (f.p.epilogue == CUBLASLT_EPILOGUE_BGRADB)
-            for (size_t i = 0; i < n; i++) store(f.p.bias, f.d.type, bias + i, row_sum(B, f.b.type, i * b_n, b_k));
+            for (size_t i = 0; i < n; i++)
+                store(f.p.bias, f.d.type, bias + i, row_sum(B, f.b.type, i * b_n, b_k));
         parallel(panels_n, [&](size_t j) {
-            pack<NR>(&packed_b[j * NR * k], B + j * NR * b_n * size_of(f.b.type), f.b.type, b_n, b_k, std::min(NR, n - j * NR), k);
+            pack<NR>(&packed_b[j * NR * k], B + j * NR * b_n * size_of(f.b.type), f.b.type, b_n, b_k,
+                     std::min(NR, n - j * NR), k);
         });
         parallel((m + MR - 1) / MR, [&](size_t i) {
             const size_t row0 = i * MR, rows = std::min(MR, m - row0);
@@ -163,10 +179,12 @@ void run(const Matmul& f) {
             for (size_t j = 0; j < panels_n; j++) {
                 multiply_tile(packed_a.get(), &packed_b[j * NR * k], k, tile);
                 for (size_t col = j * NR; col < std::min(n, (j + 1) * NR); col++)
-                    for (size_t r = 0; r < rows; r++) gradient[r] += finish(f, batch, row0 + r, col, tile[(col - j * NR) * MR + r]);
+                    for (size_t r = 0; r < rows; r++)
+                        gradient[r] += finish(f, batch, row0 + r, col, tile[(col - j * NR) * MR + r]);
             }
             if (f.p.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD)
-                for (size_t r = 0; r < rows; r++) store(f.p.bias, f.d.type, bias + row0 + r, (float)gradient[r]);
+                for (size_t r = 0; r < rows; r++)
+                    store(f.p.bias, f.d.type, bias + row0 + r, (float)gradient[r]);
         });
     }
 }
@@ -201,16 +219,18 @@ cublasStatus_t status_of(F body) {
 }
 
 bool known_epilogue(uint32_t e) {
-    for (cublasLtEpilogue_t known : {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_BIAS,
-                                     CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU,
-                                     CUBLASLT_EPILOGUE_DGELU_BGRAD, CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_BGRADB})
+    for (cublasLtEpilogue_t known :
+         {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU,
+          CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+          CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_DGELU_BGRAD, CUBLASLT_EPILOGUE_BGRADA,
+          CUBLASLT_EPILOGUE_BGRADB})
         if ((uint32_t)known == e) return true;
     return false;
 }
 
 // The product of these descriptors, addresses still missing, if it is one.
-Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
-                  cublasLtMatrixLayout_t d) {
+Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                  cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d) {
     demand(desc && a && b && c && d, INVALID, "a descriptor is null");
     Matmul f = {};
     f.p = *(Product*)desc, f.a = *(Layout*)a, f.b = *(Layout*)b, f.c = *(Layout*)c, f.d = *(Layout*)d;
@@ -219,46 +239,60 @@ Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtM
     const cublasComputeType_t compute = p.compute;
     const bool fast = compute == CUBLAS_COMPUTE_32F_FAST_TF32 || compute == CUBLAS_COMPUTE_32F_FAST_16BF ||
                       compute == CUBLAS_COMPUTE_32F_FAST_16F;
-    demand(fast || compute == CUBLAS_COMPUTE_32F || compute == CUBLAS_COMPUTE_32F_PEDANTIC, UNSUPPORTED, "the compute type is not fp32");
+    demand(fast || compute == CUBLAS_COMPUTE_32F || compute == CUBLAS_COMPUTE_32F_PEDANTIC, UNSUPPORTED,
+           "the compute type is not fp32");
     demand(p.scale == CUDA_R_32F, UNSUPPORTED, "the scale type is not fp32");
-    demand(f.b.type == in && f.c.type == out && (in == CUDA_R_32F || in == CUDA_R_16BF) && (out == CUDA_R_32F || out == in), UNSUPPORTED,
-           "the types of A, B, C, D are %d, %d, %d, %d; supported are bf16 to bf16 or fp32, and fp32", in, f.b.type, f.c.type, out);
+    demand(f.b.type == in && f.c.type == out && (in == CUDA_R_32F || in == CUDA_R_16BF) &&
+               (out == CUDA_R_32F || out == in),
+           UNSUPPORTED,
+           "the types of A, B, C, D are %d, %d, %d, %d; supported are bf16 to bf16 or fp32, and fp32", in,
+           f.b.type, f.c.type, out);
     demand(!fast || in == CUDA_R_32F, UNSUPPORTED, "the FAST compute types are for fp32 matrices");
     demand(known_epilogue(p.epilogue), UNSUPPORTED, "epilogue %u", p.epilogue);
-    demand(!(options().refused_epilogues & p.epilogue), UNSUPPORTED, "epilogue %u is switched off", p.epilogue);
-    demand(p.pointer_mode == CUBLASLT_POINTER_MODE_HOST || p.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE, UNSUPPORTED,
-           "the pointer mode of alpha and beta");
+    demand(!(options().refused_epilogues & p.epilogue), UNSUPPORTED, "epilogue %u is switched off",
+           p.epilogue);
+    demand(p.pointer_mode == CUBLASLT_POINTER_MODE_HOST || p.pointer_mode == CUBLASLT_POINTER_MODE_DEVICE,
+           UNSUPPORTED, "the pointer mode of alpha and beta");
 
-    f.m = p.trans_a ? f.a.cols : f.a.rows, f.k = p.trans_a ? f.a.rows : f.a.cols, f.n = p.trans_b ? f.b.rows : f.b.cols;
+    f.m = p.trans_a ? f.a.cols : f.a.rows, f.k = p.trans_a ? f.a.rows : f.a.cols,
+    f.n = p.trans_b ? f.b.rows : f.b.cols;
     const size_t k_of_b = p.trans_b ? f.b.cols : f.b.rows;
     demand(f.k == k_of_b && f.d.rows == f.m && f.d.cols == f.n && f.c.rows == f.m && f.c.cols == f.n, INVALID,
-           "op(A) is (%zu,%zu), op(B) (%zu,%zu), C (%zu,%zu), D (%zu,%zu)", f.m, f.k, k_of_b, f.n, (size_t)f.c.rows, (size_t)f.c.cols,
-           (size_t)f.d.rows, (size_t)f.d.cols);
+           "op(A) is (%zu,%zu), op(B) (%zu,%zu), C (%zu,%zu), D (%zu,%zu)", f.m, f.k, k_of_b, f.n,
+           (size_t)f.c.rows, (size_t)f.c.cols, (size_t)f.d.rows, (size_t)f.d.cols);
     const char* name = "ABCD";
     for (const Layout* l : {&f.a, &f.b, &f.c, &f.d}) {
         demand(l->order == CUBLASLT_ORDER_COL, UNSUPPORTED, "%c is not in column order", *name);
         demand(l->rows && l->cols, INVALID, "%c is empty", *name);
-        demand(l->ld >= (int64_t)l->rows, INVALID, "%c has leading dimension %ld, less than its %zu rows", *name, (long)l->ld,
-               (size_t)l->rows);
-        demand(l->batch == f.d.batch && l->batch >= 1, INVALID, "%c has %d batches, D has %d", *name, l->batch, f.d.batch);
+        demand(l->ld >= (int64_t)l->rows, INVALID, "%c has leading dimension %ld, less than its %zu rows",
+               *name, (long)l->ld, (size_t)l->rows);
+        demand(l->batch == f.d.batch && l->batch >= 1, INVALID, "%c has %d batches, D has %d", *name,
+               l->batch, f.d.batch);
         name++;
     }
     if (f.needs_aux()) {
-        demand(p.aux_type < 0 || p.aux_type == (int)out, UNSUPPORTED, "the auxiliary matrix has another type than D");
+        demand(p.aux_type < 0 || p.aux_type == (int)out, UNSUPPORTED,
+               "the auxiliary matrix has another type than D");
         demand(p.aux_ld >= (int64_t)f.m && p.aux_ld % 8 == 0, INVALID,
-               "the auxiliary matrix has leading dimension %ld; wanted a multiple of 8, at least %zu", (long)p.aux_ld, f.m);
-        demand(p.aux_stride % 8 == 0, INVALID, "the batch stride of the auxiliary matrix is not a multiple of 8");
+               "the auxiliary matrix has leading dimension %ld; wanted a multiple of 8, at least %zu",
+               (long)p.aux_ld, f.m);
+        demand(p.aux_stride % 8 == 0, INVALID,
+               "the batch stride of the auxiliary matrix is not a multiple of 8");
     }
-    if (f.needs_bias()) demand(p.bias_type < 0 || p.bias_type == (int)out, UNSUPPORTED, "the bias has another type than D");
+    if (f.needs_bias())
+        demand(p.bias_type < 0 || p.bias_type == (int)out, UNSUPPORTED, "the bias has another type than D");
     return f;
 }
 
 void check_operands(const Matmul& f, const Algorithm& algorithm) {
     auto check = [&](const char* name, const void* p, uint32_t alignment, size_t bytes) {
         demand(p, INVALID, "%s is null", name);
-        demand((uintptr_t)p % alignment == 0, INVALID, "%s is %p, not aligned to %u bytes as the preference promised", name, p, alignment);
+        demand((uintptr_t)p % alignment == 0, INVALID,
+               "%s is %p, not aligned to %u bytes as the preference promised", name, p, alignment);
         const std::string wrong = check_range(p, bytes, name);
-        if (!wrong.empty()) report(cudaErrorIllegalAddress, "cublasLtMatmul: " + wrong);  // a fault, as it would be on a device
+        if (!wrong.empty())
+            report(cudaErrorIllegalAddress,
+                   "cublasLtMatmul: " + wrong);  // a fault, as it would be on a device
         demand(wrong.empty(), CUBLAS_STATUS_EXECUTION_FAILED, "%s", wrong.c_str());
     };
     auto bytes = [&](size_t batch_stride, size_t ld, size_t rows, size_t cols, cudaDataType_t type) {
@@ -270,13 +304,18 @@ void check_operands(const Matmul& f, const Algorithm& algorithm) {
     check_matrix("A", f.A, f.a, algorithm.alignment[0]), check_matrix("B", f.B, f.b, algorithm.alignment[1]);
     if (f.beta != 0 || f.device_beta) check_matrix("C", f.C, f.c, algorithm.alignment[2]);
     check_matrix("D", f.D, f.d, algorithm.alignment[3]);
-    demand(f.C != f.D || (f.c.ld == f.d.ld && f.c.stride == f.d.stride), INVALID, "C is D, with another layout");
-    if (f.needs_aux()) check("auxiliary matrix", f.p.aux, 16, bytes((size_t)f.p.aux_stride, (size_t)f.p.aux_ld, f.m, f.n, f.d.type));
-    if (f.needs_bias()) check("bias", f.p.bias, 16, bytes((size_t)f.p.bias_stride, 0, f.bias_count(), 1, f.d.type));
+    demand(f.C != f.D || (f.c.ld == f.d.ld && f.c.stride == f.d.stride), INVALID,
+           "C is D, with another layout");
+    if (f.needs_aux())
+        check("auxiliary matrix", f.p.aux, 16,
+              bytes((size_t)f.p.aux_stride, (size_t)f.p.aux_ld, f.m, f.n, f.d.type));
+    if (f.needs_bias())
+        check("bias", f.p.bias, 16, bytes((size_t)f.p.bias_stride, 0, f.bias_count(), 1, f.d.type));
     for (const float* scalar : {f.device_alpha, f.device_beta})
         if (scalar) check("alpha or beta", scalar, 4, 4);
-    demand(f.workspace_bytes >= algorithm.workspace, INVALID, "the algorithm needs a workspace of %zu bytes, given %zu",
-           (size_t)algorithm.workspace, f.workspace_bytes);
+    demand(f.workspace_bytes >= algorithm.workspace, INVALID,
+           "the algorithm needs a workspace of %zu bytes, given %zu", (size_t)algorithm.workspace,
+           f.workspace_bytes);
     if (algorithm.workspace) check("workspace", f.workspace, 16, algorithm.workspace);
 }
 
@@ -290,52 +329,85 @@ struct Field {
 };
 Field field(Product& p, cublasLtMatmulDescAttributes_t a) {
     switch (a) {
-        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return p.compute;
-        case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return p.scale;
-        case CUBLASLT_MATMUL_DESC_POINTER_MODE: return p.pointer_mode;
-        case CUBLASLT_MATMUL_DESC_TRANSA: return p.trans_a;
-        case CUBLASLT_MATMUL_DESC_TRANSB: return p.trans_b;
-        case CUBLASLT_MATMUL_DESC_EPILOGUE: return p.epilogue;
-        case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return p.bias;
-        case CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE: return p.bias_stride;
-        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return p.bias_type;
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return p.aux;
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return p.aux_ld;
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE: return p.aux_stride;
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: return p.aux_type;
-        default: return {};
+        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE:
+            return p.compute;
+        case CUBLASLT_MATMUL_DESC_SCALE_TYPE:
+            return p.scale;
+        case CUBLASLT_MATMUL_DESC_POINTER_MODE:
+            return p.pointer_mode;
+        case CUBLASLT_MATMUL_DESC_TRANSA:
+            return p.trans_a;
+        case CUBLASLT_MATMUL_DESC_TRANSB:
+            return p.trans_b;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE:
+            return p.epilogue;
+        case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+            return p.bias;
+        case CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE:
+            return p.bias_stride;
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
+            return p.bias_type;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
+            return p.aux;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
+            return p.aux_ld;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE:
+            return p.aux_stride;
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE:
+            return p.aux_type;
+        default:
+            return {};
     }
 }
 Field field(Layout& l, cublasLtMatrixLayoutAttribute_t a) {
     switch (a) {
-        case CUBLASLT_MATRIX_LAYOUT_TYPE: return l.type;
-        case CUBLASLT_MATRIX_LAYOUT_ORDER: return l.order;
-        case CUBLASLT_MATRIX_LAYOUT_ROWS: return l.rows;
-        case CUBLASLT_MATRIX_LAYOUT_COLS: return l.cols;
-        case CUBLASLT_MATRIX_LAYOUT_LD: return l.ld;
-        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return l.batch;
-        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return l.stride;
-        default: return {};
+        case CUBLASLT_MATRIX_LAYOUT_TYPE:
+            return l.type;
+        case CUBLASLT_MATRIX_LAYOUT_ORDER:
+            return l.order;
+        case CUBLASLT_MATRIX_LAYOUT_ROWS:
+            return l.rows;
+        case CUBLASLT_MATRIX_LAYOUT_COLS:
+            return l.cols;
+        case CUBLASLT_MATRIX_LAYOUT_LD:
+            return l.ld;
+        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT:
+            return l.batch;
+        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET:
+            return l.stride;
+        default:
+            return {};
     }
 }
 Field field(Preference& p, cublasLtMatmulPreferenceAttributes_t a) {
     switch (a) {
-        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return p.workspace;
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: return p.alignment[0];
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return p.alignment[1];
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return p.alignment[2];
-        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return p.alignment[3];
-        case CUBLASLT_MATMUL_PREF_SEARCH_MODE: return p.search_mode;
-        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return p.reduction_schemes;
-        case CUBLASLT_MATMUL_PREF_IMPL_MASK: return p.implementations;
-        case CUBLASLT_MATMUL_PREF_MAX_WAVES_COUNT: return p.most_waves;
-        default: return {};
+        case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+            return p.workspace;
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+            return p.alignment[0];
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+            return p.alignment[1];
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+            return p.alignment[2];
+        case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+            return p.alignment[3];
+        case CUBLASLT_MATMUL_PREF_SEARCH_MODE:
+            return p.search_mode;
+        case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+            return p.reduction_schemes;
+        case CUBLASLT_MATMUL_PREF_IMPL_MASK:
+            return p.implementations;
+        case CUBLASLT_MATMUL_PREF_MAX_WAVES_COUNT:
+            return p.most_waves;
+        default:
+            return {};
     }
 }
 cublasStatus_t copy_attribute(void* to, const void* from, size_t bytes, Field f) {
     return status_of([&] {
         demand(f.p, UNSUPPORTED, "the attribute");
-        demand(to && from && bytes == f.bytes, INVALID, "the attribute has %zu bytes, given %zu", f.bytes, bytes);
+        demand(to && from && bytes == f.bytes, INVALID, "the attribute has %zu bytes, given %zu", f.bytes,
+               bytes);
         memcpy(to, from, bytes);
     });
 }
@@ -368,14 +440,17 @@ size_t cublasLtGetVersion() { return CUBLAS_VERSION; }
 
 const char* cublasLtGetStatusName(cublasStatus_t s) {
     switch (s) {
-#define NAME(status) case status: return #status
+#define NAME(status) \
+    case status:     \
+        return #status
         NAME(CUBLAS_STATUS_SUCCESS);
         NAME(CUBLAS_STATUS_ALLOC_FAILED);
         NAME(CUBLAS_STATUS_INVALID_VALUE);
         NAME(CUBLAS_STATUS_EXECUTION_FAILED);
         NAME(CUBLAS_STATUS_NOT_SUPPORTED);
 #undef NAME
-        default: return "unknown cuBLAS status";
+        default:
+            return "unknown cuBLAS status";
     }
 }
 // Followed by what the emulator refused, where this thread's last refusal had that status.
@@ -387,39 +462,46 @@ const char* cublasLtGetStatusString(cublasStatus_t s) {
 }
 
 // The three kinds of descriptor: made, destroyed, their attributes set and got.
-#define DESCRIPTOR(Name, Struct, Attributes)                                                                                      \
-    cublasStatus_t Name##Destroy(Name##_t d) { return destroy(d); }                                                               \
-    cublasStatus_t Name##SetAttribute(Name##_t d, Attributes a, const void* value, size_t bytes) {                                \
-        const Field f = field(*(Struct*)d, a);                                                                                    \
-        return copy_attribute(f.p, value, bytes, f);                                                                              \
-    }                                                                                                                             \
-    cublasStatus_t Name##GetAttribute(Name##_t d, Attributes a, void* value, size_t bytes, size_t* written) {                     \
-        const Field f = field(*(Struct*)d, a);                                                                                    \
-        if (written) *written = f.bytes;                                                                                          \
-        return copy_attribute(value, f.p, bytes, f);                                                                              \
+#define DESCRIPTOR(Name, Struct, Attributes)                                                       \
+    cublasStatus_t Name##Destroy(Name##_t d) { return destroy(d); }                                \
+    cublasStatus_t Name##SetAttribute(Name##_t d, Attributes a, const void* value, size_t bytes) { \
+        const Field f = field(*(Struct*)d, a);                                                     \
+        return copy_attribute(f.p, value, bytes, f);                                               \
+    }                                                                                              \
+    cublasStatus_t Name##GetAttribute(Name##_t d, Attributes a, void* value, size_t bytes,         \
+                                      size_t* written) {                                           \
+        const Field f = field(*(Struct*)d, a);                                                     \
+        if (written) *written = f.bytes;                                                           \
+        return copy_attribute(value, f.p, bytes, f);                                               \
     }
 DESCRIPTOR(cublasLtMatmulDesc, Product, cublasLtMatmulDescAttributes_t)
 DESCRIPTOR(cublasLtMatrixLayout, Layout, cublasLtMatrixLayoutAttribute_t)
 DESCRIPTOR(cublasLtMatmulPreference, Preference, cublasLtMatmulPreferenceAttributes_t)
 #undef DESCRIPTOR
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale) {
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute,
+                                        cudaDataType_t scale) {
     Product p = {};
-    p.compute = compute, p.scale = scale, p.epilogue = CUBLASLT_EPILOGUE_DEFAULT, p.bias_type = p.aux_type = -1;
+    p.compute = compute, p.scale = scale, p.epilogue = CUBLASLT_EPILOGUE_DEFAULT,
+    p.bias_type = p.aux_type = -1;
     return create(desc, p);
 }
-cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* layout, cudaDataType type, uint64_t rows,
+                                          uint64_t cols, int64_t ld) {
     return create(layout, Layout{type, CUBLASLT_ORDER_COL, 1, rows, cols, ld, 0});
 }
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
-    return create(preference, Preference{0, {256, 256, 256, 256}, 0, CUBLASLT_REDUCTION_SCHEME_MASK, ~0ull, 0});
+    return create(preference,
+                  Preference{0, {256, 256, 256, 256}, 0, CUBLASLT_REDUCTION_SCHEME_MASK, ~0ull, 0});
 }
 
-// Up to three algorithms, which differ in the workspace that they ask for. They rely on the alignment that the
-// preference promised, up to 16 bytes.
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference,
-                                              int wanted, cublasLtMatmulHeuristicResult_t* results, int* found) {
+// Up to three algorithms, which differ in the workspace that they ask for. They rely on the alignment that
+// the preference promised, up to 16 bytes.
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                              cublasLtMatmulPreference_t preference, int wanted,
+                                              cublasLtMatmulHeuristicResult_t* results, int* found) {
     return status_of([&] {
         *found = 0;
         demand(wanted >= 1 && preference, INVALID, "no results wanted, or no preference");
@@ -444,18 +526,22 @@ static Algorithm algorithm_of(const cublasLtMatmulAlgo_t* algo) {
     return a;
 }
 // Whether an algorithm, from a file perhaps, serves for this product.
-cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                       cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
+                                       cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                                       cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
                                        cublasLtMatmulHeuristicResult_t* result) {
     return status_of([&] {
         product_of(desc, a, b, c, d);
-        result->workspaceSize = algorithm_of(algo).workspace, result->state = CUBLAS_STATUS_SUCCESS, result->wavesCount = 1;
+        result->workspaceSize = algorithm_of(algo).workspace, result->state = CUBLAS_STATUS_SUCCESS,
+        result->wavesCount = 1;
     });
 }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha, const void* A, cublasLtMatrixLayout_t a,
-                              const void* B, cublasLtMatrixLayout_t b, const void* beta, const void* C, cublasLtMatrixLayout_t c, void* D,
-                              cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha,
+                              const void* A, cublasLtMatrixLayout_t a, const void* B,
+                              cublasLtMatrixLayout_t b, const void* beta, const void* C,
+                              cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
+                              const cublasLtMatmulAlgo_t* algo, void* workspace, size_t workspace_bytes,
                               cudaStream_t stream) {
     const cublasStatus_t status = status_of([&] {
         demand(fault_code() == cudaSuccess, CUBLAS_STATUS_EXECUTION_FAILED, "%s", last_report().c_str());
@@ -463,13 +549,15 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
         Matmul f = product_of(desc, a, b, c, d);
         f.A = (const char*)A, f.B = (const char*)B, f.C = (const char*)C, f.D = (char*)D;
         f.workspace = workspace, f.workspace_bytes = workspace_bytes;
-        if (f.p.pointer_mode == CUBLASLT_POINTER_MODE_HOST) f.alpha = *(const float*)alpha, f.beta = *(const float*)beta;
+        if (f.p.pointer_mode == CUBLASLT_POINTER_MODE_HOST)
+            f.alpha = *(const float*)alpha, f.beta = *(const float*)beta;
         else f.device_alpha = (const float*)alpha, f.device_beta = (const float*)beta;
         const Algorithm algorithm = algorithm_of(algo);
         check_operands(f, algorithm);
         const cudaError_t e = api([&] {
             submit(stream, [f, algorithm]() mutable {
-                if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
+                if (algorithm.workspace)
+                    memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
                 if (f.device_alpha) f.alpha = *f.device_alpha;
                 if (f.device_beta) f.beta = *f.device_beta;
                 run(f);
@@ -477,7 +565,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
         });
         demand(e == cudaSuccess, CUBLAS_STATUS_EXECUTION_FAILED, "%s", cudaGetErrorString(e));
     });
-    if (status != CUBLAS_STATUS_SUCCESS && fault_code() == cudaSuccess) refuse(cudaErrorInvalidValue, "cublasLtMatmul: " + last_refusal);
+    if (status != CUBLAS_STATUS_SUCCESS && fault_code() == cudaSuccess)
+        refuse(cudaErrorInvalidValue, "cublasLtMatmul: " + last_refusal);
     return status;
 }
 

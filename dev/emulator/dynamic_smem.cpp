@@ -1,7 +1,9 @@
-// dynamic_smem.cpp - the one buffer behind every `extern __shared__ __align__(128) unsigned char dynamic_smem[];`.
+// dynamic_smem.cpp - the one buffer behind every `extern __shared__ __align__(128) unsigned char
+// dynamic_smem[];`.
 //
-// Linked into each emulated program (not into libemu.so: shared memory is the program's own thread-local storage).
-// A declaration inside a kernel of namespace N names N::dynamic_smem, so each such namespace needs its alias below.
+// Linked into each emulated program (not into libemu.so: shared memory is the program's own thread-local
+// storage). A declaration inside a kernel of namespace N names N::dynamic_smem, so each such namespace needs
+// its alias below.
 #include <cstddef>
 
 constexpr size_t MOST = 227 * 1024;  // what one block may have on sm_90

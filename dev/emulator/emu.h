@@ -2,9 +2,10 @@
 //
 // Force-include it where a .cu file is compiled as C++:
 //     g++ -x c++ -std=c++17 -include dev/emulator/emu.h -I/usr/local/cuda/include train_gpt2.cu ... -lemu
-// CUDA's own headers are used as they are; this file adds what only nvcc knows: built-in variables, barriers, warp
-// collectives, atomics, intrinsics, launches. __CUDACC__ and __CUDA_ARCH__ stay undefined; EMULATOR is defined.
-// The runtime (libemu.so) stands in for cudart and cuBLASLt. README.md says what it checks and what it cannot.
+// CUDA's own headers are used as they are; this file adds what only nvcc knows: built-in variables, barriers,
+// warp collectives, atomics, intrinsics, launches. __CUDACC__ and __CUDA_ARCH__ stay undefined; EMULATOR is
+// defined. The runtime (libemu.so) stands in for cudart and cuBLASLt. README.md says what it checks and what
+// it cannot.
 #pragma once
 #define EMULATOR 1
 
@@ -21,8 +22,8 @@
 #include <utility>
 #include <vector>
 
-// Shared memory is thread-local storage of the worker that runs the block: a block's fibers never leave their worker.
-// `extern __shared__ __align__(128) unsigned char dynamic_smem[];` is defined by dynamic_smem.cpp.
+// Shared memory is thread-local storage of the worker that runs the block: a block's fibers never leave their
+// worker. `extern __shared__ __align__(128) unsigned char dynamic_smem[];` is defined by dynamic_smem.cpp.
 #undef __shared__
 #define __shared__ thread_local
 #undef __constant__
@@ -54,42 +55,46 @@ enum Schedule { ASCENDING, DESCENDING, RANDOM };
 
 // Set from the environment at the start (names in brackets); a test may change them between launches.
 struct Options {
-    Schedule schedule = ASCENDING;          // the order in which a block's threads, blocks and graph branches run [EMU_SCHEDULE]
-    unsigned seed = 1;                      // of the random schedule [EMU_SEED]
-    bool lazy_streams = false;              // work runs only when something waits for it [EMU_LAZY]
-    bool host_guard = true;                 // host code that touches device memory after a wait faults [EMU_HOST_GUARD]
-    bool same_site = true;                  // threads that meet at a barrier must meet at the same line [EMU_SAME_SITE]
-    bool quiet = false;                     // reports are kept, and not printed [EMU_QUIET]
-    int workers = 0;                        // operating system threads; 0: one per processor; fixed at the first launch [EMU_WORKERS]
-    size_t memory_limit = (size_t)16 << 30; // bytes of device memory [EMU_MEMORY_MB]
-    uint32_t refused_epilogues = 0;         // bit mask of cublasLtEpilogue_t that the heuristic does not support [EMU_REFUSE_EPILOGUES]
-    int devices = 1;                        // cudaGetDeviceCount [EMU_DEVICES]
+    Schedule schedule =
+        ASCENDING;      // the order in which a block's threads, blocks and graph branches run [EMU_SCHEDULE]
+    unsigned seed = 1;  // of the random schedule [EMU_SEED]
+    bool lazy_streams = false;  // work runs only when something waits for it [EMU_LAZY]
+    bool host_guard = true;     // host code that touches device memory after a wait faults [EMU_HOST_GUARD]
+    bool same_site = true;      // threads that meet at a barrier must meet at the same line [EMU_SAME_SITE]
+    bool quiet = false;         // reports are kept, and not printed [EMU_QUIET]
+    int workers =
+        0;  // operating system threads; 0: one per processor; fixed at the first launch [EMU_WORKERS]
+    size_t memory_limit = (size_t)16 << 30;  // bytes of device memory [EMU_MEMORY_MB]
+    uint32_t refused_epilogues =
+        0;  // bit mask of cublasLtEpilogue_t that the heuristic does not support [EMU_REFUSE_EPILOGUES]
+    int devices = 1;  // cudaGetDeviceCount [EMU_DEVICES]
 };
 Options& options();
 
-// What the last faulty kernel or call did, in one line; "" if there was none. The same line is printed to stderr, and
-// cudaGetErrorString() of the fault's code gives it. As on a device, a fault makes all later calls return its error,
-// until clear_error().
+// What the last faulty kernel or call did, in one line; "" if there was none. The same line is printed to
+// stderr, and cudaGetErrorString() of the fault's code gives it. As on a device, a fault makes all later
+// calls return its error, until clear_error().
 std::string last_report();
 void clear_error();
 
 // Counts since the start of the program.
 struct Statistics {
-    uint64_t launches, threads, switches;   // kernels, CUDA threads run, fiber switches
-    size_t memory_now, memory_peak;         // bytes of device memory
+    uint64_t launches, threads, switches;  // kernels, CUDA threads run, fiber switches
+    size_t memory_now, memory_peak;        // bytes of device memory
 };
 Statistics statistics();
 
 // ---------------------------------------------------------------------------------------------
-// For allocators that cut one cudaMalloc into tensors: leave a gap behind each tensor and register it. A gap has at least
-// one whole page, in which every access is reported; in the rest of it, writes are reported after the kernel, and reads
-// give NaN.
+// For allocators that cut one cudaMalloc into tensors: leave a gap behind each tensor and register it. A gap
+// has at least one whole page, in which every access is reported; in the rest of it, writes are reported
+// after the kernel, and reads give NaN.
 //     size_t next = emu::arena_gap(end);   // end: offset of the tensor's end in the arena
 //     emu::poison(arena + end, next - end);
 
 constexpr size_t PAGE = 4096;
 constexpr size_t arena_gap(size_t end) { return (end + 255) / 256 * 256 + 2 * PAGE; }
-// p..p+bytes must lie in one device allocation and goes back with it. Copies and memsets may not touch it either.
+// p..p+bytes must lie in one device allocation and goes back with it. Copies and memsets may not touch it
+// either.
 cudaError_t poison(void* p, size_t bytes);
 
 // ---------------------------------------------------------------------------------------------
@@ -118,7 +123,8 @@ long long reduce(uint32_t mask, Reduction op, long long value, const char* name,
 
 template <class T>
 T shuffled(uint32_t mask, ShuffleKind kind, T value, int argument, int width, Site s) {
-    static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "shuffles move 4- and 8-byte values");
+    static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8,
+                  "shuffles move 4- and 8-byte values");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(T));
     bits = shuffle(mask, kind, bits, argument, width, s);
@@ -134,13 +140,15 @@ inline void check_aligned(const T* p, Site s) {
 // ---------------------------------------------------------------------------------------------
 // The second bodies of PTX wrappers: tensor cores and asynchronous copies. Registers are the PTX forms' own.
 
-// ldmatrix.sync.aligned.m8n8.x4/.x2[.trans].shared.b16: lane 8*m + i gives the address of row i of the m-th 8x8 matrix
-// of 16-bit elements; r[m] of a lane gets two elements of matrix m: (lane/4, 2*(lane%4) + {0,1}), or the transposed.
+// ldmatrix.sync.aligned.m8n8.x4/.x2[.trans].shared.b16: lane 8*m + i gives the address of row i of the m-th
+// 8x8 matrix of 16-bit elements; r[m] of a lane gets two elements of matrix m: (lane/4, 2*(lane%4) + {0,1}),
+// or the transposed.
 void ldmatrix(uint32_t* r, const uint32_t* row, int matrices, bool trans, Site s);
 template <int N>
 inline void ldmatrix_rows(uint32_t (&r)[N], const void* row_address, bool trans, Site s) {
     uint32_t row[4] = {};
-    if (lane() < 8 * N) {  // read here, by the lane that names the row, so that the sanitizers see whose access it is
+    if (lane() <
+        8 * N) {  // read here, by the lane that names the row, so that the sanitizers see whose access it is
         if (!is_shared(row_address, 16)) fault("ldmatrix: the row is not in shared memory", s);
         if ((uintptr_t)row_address % 16) fault_misaligned(row_address, 16, s);
         for (int i = 0; i < 4; i++) row[i] = ((const uint32_t*)row_address)[i];
@@ -154,11 +162,14 @@ inline void ldmatrix_x2(uint32_t (&r)[2], const void* smem_row_address, bool tra
     ldmatrix_rows(r, smem_row_address, trans, EMU_SITE);
 }
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a b + c, summed in fp32 in the order of k. d may be c.
-void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], EMU_SITE_ARGS);
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a b + c, summed in fp32 in the order of k. d may
+// be c.
+void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                       EMU_SITE_ARGS);
 
-// cp.async.cg.shared.global 16 bytes, zeros where the predicate is false. Until the wait that covers it, the target
-// holds NaN, which is what a wait too weak, or a target still being read, will see. A copy never waited for is reported.
+// cp.async.cg.shared.global 16 bytes, zeros where the predicate is false. Until the wait that covers it, the
+// target holds NaN, which is what a wait too weak, or a target still being read, will see. A copy never
+// waited for is reported.
 struct AsyncCopy {
     void* target;
     const void* source;  // null: zeros
@@ -177,11 +188,12 @@ inline void cp_async_wait(int at_most_pending) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Launches: the kernel's arguments are converted to its own parameter types, and pointers must be device memory
+// Launches: the kernel's arguments are converted to its own parameter types, and pointers must be device
+// memory
 
 // pointers: of each argument, itself if it is one.
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::vector<const void*>& pointers,
-                   std::function<void()> body);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::vector<const void*>& pointers, std::function<void()> body);
 
 template <class T>
 const void* pointer_in(const T& value) {
@@ -214,7 +226,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, void (*kernel)(P...)) {
     return cudaFuncGetAttributes(a, (const void*)kernel);
 }
 template <class... P>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(P...), int threads, size_t smem) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(P...), int threads,
+                                                          size_t smem) {
     return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, (const void*)kernel, threads, smem);
 }
 
@@ -222,13 +235,21 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*ke
 // Barriers and fences
 
 inline void __syncthreads(EMU_SITE_ARGS) { emu::block_barrier(emu::BARRIER_SYNC, false, EMU_SITE); }
-inline int __syncthreads_count(int p, EMU_SITE_ARGS) { return emu::block_barrier(emu::BARRIER_COUNT, p != 0, EMU_SITE); }
-inline int __syncthreads_and(int p, EMU_SITE_ARGS) { return emu::block_barrier(emu::BARRIER_AND, p != 0, EMU_SITE); }
-inline int __syncthreads_or(int p, EMU_SITE_ARGS) { return emu::block_barrier(emu::BARRIER_OR, p != 0, EMU_SITE); }
+inline int __syncthreads_count(int p, EMU_SITE_ARGS) {
+    return emu::block_barrier(emu::BARRIER_COUNT, p != 0, EMU_SITE);
+}
+inline int __syncthreads_and(int p, EMU_SITE_ARGS) {
+    return emu::block_barrier(emu::BARRIER_AND, p != 0, EMU_SITE);
+}
+inline int __syncthreads_or(int p, EMU_SITE_ARGS) {
+    return emu::block_barrier(emu::BARRIER_OR, p != 0, EMU_SITE);
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMU_SITE_ARGS) {
     emu::warp_collective(mask, nullptr, nullptr, "__syncwarp", EMU_SITE);
 }
-inline void __threadfence() { __asm__ volatile("" ::: "memory"); }  // atomics below are sequentially consistent
+inline void __threadfence() {
+    __asm__ volatile("" ::: "memory");
+}  // atomics below are sequentially consistent
 inline void __threadfence_block() { __threadfence(); }
 inline void __threadfence_system() { __threadfence(); }
 inline unsigned __activemask() { return emu::active_mask(); }
@@ -253,9 +274,9 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32, EMU_SITE_ARGS) {
     return emu::shuffled(mask, emu::SHUFFLE_UP, v, (int)delta, width, EMU_SITE);
 }
-#define EMU_REDUCE(name, op)                                            \
-    template <class T>                                                  \
-    T name(unsigned mask, T v, EMU_SITE_ARGS) {                         \
+#define EMU_REDUCE(name, op)                                             \
+    template <class T>                                                   \
+    T name(unsigned mask, T v, EMU_SITE_ARGS) {                          \
         static_assert(std::is_integral<T>::value && sizeof(T) == 4, ""); \
         return (T)emu::reduce(mask, op, (long long)v, #name, EMU_SITE);  \
     }
@@ -279,17 +300,17 @@ inline int __all_sync(unsigned mask, int p, EMU_SITE_ARGS) {
 // ---------------------------------------------------------------------------------------------
 // Loads and stores with cache hints: checked for alignment, which plain accesses are not outside UBSan
 
-#define EMU_LOAD(name)                       \
-    template <class T>                       \
-    T name(const T* p, EMU_SITE_ARGS) {      \
-        emu::check_aligned(p, EMU_SITE);     \
-        return *p;                           \
+#define EMU_LOAD(name)                   \
+    template <class T>                   \
+    T name(const T* p, EMU_SITE_ARGS) {  \
+        emu::check_aligned(p, EMU_SITE); \
+        return *p;                       \
     }
-#define EMU_STORE(name)                                                 \
-    template <class T>                                                  \
-    void name(T* p, std::common_type_t<T> v, EMU_SITE_ARGS) {           \
-        emu::check_aligned(p, EMU_SITE);                                \
-        *p = v;                                                         \
+#define EMU_STORE(name)                                       \
+    template <class T>                                        \
+    void name(T* p, std::common_type_t<T> v, EMU_SITE_ARGS) { \
+        emu::check_aligned(p, EMU_SITE);                      \
+        *p = v;                                               \
     }
 EMU_LOAD(__ldg)
 EMU_LOAD(__ldcs)
@@ -323,14 +344,14 @@ T atomic_update(T* p, F f) {
 #define EMU_ATOMIC(name, expression)                                          \
     template <class T>                                                        \
     T name(T* p, std::common_type_t<T> v) {                                   \
-        return emu::atomic_update(p, [=](T old) -> T { return expression; });  \
+        return emu::atomic_update(p, [=](T old) -> T { return expression; }); \
     }
 EMU_ATOMIC(atomicAdd, old + v)
 EMU_ATOMIC(atomicSub, old - v)
 EMU_ATOMIC(atomicMin, old < v ? old : v)
 EMU_ATOMIC(atomicMax, old > v ? old : v)
 EMU_ATOMIC(atomicExch, (void(old), v))
-EMU_ATOMIC(atomicAnd, old & v)
+EMU_ATOMIC(atomicAnd, old& v)
 EMU_ATOMIC(atomicOr, old | v)
 EMU_ATOMIC(atomicXor, old ^ v)
 EMU_ATOMIC(atomicInc, old >= v ? 0 : old + 1)
@@ -403,13 +424,15 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned n) {
 template <class A, class B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
     using C = std::common_type_t<A, B>;
-    if constexpr (std::is_floating_point<C>::value) return std::fmin((C)a, (C)b);  // of a NaN and a number, the number
+    if constexpr (std::is_floating_point<C>::value)
+        return std::fmin((C)a, (C)b);  // of a NaN and a number, the number
     return (C)b < (C)a ? (C)b : (C)a;
 }
 template <class A, class B>
 constexpr std::common_type_t<A, B> max(A a, B b) {
     using C = std::common_type_t<A, B>;
-    if constexpr (std::is_floating_point<C>::value) return std::fmax((C)a, (C)b);  // of a NaN and a number, the number
+    if constexpr (std::is_floating_point<C>::value)
+        return std::fmax((C)a, (C)b);  // of a NaN and a number, the number
     return (C)a < (C)b ? (C)b : (C)a;
 }
 inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }

@@ -1,8 +1,9 @@
 // fiber.h - one CUDA thread's stack, and the switch from one to another.
 //
-// On x86-64 the switch saves the six registers that a callee must keep (7 ns); elsewhere it is ucontext's (some 200 ns).
-// ASan is told which stack runs; TSan is given a fiber of its own for each, so that it sees CUDA threads as threads. The
-// sanitizers' functions are weak: the same library serves plain and sanitized programs.
+// On x86-64 the switch saves the six registers that a callee must keep (7 ns); elsewhere it is ucontext's
+// (some 200 ns). ASan is told which stack runs; TSan is given a fiber of its own for each, so that it sees
+// CUDA threads as threads. The sanitizers' functions are weak: the same library serves plain and sanitized
+// programs.
 #pragma once
 
 #include <pthread.h>
@@ -31,12 +32,14 @@ __attribute__((weak)) void __tsan_release(void* object);
 __attribute__((weak)) void __asan_poison_memory_region(const volatile void* p, size_t bytes);
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* p, size_t bytes);
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t bytes);
-__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* save, const void** bottom_old, size_t* bytes_old);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* save, const void** bottom_old,
+                                                           size_t* bytes_old);
 }
 
 namespace emu {
 
-// TSan's order between threads, nothing elsewhere: what came before a release comes before what follows an acquire.
+// TSan's order between threads, nothing elsewhere: what came before a release comes before what follows an
+// acquire.
 inline void acquire(void* object) {
     if (__tsan_acquire) __tsan_acquire(object);
 }
@@ -82,7 +85,8 @@ struct Fiber {
     // Will run entry() when switched to. Also makes an abandoned fiber usable again.
     void prepare(void (*entry)()) {
         if (!stack) {
-            void* m = mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            void* m = mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (m == MAP_FAILED || mprotect(m, GUARD, PROT_NONE)) {
                 fprintf(stderr, "emulator: no memory for the stack of a CUDA thread\n");
                 abort();
@@ -125,6 +129,5 @@ struct Fiber {
         if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(asan, nullptr, nullptr);
     }
 };
-
 
 }  // namespace emu

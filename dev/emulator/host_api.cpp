@@ -1,4 +1,5 @@
-// host_api.cpp - the CUDA runtime's other host functions: errors, the device, kernels, memory. (streams.cpp has the rest.)
+// host_api.cpp - the CUDA runtime's other host functions: errors, the device, kernels, memory. (streams.cpp
+// has the rest.)
 //
 // NCCL's functions go into a file of their own beside this one; they rest on submit() as cublaslt.cpp does.
 #include <algorithm>
@@ -20,20 +21,27 @@ static thread_local int current_device = 0;
 
 // Dynamic shared memory that a kernel may ask for.
 static std::map<const void*, int>& dynamic_limits = *new std::map<const void*, int>;
-static int dynamic_limit(const void* kernel) { return dynamic_limits.count(kernel) ? dynamic_limits[kernel] : SHARED_DEFAULT; }
+static int dynamic_limit(const void* kernel) {
+    return dynamic_limits.count(kernel) ? dynamic_limits[kernel] : SHARED_DEFAULT;
+}
 
-cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, const std::vector<const void*>& pointers, std::function<void()> body) {
+cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, const std::vector<const void*>& pointers,
+                   std::function<void()> body) {
     return api([&] {
         for (size_t i = 0; i < pointers.size(); i++)
             if (pointers[i] && !find_allocation(pointers[i]))
-                throw report(cudaErrorIllegalAddress, format("argument %zu of kernel %s, %p, is neither device memory nor null", i,
-                                                             name_of(kernel).c_str(), pointers[i]));
+                throw report(cudaErrorIllegalAddress,
+                             format("argument %zu of kernel %s, %p, is neither device memory nor null", i,
+                                    name_of(kernel).c_str(), pointers[i]));
         const dim3 g = c.gridDim, b = c.blockDim;
-        want(b.x && b.y && b.z && b.z <= 64 && (size_t)b.x * b.y * b.z <= 1024, cudaErrorInvalidConfiguration);
-        want(g.x && g.y && g.z && g.x <= 0x7fffffff && g.y <= 65535 && g.z <= 65535, cudaErrorInvalidConfiguration);
+        want(b.x && b.y && b.z && b.z <= 64 && (size_t)b.x * b.y * b.z <= 1024,
+             cudaErrorInvalidConfiguration);
+        want(g.x && g.y && g.z && g.x <= 0x7fffffff && g.y <= 65535 && g.z <= 65535,
+             cudaErrorInvalidConfiguration);
         want(c.dynamicSmemBytes <= (size_t)dynamic_limit(kernel), cudaErrorInvalidValue);
         for (unsigned i = 0; i < c.numAttrs; i++)
-            want(c.attrs[i].id != cudaLaunchAttributeClusterDimension && c.attrs[i].id != cudaLaunchAttributeCooperative,
+            want(c.attrs[i].id != cudaLaunchAttributeClusterDimension &&
+                     c.attrs[i].id != cudaLaunchAttributeCooperative,
                  cudaErrorNotSupported);
         submit(c.stream, [c, kernel, body] { run_kernel(c, kernel, body); });
     });
@@ -47,7 +55,8 @@ static bool is_registered(const void* p) {
     return it != registered.begin() && (--it, (const char*)p < (const char*)it->first + it->second);
 }
 static cudaMemoryType type_of(const void* p) {
-    if (const Allocation* a = find_allocation(p)) return a->pinned ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+    if (const Allocation* a = find_allocation(p))
+        return a->pinned ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
     return is_registered(p) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
 }
 
@@ -56,13 +65,15 @@ struct Rows {
     size_t pitch;
 };
 static void check_copy(Rows target, Rows source, size_t row, size_t rows, cudaMemcpyKind kind) {
-    const bool to = type_of(target.p) == cudaMemoryTypeDevice, from = type_of(source.p) == cudaMemoryTypeDevice;
+    const bool to = type_of(target.p) == cudaMemoryTypeDevice,
+               from = type_of(source.p) == cudaMemoryTypeDevice;
     const bool want_to = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     const bool want_from = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     if (kind != cudaMemcpyDefault && (to != want_to || from != want_from)) {
         auto memory = [](bool device) { return device ? "device memory" : "host memory"; };
-        throw refuse(cudaErrorInvalidValue, format("cudaMemcpy: the kind says %s to %s, the pointers say %s to %s", memory(want_from),
-                                                   memory(want_to), memory(from), memory(to)));
+        throw refuse(cudaErrorInvalidValue,
+                     format("cudaMemcpy: the kind says %s to %s, the pointers say %s to %s",
+                            memory(want_from), memory(want_to), memory(from), memory(to)));
     }
     for (size_t i = 0; i < rows; i++)
         for (const Rows* end : {&target, &source}) {
@@ -72,8 +83,10 @@ static void check_copy(Rows target, Rows source, size_t row, size_t rows, cudaMe
             if (!wrong.empty()) throw refuse(cudaErrorInvalidValue, wrong);
         }
 }
-// All copies. As on a device, a pageable source is read at the call, and a pageable target written before it returns.
-static void copy(Rows target, Rows source, size_t row, size_t rows, cudaMemcpyKind kind, cudaStream_t stream, bool wait) {
+// All copies. As on a device, a pageable source is read at the call, and a pageable target written before it
+// returns.
+static void copy(Rows target, Rows source, size_t row, size_t rows, cudaMemcpyKind kind, cudaStream_t stream,
+                 bool wait) {
     if (wait) no_blocking_stream_under_capture(), not_while_capturing();
     if (!row || !rows) return;
     want(rows == 1 || (target.pitch >= row && source.pitch >= row), cudaErrorInvalidValue);
@@ -85,9 +98,11 @@ static void copy(Rows target, Rows source, size_t row, size_t rows, cudaMemcpyKi
     }
     submit(stream, [=] {
         for (size_t i = 0; i < rows; i++)
-            memmove(target.p + i * target.pitch, staged ? &(*staged)[i * row] : source.p + i * source.pitch, row);
+            memmove(target.p + i * target.pitch, staged ? &(*staged)[i * row] : source.p + i * source.pitch,
+                    row);
     });
-    if (wait || (type_of(target.p) == cudaMemoryTypeUnregistered && !under_capture(stream))) wait_for_stream(stream);
+    if (wait || (type_of(target.p) == cudaMemoryTypeUnregistered && !under_capture(stream)))
+        wait_for_stream(stream);
 }
 
 }  // namespace emu
@@ -109,7 +124,8 @@ struct ErrorText {
     const char *name, *text;
 };
 static const ErrorText error_texts[] = {
-#define E(name, text) {name, #name, text}
+#define E(name, text) \
+    { name, #name, text }
     E(cudaSuccess, "no error"),
     E(cudaErrorInvalidValue, "invalid argument"),
     E(cudaErrorMemoryAllocation, "out of memory"),
@@ -130,9 +146,11 @@ static const ErrorText error_texts[] = {
     E(cudaErrorStreamCaptureUnmatched, "capture was not ended in the same stream as it began"),
     E(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work"),
     E(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"),
-    E(cudaErrorStreamCaptureImplicit, "operation would make the legacy stream depend on a capturing blocking stream"),
+    E(cudaErrorStreamCaptureImplicit,
+      "operation would make the legacy stream depend on a capturing blocking stream"),
     E(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
-    E(cudaErrorStreamCaptureWrongThread, "attempt to terminate a thread-local capture sequence from another thread"),
+    E(cudaErrorStreamCaptureWrongThread,
+      "attempt to terminate a thread-local capture sequence from another thread"),
 #undef E
 };
 const char* cudaGetErrorName(cudaError_t e) {
@@ -154,17 +172,27 @@ const char* cudaGetErrorString(cudaError_t e) {
 // ---------------------------------------------------------------------------------------------
 // The device and its kernels
 
-cudaError_t cudaGetDeviceCount(int* n) { return api([&] { *n = options().devices; }); }
+cudaError_t cudaGetDeviceCount(int* n) {
+    return api([&] { *n = options().devices; });
+}
 cudaError_t cudaSetDevice(int d) {
     return api([&] {
         want(d >= 0 && d < options().devices, cudaErrorInvalidDevice);
         current_device = d;
     });
 }
-cudaError_t cudaGetDevice(int* d) { return api([&] { *d = current_device; }); }
-cudaError_t cudaRuntimeGetVersion(int* v) { return api([&] { *v = CUDART_VERSION; }); }
-cudaError_t cudaDriverGetVersion(int* v) { return api([&] { *v = CUDART_VERSION; }); }
-cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { return api([&] { *least = 0, *greatest = -5; }); }
+cudaError_t cudaGetDevice(int* d) {
+    return api([&] { *d = current_device; });
+}
+cudaError_t cudaRuntimeGetVersion(int* v) {
+    return api([&] { *v = CUDART_VERSION; });
+}
+cudaError_t cudaDriverGetVersion(int* v) {
+    return api([&] { *v = CUDART_VERSION; });
+}
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+    return api([&] { *least = 0, *greatest = -5; });
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     return api([&] {
         want(device >= 0 && device < options().devices, cudaErrorInvalidDevice);
@@ -172,7 +200,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
         strcpy(p->name, "CUDA on CPU (emulated)");
         p->major = 9, p->minor = 0, p->warpSize = 32;
         p->totalGlobalMem = options().memory_limit, p->l2CacheSize = 50 << 20;
-        p->multiProcessorCount = SMS, p->maxThreadsPerMultiProcessor = THREADS_PER_SM, p->maxBlocksPerMultiProcessor = BLOCKS_PER_SM;
+        p->multiProcessorCount = SMS, p->maxThreadsPerMultiProcessor = THREADS_PER_SM,
+        p->maxBlocksPerMultiProcessor = BLOCKS_PER_SM;
         p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
         p->maxGridSize[0] = 0x7fffffff, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
         p->regsPerBlock = p->regsPerMultiprocessor = 65536;
@@ -186,23 +215,57 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr a, int device) {
         cudaDeviceProp p;
         if (cudaError_t e = cudaGetDeviceProperties(&p, device)) throw e;
         switch (a) {
-            case cudaDevAttrComputeCapabilityMajor: *value = p.major; break;
-            case cudaDevAttrComputeCapabilityMinor: *value = p.minor; break;
-            case cudaDevAttrMultiProcessorCount: *value = p.multiProcessorCount; break;
-            case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
-            case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
-            case cudaDevAttrMaxBlocksPerMultiprocessor: *value = p.maxBlocksPerMultiProcessor; break;
-            case cudaDevAttrWarpSize: *value = p.warpSize; break;
-            case cudaDevAttrMaxSharedMemoryPerBlock: *value = (int)p.sharedMemPerBlock; break;
-            case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
-            case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = (int)p.sharedMemPerMultiprocessor; break;
-            case cudaDevAttrMaxRegistersPerBlock: *value = p.regsPerBlock; break;
-            case cudaDevAttrL2CacheSize: *value = p.l2CacheSize; break;
-            case cudaDevAttrMemoryClockRate: *value = 2619000; break;  // kHz, as an H100's
-            case cudaDevAttrGlobalMemoryBusWidth: *value = 5120; break;
-            case cudaDevAttrClockRate: *value = 1980000; break;
-            case cudaDevAttrCooperativeLaunch: case cudaDevAttrMemoryPoolsSupported: *value = 0; break;
-            default: throw cudaErrorInvalidValue;
+            case cudaDevAttrComputeCapabilityMajor:
+                *value = p.major;
+                break;
+            case cudaDevAttrComputeCapabilityMinor:
+                *value = p.minor;
+                break;
+            case cudaDevAttrMultiProcessorCount:
+                *value = p.multiProcessorCount;
+                break;
+            case cudaDevAttrMaxThreadsPerMultiProcessor:
+                *value = p.maxThreadsPerMultiProcessor;
+                break;
+            case cudaDevAttrMaxThreadsPerBlock:
+                *value = p.maxThreadsPerBlock;
+                break;
+            case cudaDevAttrMaxBlocksPerMultiprocessor:
+                *value = p.maxBlocksPerMultiProcessor;
+                break;
+            case cudaDevAttrWarpSize:
+                *value = p.warpSize;
+                break;
+            case cudaDevAttrMaxSharedMemoryPerBlock:
+                *value = (int)p.sharedMemPerBlock;
+                break;
+            case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+                *value = (int)p.sharedMemPerBlockOptin;
+                break;
+            case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+                *value = (int)p.sharedMemPerMultiprocessor;
+                break;
+            case cudaDevAttrMaxRegistersPerBlock:
+                *value = p.regsPerBlock;
+                break;
+            case cudaDevAttrL2CacheSize:
+                *value = p.l2CacheSize;
+                break;
+            case cudaDevAttrMemoryClockRate:
+                *value = 2619000;
+                break;  // kHz, as an H100's
+            case cudaDevAttrGlobalMemoryBusWidth:
+                *value = 5120;
+                break;
+            case cudaDevAttrClockRate:
+                *value = 1980000;
+                break;
+            case cudaDevAttrCooperativeLaunch:
+            case cudaDevAttrMemoryPoolsSupported:
+                *value = 0;
+                break;
+            default:
+                throw cudaErrorInvalidValue;
         }
     });
 }
@@ -221,10 +284,12 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* kernel) {
         a->maxDynamicSharedSizeBytes = dynamic_limit(kernel);
     });
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t smem) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads,
+                                                          size_t smem) {
     return api([&] {
         want(threads >= 1 && threads <= 1024, cudaErrorInvalidValue);
-        const int by_threads = THREADS_PER_SM / ((threads + 31) / 32 * 32), by_memory = (int)(SHARED_PER_SM / (smem + 1024));
+        const int by_threads = THREADS_PER_SM / ((threads + 31) / 32 * 32),
+                  by_memory = (int)(SHARED_PER_SM / (smem + 1024));
         *blocks = smem > (size_t)dynamic_limit(kernel) ? 0 : std::min({by_threads, by_memory, BLOCKS_PER_SM});
     });
 }
@@ -287,12 +352,16 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
 cudaError_t cudaMemcpy(void* target, const void* source, size_t n, cudaMemcpyKind kind) {
     return api([&] { copy({(char*)target, n}, {(char*)source, n}, n, 1, kind, nullptr, true); });
 }
-cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t n, cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t n, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     return api([&] { copy({(char*)target, n}, {(char*)source, n}, n, 1, kind, stream, false); });
 }
-cudaError_t cudaMemcpy2D(void* target, size_t target_pitch, const void* source, size_t source_pitch, size_t width, size_t height,
-                         cudaMemcpyKind kind) {
-    return api([&] { copy({(char*)target, target_pitch}, {(char*)source, source_pitch}, width, height, kind, nullptr, true); });
+cudaError_t cudaMemcpy2D(void* target, size_t target_pitch, const void* source, size_t source_pitch,
+                         size_t width, size_t height, cudaMemcpyKind kind) {
+    return api([&] {
+        copy({(char*)target, target_pitch}, {(char*)source, source_pitch}, width, height, kind, nullptr,
+             true);
+    });
 }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
     return api([&] {

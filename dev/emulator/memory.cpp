@@ -1,8 +1,10 @@
-// memory.cpp - device memory: filled with NaN, between guard pages, with poisoned gaps, closed to host code that has waited.
+// memory.cpp - device memory: filled with NaN, between guard pages, with poisoned gaps, closed to host code
+// that has waited.
 //
-// Each allocation has pages of its own between two that are never accessible, and begins at a multiple of 256 bytes as
-// late as that allows. What is left of its pages before and behind it holds a pattern that is checked after each kernel
-// and copy. Freed memory keeps its addresses, inaccessible, so that a stale pointer is found.
+// Each allocation has pages of its own between two that are never accessible, and begins at a multiple of 256
+// bytes as late as that allows. What is left of its pages before and behind it holds a pattern that is
+// checked after each kernel and copy. Freed memory keeps its addresses, inaccessible, so that a stale pointer
+// is found.
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -60,12 +62,14 @@ void close_device_memory() {
 
 void* allocate(size_t bytes, bool pinned) {
     if (bytes == 0) return nullptr;
-    want(pinned || (bytes <= options().memory_limit && used + bytes <= options().memory_limit), cudaErrorMemoryAllocation);
+    want(pinned || (bytes <= options().memory_limit && used + bytes <= options().memory_limit),
+         cudaErrorMemoryAllocation);
     open_device_memory();
     Allocation a;
     a.bytes = bytes, a.pinned = pinned, a.number = ++allocation_count;
     a.map_bytes = round_up(round_up(bytes, ALIGNMENT), PAGE);
-    void* m = mmap(nullptr, a.map_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* m =
+        mmap(nullptr, a.map_bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     want(m != MAP_FAILED, cudaErrorMemoryAllocation);
     a.map = (char*)m + PAGE;
     a.begin = a.map + a.map_bytes - round_up(bytes, ALIGNMENT);
@@ -118,11 +122,14 @@ bool is_device(const void* p, size_t bytes) {
 }
 
 static std::string describe(const Allocation& a, const char* p) {
-    std::string what = format("%zu-byte %s allocation (number %d)", a.bytes, a.pinned ? "pinned host" : "device", a.number);
+    std::string what =
+        format("%zu-byte %s allocation (number %d)", a.bytes, a.pinned ? "pinned host" : "device", a.number);
     for (auto& [gap, bytes] : a.gaps)
-        if (p >= gap && p < gap + bytes) return format("%td bytes into the gap behind a tensor, in a ", p - gap) + what;
+        if (p >= gap && p < gap + bytes)
+            return format("%td bytes into the gap behind a tensor, in a ", p - gap) + what;
     if (p < a.begin) return format("%td bytes before a ", a.begin - p) + what;
-    if (p >= a.begin + a.bytes) return format("%td bytes past the end of a ", p - a.begin - (ptrdiff_t)a.bytes) + what;
+    if (p >= a.begin + a.bytes)
+        return format("%td bytes past the end of a ", p - a.begin - (ptrdiff_t)a.bytes) + what;
     return format("%td bytes into a ", p - a.begin) + what;
 }
 
@@ -135,7 +142,8 @@ std::string check_range(const void* p, size_t bytes, const char* what) {
         return format("%s: %zu bytes, which end ", what, bytes) + describe(*a, end);
     for (auto& [gap, gap_bytes] : a->gaps)
         if (gap < end && gap + gap_bytes > begin)
-            return format("%s: %zu bytes, which touch the gap behind a tensor, ", what, bytes) + describe(*a, std::max(gap, (char*)p));
+            return format("%s: %zu bytes, which touch the gap behind a tensor, ", what, bytes) +
+                   describe(*a, std::max(gap, (char*)p));
     return "";
 }
 
@@ -158,7 +166,8 @@ cudaError_t poison(void* p, size_t bytes) {
 
 // --- patterns
 
-// The first changed byte of [p, end), or null; the pattern is written again. (memcmp would be the sanitizers'.)
+// The first changed byte of [p, end), or null; the pattern is written again. (memcmp would be the
+// sanitizers'.)
 static char* find_damage(char* p, char* end) {
     for (; end - p >= 8; p += 8) {
         uint64_t word;
@@ -173,7 +182,8 @@ static char* find_damage(char* p, char* end) {
 void check_patterns(const void* kernel) {
     auto check = [&](const Allocation& a, char* from, char* to) {
         if (char* damage = find_damage(from, to))
-            report(cudaErrorIllegalAddress, "kernel " + name_of(kernel) + " has written " + describe(a, damage));
+            report(cudaErrorIllegalAddress,
+                   "kernel " + name_of(kernel) + " has written " + describe(a, damage));
     };
     for (auto& [begin, a] : allocations) {
         check(a, a.map, a.begin);
@@ -190,7 +200,8 @@ void check_patterns(const void* kernel) {
 
 static struct sigaction previous_action;
 
-// What the handler saw. In a kernel it only notes this; the words are found outside of it, where memory may be allocated.
+// What the handler saw. In a kernel it only notes this; the words are found outside of it, where memory may
+// be allocated.
 struct Fault {
     char* address;
     bool known;  // the processor gives no address for a misaligned vector access
@@ -201,9 +212,12 @@ static thread_local Fault last_fault;
 static std::string describe_fault(const Fault& f) {
     if (on_fiber_guard(f.address)) return "stack overflow of a CUDA thread";
     if (!f.known) return "misaligned vector access, or a wild pointer";
-    if (const Allocation* a = near_allocation(allocations, f.address)) return "access out of bounds: " + describe(*a, f.address);
-    if (const Allocation* a = near_allocation(freed, f.address)) return "access to freed memory: " + describe(*a, f.address);
-    if ((uintptr_t)f.address < PAGE) return format("access through a null pointer (address %p)", (void*)f.address);
+    if (const Allocation* a = near_allocation(allocations, f.address))
+        return "access out of bounds: " + describe(*a, f.address);
+    if (const Allocation* a = near_allocation(freed, f.address))
+        return "access to freed memory: " + describe(*a, f.address);
+    if ((uintptr_t)f.address < PAGE)
+        return format("access through a null pointer (address %p)", (void*)f.address);
     return format("access to %p, which is not device memory", (void*)f.address);
 }
 static void land() { fault_at_address(describe_fault(last_fault), last_fault.instruction); }
@@ -231,7 +245,8 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
     sigaction(signal, &previous_action, nullptr);  // and on return it faults again, as without us
 }
 
-// Before each use of device memory, since others (test frameworks) put their own handler in place; theirs is next in line.
+// Before each use of device memory, since others (test frameworks) put their own handler in place; theirs is
+// next in line.
 static void install_handler() {
     struct sigaction now, ours = {};
     ours.sa_sigaction = on_fault;

@@ -19,7 +19,8 @@ Options& options() {
         const std::string schedule = getenv("EMU_SCHEDULE") ? getenv("EMU_SCHEDULE") : "ascending";
         p->schedule = schedule == "descending" ? DESCENDING : schedule == "random" ? RANDOM : ASCENDING;
         if (schedule != "ascending" && p->schedule == ASCENDING) {
-            fprintf(stderr, "emulator: EMU_SCHEDULE is %s, wanted ascending, descending or random\n", schedule.c_str());
+            fprintf(stderr, "emulator: EMU_SCHEDULE is %s, wanted ascending, descending or random\n",
+                    schedule.c_str());
             exit(2);
         }
         p->seed = (unsigned)env("EMU_SEED", p->seed);
@@ -77,8 +78,10 @@ std::string source_of(const void* code) {
     std::string line = format("%p", code);
     if (!dladdr1(code, &info, (void**)&module, RTLD_DL_LINKMAP)) return line;
     char self[4096] = {};
-    const char* path = *module->l_name || readlink("/proc/self/exe", self, sizeof self - 1) <= 0 ? module->l_name : self;
-    const std::string command = format("addr2line -Cfpe '%s' 0x%zx 2>/dev/null", path, (size_t)((uintptr_t)code - module->l_addr));
+    const char* path =
+        *module->l_name || readlink("/proc/self/exe", self, sizeof self - 1) <= 0 ? module->l_name : self;
+    const std::string command =
+        format("addr2line -Cfpe '%s' 0x%zx 2>/dev/null", path, (size_t)((uintptr_t)code - module->l_addr));
     if (FILE* p = popen(command.c_str(), "r")) {
         char text[1024];
         if (fgets(text, sizeof text, p) && *text != '?') line = text;

@@ -1,8 +1,8 @@
 // streams.cpp - streams, events and graphs.
 //
-// A stream counts its operations; an operation may have to wait for operations of other streams, which always were
-// submitted earlier, so completing one is a plain recursion. Eager streams run each operation where it is submitted,
-// lazy ones where something waits for it: then only what the dependencies demand has run.
+// A stream counts its operations; an operation may have to wait for operations of other streams, which always
+// were submitted earlier, so completing one is a plain recursion. Eager streams run each operation where it
+// is submitted, lazy ones where something waits for it: then only what the dependencies demand has run.
 #include <algorithm>
 #include <chrono>
 #include <deque>
@@ -88,7 +88,8 @@ static Graph& graph_in(const std::set<Graph*>& list, void* handle) {
 void not_while_capturing() {
     bool forbidden = false;
     for (auto& c : captures)
-        if (c->mode == cudaStreamCaptureModeGlobal || (c->mode == cudaStreamCaptureModeThreadLocal && c->thread == std::this_thread::get_id()))
+        if (c->mode == cudaStreamCaptureModeGlobal ||
+            (c->mode == cudaStreamCaptureModeThreadLocal && c->thread == std::this_thread::get_id()))
             c->broken = forbidden = true;
     want(!forbidden, cudaErrorStreamCaptureUnsupported);
 }
@@ -117,7 +118,8 @@ void wait_for_stream(cudaStream_t handle) {
     if (s.capture) break_capture(s.capture, cudaErrorStreamCaptureUnsupported);
     if (&s == &legacy) no_blocking_stream_under_capture();
     for (size_t i = streams.size(); i-- > 0;)
-        if (streams[i] == &s || (&s == &legacy && streams[i]->blocking)) complete(*streams[i], streams[i]->submitted);
+        if (streams[i] == &s || (&s == &legacy && streams[i]->blocking))
+            complete(*streams[i], streams[i]->submitted);
     close_device_memory();
 }
 
@@ -157,7 +159,8 @@ static void run_graph(const Graph& g) {
         std::vector<size_t> ready;
         for (size_t i = 0; i < g.nodes.size(); i++) {
             const std::set<size_t>& after = g.nodes[i].after;
-            if (!done[i] && std::all_of(after.begin(), after.end(), [&](size_t p) { return done[p]; })) ready.push_back(i);
+            if (!done[i] && std::all_of(after.begin(), after.end(), [&](size_t p) { return done[p]; }))
+                ready.push_back(i);
             if (options().schedule == ASCENDING && !ready.empty()) break;
         }
         const size_t i = options().schedule == RANDOM ? ready[random() % ready.size()] : ready.back();
@@ -174,7 +177,8 @@ static bool all_joined(const Capture& c) {
     return reached.size() == c.graph->nodes.size();
 }
 
-// An event last recorded under capture marks a place in a graph: it can be neither waited for by the host nor asked.
+// An event last recorded under capture marks a place in a graph: it can be neither waited for by the host nor
+// asked.
 static Event& uncaptured(cudaEvent_t handle) {
     Event& e = event(handle);
     if (e.capture) break_capture(e.capture, cudaErrorCapturedEvent);
@@ -197,9 +201,15 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* handle, unsigned flags, i
         *handle = (cudaStream_t)s;
     });
 }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) { return cudaStreamCreateWithPriority(handle, flags, 0); }
-cudaError_t cudaStreamCreate(cudaStream_t* handle) { return cudaStreamCreateWithPriority(handle, cudaStreamDefault, 0); }
-cudaError_t cudaStreamGetPriority(cudaStream_t s, int* priority) { return api([&] { *priority = stream(s).priority; }); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
+    return cudaStreamCreateWithPriority(handle, flags, 0);
+}
+cudaError_t cudaStreamCreate(cudaStream_t* handle) {
+    return cudaStreamCreateWithPriority(handle, cudaStreamDefault, 0);
+}
+cudaError_t cudaStreamGetPriority(cudaStream_t s, int* priority) {
+    return api([&] { *priority = stream(s).priority; });
+}
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     return api([&] {
         Stream& s = stream(handle);
@@ -210,7 +220,9 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
         dead_streams.push_back(&s);
     });
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t s) { return api([&] { wait_for_stream(s); }); }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+    return api([&] { wait_for_stream(s); });
+}
 cudaError_t cudaDeviceSynchronize() {
     return api([&] {
         for (auto& c : captures) c->broken = true;
@@ -225,7 +237,9 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
         query(s, s.submitted);
     });
 }
-cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void* data) { return api([&] { submit(s, [=] { f(data); }); }); }
+cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void* data) {
+    return api([&] { submit(s, [=] { f(data); }); });
+}
 
 // ---------------------------------------------------------------------------------------------
 // Events
@@ -238,7 +252,9 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned flags) {
         *handle = (cudaEvent_t)e;
     });
 }
-cudaError_t cudaEventCreate(cudaEvent_t* handle) { return cudaEventCreateWithFlags(handle, cudaEventDefault); }
+cudaError_t cudaEventCreate(cudaEvent_t* handle) {
+    return cudaEventCreateWithFlags(handle, cudaEventDefault);
+}
 cudaError_t cudaEventDestroy(cudaEvent_t handle) {
     return api([&] {
         Event* e = &event(handle);
@@ -258,7 +274,9 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
         submit_after(s, [time] { *time = std::chrono::steady_clock::now(); }, {});
     });
 }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) { return cudaEventRecord(e, s); }
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) {
+    return cudaEventRecord(e, s);
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t handle, unsigned) {
     return api([&] {
         Event& e = event(handle);
@@ -329,7 +347,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
     return api([&] {
         const CapturePtr& c = stream(handle).capture;
-        *status = !c ? cudaStreamCaptureStatusNone : c->broken ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+        *status = !c          ? cudaStreamCaptureStatusNone
+                  : c->broken ? cudaStreamCaptureStatusInvalidated
+                              : cudaStreamCaptureStatusActive;
     });
 }
 // Only the count.
@@ -340,12 +360,17 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t*
     });
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-    return api([&] { *executable = (cudaGraphExec_t)*executables.insert(new Graph(graph_in(graphs, graph))).first; });
+    return api([&] {
+        *executable = (cudaGraphExec_t)*executables.insert(new Graph(graph_in(graphs, graph))).first;
+    });
 }
-cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) { return api([&] { graph_in(executables, executable); }); }
+cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
+    return api([&] { graph_in(executables, executable); });
+}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t s) {
     return api([&] {
-        auto g = std::make_shared<Graph>(graph_in(executables, executable));  // which may be destroyed before this runs
+        auto g = std::make_shared<Graph>(
+            graph_in(executables, executable));  // which may be destroyed before this runs
         submit(s, [g] { run_graph(*g); });
     });
 }
@@ -354,7 +379,11 @@ static void destroy_graph(std::set<Graph*>& list, void* handle) {
     list.erase(g);
     delete g;
 }
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return api([&] { destroy_graph(graphs, graph); }); }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return api([&] { destroy_graph(executables, executable); }); }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    return api([&] { destroy_graph(graphs, graph); });
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+    return api([&] { destroy_graph(executables, executable); });
+}
 
 }  // extern "C"

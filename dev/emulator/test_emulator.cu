@@ -1,8 +1,8 @@
-// test_emulator.cu - the emulator's own tests: right kernels give right results under every schedule, and each kind of
-// wrong code is reported, or shows in the numbers.
+// test_emulator.cu - the emulator's own tests: right kernels give right results under every schedule, and
+// each kind of wrong code is reported, or shows in the numbers.
 //
-// Cases whose name begins with "child:" end the process, or make a sanitizer speak; they run alone, in a child process,
-// started by the case that expects their words.
+// Cases whose name begins with "child:" end the process, or make a sanitizer speak; they run alone, in a
+// child process, started by the case that expects their words.
 #include <cooperative_groups.h>
 #include <cublasLt.h>
 #include <doctest/doctest.h>
@@ -23,7 +23,8 @@ constexpr bool ASAN = false, TSAN = false;
 
 // Outside of the unnamed namespace, in which dynamic_smem would be another, undefined variable:
 
-// out[block] = sum of the block's inputs, through shuffles, static and dynamic shared memory; twice, in a loop.
+// out[block] = sum of the block's inputs, through shuffles, static and dynamic shared memory; twice, in a
+// loop.
 __global__ void block_sums(float* out, const float* in, int rounds) {
     __shared__ float partial[32];
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -86,7 +87,8 @@ struct Device {
 };
 
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A&&... args) {
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
+                   A&&... args) {
     cudaLaunchConfig_t c = {};
     c.gridDim = grid, c.blockDim = block, c.dynamicSmemBytes = smem, c.stream = stream;
     return cudaLaunchKernelEx(&c, kernel, std::forward<A>(args)...);
@@ -116,7 +118,7 @@ std::string run_child(const std::string& name) {
     return text;
 }
 #define CHECK_CONTAINS(text, part) CHECK_MESSAGE(contains(text, part), "looked for: ", part, "; got: ", text)
-#define CHILD_CASE(name) TEST_CASE("child: " name * doctest::skip())
+#define CHILD_CASE(name) TEST_CASE("child: " name* doctest::skip())
 
 Floats random_floats(size_t n, unsigned seed) {
     std::mt19937 engine(seed);
@@ -136,7 +138,8 @@ float number(bf16 x) { return __bfloat162float(x); }
 // ---------------------------------------------------------------------------------------------
 // Threads, barriers, warps
 
-TEST_CASE("a block's sums through shuffles and shared memory are right, and the same bits under every schedule") {
+TEST_CASE(
+    "a block's sums through shuffles and shared memory are right, and the same bits under every schedule") {
     const Floats x = random_floats(5 * 3 * 256, 1);
     Device<float> in(x), out(15);
     Floats first;
@@ -235,7 +238,9 @@ __global__ void order_of_threads(int* place, int* order) {
     __syncwarp();
     if (threadIdx.x < 32) order[2 * n + atomicAdd(&place[2], 1)] = (int)threadIdx.x;
 }
-TEST_CASE("the descending schedule runs the last thread first, behind barriers too; the random one follows its seed") {
+TEST_CASE(
+    "the descending schedule runs the last thread first, behind barriers too; the random one follows its "
+    "seed") {
     const int n = 100;
     auto order = [&](emu::Schedule schedule, unsigned seed) {
         emu::options().schedule = schedule, emu::options().seed = seed;
@@ -334,8 +339,10 @@ TEST_CASE("cooperative groups: tiles of a warp") {
 }
 
 __global__ void bits_and_maths(unsigned* u, float* f) {
-    u[0] = __umulhi(0xffffffffu, 0xfffffffeu), u[1] = __brev(0x80000001u | 2u), u[2] = (unsigned)__clz(1), u[3] = (unsigned)__clz(0);
-    u[4] = (unsigned)__popc(0xf0f0u), u[5] = (unsigned)__ffs(8), u[6] = __byte_perm(0x33221100u, 0x77665544u, 0x6240u);
+    u[0] = __umulhi(0xffffffffu, 0xfffffffeu), u[1] = __brev(0x80000001u | 2u), u[2] = (unsigned)__clz(1),
+    u[3] = (unsigned)__clz(0);
+    u[4] = (unsigned)__popc(0xf0f0u), u[5] = (unsigned)__ffs(8),
+    u[6] = __byte_perm(0x33221100u, 0x77665544u, 0x6240u);
     u[7] = __float_as_uint(1.0f), u[8] = __funnelshift_l(0x80000000u, 1, 1), u[9] = (unsigned)max(3, 4u);
     f[0] = rsqrtf(4), f[1] = __fdividef(1, 4), f[2] = min(2.5f, 7), f[3] = __uint_as_float(0x40490fdbu);
     f[4] = max(NAN, 1.0f), f[5] = __ldg(f), f[6] = __frcp_rn(8);
@@ -348,15 +355,16 @@ TEST_CASE("intrinsics for bits, mathematics and cache hints") {
     Device<unsigned> u(10);
     Device<float> f(13);
     REQUIRE(launch(bits_and_maths, 1, 1, 0, nullptr, u, f) == cudaSuccess);
-    CHECK(u.get() == std::vector<unsigned>{0xfffffffdu, 0xc0000001u, 31, 32, 8, 4, 0x66224400u, 0x3f800000u, 3, 4});
+    CHECK(u.get() ==
+          std::vector<unsigned>{0xfffffffdu, 0xc0000001u, 31, 32, 8, 4, 0x66224400u, 0x3f800000u, 3, 4});
     CHECK(f.get() == Floats{0.5f, 0.25f, 2.5f, 3.14159274f, 1, 0.5f, 0.125f, 3, 1, 2, 3, 4, 4});
 }
 
 // ---------------------------------------------------------------------------------------------
 // Tensor cores and asynchronous copies
 
-// One warp: C (16,16) = A (16,16) B (16,16) + C, row-major; B through ldmatrix.trans, or transposed in memory through
-// the plain one; B's halves together or one by one.
+// One warp: C (16,16) = A (16,16) B (16,16) + C, row-major; B through ldmatrix.trans, or transposed in memory
+// through the plain one; B's halves together or one by one.
 __global__ void tensor_product(float* C, const bf16* A, const bf16* B, bool transposed, bool pairs) {
     __shared__ __align__(16) bf16 a_tile[16][24], b_tile[16][24];
     const int lane = (int)threadIdx.x;
@@ -370,12 +378,16 @@ __global__ void tensor_product(float* C, const bf16* A, const bf16* B, bool tran
     emu::ldmatrix_x4(a, &a_tile[lane % 16][lane / 16 * 8], false);
     if (pairs) {
         for (int half = 0; half < 2; half++) {
-            const bf16* row = transposed ? &b_tile[half * 8 + lane % 8][lane / 8 % 2 * 8] : &b_tile[lane % 16][half * 8];
+            const bf16* row =
+                transposed ? &b_tile[half * 8 + lane % 8][lane / 8 % 2 * 8] : &b_tile[lane % 16][half * 8];
             emu::ldmatrix_x2(b[half], row, !transposed);
         }
     } else {
         uint32_t r[4];
-        emu::ldmatrix_x4(r, transposed ? &b_tile[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8] : &b_tile[lane % 16][lane / 16 * 8], !transposed);
+        emu::ldmatrix_x4(r,
+                         transposed ? &b_tile[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]
+                                    : &b_tile[lane % 16][lane / 16 * 8],
+                         !transposed);
         b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
     }
     const int g = lane / 4, t = lane % 4;
@@ -393,7 +405,8 @@ TEST_CASE("ldmatrix and mma agree with a plain product in double precision") {
     for (size_t i = 0; i < 16; i++)
         for (size_t j = 0; j < 16; j++) {
             want[i * 16 + j] = c[i * 16 + j];
-            for (size_t k = 0; k < 16; k++) want[i * 16 + j] += (double)number(a[i * 16 + k]) * (double)number(b[k * 16 + j]);
+            for (size_t k = 0; k < 16; k++)
+                want[i * 16 + j] += (double)number(a[i * 16 + k]) * (double)number(b[k * 16 + j]);
         }
     all_schedules([&] {
         for (int way = 0; way < 4; way++) {
@@ -405,7 +418,8 @@ TEST_CASE("ldmatrix and mma agree with a plain product in double precision") {
     });
 }
 
-// Two buffers in turn; `pending` 1 is right, 2 waits for one copy too few. Rows beyond n are filled with zeros.
+// Two buffers in turn; `pending` 1 is right, 2 waits for one copy too few. Rows beyond n are filled with
+// zeros.
 __global__ void pipeline(float* out, const float4* in, int n, int pending) {
     __shared__ float4 buffer[2][32];
     const int t = (int)threadIdx.x, rows = 5;
@@ -459,21 +473,26 @@ __global__ void write_at(float* p, long index) {
 }
 __global__ void read_at(float* out, const float* p, long index) { out[threadIdx.x] = p[index]; }
 
-TEST_CASE("an access outside of device memory is reported with its place: kernel, block, thread, line, distance") {
+TEST_CASE(
+    "an access outside of device memory is reported with its place: kernel, block, thread, line, distance") {
     Device<float> x(1024), out(32);
     std::string report = report_of(write_at, 2, 32, 0, x, 1024);
     CHECK_CONTAINS(report, "out of bounds: 0 bytes past the end of a 4096-byte device allocation");
     CHECK_CONTAINS(report, "test_emulator.cu:");
     CHECK_CONTAINS(report, "write_at, block (1,0,0), thread (3,0,0)]");
-    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, x, -1), "out of bounds: 4 bytes before a 4096-byte device allocation");
+    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, x, -1),
+                   "out of bounds: 4 bytes before a 4096-byte device allocation");
     CHECK_CONTAINS(report_of(read_at, 1, 32, 0, out, x, 1030), "out of bounds: 24 bytes past the end");
     CHECK_CONTAINS(report_of(read_at, 1, 32, 0, out, nullptr, 2), "null pointer (address 0x8)");
 }
-TEST_CASE("after a report every call returns its error until it is cleared, and then the emulator works as before") {
+TEST_CASE(
+    "after a report every call returns its error until it is cleared, and then the emulator works as "
+    "before") {
     Options options;
     Device<float> x(1024), out(1);
     CHECK(launch(write_at, 1, 32, 0, nullptr, x, 1024) == cudaErrorIllegalAddress);
-    CHECK_CONTAINS(std::string(cudaGetErrorString(cudaErrorIllegalAddress)), "illegal memory access was encountered: access out of bounds");
+    CHECK_CONTAINS(std::string(cudaGetErrorString(cudaErrorIllegalAddress)),
+                   "illegal memory access was encountered: access out of bounds");
     CHECK(cudaDeviceSynchronize() == cudaErrorIllegalAddress);
     CHECK(launch(write_at, 1, 32, 0, nullptr, x, 0) == cudaErrorIllegalAddress);
     void* p;
@@ -486,7 +505,9 @@ TEST_CASE("after a report every call returns its error until it is cleared, and 
     CHECK(launch(block_sums, 1, 1024, 4096, nullptr, out, x, 1) == cudaSuccess);
     CHECK(out.get()[0] == 1024);
 }
-TEST_CASE("a write just behind an allocation that does not end at a page is reported after the kernel; a read gives NaN") {
+TEST_CASE(
+    "a write just behind an allocation that does not end at a page is reported after the kernel; a read "
+    "gives NaN") {
     if (ASAN) return skip("AddressSanitizer ends the process; see the case of its own");
     Device<float> x(1001), out(32);
     std::string report = report_of(write_at, 1, 32, 0, x, 1001);
@@ -505,7 +526,8 @@ TEST_CASE("an access to freed memory is reported") {
         float* p;
     };
     auto kernel = +[](Hidden h) { h.p[5] = 1; };
-    CHECK_CONTAINS(report_of(kernel, 1, 1, 0, Hidden{stale}), "access to freed memory: 20 bytes into a 4096-byte device allocation");
+    CHECK_CONTAINS(report_of(kernel, 1, 1, 0, Hidden{stale}),
+                   "access to freed memory: 20 bytes into a 4096-byte device allocation");
 }
 TEST_CASE("gaps between the tensors of one arena: writes and far reads are reported, near reads give NaN") {
     if (ASAN) return skip("AddressSanitizer ends the process; see the case of its own");
@@ -513,20 +535,26 @@ TEST_CASE("gaps between the tensors of one arena: writes and far reads are repor
     size_t at[3], end = 0;
     for (int i = 0; i < 3; i++) at[i] = i ? emu::arena_gap(end) : 0, end = at[i] + bytes[i];
     Device<char> arena(end);
-    for (int i = 0; i < 2; i++) CHECK(emu::poison(arena + at[i] + bytes[i], at[i + 1] - at[i] - bytes[i]) == cudaSuccess);
+    for (int i = 0; i < 2; i++)
+        CHECK(emu::poison(arena + at[i] + bytes[i], at[i + 1] - at[i] - bytes[i]) == cudaSuccess);
     Device<float> out(32);
     auto tensor = [&](int i) { return (float*)(arena + at[i]); };
-    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, tensor(0), 250), "has written 0 bytes into the gap behind a tensor");
-    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, tensor(1), -1), "has written 8212 bytes into the gap behind a tensor");
-    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, tensor(1), 2048 + 1024), "out of bounds: 4096 bytes into the gap behind a tensor");
-    CHECK_CONTAINS(report_of(read_at, 1, 32, 0, out, tensor(2), -1060), "out of bounds: 3952 bytes into the gap behind a tensor");
+    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, tensor(0), 250),
+                   "has written 0 bytes into the gap behind a tensor");
+    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, tensor(1), -1),
+                   "has written 8212 bytes into the gap behind a tensor");
+    CHECK_CONTAINS(report_of(write_at, 1, 32, 0, tensor(1), 2048 + 1024),
+                   "out of bounds: 4096 bytes into the gap behind a tensor");
+    CHECK_CONTAINS(report_of(read_at, 1, 32, 0, out, tensor(2), -1060),
+                   "out of bounds: 3952 bytes into the gap behind a tensor");
     CHECK(report_of(read_at, 1, 32, 0, out, tensor(0), 255) == "");
     CHECK(std::isnan(out.get()[0]));
     Options options;
     CHECK(cudaMemset(arena, 0, end) == cudaErrorInvalidValue);
     CHECK_CONTAINS(emu::last_report(), "touch the gap");
     for (int i = 0; i < 3; i++) CHECK(cudaMemset(tensor(i), 0, bytes[i]) == cudaSuccess);
-    for (int i = 0; i < 3; i++) CHECK(launch(write_at, 1, 32, 0, nullptr, tensor(i), (long)bytes[i] / 4 - 1) == cudaSuccess);
+    for (int i = 0; i < 3; i++)
+        CHECK(launch(write_at, 1, 32, 0, nullptr, tensor(i), (long)bytes[i] / 4 - 1) == cudaSuccess);
     CHECK(emu::poison(arena + end - 4, 5) == cudaErrorInvalidValue);
 }
 
@@ -535,7 +563,7 @@ TEST_CASE("a write beyond a launch's dynamic shared memory is reported") {
     CHECK(report_of(write_dynamic, 1, 32, 1024, out, 255) == "");
     if (ASAN) return skip("AddressSanitizer ends the process; see the case of its own");
     CHECK_CONTAINS(report_of(write_dynamic, 1, 32, 1024, out, 256),
-        "has written 0 bytes past the end of its 1024 bytes of dynamic shared memory");
+                   "has written 0 bytes past the end of its 1024 bytes of dynamic shared memory");
 }
 TEST_CASE("a launch that asks for more shared memory than allowed, or for impossible blocks, is refused") {
     Device<float> out(1024);
@@ -546,10 +574,12 @@ TEST_CASE("a launch that asks for more shared memory than allowed, or for imposs
     };
     CHECK(go(1, 32, 48 << 10) == cudaSuccess);
     CHECK(go(1, 32, (48 << 10) + 1) == cudaErrorInvalidValue);
-    CHECK(cudaFuncSetAttribute(write_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10) == cudaSuccess);
+    CHECK(cudaFuncSetAttribute(write_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10) ==
+          cudaSuccess);
     CHECK(go(1, 32, 64 << 10) == cudaSuccess);
     CHECK(go(1, 32, (64 << 10) + 1) == cudaErrorInvalidValue);
-    CHECK(cudaFuncSetAttribute(write_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 228 << 10) == cudaErrorInvalidValue);
+    CHECK(cudaFuncSetAttribute(write_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize, 228 << 10) ==
+          cudaErrorInvalidValue);
     cudaGetLastError();
     CHECK(go(1, 1025, 0) == cudaErrorInvalidConfiguration);
     CHECK(go(1, 0, 0) == cudaErrorInvalidConfiguration);
@@ -625,11 +655,14 @@ __global__ void absent_lane(float* out, int lanes, unsigned mask, bool leave) {
 }
 TEST_CASE("shuffles with absent lanes are reported") {
     Device<float> out(32);
-    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0x000fffffu, false), "reads lane 20, which is not there");
-    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, true), "reads lane 20, which is not there");
-    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, false), "reads lane 20, which is not there");
+    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0x000fffffu, false),
+                   "reads lane 20, which is not there");
+    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, true),
+                   "reads lane 20, which is not there");
+    CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, false),
+                   "reads lane 20, which is not there");
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 32, 0xfffffffeu, false),
-        "__shfl_xor_sync: the mask fffffffe lacks the calling lane 0");
+                   "__shfl_xor_sync: the mask fffffffe lacks the calling lane 0");
 }
 
 __global__ void copies_left(const float4* in) {
@@ -649,17 +682,23 @@ __global__ void bad_ldmatrix(const float* in, int offset, bool global) {
     emu::ldmatrix_x4(r, global ? (const char*)in : (const char*)&s[threadIdx.x] + offset, false);
 }
 __global__ void bad_vector(const float* in, float* out) { out[0] = __ldcs((const float4*)(in + 1)).x; }
-TEST_CASE("asynchronous copies never waited for, misaligned or between the wrong memories, are reported; so is ldmatrix") {
+TEST_CASE(
+    "asynchronous copies never waited for, misaligned or between the wrong memories, are reported; so is "
+    "ldmatrix") {
     Device<float4> in(32);
-    CHECK_CONTAINS(report_of(copies_left, 1, 32, 0, in), "exits with 1 asynchronous copies it never waited for, the first at ");
+    CHECK_CONTAINS(report_of(copies_left, 1, 32, 0, in),
+                   "exits with 1 asynchronous copies it never waited for, the first at ");
     const char* bytes = (const char*)in.p;
     CHECK_CONTAINS(report_of(bad_copy, 1, 1, 0, bytes, 8, 0, false), "misaligned access of 16 bytes");
     CHECK_CONTAINS(report_of(bad_copy, 1, 1, 0, bytes, 0, 4, false), "misaligned access of 16 bytes");
     CHECK_CONTAINS(report_of(bad_copy, 1, 1, 0, bytes, 0, 0, true), "is not shared memory");
     CHECK_CONTAINS(report_of(bad_copy, 1, 1, 0, bytes, 0, 512, false), "is not device memory");
-    CHECK_CONTAINS(report_of(bad_ldmatrix, 1, 32, 0, (float*)in.p, 8, false), "misaligned access of 16 bytes");
-    CHECK_CONTAINS(report_of(bad_ldmatrix, 1, 32, 0, (float*)in.p, 0, true), "ldmatrix: the row is not in shared memory");
-    CHECK_CONTAINS(report_of(bad_vector, 1, 1, 0, (float*)in.p, (float*)in.p), "misaligned access of 16 bytes");
+    CHECK_CONTAINS(report_of(bad_ldmatrix, 1, 32, 0, (float*)in.p, 8, false),
+                   "misaligned access of 16 bytes");
+    CHECK_CONTAINS(report_of(bad_ldmatrix, 1, 32, 0, (float*)in.p, 0, true),
+                   "ldmatrix: the row is not in shared memory");
+    CHECK_CONTAINS(report_of(bad_vector, 1, 1, 0, (float*)in.p, (float*)in.p),
+                   "misaligned access of 16 bytes");
 }
 __global__ void endless_stack(int* out, int depth) {
     volatile char block[4096];
@@ -674,7 +713,8 @@ TEST_CASE("a CUDA thread's stack overflow is reported") {
     CHECK(report_of(endless_stack, 1, 1, 0, out, 10) == "");
     CHECK_CONTAINS(report_of(endless_stack, 1, 1, 0, out, 1000), "stack overflow of a CUDA thread");
 }
-TEST_CASE("a host pointer given to a kernel is reported, by the argument's number; pinned memory is no mistake") {
+TEST_CASE(
+    "a host pointer given to a kernel is reported, by the argument's number; pinned memory is no mistake") {
     float host[32];
     CHECK_CONTAINS(report_of(write_at, 1, 32, 0, host, 0), "argument 0 of kernel ");
     Device<float> out(32);
@@ -774,8 +814,8 @@ CHILD_CASE("ldmatrix without a barrier") {
 }
 TEST_CASE("ThreadSanitizer names both lines of a race between CUDA threads") {
     if (!TSAN) return skip("run make test-emulator-tsan");
-    for (const char* name : {"no barrier", "no second barrier", "no syncwarp", "barrier before the copy*s wait",
-        "ldmatrix without a barrier"}) {
+    for (const char* name : {"no barrier", "no second barrier", "no syncwarp",
+                             "barrier before the copy*s wait", "ldmatrix without a barrier"}) {
         const std::string text = run_child(std::string("child: ") + name);
         CHECK_CONTAINS(text, "WARNING: ThreadSanitizer: data race");
         CHECK_CONTAINS(text, "test_emulator.cu:");
@@ -809,7 +849,9 @@ CHILD_CASE("vector") {
     auto kernel = +[](float* x) { *(float4*)(x + 1) = make_float4(1, 2, 3, 4); };
     launch(kernel, 1, 1, 0, nullptr, x);
 }
-TEST_CASE("AddressSanitizer sees every byte behind allocations, tensors and dynamic shared memory; UBSan arrays and alignment") {
+TEST_CASE(
+    "AddressSanitizer sees every byte behind allocations, tensors and dynamic shared memory; UBSan arrays "
+    "and alignment") {
     if (!ASAN) return skip("run make test-emulator-asan");
     CHECK_CONTAINS(run_child("child: slack"), "AddressSanitizer: use-after-poison");
     CHECK_CONTAINS(run_child("child: gap"), "AddressSanitizer: use-after-poison");
@@ -829,7 +871,8 @@ CHILD_CASE("host reads unguarded") {
 }
 TEST_CASE("host code that touches device memory is reported and ends the program") {
     std::string text = run_child("child: host reads");
-    CHECK_CONTAINS(text, "emulator: host code touches device memory: 12 bytes into a 400-byte device allocation");
+    CHECK_CONTAINS(text,
+                   "emulator: host code touches device memory: 12 bytes into a 400-byte device allocation");
     CHECK(!contains(text, "host sees"));
     CHECK_CONTAINS(run_child("child: host reads unguarded"), "host sees 1.0");
 }
@@ -848,9 +891,13 @@ TEST_CASE("copies and memsets: kinds, bounds, rows with a pitch, pinned memory")
     CHECK(cudaMemcpy(y, x, 400, cudaMemcpyDeviceToDevice) == cudaSuccess);
     CHECK(y.get() == host);
     CHECK(cudaMemcpy(x, host.data(), 404, cudaMemcpyHostToDevice) == cudaErrorInvalidValue);
-    CHECK_CONTAINS(emu::last_report(), "cudaMemcpy's target: 404 bytes, which end 4 bytes past the end of a 400-byte device allocation");
+    CHECK_CONTAINS(
+        emu::last_report(),
+        "cudaMemcpy's target: 404 bytes, which end 4 bytes past the end of a 400-byte device allocation");
     CHECK(cudaMemcpy(x, host.data(), 400, cudaMemcpyDeviceToHost) == cudaErrorInvalidValue);
-    CHECK_CONTAINS(emu::last_report(), "the kind says device memory to host memory, the pointers say host memory to device memory");
+    CHECK_CONTAINS(
+        emu::last_report(),
+        "the kind says device memory to host memory, the pointers say host memory to device memory");
     CHECK(cudaMemset(x + 50, 0, 201) == cudaErrorInvalidValue);
     CHECK(cudaMemset(host.data(), 0, 4) == cudaErrorInvalidValue);
     CHECK(cudaMemset(x + 50, 0, 200) == cudaSuccess);
@@ -922,14 +969,18 @@ TEST_CASE("the device that is reported: small, compute capability 9.0") {
 
 struct Stream {
     cudaStream_t s = nullptr;
-    explicit Stream(unsigned flags = cudaStreamDefault) { REQUIRE(cudaStreamCreateWithFlags(&s, flags) == cudaSuccess); }
+    explicit Stream(unsigned flags = cudaStreamDefault) {
+        REQUIRE(cudaStreamCreateWithFlags(&s, flags) == cudaSuccess);
+    }
     Stream(const Stream&) = delete;
     ~Stream() { cudaStreamDestroy(s); }
     operator cudaStream_t() const { return s; }
 };
 struct Event {
     cudaEvent_t e = nullptr;
-    explicit Event(unsigned flags = cudaEventDefault) { REQUIRE(cudaEventCreateWithFlags(&e, flags) == cudaSuccess); }
+    explicit Event(unsigned flags = cudaEventDefault) {
+        REQUIRE(cudaEventCreateWithFlags(&e, flags) == cudaSuccess);
+    }
     Event(const Event&) = delete;
     ~Event() { cudaEventDestroy(e); }
     operator cudaEvent_t() const { return e; }
@@ -1038,7 +1089,8 @@ TEST_CASE("events: query, synchronize, elapsed time") {
     cudaGetLastError();
 }
 
-// x = 1; then on a branch y += x, and on the other z += x; joined, x += y, x += z. Without `join` the last comes early.
+// x = 1; then on a branch y += x, and on the other z += x; joined, x += y, x += z. Without `join` the last
+// comes early.
 void two_branches(cudaStream_t s, cudaStream_t side, float* x, float* y, float* z, bool join) {
     Event fork, done;
     launch(fill, 1, 32, 0, s, x, 1.0f);
@@ -1106,12 +1158,14 @@ TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
     float host[32];
     cudaStreamCaptureStatus status;
     // Captures on `stream` what f does; f's error is `want`, and the capture ends with `end`.
-    auto capture = [&](cudaStream_t stream, cudaStreamCaptureMode mode, cudaError_t want, cudaError_t end, auto f) {
+    auto capture = [&](cudaStream_t stream, cudaStreamCaptureMode mode, cudaError_t want, cudaError_t end,
+                       auto f) {
         REQUIRE(cudaStreamBeginCapture(stream, mode) == cudaSuccess);
         CHECK(launch(fill, 1, 32, 0, stream, x, 1.0f) == cudaSuccess);
         CHECK(f() == want);
         CHECK(cudaStreamIsCapturing(stream, &status) == cudaSuccess);
-        CHECK(status == (end == cudaErrorStreamCaptureInvalidated ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive));
+        CHECK(status == (end == cudaErrorStreamCaptureInvalidated ? cudaStreamCaptureStatusInvalidated
+                                                                  : cudaStreamCaptureStatusActive));
         graph = (cudaGraph_t)&host;
         CHECK(cudaStreamEndCapture(stream, &graph) == end);
         CHECK((graph == nullptr) == (end != cudaSuccess));
@@ -1120,8 +1174,10 @@ TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
         CHECK(status == cudaStreamCaptureStatusNone);
         CHECK(cudaStreamSynchronize(stream) == cudaSuccess);
     };
-    const auto global = cudaStreamCaptureModeGlobal, relaxed = cudaStreamCaptureModeRelaxed, local = cudaStreamCaptureModeThreadLocal;
-    const cudaError_t broken = cudaErrorStreamCaptureInvalidated, unsupported = cudaErrorStreamCaptureUnsupported;
+    const auto global = cudaStreamCaptureModeGlobal, relaxed = cudaStreamCaptureModeRelaxed,
+               local = cudaStreamCaptureModeThreadLocal;
+    const cudaError_t broken = cudaErrorStreamCaptureInvalidated,
+                      unsupported = cudaErrorStreamCaptureUnsupported;
     auto in_thread = [](auto f) {
         cudaError_t e = cudaSuccess;
         std::thread([&] { e = f(); }).join();
@@ -1141,11 +1197,16 @@ TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
     capture(loose, relaxed, unsupported, broken, [&] { return cudaStreamQuery(loose); });
     capture(loose, relaxed, unsupported, broken, [&] { return cudaDeviceSynchronize(); });
     capture(loose, relaxed, cudaSuccess, cudaSuccess, [&] { return cudaStreamSynchronize(side); });
-    capture(s, relaxed, cudaErrorStreamCaptureImplicit, broken, [&] { return launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
-    capture(s, relaxed, cudaErrorStreamCaptureImplicit, broken, [&] { return cudaMemcpy(host, x, 128, cudaMemcpyDeviceToHost); });
-    capture(loose, relaxed, cudaSuccess, cudaSuccess, [&] { return launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
-    capture(loose, global, unsupported, broken, [&] { return cudaMemcpy(host, x, 128, cudaMemcpyDeviceToHost); });
-    capture(loose, global, cudaErrorStreamCaptureIsolation, broken, [&] { return cudaStreamWaitEvent(loose, before, 0); });
+    capture(s, relaxed, cudaErrorStreamCaptureImplicit, broken,
+            [&] { return launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
+    capture(s, relaxed, cudaErrorStreamCaptureImplicit, broken,
+            [&] { return cudaMemcpy(host, x, 128, cudaMemcpyDeviceToHost); });
+    capture(loose, relaxed, cudaSuccess, cudaSuccess,
+            [&] { return launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
+    capture(loose, global, unsupported, broken,
+            [&] { return cudaMemcpy(host, x, 128, cudaMemcpyDeviceToHost); });
+    capture(loose, global, cudaErrorStreamCaptureIsolation, broken,
+            [&] { return cudaStreamWaitEvent(loose, before, 0); });
     capture(loose, global, cudaErrorCapturedEvent, broken, [&] {
         cudaEventRecord(e, loose);
         return cudaEventSynchronize(e);
@@ -1158,9 +1219,8 @@ TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
         cudaEventRecord(e, loose), cudaStreamWaitEvent(side, e, 0);
         return cudaStreamEndCapture(side, &graph);
     });
-    capture(loose, global, cudaErrorStreamCaptureWrongThread, broken, [&] {
-        return in_thread([&] { return cudaStreamEndCapture(loose, &graph); });
-    });
+    capture(loose, global, cudaErrorStreamCaptureWrongThread, broken,
+            [&] { return in_thread([&] { return cudaStreamEndCapture(loose, &graph); }); });
     CHECK(cudaStreamEndCapture(s, &graph) == cudaErrorIllegalState);
     CHECK(cudaStreamBeginCapture(nullptr, global) == unsupported);
     REQUIRE(cudaStreamBeginCapture(s, global) == cudaSuccess);
@@ -1176,7 +1236,8 @@ TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
 // ---------------------------------------------------------------------------------------------
 // cuBLASLt
 
-// One product as cuBLASLt takes it; op(A) (m,k), op(B) (k,n), D (m,n), with something between the columns and batches.
+// One product as cuBLASLt takes it; op(A) (m,k), op(B) (k,n), D (m,n), with something between the columns and
+// batches.
 struct Matmul {
     size_t m, n, k;
     bool trans_a, trans_b;
@@ -1191,12 +1252,19 @@ struct Columns {  // a column-ordered matrix for each batch, and its copy on the
     std::vector<T> host;
     Device<T> device;
     Columns(size_t rows, size_t cols, int batches, size_t pad, unsigned seed)
-        : rows(rows), cols(cols), ld(rows + pad), stride(ld * cols + pad), host(values(stride * (size_t)batches, seed)), device(host) {}
+        : rows(rows),
+          cols(cols),
+          ld(rows + pad),
+          stride(ld * cols + pad),
+          host(values(stride * (size_t)batches, seed)),
+          device(host) {}
     static std::vector<T> values(size_t n, unsigned seed) {
         if constexpr (sizeof(T) == 2) return to_bf16(random_floats(n, seed));
         else return random_floats(n, seed);
     }
-    double at(size_t batch, size_t row, size_t col) const { return (double)number(host[batch * stride + col * ld + row]); }
+    double at(size_t batch, size_t row, size_t col) const {
+        return (double)number(host[batch * stride + col * ld + row]);
+    }
 };
 double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 double gelu_derivative(double x) { return (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5; }
@@ -1210,7 +1278,8 @@ struct Handles {
         REQUIRE(cublasLtCreate(&handle) == CUBLAS_STATUS_SUCCESS);
         REQUIRE(cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS);
         REQUIRE(cublasLtMatmulPreferenceCreate(&preference) == CUBLAS_STATUS_SUCCESS);
-        for (auto& l : layout) REQUIRE(cublasLtMatrixLayoutCreate(&l, CUDA_R_32F, 1, 1, 1) == CUBLAS_STATUS_SUCCESS);
+        for (auto& l : layout)
+            REQUIRE(cublasLtMatrixLayoutCreate(&l, CUDA_R_32F, 1, 1, 1) == CUBLAS_STATUS_SUCCESS);
     }
     Handles(const Handles&) = delete;
     ~Handles() {
@@ -1225,27 +1294,33 @@ struct Handles {
     void set(int i, cublasLtMatrixLayoutAttribute_t a, T v) {
         REQUIRE(cublasLtMatrixLayoutSetAttribute(layout[i], a, &v, sizeof v) == CUBLAS_STATUS_SUCCESS);
     }
-    void set_layout(int i, cudaDataType_t type, size_t rows, size_t cols, size_t ld, int batches = 1, size_t stride = 0) {
+    void set_layout(int i, cudaDataType_t type, size_t rows, size_t cols, size_t ld, int batches = 1,
+                    size_t stride = 0) {
         set(i, CUBLASLT_MATRIX_LAYOUT_TYPE, type), set(i, CUBLASLT_MATRIX_LAYOUT_ROWS, (uint64_t)rows);
         set(i, CUBLASLT_MATRIX_LAYOUT_COLS, (uint64_t)cols), set(i, CUBLASLT_MATRIX_LAYOUT_LD, (int64_t)ld);
-        set(i, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, (int32_t)batches), set(i, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, (int64_t)stride);
+        set(i, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, (int32_t)batches),
+            set(i, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, (int64_t)stride);
     }
-    int heuristic(cublasLtMatmulHeuristicResult_t* results, int n, cublasStatus_t want = CUBLAS_STATUS_SUCCESS) {
+    int heuristic(cublasLtMatmulHeuristicResult_t* results, int n,
+                  cublasStatus_t want = CUBLAS_STATUS_SUCCESS) {
         int found = -1;
-        CHECK(cublasLtMatmulAlgoGetHeuristic(handle, desc, layout[0], layout[1], layout[2], layout[2], preference, n, results, &found) == want);
+        CHECK(cublasLtMatmulAlgoGetHeuristic(handle, desc, layout[0], layout[1], layout[2], layout[2],
+                                             preference, n, results, &found) == want);
         return found;
     }
-    cublasStatus_t multiply(float alpha, const void* A, const void* B, float beta, void* D, const cublasLtMatmulAlgo_t* algo = nullptr,
-                            void* workspace = nullptr, size_t bytes = 0) {
-        return cublasLtMatmul(handle, desc, &alpha, A, layout[0], B, layout[1], &beta, D, layout[2], D, layout[2], algo, workspace, bytes,
-            nullptr);
+    cublasStatus_t multiply(float alpha, const void* A, const void* B, float beta, void* D,
+                            const cublasLtMatmulAlgo_t* algo = nullptr, void* workspace = nullptr,
+                            size_t bytes = 0) {
+        return cublasLtMatmul(handle, desc, &alpha, A, layout[0], B, layout[1], &beta, D, layout[2], D,
+                              layout[2], algo, workspace, bytes, nullptr);
     }
 };
 
 // Runs f and compares everything that it writes with plain loops in double precision.
 template <class In, class Out>
 void check_matmul(const Matmul& f) {
-    const cudaDataType_t in = sizeof(In) == 2 ? CUDA_R_16BF : CUDA_R_32F, out = sizeof(Out) == 2 ? CUDA_R_16BF : CUDA_R_32F;
+    const cudaDataType_t in = sizeof(In) == 2 ? CUDA_R_16BF : CUDA_R_32F,
+                         out = sizeof(Out) == 2 ? CUDA_R_16BF : CUDA_R_32F;
     Columns<In> a(f.trans_a ? f.k : f.m, f.trans_a ? f.m : f.k, f.batches, f.pad, 1);
     Columns<In> b(f.trans_b ? f.n : f.k, f.trans_b ? f.k : f.n, f.batches, f.pad, 2);
     Columns<Out> d(f.m, f.n, f.batches, f.pad, 3), aux(f.m, f.n, f.batches, f.pad, 4);
@@ -1254,10 +1329,13 @@ void check_matmul(const Matmul& f) {
     h.set(CUBLASLT_MATMUL_DESC_TRANSA, f.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
     h.set(CUBLASLT_MATMUL_DESC_TRANSB, f.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
     h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, f.epilogue);
-    h.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (void*)bias.device.p), h.set(CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE, (int64_t)bias.stride);
-    h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, (void*)aux.device.p), h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)aux.ld);
+    h.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (void*)bias.device.p),
+        h.set(CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE, (int64_t)bias.stride);
+    h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, (void*)aux.device.p),
+        h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)aux.ld);
     h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE, (int64_t)aux.stride);
-    h.set_layout(0, in, a.rows, a.cols, a.ld, f.batches, a.stride), h.set_layout(1, in, b.rows, b.cols, b.ld, f.batches, b.stride);
+    h.set_layout(0, in, a.rows, a.cols, a.ld, f.batches, a.stride),
+        h.set_layout(1, in, b.rows, b.cols, b.ld, f.batches, b.stride);
     h.set_layout(2, out, d.rows, d.cols, d.ld, f.batches, d.stride);
     cublasLtMatmulHeuristicResult_t result;
     REQUIRE(h.heuristic(&result, 1) == 1);
@@ -1266,13 +1344,15 @@ void check_matmul(const Matmul& f) {
     const cublasLtEpilogue_t e = f.epilogue;
     const bool dgelu = e == CUBLASLT_EPILOGUE_DGELU || e == CUBLASLT_EPILOGUE_DGELU_BGRAD;
     std::vector<double> want_d(d.host.size()), want_aux(aux.host.size()), want_bias(bias.host.size());
-    for (size_t i = 0; i < want_d.size(); i++) want_d[i] = (double)number(d.host[i]), want_aux[i] = (double)number(aux.host[i]);
+    for (size_t i = 0; i < want_d.size(); i++)
+        want_d[i] = (double)number(d.host[i]), want_aux[i] = (double)number(aux.host[i]);
     for (size_t i = 0; i < want_bias.size(); i++) want_bias[i] = (double)number(bias.host[i]);
     for (size_t batch = 0; batch < (size_t)f.batches; batch++) {
         double* bias_gradient = &want_bias[batch * bias.stride];
         auto A = [&](size_t i, size_t k) { return f.trans_a ? a.at(batch, k, i) : a.at(batch, i, k); };
         auto B = [&](size_t k, size_t j) { return f.trans_b ? b.at(batch, j, k) : b.at(batch, k, j); };
-        if (e == CUBLASLT_EPILOGUE_BGRADA || e == CUBLASLT_EPILOGUE_DGELU_BGRAD) std::fill_n(bias_gradient, f.m, 0.0);
+        if (e == CUBLASLT_EPILOGUE_BGRADA || e == CUBLASLT_EPILOGUE_DGELU_BGRAD)
+            std::fill_n(bias_gradient, f.m, 0.0);
         if (e == CUBLASLT_EPILOGUE_BGRADB) std::fill_n(bias_gradient, f.n, 0.0);
         for (size_t i = 0; i < f.m; i++)
             for (size_t k = 0; e == CUBLASLT_EPILOGUE_BGRADA && k < f.k; k++) bias_gradient[i] += A(i, k);
@@ -1284,7 +1364,8 @@ void check_matmul(const Matmul& f) {
                 for (size_t k = 0; k < f.k; k++) v += A(i, k) * B(k, j);
                 v = f.alpha * v + f.beta * d.at(batch, i, j);
                 if (e & CUBLASLT_EPILOGUE_BIAS) v += bias.at(batch, i, 0);
-                if (e == CUBLASLT_EPILOGUE_GELU_AUX || e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) want_aux[batch * aux.stride + j * aux.ld + i] = v;
+                if (e == CUBLASLT_EPILOGUE_GELU_AUX || e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS)
+                    want_aux[batch * aux.stride + j * aux.ld + i] = v;
                 if (e & CUBLASLT_EPILOGUE_GELU) v = gelu(v);
                 if (dgelu) v *= gelu_derivative(aux.at(batch, i, j));
                 if (e == CUBLASLT_EPILOGUE_DGELU_BGRAD) bias_gradient[i] += v;
@@ -1294,18 +1375,24 @@ void check_matmul(const Matmul& f) {
     auto compare = [&](const char* what, const Device<Out>& got, const std::vector<double>& want) {
         Floats x;
         for (Out v : got.get()) x.push_back(number(v));
-        check_close(std::string(sizeof(Out) == 2 ? "emulated cublasLt, bf16 out: " : "emulated cublasLt, fp32 out: ") + what, x, want,
-                    sizeof(Out) == 2 ? 3e-3 : 2e-6);
+        check_close(std::string(sizeof(Out) == 2 ? "emulated cublasLt, bf16 out: "
+                                                 : "emulated cublasLt, fp32 out: ") +
+                        what,
+                    x, want, sizeof(Out) == 2 ? 3e-3 : 2e-6);
     };
     CAPTURE(e);
-    compare("D", d.device, want_d), compare("aux", aux.device, want_aux), compare("bias", bias.device, want_bias);
+    compare("D", d.device, want_d), compare("aux", aux.device, want_aux),
+        compare("bias", bias.device, want_bias);
 }
 
-const cublasLtEpilogue_t epilogues[] = {
-    CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_BIAS, CUBLASLT_EPILOGUE_GELU_AUX,
-    CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_DGELU_BGRAD, CUBLASLT_EPILOGUE_BGRADA,
-    CUBLASLT_EPILOGUE_BGRADB};
-TEST_CASE("cublasLtMatmul: both transpositions, batches, beta and every epilogue agree with plain loops, bf16 and fp32") {
+const cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT,  CUBLASLT_EPILOGUE_BIAS,
+                                        CUBLASLT_EPILOGUE_GELU,     CUBLASLT_EPILOGUE_GELU_BIAS,
+                                        CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                                        CUBLASLT_EPILOGUE_DGELU,    CUBLASLT_EPILOGUE_DGELU_BGRAD,
+                                        CUBLASLT_EPILOGUE_BGRADA,   CUBLASLT_EPILOGUE_BGRADB};
+TEST_CASE(
+    "cublasLtMatmul: both transpositions, batches, beta and every epilogue agree with plain loops, bf16 and "
+    "fp32") {
     for (int trans = 0; trans < 4; trans++) {
         Matmul f = {40, 26, 33, trans / 2 == 1, trans % 2 == 1};
         check_matmul<float, float>(f);
@@ -1321,7 +1408,9 @@ TEST_CASE("cublasLtMatmul: both transpositions, batches, beta and every epilogue
     check_matmul<float, float>({1, 1, 1, false, false});
     check_matmul<float, float>({64, 12, 16, false, true, CUBLASLT_EPILOGUE_BIAS, 1, 1, 1, 0});
 }
-TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands beyond their memory, with the reason") {
+TEST_CASE(
+    "cublasLtMatmul refuses what the documentation forbids, and operands beyond their memory, with the "
+    "reason") {
     Options options;
     Device<float> a(Floats(64, 1)), b(Floats(64, 1)), d(Floats(64, 0)), bias(8);
     Handles h;
@@ -1346,7 +1435,8 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     h.set_layout(0, CUDA_R_32F, 8, 8, 7);
     refused(CUBLAS_STATUS_INVALID_VALUE, "A has leading dimension 7, less than its 8 rows");
     h.set_layout(1, CUDA_R_32F, 8, 8, 9);
-    refused(CUBLAS_STATUS_EXECUTION_FAILED, "B: 284 bytes, which end 28 bytes past the end of a 256-byte device allocation");
+    refused(CUBLAS_STATUS_EXECUTION_FAILED,
+            "B: 284 bytes, which end 28 bytes past the end of a 256-byte device allocation");
     h.set_layout(0, CUDA_R_32F, 8, 8, 8, 2, 64);
     refused(CUBLAS_STATUS_INVALID_VALUE, "A has 2 batches, D has 1");
     h.set_layout(0, CUDA_R_16BF, 8, 8, 8);
@@ -1356,9 +1446,11 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     h.set(0, CUBLASLT_MATRIX_LAYOUT_ORDER, CUBLASLT_ORDER_COL);
     h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
     refused(CUBLAS_STATUS_INVALID_VALUE, "bias is null");
-    h.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (void*)(bias + 4)), h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    h.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (void*)(bias + 4)),
+        h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
     refused(CUBLAS_STATUS_EXECUTION_FAILED, "bias: 32 bytes, which end 16 bytes past the end");
-    h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_GELU_AUX), h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, (void*)b.p);
+    h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_GELU_AUX),
+        h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, (void*)b.p);
     h.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)12);
     refused(CUBLAS_STATUS_INVALID_VALUE, "leading dimension 12; wanted a multiple of 8");
     h.set(CUBLASLT_MATMUL_DESC_COMPUTE_TYPE, CUBLAS_COMPUTE_16F);
@@ -1373,23 +1465,28 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     CHECK(cudaDeviceSynchronize() == cudaErrorIllegalAddress);
     fresh();
 
-    // The heuristic: more algorithms with more workspace, which is theirs; alignment as promised; epilogues switched off
+    // The heuristic: more algorithms with more workspace, which is theirs; alignment as promised; epilogues
+    // switched off
     CHECK(h.heuristic(results, 4) == 1);
     uint64_t workspace = 32 << 20;
-    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, 8) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                               &workspace, 8) == CUBLAS_STATUS_SUCCESS);
     CHECK(h.heuristic(results, 2) == 2);
     uint32_t mask = 0;
     size_t written = 0;
     const auto schemes = CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
-    CHECK(cublasLtMatmulPreferenceGetAttribute(h.preference, schemes, &mask, 4, &written) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulPreferenceGetAttribute(h.preference, schemes, &mask, 4, &written) ==
+          CUBLAS_STATUS_SUCCESS);
     CHECK(mask == CUBLASLT_REDUCTION_SCHEME_MASK);
     CHECK(written == 4);
-    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, schemes, &workspace, 8) == CUBLAS_STATUS_INVALID_VALUE);
+    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, schemes, &workspace, 8) ==
+          CUBLAS_STATUS_INVALID_VALUE);
     REQUIRE(h.heuristic(results, 4) == 3);
     CHECK(results[2].workspaceSize == 4 << 20);
     cublasLtMatmulHeuristicResult_t checked = {};
     auto check = [&] {
-        return cublasLtMatmulAlgoCheck(h.handle, h.desc, h.layout[0], h.layout[1], h.layout[2], h.layout[2], &results[1].algo, &checked);
+        return cublasLtMatmulAlgoCheck(h.handle, h.desc, h.layout[0], h.layout[1], h.layout[2], h.layout[2],
+                                       &results[1].algo, &checked);
     };
     CHECK(check() == CUBLAS_STATUS_SUCCESS);
     CHECK(checked.workspaceSize == 1 << 20);
@@ -1407,7 +1504,8 @@ TEST_CASE("cublasLtMatmul refuses what the documentation forbids, and operands b
     CHECK_CONTAINS(emu::last_report(), "not aligned to 16 bytes as the preference promised");
     uint32_t alignment = 4;
     const auto alignment_of_b = CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES;
-    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, alignment_of_b, &alignment, 4) == CUBLAS_STATUS_SUCCESS);
+    CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, alignment_of_b, &alignment, 4) ==
+          CUBLAS_STATUS_SUCCESS);
     CHECK(h.heuristic(results, 1) == 1);
     CHECK(h.multiply(1, a, b + 1, 0, d, &results[0].algo) == CUBLAS_STATUS_SUCCESS);
     options->refused_epilogues = CUBLASLT_EPILOGUE_GELU;
@@ -1427,7 +1525,8 @@ TEST_CASE("cublasLtMatmul runs in its stream: in order, lazily, and as a node of
     auto add = [&] {
         CHECK(launch(fill, 2, 32, 0, s, a, 2.0f) == cudaSuccess);
         cublasLtMatrixLayout_t* l = h.layout;
-        CHECK(cublasLtMatmul(h.handle, h.desc, &one, a, l[0], b, l[1], &one, d, l[2], d, l[2], nullptr, nullptr, 0, s) == CUBLAS_STATUS_SUCCESS);
+        CHECK(cublasLtMatmul(h.handle, h.desc, &one, a, l[0], b, l[1], &one, d, l[2], d, l[2], nullptr,
+                             nullptr, 0, s) == CUBLAS_STATUS_SUCCESS);
         CHECK(launch(fill, 2, 32, 0, s, a, 9.0f) == cudaSuccess);
     };
     add();
@@ -1472,21 +1571,31 @@ TEST_CASE("speed: launches, threads, switches, mma, matrix products" * doctest::
         for (int i = 0; i < 3; i++) {
             auto start = std::chrono::steady_clock::now();
             f();
-            best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+            best = std::min(best,
+                            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
         }
         printf("%-44s %8.1f %s\n", what, count / best, unit);
     };
-    time("launches of one small block", 1e-3, "thousand/s", [&] { launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
-    time("CUDA threads without barriers", (double)n * 1e-6, "million/s", [&] { launch(fill, n / 256, 256, 0, nullptr, x, 1.0f); });
-    time("lanes through shuffles", 64 * 256 * 100 * 1e-6, "million/s", [&] { launch(many_shuffles, 64, 256, 0, nullptr, x, 100); });
-    time("threads through __syncthreads", 64 * 256 * 100 * 1e-6, "million/s", [&] { launch(many_barriers, 64, 256, 0, nullptr, x, 100); });
-    time("mma.m16n8k16", 64 * 4 * 100 * 4096e-9, "GFLOP/s", [&] { launch(many_mma, 64, 128, 0, nullptr, x, 100); });
+    time("launches of one small block", 1e-3, "thousand/s",
+         [&] { launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
+    time("CUDA threads without barriers", (double)n * 1e-6, "million/s",
+         [&] { launch(fill, n / 256, 256, 0, nullptr, x, 1.0f); });
+    time("lanes through shuffles", 64 * 256 * 100 * 1e-6, "million/s",
+         [&] { launch(many_shuffles, 64, 256, 0, nullptr, x, 100); });
+    time("threads through __syncthreads", 64 * 256 * 100 * 1e-6, "million/s",
+         [&] { launch(many_barriers, 64, 256, 0, nullptr, x, 100); });
+    time("mma.m16n8k16", 64 * 4 * 100 * 4096e-9, "GFLOP/s",
+         [&] { launch(many_mma, 64, 128, 0, nullptr, x, 100); });
     Handles h;
     h.set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
-    h.set_layout(0, CUDA_R_32F, 768, 3072, 768), h.set_layout(1, CUDA_R_32F, 768, 256, 768), h.set_layout(2, CUDA_R_32F, 3072, 256, 3072);
-    time("cublasLtMatmul, fp32, 3072 x 256 x 768", 2e-9 * 3072 * 256 * 768, "GFLOP/s", [&] { h.multiply(1, x, x, 0, y); });
-    h.set_layout(0, CUDA_R_16BF, 768, 3072, 768), h.set_layout(1, CUDA_R_16BF, 768, 256, 768), h.set_layout(2, CUDA_R_16BF, 3072, 256, 3072);
-    time("cublasLtMatmul, bf16, 3072 x 256 x 768", 2e-9 * 3072 * 256 * 768, "GFLOP/s", [&] { h.multiply(1, x, x, 0, y); });
+    h.set_layout(0, CUDA_R_32F, 768, 3072, 768), h.set_layout(1, CUDA_R_32F, 768, 256, 768),
+        h.set_layout(2, CUDA_R_32F, 3072, 256, 3072);
+    time("cublasLtMatmul, fp32, 3072 x 256 x 768", 2e-9 * 3072 * 256 * 768, "GFLOP/s",
+         [&] { h.multiply(1, x, x, 0, y); });
+    h.set_layout(0, CUDA_R_16BF, 768, 3072, 768), h.set_layout(1, CUDA_R_16BF, 768, 256, 768),
+        h.set_layout(2, CUDA_R_16BF, 3072, 256, 3072);
+    time("cublasLtMatmul, bf16, 3072 x 256 x 768", 2e-9 * 3072 * 256 * 768, "GFLOP/s",
+         [&] { h.multiply(1, x, x, 0, y); });
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // threads.cpp - workers, and the threads of a block: fibers that wait at barriers and warp collectives.
 //
-// A worker is an operating system thread that runs one block at a time. Each CUDA thread is a fiber; one that has to
-// wait switches straight to the next that can run. A thread that ends hands its stack to the next new one, so kernels
-// without barriers cost no switches. Kernels run on workers only: the worker's copy of the program's thread-local
-// storage is its block's shared memory, filled with NaN before each block.
+// A worker is an operating system thread that runs one block at a time. Each CUDA thread is a fiber; one that
+// has to wait switches straight to the next that can run. A thread that ends hands its stack to the next new
+// one, so kernels without barriers cost no switches. Kernels run on workers only: the worker's copy of the
+// program's thread-local storage is its block's shared memory, filled with NaN before each block.
 #include <link.h>
 
 #include <algorithm>
@@ -45,7 +45,8 @@ struct Thread {
 
 struct Warp {
     uint32_t arrived, exited;
-    int generation;  // which of TSan's objects is in use: two in turn, so that a late reader of one collective does not see
+    int generation;  // which of TSan's objects is in use: two in turn, so that a late reader of one
+                     // collective does not see
     char order[2];   // the arrivals at the next
     void* data[32];
     WarpFunction function[32];
@@ -57,10 +58,12 @@ struct Warp {
 struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
-    uint64_t ready[16], at_barrier[16];  // a bit for each thread that can run; that waits at the block's barrier
+    uint64_t ready[16],
+        at_barrier[16];  // a bit for each thread that can run; that waits at the block's barrier
     int count, exited, current, arrived;
     BarrierKind barrier;
-    int first, sum, result;  // at the barrier: the first to arrive, the predicates so far; the last barrier's result
+    int first, sum,
+        result;  // at the barrier: the first to arrive, the predicates so far; the last barrier's result
     int generation;
     char order[2], started, ended;  // TSan's objects
     Schedule schedule;
@@ -71,7 +74,8 @@ struct Block {
     Fiber main;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Fiber*> idle;  // those that wait for a thread
-    char *shared, *dynamic;    // the worker's copy of the program's thread-local storage, and the dynamic part of it
+    char *shared,
+        *dynamic;  // the worker's copy of the program's thread-local storage, and the dynamic part of it
     size_t shared_bytes, dynamic_bytes, dynamic_used;
     uint64_t switches;
     alignas(16) char emergency[64 << 10];
@@ -99,8 +103,8 @@ static std::string place(Site s) { return s.file ? format("%s:%d", s.file, s.lin
 // Gives up the block: back to run_block, which never resumes these fibers.
 [[noreturn]] static void abandon(cudaError_t code, const std::string& text) {
     Block& b = *block;
-    report(code, text + format(" [kernel %s, block (%u,%u,%u), thread (%u,%u,%u)]", name_of(b.kernel).c_str(), blockIdx.x, blockIdx.y,
-                               blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z));
+    report(code, text + format(" [kernel %s, block (%u,%u,%u), thread (%u,%u,%u)]", name_of(b.kernel).c_str(),
+                               blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z));
     b.failed = true;
     release(&b.ended);
     b.threads[(size_t)b.current].fiber->switch_to(b.main);
@@ -121,11 +125,13 @@ void fault_at_address(const std::string& what, const void* instruction) {
     std::map<std::string, std::pair<int, int>> groups;  // where -> how many, the first
     for (int i = 0; i < b.count; i++) {
         const Thread& t = b.threads[(size_t)i];
-        auto& g = groups[t.state == EXITED ? "have exited" : format("wait in %s at %s", t.waits, place(t.site).c_str())];
+        auto& g = groups[t.state == EXITED ? "have exited"
+                                           : format("wait in %s at %s", t.waits, place(t.site).c_str())];
         if (!g.first++) g.second = i;
     }
     std::string text;
-    for (auto& [where, g] : groups) text += format("; %d threads (the first: %d) %s", g.first, g.second, where.c_str());
+    for (auto& [where, g] : groups)
+        text += format("; %d threads (the first: %d) %s", g.first, g.second, where.c_str());
     abandon(cudaErrorLaunchFailure, "deadlock: " + text.substr(2));
 }
 
@@ -176,8 +182,8 @@ static void let_others_run(Block& b) {
     self.switch_to(other);
 }
 
-// The end of a wait that the running thread itself has brought about, as the last to arrive. It goes on at once only
-// under the ascending schedule: under the others it must not always be the first behind a barrier.
+// The end of a wait that the running thread itself has brought about, as the last to arrive. It goes on at
+// once only under the ascending schedule: under the others it must not always be the first behind a barrier.
 static void go_on(Block& b) {
     b.threads[(size_t)b.current].state = NOT_WAITING;
     if (b.schedule == ASCENDING) return;
@@ -191,17 +197,21 @@ static bool same_place(Site a, Site b) {
 
 // --- warp collectives
 
-// Runs the collective in which the lane waits, if all lanes of its mask that have not exited are there. All but `last`,
-// which is running, become ready.
+// Runs the collective in which the lane waits, if all lanes of its mask that have not exited are there. All
+// but `last`, which is running, become ready.
 static void try_warp(Block& b, int warp, int lane, int last) {
     Warp& w = b.warps[(size_t)warp];
     const uint32_t needed = w.mask[lane] & ~w.exited;
     if ((w.arrived & needed) != needed) return;
     for (uint32_t left = needed; left; left &= left - 1) {
         const int i = __builtin_ctz(left);
-        if (w.mask[i] == w.mask[lane] && !strcmp(w.name[i], w.name[lane]) && same_place(w.site[i], w.site[lane])) continue;
-        fault(format("lanes of one warp meet in different collectives: lane %d in %s with mask %08x at %s, lane %d in %s with mask %08x",
-                     lane, w.name[lane], w.mask[lane], place(w.site[lane]).c_str(), i, w.name[i], w.mask[i]), w.site[i]);
+        if (w.mask[i] == w.mask[lane] && !strcmp(w.name[i], w.name[lane]) &&
+            same_place(w.site[i], w.site[lane]))
+            continue;
+        fault(format("lanes of one warp meet in different collectives: lane %d in %s with mask %08x at %s, "
+                     "lane %d in %s with mask %08x",
+                     lane, w.name[lane], w.mask[lane], place(w.site[lane]).c_str(), i, w.name[i], w.mask[i]),
+              w.site[i]);
     }
     if (w.function[lane]) w.function[lane](w.data, needed, w.site[lane]);
     w.arrived &= ~needed;
@@ -216,7 +226,8 @@ void warp_collective(uint32_t mask, void* data, WarpFunction f, const char* name
     const int me = b.current, lane = me % 32;
     Thread& t = b.threads[(size_t)me];
     Warp& w = b.warps[(size_t)me / 32];
-    if (!(mask >> lane & 1)) fault(format("%s: the mask %08x lacks the calling lane %d", name, mask, lane), s);
+    if (!(mask >> lane & 1))
+        fault(format("%s: the mask %08x lacks the calling lane %d", name, mask, lane), s);
     w.data[lane] = data, w.function[lane] = f, w.mask[lane] = mask, w.site[lane] = s, w.name[lane] = name;
     w.arrived |= 1u << lane;
     t.state = AT_WARP, t.site = s, t.waits = name;
@@ -240,7 +251,8 @@ static void try_barrier(Block& b, int last) {
 }
 
 int block_barrier(BarrierKind kind, bool predicate, Site s) {
-    static const char* const names[] = {"__syncthreads", "__syncthreads_count", "__syncthreads_and", "__syncthreads_or"};
+    static const char* const names[] = {"__syncthreads", "__syncthreads_count", "__syncthreads_and",
+                                        "__syncthreads_or"};
     if (!in_kernel()) fault(names[kind], s);
     Block& b = *block;
     const int me = b.current;
@@ -249,8 +261,9 @@ int block_barrier(BarrierKind kind, bool predicate, Site s) {
     if (!b.arrived++) b.first = me, b.barrier = kind, b.sum = 0;
     const Thread& first = b.threads[(size_t)b.first];
     if (kind != b.barrier || !same_place(s, first.site))
-        fault(format("divergent barrier: thread %d waits in %s at %s, thread %d in %s", b.first, first.waits, place(first.site).c_str(), me,
-                     t.waits), s);
+        fault(format("divergent barrier: thread %d waits in %s at %s, thread %d in %s", b.first, first.waits,
+                     place(first.site).c_str(), me, t.waits),
+              s);
     b.sum += predicate;
     b.at_barrier[me / 64] |= 1ull << me % 64;
     void* order = &b.order[b.generation & 1];
@@ -268,7 +281,8 @@ void cp_async_issue(void* smem, const void* global, bool predicate, Site s) {
     if (!is_shared(smem, 16)) fault(format("cp.async: the target %p is not shared memory", smem), s);
     if ((uintptr_t)smem % 16) fault_misaligned(smem, 16, s);
     if (predicate && (uintptr_t)global % 16) fault_misaligned(global, 16, s);
-    if (predicate && !is_device(global, 16)) fault(format("cp.async: the source %p is not device memory", global), s);
+    if (predicate && !is_device(global, 16))
+        fault(format("cp.async: the source %p is not device memory", global), s);
     Thread& t = block->threads[(size_t)block->current];
     t.copies.push_back({{smem, predicate ? global : nullptr}, t.copy_groups, s});
 }
@@ -287,7 +301,9 @@ static void end_thread(Block& b) {
     const int me = b.current, warp = me / 32;
     Thread& t = b.threads[(size_t)me];
     if (!t.copies.empty())
-        fault(format("the thread exits with %zu asynchronous copies it never waited for, the first", t.copies.size()), t.copies[0].site);
+        fault(format("the thread exits with %zu asynchronous copies it never waited for, the first",
+                     t.copies.size()),
+              t.copies[0].site);
     release(&b.ended);
     release(&b.order[b.generation & 1]);  // who exits counts as arrived
     t.state = EXITED;
@@ -336,7 +352,8 @@ static void prepare_block(Block& b, dim3 size) {
             b.idle.push_back(b.fibers.back().get());
         }
         Thread& t = b.threads[(size_t)i];
-        t.fiber = tsan ? b.fibers[(size_t)i].get() : nullptr;  // under TSan each thread keeps to a fiber of its own
+        t.fiber =
+            tsan ? b.fibers[(size_t)i].get() : nullptr;  // under TSan each thread keeps to a fiber of its own
         t.index = {(unsigned)i % size.x, (unsigned)i / size.x % size.y, (unsigned)i / size.x / size.y};
         t.site = {nullptr, 0}, t.copies.clear(), t.copy_groups = 0;
         set_ready(b, i);
@@ -365,7 +382,8 @@ static bool run_block(Block& b, uint3 index, dim3 size) {
         if ((unsigned char)used_end[i] == 0xff) continue;
         b.failed = true;
         report(cudaErrorIllegalAddress,
-               format("kernel %s, block (%u,%u,%u), has written %zu bytes past the end of its %zu bytes of dynamic shared memory",
+               format("kernel %s, block (%u,%u,%u), has written %zu bytes past the end of its %zu bytes of "
+                      "dynamic shared memory",
                       name_of(b.kernel).c_str(), index.x, index.y, index.z, i, b.dynamic_used));
     }
     if (!b.failed) return true;
@@ -382,7 +400,8 @@ static bool run_block(Block& b, uint3 index, dim3 size) {
 
 static Block* new_block() {
     dl_phdr_info program;  // the first in the list
-    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* out) { return *(dl_phdr_info*)out = *info, 1; }, &program);
+    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* out) { return *(dl_phdr_info*)out = *info, 1; },
+                    &program);
     Block* b = new Block;
     b->current = -1;
     b->shared = (char*)program.dlpi_tls_data, b->shared_bytes = 0;  // this thread's copy
@@ -419,7 +438,8 @@ struct Workers {
             if (--busy == 0) done.notify_one();
         }
     }
-    // As many workers as can be of use for n pieces of work run the job; returns when all are done. One caller at a time.
+    // As many workers as can be of use for n pieces of work run the job; returns when all are done. One
+    // caller at a time.
     void run(size_t n, const std::function<void()>& j) {
         std::unique_lock<std::mutex> hold(lock);
         job = j;
@@ -428,7 +448,8 @@ struct Workers {
     }
 };
 static Workers& workers() {
-    static Workers* w = new Workers((size_t)std::max(1, options().workers ? options().workers : (int)std::thread::hardware_concurrency()));
+    static Workers* w = new Workers((size_t)std::max(
+        1, options().workers ? options().workers : (int)std::thread::hardware_concurrency()));
     return *w;
 }
 
@@ -454,7 +475,8 @@ void run_kernel(const cudaLaunchConfig_t& c, const void* kernel, const std::func
         blockDim = size, gridDim = grid;
         for (size_t i; !failed && (i = next.fetch_add(1)) < n;) {
             if (b.schedule == DESCENDING) i = n - 1 - i;
-            uint3 index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)};
+            uint3 index = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y),
+                           (unsigned)(i / grid.x / grid.y)};
             if (!run_block(b, index, size)) failed = true;
         }
         fiber_switches += b.switches;

@@ -1,5 +1,5 @@
-// warp.cpp - what the lanes of a warp do together: shuffles, reductions, ldmatrix, mma. Each is one function that the last
-// lane to arrive runs for all (warp_collective in threads.cpp).
+// warp.cpp - what the lanes of a warp do together: shuffles, reductions, ldmatrix, mma. Each is one function
+// that the last lane to arrive runs for all (warp_collective in threads.cpp).
 #include "runtime.h"
 
 namespace emu {
@@ -14,19 +14,23 @@ static void shuffle_lanes(void* const* lanes, uint32_t mask, Site s) {
         if (!(mask >> i & 1)) continue;
         ShuffleLane& me = *(ShuffleLane*)lanes[i];
         const int low = i & ~(me.width - 1), high = low + me.width;  // lanes of one's own segment
-        int from = me.kind == SHUFFLE_INDEX ? low + (me.argument & (me.width - 1))
-                 : me.kind == SHUFFLE_XOR   ? i ^ me.argument
-                 : me.kind == SHUFFLE_DOWN  ? i + me.argument
-                                            : i - me.argument;
+        int from = me.kind == SHUFFLE_INDEX  ? low + (me.argument & (me.width - 1))
+                   : me.kind == SHUFFLE_XOR  ? i ^ me.argument
+                   : me.kind == SHUFFLE_DOWN ? i + me.argument
+                                             : i - me.argument;
         if (me.kind == SHUFFLE_UP ? from < low : from >= high) from = i;
         if (from < 0 || from > 31 || !(mask >> from & 1))
-            fault(format("shuffle: lane %d reads lane %d, which is not there (exited, or not in the mask)", i, from), s);
+            fault(format("shuffle: lane %d reads lane %d, which is not there (exited, or not in the mask)", i,
+                         from),
+                  s);
         me.received = ((ShuffleLane*)lanes[from])->sent;
     }
 }
 uint64_t shuffle(uint32_t mask, ShuffleKind kind, uint64_t bits, int argument, int width, Site s) {
-    static const char* const names[] = {"__shfl_sync", "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync"};
-    if (width < 1 || width > 32 || (width & (width - 1))) fault(format("%s: width %d", names[kind], width), s);
+    static const char* const names[] = {"__shfl_sync", "__shfl_xor_sync", "__shfl_down_sync",
+                                        "__shfl_up_sync"};
+    if (width < 1 || width > 32 || (width & (width - 1)))
+        fault(format("%s: width %d", names[kind], width), s);
     ShuffleLane l = {kind, argument, width, bits, 0};
     warp_collective(mask, &l, shuffle_lanes, names[kind], s);
     return l.received;
@@ -43,12 +47,24 @@ static void reduce_lanes(void* const* lanes, uint32_t mask, Site) {
         if (!(mask >> i & 1) || lanes[i] == &first) continue;
         const long long v = ((ReduceLane*)lanes[i])->value;
         switch (first.op) {
-            case REDUCE_ADD: r += v; break;
-            case REDUCE_MIN: r = v < r ? v : r; break;
-            case REDUCE_MAX: r = v > r ? v : r; break;
-            case REDUCE_AND: r &= v; break;
-            case REDUCE_OR: r |= v; break;
-            case REDUCE_XOR: r ^= v; break;
+            case REDUCE_ADD:
+                r += v;
+                break;
+            case REDUCE_MIN:
+                r = v < r ? v : r;
+                break;
+            case REDUCE_MAX:
+                r = v > r ? v : r;
+                break;
+            case REDUCE_AND:
+                r &= v;
+                break;
+            case REDUCE_OR:
+                r |= v;
+                break;
+            case REDUCE_XOR:
+                r ^= v;
+                break;
         }
     }
     for (int i = 0; i < 32; i++)
@@ -94,10 +110,13 @@ struct MmaLane {
     const uint32_t *a, *b;
     const float* c;
 };
-static float bf16_half(uint32_t pair, int high) { return bit_cast<float>(high ? pair & 0xffff0000u : pair << 16); }
+static float bf16_half(uint32_t pair, int high) {
+    return bit_cast<float>(high ? pair & 0xffff0000u : pair << 16);
+}
 
 // With g = lane/4 and t = lane%4, element i of a lane's fragment is
-//     A (16x16): row g + 8*(i/2%2), column 2t + i%2 + 8*(i/4)       B (16x8): row 2t + i%2 + 8*(i/2), column g
+//     A (16x16): row g + 8*(i/2%2), column 2t + i%2 + 8*(i/4)
+//     B (16x8): row 2t + i%2 + 8*(i/2), column g
 //     C, D (16x8): row g + 8*(i/2), column 2t + i%2
 static void mma_lanes(void* const* lanes, uint32_t mask, Site s) {
     if (mask != 0xffffffffu) fault("mma needs all 32 lanes", s);
@@ -106,20 +125,23 @@ static void mma_lanes(void* const* lanes, uint32_t mask, Site s) {
     for (int l = 0; l < 32; l++) {
         const MmaLane& me = *(MmaLane*)lanes[l];
         const int g = l / 4, t = l % 4;
-        for (int i = 0; i < 8; i++) A[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = bf16_half(me.a[i / 2], i % 2);
+        for (int i = 0; i < 8; i++)
+            A[g + i / 2 % 2 * 8][2 * t + i % 2 + i / 4 * 8] = bf16_half(me.a[i / 2], i % 2);
         for (int i = 0; i < 4; i++) B[2 * t + i % 2 + i / 2 * 8][g] = bf16_half(me.b[i / 2], i % 2);
         for (int i = 0; i < 4; i++) D[g + i / 2 * 8][2 * t + i % 2] = me.c[i];
     }
     for (int m = 0; m < 16; m++) {
         Row d, b;
         memcpy(&d, D[m], 32);
-        for (int k = 0; k < 16; k++) memcpy(&b, B[k], 32), d += A[m][k] * b;  // the product of two bf16 is exact in fp32
+        for (int k = 0; k < 16; k++)
+            memcpy(&b, B[k], 32), d += A[m][k] * b;  // the product of two bf16 is exact in fp32
         memcpy(D[m], &d, 32);
     }
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < 4; i++) ((MmaLane*)lanes[l])->d[i] = D[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
 }
-void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4], const char* file, int line) {
+void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                       const char* file, int line) {
     MmaLane l = {d, a, b, c};
     warp_collective(0xffffffffu, &l, mma_lanes, "mma.m16n8k16", {file, line});
 }

@@ -2,8 +2,9 @@
 //
 //     Golden g = read_golden("dev/golden/golden.bin", "grover_erf");   // or "gpt2", "grover_tanh"
 //
-// The file: int32 magic, format, number of tensors, bytes of text; one line of text (which script and versions);
-// then per tensor a TensorHeader and its float32 or int32 data. golden.py's header lists the tensors.
+// The file: int32 magic, format, number of tensors, bytes of text; one line of text (which script and
+// versions); then per tensor a TensorHeader and its float32 or int32 data. golden.py's header lists the
+// tensors.
 #pragma once
 
 #include <map>
@@ -14,12 +15,12 @@ struct Golden {
     std::string text;  // which script and versions wrote the file
     Config cfg;
     size_t B, T;
-    std::vector<int32_t> tokens, targets;       // (B,T); target -1 is left out of the loss
-    std::vector<float> params, grads;           // all 16 tensors, in gpt2.h's order
-    std::vector<float> logits;                  // (B,T,V)
-    float loss;                                 // mean over the targets
-    std::vector<float> losses;                  // before each of ten AdamW steps, and after the last
-    std::vector<float> norms;                   // of the gradients, before each step's clipping
+    std::vector<int32_t> tokens, targets;  // (B,T); target -1 is left out of the loss
+    std::vector<float> params, grads;      // all 16 tensors, in gpt2.h's order
+    std::vector<float> logits;             // (B,T,V)
+    float loss;                            // mean over the targets
+    std::vector<float> losses;             // before each of ten AdamW steps, and after the last
+    std::vector<float> norms;              // of the gradients, before each step's clipping
 
     size_t counted() const {
         size_t n = 0;
@@ -37,10 +38,13 @@ class GoldenFile {
         const char* name = path.c_str();
         int32_t head[4];
         r.read(head, sizeof head, "header");
-        if (head[0] != MAGIC) fail("%s: is not a golden file: magic number is %d, wanted %d", name, head[0], MAGIC);
+        if (head[0] != MAGIC)
+            fail("%s: is not a golden file: magic number is %d, wanted %d", name, head[0], MAGIC);
         if (head[1] != 1) fail("%s: format is %d, wanted 1", name, head[1]);
-        if (head[2] < 1 || head[2] > 4096) fail("%s: number of tensors is %d, wanted 1 to 4096", name, head[2]);
-        if (head[3] < 1 || head[3] > 4096) fail("%s: length of the text is %d, wanted 1 to 4096", name, head[3]);
+        if (head[2] < 1 || head[2] > 4096)
+            fail("%s: number of tensors is %d, wanted 1 to 4096", name, head[2]);
+        if (head[3] < 1 || head[3] > 4096)
+            fail("%s: length of the text is %d, wanted 1 to 4096", name, head[3]);
         text.resize(head[3]);
         r.read(&text[0], text.size(), "text");
         for (int32_t i = 0; i < head[2]; i++) read_tensor(r);
@@ -77,13 +81,15 @@ class GoldenFile {
         if (!h.name[0] || h.name[23]) fail("%s: a tensor's name is empty or not terminated", path_.c_str());
         std::string where = strf("%s: tensor '%s'", path_.c_str(), h.name);
         if (tensors_.count(h.name)) fail("%s: occurs twice", where.c_str());
-        if (h.type != FLOAT32 && h.type != INT32) fail("%s: type is %d, wanted 0 or 1", where.c_str(), h.type);
+        if (h.type != FLOAT32 && h.type != INT32)
+            fail("%s: type is %d, wanted 0 or 1", where.c_str(), h.type);
         if (h.ndim < 1 || h.ndim > 4) fail("%s: has %d dimensions, wanted 1 to 4", where.c_str(), h.ndim);
         Tensor& t = tensors_[h.name];
         t.type = h.type;
         size_t n = 1;
         for (int d = 0; d < 4; d++) {
-            if (h.dim[d] < 1 || (d >= h.ndim && h.dim[d] != 1)) fail("%s: dimension %d is %d", where.c_str(), d, h.dim[d]);
+            if (h.dim[d] < 1 || (d >= h.ndim && h.dim[d] != 1))
+                fail("%s: dimension %d is %d", where.c_str(), d, h.dim[d]);
             n = checked_mul(n, h.dim[d], where.c_str());
             if (d < h.ndim) t.shape.push_back(h.dim[d]);
         }
@@ -110,8 +116,9 @@ class GoldenFile {
             return out;
         };
         if (t.type != type || t.shape != shape)
-            fail("%s: tensor '%s' is %s %s, wanted %s %s", path_.c_str(), name.c_str(), t.type == INT32 ? "int32" : "float32",
-                 print(t.shape).c_str(), type == INT32 ? "int32" : "float32", print(shape).c_str());
+            fail("%s: tensor '%s' is %s %s, wanted %s %s", path_.c_str(), name.c_str(),
+                 t.type == INT32 ? "int32" : "float32", print(t.shape).c_str(),
+                 type == INT32 ? "int32" : "float32", print(shape).c_str());
         return t;
     }
 
@@ -132,7 +139,8 @@ inline Golden read_golden(const std::string& path, const std::string& name) {
     std::vector<size_t> batch = file.shape("tokens");
     if (batch.size() != 2) fail("%s: tokens has %zu dimensions, wanted 2", path.c_str(), batch.size());
     g.B = batch[0], g.T = batch[1];
-    if (g.T > (size_t)g.cfg.maxT) fail("%s: T is %zu, wanted at most maxT = %d", path.c_str(), g.T, g.cfg.maxT);
+    if (g.T > (size_t)g.cfg.maxT)
+        fail("%s: T is %zu, wanted at most maxT = %d", path.c_str(), g.T, g.cfg.maxT);
     g.tokens = file.ints("tokens", batch), g.targets = file.ints("targets", batch);
     for (int32_t t : g.tokens)
         if (t < 0 || t >= g.cfg.V) fail("%s: token is %d, wanted 0 to %d", path.c_str(), t, g.cfg.V - 1);
@@ -151,7 +159,9 @@ inline Golden read_golden(const std::string& path, const std::string& name) {
             const std::vector<float>& x = file.floats(full, shape);
             if (i == WTE)
                 for (size_t j = (size_t)g.cfg.V * g.cfg.C; j < x.size(); j++)
-                    if (x[j] != 0) fail("%s: tensor '%s' is not zero in row %zu", path.c_str(), full.c_str(), j / g.cfg.C);
+                    if (x[j] != 0)
+                        fail("%s: tensor '%s' is not zero in row %zu", path.c_str(), full.c_str(),
+                             j / g.cfg.C);
             std::vector<float>& all = grad ? g.grads : g.params;
             all.insert(all.end(), x.begin(), x.end());
         }

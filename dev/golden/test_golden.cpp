@@ -1,7 +1,8 @@
-// test_golden.cpp - the CPU trainer against PyTorch: logits, loss, every gradient, ten AdamW steps, and the decoder.
+// test_golden.cpp - the CPU trainer against PyTorch: logits, loss, every gradient, ten AdamW steps, and the
+// decoder.
 //
-// Runs in the repository's root; golden.bin comes from golden.py. The measured errors are printed, since a bound that
-// is nearly reached deserves a look before it is broken.
+// Runs in the repository's root; golden.bin comes from golden.py. The measured errors are printed, since a
+// bound that is nearly reached deserves a look before it is broken.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -51,7 +52,8 @@ double forward(cpu::GPT2& model, const Golden& g, const Pass& pass) {
 
 }  // namespace
 
-TEST_CASE("logits are PyTorch's within 1e-4 and the loss within 1e-5, when training and when only evaluating") {
+TEST_CASE(
+    "logits are PyTorch's within 1e-4 and the loss within 1e-5, when training and when only evaluating") {
     for (const std::string name : CASES)
         for (bool train : {true, false}) {
             CAPTURE(name);
@@ -63,14 +65,17 @@ TEST_CASE("logits are PyTorch's within 1e-4 and the loss within 1e-5, when train
             std::vector<float> logits(g.logits.size());
             model.logits(logits.data());
             double error = max_abs(logits.data(), g.logits.data(), logits.size());
-            printf("%-12s %-11s logits %.1e  loss %.1e\n", name.c_str(), train ? "training" : "evaluating", error, loss_error);
+            printf("%-12s %-11s logits %.1e  loss %.1e\n", name.c_str(), train ? "training" : "evaluating",
+                   error, loss_error);
             CHECK(error <= 1e-4);
             CHECK(loss_error <= 1e-5);
             CHECK(model.counted() == g.counted());
         }
 }
 
-TEST_CASE("every gradient is PyTorch's within a relative L2 error of 1e-4, also summed over micro-batches and recomputing") {
+TEST_CASE(
+    "every gradient is PyTorch's within a relative L2 error of 1e-4, also summed over micro-batches and "
+    "recomputing") {
     for (const std::string name : CASES) {
         CAPTURE(name);
         Golden g = read_golden(PATH, name);
@@ -92,7 +97,8 @@ TEST_CASE("every gradient is PyTorch's within a relative L2 error of 1e-4, also 
                 }
                 std::vector<float> grads = test::piece(model, GRADS);
                 for (int i = 0; i < NUM_PARAMS; i++)
-                    for (size_t layer = 0; layer < table[i].layers; layer++) {  // by layer, so that a loud one hides no other
+                    for (size_t layer = 0; layer < table[i].layers;
+                         layer++) {  // by layer, so that a loud one hides no other
                         std::string tensor = table[i].name;
                         size_t n = table[i].per_layer(), at = off[i] + layer * n;
                         double error = relative_l2(&grads[at], &g.grads[at], n);
@@ -129,7 +135,8 @@ TEST_CASE("ten AdamW steps with decay and clipping follow PyTorch's losses withi
             worst_norm = std::max(worst_norm, norm_error);
             model.update(adam, (uint32_t)step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
         }
-        printf("%-12s ten steps   losses %.1e  gradient norms %.1e (relative)\n", name.c_str(), worst, worst_norm);
+        printf("%-12s ten steps   losses %.1e  gradient norms %.1e (relative)\n", name.c_str(), worst,
+               worst_norm);
         size_t used = (size_t)g.cfg.V * g.cfg.C, end = param_offsets(g.cfg)[WPE];
         CHECK(max_abs(&test::piece(model, PARAMS)[used], &g.params[used], end - used) == 0);
     }
@@ -153,7 +160,8 @@ TEST_CASE("the key/value cache gives PyTorch's logits at every position, token b
                     tokens.insert(tokens.end(), &g.tokens[b * g.T + t], &g.tokens[b * g.T + t] + n);
                 const float* logits = decoder.append(tokens.data(), n);
                 for (size_t b = 0; b < g.B; b++) {
-                    double error = max_abs(logits + b * g.cfg.V, &g.logits[(b * g.T + t + n - 1) * g.cfg.V], g.cfg.V);
+                    double error =
+                        max_abs(logits + b * g.cfg.V, &g.logits[(b * g.T + t + n - 1) * g.cfg.V], g.cfg.V);
                     CHECK(error <= 1e-4);
                     worst = std::max(worst, error);
                 }

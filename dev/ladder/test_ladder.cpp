@@ -1,4 +1,5 @@
-// test_ladder.cpp - every rung against PyTorch and finite differences, and what the ladder promises about its runs.
+// test_ladder.cpp - every rung against PyTorch and finite differences, and what the ladder promises about its
+// runs.
 //
 // Runs in the repository's root; golden.bin comes from ladder_golden.py.
 #include <doctest/doctest.h>
@@ -26,7 +27,8 @@ struct Case {
     std::vector<std::vector<float>> grads;  // in the order of model->list
 };
 
-const char* const CASES[] = {"rung0", "rung1", "rung2", "rung3", "rung4", "rung5", "rung6", "rung7", "no_projection", "no_residual"};
+const char* const CASES[] = {"rung0", "rung1", "rung2", "rung3",         "rung4",
+                             "rung5", "rung6", "rung7", "no_projection", "no_residual"};
 
 Case read_case(const std::string& name) {
     GoldenFile file(GOLDEN);
@@ -59,11 +61,14 @@ Pass training(uint32_t step) {
     pass.train = true, pass.step = step;
     return pass;
 }
-double loss(Case& c, uint32_t step) { return c.model->forward(c.tokens.data(), c.targets.data(), c.B, c.T, training(step)); }
+double loss(Case& c, uint32_t step) {
+    return c.model->forward(c.tokens.data(), c.targets.data(), c.B, c.T, training(step));
+}
 
 double relative_error(const float* a, const float* want, size_t n) {
     double diff = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) diff += std::pow((double)a[i] - want[i], 2), norm += (double)want[i] * want[i];
+    for (size_t i = 0; i < n; i++)
+        diff += std::pow((double)a[i] - want[i], 2), norm += (double)want[i] * want[i];
     return std::sqrt(diff) / std::max(std::sqrt(norm), 1e-30);
 }
 
@@ -93,7 +98,8 @@ TEST_CASE("each rung's logits and loss are PyTorch's within 1e-4, with the same 
         Case c = read_case(name);
         double worst = 0;
         const float* got = c.model->logits(c.tokens.data(), c.B, c.T, training(0));
-        for (size_t i = 0; i < c.logits.size(); i++) worst = std::max(worst, (double)std::fabs(got[i] - c.logits[i]));
+        for (size_t i = 0; i < c.logits.size(); i++)
+            worst = std::max(worst, (double)std::fabs(got[i] - c.logits[i]));
         CHECK(worst <= 1e-4);
         CHECK(std::fabs(loss(c, 0) - c.losses[0]) <= 1e-5);
     }
@@ -111,7 +117,8 @@ TEST_CASE("each rung's gradients are PyTorch's within a relative L2 error of 1e-
             std::string tensor = t.name;
             size_t n = t.size();
             if (tensor == "qkvb") {
-                // A constant added to all keys does not change the softmax: its gradient is 0 but for rounding.
+                // A constant added to all keys does not change the softmax: its gradient is 0 but for
+                // rounding.
                 std::vector<float>& want = c.grads[k];
                 float* got = c.model->grad(t);
                 for (size_t i = 0; i < n; i++)
@@ -139,7 +146,8 @@ TEST_CASE("each rung's gradients agree with finite differences") {
             std::string tensor = t.name;
             CAPTURE(tensor);
             // Along a random direction, and along the gradient itself, where the slope is its norm.
-            std::vector<float> grad(c.model->grad(t), c.model->grad(t) + t.size()), start(c.model->param(t), c.model->param(t) + t.size());
+            std::vector<float> grad(c.model->grad(t), c.model->grad(t) + t.size()),
+                start(c.model->param(t), c.model->param(t) + t.size());
             double norm = 0;
             for (float g : grad) norm += (double)g * g;
             norm = std::sqrt(norm);
@@ -148,17 +156,20 @@ TEST_CASE("each rung's gradients agree with finite differences") {
                 std::vector<double> direction(t.size());
                 rng::Key key(7, 0, rng::INIT);
                 double length = 0;
-                for (size_t i = 0; i < t.size(); i++) direction[i] = along ? grad[i] : key.normal(i), length += direction[i] * direction[i];
+                for (size_t i = 0; i < t.size(); i++)
+                    direction[i] = along ? grad[i] : key.normal(i), length += direction[i] * direction[i];
                 length = std::sqrt(length);
                 for (size_t i = 0; i < t.size(); i++) direction[i] /= length, slope += direction[i] * grad[i];
                 const double h = 5e-4;  // short, so that no ReLU turns between the two sides
                 double sides[2];
                 for (int side : {0, 1}) {
-                    for (size_t i = 0; i < t.size(); i++) c.model->param(t)[i] = (float)(start[i] + (side ? h : -h) * direction[i]);
+                    for (size_t i = 0; i < t.size(); i++)
+                        c.model->param(t)[i] = (float)(start[i] + (side ? h : -h) * direction[i]);
                     sides[side] = loss(c, 0);
                 }
                 std::copy(start.begin(), start.end(), c.model->param(t));
-                CHECK((sides[1] - sides[0]) / (2 * h) == doctest::Approx(slope).epsilon(0.01).scale(norm + 1e-2));
+                CHECK((sides[1] - sides[0]) / (2 * h) ==
+                      doctest::Approx(slope).epsilon(0.01).scale(norm + 1e-2));
             }
         }
     }
@@ -180,10 +191,12 @@ TEST_CASE("five AdamW steps of each rung follow PyTorch's losses within 1e-4") {
 }
 
 TEST_CASE("each rung is the one before with one idea more") {
-    // Heads, blocks, feed-forward, residual connections with projections, LayerNorm and dropout: what differs?
+    // Heads, blocks, feed-forward, residual connections with projections, LayerNorm and dropout: what
+    // differs?
     auto ideas = [](const ladder::Rung& a, const ladder::Rung& b) {
-        return (a.heads != b.heads) + (a.blocks != b.blocks && a.blocks) + (!a.hidden != !b.hidden) + (a.residual != b.residual || a.projection != b.projection) +
-               (a.layernorm != b.layernorm) + (a.dropout != b.dropout);
+        return (a.heads != b.heads) + (a.blocks != b.blocks && a.blocks) + (!a.hidden != !b.hidden) +
+               (a.residual != b.residual || a.projection != b.projection) + (a.layernorm != b.layernorm) +
+               (a.dropout != b.dropout);
     };
     for (int k = 1; k < ladder::NUM_RUNGS; k++) {
         CAPTURE(k);
@@ -195,7 +208,8 @@ TEST_CASE("a rung's losses do not depend on the number of threads, nor on how ma
     TempDir dir;
     write_data(dir.path);
     ladder::Options o;
-    o.data = o.out = dir.path, o.steps = 12, o.batch_size = 5, o.eval_every = 6, o.eval_batches = 3, o.poems = 0;
+    o.data = o.out = dir.path, o.steps = 12, o.batch_size = 5, o.eval_every = 6, o.eval_batches = 3,
+    o.poems = 0;
     ladder::Data data(o.data);
     auto run = [&](int threads) {
         int before = omp_get_max_threads();
@@ -204,7 +218,9 @@ TEST_CASE("a rung's losses do not depend on the number of threads, nor on how ma
         ladder::Model m(ladder::RUNGS[7], (size_t)data.tokenizer.vocab_size(), 32, 8, 5);
         m.seed = o.seed;
         m.init_weights();
-        ladder::train(m, data, o, [&](int, double on_train, double on_val) { losses.push_back(on_train), losses.push_back(on_val); });
+        ladder::train(m, data, o, [&](int, double on_train, double on_val) {
+            losses.push_back(on_train), losses.push_back(on_val);
+        });
         omp_set_num_threads(before);
         return losses;
     };
@@ -215,7 +231,8 @@ TEST_CASE("a rung's losses do not depend on the number of threads, nor on how ma
     ladder::Results results(jobs.size(), o);
     o.jobs = 3;
     ladder::run_jobs(jobs, data, o, results, [](size_t) {});
-    for (int i = 0; i < results[0].points; i++) processes.push_back(results[0].curve[i].train), processes.push_back(results[0].curve[i].val);
+    for (int i = 0; i < results[0].points; i++)
+        processes.push_back(results[0].curve[i].train), processes.push_back(results[0].curve[i].val);
     CHECK(processes == one);
     CHECK(results[2].end().val != one.back());  // another seed
 }
@@ -231,7 +248,8 @@ TEST_CASE("batches are windows of the file and their targets the tokens after, u
     for (uint32_t step = 0; step < 10; step++) {
         ladder::random_batch(file, rng::Key(3, step, rng::SHUFFLE, ladder::TRAINING), 64, 6, x, y);
         for (int b = 0; b < 64; b++) {
-            size_t at = (size_t)(std::find(tokens.begin(), tokens.end(), (uint16_t)x[b * 6]) - tokens.begin());
+            size_t at =
+                (size_t)(std::find(tokens.begin(), tokens.end(), (uint16_t)x[b * 6]) - tokens.begin());
             starts.push_back((int)at);
             for (size_t t = 0; t < 6; t++) {
                 REQUIRE(x[b * 6 + (int)t] == tokens[at + t]);
@@ -239,11 +257,14 @@ TEST_CASE("batches are windows of the file and their targets the tokens after, u
             }
         }
     }
-    for (int at = 0; at < 14; at++) CHECK(std::count(starts.begin(), starts.end(), at) > 20);  // 640 draws over 14 places
+    for (int at = 0; at < 14; at++)
+        CHECK(std::count(starts.begin(), starts.end(), at) > 20);  // 640 draws over 14 places
     CHECK(std::count(starts.begin(), starts.end(), 14) == 0);
 }
 
-TEST_CASE("the bigram table learns the text's conditional entropy, and no rung does better than that on what one character tells") {
+TEST_CASE(
+    "the bigram table learns the text's conditional entropy, and no rung does better than that on what one "
+    "character tells") {
     TempDir dir;
     // After a and b anything may follow, after c only a: H = 2/3 ... measured from the counts below.
     std::string text;
@@ -260,7 +281,9 @@ TEST_CASE("the bigram table learns the text's conditional entropy, and no rung d
     for (size_t i = 1; i < tokens.size(); i++) pairs[tokens[i - 1]][tokens[i]]++;
     for (auto& row : pairs)
         for (double n : row)
-            if (n > 0) entropy -= n / (double)(tokens.size() - 1) * std::log(n / (row[0] + row[1] + row[2] + row[3]));
+            if (n > 0)
+                entropy -=
+                    n / (double)(tokens.size() - 1) * std::log(n / (row[0] + row[1] + row[2] + row[3]));
     ladder::Options o;
     o.steps = 600, o.learning_rate = 0.02f, o.eval_every = 600, o.batch_size = 64;
     ladder::Data data(dir.path);
@@ -284,7 +307,9 @@ TEST_CASE("poems are drawn from the last T tokens that a rung has written") {
     CHECK(std::equal(stepwise.begin(), stepwise.end(), whole));
 }
 
-TEST_CASE("weights start as PyTorch's do: embeddings normal, linear layers uniform within 1/sqrt(in), LayerNorm at one and zero") {
+TEST_CASE(
+    "weights start as PyTorch's do: embeddings normal, linear layers uniform within 1/sqrt(in), LayerNorm at "
+    "one and zero") {
     ladder::Model m(ladder::RUNGS[7], 40, 32, 8, 1);
     m.init_weights();
     for (const ladder::Tensor& t : m.list) {
@@ -301,7 +326,8 @@ TEST_CASE("weights start as PyTorch's do: embeddings normal, linear layers unifo
             CHECK(square == (name.back() == 'w' ? n : 0));
             continue;
         }
-        double in = name.compare(0, 6, "fcproj") == 0 ? 128 : 32, want = name[0] == 'w' ? 1 : 1 / std::sqrt(3 * in);
+        double in = name.compare(0, 6, "fcproj") == 0 ? 128 : 32,
+               want = name[0] == 'w' ? 1 : 1 / std::sqrt(3 * in);
         CHECK(std::fabs(sum / n) < 5 * want / std::sqrt(n));
         CHECK(std::fabs(sd / want - 1) < 5 / std::sqrt(n));
         if (name[0] != 'w') CHECK(most <= 1 / std::sqrt(in));
@@ -313,9 +339,28 @@ TEST_CASE("the ladder's table, losses and poems stand in its folder, with the me
     TempDir dir;
     write_data(dir.path);
     std::string out = dir / "out";
-    std::vector<const char*> words = {"ladder", "--data", dir.path.c_str(), "-o", out.c_str(), "--rung", "0,5-6", "--steps", "4", "--eval_every", "2", "--eval_batches", "2", "--seeds", "2", "--poems", "3", "--hidden", "2"};
+    std::vector<const char*> words = {"ladder",
+                                      "--data",
+                                      dir.path.c_str(),
+                                      "-o",
+                                      out.c_str(),
+                                      "--rung",
+                                      "0,5-6",
+                                      "--steps",
+                                      "4",
+                                      "--eval_every",
+                                      "2",
+                                      "--eval_batches",
+                                      "2",
+                                      "--seeds",
+                                      "2",
+                                      "--poems",
+                                      "3",
+                                      "--hidden",
+                                      "2"};
     CHECK(ladder::ladder_main((int)words.size(), const_cast<char**>(words.data())) == 0);
-    std::string table = read_file(out + "/ladder.md"), losses = read_file(out + "/losses.csv"), curves = read_file(out + "/curves.csv");
+    std::string table = read_file(out + "/ladder.md"), losses = read_file(out + "/losses.csv"),
+                curves = read_file(out + "/curves.csv");
     CHECK(contains(table, "| 0 | bigram table |"));
     CHECK(contains(table, "| 6 | LayerNorm before each part and at the end; hidden 2 |"));
     CHECK(contains(table, " ± "));
@@ -328,7 +373,8 @@ TEST_CASE("the ladder's table, losses and poems stand in its folder, with the me
 }
 
 TEST_CASE("a ladder that cannot stand says which flag or file is wrong") {
-    CHECK(usage_error({"--rung", "8"}) == "--rung: rung 8 is the trainer itself; dev/ladder/rung8.sh runs it");
+    CHECK(usage_error({"--rung", "8"}) ==
+          "--rung: rung 8 is the trainer itself; dev/ladder/rung8.sh runs it");
     CHECK(contains(usage_error({"--rung", "0-9"}), "rung 9 is fine-tuning"));
     for (const char* bad : {"x", "", "-1", "3-", "3-1", "5,", "1 2", "10"}) {
         CAPTURE(bad);
@@ -342,5 +388,6 @@ TEST_CASE("a ladder that cannot stand says which flag or file is wrong") {
     TempDir dir;
     CHECK(contains(usage_error({"--data", dir.path.c_str()}), dir / "train.bin: not found"));
     write_data(dir.path);
-    CHECK(contains(usage_error({"--data", dir.path.c_str(), "--context", "300"}), dir / "val.bin: has 200 tokens"));
+    CHECK(contains(usage_error({"--data", dir.path.c_str(), "--context", "300"}),
+                   dir / "val.bin: has 200 tokens"));
 }

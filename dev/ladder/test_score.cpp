@@ -35,22 +35,25 @@ std::string score_error(std::vector<const char*> words) {
 
 TEST_CASE("a verse's rhyme goes from its end back to the rhyme letter, over vowels and pronoun endings") {
     CHECK(rhyme("يا ليل طلت\tفهل تسرع") == "ع");
-    CHECK(rhyme("سيرا") == "ار");       // read from the end: a long vowel after the rhyme letter
+    CHECK(rhyme("سيرا") == "ار");  // read from the end: a long vowel after the rhyme letter
     CHECK(rhyme("كتابها") == "اهب");
     CHECK(rhyme("كتابه ") == "هب");
     CHECK(rhyme("مدينة") == rhyme("يمينه"));  // sounds the same at the end of a verse
-    CHECK(rhyme("الهوى") == "اوه");     // three letters at most
+    CHECK(rhyme("الهوى") == "اوه");           // three letters at most
     CHECK(rhyme("الهوى", true) == "ا");
     CHECK(rhyme("تسرع", true) == "ع");
     CHECK(rhyme("و") == "و");
     CHECK(rhyme("\t ") == "");
 }
 
-TEST_CASE("agreement counts the verses with their poem's most frequent rhyme; a lone verse has none to agree with") {
+TEST_CASE(
+    "agreement counts the verses with their poem's most frequent rhyme; a lone verse has none to agree "
+    "with") {
     CHECK(score::agreement({{U"a", U"a", U"b", U"a"}, {U"c", U"d"}, {U"e"}}) == doctest::Approx(4.0 / 6));
     CHECK(std::isnan(score::agreement({{U"a"}, {}})));
     CHECK(score::agreement_by_chance({{U"a", U"a"}, {U"a", U"a"}}) == doctest::Approx(1));
-    // Two rhymes, equally frequent, at random: of two verses both agree half of the time, and else one of them.
+    // Two rhymes, equally frequent, at random: of two verses both agree half of the time, and else one of
+    // them.
     std::vector<std::vector<std::u32string>> poems;
     for (int i = 0; i < 300; i++) poems.push_back({U"a", U"a"}), poems.push_back({U"b", U"b"});
     CHECK(score::agreement(poems) == 1);
@@ -73,7 +76,9 @@ TEST_CASE("lengths know their mean, spread, quantiles and distance") {
     CHECK(c.distance(a) == doctest::Approx(4));
 }
 
-TEST_CASE("the longest shared run at each place is what trying every pair of places finds, and none reaches over a poem's end") {
+TEST_CASE(
+    "the longest shared run at each place is what trying every pair of places finds, and none reaches over a "
+    "poem's end") {
     rng::Key key(5, 0, rng::SAMPLE);
     uint64_t draw = 0;
     auto text = [&](size_t n, size_t letters) {
@@ -83,7 +88,8 @@ TEST_CASE("the longest shared run at each place is what trying every pair of pla
     };
     for (size_t alphabet = 1; alphabet <= 5; alphabet++)
         for (int trial = 0; trial < 20; trial++) {
-            score::Poems training = {text(40, alphabet), text(1, alphabet), text(25, alphabet)}, poems = {text(30, 5), text(9, alphabet), text(20, alphabet)};
+            score::Poems training = {text(40, alphabet), text(1, alphabet), text(25, alphabet)},
+                         poems = {text(30, 5), text(9, alphabet), text(20, alphabet)};
             auto got = score::shared_runs(poems, training);
             REQUIRE(got.size() == poems.size());
             for (size_t i = 0; i < poems.size(); i++) {
@@ -109,11 +115,12 @@ TEST_CASE("a file's scores are what a hand counts") {
     CHECK(s.poems == 2);
     CHECK(s.verses == 4);
     CHECK(s.words == 12);
-    CHECK(s.known == doctest::Approx(8.0 / 12));       // not حبيبان غريبان بلا منزل, which the text has with و alone
-    CHECK(s.long_words == 2);                          // حبيبان غريبان
+    CHECK(s.known ==
+          doctest::Approx(8.0 / 12));  // not حبيبان غريبان بلا منزل, which the text has with و alone
+    CHECK(s.long_words == 2);  // حبيبان غريبان
     CHECK(s.long_known == 0);
-    CHECK(s.last_letter == 1);                         // ى, ا, ى; the lone verse does not count
-    CHECK(s.rhyme == doctest::Approx(2.0 / 3));        // رى, لا, رى
+    CHECK(s.last_letter == 1);                   // ى, ا, ى; the lone verse does not count
+    CHECK(s.rhyme == doctest::Approx(2.0 / 3));  // رى, لا, رى
     CHECK(s.two_hemistichs == doctest::Approx(3.0 / 4));
     CHECK(s.repeated == doctest::Approx(1.0 / 4));
     CHECK(s.copied == doctest::Approx(2.0 / 4));
@@ -124,7 +131,7 @@ TEST_CASE("a file's scores are what a hand counts") {
     CHECK(s.usual_length == doctest::Approx(6.0 / 7));  // all but غريبان بلا
     // Runs: the two copied verses whole, 15 signs with spaces and TAB; حبيب of the second; منزل of the last.
     CHECK(s.mean_run == doctest::Approx((15 + 4 + 15 + 4) / 4.0));
-    CHECK(s.longest_run == 20);                        // the first verse, the line end, and حبيب
+    CHECK(s.longest_run == 20);  // the first verse, the line end, and حبيب
     CHECK(s.longest_text == "قفا نبك\tمن ذكرى\nحبيب");
     // Within the poems: 6 6 6 9 6 6, mean 6.5, and one of 4.
     CHECK(s.evenness == doctest::Approx(std::sqrt((5 * 0.25 + 6.25) / 7)));
@@ -155,11 +162,13 @@ TEST_CASE("score_poems names the file or flag that is wrong") {
     Tokenizer t = Tokenizer::characters("قفا\n");
     t.save(dir / "tokenizer.bin");
     write_tokens(dir / "train.bin", {(uint16_t)t.eot(), 0, 1});
-    CHECK(contains(score_error({"/nowhere/x.txt", "--data", dir.path.c_str()}), "/nowhere/x.txt: cannot open"));
+    CHECK(
+        contains(score_error({"/nowhere/x.txt", "--data", dir.path.c_str()}), "/nowhere/x.txt: cannot open"));
     CHECK(contains(score_error({"x", "--poems", "-1"}), "--poems is -1"));
     std::string poems = dir / "poems.txt", bad = dir / "bad.txt", tokens = dir / "tokens.bin";
     write_file(poems, "قفا نبك\n"), write_file(bad, "\xff\xfe\n"), write_tokens(tokens, {99});
-    CHECK(contains(score_error({poems.c_str(), "--skip_last", "--data", dir.path.c_str()}), poems + ": holds no poem of two verses"));
+    CHECK(contains(score_error({poems.c_str(), "--skip_last", "--data", dir.path.c_str()}),
+                   poems + ": holds no poem of two verses"));
     CHECK(contains(score_error({bad.c_str(), "--data", dir.path.c_str()}), bad + ": is UTF-16"));
     CHECK(contains(score_error({tokens.c_str(), "--data", dir.path.c_str()}), tokens + ": token 99"));
 }
