@@ -17,33 +17,26 @@ int main(int argc, char** argv) {
         f.add("tokenizer", "", &tokenizer_path, "FILE",
               "its tokenizer; by default tokenizer.bin in the model's folder");
         f.add("prompt", "p", &prompt, "TEXT", "how the poems begin");
-        f.add("tokens", "n", &tokens, "N", "longest poem, in tokens");
-        f.add("num", "", &num, "N", "how many poems; they are written side by side");
+        f.add("tokens", "n", &tokens, "N", "longest poem, in tokens").range(1, INT32_MAX);
+        f.add("num", "", &num, "N", "how many poems; they are written side by side").range(1, 4096);
         f.add("temperature", "", &so.temperature, "X",
-              "below 1 is safer, above 1 is wilder, 0 always takes the likeliest");
-        f.add("top_k", "", &so.top_k, "K", "choose among the K likeliest tokens; 0: all");
+              "below 1 is safer, above 1 is wilder, 0 always takes the likeliest")
+            .range(0, 1e6);
+        f.add("top_k", "", &so.top_k, "K", "choose among the K likeliest tokens; 0: all").range(0, INT32_MAX);
         f.add("top_p", "", &so.top_p, "P", "choose among the likeliest that together reach probability P");
         f.add("ignore_end", "", &keep_eot, "do not stop where the model ends the poem");
         f.add("seed", "", &seed, "N", "the same seed writes the same poems");
         f.add("dtype", "", &dtype, "NAME",
               "how weights are kept and multiplied: fp32, or bf16, which is half as large and up to twice as "
-              "fast");
-        f.add("threads", "", &threads, "N", "threads; 0: all cores");
+              "fast")
+            .choices({"fp32", "bf16"});
+        f.add("threads", "", &threads, "N", "threads; 0: all cores").range(0, 4096);
         f.epilogue(
             "Example:\n  ./sample_gpt2 -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 "
             "--top_k 50 --top_p 0.95 --seed 7 --num 3\n");
         f.parse(argc, argv);
-        if (tokens < 1) throw UsageError(strf("--tokens is %d, wanted at least 1", tokens));
-        if (num < 1 || num > 4096) throw UsageError(strf("--num is %d, wanted 1 to 4096", num));
-        if (so.temperature < 0)
-            throw UsageError(strf("--temperature is %g, wanted at least 0", so.temperature));
-        if (so.top_k < 0) throw UsageError(strf("--top_k is %d, wanted at least 0", so.top_k));
         if (!(so.top_p > 0 && so.top_p <= 1))
             throw UsageError(strf("--top_p is %g, wanted above 0 and at most 1", so.top_p));
-        if (dtype != "fp32" && dtype != "bf16")
-            throw UsageError(strf("--dtype: '%s' is unknown; known are fp32, bf16", dtype.c_str()));
-        if (threads < 0 || threads > 4096)
-            throw UsageError(strf("--threads is %d, wanted 0 to 4096", threads));
         if (threads) machine::set_threads(threads);
 
         ModelReader reader(checkpoint);

@@ -28,7 +28,8 @@ namespace prep {
 struct Options {
     std::vector<std::string> files;
     std::string out, tokenizer;
-    std::string format = "auto", column = "poem_text", where, except, layout = "auto", keep = "letters", on_error = "fail";
+    std::string format = "auto", column = "poem_text", where, except, layout = "auto", keep = "letters",
+                on_error = "fail";
     bool normalize_alef = false, normalize_hamza = false, normalize_ya = false, normalize_ta = false;
     bool remove_tatweel = false, remove_tashkeel = false;
     float val_fraction = 0.1f;
@@ -48,18 +49,18 @@ struct Side {
 
 // All that happened, for the user and for the tests.
 struct Report {
-    std::vector<std::string> sources;                        // a line for each file
-    size_t poems_read = 0;                                   // before anything was dropped
-    size_t filtered = 0;                                     // rows of a CSV that --where or --except left out
+    std::vector<std::string> sources;  // a line for each file
+    size_t poems_read = 0;             // before anything was dropped
+    size_t filtered = 0;               // rows of a CSV that --where or --except left out
     size_t ragged = 0, invalid = 0, empty = 0, too_short = 0, duplicates = 0;
-    std::vector<std::string> where_ragged, where_invalid;    // the first few
-    std::map<uint32_t, size_t> removed;                      // code points cleaned away, and how often
-    size_t replaced = 0;                                     // characters changed by the --normalize switches
+    std::vector<std::string> where_ragged, where_invalid;  // the first few
+    std::map<uint32_t, size_t> removed;                    // code points cleaned away, and how often
+    size_t replaced = 0;                                   // characters changed by the --normalize switches
     size_t related_poems = 0, families = 0, largest_family = 0, kept_for_characters = 0;
     Side train, val;
-    std::string no_val;                                      // why there is no validation split
+    std::string no_val;  // why there is no validation split
     int vocab_size = 0;
-    bool byte_bpe = false;                                   // instead of one token a character
+    bool byte_bpe = false;  // instead of one token a character
 };
 
 constexpr size_t EXAMPLES = 3;  // how many places a message names before it only counts
@@ -70,13 +71,13 @@ constexpr size_t EXAMPLES = 3;  // how many places a message names before it onl
 // Line breaks, as far as poems are concerned; CR LF becomes one because empty lines go.
 inline bool is_newline(uint32_t c) { return c == '\n' || c == '\r' || c == 0x2028 || c == 0x2029; }
 inline bool is_other_space(uint32_t c) {
-    return c == ' ' || c == 0x0B || c == 0x0C || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
-           c == 0x202F || c == 0x205F || c == 0x3000;
+    return c == ' ' || c == 0x0B || c == 0x0C || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200A) || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 // Control characters, and the invisible marks that only steer a text's direction on screen.
 inline bool is_control(uint32_t c) {
-    return c < 0x20 || (c >= 0x7F && c < 0xA0) || c == 0x061C || c == 0x200E || c == 0x200F || (c >= 0x202A && c <= 0x202E) ||
-           (c >= 0x2066 && c <= 0x2069) || c == 0xFEFF;
+    return c < 0x20 || (c >= 0x7F && c < 0xA0) || c == 0x061C || c == 0x200E || c == 0x200F ||
+           (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069) || c == 0xFEFF;
 }
 
 class Cleaner {
@@ -201,14 +202,17 @@ class CsvReader {
         bool doubled = false;
         for (;; pos_ += 2, doubled = true) {
             pos_ = text_.find('"', pos_);
-            if (pos_ == std::string_view::npos) fail("%s: line %zu: a quoted field begins and never ends", path_.c_str(), opened);
+            if (pos_ == std::string_view::npos)
+                fail("%s: line %zu: a quoted field begins and never ends", path_.c_str(), opened);
             if (at(pos_ + 1) != '"') break;
         }
         Field f{text_.substr(begin, pos_ - begin), doubled};
         line_ += (size_t)std::count(f.raw.begin(), f.raw.end(), '\n');
         if (!ends_field(++pos_))
-            fail("%s: line %zu: text goes on after the closing quote of a field that begins on line %zu (unbalanced quotes?)",
-                 path_.c_str(), line_, opened);
+            fail(
+                "%s: line %zu: text goes on after the closing quote of a field that begins on line %zu "
+                "(unbalanced quotes?)",
+                path_.c_str(), line_, opened);
         return f;
     }
 
@@ -236,12 +240,15 @@ class LineReader {
 // A piece of the user's text, fit for an error message: one line, not long.
 inline std::string excerpt(std::string_view text) {
     constexpr size_t MOST = 60;
-    std::string s(text.substr(0, text.size() > MOST ? utf8::printable_prefix(text.substr(0, MOST)) : text.size()));
+    std::string s(
+        text.substr(0, text.size() > MOST ? utf8::printable_prefix(text.substr(0, MOST)) : text.size()));
     for (char& c : s)
         if ((unsigned char)c < 0x20) c = ' ';
     return s.size() < text.size() ? s + "..." : s;
 }
-inline bool is_blank(std::string_view line) { return line.find_first_not_of(" \t\r\v\f") == std::string_view::npos; }
+inline bool is_blank(std::string_view line) {
+    return line.find_first_not_of(" \t\r\v\f") == std::string_view::npos;
+}
 
 // Reads files into cleaned poems without duplicates, and keeps count in the report.
 class Collector {
@@ -261,7 +268,8 @@ class Collector {
             fail("%s: is UTF-16, wanted UTF-8 (iconv -f UTF-16 -t UTF-8 converts it)", path.c_str());
         size_t before = r_.poems_read;
         std::string how = is_csv(text) ? read_csv(text) : read_text(text);
-        r_.sources.push_back(strf("%s: %s, %s, %s poems", path.c_str(), human_bytes((double)content.size()).c_str(), how.c_str(),
+        r_.sources.push_back(strf("%s: %s, %s, %s poems", path.c_str(),
+                                  human_bytes((double)content.size()).c_str(), how.c_str(),
                                   commas(r_.poems_read - before).c_str()));
     }
     void finish() { r_.removed = clean_.removed(), r_.replaced = clean_.replaced; }
@@ -292,16 +300,20 @@ class Collector {
         if (column < csv.fields.size()) return column;
         std::string found;
         for (const auto& f : csv.fields) {
-            if (utf8::find_invalid(f.raw) != std::string::npos) fail("%s: is not UTF-8 text: its header line has other bytes", path_->c_str());
+            if (utf8::find_invalid(f.raw) != std::string::npos)
+                fail("%s: is not UTF-8 text: its header line has other bytes", path_->c_str());
             found += (&f == &csv.fields[0] ? "" : ", ") + excerpt(f.text());
         }
-        fail("%s: has no column '%s'; its columns are %s (%s chooses one)", path_->c_str(), name.c_str(), found.c_str(), flag);
+        fail("%s: has no column '%s'; its columns are %s (%s chooses one)", path_->c_str(), name.c_str(),
+             found.c_str(), flag);
     }
     // COLUMN=VALUE: does a row have the value? An empty condition is one that no row meets.
     struct Condition {
         size_t column = SIZE_MAX;
         std::string value;
-        bool met(const CsvReader& csv) const { return column != SIZE_MAX && csv.fields[column].text() == value; }
+        bool met(const CsvReader& csv) const {
+            return column != SIZE_MAX && csv.fields[column].text() == value;
+        }
     };
     Condition condition(const CsvReader& csv, const std::string& text, const char* flag) const {
         if (text.empty()) return {};
@@ -313,7 +325,8 @@ class Collector {
         CsvReader csv(*path_, text);
         if (!csv.next()) fail("%s: has no header line", path_->c_str());
         const size_t columns = csv.fields.size(), column = column_named(csv, o_.column, "--column");
-        const Condition where = condition(csv, o_.where, "--where"), except = condition(csv, o_.except, "--except");
+        const Condition where = condition(csv, o_.where, "--where"),
+                        except = condition(csv, o_.except, "--except");
         while (csv.next()) {
             if (csv.fields.size() == columns) {
                 if ((!o_.where.empty() && !where.met(csv)) || except.met(csv)) r_.filtered++;
@@ -322,14 +335,16 @@ class Collector {
             }
             r_.poems_read++;
             if (r_.ragged++ < EXAMPLES)
-                r_.where_ragged.push_back(strf("%s line %zu: %zu fields, the header has %zu", path_->c_str(), csv.line,
-                                               csv.fields.size(), columns));
+                r_.where_ragged.push_back(strf("%s line %zu: %zu fields, the header has %zu", path_->c_str(),
+                                               csv.line, csv.fields.size(), columns));
         }
         return "CSV column " + o_.column;
     }
 
     std::string read_text(std::string_view text) {
-        if (!o_.where.empty() || !o_.except.empty()) fail("%s: is plain text, --%s wants the columns of a CSV", path_->c_str(), o_.where.empty() ? "except" : "where");
+        if (!o_.where.empty() || !o_.except.empty())
+            fail("%s: is plain text, --%s wants the columns of a CSV", path_->c_str(),
+                 o_.where.empty() ? "except" : "where");
         bool blank_lines = o_.layout == "blank" || (o_.layout == "auto" && has_blank_line_inside(text));
         LineReader lines(text);
         std::string_view line;
@@ -369,8 +384,9 @@ class Collector {
         size_t bad = utf8::find_invalid(raw);
         if (bad != std::string_view::npos) {
             size_t offset = (size_t)(raw.data() - file_begin_) + bad;
-            std::string where = strf("%s: invalid UTF-8 at byte %zu (0x%02X), in the poem that begins on line %zu",
-                                     path_->c_str(), offset, (unsigned)(unsigned char)raw[bad], line);
+            std::string where =
+                strf("%s: invalid UTF-8 at byte %zu (0x%02X), in the poem that begins on line %zu",
+                     path_->c_str(), offset, (unsigned)(unsigned char)raw[bad], line);
             if (o_.on_error == "fail") fail("%s; --on_error skip drops such poems", where.c_str());
             if (r_.invalid++ < EXAMPLES) r_.where_invalid.push_back(where);
             return;
@@ -398,8 +414,8 @@ class Collector {
 // ---------------------------------------------------------------------------------------------
 // Splitting
 
-// Puts poems that share a pair of consecutive verses into one family; returns each poem's family, named by its
-// first poem. A poem of a single verse shares it with any poem that has the same verse.
+// Puts poems that share a pair of consecutive verses into one family; returns each poem's family, named by
+// its first poem. A poem of a single verse shares it with any poem that has the same verse.
 inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
     std::vector<size_t> parent(poems.size());
     std::iota(parent.begin(), parent.end(), size_t(0));
@@ -412,7 +428,8 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
         parent[std::max(a, b)] = std::min(a, b);
     };
 
-    // Pairs are compared by a 64-bit hash: should two ever collide, two strangers share a split, which is harmless.
+    // Pairs are compared by a 64-bit hash: should two ever collide, two strangers share a split, which is
+    // harmless.
     std::vector<std::pair<size_t, size_t>> pairs;  // hash, poem
     std::unordered_map<std::string_view, size_t> single;
     std::hash<std::string_view> hash;
@@ -426,7 +443,8 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
         std::string_view previous;
         for_each_verse(i, [&](std::string_view verse) {
             if (!previous.empty()) {
-                std::string_view pair(previous.data(), (size_t)(verse.data() + verse.size() - previous.data()));
+                std::string_view pair(previous.data(),
+                                      (size_t)(verse.data() + verse.size() - previous.data()));
                 pairs.push_back({hash(pair), i});
             }
             previous = verse;
@@ -452,7 +470,8 @@ class CharacterCount {
     bool take_if_covered(const std::deque<Poem>& poems, const std::vector<size_t>& which) {
         for (size_t i : which) utf8::for_each(poems[i].text, [&](uint32_t c, size_t) { n_[c]--; });
         bool covered = true;
-        for (size_t i : which) utf8::for_each(poems[i].text, [&](uint32_t c, size_t) { covered = covered && n_[c] > 0; });
+        for (size_t i : which)
+            utf8::for_each(poems[i].text, [&](uint32_t c, size_t) { covered = covered && n_[c] > 0; });
         if (!covered)
             for (size_t i : which) add(poems[i]);
         return covered;
@@ -517,13 +536,14 @@ inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, 
 // Writing
 
 // The token stream of one side: end-of-text and poem, again and again, in the order of the input.
-inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poem>& poems, const std::vector<bool>& in_val,
-                                      bool val, const Options& o, Side& side) {
+inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poem>& poems,
+                                      const std::vector<bool>& in_val, bool val, const Options& o,
+                                      Side& side) {
     std::vector<uint16_t> stream;
     auto put = [&](int id) {
         if (id > UINT16_MAX)
-            fail("%s: token %d (%s) does not fit a token file, whose tokens have 16 bits", o.tokenizer.c_str(), id,
-                 utf8::quote(tok.bytes(id)).c_str());
+            fail("%s: token %d (%s) does not fit a token file, whose tokens have 16 bits",
+                 o.tokenizer.c_str(), id, utf8::quote(tok.bytes(id)).c_str());
         stream.push_back((uint16_t)id);
     };
     for (size_t i = 0; i < poems.size(); i++) {
@@ -533,7 +553,8 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
             for (int id : tok.encode(poems[i].text)) put(id);
         } catch (const Error& e) {
             fail("%s: cannot tokenize poem %zu of those kept: %s%s", o.tokenizer.c_str(), i + 1, e.what(),
-                 tok.kind() == Tokenizer::CHARACTERS ? "; clean with the switches the tokenizer was made with" : "");
+                 tok.kind() == Tokenizer::CHARACTERS ? "; clean with the switches the tokenizer was made with"
+                                                     : "");
         }
         side.poems++, side.verses += poems[i].verses, side.chars += poems[i].chars;
     }
@@ -542,25 +563,16 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
 }
 
 inline void check_options(const Options& o) {
-    auto one_of = [](const char* flag, const std::string& value, std::initializer_list<const char*> known) {
-        std::string list;
-        for (const char* k : known) {
-            if (value == k) return;
-            list += std::string(list.empty() ? "" : ", ") + k;
-        }
-        throw UsageError(strf("%s: '%s' is unknown; known are %s", flag, value.c_str(), list.c_str()));
-    };
-    one_of("--format", o.format, {"auto", "csv", "text"});
-    one_of("--layout", o.layout, {"auto", "lines", "blank"});
-    one_of("--keep", o.keep, {"letters", "all"});
-    one_of("--on_error", o.on_error, {"fail", "skip"});
     if (o.files.empty()) throw UsageError("which poems? ./prepare_data poems.csv -o DIR; --help tells more");
-    if (o.out.empty()) throw UsageError("where to? -o DIR names the folder for train.bin, val.bin and tokenizer.bin");
+    if (o.out.empty())
+        throw UsageError("where to? -o DIR names the folder for train.bin, val.bin and tokenizer.bin");
     if (!(o.val_fraction >= 0 && o.val_fraction < 1))
-        throw UsageError(strf("--val_fraction: %g is out of range, wanted 0 up to (not including) 1", o.val_fraction));
-    for (auto [flag, text] : {std::pair<const char*, const std::string*>{"--where", &o.where}, {"--except", &o.except}})
-        if (!text->empty() && text->find('=') == text->npos) throw UsageError(strf("%s: '%s' is no condition, wanted COLUMN=VALUE", flag, text->c_str()));
-    if (o.min_chars < 1) throw UsageError(strf("--min_chars: %d is out of range, wanted at least 1", o.min_chars));
+        throw UsageError(
+            strf("--val_fraction: %g is out of range, wanted 0 up to (not including) 1", o.val_fraction));
+    for (auto [flag, text] :
+         {std::pair<const char*, const std::string*>{"--where", &o.where}, {"--except", &o.except}})
+        if (!text->empty() && text->find('=') == text->npos)
+            throw UsageError(strf("%s: '%s' is no condition, wanted COLUMN=VALUE", flag, text->c_str()));
 }
 
 // The whole program but its command line. Writes nothing unless all goes well.
@@ -571,11 +583,15 @@ inline Report prepare(const Options& o) {
     for (const std::string& path : o.files) collector.read_file(path);
     collector.finish();
     const std::deque<Poem>& poems = collector.poems;
-    if (r.filtered && !r.poems_read) fail("no row is left of %zu by --where '%s' --except '%s'", r.filtered, o.where.c_str(), o.except.c_str());
+    if (r.filtered && !r.poems_read)
+        fail("no row is left of %zu by --where '%s' --except '%s'", r.filtered, o.where.c_str(),
+             o.except.c_str());
     if (poems.empty())
-        fail("nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged rows, %zu invalid UTF-8%s",
-             r.poems_read, r.empty, r.too_short, r.ragged, r.invalid,
-             r.empty && o.keep == "letters" ? " (--keep all keeps more than Arabic letters)" : "");
+        fail(
+            "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged rows, %zu "
+            "invalid UTF-8%s",
+            r.poems_read, r.empty, r.too_short, r.ragged, r.invalid,
+            r.empty && o.keep == "letters" ? " (--keep all keeps more than Arabic letters)" : "");
 
     std::vector<bool> in_val = split(poems, o, r);
     Tokenizer tok;
@@ -593,7 +609,8 @@ inline Report prepare(const Options& o) {
 
     // All files are written before the first is renamed, so that a full disk leaves the old set as it was.
     make_dirs(o.out);
-    const std::string train_path = o.out + "/train.bin", val_path = o.out + "/val.bin", tok_path = o.out + "/tokenizer.bin";
+    const std::string train_path = o.out + "/train.bin", val_path = o.out + "/val.bin",
+                      tok_path = o.out + "/tokenizer.bin";
     AtomicFile tok_file(tok_path), train_file(train_path);
     std::unique_ptr<AtomicFile> val_file;
     tok.write(tok_file);
@@ -602,7 +619,8 @@ inline Report prepare(const Options& o) {
         val_file = std::make_unique<AtomicFile>(val_path);
         write_tokens(*val_file, val_path, val);
         val_file->commit();
-    } else if (unlink(val_path.c_str()) && errno != ENOENT) {  // an older val.bin belongs to another vocabulary
+    } else if (unlink(val_path.c_str()) &&
+               errno != ENOENT) {  // an older val.bin belongs to another vocabulary
         fail("%s: cannot remove the old file: %s", val_path.c_str(), strerror(errno));
     }
     train_file.commit();
@@ -611,8 +629,12 @@ inline Report prepare(const Options& o) {
 }
 
 inline void print_report(const Report& r, const Options& o, FILE* f) {
-    auto row = [&](const char* what, const std::string& text) { fprintf(f, "%-11s %s\n", what, text.c_str()); };
-    auto count = [](size_t n, const char* one, const char* many) { return commas(n) + " " + (n == 1 ? one : many); };
+    auto row = [&](const char* what, const std::string& text) {
+        fprintf(f, "%-11s %s\n", what, text.c_str());
+    };
+    auto count = [](size_t n, const char* one, const char* many) {
+        return commas(n) + " " + (n == 1 ? one : many);
+    };
     for (const std::string& s : r.sources) row(&s == &r.sources[0] ? "read" : "", s);
 
     if (r.filtered) row("", commas(r.filtered) + " rows left out by --where and --except");
@@ -641,23 +663,28 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
     row("cleaned", cleaned);
 
     if (r.families)
-        row("related", strf("%s poems share verse pairs, in %s families (largest %s); a family is never split",
-                            commas(r.related_poems).c_str(), commas(r.families).c_str(), commas(r.largest_family).c_str()));
+        row("related",
+            strf("%s poems share verse pairs, in %s families (largest %s); a family is never split",
+                 commas(r.related_poems).c_str(), commas(r.families).c_str(),
+                 commas(r.largest_family).c_str()));
     if (r.kept_for_characters)
-        row("", strf("%s drawn for validation stay in training, which else would lack one of their characters",
-                     count(r.kept_for_characters, "poem", "poems").c_str()));
+        row("",
+            strf("%s drawn for validation stay in training, which else would lack one of their characters",
+                 count(r.kept_for_characters, "poem", "poems").c_str()));
 
     double chars = (double)(r.train.chars + r.val.chars);
     fprintf(f, "\n%-8s %10s %10s %12s %12s %8s\n", "", "poems", "verses", "characters", "tokens", "share");
     for (const Side* s : {&r.train, &r.val})
-        fprintf(f, "%-8s %10s %10s %12s %12s %7.1f%%\n", s == &r.train ? "train" : "val", commas(s->poems).c_str(),
-                commas(s->verses).c_str(), commas(s->chars).c_str(), commas(s->tokens).c_str(), 100.0 * (double)s->chars / chars);
+        fprintf(f, "%-8s %10s %10s %12s %12s %7.1f%%\n", s == &r.train ? "train" : "val",
+                commas(s->poems).c_str(), commas(s->verses).c_str(), commas(s->chars).c_str(),
+                commas(s->tokens).c_str(), 100.0 * (double)s->chars / chars);
     fprintf(f, "\n");
 
     double text_tokens = (double)(r.train.tokens - r.train.poems + r.val.tokens - r.val.poems);
-    row("vocabulary", strf("%d tokens", r.vocab_size) +
-                          (o.tokenizer.empty() ? ": the characters of train, and end-of-text" : " of " + o.tokenizer) +
-                          (r.byte_bpe ? strf(": byte-level BPE, %.2f characters a token", chars / text_tokens) : ""));
+    row("vocabulary",
+        strf("%d tokens", r.vocab_size) +
+            (o.tokenizer.empty() ? ": the characters of train, and end-of-text" : " of " + o.tokenizer) +
+            (r.byte_bpe ? strf(": byte-level BPE, %.2f characters a token", chars / text_tokens) : ""));
     row("wrote", strf("%s/{train.bin, %stokenizer.bin}", o.out.c_str(), r.no_val.empty() ? "val.bin, " : ""));
     if (!r.no_val.empty()) row("", "no val.bin: " + r.no_val);
     row("next", "./train_gpt2 --data " + o.out);
@@ -669,22 +696,33 @@ inline int prepare_main(int argc, char** argv) {
     f.positional(&o.files, "poems.csv [more files]");
     f.section("Files");
     f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin and tokenizer.bin (made if need be)");
-    f.add("format", "", &o.format, "F", "auto, csv or text; auto goes by the name, then by the header line");
-    f.add("column", "", &o.column, "NAME", "CSV column that holds the poem: verses on lines, TAB between hemistichs");
-    f.add("where", "", &o.where, "COL=VALUE", "CSV: only the rows with this value, as in poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
+    f.add("format", "", &o.format, "F", "auto goes by the name, then by the header line")
+        .choices({"auto", "csv", "text"});
+    f.add("column", "", &o.column, "NAME",
+          "CSV column that holds the poem: verses on lines, TAB between hemistichs");
+    f.add("where", "", &o.where, "COL=VALUE",
+          "CSV: only the rows with this value, as in poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
     f.add("except", "", &o.except, "COL=VALUE", "CSV: only the rows without it");
-    f.add("layout", "", &o.layout, "L", "text: lines = a poem a line, blank = blank lines between poems, or auto");
-    f.add("on_error", "", &o.on_error, "E", "invalid UTF-8: fail at the first, or skip the poem and count it");
-    f.add("tokenizer", "", &o.tokenizer, "FILE", "use this tokenizer instead of making one (for fine-tuning)");
+    f.add("layout", "", &o.layout, "L", "text: lines = a poem a line, blank = blank lines between poems")
+        .choices({"auto", "lines", "blank"});
+    f.add("on_error", "", &o.on_error, "E", "invalid UTF-8: fail at the first, or skip the poem and count it")
+        .choices({"fail", "skip"});
+    f.add("tokenizer", "", &o.tokenizer, "FILE",
+          "use this tokenizer instead of making one (for fine-tuning)");
     f.section("Cleaning (white space always: runs become one, TAB and newline survive)");
-    f.add("keep", "", &o.keep, "WHAT", "letters = U+0621..U+064A only, without vowel signs; all = all but control characters");
+    f.add("keep", "", &o.keep, "WHAT",
+          "letters = U+0621..U+064A only, without vowel signs; all = all but control characters")
+        .choices({"letters", "all"});
     f.add("normalize_alef", "", &o.normalize_alef, "\u0623 \u0625 \u0622 \u0671 become \u0627");
-    f.add("normalize_hamza", "", &o.normalize_hamza, "\u0624 becomes \u0648 and \u0626 becomes \u064A; \u0621 stays");
+    f.add("normalize_hamza", "", &o.normalize_hamza,
+          "\u0624 becomes \u0648 and \u0626 becomes \u064A; \u0621 stays");
     f.add("normalize_ya", "", &o.normalize_ya, "\u0649 becomes \u064A");
     f.add("normalize_ta", "", &o.normalize_ta, "\u0629 becomes \u0647");
     f.add("remove_tatweel", "", &o.remove_tatweel, "drop the stretching sign U+0640");
-    f.add("remove_tashkeel", "", &o.remove_tashkeel, "drop vowel signs U+064B..U+065F, U+0670 (--keep letters always does)");
-    f.add("min_chars", "", &o.min_chars, "N", "drop poems shorter than this after cleaning");
+    f.add("remove_tashkeel", "", &o.remove_tashkeel,
+          "drop vowel signs U+064B..U+065F, U+0670 (--keep letters always does)");
+    f.add("min_chars", "", &o.min_chars, "N", "drop poems shorter than this after cleaning")
+        .range(1, INT32_MAX);
     f.section("Split (whole poems; poems that share two consecutive verses stay together)");
     f.add("val_fraction", "", &o.val_fraction, "X", "share of the characters for validation; 0 = no val.bin");
     f.add("seed", "", &o.seed, "N", "decides which poems validate");

@@ -1,50 +1,129 @@
-// flags.h - command lines that explain themselves.
+// flags.h - command lines that explain themselves. All that is to be said of a flag is said where it is
+// added:
 //
 //     Flags f("sample_gpt2", "writes poems from a checkpoint");
 //     f.section("Sampling");
-//     f.add("temperature", "", &opt.temperature, "X", "below 1 is safer, above 1 is wilder");
+//     f.add("temperature", "", &o.temperature, "X", "below 1 is safer, above 1 is wilder").range(0, 1e6);
+//     f.add("dtype", "", &o.dtype, "NAME", "how weights are kept").choices({"fp32", "bf16"});
 //     f.parse(argc, argv);
 //
-// Accepts --name value, --name=value, --dashes-or_underscores, and a short alias (-b 4). A bool takes
-// no value or 0/1. --help prints the table with the defaults. Numbers are checked to their last character.
+// That is its name, a short alias, the variable (whose value is the default), the name of its argument, the
+// help text; then, where there are any, the limits, a value that means "not given", the choices, and what
+// becomes of it when a run is resumed.
+//
+// Accepts --name value, --name=value, --dashes-or_underscores, and the alias (-b 4). A bool takes no value or
+// 0/1.
+// --help prints the table with defaults, limits and choices. A mistake is a UsageError of one line that names
+// the flag, what was found and what was wanted.
 #pragma once
 
 #include <algorithm>
+#include <deque>
 #include <functional>
 
 #include "lib/io.h"
 
 class Flags {
   public:
-    Flags(const char* program, const char* about) : program_(program), about_(about) {}
+    // What becomes of a flag that the command line of a resumed run does not give (KEPT, FIXED: the run's
+    // value holds; NOT_KEPT: it belongs to the command, not to the run), and of one that it does give (FIXED:
+    // only the run's own value is allowed).
+    enum OnResume { KEPT, FIXED, NOT_KEPT };
 
-    void section(const char* title) { rows_.push_back({title, "", "", "", "", nullptr, nullptr, false, false}); }
-    void add(const char* name, const char* alias, std::string* v, const char* arg, const char* help) {
-        row(name, alias, arg, help, [v] { return *v; }, [v](const std::string& s, const char*) { *v = s; });
+    class Flag {
+      public:
+        // The smallest and the largest value.
+        Flag& range(double lo, double hi) { return lo_ = lo, hi_ = hi, has_range_ = true, *this; }
+        // A value outside the range that means "not given": the program then decides, as the help text says.
+        Flag& unset(double v) { return unset_ = v, has_unset_ = true, *this; }
+        Flag& choices(std::vector<std::string> names) { return choices_ = std::move(names), *this; }
+        Flag& on_resume(OnResume r) { return on_resume_ = r, *this; }
+
+      private:
+        friend class Flags;
+        std::string name_, alias_, arg_, help_, fallback_;
+        std::function<std::string()> get_;
+        std::function<double(const std::string&, const char*)> set_;  // returns the number, for the range
+        bool is_section_ = false, is_bool_ = false, given_ = false, has_range_ = false, has_unset_ = false;
+        double lo_ = 0, hi_ = 0, unset_ = 0;
+        std::vector<std::string> choices_;
+        OnResume on_resume_ = KEPT;
+
+        // Takes a value from the command line or a file; `flag` is how it was written there.
+        void take(const std::string& value, const char* flag) {
+            if (!choices_.empty() && !(value.empty() && fallback_.empty()) &&
+                std::find(choices_.begin(), choices_.end(), value) == choices_.end())
+                throw UsageError(
+                    strf("%s: '%s' is unknown; known are %s", flag, value.c_str(), list().c_str()));
+            double v = set_(value, flag);
+            if (has_range_ && !(has_unset_ && v == unset_) && !(v >= lo_ && v <= hi_))
+                throw UsageError(strf("%s is %s, wanted %s", flag, value.c_str(), limits().c_str()));
+        }
+        std::string limits() const {
+            return hi_ >= INT32_MAX ? strf("at least %.10g", lo_) : strf("%.10g to %.10g", lo_, hi_);
+        }
+        std::string list() const {
+            std::string s;
+            for (const std::string& c : choices_) s += (s.empty() ? "" : ", ") + c;
+            return s;
+        }
+        // "[0.8; 0 to 1000000]", "[cosine; constant, cosine, linear, wsd]" or "".
+        std::string bracket() const {
+            std::string s = fallback_;
+            std::string more = has_range_ ? limits() : list();
+            if (!more.empty()) s += (s.empty() ? "" : "; ") + more;
+            return s.empty() ? "" : "[" + s + "]";
+        }
+    };
+
+    Flags(const char* program, const char* about) : program_(program), about_(about) {}
+    Flags(const Flags&) = delete;  // the lambdas below point to the caller's variables
+    Flags& operator=(const Flags&) = delete;
+
+    void section(const char* title) {
+        flags_.emplace_back();
+        flags_.back().name_ = title, flags_.back().is_section_ = true;
     }
-    void add(const char* name, const char* alias, int* v, const char* arg, const char* help) {
-        row(name, alias, arg, help, [v] { return std::to_string(*v); }, [v](const std::string& s, const char* flag) {
-            *v = (int)integer(s, flag, INT32_MIN, INT32_MAX);
-        });
+    Flag& add(const char* name, const char* alias, std::string* v, const char* arg, const char* help) {
+        return flag(
+            name, alias, arg, help, [v] { return *v; },
+            [v](const std::string& s, const char*) { return *v = s, 0.0; });
     }
-    void add(const char* name, const char* alias, uint64_t* v, const char* arg, const char* help) {
-        row(name, alias, arg, help, [v] { return std::to_string(*v); }, [v](const std::string& s, const char* flag) {
-            *v = (uint64_t)integer(s, flag, 0, INT64_MAX);
-        });
+    Flag& add(const char* name, const char* alias, int* v, const char* arg, const char* help) {
+        return flag(
+            name, alias, arg, help, [v] { return std::to_string(*v); },
+            [v](const std::string& s, const char* flag) {
+                return (double)(*v = (int)integer(s, flag, INT32_MIN, INT32_MAX));
+            });
     }
-    void add(const char* name, const char* alias, float* v, const char* arg, const char* help) {
-        row(name, alias, arg, help, [v] { return shortest(*v); }, [v](const std::string& s, const char* flag) {
-            char* end;
-            *v = strtof(s.c_str(), &end);
-            if (s.empty() || *end || !(*v - *v == 0)) throw UsageError(strf("%s: '%s' is not a number", flag, s.c_str()));
-        });
+    Flag& add(const char* name, const char* alias, uint64_t* v, const char* arg, const char* help) {
+        return flag(
+            name, alias, arg, help, [v] { return std::to_string(*v); },
+            [v](const std::string& s, const char* flag) {
+                return (double)(*v = (uint64_t)integer(s, flag, 0, INT64_MAX));
+            });
     }
-    void add(const char* name, const char* alias, bool* v, const char* help) {
-        row(name, alias, "", help, [v] { return std::string(*v ? "1" : ""); }, [v](const std::string& s, const char* flag) {
-            if (s != "0" && s != "1") throw UsageError(strf("%s: '%s' is neither 0 nor 1", flag, s.c_str()));
-            *v = s == "1";
-        });
-        rows_.back().is_bool = true;
+    Flag& add(const char* name, const char* alias, float* v, const char* arg, const char* help) {
+        return flag(
+            name, alias, arg, help, [v] { return shortest(*v); },
+            [v](const std::string& s, const char* flag) {
+                char* end;
+                *v = strtof(s.c_str(), &end);
+                if (s.empty() || *end || !(*v - *v == 0))
+                    throw UsageError(strf("%s: '%s' is not a number", flag, s.c_str()));
+                return (double)*v;
+            });
+    }
+    Flag& add(const char* name, const char* alias, bool* v, const char* help) {
+        Flag& f = flag(
+            name, alias, "", help, [v] { return std::string(*v ? "1" : ""); },
+            [v](const std::string& s, const char* flag) {
+                if (s != "0" && s != "1")
+                    throw UsageError(strf("%s: '%s' is neither 0 nor 1", flag, s.c_str()));
+                return (double)(*v = s == "1");
+            });
+        f.is_bool_ = true;
+        return f;
     }
     // Words that carry no flag (file names); without this they are an error.
     void positional(std::vector<std::string>* v, const char* usage) { pos_ = v, pos_usage_ = usage; }
@@ -54,10 +133,7 @@ class Flags {
     void parse(int argc, char** argv) {
         for (int i = 1; i < argc; i++) {
             std::string a = argv[i], value;
-            if (a == "--help" || a == "-h" || a == "-?") {
-                help(stdout);
-                exit(0);
-            }
+            if (a == "--help" || a == "-h" || a == "-?") help(stdout), exit(0);
             if (a.size() < 2 || a[0] != '-') {
                 if (!pos_) throw UsageError(strf("'%s' is not a flag; --help lists them", a.c_str()));
                 pos_->push_back(a);
@@ -66,68 +142,78 @@ class Flags {
             size_t eq = a.compare(0, 2, "--") == 0 ? a.find('=') : std::string::npos;
             bool has_value = eq != std::string::npos;
             if (has_value) value = a.substr(eq + 1), a = a.substr(0, eq);
-            Row* r = find(a);
-            if (!r) throw UsageError(strf("%s is not a flag of this program%s; --help lists them", a.c_str(), nearest(a).c_str()));
+            Flag* f = find(a);
+            if (!f)
+                throw UsageError(strf("%s is not a flag of this program%s; --help lists them", a.c_str(),
+                                      nearest(a).c_str()));
             if (!has_value) {
                 bool next_is_01 = i + 1 < argc && (!strcmp(argv[i + 1], "0") || !strcmp(argv[i + 1], "1"));
-                if (r->is_bool && !next_is_01) value = "1";
+                if (f->is_bool_ && !next_is_01) value = "1";
                 else if (i + 1 < argc) value = argv[++i];
-                else throw UsageError(strf("%s needs a value: %s %s", a.c_str(), a.c_str(), r->arg.c_str()));
+                else throw UsageError(strf("%s needs a value: %s %s", a.c_str(), a.c_str(), f->arg_.c_str()));
             }
-            r->set(value, a.c_str());
-            r->given = true;
+            f->take(value, a.c_str());
+            f->given_ = true;
         }
     }
-    // Was the flag on the command line (or in restore())?
+    // Was the flag on the command line, or in restore()?
     bool given(const char* name) const {
-        for (const Row& r : rows_)
-            if (r.set && r.name == name) return r.given;
+        for (const Flag& f : flags_)
+            if (!f.is_section_ && f.name_ == name) return f.given_;
         return false;
     }
-    // All values as lines name=value, for a file; restore() sets the flags that the command line did not give.
+    // The values of a run, for a file: lines name=value.
     std::string values() const {
         std::string s;
-        for (const Row& r : rows_)
-            if (r.set) s += r.name + "=" + r.get() + "\n";
+        for (const Flag& f : flags_)
+            if (!f.is_section_) s += f.name_ + "=" + f.get_() + "\n";
         return s;
     }
-    void restore(const std::string& values, const std::vector<std::string>& except) {
-        for (size_t i = 0, end; i < values.size() && (end = values.find('\n', i)) != std::string::npos; i = end + 1) {
+    // Sets the flags that this command line did not give to a resumed run's values().
+    void restore(const std::string& values) {
+        for (size_t i = 0, end; i < values.size() && (end = values.find('\n', i)) != std::string::npos;
+             i = end + 1) {
             std::string line = values.substr(i, end - i);
             size_t eq = line.find('=');
-            Row* r = eq == std::string::npos ? nullptr : find("--" + line.substr(0, eq));
-            if (!r || r->given || std::find(except.begin(), except.end(), r->name) != except.end()) continue;
-            std::string v = line.substr(eq + 1);
-            r->set(r->is_bool && v.empty() ? "0" : v, r->name.c_str());
-            r->given = true;
+            Flag* f = eq == std::string::npos ? nullptr : find("--" + line.substr(0, eq));
+            if (!f || f->on_resume_ == NOT_KEPT) continue;
+            std::string v = line.substr(eq + 1), written = f->is_bool_ && v.empty() ? "0" : v;
+            if (f->given_) {
+                if (f->on_resume_ == FIXED && f->get_() != v)
+                    throw UsageError(
+                        strf("--%s is %s, the run has %s; it cannot change when a run is resumed",
+                             f->name_.c_str(), f->get_().c_str(), written.c_str()));
+                continue;
+            }
+            f->take(written, ("--" + f->name_).c_str());
+            f->given_ = true;
         }
     }
 
-    void help(FILE* f) const {
-        fprintf(f, "%s - %s\n\nusage: ./%s [flags]%s%s\n", program_, about_, program_, pos_ ? " " : "", pos_ ? pos_usage_ : "");
-        for (const Row& r : rows_) {
-            if (!r.set) {
-                fprintf(f, "\n%s\n", r.name.c_str());
+    void help(FILE* to) const {
+        fprintf(to, "%s - %s\n\nusage: ./%s [flags]%s%s\n", program_, about_, program_, pos_ ? " " : "",
+                pos_ ? pos_usage_ : "");
+        for (const Flag& f : flags_) {
+            if (f.is_section_) {
+                fprintf(to, "\n%s\n", f.name_.c_str());
                 continue;
             }
-            std::string left = "  --" + r.name + (r.arg.empty() ? "" : " " + r.arg);
-            if (!r.alias.empty()) left += ", -" + r.alias;
-            if (!r.fallback.empty()) fprintf(f, "%-36s %s [%s]\n", left.c_str(), r.help.c_str(), r.fallback.c_str());
-            else fprintf(f, "%-36s %s\n", left.c_str(), r.help.c_str());
+            std::string left = "  --" + f.name_ + (f.arg_.empty() ? "" : " " + f.arg_), more = f.bracket();
+            if (!f.alias_.empty()) left += ", -" + f.alias_;
+            fprintf(to, "%-36s %s%s%s\n", left.c_str(), f.help_.c_str(), more.empty() ? "" : " ",
+                    more.c_str());
         }
-        if (!epilogue_.empty()) fprintf(f, "\n%s", epilogue_.c_str());
+        if (!epilogue_.empty()) fprintf(to, "\n%s", epilogue_.c_str());
     }
 
   private:
-    struct Row {
-        std::string name, alias, arg, help, fallback;
-        std::function<std::string()> get;
-        std::function<void(const std::string&, const char*)> set;
-        bool is_bool, given;
-    };
-    void row(const char* name, const char* alias, const char* arg, const char* help, std::function<std::string()> get,
-             std::function<void(const std::string&, const char*)> set) {
-        rows_.push_back({name, alias, arg, help, get(), get, std::move(set), false, false});
+    Flag& flag(const char* name, const char* alias, const char* arg, const char* help,
+               std::function<std::string()> get, std::function<double(const std::string&, const char*)> set) {
+        flags_.emplace_back();
+        Flag& f = flags_.back();
+        f.name_ = name, f.alias_ = alias, f.arg_ = arg, f.help_ = help, f.fallback_ = get();
+        f.get_ = std::move(get), f.set_ = std::move(set);
+        return f;
     }
     static int64_t integer(const std::string& s, const char* flag, int64_t lo, int64_t hi) {
         char* end;
@@ -135,7 +221,8 @@ class Flags {
         long long n = strtoll(s.c_str(), &end, 10);
         if (s.empty() || *end) throw UsageError(strf("%s: '%s' is not a whole number", flag, s.c_str()));
         if (errno || n < lo || n > hi)
-            throw UsageError(strf("%s: %s is out of range, wanted %lld to %lld", flag, s.c_str(), (long long)lo, (long long)hi));
+            throw UsageError(strf("%s: %s is out of range, wanted %lld to %lld", flag, s.c_str(),
+                                  (long long)lo, (long long)hi));
         return n;
     }
     static std::string plain(std::string a) {
@@ -143,19 +230,22 @@ class Flags {
             if (c == '-') c = '_';
         return a;
     }
-    Row* find(const std::string& a) {
+    Flag* find(const std::string& a) {
         bool is_long = a.compare(0, 2, "--") == 0;
-        for (Row& r : rows_)
-            if (r.set && (is_long ? plain(r.name) == plain(a.substr(2)) : !r.alias.empty() && r.alias == a.substr(1))) return &r;
+        for (Flag& f : flags_) {
+            if (f.is_section_) continue;
+            if (is_long ? plain(f.name_) == plain(a.substr(2)) : !f.alias_.empty() && f.alias_ == a.substr(1))
+                return &f;
+        }
         return nullptr;
     }
     // The closest long flag by edit distance, as " (did you mean --x?)".
     std::string nearest(const std::string& a) const {
         std::string want = plain(a.substr(a.compare(0, 2, "--") == 0 ? 2 : 1)), best;
         size_t best_d = 3;
-        for (const Row& r : rows_) {
-            if (!r.set) continue;
-            const std::string name = plain(r.name);
+        for (const Flag& f : flags_) {
+            if (f.is_section_) continue;
+            const std::string name = plain(f.name_);
             std::vector<size_t> d(name.size() + 1);
             for (size_t j = 0; j < d.size(); j++) d[j] = j;
             for (size_t i = 1; i <= want.size(); i++) {
@@ -167,7 +257,7 @@ class Flags {
                     d[j] = std::min(sub, std::min(d[j], d[j - 1]) + 1);
                 }
             }
-            if (d.back() < best_d) best_d = d.back(), best = r.name;
+            if (d.back() < best_d) best_d = d.back(), best = f.name_;
         }
         return best.empty() ? "" : " (did you mean --" + best + "?)";
     }
@@ -175,5 +265,5 @@ class Flags {
     const char *program_, *about_, *pos_usage_ = "";
     std::string epilogue_;
     std::vector<std::string>* pos_ = nullptr;
-    std::vector<Row> rows_;
+    std::deque<Flag> flags_;  // a deque: references to its elements stay valid
 };

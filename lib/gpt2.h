@@ -240,20 +240,26 @@ inline double step_flops(const Config& c, double B, double T) {
     return 6.0 * N * B * T + 12.0 * c.L * c.C * T * B * T;
 }
 
-// Published shapes and two small ones of our own, by name; throws for an unknown name.
+// Published shapes and two small ones of our own.
+struct Preset {
+    const char* name;
+    int L, NH, C, maxT;
+};
+constexpr Preset PRESETS[] = {{"tiny", 4, 4, 128, 64},
+                              {"char", 6, 6, 384, 256},
+                              {"gpt2", 12, 12, 768, 1024},
+                              {"gpt2-medium", 24, 16, 1024, 1024},
+                              {"gpt2-large", 36, 20, 1280, 1024},
+                              {"gpt2-xl", 48, 25, 1600, 1024}};
+inline std::vector<std::string> preset_names() {
+    std::vector<std::string> names;
+    for (const Preset& p : PRESETS) names.push_back(p.name);
+    return names;
+}
+// The sizes of a preset, with GPT-2's vocabulary. Throws UsageError for an unknown name.
 inline Config preset_config(const std::string& name) {
-    struct Preset {
-        const char* name;
-        int L, NH, C, maxT;
-    };
-    static const Preset presets[] = {{"tiny", 4, 4, 128, 64},
-                                     {"char", 6, 6, 384, 256},
-                                     {"gpt2", 12, 12, 768, 1024},
-                                     {"gpt2-medium", 24, 16, 1024, 1024},
-                                     {"gpt2-large", 36, 20, 1280, 1024},
-                                     {"gpt2-xl", 48, 25, 1600, 1024}};
     std::string known;
-    for (const Preset& p : presets) {
+    for (const Preset& p : PRESETS) {
         if (name == p.name) {
             Config c;
             c.L = p.L, c.NH = p.NH, c.C = p.C, c.maxT = p.maxT;

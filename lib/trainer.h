@@ -1,4 +1,5 @@
-// trainer.h - what the CPU and the GPU trainer share: flags, schedule, training loop, log, checkpoints, resume.
+// trainer.h - what the CPU and the GPU trainer share: flags, schedule, training loop, log, checkpoints,
+// resume.
 //
 // A run's folder (--out) holds
 //     model.bin                     the best model by validation loss: what sample_gpt2 reads
@@ -7,8 +8,8 @@
 //     state_00000500.bin            what --resume needs beside it; the last --keep pairs stay
 //     main.log, log.csv             the losses, in llm.c's form and as a table
 //
-// The state file: 256 int32 (20261123, version 1, step, bytes of settings, ...), the settings as text, AdamW's
-// two moments, and a checksum of all that and of the model's parameters.
+// The state file: 256 int32 (20261123, version 1, step, bytes of settings, ...), the settings as text,
+// AdamW's two moments, and a checksum of all that and of the model's parameters.
 #pragma once
 
 #include <csignal>
@@ -38,7 +39,8 @@ struct Options {
     float dropout = -1;
     // optimisation
     int batch_size = 0, total_batch_size = 0, max_steps = -1, warmup_steps = -1;
-    float learning_rate = 0, final_lr_fraction = -1, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, grad_clip = 1;
+    float learning_rate = 0, final_lr_fraction = -1, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
+          eps = 1e-8f, grad_clip = 1;
     std::string lr_schedule;
     uint64_t seed = 1337;
     int threads = 0, recompute = 0;
@@ -55,57 +57,106 @@ struct Options {
 };
 
 inline void add_flags(Flags& f, Options& o, const std::string& program) {
+    const double MOST = INT32_MAX;
     f.section("Data");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
     f.add("train_data", "i", &o.train_data, "FILE", "training tokens, instead of DIR/train.bin");
     f.add("val_data", "j", &o.val_data, "FILE", "validation tokens, instead of DIR/val.bin");
     f.add("tokenizer", "", &o.tokenizer, "FILE", "tokenizer, instead of DIR/tokenizer.bin");
     f.section("Model");
-    f.add("init_from", "e", &o.init_from, "FILE", "start from this checkpoint instead of random weights");
-    f.add("preset", "", &o.preset, "NAME", "tiny, char, gpt2, gpt2-medium, gpt2-large or gpt2-xl: sizes and defaults");
-    f.add("depth", "", &o.depth, "L", "layers, instead of the preset's");
-    f.add("heads", "", &o.heads, "NH", "attention heads, instead of the preset's");
-    f.add("channels", "", &o.channels, "C", "width, instead of the preset's; a multiple of the heads");
-    f.add("seq_len", "t", &o.seq_len, "T", "tokens of context; 0: the preset's");
-    f.add("activation", "", &o.activation, "NAME", "gelu_new (GPT-2's) or gelu (erf)");
-    f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training; -1: the preset's");
+    f.add("init_from", "e", &o.init_from, "FILE", "start from this checkpoint instead of random weights")
+        .on_resume(Flags::NOT_KEPT);
+    f.add("preset", "", &o.preset, "NAME", "sizes and defaults")
+        .choices(preset_names())
+        .on_resume(Flags::FIXED);
+    f.add("depth", "", &o.depth, "L", "layers, instead of the preset's").range(1, 4096).unset(0);
+    f.add("heads", "", &o.heads, "NH", "attention heads, instead of the preset's").range(1, 4096).unset(0);
+    f.add("channels", "", &o.channels, "C", "width, instead of the preset's; a multiple of the heads")
+        .range(1, 1 << 17)
+        .unset(0);
+    f.add("seq_len", "t", &o.seq_len, "T", "tokens of context; 0: the preset's").range(1, 1 << 20).unset(0);
+    f.add("activation", "", &o.activation, "NAME", "GPT-2's GELU (tanh), or the exact one (erf)")
+        .choices({"gelu_new", "gelu"});
+    f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training; -1: the preset's")
+        .range(0, 0.99)
+        .unset(-1);
     f.section("Optimisation");
-    f.add("batch_size", "b", &o.batch_size, "B", "sequences at once; 0: the preset's");
-    f.add("total_batch_size", "d", &o.total_batch_size, "N", "tokens per step, accumulated over N/(B*T) batches; 0: B*T");
-    f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's");
-    f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's");
-    f.add("lr_schedule", "k", &o.lr_schedule, "NAME", "constant, cosine, linear or wsd (constant, then a fast decay)");
-    f.add("warmup_steps", "u", &o.warmup_steps, "N", "steps over which the learning rate rises from 0; -1: 5% of all, fine-tuning none");
-    f.add("final_lr_fraction", "q", &o.final_lr_fraction, "F", "where the schedule ends, as a share of the peak; -1: 0.1");
-    f.add("weight_decay", "c", &o.weight_decay, "W", "AdamW's decay of matrices and embeddings");
-    f.add("beta1", "", &o.beta1, "X", "AdamW's beta1");
-    f.add("beta2", "", &o.beta2, "X", "AdamW's beta2");
-    f.add("eps", "", &o.eps, "X", "AdamW's epsilon");
-    f.add("grad_clip", "", &o.grad_clip, "X", "largest global norm of the gradient; 0: no limit");
+    f.add("batch_size", "b", &o.batch_size, "B", "sequences at once; 0: the preset's")
+        .range(1, 1 << 24)
+        .unset(0);
+    f.add("total_batch_size", "d", &o.total_batch_size, "N",
+          "tokens per step, accumulated over N/(B*T) batches; 0: B*T")
+        .range(0, MOST);
+    f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's")
+        .range(0, MOST)
+        .unset(-1);
+    f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's").range(0, 1e3);
+    f.add("lr_schedule", "k", &o.lr_schedule, "NAME",
+          "how the learning rate falls; wsd: constant, then a fast decay")
+        .choices({"constant", "cosine", "linear", "wsd"});
+    f.add("warmup_steps", "u", &o.warmup_steps, "N",
+          "steps over which the learning rate rises from 0; -1: 5% of all, fine-tuning none")
+        .range(0, MOST)
+        .unset(-1);
+    f.add("final_lr_fraction", "q", &o.final_lr_fraction, "F",
+          "where the schedule ends, as a share of the peak; -1: 0.1")
+        .range(0, 1)
+        .unset(-1);
+    f.add("weight_decay", "c", &o.weight_decay, "W", "AdamW's decay of matrices and embeddings")
+        .range(0, 1e3);
+    f.add("beta1", "", &o.beta1, "X", "AdamW's beta1").range(0, 0.99999);
+    f.add("beta2", "", &o.beta2, "X", "AdamW's beta2").range(0, 0.999999);
+    f.add("eps", "", &o.eps, "X", "AdamW's epsilon").range(1e-12, 1);
+    f.add("grad_clip", "", &o.grad_clip, "X", "largest global norm of the gradient; 0: no limit")
+        .range(0, 1e30);
     f.add("seed", "", &o.seed, "N", "weights, shuffling, dropout and samples follow from it");
-    f.add("threads", "", &o.threads, "N", "threads of the CPU; 0: all cores");
-    f.add("recompute", "r", &o.recompute, "0|1|2|3", "to save memory backward recomputes: 1 GELU, 2 also LayerNorm, 3 whole blocks");
+    f.add("threads", "", &o.threads, "N", "threads of the CPU; 0: all cores")
+        .range(0, 4096)
+        .on_resume(Flags::NOT_KEPT);
+    f.add("recompute", "r", &o.recompute, "N",
+          "to save memory backward recomputes: 1 GELU, 2 also LayerNorm, 3 whole blocks")
+        .range(0, 3);
     f.add("dtype", "", &o.dtype, "NAME", "numbers to compute with: fp32 or bf16; \"\": this trainer's own");
-    f.add("master_weights", "w", &o.master_weights, "with bf16 also keep the weights in fp32; 0 saves memory (GPU)");
+    f.add("master_weights", "w", &o.master_weights,
+          "with bf16 also keep the weights in fp32; 0 saves memory (GPU)");
     f.section("Watching");
-    f.add("val_every", "v", &o.val_every, "N", "steps between validations; 0: never; -1: 20 times a run");
-    f.add("val_batches", "m", &o.val_batches, "N", "batches of a validation; 0: the whole file");
-    f.add("sample_every", "s", &o.sample_every, "N", "steps between sample poems; 0: never; -1: 4 times a run");
-    f.add("sample_tokens", "g", &o.sample_tokens, "N", "length of a sample poem");
-    f.add("temperature", "", &o.temperature, "X", "of the sample poems: lower is safer, higher is wilder");
+    f.add("val_every", "v", &o.val_every, "N", "steps between validations; 0: never; -1: 20 times a run")
+        .range(0, MOST)
+        .unset(-1);
+    f.add("val_batches", "m", &o.val_batches, "N", "batches of a validation; 0: the whole file")
+        .range(0, MOST);
+    f.add("sample_every", "s", &o.sample_every, "N",
+          "steps between sample poems; 0: never; -1: 4 times a run")
+        .range(0, MOST)
+        .unset(-1);
+    f.add("sample_tokens", "g", &o.sample_tokens, "N", "length of a sample poem").range(1, 1 << 24);
+    f.add("temperature", "", &o.temperature, "X", "of the sample poems: lower is safer, higher is wilder")
+        .range(0, 1e6);
     f.add("prompt", "", &o.prompt, "TEXT", "how the sample poems begin");
-    f.add("log_every", "lg", &o.log_every, "N", "steps between lines where the output is no terminal");
+    f.add("log_every", "lg", &o.log_every, "N", "steps between lines where the output is no terminal")
+        .range(1, MOST);
     f.section("Keeping");
-    f.add("out", "o", &o.out, "DIR", "folder for the model, checkpoints and logs");
-    f.add("save_every", "n", &o.save_every, "N", "steps between checkpoints; 0: only at the end; -1: 4 times a run");
-    f.add("keep", "nk", &o.keep, "N", "checkpoints to keep, beside the best model");
-    f.add("resume", "y", &o.resume, "go on from the last checkpoint in --out, with its settings");
-    f.add("overwrite", "", &o.overwrite, "start anew in a folder that already holds a run");
+    f.add("out", "o", &o.out, "DIR", "folder for the model, checkpoints and logs").on_resume(Flags::NOT_KEPT);
+    f.add("save_every", "n", &o.save_every, "N",
+          "steps between checkpoints; 0: only at the end; -1: 4 times a run")
+        .range(0, MOST)
+        .unset(-1);
+    f.add("keep", "nk", &o.keep, "N", "checkpoints to keep, beside the best model").range(1, 1 << 20);
+    f.add("resume", "y", &o.resume, "go on from the last checkpoint in --out, with its settings")
+        .on_resume(Flags::NOT_KEPT);
+    f.add("overwrite", "", &o.overwrite, "start anew in a folder that already holds a run")
+        .on_resume(Flags::NOT_KEPT);
     f.epilogue(
         "Examples:\n"
-        "  ./prepare_data poems.csv -o data/poems && ./" + program + " --data data/poems --preset char -o out/poems\n"
-        "  ./" + program + " -o out/poems --resume                      goes on where it stopped\n"
-        "  ./" + program + " -e out/poems/model.bin --data data/poems --max_steps 0     only evaluates\n"
+        "  ./prepare_data poems.csv -o data/poems && ./" +
+        program +
+        " --data data/poems --preset char -o out/poems\n"
+        "  ./" +
+        program +
+        " -o out/poems --resume                      goes on where it stopped\n"
+        "  ./" +
+        program +
+        " -e out/poems/model.bin --data data/poems --max_steps 0     only evaluates\n"
         "  ./sample_gpt2 -e out/poems/model.bin --prompt \"قفا نبك\"\n");
 }
 
@@ -124,30 +175,13 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     if (o.save_every < 0) o.save_every = std::max(1, o.max_steps / 4);
 }
 
-inline void check_options(const Options& o) {
-    struct {
-        const char* name;
-        double value, lo, hi;
-    } range[] = {{"batch_size", (double)o.batch_size, 1, 1 << 24},  {"max_steps", (double)o.max_steps, 0, INT32_MAX},
-                 {"learning_rate", o.learning_rate, 0, 1e3},        {"dropout", o.dropout, 0, 0.99},
-                 {"beta1", o.beta1, 0, 0.99999},                    {"beta2", o.beta2, 0, 0.999999},
-                 {"eps", o.eps, 1e-12, 1},                          {"weight_decay", o.weight_decay, 0, 1e3},
-                 {"grad_clip", o.grad_clip, 0, 1e30},               {"final_lr_fraction", o.final_lr_fraction, 0, 1},
-                 {"total_batch_size", (double)o.total_batch_size, 0, INT32_MAX}, {"threads", (double)o.threads, 0, 4096},
-                 {"warmup_steps", (double)o.warmup_steps, 0, INT32_MAX}, {"val_every", (double)o.val_every, 0, INT32_MAX},
-                 {"val_batches", (double)o.val_batches, 0, INT32_MAX}, {"sample_every", (double)o.sample_every, 0, INT32_MAX},
-                 {"sample_tokens", (double)o.sample_tokens, 1, 1 << 24}, {"save_every", (double)o.save_every, 0, INT32_MAX},
-                 {"keep", (double)o.keep, 1, 1 << 20},              {"log_every", (double)o.log_every, 1, INT32_MAX},
-                 {"temperature", o.temperature, 0, 1e6},            {"recompute", (double)o.recompute, 0, 3}};
-    for (auto& r : range)
-        if (!(r.value >= r.lo && r.value <= r.hi)) throw UsageError(strf("--%s is %.10g, wanted %.10g to %.10g", r.name, r.value, r.lo, r.hi));
-}
-
 // The learning rate of step `step` (from 0): linear warm-up, then the schedule down to final_fraction * peak.
 // wsd holds the peak for 80% of the run and then falls as 1 - sqrt (Hägele et al. 2024).
-inline double learning_rate(const std::string& schedule, double peak, int step, int warmup, int max_steps, double final_fraction) {
+inline double learning_rate(const std::string& schedule, double peak, int step, int warmup, int max_steps,
+                            double final_fraction) {
     if (step < warmup) return peak * (step + 1) / warmup;
-    double done = max_steps > warmup ? (double)(step - warmup) / (max_steps - warmup) : 1, floor = peak * final_fraction;
+    double done = max_steps > warmup ? (double)(step - warmup) / (max_steps - warmup) : 1,
+           floor = peak * final_fraction;
     done = std::min(done, 1.0);
     if (schedule == "constant") return peak;
     if (schedule == "cosine") return floor + (peak - floor) * 0.5 * (1 + std::cos(M_PI * done));
@@ -157,14 +191,15 @@ inline double learning_rate(const std::string& schedule, double peak, int step, 
         if (step < start) return peak;
         return floor + (peak - floor) * (1 - std::sqrt(std::min(1.0, (step - start) / (max_steps - start))));
     }
-    throw UsageError(strf("--lr_schedule: '%s' is unknown; known are constant, cosine, linear, wsd", schedule.c_str()));
+    throw UsageError(
+        strf("--lr_schedule: '%s' is unknown; known are constant, cosine, linear, wsd", schedule.c_str()));
 }
 
 // ---------------------------------------------------------------------------------------------
 // The state file
 
-// A 64-bit checksum, word by word; catches any changed, missing or swapped bytes. How a section is cut into pieces does
-// not matter; end_section() after each section fills its last word up with zeros.
+// A 64-bit checksum, word by word; catches any changed, missing or swapped bytes. How a section is cut into
+// pieces does not matter; end_section() after each section fills its last word up with zeros.
 class Checksum {
   public:
     void add(const void* data, size_t bytes) {
@@ -200,16 +235,17 @@ constexpr int32_t STATE_MAGIC = 20261123, STATE_VERSION = 1;
 
 // Where a run stands, beside the model and AdamW's moments.
 struct Progress {
-    int step = 0;                  // updates done
-    uint64_t position = 0;         // of the training data, in windows
-    double best_val = INFINITY;    // lowest validation loss so far
+    int step = 0;                // updates done
+    uint64_t position = 0;       // of the training data, in windows
+    double best_val = INFINITY;  // lowest validation loss so far
     int best_step = -1;
-    double smoothed = 0, smoothed_weight = 0;  // exponential mean of the training loss, and its bias correction
-    double seconds = 0;            // of training so far
-    bool pending = false;          // a stop came before the validation and the log of this step
+    double smoothed = 0,
+           smoothed_weight = 0;  // exponential mean of the training loss, and its bias correction
+    double seconds = 0;          // of training so far
+    bool pending = false;        // a stop came before the validation and the log of this step
     struct {
         double loss, smoothed, norm, lr, seconds;
-    } last{};                      // the last step, for its row in the log
+    } last{};  // the last step, for its row in the log
 };
 
 inline std::string numbered(const std::string& dir, const char* kind, int step) {
@@ -222,8 +258,8 @@ inline std::vector<int> checkpoints_in(const std::string& dir) {
     if (DIR* d = opendir(dir.c_str())) {
         while (dirent* e = readdir(d)) {
             int step, used = 0;
-            if (sscanf(e->d_name, "state_%8d.bin%n", &step, &used) == 1 && used && !e->d_name[used] && step >= 0 &&
-                file_exists(numbered(dir, "model", step)))
+            if (sscanf(e->d_name, "state_%8d.bin%n", &step, &used) == 1 && used && !e->d_name[used] &&
+                step >= 0 && file_exists(numbered(dir, "model", step)))
                 steps.push_back(step);
         }
         closedir(d);
@@ -250,7 +286,8 @@ void save_state(Model& model, const Progress& p, const std::string& settings, co
     Checksum sum;
     auto put = [&](const void* d, size_t n) { out.write(d, n), sum.add(d, n); };
     std::vector<int32_t> h(256);
-    h[0] = STATE_MAGIC, h[1] = STATE_VERSION, h[2] = p.step, h[3] = (int32_t)settings.size(), h[4] = p.best_step, h[5] = p.pending;
+    h[0] = STATE_MAGIC, h[1] = STATE_VERSION, h[2] = p.step, h[3] = (int32_t)settings.size(),
+    h[4] = p.best_step, h[5] = p.pending;
     uint64_t count = num_params(model.cfg);
     memcpy(&h[8], &count, 8), memcpy(&h[10], &p.position, 8);
     const double d[] = {p.best_val, p.smoothed, p.smoothed_weight, p.seconds};
@@ -283,10 +320,13 @@ class StateReader {
         progress.step = h[2], progress.best_step = h[4], progress.pending = h[5];
         memcpy(&progress.last, &h[20], sizeof progress.last);
         memcpy(&count_, &h[8], 8), memcpy(&progress.position, &h[10], 8), memcpy(d, &h[12], sizeof d);
-        progress.best_val = d[0], progress.smoothed = d[1], progress.smoothed_weight = d[2], progress.seconds = d[3];
+        progress.best_val = d[0], progress.smoothed = d[1], progress.smoothed_weight = d[2],
+        progress.seconds = d[3];
         if (h[2] < 0) fail("%s: step is %d, wanted at least 0", p, h[2]);
         if (h[3] < 0 || h[3] > 1 << 20) fail("%s: settings have %d bytes, wanted 0 to %d", p, h[3], 1 << 20);
-        if (count_ > file_.size / 8) fail("%s: parameter count is %" PRIu64 ", too many for its %" PRIu64 " bytes", p, count_, file_.size);
+        if (count_ > file_.size / 8)
+            fail("%s: parameter count is %" PRIu64 ", too many for its %" PRIu64 " bytes", p, count_,
+                 file_.size);
         file_.expect_size(1024 + (uint64_t)h[3] + 8 * count_ + 8);
         sum_.add(h.data(), 1024);
         settings.resize((size_t)h[3]);
@@ -297,9 +337,11 @@ class StateReader {
     template <class Model>
     void load_moments(Model& model) {
         if (count_ != num_params(model.cfg))
-            fail("%s: holds %" PRIu64 " parameters, the model has %zu", file_.path.c_str(), count_, num_params(model.cfg));
+            fail("%s: holds %" PRIu64 " parameters, the model has %zu", file_.path.c_str(), count_,
+                 num_params(model.cfg));
         for (State s : {ADAM_M, ADAM_V}) {
-            model.each_piece(s, [&](float* x, size_t n) { file_.read(x, n * 4, "optimizer state"), sum_.add(x, n * 4); });
+            model.each_piece(
+                s, [&](float* x, size_t n) { file_.read(x, n * 4, "optimizer state"), sum_.add(x, n * 4); });
             sum_.end_section();
         }
         model.each_piece(PARAMS, [&](const float* x, size_t n) { sum_.add(x, n * 4); });
@@ -325,19 +367,25 @@ inline void on_signal(int s) {
     signal(s, SIG_DFL);  // a second one ends at once
 }
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // 3725 seconds -> "1:02:05".
 inline std::string clock_text(double s) {
     long t = (long)(s + 0.5);
-    return t >= 3600 ? strf("%ld:%02ld:%02ld", t / 3600, t / 60 % 60, t % 60) : strf("%ld:%02ld", t / 60, t % 60);
+    return t >= 3600 ? strf("%ld:%02ld:%02ld", t / 3600, t / 60 % 60, t % 60)
+                     : strf("%ld:%02ld", t / 60, t % 60);
 }
 
-// A log file that is appended to line by line; on resume, lines of later steps go. Throws when the disk is full.
+// A log file that is appended to line by line; on resume, lines of later steps go. Throws when the disk is
+// full.
 class LogFile {
   public:
     // keep(line) says which lines of an existing file stay; null: none.
-    LogFile(const std::string& path, const std::string& header, const std::function<bool(const std::string&)>& keep) : path_(path) {
+    LogFile(const std::string& path, const std::string& header,
+            const std::function<bool(const std::string&)>& keep)
+        : path_(path) {
         std::string text = header;
         if (keep && file_exists(path)) {
             Reader r(path);
@@ -360,7 +408,8 @@ class LogFile {
     LogFile(const LogFile&) = delete;
     LogFile& operator=(const LogFile&) = delete;
     void line(const std::string& s) {
-        if (fprintf(file_, "%s\n", s.c_str()) < 0 || fflush(file_)) fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
+        if (fprintf(file_, "%s\n", s.c_str()) < 0 || fflush(file_))
+            fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
     }
 
   private:
@@ -381,8 +430,8 @@ struct Evaluation {
 
 // Mean loss over the first `batches` batches (0: all).
 template <class Model>
-Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t batches, const Tokenizer* tokenizer,
-                    std::vector<int>& x, std::vector<int>& y) {
+Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t batches,
+                    const Tokenizer* tokenizer, std::vector<int>& x, std::vector<int>& y) {
     Evaluation e;
     double sum = 0;
     size_t chars = 0, n = batches ? std::min(batches, loader.batches()) : loader.batches();
@@ -414,7 +463,8 @@ class Run {
         Model::require_device();
         if (o_.resume) {
             std::vector<int> steps = checkpoints_in(o_.out);
-            if (steps.empty()) fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
+            if (steps.empty())
+                fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
             int step = steps.back();
             try {
                 prepare_run(numbered(o_.out, "model", step), numbered(o_.out, "state", step));
@@ -423,7 +473,8 @@ class Run {
             } catch (const Error& e) {
                 std::string what = e.what(), pair = strf("_%08d.bin", step);
                 if (what.find(o_.out) != 0 || what.find(pair) == std::string::npos) throw;
-                fail("%s; to resume from the checkpoint before, delete model%s and state%s", e.what(), pair.c_str(), pair.c_str());
+                fail("%s; to resume from the checkpoint before, delete model%s and state%s", e.what(),
+                     pair.c_str(), pair.c_str());
             }
         } else {
             prepare_run("", "");
@@ -444,7 +495,7 @@ class Run {
         if (!state_path.empty()) {
             state = std::make_unique<StateReader>(state_path);
             try {
-                flags_.restore(state->settings, {"out", "resume", "overwrite", "init_from", "threads"});
+                flags_.restore(state->settings);
             } catch (const UsageError& e) {  // not of this command line
                 fail("%s: settings: %s", state_path.c_str(), e.what());
             }
@@ -454,7 +505,8 @@ class Run {
         settle_settings();
         fit_memory(o_.max_steps > 0);
         load_data();
-        if (o_.max_steps > 0) check_folder(), print_table();  // says what memory is needed before any is taken
+        if (o_.max_steps > 0)
+            check_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
     }
 
@@ -468,11 +520,12 @@ class Run {
         if (!file_exists(o_.tokenizer) && !flags_.given("tokenizer") && !o_.init_from.empty())
             o_.tokenizer = dirname_of(o_.init_from) + "/tokenizer.bin";
         if (o_.max_steps && !file_exists(o_.train_data) && !flags_.given("train_data"))
-            fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", o_.train_data.c_str(), o_.data.c_str());
-        if (file_exists(o_.tokenizer)) tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(o_.tokenizer));
-        else if (flags_.given("tokenizer") || o_.init_from.empty()) fail("%s: tokenizer not found", o_.tokenizer.c_str());
-        if (!o_.activation.empty() && o_.activation != "gelu_new" && o_.activation != "gelu")
-            throw UsageError(strf("--activation: '%s' is unknown; known are gelu_new, gelu", o_.activation.c_str()));
+            fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s",
+                 o_.train_data.c_str(), o_.data.c_str());
+        if (file_exists(o_.tokenizer))
+            tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(o_.tokenizer));
+        else if (flags_.given("tokenizer") || o_.init_from.empty())
+            fail("%s: tokenizer not found", o_.tokenizer.c_str());
         int activation = o_.activation == "gelu" ? GELU_ERF : GELU_TANH;
 
         bool from_file = !o_.init_from.empty();
@@ -482,45 +535,52 @@ class Run {
             struct {
                 const char* flag;
                 int given, have;
-            } shape[] = {{"depth", o_.depth, cfg_.L}, {"heads", o_.heads, cfg_.NH}, {"channels", o_.channels, cfg_.C}};
+            } shape[] = {{"depth", o_.depth, cfg_.L},
+                         {"heads", o_.heads, cfg_.NH},
+                         {"channels", o_.channels, cfg_.C}};
             for (auto& s : shape)
                 if (s.given && s.given != s.have)
-                    fail("%s: has %s %d, --%s asks for %d", o_.init_from.c_str(), s.flag, s.have, s.flag, s.given);
+                    fail("%s: has %s %d, --%s asks for %d", o_.init_from.c_str(), s.flag, s.have, s.flag,
+                         s.given);
             if (flags_.given("preset") && !o_.resume)
-                fail("%s: has a shape of its own (%s); leave --preset out", o_.init_from.c_str(), cfg_.text().c_str());
+                fail("%s: has a shape of its own (%s); leave --preset out", o_.init_from.c_str(),
+                     cfg_.text().c_str());
             if (!o_.activation.empty() && activation != cfg_.activation)
-                fail("%s: has activation %s, --activation asks for %s", o_.init_from.c_str(), cfg_.activation == GELU_ERF ? "gelu" : "gelu_new",
-                     o_.activation.c_str());
+                fail("%s: has activation %s, --activation asks for %s", o_.init_from.c_str(),
+                     cfg_.activation == GELU_ERF ? "gelu" : "gelu_new", o_.activation.c_str());
             if (tokenizer_ && tokenizer_->vocab_size() != cfg_.V)
-                fail("%s: has %d tokens, %s has a vocabulary of %d", o_.tokenizer.c_str(), tokenizer_->vocab_size(), o_.init_from.c_str(), cfg_.V);
-            if (o_.seq_len > cfg_.maxT) fail("%s: takes at most %d tokens of context, --seq_len asks for %d", o_.init_from.c_str(), cfg_.maxT, o_.seq_len);
+                fail("%s: has %d tokens, %s has a vocabulary of %d", o_.tokenizer.c_str(),
+                     tokenizer_->vocab_size(), o_.init_from.c_str(), cfg_.V);
+            if (o_.seq_len > cfg_.maxT)
+                fail("%s: takes at most %d tokens of context, --seq_len asks for %d", o_.init_from.c_str(),
+                     cfg_.maxT, o_.seq_len);
         } else {
             cfg_ = preset_config(o_.preset);
-            struct {
-                const char* flag;
-                int given, most, *field;
-            } shape[] = {{"depth", o_.depth, 4096, &cfg_.L}, {"heads", o_.heads, 4096, &cfg_.NH}, {"channels", o_.channels, 1 << 17, &cfg_.C}};
-            for (auto& s : shape) {
-                if (s.given < 0 || s.given > s.most) throw UsageError(strf("--%s is %d, wanted 1 to %d", s.flag, s.given, s.most));
-                if (s.given) *s.field = s.given;
-            }
-            if (cfg_.C % cfg_.NH) throw UsageError(strf("--channels is %d, wanted a multiple of --heads = %d", cfg_.C, cfg_.NH));
+            if (o_.depth) cfg_.L = o_.depth;
+            if (o_.heads) cfg_.NH = o_.heads;
+            if (o_.channels) cfg_.C = o_.channels;
+            if (cfg_.C % cfg_.NH)
+                throw UsageError(
+                    strf("--channels is %d, wanted a multiple of --heads = %d", cfg_.C, cfg_.NH));
             if (o_.seq_len > 0) cfg_.maxT = o_.seq_len;
             cfg_.activation = activation;
             cfg_.V = tokenizer_->vocab_size(), cfg_.Vp = pad_vocab(cfg_.V);
         }
-        if (o_.seq_len < 0 || o_.seq_len > 1 << 20) throw UsageError(strf("--seq_len is %d, wanted 1 to %d", o_.seq_len, 1 << 20));
         if (!o_.seq_len) o_.seq_len = cfg_.maxT;
         bool fine_tune = from_file && !o_.resume;
         apply_preset_defaults(o_, cfg_, fine_tune);
-        check_options(o_);
-        learning_rate(o_.lr_schedule, 1, 0, 0, 1, 0);  // throws for an unknown name
         B_ = (size_t)o_.batch_size, T_ = (size_t)o_.seq_len;
         size_t tokens = B_ * T_;
-        if (tokens > INT32_MAX) throw UsageError(strf("--batch_size %zu x --seq_len %zu is %zu tokens, wanted at most %d", B_, T_, tokens, INT32_MAX));
-        if (!o_.total_batch_size) o_.total_batch_size = (int)std::min<size_t>(tokens * (fine_tune && cfg_.C > 512 ? 32 : 1), INT32_MAX);
+        if (tokens > INT32_MAX)
+            throw UsageError(strf("--batch_size %zu x --seq_len %zu is %zu tokens, wanted at most %d", B_, T_,
+                                  tokens, INT32_MAX));
+        if (!o_.total_batch_size)
+            o_.total_batch_size =
+                (int)std::min<size_t>(tokens * (fine_tune && cfg_.C > 512 ? 32 : 1), INT32_MAX);
         if ((size_t)o_.total_batch_size % tokens)
-            throw UsageError(strf("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu", o_.total_batch_size, B_, T_, tokens));
+            throw UsageError(
+                strf("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu",
+                     o_.total_batch_size, B_, T_, tokens));
         micro_steps_ = (size_t)o_.total_batch_size / tokens;
     }
 
@@ -528,8 +588,12 @@ class Run {
         Precision p = {Model::DEFAULT_DTYPE, o_.master_weights};
         if (o_.dtype == "bf16") p.dtype = BF16;
         else if (o_.dtype == "fp32") p.dtype = FP32;
-        else if (o_.dtype == "fp16") throw UsageError("--dtype: fp16 is not supported, its range is too small for gradients without loss scaling; take bf16");
-        else if (!o_.dtype.empty()) throw UsageError(strf("--dtype: '%s' is unknown; known are fp32, bf16", o_.dtype.c_str()));
+        else if (o_.dtype == "fp16")
+            throw UsageError(
+                "--dtype: fp16 is not supported, its range is too small for gradients without loss scaling; "
+                "take bf16");
+        else if (!o_.dtype.empty())
+            throw UsageError(strf("--dtype: '%s' is unknown; known are fp32, bf16", o_.dtype.c_str()));
         Model::check_precision(p);
         return p;
     }
@@ -550,11 +614,14 @@ class Run {
         }
     }
 
-    // Where memory is short: recompute more, then accumulate over smaller batches, as far as the flags leave it open.
+    // Where memory is short: recompute more, then accumulate over smaller batches, as far as the flags leave
+    // it open.
     void fit_memory(bool trains) {
         size_t have = Model::memory_available();
         size_t poem = trains && o_.sample_every && tokenizer_ ? key_value_bytes(cfg_, 1, T_) : 0;
-        auto need_of = [&](size_t B, int recompute) { return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total() + poem; };
+        auto need_of = [&](size_t B, int recompute) {
+            return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total() + poem;
+        };
         size_t wanted = need_of(B_, o_.recompute), B = B_;
         int r = o_.recompute;
         while (need_of(B, r) > have && r < 3 && trains && !flags_.given("recompute")) r++;
@@ -563,13 +630,19 @@ class Run {
             size_t fits = 0;
             for (size_t bit = (size_t)1 << 24; bit; bit >>= 1)
                 if (fits + bit < B_ && need_of(fits + bit, r) <= have) fits += bit;
-            std::string hint = fits ? strf("--batch_size %zu%s would fit", fits, r > o_.recompute ? strf(" --recompute %d", r).c_str() : "") : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
+            std::string hint = fits ? strf("--batch_size %zu%s would fit", fits,
+                                           r > o_.recompute ? strf(" --recompute %d", r).c_str() : "")
+                                    : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
             if (r < 3 && trains && need_of(B_, 3) <= have) hint += ", or --recompute 3 with this batch";
-            fail("this run needs %s of memory, %s are free; %s", human_bytes((double)wanted).c_str(), human_bytes((double)have).c_str(), hint.c_str());
+            fail("this run needs %s of memory, %s are free; %s", human_bytes((double)wanted).c_str(),
+                 human_bytes((double)have).c_str(), hint.c_str());
         }
         if (r != o_.recompute || B != B_)
-            printf("memory is short (%s needed, %s free), so this run takes --recompute %d --batch_size %zu; the step stays %d tokens\n",
-                   human_bytes((double)wanted).c_str(), human_bytes((double)have).c_str(), r, B, o_.total_batch_size);
+            printf(
+                "memory is short (%s needed, %s free), so this run takes --recompute %d --batch_size %zu; "
+                "the step stays %d tokens\n",
+                human_bytes((double)wanted).c_str(), human_bytes((double)have).c_str(), r, B,
+                o_.total_batch_size);
         micro_steps_ *= B_ / B;
         B_ = B, o_.batch_size = (int)B, o_.recompute = r;
         need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_);
@@ -590,10 +663,12 @@ class Run {
         if (o_.init_from.empty()) fail("--max_steps 0 evaluates a checkpoint: name one with -e FILE");
         double t0 = now();
         Evaluation e = evaluate(*model_, *val_loader_, B_, T_, 0, tokenizer_.get(), x_, y_);
-        printf("%s on the whole of %s: %s tokens in %.1f s\n", o_.init_from.c_str(), o_.val_data.c_str(), commas(e.tokens).c_str(), now() - t0);
+        printf("%s on the whole of %s: %s tokens in %.1f s\n", o_.init_from.c_str(), o_.val_data.c_str(),
+               commas(e.tokens).c_str(), now() - t0);
         printf("validation loss %.6f nats per token, perplexity %.3f\n", e.nats, std::exp(e.nats));
         if (e.nats_per_char == e.nats_per_char)
-            printf("%.6f nats per character, %.6f bits per character\n", e.nats_per_char, e.nats_per_char / M_LN2);
+            printf("%.6f nats per character, %.6f bits per character\n", e.nats_per_char,
+                   e.nats_per_char / M_LN2);
         return 0;
     }
 
@@ -601,7 +676,10 @@ class Run {
     void check_folder() const {
         bool holds_run = !checkpoints_in(o_.out).empty() || file_exists(o_.out + "/model.bin");
         if (holds_run && !o_.resume && !o_.overwrite)
-            fail("%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes another folder", o_.out.c_str());
+            fail(
+                "%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes "
+                "another folder",
+                o_.out.c_str());
         make_dirs(o_.out);
     }
 
@@ -620,10 +698,13 @@ class Run {
         auto keep_main = [at](const std::string& line) {
             int s;
             char kind[8] = "";
-            return sscanf(line.c_str(), "s:%d %3s", &s, kind) == 2 && (strcmp(kind, "trl") ? s <= at : s < at);
+            return sscanf(line.c_str(), "s:%d %3s", &s, kind) == 2 &&
+                   (strcmp(kind, "trl") ? s <= at : s < at);
         };
-        csv_ = std::make_unique<LogFile>(o_.out + "/log.csv", CSV_HEADER, o_.resume ? keep_csv : std::function<bool(const std::string&)>());
-        log_ = std::make_unique<LogFile>(o_.out + "/main.log", "", o_.resume ? keep_main : std::function<bool(const std::string&)>());
+        csv_ = std::make_unique<LogFile>(o_.out + "/log.csv", CSV_HEADER,
+                                         o_.resume ? keep_csv : std::function<bool(const std::string&)>());
+        log_ = std::make_unique<LogFile>(o_.out + "/main.log", "",
+                                         o_.resume ? keep_main : std::function<bool(const std::string&)>());
         if (tokenizer_) tokenizer_->save(o_.out + "/tokenizer.bin");
     }
 
@@ -642,23 +723,38 @@ class Run {
     void print_table() {
         Peak peak = Model::peak_flops(precision_);
         peak_ = peak.flops;
-        auto row = [](const char* name, const std::string& value) { printf("%-16s %s\n", name, value.c_str()); };
+        auto row = [](const char* name, const std::string& value) {
+            printf("%-16s %s\n", name, value.c_str());
+        };
         auto size = [](size_t b) { return human_bytes((double)b); };
         row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
         row("model", cfg_.text());
-        row("parameters", commas(num_params(cfg_)) + (o_.init_from.empty() ? strf(" (random, seed %" PRIu64 ")", o_.seed) : " from " + o_.init_from));
-        row("training data", strf("%s: %s tokens, %.1f epochs in this run", o_.train_data.c_str(), commas(train_file_->size()).c_str(),
+        row("parameters",
+            commas(num_params(cfg_)) + (o_.init_from.empty() ? strf(" (random, seed %" PRIu64 ")", o_.seed)
+                                                             : " from " + o_.init_from));
+        row("training data", strf("%s: %s tokens, %.1f epochs in this run", o_.train_data.c_str(),
+                                  commas(train_file_->size()).c_str(),
                                   (double)o_.max_steps * o_.total_batch_size / (double)train_file_->size()));
-        row("validation data", val_file_ ? strf("%s: %s tokens", o_.val_data.c_str(), commas(val_file_->size()).c_str()) : "none");
-        row("batch", strf("%zu x %zu tokens%s", B_, T_, micro_steps_ > 1 ? strf(", %zu accumulated: %d a step", micro_steps_, o_.total_batch_size).c_str() : ""));
+        row("validation data",
+            val_file_ ? strf("%s: %s tokens", o_.val_data.c_str(), commas(val_file_->size()).c_str())
+                      : "none");
+        row("batch",
+            strf("%zu x %zu tokens%s", B_, T_,
+                 micro_steps_ > 1
+                     ? strf(", %zu accumulated: %d a step", micro_steps_, o_.total_batch_size).c_str()
+                     : ""));
         row("steps", strf("%d%s, validation every %d, poem every %d, checkpoint every %d", o_.max_steps,
-                          progress_.step ? strf(" (%d done)", progress_.step).c_str() : "", o_.val_every, o_.sample_every, o_.save_every));
-        row("learning rate", strf("%g, %s to %g, warm-up %d steps", o_.learning_rate, o_.lr_schedule.c_str(),
-                                  o_.lr_schedule == "constant" ? o_.learning_rate : o_.learning_rate * o_.final_lr_fraction, o_.warmup_steps));
-        row("AdamW", strf("beta %g %g, eps %g, weight decay %g, gradient clip %g, dropout %g", o_.beta1, o_.beta2, o_.eps, o_.weight_decay,
-                          o_.grad_clip, o_.dropout));
-        row("memory", strf("%s: parameters %s, gradients %s, AdamW %s, activations %s, scratch %s", size(need_.total()).c_str(),
-                           size(need_.params).c_str(), size(need_.grads).c_str(), size(need_.optimizer).c_str(), size(need_.activations).c_str(),
+                          progress_.step ? strf(" (%d done)", progress_.step).c_str() : "", o_.val_every,
+                          o_.sample_every, o_.save_every));
+        row("learning rate",
+            strf("%g, %s to %g, warm-up %d steps", o_.learning_rate, o_.lr_schedule.c_str(),
+                 o_.lr_schedule == "constant" ? o_.learning_rate : o_.learning_rate * o_.final_lr_fraction,
+                 o_.warmup_steps));
+        row("AdamW", strf("beta %g %g, eps %g, weight decay %g, gradient clip %g, dropout %g", o_.beta1,
+                          o_.beta2, o_.eps, o_.weight_decay, o_.grad_clip, o_.dropout));
+        row("memory", strf("%s: parameters %s, gradients %s, AdamW %s, activations %s, scratch %s",
+                           size(need_.total()).c_str(), size(need_.params).c_str(), size(need_.grads).c_str(),
+                           size(need_.optimizer).c_str(), size(need_.activations).c_str(),
                            size(need_.scratch).c_str()));
         row("output", o_.out + "/");
         printf("\n");
@@ -675,12 +771,15 @@ class Run {
                 bool validation_due = val_loader_ && o_.val_every && (last || step % o_.val_every == 0);
                 progress_.pending = validation_due && (g_stop || !validate(&e));
                 if (!progress_.pending && (step || validation_due)) write_row(validation_due ? &e : nullptr);
-                if (o_.sample_every && tokenizer_ && step && (last || step % o_.sample_every == 0) && !g_stop) sample();
+                if (o_.sample_every && tokenizer_ && step && (last || step % o_.sample_every == 0) && !g_stop)
+                    sample();
                 if (step && (last || g_stop || (o_.save_every && step % o_.save_every == 0))) save();
             }
             if (g_stop) {
                 end_line();
-                if (step) printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n", g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, Model::PROGRAM, o_.out.c_str());
+                if (step)
+                    printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n",
+                           g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, Model::PROGRAM, o_.out.c_str());
                 else printf("stopped before the first step; nothing to resume\n");
                 return;
             }
@@ -689,12 +788,18 @@ class Run {
         }
         end_line();
         if (!val_loader_ || !o_.val_every) save_model(*model_, o_.out + "/model.bin");
-        if (!session_steps_) printf("nothing to do: %d steps are done, --max_steps is %d; a larger --max_steps goes on\n", progress_.step, o_.max_steps);
+        if (!session_steps_)
+            printf("nothing to do: %d steps are done, --max_steps is %d; a larger --max_steps goes on\n",
+                   progress_.step, o_.max_steps);
         printf("\n%d steps in %s of training. ", progress_.step, clock_text(progress_.seconds).c_str());
         if (progress_.best_step >= 0)
-            printf("Best validation loss %.4f at step %d, kept in %s/model.bin\n", progress_.best_val, progress_.best_step, o_.out.c_str());
+            printf("Best validation loss %.4f at step %d, kept in %s/model.bin\n", progress_.best_val,
+                   progress_.best_step, o_.out.c_str());
         else printf("The model is %s/model.bin\n", o_.out.c_str());
-        printf("loss curve: %s/log.csv (make plot draws it to %s/loss.png)\nmore poems: ./sample_gpt2 -e %s/model.bin\n", o_.out.c_str(), o_.out.c_str(), o_.out.c_str());
+        printf(
+            "loss curve: %s/log.csv (make plot draws it to %s/loss.png)\nmore poems: ./sample_gpt2 -e "
+            "%s/model.bin\n",
+            o_.out.c_str(), o_.out.c_str(), o_.out.c_str());
     }
 
     void one_step() {
@@ -710,14 +815,20 @@ class Run {
             model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
         }
         AdamW a;
-        a.lr = (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps, o_.final_lr_fraction);
-        a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay, a.grad_clip = o_.grad_clip;
+        a.lr = (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps,
+                                    o_.final_lr_fraction);
+        a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay,
+        a.grad_clip = o_.grad_clip;
         auto [loss, norm] = model_->step(a, (uint32_t)step + 1);
         if (!std::isfinite(loss) || !std::isfinite(norm)) {
             std::vector<int> kept = checkpoints_in(o_.out);
-            fail("step %d: the %s is %s; training stops before it spoils a checkpoint (%s). Try a lower --learning_rate or --grad_clip", step + 1,
-                 std::isfinite(loss) ? "gradient norm" : "loss", std::isnan(std::isfinite(loss) ? norm : loss) ? "NaN" : "infinite",
-                 kept.empty() ? "none written yet" : ("the last good one is " + numbered(o_.out, "model", kept.back())).c_str());
+            fail(
+                "step %d: the %s is %s; training stops before it spoils a checkpoint (%s). Try a lower "
+                "--learning_rate or --grad_clip",
+                step + 1, std::isfinite(loss) ? "gradient norm" : "loss",
+                std::isnan(std::isfinite(loss) ? norm : loss) ? "NaN" : "infinite",
+                kept.empty() ? "none written yet"
+                             : ("the last good one is " + numbered(o_.out, "model", kept.back())).c_str());
         }
 
         double s = now() - t0;
@@ -750,7 +861,8 @@ class Run {
                      {8, strf("%.0f%% of peak", 100 * flops / peak_)},
                      {2, "ETA " + clock_text(session_seconds_ / session_steps_ * (o_.max_steps - step))}};
         winsize window{};
-        size_t width = terminal ? (ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col ? window.ws_col : 80) : SIZE_MAX;
+        size_t width =
+            terminal ? (ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col ? window.ws_col : 80) : SIZE_MAX;
         std::string line;
         for (int ranks = 9; ranks > 0 && (line.empty() || line.size() >= width); ranks--) {
             line.clear();
@@ -770,14 +882,17 @@ class Run {
     bool validate(Evaluation* e) {
         *e = evaluate(*model_, *val_loader_, B_, T_, (size_t)o_.val_batches, tokenizer_.get(), x_, y_);
         if (g_stop) return false;
-        if (!std::isfinite(e->nats)) fail("step %d: the validation loss is not a number; no checkpoint was overwritten", progress_.step);
+        if (!std::isfinite(e->nats))
+            fail("step %d: the validation loss is not a number; no checkpoint was overwritten",
+                 progress_.step);
         end_line();
         bool best = progress_.step && e->nats < progress_.best_val;
         if (best) {
             save_model(*model_, o_.out + "/model.bin");
             progress_.best_val = e->nats, progress_.best_step = progress_.step;
         }
-        printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(), best ? strf(" (best so far: %s/model.bin)", o_.out.c_str()).c_str() : "");
+        printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(),
+               best ? strf(" (best so far: %s/model.bin)", o_.out.c_str()).c_str() : "");
         fflush(stdout);
         log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
         return true;
@@ -790,7 +905,8 @@ class Run {
         else s += ",,";
         s += e ? strf(",%.9g", e->nats) : ",";
         s += e && e->nats_per_char == e->nats_per_char ? strf(",%.9g", e->nats_per_char / M_LN2) : ",";
-        if (progress_.step) s += strf(",%.9g,%.9g,%.2f,%.1f", r.norm, r.lr, r.seconds * 1e3, o_.total_batch_size / r.seconds);
+        if (progress_.step)
+            s += strf(",%.9g,%.9g,%.2f,%.1f", r.norm, r.lr, r.seconds * 1e3, o_.total_batch_size / r.seconds);
         else s += ",,,,";
         csv_->line(s);
     }
@@ -799,7 +915,8 @@ class Run {
         end_line();
         try {
             if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
-        } catch (const Error& e) {  // memory that was free at the start is not any more: no reason to end the training
+        } catch (const Error&
+                     e) {  // memory that was free at the start is not any more: no reason to end the training
             printf("\nno poem after step %d: %s\n", progress_.step, e.what());
             return;
         }
@@ -809,8 +926,10 @@ class Run {
         so.temperature = o_.temperature;
         Utf8Stream stream;
         printf("\n--- a poem after step %d ---\n%s", progress_.step, o_.prompt.c_str());
-        generate(*decoder_, 1, prompt, cfg_.V, tokenizer_->eot(), o_.sample_tokens, o_.seed + (uint64_t)progress_.step, so,
-                 [&](size_t, int token) { fputs(stream.feed(tokenizer_->bytes(token)).c_str(), stdout), fflush(stdout); });
+        generate(*decoder_, 1, prompt, cfg_.V, tokenizer_->eot(), o_.sample_tokens,
+                 o_.seed + (uint64_t)progress_.step, so, [&](size_t, int token) {
+                     fputs(stream.feed(tokenizer_->bytes(token)).c_str(), stdout), fflush(stdout);
+                 });
         printf("\n---\n");
         fflush(stdout);
     }
@@ -832,7 +951,8 @@ class Run {
         unlink(numbered(o_.out, "model", step).c_str());
     }
 
-    static constexpr const char* CSV_HEADER = "step,train_loss,smoothed_loss,val_loss,val_bits_per_char,grad_norm,lr,ms,tokens_per_s\n";
+    static constexpr const char* CSV_HEADER =
+        "step,train_loss,smoothed_loss,val_loss,val_bits_per_char,grad_norm,lr,ms,tokens_per_s\n";
 
     Flags flags_;
     Options o_;

@@ -3,8 +3,8 @@
 //     ./tokenize gpt2.bin < poem.txt > ids.txt           one token a line
 //     ./tokenize gpt2.bin --decode < ids.txt > poem.txt
 //
-// --framed is for programs that ask for many texts (check_tokenizer.py): a uint32 length and that many bytes for
-// each text; back come a uint32 count and that many uint32 tokens.
+// --framed is for programs that ask for many texts (check_tokenizer.py): a uint32 length and that many bytes
+// for each text; back come a uint32 count and that many uint32 tokens.
 #include <ctime>
 #include <string>
 #include <vector>
@@ -16,7 +16,8 @@
 namespace tokenize {
 
 inline void print(const std::string& s) {
-    if (fwrite(s.data(), 1, s.size(), stdout) != s.size()) fail("cannot write the output: %s", strerror(errno));
+    if (fwrite(s.data(), 1, s.size(), stdout) != s.size())
+        fail("cannot write the output: %s", strerror(errno));
 }
 
 inline std::string read_all(FILE* f) {
@@ -46,7 +47,8 @@ inline std::vector<std::string_view> read_frames(std::string_view input) {
     for (size_t i = 0, end; i < input.size(); i = end) {
         uint32_t length = 0;
         if (input.size() - i >= 4) memcpy(&length, &input[i], 4);
-        if (input.size() - i < 4 || length > input.size() - i - 4) fail("the text at byte %zu is truncated", i);
+        if (input.size() - i < 4 || length > input.size() - i - 4)
+            fail("the text at byte %zu is truncated", i);
         end = i + 4 + length;
         texts.push_back(input.substr(i + 4, length));
     }
@@ -61,9 +63,12 @@ inline int tokenize_main(int argc, char** argv) {
     f.positional(&files, "tokenizer.bin < text");
     f.add("decode", "", &decode, "turn tokens into text");
     f.add("framed", "", &framed, "many texts, as the head of tokenize.cpp tells");
-    f.add("time", "", &time, "N", "encode the texts N times, each time with a fresh tokenizer; print the seconds of CPU time");
+    f.add("time", "", &time, "N",
+          "encode the texts N times, each time with a fresh tokenizer; print the seconds of CPU time")
+        .range(0, INT32_MAX);
     f.parse(argc, argv);
-    if (files.size() != 1) throw UsageError("which tokenizer? ./tokenize tokenizer.bin < text; --help tells more");
+    if (files.size() != 1)
+        throw UsageError("which tokenizer? ./tokenize tokenizer.bin < text; --help tells more");
 
     Tokenizer tok = Tokenizer::load(files[0]);
     const std::string input = read_all(stdin);
@@ -71,7 +76,8 @@ inline int tokenize_main(int argc, char** argv) {
         print(tok.decode(read_ids(input)));
         return 0;
     }
-    const std::vector<std::string_view> texts = framed ? read_frames(input) : std::vector<std::string_view>{input};
+    const std::vector<std::string_view> texts =
+        framed ? read_frames(input) : std::vector<std::string_view>{input};
     for (int i = 0; i < time; i++) {
         Tokenizer fresh = Tokenizer::load(files[0]);
         size_t tokens = 0;

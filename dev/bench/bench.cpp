@@ -1,9 +1,10 @@
 // bench.cpp - training steps and sampling, ours and the peers that are installed, in turns: make bench
 //
-// Each figure is made by a process of its own, so that its peak memory is its own too, and the contestants take turns,
-// A B C A B C, so that a slow minute of the machine meets all. Every process prints lines "key value"; the first steps,
-// which touch memory for the first time, are dropped. Where other programs, or the host of a virtual machine, took more than BUSY of
-// the processors, a run counts only if its contestant has no quieter one, and the table marks it.
+// Each figure is made by a process of its own, so that its peak memory is its own too, and the contestants
+// take turns, A B C A B C, so that a slow minute of the machine meets all. Every process prints lines "key
+// value"; the first steps, which touch memory for the first time, are dropped. Where other programs, or the
+// host of a virtual machine, took more than BUSY of the processors, a run counts only if its contestant has
+// no quieter one, and the table marks it.
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
 
@@ -42,7 +43,8 @@ const Row ROWS[] = {{"124m-4x64", "GPT-2 124M, B=4 T=64", 12, 12, 768, 50257, 10
 const Row& find_row(const std::string& name) {
     for (const Row& r : ROWS)
         if (name == r.name) return r;
-    throw UsageError(strf("row '%s' is unknown; known are 124m-4x64, 124m-4x256, 124m-1x1024, char", name.c_str()));
+    throw UsageError(
+        strf("row '%s' is unknown; known are 124m-4x64, 124m-4x256, 124m-1x1024, char", name.c_str()));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -61,7 +63,8 @@ int work_step(const Row& r, const std::string& dtype, int steps) {
     model.init_weights(1);
     std::vector<int> x(B * T), y(B * T);
     rng::Key key(1, 0, rng::SAMPLE);
-    for (size_t i = 0; i < B * T; i++) x[i] = (int)(key.u32(i) % (uint32_t)c.V), y[i] = (int)(key.u32(B * T + i) % (uint32_t)c.V);
+    for (size_t i = 0; i < B * T; i++)
+        x[i] = (int)(key.u32(i) % (uint32_t)c.V), y[i] = (int)(key.u32(B * T + i) % (uint32_t)c.V);
     AdamW adam;
     adam.grad_clip = 1;
     for (uint32_t s = 0; s < (uint32_t)steps; s++) {
@@ -71,7 +74,8 @@ int work_step(const Row& r, const std::string& dtype, int steps) {
         model.accumulate(x.data(), y.data(), B, T, pass);
         StepResult result = model.step(adam, s + 1);
         printf("ms %.2f\n", 1e3 * (bench::now() - t0));
-        if (!s && !(std::fabs(result.loss - std::log(c.V)) < 1)) fail("the first loss is %g, wanted about %g", result.loss, std::log(c.V));
+        if (!s && !(std::fabs(result.loss - std::log(c.V)) < 1))
+            fail("the first loss is %g, wanted about %g", result.loss, std::log(c.V));
     }
     return 0;
 }
@@ -89,7 +93,8 @@ int work_sample(const std::string& dtype, int N, int tokens) {
     for (int run = 0; run < 4; run++) {
         double t0 = bench::now();
         size_t n = 0;
-        generate(decoder, (size_t)N, {model.cfg.V - 1}, model.cfg.V, -1, tokens, 1, greedy, [&](size_t, int) { n++; });
+        generate(decoder, (size_t)N, {model.cfg.V - 1}, model.cfg.V, -1, tokens, 1, greedy,
+                 [&](size_t, int) { n++; });
         printf("tokens/s %.2f\n", (double)n / (bench::now() - t0));
     }
     return 0;
@@ -117,7 +122,8 @@ int write_llmc_files(const Row& r, const std::string& dir) {
         std::vector<int32_t> h(256);
         std::vector<uint16_t> t(100001);
         h[0] = 20240520, h[1] = 1, h[2] = (int32_t)t.size();
-        for (size_t i = 0; i < t.size(); i++) t[i] = (uint16_t)(rng::Key(2, 0, rng::SAMPLE).u32(i) % (uint32_t)r.V);
+        for (size_t i = 0; i < t.size(); i++)
+            t[i] = (uint16_t)(rng::Key(2, 0, rng::SAMPLE).u32(i) % (uint32_t)r.V);
         AtomicFile f(data + "/tiny_shakespeare_" + name + ".bin");
         f.write(h.data(), 1024), f.write(t.data(), t.size() * 2);
         f.commit();
@@ -132,16 +138,18 @@ int write_llmc_files(const Row& r, const std::string& dir) {
 double machine_seconds() {
     double t[8] = {};
     if (FILE* f = fopen("/proc/stat", "r")) {
-        if (fscanf(f, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", t, t + 1, t + 2, t + 3, t + 4, t + 5, t + 6, t + 7) != 8) t[0] = 0;
+        if (fscanf(f, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", t, t + 1, t + 2, t + 3, t + 4, t + 5, t + 6,
+                   t + 7) != 8)
+            t[0] = 0;
         fclose(f);
     }
     return (t[0] + t[1] + t[2] + t[5] + t[6] + t[7]) / (double)sysconf(_SC_CLK_TCK);
 }
 
 struct Outcome {
-    int status = 0;                               // exit status, or 128 + signal
+    int status = 0;                                     // exit status, or 128 + signal
     std::map<std::string, std::vector<double>> values;  // by key, in order
-    double rss = 0, others = 0;                   // bytes; share of the processors that others took
+    double rss = 0, others = 0;                         // bytes; share of the processors that others took
     std::string text;
 };
 
@@ -187,7 +195,8 @@ Outcome run(const Command& c) {
     r.rss = (double)use.ru_maxrss * 1024;
     auto seconds = [](const timeval& t) { return (double)t.tv_sec + 1e-6 * (double)t.tv_usec; };
     double mine = seconds(use.ru_utime) + seconds(use.ru_stime), wall = bench::now() - t0;
-    r.others = std::max(0.0, (machine_seconds() - busy - mine) / (wall * (double)sysconf(_SC_NPROCESSORS_ONLN)));
+    r.others =
+        std::max(0.0, (machine_seconds() - busy - mine) / (wall * (double)sysconf(_SC_NPROCESSORS_ONLN)));
     return r;
 }
 
@@ -196,8 +205,9 @@ Outcome run(const Command& c) {
 
 constexpr double BUSY = 0.05;
 
-// What n threads' multiply-adds a second, the best of ten samples, fall short of the most seen so far, as a share of it: the host of
-// a virtual machine takes processors, or puts two of them on one core, without a trace in /proc/stat.
+// What n threads' multiply-adds a second, the best of ten samples, fall short of the most seen so far, as a
+// share of it: the host of a virtual machine takes processors, or puts two of them on one core, without a
+// trace in /proc/stat.
 double rate_lost(int n) {
     static double most = 0;
     double rate = 0;
@@ -210,8 +220,8 @@ struct Contestant {
     std::string name, dtype;
     Command command;
     std::string key = "ms";
-    size_t warm_up = 1;    // values to drop
-    std::string missing = {};   // why it takes no part
+    size_t warm_up = 1;        // values to drop
+    std::string missing = {};  // why it takes no part
     std::vector<Outcome> runs = {};
 
     // The values of the quiet runs; of all runs where none was quiet.
@@ -262,7 +272,8 @@ struct Options {
     std::string self, build;  // this program, and the folder it stands in
     std::vector<Python> pythons;
     Words common_env() const {
-        return {strf("OMP_NUM_THREADS=%d", threads), "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"};
+        return {strf("OMP_NUM_THREADS=%d", threads), "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
+                "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"};
     }
 };
 
@@ -272,8 +283,10 @@ void race(std::vector<Contestant>& all, const Options& o) {
     for (int round = 0, rounds = o.runs; round < rounds; round++) {
         for (Contestant& c : all) {
             if (!c.missing.empty()) continue;
-            fprintf(stderr, "\r\033[Kround %d of %d%s: %s %s", round + 1, rounds,
-                    round ? strf(", %.0f s left", (bench::now() - t0) / round * (rounds - round)).c_str() : "", c.name.c_str(), c.dtype.c_str());
+            fprintf(
+                stderr, "\r\033[Kround %d of %d%s: %s %s", round + 1, rounds,
+                round ? strf(", %.0f s left", (bench::now() - t0) / round * (rounds - round)).c_str() : "",
+                c.name.c_str(), c.dtype.c_str());
             double begin = bench::now(), lost = rate_lost(o.threads);
             while (lost > BUSY && bench::now() - begin < o.patience) sleep(1), lost = rate_lost(o.threads);
             Outcome r = run(c.command);
@@ -298,15 +311,18 @@ Contestant our_step(const Options& o, const Row& r, const char* dtype) {
     return c;
 }
 
-// PyTorch with the settings that suit it best: freed pages are kept, on huge pages; and where it multiplies with the system's BLAS,
-// OpenBLAS in the build that shares PyTorch's OpenMP threads.
-Contestant torch(const Options& o, const Python& python, const std::string& how, const std::string& dtype, Words args, Words more_env = {}, const char* key = "ms") {
+// PyTorch with the settings that suit it best: freed pages are kept, on huge pages; and where it multiplies
+// with the system's BLAS, OpenBLAS in the build that shares PyTorch's OpenMP threads.
+Contestant torch(const Options& o, const Python& python, const std::string& how, const std::string& dtype,
+                 Words args, Words more_env = {}, const char* key = "ms") {
     Words argv = {python.file, "dev/bench/peer_torch.py"}, env = o.common_env();
     argv.insert(argv.end(), args.begin(), args.end());
-    env.insert(env.end(), {"MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=100000000000", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"});
+    env.insert(env.end(), {"MALLOC_MMAP_MAX_=0", "MALLOC_TRIM_THRESHOLD_=100000000000",
+                           "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"});
     env.insert(env.end(), more_env.begin(), more_env.end());
     glob_t found = {};
-    if (!glob("/usr/lib/*/openblas-openmp", 0, nullptr, &found)) env.push_back(strf("LD_LIBRARY_PATH=%s", found.gl_pathv[0]));
+    if (!glob("/usr/lib/*/openblas-openmp", 0, nullptr, &found))
+        env.push_back(strf("LD_LIBRARY_PATH=%s", found.gl_pathv[0]));
     globfree(&found);
     return {python.name + how, dtype, {argv, env, ""}, key, 3, python.missing};
 }
@@ -317,15 +333,20 @@ Contestant llmc(const Options& o, const Row& r, int steps) {
     if (o.llmc.empty()) return c.missing = "not installed (LLMC=path/to/llm.c)", c;
     std::string dir = o.build + "/llmc_" + (r.V == 64 ? "char" : "124m");
     make_dirs(dir);
-    Outcome built = run({{"sh", "dev/bench/peer_llmc.sh", o.llmc, dir, std::to_string(r.B), std::to_string(r.T), std::to_string(steps)}, {}, ""});
+    Outcome built = run({{"sh", "dev/bench/peer_llmc.sh", o.llmc, dir, std::to_string(r.B),
+                          std::to_string(r.T), std::to_string(steps)},
+                         {},
+                         ""});
     if (built.status) fail("%s: llm.c's train_gpt2 could not be built there", o.llmc.c_str());
-    if (!file_exists(dir + "/gpt2_124M.bin") && run({{o.self, "llmc_files", r.name, dir}, {}, ""}).status) fail("%s: cannot write llm.c's files", dir.c_str());
+    if (!file_exists(dir + "/gpt2_124M.bin") && run({{o.self, "llmc_files", r.name, dir}, {}, ""}).status)
+        fail("%s: cannot write llm.c's files", dir.c_str());
     c.command = {{strf("./train_gpt2_%dx%d", r.B, r.T)}, o.common_env(), dir};
     return c;
 }
 
 std::string spread(const Samples& s, const char* unit, double scale, int digits) {
-    return strf("%.*f%s (%.*f to %.*f)", digits, s.median() * scale, unit, digits, s.min() * scale, digits, s.max() * scale);
+    return strf("%.*f%s (%.*f to %.*f)", digits, s.median() * scale, unit, digits, s.min() * scale, digits,
+                s.max() * scale);
 }
 
 struct Peak {
@@ -341,8 +362,10 @@ Peak measure_peak(const Options& o, int threads, Report& report) {
     std::map<std::string, Samples> s;
     for (auto& [key, values] : r.values)
         for (double x : values) s[key].add(x);
-    report.add(strf("| %d | %s | %s | %s | %s | %.0f%% |\n", threads, spread(s["fp32"], " GFLOP/s", 1e-9, 0).c_str(),
-                    s["bf16"].max() > 0 ? spread(s["bf16"], " GFLOP/s", 1e-9, 0).c_str() : "none", spread(s["read"], " GB/s", 1e-9, 1).c_str(),
+    report.add(strf("| %d | %s | %s | %s | %s | %.0f%% |\n", threads,
+                    spread(s["fp32"], " GFLOP/s", 1e-9, 0).c_str(),
+                    s["bf16"].max() > 0 ? spread(s["bf16"], " GFLOP/s", 1e-9, 0).c_str() : "none",
+                    spread(s["read"], " GB/s", 1e-9, 1).c_str(),
                     spread(s["update"], " GB/s", 1e-9, 1).c_str(), 100 * r.others));
     return {s["fp32"].median(), s["bf16"].median()};
 }
@@ -354,10 +377,13 @@ double our_median(const std::vector<Contestant>& all, const std::string& dtype) 
     return NAN;
 }
 
-std::string others_text(const Contestant& c, bool busy) { return strf("%.0f%%%s", 100 * c.others(), busy ? " busy" : ""); }
+std::string others_text(const Contestant& c, bool busy) {
+    return strf("%.0f%%%s", 100 * c.others(), busy ? " busy" : "");
+}
 
 void bench_steps(const Options& o, const Row& r, const Peak& peak, Report& report) {
-    std::string shape = strf("%d,%d,%d,%d,%d,%d", r.L, r.NH, r.C, r.V, r.B, r.T), n = std::to_string(o.steps + 3);
+    std::string shape = strf("%d,%d,%d,%d,%d,%d", r.L, r.NH, r.C, r.V, r.B, r.T),
+                n = std::to_string(o.steps + 3);
     std::vector<Contestant> all;
     for (const char* dtype : {"fp32", "bf16"}) {
         all.push_back(our_step(o, r, dtype));
@@ -365,30 +391,42 @@ void bench_steps(const Options& o, const Row& r, const Peak& peak, Report& repor
         for (const Python& python : o.pythons) {
             all.push_back(torch(o, python, "", dtype, {"step", shape, dtype, n}));
             if (python.is_old) continue;
-            all.push_back(torch(o, python, ", torch.compile", dtype, {"step", shape, dtype, n}, {"TORCH_COMPILE=1"}));
-            if (is_fp32) all.push_back(torch(o, python, ", linear layers by oneDNN", dtype, {"step", shape, dtype, n}, {"TORCH_LINEAR=onednn"}));
+            all.push_back(
+                torch(o, python, ", torch.compile", dtype, {"step", shape, dtype, n}, {"TORCH_COMPILE=1"}));
+            if (is_fp32)
+                all.push_back(torch(o, python, ", linear layers by oneDNN", dtype, {"step", shape, dtype, n},
+                                    {"TORCH_LINEAR=onednn"}));
         }
         if (is_fp32) all.push_back(llmc(o, r, o.steps + 1));
     }
-    report.add(strf("\n### %s\n\n| | | a step, ms | tokens/s | GFLOP/s | share of peak | peak memory | its time / ours | others |\n", r.title));
+    report.add(
+        strf("\n### %s\n\n| | | a step, ms | tokens/s | GFLOP/s | share of peak | peak memory | its time / "
+             "ours | others |\n",
+             r.title));
     report.add("| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
     race(all, o);
     for (const Contestant& c : all) {
         bool busy;
         Samples s = c.samples(&busy);
         if (!c.missing.empty()) {
-            report.add(strf("| %s | %s | %s | | | | | | |\n", c.name.c_str(), c.dtype.c_str(), c.missing.c_str()));
+            report.add(
+                strf("| %s | %s | %s | | | | | | |\n", c.name.c_str(), c.dtype.c_str(), c.missing.c_str()));
             continue;
         }
-        double flops = r.flops() / (s.median() * 1e-3), ratio = s.median() / our_median(all, c.dtype), to_bf16 = s.median() / our_median(all, "bf16");
-        report.add(strf("| %s | %s | %s | %.0f | %.0f | %.0f%% | %s | %.2f%s | %s |\n", c.name.c_str(), c.dtype.c_str(), spread(s, "", 1, 0).c_str(),
-                        (double)r.tokens() / s.median() * 1e3, flops / 1e9, 100 * flops / peak.of(c.dtype), human_bytes(c.rss()).c_str(), ratio,
-                        c.name == "llm.c" ? strf(", bf16 %.2f", to_bf16).c_str() : "", others_text(c, busy).c_str()));
+        double flops = r.flops() / (s.median() * 1e-3), ratio = s.median() / our_median(all, c.dtype),
+               to_bf16 = s.median() / our_median(all, "bf16");
+        report.add(strf("| %s | %s | %s | %.0f | %.0f | %.0f%% | %s | %.2f%s | %s |\n", c.name.c_str(),
+                        c.dtype.c_str(), spread(s, "", 1, 0).c_str(), (double)r.tokens() / s.median() * 1e3,
+                        flops / 1e9, 100 * flops / peak.of(c.dtype), human_bytes(c.rss()).c_str(), ratio,
+                        c.name == "llm.c" ? strf(", bf16 %.2f", to_bf16).c_str() : "",
+                        others_text(c, busy).c_str()));
     }
 }
 
 void bench_sampling(const Options& o, Report& report) {
-    report.add("\n### Sampling, GPT-2 124M, 64 tokens with a key/value cache\n\n| | | N | tokens/s of all N | ms a token of each | peak memory | ours / its | others |\n");
+    report.add(
+        "\n### Sampling, GPT-2 124M, 64 tokens with a key/value cache\n\n| | | N | tokens/s of all N | ms a "
+        "token of each | peak memory | ours / its | others |\n");
     report.add("| --- | --- | --- | --- | --- | --- | --- | --- |\n");
     for (int N : {1, 8}) {
         std::vector<Contestant> all;
@@ -404,17 +442,23 @@ void bench_sampling(const Options& o, Report& report) {
         for (const Contestant& c : all) {
             bool busy;
             Samples s = c.samples(&busy);
-            if (!c.missing.empty()) report.add(strf("| %s | %s | %d | %s | | | | |\n", c.name.c_str(), c.dtype.c_str(), N, c.missing.c_str()));
+            if (!c.missing.empty())
+                report.add(strf("| %s | %s | %d | %s | | | | |\n", c.name.c_str(), c.dtype.c_str(), N,
+                                c.missing.c_str()));
             else
-                report.add(strf("| %s | %s | %d | %s | %.1f | %s | %.2f | %s |\n", c.name.c_str(), c.dtype.c_str(), N, spread(s, "", 1, 1).c_str(),
-                                1e3 * N / s.median(), human_bytes(c.rss()).c_str(), our_median(all, c.dtype) / s.median(), others_text(c, busy).c_str()));
+                report.add(strf("| %s | %s | %d | %s | %.1f | %s | %.2f | %s |\n", c.name.c_str(),
+                                c.dtype.c_str(), N, spread(s, "", 1, 1).c_str(), 1e3 * N / s.median(),
+                                human_bytes(c.rss()).c_str(), our_median(all, c.dtype) / s.median(),
+                                others_text(c, busy).c_str()));
         }
     }
 }
 
 // Amdahl (1967): a program whose share s is serial gains 1 / (s + (1-s)/n) from n threads; here solved for s.
 void bench_scaling(const Options& o, const std::vector<const Row*>& rows, Report& report) {
-    report.add("\n### Threads\n\n| | | threads | a step, ms | faster than 1 thread | serial share (Amdahl) | others |\n| --- | --- | --- | --- | --- | --- | --- |\n");
+    report.add(
+        "\n### Threads\n\n| | | threads | a step, ms | faster than 1 thread | serial share (Amdahl) | others "
+        "|\n| --- | --- | --- | --- | --- | --- | --- |\n");
     for (const Row* r : rows)
         for (const char* dtype : {"fp32", "bf16"}) {
             std::vector<Contestant> all;
@@ -430,12 +474,15 @@ void bench_scaling(const Options& o, const std::vector<const Row*>& rows, Report
                 bool busy;
                 Samples s = all[i].samples(&busy);
                 if (!all[i].missing.empty()) {
-                    report.add(strf("| %s | %s | %d | %s | | | |\n", r->title, dtype, threads[i], all[i].missing.c_str()));
+                    report.add(strf("| %s | %s | %d | %s | | | |\n", r->title, dtype, threads[i],
+                                    all[i].missing.c_str()));
                     continue;
                 }
                 double n = threads[i], gain = all[0].samples().median() / s.median();
-                report.add(strf("| %s | %s | %.0f | %s | %.2f | %s | %s |\n", r->title, dtype, n, spread(s, "", 1, 0).c_str(), gain,
-                                i ? strf("%.1f%%", 100 * (n / gain - 1) / (n - 1)).c_str() : "", others_text(all[i], busy).c_str()));
+                report.add(strf("| %s | %s | %.0f | %s | %.2f | %s | %s |\n", r->title, dtype, n,
+                                spread(s, "", 1, 0).c_str(), gain,
+                                i ? strf("%.1f%%", 100 * (n / gain - 1) / (n - 1)).c_str() : "",
+                                others_text(all[i], busy).c_str()));
             }
         }
 }
@@ -443,19 +490,19 @@ void bench_scaling(const Options& o, const std::vector<const Row*>& rows, Report
 int bench_all(int argc, char** argv) {
     Options o;
     Flags f("bench", "times training steps and sampling beside PyTorch and llm.c");
-    f.add("rows", "", &o.rows, "NAMES", "which of 124m-4x64 124m-4x256 124m-1x1024 char; a part of a name will do; \"\": all");
+    f.add("rows", "", &o.rows, "NAMES",
+          "which of 124m-4x64 124m-4x256 124m-1x1024 char; a part of a name will do; \"\": all");
     f.add("parts", "", &o.parts, "NAMES", "which tables: steps, sampling, scaling");
-    f.add("runs", "", &o.runs, "N", "processes of each contestant, taken in turns");
-    f.add("steps", "", &o.steps, "N", "timed steps of each process");
-    f.add("threads", "", &o.threads, "N", "threads; 0: all cores");
-    f.add("patience", "", &o.patience, "SECONDS", "how long to wait before each process while the machine does not reach its rate");
+    f.add("runs", "", &o.runs, "N", "processes of each contestant, taken in turns").range(1, 1000);
+    f.add("steps", "", &o.steps, "N", "timed steps of each process").range(1, 1e6);
+    f.add("threads", "", &o.threads, "N", "threads; 0: all cores").range(0, 4096);
+    f.add("patience", "", &o.patience, "SECONDS",
+          "how long to wait before each process while the machine does not reach its rate")
+        .range(0, 1e6);
     f.add("python", "", &o.python, "FILES", "the Python that has PyTorch, or several");
     f.add("llmc", "", &o.llmc, "DIR", "a checkout of llm.c");
     f.add("out", "", &o.out, "FILE", "the tables once more, in Markdown");
     f.parse(argc, argv);
-    if (o.runs < 1 || o.steps < 1) throw UsageError("--runs and --steps: wanted at least 1");
-    if (o.patience < 0) throw UsageError(strf("--patience is %d, wanted 0 or more", o.patience));
-    if (o.threads < 0 || o.threads > 4096) throw UsageError(strf("--threads is %d, wanted 0 to 4096", o.threads));
     if (!o.threads) o.threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
     char self[4096];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
@@ -464,10 +511,13 @@ int bench_all(int argc, char** argv) {
     std::vector<const Row*> rows;
     for (const Row& r : ROWS) {
         bool wanted = o.rows.empty();
-        for (const std::string& part : words_of(o.rows)) wanted |= std::string(r.name).find(part) != std::string::npos;
+        for (const std::string& part : words_of(o.rows))
+            wanted |= std::string(r.name).find(part) != std::string::npos;
         if (wanted) rows.push_back(&r);
     }
-    if (rows.empty()) throw UsageError(strf("--rows: '%s' names none of 124m-4x64, 124m-4x256, 124m-1x1024, char", o.rows.c_str()));
+    if (rows.empty())
+        throw UsageError(
+            strf("--rows: '%s' names none of 124m-4x64, 124m-4x256, 124m-1x1024, char", o.rows.c_str()));
     auto wants = [&](const char* part) { return o.parts.find(part) != std::string::npos; };
 
     Report report;
@@ -477,24 +527,35 @@ int bench_all(int argc, char** argv) {
         Python python = {file};
         if (!version.status) {
             size_t dot = version.text.find('.');
-            python.name += " " + version.text.substr(0, version.text.find_first_not_of("0123456789", dot + 1));
+            python.name +=
+                " " + version.text.substr(0, version.text.find_first_not_of("0123456789", dot + 1));
             python.missing = "", python.is_old = atoi(version.text.c_str()) < 2;
         }
-        report.add(version.status ? strf("PyTorch: not installed for %s (python3 -m pip install torch, or PYTHON=a Python that has it)\n", file.c_str())
+        report.add(version.status ? strf("PyTorch: not installed for %s (python3 -m pip install torch, or "
+                                         "PYTHON=a Python that has it)\n",
+                                         file.c_str())
                                   : "PyTorch " + version.text);
         o.pythons.push_back(python);
     }
-    report.add(o.llmc.empty() ? "llm.c: not installed (git clone https://github.com/karpathy/llm.c, then LLMC=path/to/llm.c)\n\n" : "llm.c: " + o.llmc + "\n\n");
-    report.add("| threads | fp32 multiply-add | bf16 dot product | memory read | memory, AdamW's pattern | others |\n| --- | --- | --- | --- | --- | --- |\n");
+    report.add(o.llmc.empty() ? "llm.c: not installed (git clone https://github.com/karpathy/llm.c, then "
+                                "LLMC=path/to/llm.c)\n\n"
+                              : "llm.c: " + o.llmc + "\n\n");
+    report.add(
+        "| threads | fp32 multiply-add | bf16 dot product | memory read | memory, AdamW's pattern | others "
+        "|\n| --- | --- | --- | --- | --- | --- |\n");
     if (o.threads > 1) measure_peak(o, 1, report);
     Peak peak = measure_peak(o, o.threads, report);
     if (wants("steps"))
         for (const Row* r : rows) bench_steps(o, *r, peak, report);
     if (wants("sampling")) bench_sampling(o, report);
     if (wants("scaling")) bench_scaling(o, rows, report);
-    report.add(strf("\nMedians (least to most) of %d processes x %d steps, in turns. 'others': the share of the processors that other programs took, or the "
-                    "host by what the rate of multiply-adds fell short just before or after; runs above %.0f%% count only where there is no quieter one "
-                    "('busy').\n", o.runs, o.steps, 100 * BUSY));
+    report.add(
+        strf("\nMedians (least to most) of %d processes x %d steps, in turns. 'others': the share of the "
+             "processors that other programs took, or the "
+             "host by what the rate of multiply-adds fell short just before or after; runs above %.0f%% "
+             "count only where there is no quieter one "
+             "('busy').\n",
+             o.runs, o.steps, 100 * BUSY));
     make_dirs(dirname_of(o.out));
     AtomicFile file(o.out);
     file.write(report.text);
@@ -507,7 +568,8 @@ int bench_all(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     std::string what = argc > 1 ? argv[1] : "";
-    if (what == "step" || what == "sample") machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 run; the peers keep their own ways
+    if (what == "step" || what == "sample")
+        machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 run; the peers keep their own ways
     return run_main("bench", [&] {
         if (what == "step" && argc == 5) return work_step(find_row(argv[2]), argv[3], atoi(argv[4]));
         if (what == "sample" && argc == 5) return work_sample(argv[2], atoi(argv[3]), atoi(argv[4]));

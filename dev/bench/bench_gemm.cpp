@@ -2,11 +2,11 @@
 //
 // The three products of a linear layer, X (M,K), W (N,K), Y (M,N), all row-major:
 //     Y = X W^T + b      dX = dY W      dW += dY^T X
-// Everyone gets the same arrays in memory, packs them anew at every call, and takes turns: A B C A B C ... With --copies
-// the arrays are others at each call, so that they come from memory, as in a training step. The machine's peak takes its turn
-// too: clocks and neighbours change within a minute. Figures are medians, shares of the peak and ratios those of single turns.
-// In bf16 the operands are bf16 and the result fp32. OpenBLAS adds no bias.
-// All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
+// Everyone gets the same arrays in memory, packs them anew at every call, and takes turns: A B C A B C ...
+// With --copies the arrays are others at each call, so that they come from memory, as in a training step. The
+// machine's peak takes its turn too: clocks and neighbours change within a minute. Figures are medians,
+// shares of the peak and ratios those of single turns. In bf16 the operands are bf16 and the result fp32.
+// OpenBLAS adds no bias. All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
 #include "bench.h"
 #include "lib/flags.h"
 #include "lib/gemm_internal.h"
@@ -40,11 +40,13 @@ struct Shape {
 };
 // What GPT-2 124M and the character model multiply, and small and odd sizes.
 const Shape SHAPES[] = {
-    {256, 768, 2304, "124m"},   {256, 768, 768, "124m"},    {256, 768, 3072, "124m"},   {256, 3072, 768, "124m"},  {256, 768, 50304, "124m"},
-    {1024, 768, 2304, "124m"},  {1024, 768, 768, "124m"},   {1024, 768, 3072, "124m"},  {1024, 3072, 768, "124m"}, {1024, 768, 50304, "124m"},
-    {4096, 384, 1152, "char"},  {4096, 384, 384, "char"},   {4096, 384, 1536, "char"},  {4096, 1536, 384, "char"}, {4096, 384, 64, "char"},
-    {37, 64, 37, "small"},      {64, 64, 64, "small"},      {37, 768, 768, "small"},    {148, 128, 64, "small"},   {100, 300, 200, "small"},
-    {255, 767, 769, "small"},
+    {256, 768, 2304, "124m"},   {256, 768, 768, "124m"},   {256, 768, 3072, "124m"},
+    {256, 3072, 768, "124m"},   {256, 768, 50304, "124m"}, {1024, 768, 2304, "124m"},
+    {1024, 768, 768, "124m"},   {1024, 768, 3072, "124m"}, {1024, 3072, 768, "124m"},
+    {1024, 768, 50304, "124m"}, {4096, 384, 1152, "char"}, {4096, 384, 384, "char"},
+    {4096, 384, 1536, "char"},  {4096, 1536, 384, "char"}, {4096, 384, 64, "char"},
+    {37, 64, 37, "small"},      {64, 64, 64, "small"},     {37, 768, 768, "small"},
+    {148, 128, 64, "small"},    {100, 300, 200, "small"},  {255, 767, 769, "small"},
 };
 
 // An array in both types; values in [-1, 1).
@@ -52,17 +54,22 @@ struct Array {
     size_t n;
     float* f;
     uint16_t* h;
-    Array(size_t n_, uint32_t stream) : n(n_), f((float*)machine::allocate(n * 4, "benchmark")), h((uint16_t*)machine::allocate(n * 2, "benchmark")) {
+    Array(size_t n_, uint32_t stream)
+        : n(n_),
+          f((float*)machine::allocate(n * 4, "benchmark")),
+          h((uint16_t*)machine::allocate(n * 2, "benchmark")) {
         rng::Key key(1, stream, rng::SAMPLE);
 #pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < n; i++) f[i] = (float)(int32_t)key.u32(i) * 0x1p-31f, h[i] = float_to_bf16(f[i]);
+        for (size_t i = 0; i < n; i++)
+            f[i] = (float)(int32_t)key.u32(i) * 0x1p-31f, h[i] = float_to_bf16(f[i]);
     }
     ~Array() { machine::release(f, n * 4), machine::release(h, n * 2); }
     Array(const Array&) = delete;
     Array& operator=(const Array&) = delete;
 };
 
-// The product as C (m,n) = A (m,k) B (k,n), element A(i,k) at A[i*am + k*ak]: what all interfaces come down to.
+// The product as C (m,n) = A (m,k) B (k,n), element A(i,k) at A[i*am + k*ak]: what all interfaces come down
+// to.
 struct Product {
     size_t m, n, k, am, ak, bk, bn;
     const Array *A, *B;
@@ -85,8 +92,10 @@ Call onednn([[maybe_unused]] const Product& p, [[maybe_unused]] bool bf16) {
     static engine cpu(engine::kind::cpu, 0);
     static stream stream_(cpu);
     auto type = bf16 ? memory::data_type::bf16 : memory::data_type::f32;
-    memory::desc a({(D)p.m, (D)p.k}, type, memory::dims{(D)p.am, (D)p.ak}), b({(D)p.k, (D)p.n}, type, memory::dims{(D)p.bk, (D)p.bn});
-    memory::desc c({(D)p.m, (D)p.n}, memory::data_type::f32, memory::dims{(D)p.n, 1}), bias({1, (D)p.n}, memory::data_type::f32, memory::dims{(D)p.n, 1});
+    memory::desc a({(D)p.m, (D)p.k}, type, memory::dims{(D)p.am, (D)p.ak}),
+        b({(D)p.k, (D)p.n}, type, memory::dims{(D)p.bk, (D)p.bn});
+    memory::desc c({(D)p.m, (D)p.n}, memory::data_type::f32, memory::dims{(D)p.n, 1}),
+        bias({1, (D)p.n}, memory::data_type::f32, memory::dims{(D)p.n, 1});
     primitive_attr attr;
     if (p.accumulate) {
         post_ops ops;
@@ -94,14 +103,16 @@ Call onednn([[maybe_unused]] const Product& p, [[maybe_unused]] bool bf16) {
         attr.set_post_ops(ops);
     }
 #if DNNL_VERSION_MAJOR >= 3
-    auto pd = p.bias ? matmul::primitive_desc(cpu, a, b, bias, c, attr) : matmul::primitive_desc(cpu, a, b, c, attr);
+    auto pd = p.bias ? matmul::primitive_desc(cpu, a, b, bias, c, attr)
+                     : matmul::primitive_desc(cpu, a, b, c, attr);
 #else
     auto pd = matmul::primitive_desc(p.bias ? matmul::desc(a, b, bias, c) : matmul::desc(a, b, c), attr, cpu);
 #endif
     matmul product(pd);
     auto at = [](const memory::desc& d, const void* data) { return memory(d, cpu, const_cast<void*>(data)); };
     std::unordered_map<int, memory> args = {{DNNL_ARG_SRC, at(a, bf16 ? (void*)p.A->h : p.A->f)},
-                                            {DNNL_ARG_WEIGHTS, at(b, bf16 ? (void*)p.B->h : p.B->f)}, {DNNL_ARG_DST, at(c, p.C)}};
+                                            {DNNL_ARG_WEIGHTS, at(b, bf16 ? (void*)p.B->h : p.B->f)},
+                                            {DNNL_ARG_DST, at(c, p.C)}};
     if (p.bias) args.insert({DNNL_ARG_BIAS, at(bias, p.bias)});
     return [=] { product.execute(stream_, args), stream_.wait(); };
 #else
@@ -114,16 +125,16 @@ Call openblas([[maybe_unused]] const Product& p) {
     auto trans = [](size_t inner) { return inner == 1 ? CblasNoTrans : CblasTrans; };
     int lda = (int)std::max(p.am, p.ak), ldb = (int)std::max(p.bk, p.bn);
     return [=] {
-        cblas_sgemm(CblasRowMajor, trans(p.ak), trans(p.bn), (int)p.m, (int)p.n, (int)p.k, 1, p.A->f, lda, p.B->f, ldb, p.accumulate ? 1.0f : 0.0f, p.C,
-                    (int)p.n);
+        cblas_sgemm(CblasRowMajor, trans(p.ak), trans(p.bn), (int)p.m, (int)p.n, (int)p.k, 1, p.A->f, lda,
+                    p.B->f, ldb, p.accumulate ? 1.0f : 0.0f, p.C, (int)p.n);
     };
 #else
     return nullptr;
 #endif
 }
 
-// GFLOP/s of each contestant, its share of the peak, and ours over it; also the largest relative L2 distance of a result from ours, so that nobody wins by computing
-// something else.
+// GFLOP/s of each contestant, its share of the peak, and ours over it; also the largest relative L2 distance
+// of a result from ours, so that nobody wins by computing something else.
 struct Result {
     Samples gflops[CONTESTANTS], share[CONTESTANTS], ours_over[CONTESTANTS];
     double distance = 0;
@@ -137,13 +148,17 @@ struct Operands {
 
     static size_t a_size(const Shape& s, Form form) { return form == FORWARD ? s.M * s.K : s.M * s.N; }
     static size_t b_size(const Shape& s, Form form) { return form == DW ? s.M * s.K : s.N * s.K; }
-    static size_t c_size(const Shape& s, Form form) { return form == FORWARD ? s.M * s.N : form == DX ? s.M * s.K : s.N * s.K; }
-    Operands(const Shape& s, Form form) : A(a_size(s, form), 1), B(b_size(s, form), 2), bias(s.N, 3), C(c_size(s, form), 4) {
+    static size_t c_size(const Shape& s, Form form) {
+        return form == FORWARD ? s.M * s.N : form == DX ? s.M * s.K : s.N * s.K;
+    }
+    Operands(const Shape& s, Form form)
+        : A(a_size(s, form), 1), B(b_size(s, form), 2), bias(s.N, 3), C(c_size(s, form), 4) {
         size_t M = s.M, K = s.K, N = s.N;
         p = form == FORWARD ? Product{M, N, K, K, 1, 1, K, &A, &B, C.f, bias.f, false}
             : form == DX    ? Product{M, K, N, N, 1, K, 1, &A, &B, C.f, nullptr, false}
                             : Product{N, K, M, 1, N, K, 1, &A, &B, C.f, nullptr, true};
-        call = {ours(FP32, p, A.f, B.f), onednn(p, false), openblas(p), bench::BF16_DOT ? ours(BF16, p, A.h, B.h) : nullptr,
+        call = {ours(FP32, p, A.f, B.f), onednn(p, false), openblas(p),
+                bench::BF16_DOT ? ours(BF16, p, A.h, B.h) : nullptr,
                 bench::BF16_DOT ? onednn(p, true) : nullptr};
     }
 };
@@ -164,7 +179,8 @@ Result race(const Shape& s, Form form, int runs, int copies, int threads) {
         if (w.empty()) w.assign(p.C, p.C + out);
         double diff = 0, norm = 0;
         for (size_t i = 0; i < out; i++) {
-            double c = (double)p.C[i] + (who == OPENBLAS && p.bias ? (double)p.bias[i % s.N] : 0), d = c - (double)w[i];
+            double c = (double)p.C[i] + (who == OPENBLAS && p.bias ? (double)p.bias[i % s.N] : 0),
+                   d = c - (double)w[i];
             diff += d * d, norm += (double)w[i] * w[i];
         }
         r.distance = std::max(r.distance, std::sqrt(diff / norm));
@@ -173,13 +189,16 @@ Result race(const Shape& s, Form form, int runs, int copies, int threads) {
         repeats[who] = (size_t)std::max(1.0, 4e-3 / (bench::now() - t0));  // a sample lasts 4 ms at least
     }
     for (int run = 0; run < runs; run++) {
-        double g[CONTESTANTS] = {}, peak[2] = {bench::fma_flops(threads) / 1e9, bench::bf16_flops(threads) / 1e9};
+        double g[CONTESTANTS] = {},
+               peak[2] = {bench::fma_flops(threads) / 1e9, bench::bf16_flops(threads) / 1e9};
         for (int who = 0; who < CONTESTANTS; who++) {
             if (!sets[0]->call[who]) continue;
             double t0 = bench::now();
             for (size_t i = 0; i < repeats[who]; i++) sets[turn++ % sets.size()]->call[who]();
-            g[who] = 2e-9 * (double)s.M * (double)s.K * (double)s.N * (double)repeats[who] / (bench::now() - t0);
-            r.gflops[who].add(g[who]), r.share[who].add(g[who] / peak[is_bf16(who)]), r.ours_over[who].add(g[ours_like(who)] / g[who]);
+            g[who] =
+                2e-9 * (double)s.M * (double)s.K * (double)s.N * (double)repeats[who] / (bench::now() - t0);
+            r.gflops[who].add(g[who]), r.share[who].add(g[who] / peak[is_bf16(who)]),
+                r.ours_over[who].add(g[ours_like(who)] / g[who]);
         }
     }
     return r;
@@ -192,17 +211,22 @@ int main(int argc, char** argv) {
         int runs = 9, copies = 1, most_threads = std::min(2, omp_get_max_threads()), only_threads = 0;
         std::string only;
         Flags f("bench_gemm", "times matrix products");
-        f.add("runs", "", &runs, "N", "samples of each, taken in turns");
+        f.add("runs", "", &runs, "N", "samples of each, taken in turns").range(1, 1e6);
         f.add("shapes", "", &only, "NAME", "124m, char or small; \"\": all");
-        f.add("copies", "", &copies, "N", "sets of operands, taken in turn: 1 stays in the cache; 11 of GPT-2 124M's come from memory");
-        f.add("threads", "", &only_threads, "N", "0: 1, then 2");
+        f.add("copies", "", &copies, "N",
+              "sets of operands, taken in turn: 1 stays in the cache; 11 of GPT-2 124M's come from memory")
+            .range(1, 1000);
+        f.add("threads", "", &only_threads, "N", "0: 1, then 2").range(0, 4096);
         f.parse(argc, argv);
         for (const char* v : {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"})
-            if (getenv(v)) fail("%s=%s binds OpenBLAS to other kernels than this machine's; unset it (make bench-gemm does)", v, getenv(v));
-        if (runs < 1) throw UsageError(strf("--runs is %d, wanted at least 1", runs));
-        if (copies < 1) throw UsageError(strf("--copies is %d, wanted at least 1", copies));
+            if (getenv(v))
+                fail(
+                    "%s=%s binds OpenBLAS to other kernels than this machine's; unset it (make bench-gemm "
+                    "does)",
+                    v, getenv(v));
 #if defined(HAVE_DNNL) && defined(HAVE_OPENBLAS)
-        printf("peers: oneDNN %d.%d.%d, %s\n", dnnl_version()->major, dnnl_version()->minor, dnnl_version()->patch, openblas_get_config());
+        printf("peers: oneDNN %d.%d.%d, %s\n", dnnl_version()->major, dnnl_version()->minor,
+               dnnl_version()->patch, openblas_get_config());
 #endif
 #ifndef HAVE_DNNL
         printf("oneDNN: not installed (sudo apt-get install libdnnl-dev)\n");
@@ -211,17 +235,26 @@ int main(int argc, char** argv) {
         printf("OpenBLAS: not installed (sudo apt-get install libopenblas-openmp-dev)\n");
 #endif
         double worst[2][2] = {{9, 9}, {9, 9}};  // by threads, type: ours against the better of its peers
-        for (int n = only_threads ? only_threads : 1; n <= (only_threads ? only_threads : most_threads); n++) {
+        for (int n = only_threads ? only_threads : 1; n <= (only_threads ? only_threads : most_threads);
+             n++) {
             omp_set_num_threads(n);
 #ifdef HAVE_OPENBLAS
             openblas_set_num_threads(n);
 #endif
             Samples fma, dot;
-            for (int i = 0; i < 15; i++) fma.add(bench::fma_flops(n) / 1e9), dot.add(bench::bf16_flops(n) / 1e9);
-            printf("\n%d thread%s: peak %.0f GFLOP/s fp32 (%.0f to %.0f), ", n, n > 1 ? "s" : "", fma.median(), fma.min(), fma.max());
-            printf(bench::BF16_DOT ? "%.0f bf16 (%.0f to %.0f) at first\n" : "no bf16 dot product\n", dot.median(), dot.min(), dot.max());
-            printf("GFLOP/s, share of peak, (fewest to most of %d); 'x' ours against the better peer\n%5s %5s %5s %-8s", runs, "M", "K", "N", "");
-            for (int who = 0; who < CONTESTANTS; who++) printf(" | %-24s%s", strf("%s %s", WHO_NAME[who], is_bf16(who) ? "bf16" : "fp32").c_str(), who == OPENBLAS || who == ONEDNN_BF16 ? " |    x" : "");
+            for (int i = 0; i < 15; i++)
+                fma.add(bench::fma_flops(n) / 1e9), dot.add(bench::bf16_flops(n) / 1e9);
+            printf("\n%d thread%s: peak %.0f GFLOP/s fp32 (%.0f to %.0f), ", n, n > 1 ? "s" : "",
+                   fma.median(), fma.min(), fma.max());
+            printf(bench::BF16_DOT ? "%.0f bf16 (%.0f to %.0f) at first\n" : "no bf16 dot product\n",
+                   dot.median(), dot.min(), dot.max());
+            printf(
+                "GFLOP/s, share of peak, (fewest to most of %d); 'x' ours against the better peer\n%5s %5s "
+                "%5s %-8s",
+                runs, "M", "K", "N", "");
+            for (int who = 0; who < CONTESTANTS; who++)
+                printf(" | %-24s%s", strf("%s %s", WHO_NAME[who], is_bf16(who) ? "bf16" : "fp32").c_str(),
+                       who == OPENBLAS || who == ONEDNN_BF16 ? " |    x" : "");
             printf("\n");
             for (const Shape& s : SHAPES)
                 for (Form form : {FORWARD, DX, DW}) {
@@ -231,18 +264,24 @@ int main(int argc, char** argv) {
                     double x = NAN;  // ours over the better peer
                     for (int who = 0; who < CONTESTANTS; who++) {
                         const Samples& g = r.gflops[who];
-                        printf(" | %-24s", g.empty() ? "-" : strf("%6.1f %3.0f%% (%.0f to %.0f)", g.median(), 100 * r.share[who].median(), g.min(), g.max()).c_str());
+                        printf(" | %-24s", g.empty() ? "-"
+                                                     : strf("%6.1f %3.0f%% (%.0f to %.0f)", g.median(),
+                                                            100 * r.share[who].median(), g.min(), g.max())
+                                                           .c_str());
                         x = who == ours_like(who) ? NAN : std::fmin(x, r.ours_over[who].median());
                         if (who != OPENBLAS && who != ONEDNN_BF16) continue;
                         printf(x > 0 ? " | %4.2f" : " |    -", x);
                         double& least = worst[n > 1][is_bf16(who)];
                         least = std::fmin(least, x);
                     }
-                    printf("%s\n", r.distance > 1e-3 ? strf("  results differ: %.2g", r.distance).c_str() : "");
+                    printf("%s\n",
+                           r.distance > 1e-3 ? strf("  results differ: %.2g", r.distance).c_str() : "");
                     fflush(stdout);
                 }
             for (int half = 0; half < 2; half++)
-                if (worst[n > 1][half] < 9) printf("smallest x, %s, %d thread%s: %.2f\n", half ? "bf16" : "fp32", n, n > 1 ? "s" : "", worst[n > 1][half]);
+                if (worst[n > 1][half] < 9)
+                    printf("smallest x, %s, %d thread%s: %.2f\n", half ? "bf16" : "fp32", n, n > 1 ? "s" : "",
+                           worst[n > 1][half]);
         }
         return 0;
     });

@@ -35,7 +35,9 @@ inline std::string shown(std::string s) {
         if ((unsigned char)c < 32 || c == 127) c = '?';
     return s.size() <= 80 ? s : s.substr(0, 77) + "...";
 }
-inline std::string shown(const Json& j) { return shown(j.dump(-1, ' ', true, Json::error_handler_t::replace)); }
+inline std::string shown(const Json& j) {
+    return shown(j.dump(-1, ' ', true, Json::error_handler_t::replace));
+}
 
 // Parses `text`; depth and count are limited, and a key that stands twice in one object is an error,
 // because readers disagree about which of the two counts.
@@ -44,7 +46,8 @@ inline Json parse_json(const std::string& text, const std::string& where) {
     size_t values = 0;
     auto check = [&](int depth, Json::parse_event_t event, Json& value) {
         if (depth > MAX_JSON_DEPTH) fail("%s: JSON is nested deeper than %d", where.c_str(), MAX_JSON_DEPTH);
-        if (++values > MAX_JSON_VALUES) fail("%s: JSON has more than %zu values", where.c_str(), MAX_JSON_VALUES);
+        if (++values > MAX_JSON_VALUES)
+            fail("%s: JSON has more than %zu values", where.c_str(), MAX_JSON_VALUES);
         if (event == Json::parse_event_t::object_start) open_objects.emplace_back();
         if (event == Json::parse_event_t::object_end) open_objects.pop_back();
         if (event == Json::parse_event_t::key && !open_objects.back().insert(value.get<std::string>()).second)
@@ -62,7 +65,8 @@ inline Json parse_json(const std::string& text, const std::string& where) {
 
 inline std::string read_text(const std::string& path) {
     Reader file(path);
-    if (file.size > MAX_TEXT) fail("%s: has %llu bytes, wanted at most %llu", path.c_str(), (ull)file.size, (ull)MAX_TEXT);
+    if (file.size > MAX_TEXT)
+        fail("%s: has %llu bytes, wanted at most %llu", path.c_str(), (ull)file.size, (ull)MAX_TEXT);
     return file.rest();
 }
 
@@ -83,7 +87,8 @@ class JsonFile {
     int size(const char* name, const char* alias, int most) const {
         const Json *a = find(name), *b = find(alias);
         if (a && b && *a != *b)
-            fail("%s: %s is %s, but %s is %s", path.c_str(), name, shown(*a).c_str(), alias, shown(*b).c_str());
+            fail("%s: %s is %s, but %s is %s", path.c_str(), name, shown(*a).c_str(), alias,
+                 shown(*b).c_str());
         if (!a) a = b;
         if (!a) fail("%s: %s is missing, wanted a whole number", path.c_str(), name);
         if (!a->is_number_unsigned() || a->get<uint64_t>() < 1 || a->get<uint64_t>() > (uint64_t)most)
@@ -130,9 +135,9 @@ inline std::string shape_text(const std::vector<uint64_t>& shape) {
 
 // Bytes per number; 0 for the formats that only other models use.
 inline uint64_t dtype_bytes(const std::string& dtype) {
-    static const std::map<std::string, uint64_t> bytes = {{"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4},
-                                                          {"F16", 2}, {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1},
-                                                          {"BOOL", 1}};
+    static const std::map<std::string, uint64_t> bytes = {
+        {"F64", 8},  {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2},
+        {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
     auto it = bytes.find(dtype);
     return it == bytes.end() ? 0 : it->second;
 }
@@ -149,7 +154,8 @@ inline float f16_to_float(uint16_t h) {
 
 // Reads and checks a header: every tensor's bytes lie inside the file's `data_bytes`, are as many as its
 // shape says, and belong to no other tensor. Gaps are allowed.
-inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_bytes, const std::string& where) {
+inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_bytes,
+                                        const std::string& where) {
     Json header = parse_json(text, where + ": header");
     if (!header.is_object()) fail("%s: header is %s, wanted an object", where.c_str(), shown(header).c_str());
     std::vector<Tensor> tensors;
@@ -160,35 +166,41 @@ inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_b
         std::string at = where + ": tensor " + shown(t.name);
         const Json& j = entry.value();
         auto part = [&](const char* name) -> const Json& {
-            if (!j.is_object() || !j.contains(name)) fail("%s: %s is missing in the header", at.c_str(), name);
+            if (!j.is_object() || !j.contains(name))
+                fail("%s: %s is missing in the header", at.c_str(), name);
             return j[name];
         };
         auto whole_numbers = [&](const char* name) {
             const Json& list = part(name);
             bool good = list.is_array();
             for (const Json& d : list) good = good && d.is_number_unsigned();
-            if (!good) fail("%s: %s is %s, wanted a list of whole numbers", at.c_str(), name, shown(list).c_str());
+            if (!good)
+                fail("%s: %s is %s, wanted a list of whole numbers", at.c_str(), name, shown(list).c_str());
             return list.get<std::vector<uint64_t>>();
         };
-        if (!part("dtype").is_string()) fail("%s: dtype is %s, wanted a string", at.c_str(), shown(part("dtype")).c_str());
+        if (!part("dtype").is_string())
+            fail("%s: dtype is %s, wanted a string", at.c_str(), shown(part("dtype")).c_str());
         t.dtype = part("dtype").get<std::string>();
         t.shape = whole_numbers("shape");
         std::vector<uint64_t> offsets = whole_numbers("data_offsets");
         if (offsets.size() != 2 || offsets[0] > offsets[1])
-            fail("%s: data_offsets is %s, wanted begin and end", at.c_str(), shown(part("data_offsets")).c_str());
+            fail("%s: data_offsets is %s, wanted begin and end", at.c_str(),
+                 shown(part("data_offsets")).c_str());
         t.begin = offsets[0], t.end = offsets[1];
         if (t.end > data_bytes)
-            fail("%s: data_offsets end at %llu, but the file has %llu bytes of data", at.c_str(), (ull)t.end, (ull)data_bytes);
+            fail("%s: data_offsets end at %llu, but the file has %llu bytes of data", at.c_str(), (ull)t.end,
+                 (ull)data_bytes);
         if (uint64_t bytes = dtype_bytes(t.dtype)) {
             for (uint64_t d : t.shape) bytes = checked_mul(bytes, d, (at + ": shape").c_str());
             if (bytes != t.end - t.begin)
-                fail("%s: data_offsets span %llu bytes, wanted %llu for %s %s", at.c_str(), (ull)(t.end - t.begin), (ull)bytes,
-                     t.dtype.c_str(), shape_text(t.shape).c_str());
+                fail("%s: data_offsets span %llu bytes, wanted %llu for %s %s", at.c_str(),
+                     (ull)(t.end - t.begin), (ull)bytes, t.dtype.c_str(), shape_text(t.shape).c_str());
         }
         tensors.push_back(std::move(t));
     }
-    std::sort(tensors.begin(), tensors.end(),
-              [](const Tensor& a, const Tensor& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
+    std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) {
+        return std::tie(a.begin, a.end) < std::tie(b.begin, b.end);
+    });
     for (size_t i = 1; i < tensors.size(); i++)
         if (tensors[i].begin < tensors[i - 1].end)
             fail("%s: tensors %s and %s overlap", where.c_str(), shown(tensors[i - 1].name).c_str(),
@@ -205,10 +217,12 @@ inline std::string shell_word(const std::string& text) {
     return s + "'";
 }
 
-// clone() because tensors that share memory, as tied ones do, cannot be saved; glob because there may be shards.
+// clone() because tensors that share memory, as tied ones do, cannot be saved; glob because there may be
+// shards.
 constexpr const char* FROM_PYTORCH =
     "python3 -c \"import glob, torch; from safetensors.torch import save_file; d = {}; "
-    "[d.update(torch.load(f, map_location='cpu', weights_only=True)) for f in sorted(glob.glob('pytorch_model*.bin'))]; "
+    "[d.update(torch.load(f, map_location='cpu', weights_only=True)) for f in "
+    "sorted(glob.glob('pytorch_model*.bin'))]; "
     "save_file({k: v.clone().contiguous() for k, v in d.items()}, 'model.safetensors', {'format': 'pt'})\"";
 
 // All tensors of a folder: model.safetensors, or the shards that model.safetensors.index.json lists.
@@ -221,9 +235,10 @@ class Safetensors {
         std::string index = path + ".index.json";
         if (file_exists(path)) add_file(path);
         else if (file_exists(index)) add_shards(dir, path = index);
-        else if (file_exists(dir + "/pytorch_model.bin") || file_exists(dir + "/pytorch_model.bin.index.json"))
-            fail("%s: is missing; this makes it from pytorch_model.bin: cd %s && %s", path.c_str(), shell_word(dir).c_str(),
-                 FROM_PYTORCH);
+        else if (file_exists(dir + "/pytorch_model.bin") ||
+                 file_exists(dir + "/pytorch_model.bin.index.json"))
+            fail("%s: is missing; this makes it from pytorch_model.bin: cd %s && %s", path.c_str(),
+                 shell_word(dir).c_str(), FROM_PYTORCH);
         else fail("%s: is missing, and so is model.safetensors.index.json", path.c_str());
     }
     size_t num_files() const { return files_.size(); }
@@ -236,7 +251,8 @@ class Safetensors {
         const Tensor* t = find(name);
         if (!t) fail("%s: tensor %s is missing", path.c_str(), name.c_str());
         if (t->shape.size() != rank)
-            fail("%s: shape is %s, wanted %zu dimensions", at(*t).c_str(), shape_text(t->shape).c_str(), rank);
+            fail("%s: shape is %s, wanted %zu dimensions", at(*t).c_str(), shape_text(t->shape).c_str(),
+                 rank);
         return *t;
     }
     std::string at(const Tensor& t) const { return files_[t.file]->path + ": tensor " + shown(t.name); }
@@ -272,15 +288,19 @@ class Safetensors {
         Reader& file = *files_.back();
         uint64_t length = 0;
         if (file.size >= 8) file.read(&length, 8, "header length");
-        const char lfs[] = "version https://git-lfs";  // what a clone without git-lfs leaves in the file's place
+        const char lfs[] =
+            "version https://git-lfs";  // what a clone without git-lfs leaves in the file's place
         if (memcmp(&length, lfs, 8) == 0)
-            fail("%s: is a Git LFS pointer, not the tensors; fetch them with: git lfs pull", file_path.c_str());
-        if (file.size < 8) fail("%s: has %llu bytes, wanted a header length of 8", file_path.c_str(), (ull)file.size);
+            fail("%s: is a Git LFS pointer, not the tensors; fetch them with: git lfs pull",
+                 file_path.c_str());
+        if (file.size < 8)
+            fail("%s: has %llu bytes, wanted a header length of 8", file_path.c_str(), (ull)file.size);
         if (length > MAX_TEXT)
-            fail("%s: header length is %llu, wanted at most %llu", file_path.c_str(), (ull)length, (ull)MAX_TEXT);
+            fail("%s: header length is %llu, wanted at most %llu", file_path.c_str(), (ull)length,
+                 (ull)MAX_TEXT);
         if (length > file.size - 8)
-            fail("%s: truncated: header length is %llu, but %llu bytes follow", file_path.c_str(), (ull)length,
-                 (ull)(file.size - 8));
+            fail("%s: truncated: header length is %llu, but %llu bytes follow", file_path.c_str(),
+                 (ull)length, (ull)(file.size - 8));
         std::string text(length, '\0');
         file.read(&text[0], length, "header");
         data_start_.push_back(8 + length);
@@ -296,14 +316,16 @@ class Safetensors {
     void add_shards(const std::string& dir, const std::string& index_path) {
         JsonFile index(index_path);
         const Json* map = index.find("weight_map");
-        if (!map || !map->is_object() || map->empty()) fail("%s: weight_map is missing or empty", index_path.c_str());
+        if (!map || !map->is_object() || map->empty())
+            fail("%s: weight_map is missing or empty", index_path.c_str());
         std::map<std::string, std::string> shard_of;
         std::set<std::string> shards;
         for (auto& entry : map->items()) {
             std::string shard = entry.value().is_string() ? entry.value().get<std::string>() : "";
-            if (shard.empty() || shard[0] == '.' || shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos)
-                fail("%s: weight_map of %s is %s, wanted a file name", index_path.c_str(), shown(entry.key()).c_str(),
-                     shown(entry.value()).c_str());
+            if (shard.empty() || shard[0] == '.' || shard.find('/') != std::string::npos ||
+                shard.find('\0') != std::string::npos)
+                fail("%s: weight_map of %s is %s, wanted a file name", index_path.c_str(),
+                     shown(entry.key()).c_str(), shown(entry.value()).c_str());
             shard_of[entry.key()] = shard;
             shards.insert(shard);
         }
@@ -316,8 +338,8 @@ class Safetensors {
         for (auto& entry : tensors) held.insert({files_[entry.second.file]->path, entry.second.name});
         for (auto& entry : shard_of)
             if (!held.count({dir + "/" + entry.second, entry.first}))
-                fail("%s: weight_map places %s in %s, which lacks it", index_path.c_str(), shown(entry.first).c_str(),
-                     shown(entry.second).c_str());
+                fail("%s: weight_map places %s in %s, which lacks it", index_path.c_str(),
+                     shown(entry.first).c_str(), shown(entry.second).c_str());
     }
 
     std::vector<std::unique_ptr<Reader>> files_;
@@ -440,8 +462,11 @@ struct ActivationName {
     Activation kind;
 };
 // The first name of each kind is the one that to_hf writes.
-constexpr ActivationName ACTIVATIONS[] = {{"gelu_new", GELU_TANH}, {"gelu_pytorch_tanh", GELU_TANH}, {"gelu_fast", GELU_TANH},
-                                          {"gelu", GELU_ERF},      {"gelu_python", GELU_ERF}};
+constexpr ActivationName ACTIVATIONS[] = {{"gelu_new", GELU_TANH},
+                                          {"gelu_pytorch_tanh", GELU_TANH},
+                                          {"gelu_fast", GELU_TANH},
+                                          {"gelu", GELU_ERF},
+                                          {"gelu_python", GELU_ERF}};
 
 // What config.json says alone: refuses by name whatever our model does not compute.
 inline Config config_from_json(const JsonFile& f) {
@@ -461,10 +486,13 @@ inline Config config_from_json(const JsonFile& f) {
     struct {
         const char* name;
         bool implemented;  // and the value where the field is absent
-    } flags[] = {{"scale_attn_weights", true}, {"scale_attn_by_inverse_layer_idx", false}, {"add_cross_attention", false}};
+    } flags[] = {{"scale_attn_weights", true},
+                 {"scale_attn_by_inverse_layer_idx", false},
+                 {"add_cross_attention", false}};
     for (auto& flag : flags)
         if (f.flag(flag.name, flag.implemented) != flag.implemented)
-            f.wrong(flag.name, !flag.implemented, strf("%s (the other is not implemented)", flag.implemented ? "true" : "false"));
+            f.wrong(flag.name, !flag.implemented,
+                    strf("%s (the other is not implemented)", flag.implemented ? "true" : "false"));
     double eps = f.number("layer_norm_epsilon", LAYERNORM_EPS);
     c.eps = eps > 0 && eps <= 1 ? (float)eps : 0;
     if (c.eps == 0) f.wrong("layer_norm_epsilon", eps, "a float above 0 and at most 1");
@@ -496,15 +524,17 @@ inline Config config_of(const JsonFile& f, const Safetensors& st) {
         std::string rest;
         blocks = std::max(blocks, block_number(entry.first, &rest) + 1);
     }
-    if (blocks != c.L) fail("%s: n_layer is %d, but %s holds %d blocks", f.path.c_str(), c.L, st.path.c_str(), blocks);
+    if (blocks != c.L)
+        fail("%s: n_layer is %d, but %s holds %d blocks", f.path.c_str(), c.L, st.path.c_str(), blocks);
 
     bool emb_norm = st.find("emb_norm.weight"), ln_f = st.find("ln_f.weight");
     if (emb_norm == ln_f)
-        fail("%s: holds %s ln_f.weight (GPT-2) %s emb_norm.weight (GROVER), wanted one of the two", st.path.c_str(),
-             ln_f ? "both" : "neither", ln_f ? "and" : "nor");
+        fail("%s: holds %s ln_f.weight (GPT-2) %s emb_norm.weight (GROVER), wanted one of the two",
+             st.path.c_str(), ln_f ? "both" : "neither", ln_f ? "and" : "nor");
     c.arch = emb_norm ? GROVER_ARCH : GPT2_ARCH;
     if (c.arch == GPT2_ARCH && f.text("model_type", "gpt2") == "aragpt2")
-        fail("%s: model_type is \"aragpt2\" (GROVER), but %s holds ln_f.weight (GPT-2)", f.path.c_str(), st.path.c_str());
+        fail("%s: model_type is \"aragpt2\" (GROVER), but %s holds ln_f.weight (GPT-2)", f.path.c_str(),
+             st.path.c_str());
     check_config(c, f.path.c_str());
     return c;
 }
@@ -513,7 +543,8 @@ inline Config config_of(const JsonFile& f, const Safetensors& st) {
 // initialiser) has GPT-2's published values. end_of_text is -1 where it is not known.
 inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int end_of_text) {
     bool grover = c.arch == GROVER_ARCH;
-    nlohmann::ordered_json eot = end_of_text < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(end_of_text);
+    nlohmann::ordered_json eot =
+        end_of_text < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(end_of_text);
     const char* activation = nullptr;
     for (const ActivationName& a : ACTIVATIONS)
         if (!activation && a.kind == c.activation) activation = a.name;
@@ -565,7 +596,8 @@ inline void check_tensors(const std::vector<Slot>& slots, const Safetensors& st)
         std::vector<uint64_t> want = s.published_shape();
         const Tensor& t = st.need(s.name, want.size());
         if (t.shape != want)
-            fail("%s: shape is %s, wanted %s", st.at(t).c_str(), shape_text(t.shape).c_str(), shape_text(want).c_str());
+            fail("%s: shape is %s, wanted %s", st.at(t).c_str(), shape_text(t.shape).c_str(),
+                 shape_text(want).c_str());
         if (t.dtype != "F32" && t.dtype != "F16" && t.dtype != "BF16")
             fail("%s: dtype is %s, wanted F32, F16 or BF16", st.at(t).c_str(), shown(t.dtype).c_str());
         known.insert(s.name);
@@ -573,7 +605,8 @@ inline void check_tensors(const std::vector<Slot>& slots, const Safetensors& st)
     const Tensor* first = nullptr;
     size_t unknown = 0;
     for (auto& entry : st.tensors)
-        if (!known.count(entry.first) && !is_mask_buffer(entry.first) && unknown++ == 0) first = &entry.second;
+        if (!known.count(entry.first) && !is_mask_buffer(entry.first) && unknown++ == 0)
+            first = &entry.second;
     if (first) {
         std::string more = unknown > 1 ? strf(" (nor are %zu more)", unknown - 1) : "";
         fail("%s: is not part of the model%s", st.at(*first).c_str(), more.c_str());
@@ -585,13 +618,15 @@ inline void check_head(const JsonFile& config, Safetensors& st, const Config& c)
     const Tensor *head = st.find("lm_head.weight"), &wte = st.need("wte.weight", 2);
     bool tied = config.flag("tie_word_embeddings", true);
     if (!head && !tied)
-        fail("%s: tie_word_embeddings is false, but %s has no lm_head.weight", config.path.c_str(), st.path.c_str());
+        fail("%s: tie_word_embeddings is false, but %s has no lm_head.weight", config.path.c_str(),
+             st.path.c_str());
     if (!head) return;
     if (head->shape != wte.shape)
-        fail("%s: shape is %s, wanted %s as wte.weight", st.at(*head).c_str(), shape_text(head->shape).c_str(),
-             shape_text(wte.shape).c_str());
+        fail("%s: shape is %s, wanted %s as wte.weight", st.at(*head).c_str(),
+             shape_text(head->shape).c_str(), shape_text(wte.shape).c_str());
     if (head->dtype != wte.dtype)
-        fail("%s: dtype is %s, wanted %s as wte.weight", st.at(*head).c_str(), shown(head->dtype).c_str(), wte.dtype.c_str());
+        fail("%s: dtype is %s, wanted %s as wte.weight", st.at(*head).c_str(), shown(head->dtype).c_str(),
+             wte.dtype.c_str());
     std::vector<float> a(CHUNK), b(CHUNK);
     size_t size = (size_t)c.V * c.C;
     for (size_t i = 0; i < size; i += CHUNK) {
@@ -599,8 +634,10 @@ inline void check_head(const JsonFile& config, Safetensors& st, const Config& c)
         st.read(*head, i, n, a.data());
         st.read(wte, i, n, b.data());
         if (memcmp(a.data(), b.data(), n * 4) == 0) continue;
-        fail("%s: differs from wte.weight (%s: tie_word_embeddings is %s); a model with its own output matrix is not implemented",
-             st.at(*head).c_str(), config.path.c_str(), tied ? "true" : "false");
+        fail(
+            "%s: differs from wte.weight (%s: tie_word_embeddings is %s); a model with its own output matrix "
+            "is not implemented",
+            st.at(*head).c_str(), config.path.c_str(), tied ? "true" : "false");
     }
 }
 
@@ -648,7 +685,8 @@ inline Summary from_hf(const std::string& dir, const std::string& out, std::stri
 // to_hf
 
 constexpr const char* TOKENIZER_FILES[] = {
-    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"};
+    "vocab.json",       "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json"};
 
 // What goes along with the weights: files to copy, and what config.json takes from them.
 struct Companions {
@@ -658,12 +696,14 @@ struct Companions {
 };
 
 // Token ids of a tokenizer file; each must be a row of wte.
-inline void note_token(Companions* k, const std::string& where, const std::string& token, const Json& id, const Config& c) {
+inline void note_token(Companions* k, const std::string& where, const std::string& token, const Json& id,
+                       const Config& c) {
     if (!id.is_number_unsigned())
-        fail("%s: id of %s is %s, wanted a whole number", where.c_str(), shown(Json(token)).c_str(), shown(id).c_str());
+        fail("%s: id of %s is %s, wanted a whole number", where.c_str(), shown(Json(token)).c_str(),
+             shown(id).c_str());
     if (id.get<uint64_t>() >= (uint64_t)c.V)
-        fail("%s: id of %s is %s, but the model's vocabulary has %d tokens", where.c_str(), shown(Json(token)).c_str(),
-             shown(id).c_str(), c.V);
+        fail("%s: id of %s is %s, but the model's vocabulary has %d tokens", where.c_str(),
+             shown(Json(token)).c_str(), shown(id).c_str(), c.V);
     if (token == "<|endoftext|>") k->end_of_text = id.get<int>();
 }
 
@@ -704,7 +744,8 @@ inline Companions read_companions(const std::string& src, const Config& c) {
     for (const Json& j : *map)
         if (j.is_string()) modules.insert(j.get<std::string>().substr(0, j.get<std::string>().find('.')));
     for (const std::string& m : modules) {
-        if (m.find_first_of("/-") != std::string::npos) continue;  // "owner/repository--module" is fetched from there
+        if (m.find_first_of("/-") != std::string::npos)
+            continue;  // "owner/repository--module" is fetched from there
         k.files.push_back({m + ".py", read_text(src + "/" + m + ".py")});
     }
     return k;
@@ -713,7 +754,8 @@ inline Companions read_companions(const std::string& src, const Config& c) {
 // Writes a safetensors file piece by piece: construct, add() all slots in order, commit().
 class SafetensorsWriter {
   public:
-    SafetensorsWriter(const std::string& path, const std::vector<Slot>& slots, bool bf16) : bf16_(bf16), file_(path) {
+    SafetensorsWriter(const std::string& path, const std::vector<Slot>& slots, bool bf16)
+        : bf16_(bf16), file_(path) {
         nlohmann::ordered_json header;
         header["__metadata__"]["format"] = "pt";
         uint64_t end = 0;
@@ -784,39 +826,50 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
     model.commit();
     for (auto& f : small) f->commit();
 
-    std::string next = strf("python3 -c \"from transformers import GPT2LMHeadModel as M; print(M.from_pretrained('%s'))\"",
-                            dir.c_str());
-    if (c.arch == GROVER_ARCH) next = strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
+    std::string next =
+        strf("python3 -c \"from transformers import GPT2LMHeadModel as M; print(M.from_pretrained('%s'))\"",
+             dir.c_str());
+    if (c.arch == GROVER_ARCH)
+        next = strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
     if (c.arch == GROVER_ARCH && along.auto_map.is_null())
-        next = tokenizer_dir.empty()
-                   ? "transformers has no GROVER of its own; run this again with --tokenizer_dir SRC, the folder that the model came\n"
-                     "      from: its modelling code (auto_map in its config.json) and its tokenizer then go along"
-                   : strf("transformers has no GROVER of its own, and %s/config.json names no modelling code (auto_map); load it\n"
-                          "      with the code that the model's publisher provides", tokenizer_dir.c_str());
+        next = tokenizer_dir.empty() ? "transformers has no GROVER of its own; run this again with "
+                                       "--tokenizer_dir SRC, the folder that the model came\n"
+                                       "      from: its modelling code (auto_map in its config.json) and its "
+                                       "tokenizer then go along"
+                                     : strf(
+                                           "transformers has no GROVER of its own, and %s/config.json names "
+                                           "no modelling code (auto_map); load it\n"
+                                           "      with the code that the model's publisher provides",
+                                           tokenizer_dir.c_str());
     return {c, strf("%s, %s", in.c_str(), bf16 ? "bf16" : "fp32"),
-            strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(), bf16 ? "BF16" : "F32",
-                 human_bytes((double)model.bytes).c_str(), names.c_str()), next};
+            strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(),
+                 bf16 ? "BF16" : "F32", human_bytes((double)model.bytes).c_str(), names.c_str()),
+            next};
 }
 
 inline void print(const Summary& s) {
     const Config& c = s.cfg;
     printf("architecture  %s\n", c.arch == GPT2_ARCH ? "GPT-2" : "GROVER, as AraGPT2-large and -mega");
-    printf("sizes         %d layers, %d heads, %d channels, context %d, vocabulary %d (padded to %d)\n", c.L, c.NH, c.C, c.maxT,
-           c.V, c.Vp);
+    printf("sizes         %d layers, %d heads, %d channels, context %d, vocabulary %d (padded to %d)\n", c.L,
+           c.NH, c.C, c.maxT, c.V, c.Vp);
     printf("activation    GELU, %s form\n", c.activation == GELU_TANH ? "tanh" : "erf");
     printf("LayerNorm     epsilon %s\n", shortest(c.eps).c_str());
     printf("parameters    %s\n", commas(num_params(c) - (size_t)(c.Vp - c.V) * c.C).c_str());
-    printf("read          %s\nwritten       %s\n\nnext: %s\n", s.read.c_str(), s.written.c_str(), s.next.c_str());
+    printf("read          %s\nwritten       %s\n\nnext: %s\n", s.read.c_str(), s.written.c_str(),
+           s.next.c_str());
 }
 
 // ---------------------------------------------------------------------------------------------
 // The program
 
 constexpr const char* EPILOGUE =
-    "from-hf reads DIR/config.json and DIR/model.safetensors (or the shards of model.safetensors.index.json) as\n"
+    "from-hf reads DIR/config.json and DIR/model.safetensors (or the shards of model.safetensors.index.json) "
+    "as\n"
     "Hugging Face publishes gpt2 ... gpt2-xl and aragpt2-base ... -mega. It finds out by itself whether the\n"
-    "model is a GPT-2 or a GROVER (aragpt2-large, -mega), and refuses what the trainer would compute wrongly.\n"
-    "to-hf writes config.json and model.safetensors, so that GPT2LMHeadModel.from_pretrained(\"DIR\") loads them.\n"
+    "model is a GPT-2 or a GROVER (aragpt2-large, -mega), and refuses what the trainer would compute "
+    "wrongly.\n"
+    "to-hf writes config.json and model.safetensors, so that GPT2LMHeadModel.from_pretrained(\"DIR\") loads "
+    "them.\n"
     "\n"
     "Fine-tune a published model and give it back:\n"
     "  ./convert_gpt2 from-hf aragpt2-base aragpt2.bin\n"
@@ -829,21 +882,23 @@ inline int run(int argc, char** argv) {
     Flags f("convert_gpt2", "GPT-2 and AraGPT2 checkpoints from Hugging Face's form and back, bit for bit");
     f.positional(&words, "from-hf DIR out.bin | to-hf in.bin DIR");
     f.section("from-hf");
-    f.add("dtype", "", &dtype, "fp32|bf16", "numbers in out.bin; without it bf16 if DIR has bf16, else fp32");
+    f.add("dtype", "", &dtype, "NAME", "numbers in out.bin; without it bf16 if DIR has bf16, else fp32")
+        .choices({"fp32", "bf16"});
     f.section("to-hf");
-    f.add("tokenizer_dir", "", &tokenizer_dir, "SRC", "also copies the tokenizer (vocab.json, merges.txt, ...) from here");
+    f.add("tokenizer_dir", "", &tokenizer_dir, "SRC",
+          "also copies the tokenizer (vocab.json, merges.txt, ...) from here");
     f.epilogue(EPILOGUE);
     f.parse(argc, argv);
     if (words.empty()) throw UsageError("wanted from-hf DIR out.bin, or to-hf in.bin DIR; --help explains");
     bool from = words[0] == "from-hf", to = words[0] == "to-hf";
-    if (!from && !to) throw UsageError(strf("'%s' is not a command; wanted from-hf or to-hf", words[0].c_str()));
+    if (!from && !to)
+        throw UsageError(strf("'%s' is not a command; wanted from-hf or to-hf", words[0].c_str()));
     if (words.size() != 3)
         throw UsageError(strf("%s takes two names, found %zu: %s", words[0].c_str(), words.size() - 1,
                               from ? "from-hf DIR out.bin" : "to-hf in.bin DIR"));
     if (from && f.given("tokenizer_dir")) throw UsageError("--tokenizer_dir belongs to to-hf");
-    if (to && f.given("dtype")) throw UsageError("--dtype belongs to from-hf; to-hf keeps the numbers as they are");
-    if (f.given("dtype") && dtype != "fp32" && dtype != "bf16")
-        throw UsageError(strf("--dtype is '%s', wanted fp32 or bf16", dtype.c_str()));
+    if (to && f.given("dtype"))
+        throw UsageError("--dtype belongs to from-hf; to-hf keeps the numbers as they are");
     print(from ? from_hf(words[1], words[2], dtype) : to_hf(words[1], words[2], tokenizer_dir));
     return 0;
 }

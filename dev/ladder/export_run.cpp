@@ -1,10 +1,12 @@
-// export_run.cpp - what ./train_gpt2 would start from: its initial weights and its batches, for check_torch.py.
+// export_run.cpp - what ./train_gpt2 would start from: its initial weights and its batches, for
+// check_torch.py.
 //
 //     ./export_run --data out/data --preset char --batch_size 4 --steps 100 -o out/check
 //
-// writes OUT/init.bin, a model file as in gpt2.h, and OUT/batches.bin, a token file as in data/dataloader.h that holds
-// STEPS x B windows of T + 1 tokens: a window's first T tokens are inputs, its last T the targets. With the same data,
-// sizes and seed, ./train_gpt2 begins with these weights and meets these windows in this order.
+// writes OUT/init.bin, a model file as in gpt2.h, and OUT/batches.bin, a token file as in data/dataloader.h
+// that holds STEPS x B windows of T + 1 tokens: a window's first T tokens are inputs, its last T the targets.
+// With the same data, sizes and seed, ./train_gpt2 begins with these weights and meets these windows in this
+// order.
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
 #include "lib/trainer.h"
@@ -17,16 +19,18 @@ int main(int argc, char** argv) {
         Flags f("export_run", "writes the initial weights and the batches of a run of ./train_gpt2");
         f.add("data", "", &data, "DIR", "folder made by ./prepare_data");
         f.add("out", "o", &out, "DIR", "folder for init.bin and batches.bin");
-        f.add("preset", "", &preset, "NAME", "the model's sizes, as for ./train_gpt2");
-        f.add("depth", "", &depth, "L", "layers, instead of the preset's");
-        f.add("heads", "", &heads, "NH", "heads, instead of the preset's");
-        f.add("channels", "", &channels, "C", "width, instead of the preset's");
-        f.add("seq_len", "t", &seq_len, "T", "tokens of context, instead of the preset's");
-        f.add("batch_size", "b", &batch_size, "B", "sequences of a step");
-        f.add("steps", "", &steps, "N", "how many batches");
+        f.add("preset", "", &preset, "NAME", "the model's sizes, as for ./train_gpt2")
+            .choices(preset_names());
+        f.add("depth", "", &depth, "L", "layers, instead of the preset's").range(1, 4096).unset(0);
+        f.add("heads", "", &heads, "NH", "heads, instead of the preset's").range(1, 4096).unset(0);
+        f.add("channels", "", &channels, "C", "width, instead of the preset's").range(1, 1 << 17).unset(0);
+        f.add("seq_len", "t", &seq_len, "T", "tokens of context, instead of the preset's")
+            .range(1, 1 << 20)
+            .unset(0);
+        f.add("batch_size", "b", &batch_size, "B", "sequences of a step").range(1, 1 << 24);
+        f.add("steps", "", &steps, "N", "how many batches").range(1, INT32_MAX);
         f.add("seed", "", &seed, "N", "as for ./train_gpt2");
         f.parse(argc, argv);
-        if (batch_size < 1 || steps < 1) throw UsageError(strf("--batch_size %d --steps %d: wanted at least 1 of each", batch_size, steps));
         Config c = preset_config(preset);
         if (depth) c.L = depth;
         if (heads) c.NH = heads;
@@ -52,8 +56,9 @@ int main(int argc, char** argv) {
             }
         }
         write_tokens(out + "/batches.bin", windows);
-        printf("%s/init.bin: %s, %s parameters\n%s/batches.bin: %d batches of %d x (%zu + 1) tokens\n", out.c_str(), c.text().c_str(), commas(num_params(c)).c_str(),
-               out.c_str(), steps, batch_size, T);
+        printf("%s/init.bin: %s, %s parameters\n%s/batches.bin: %d batches of %d x (%zu + 1) tokens\n",
+               out.c_str(), c.text().c_str(), commas(num_params(c)).c_str(), out.c_str(), steps, batch_size,
+               T);
         return 0;
     });
 }

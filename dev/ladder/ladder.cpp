@@ -1,13 +1,14 @@
 // ladder.cpp - from a bigram table to GPT-2's block, rung by rung: the experiments this project began with.
 //
-// Each row of RUNGS is the row before with one thing more, and the model below reads like the story: forward() from
-// the embedding to the logits, backward() the same lines from the end to the start. The layers are train_gpt2.cpp's;
-// only what GPT-2 does not have stands here, the bigram table and ReLU, and the pieces that a rung can leave out.
-// Rung 8 is the trainer itself (rung8.sh) and rung 9 is fine-tuning (rung9.sh).
+// Each row of RUNGS is the row before with one thing more, and the model below reads like the story:
+// forward() from the embedding to the logits, backward() the same lines from the end to the start. The layers
+// are train_gpt2.cpp's; only what GPT-2 does not have stands here, the bigram table and ReLU, and the pieces
+// that a rung can leave out. Rung 8 is the trainer itself (rung8.sh) and rung 9 is fine-tuning (rung9.sh).
 //
 //     ./ladder --data out/data --rung 0-7 --seeds 3
 //
-// Shapes as in train_gpt2.cpp: B sequences of T tokens, M = B*T rows, C channels, H = hidden * C, V vocabulary.
+// Shapes as in train_gpt2.cpp: B sequences of T tokens, M = B*T rows, C channels, H = hidden * C, V
+// vocabulary.
 #include <sys/wait.h>
 
 #include <chrono>
@@ -31,27 +32,27 @@ namespace ladder {
 // The rungs
 
 struct Rung {
-    const char* name;  // what it adds
-    int heads;         // attention heads; 0: the bigram table alone
-    int blocks;        // of attention and feed-forward, one behind the other
-    int hidden;        // width of the feed-forward layer in multiples of C; 0: none
-    bool residual;     // a part's result is added to what it read, instead of replacing it
-    bool projection;   // each part ends in a linear layer
-    bool layernorm;    // before each part, and at the end
-    float dropout;     // of attention weights and of each part's result
+    const char* name;             // what it adds
+    int heads;                    // attention heads; 0: the bigram table alone
+    int blocks;                   // of attention and feed-forward, one behind the other
+    int hidden;                   // width of the feed-forward layer in multiples of C; 0: none
+    bool residual;                // a part's result is added to what it read, instead of replacing it
+    bool projection;              // each part ends in a linear layer
+    bool layernorm;               // before each part, and at the end
+    float dropout;                // of attention weights and of each part's result
     double post_train, post_val;  // the original post's losses, on its own corpus; 0: not given
 };
 
 constexpr Rung RUNGS[] = {
     //                                             heads blocks hidden residual projection layernorm dropout
-    {"bigram table",                                  0,    0,     0,    false,   false,     false,    0,    0,      0},
-    {"one self-attention head, with positions",       1,    1,     0,    false,   false,     false,    0,    2.5016, 2.5338},
-    {"four smaller heads",                            4,    1,     0,    false,   false,     false,    0,    2.4182, 2.4449},
-    {"feed-forward: linear and ReLU",                 4,    1,     1,    false,   false,     false,    0,    2.3751, 2.3793},
-    {"three blocks of both",                          4,    3,     1,    false,   false,     false,    0,    2.3979, 2.4063},
-    {"residual connections, with projections",        4,    3,     4,    true,    true,      false,    0,    2.2219, 2.1991},
-    {"LayerNorm before each part and at the end",     4,    3,     4,    true,    true,      true,     0,    2.2129, 2.2015},
-    {"dropout 0.2",                                   4,    3,     4,    true,    true,      true,     0.2f, 2.3565, 2.3654},
+    {"bigram table", 0, 0, 0, false, false, false, 0, 0, 0},
+    {"one self-attention head, with positions", 1, 1, 0, false, false, false, 0, 2.5016, 2.5338},
+    {"four smaller heads", 4, 1, 0, false, false, false, 0, 2.4182, 2.4449},
+    {"feed-forward: linear and ReLU", 4, 1, 1, false, false, false, 0, 2.3751, 2.3793},
+    {"three blocks of both", 4, 3, 1, false, false, false, 0, 2.3979, 2.4063},
+    {"residual connections, with projections", 4, 3, 4, true, true, false, 0, 2.2219, 2.1991},
+    {"LayerNorm before each part and at the end", 4, 3, 4, true, true, true, 0, 2.2129, 2.2015},
+    {"dropout 0.2", 4, 3, 4, true, true, true, 0.2f, 2.3565, 2.3654},
 };
 constexpr int NUM_RUNGS = (int)std::size(RUNGS);
 
@@ -81,11 +82,13 @@ inline void relu_backward(float* d, const float* y, size_t n) {
 // The model
 
 struct Weights {
-    float *table, *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *projw, *projb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw, *fcprojb, *lnfw, *lnfb, *headw, *headb;
+    float *table, *wte, *wpe, *ln1w, *ln1b, *qkvw, *qkvb, *projw, *projb, *ln2w, *ln2b, *fcw, *fcb, *fcprojw,
+        *fcprojb, *lnfw, *lnfb, *headw, *headb;
 };
 
-// A parameter tensor: all blocks' matrices (out, in), one behind the other. Initialised as PyTorch does, which the post
-// relied on: embeddings from a standard normal, linear layers (weight and bias) uniform within 1/sqrt(in).
+// A parameter tensor: all blocks' matrices (out, in), one behind the other. Initialised as PyTorch does,
+// which the post relied on: embeddings from a standard normal, linear layers (weight and bias) uniform within
+// 1/sqrt(in).
 struct Tensor {
     enum Init { NORMAL, UNIFORM, ONES, ZEROS };
     const char* name;
@@ -100,12 +103,17 @@ struct Tensor {
 inline std::vector<Tensor> tensors(const Rung& r, size_t V, size_t C, size_t T) {
     if (!r.heads) return {{"table", &Weights::table, 1, V, V, Tensor::NORMAL}};
     size_t L = (size_t)r.blocks, H = (size_t)r.hidden * C;
-    std::vector<Tensor> list = {{"wte", &Weights::wte, 1, V, C, Tensor::NORMAL}, {"wpe", &Weights::wpe, 1, T, C, Tensor::NORMAL}};
-    auto linear = [&](const char* w, float* Weights::*weight, const char* b, float* Weights::*bias, size_t blocks, size_t out, size_t in) {
-        list.push_back({w, weight, blocks, out, in, Tensor::UNIFORM, in}), list.push_back({b, bias, blocks, 1, out, Tensor::UNIFORM, in});
+    std::vector<Tensor> list = {{"wte", &Weights::wte, 1, V, C, Tensor::NORMAL},
+                                {"wpe", &Weights::wpe, 1, T, C, Tensor::NORMAL}};
+    auto linear = [&](const char* w, float* Weights::*weight, const char* b, float* Weights::*bias,
+                      size_t blocks, size_t out, size_t in) {
+        list.push_back({w, weight, blocks, out, in, Tensor::UNIFORM, in}),
+            list.push_back({b, bias, blocks, 1, out, Tensor::UNIFORM, in});
     };
-    auto norm = [&](const char* w, float* Weights::*weight, const char* b, float* Weights::*bias, size_t blocks) {
-        list.push_back({w, weight, blocks, 1, C, Tensor::ONES}), list.push_back({b, bias, blocks, 1, C, Tensor::ZEROS});
+    auto norm = [&](const char* w, float* Weights::*weight, const char* b, float* Weights::*bias,
+                    size_t blocks) {
+        list.push_back({w, weight, blocks, 1, C, Tensor::ONES}),
+            list.push_back({b, bias, blocks, 1, C, Tensor::ZEROS});
     };
     if (r.layernorm) norm("ln1w", &Weights::ln1w, "ln1b", &Weights::ln1b, L);
     linear("qkvw", &Weights::qkvw, "qkvb", &Weights::qkvb, L, 3 * C, C);
@@ -118,9 +126,10 @@ inline std::vector<Tensor> tensors(const Rung& r, size_t V, size_t C, size_t T) 
     return list;
 }
 
-// The gradients of a linear layer Y (M,N) = X (M,K) W^T + b: dX (M,K) is written, dW (N,K) and db (N) are added to.
-inline void linear_backward(float* dX, float* dW, float* db, const float* dY, const float* X, const float* W, size_t M,
-                            size_t K, size_t N) {
+// The gradients of a linear layer Y (M,N) = X (M,K) W^T + b: dX (M,K) is written, dW (N,K) and db (N) are
+// added to.
+inline void linear_backward(float* dX, float* dW, float* db, const float* dY, const float* X, const float* W,
+                            size_t M, size_t K, size_t N) {
     gemm::weight_gradient(dW, db, dY, X, M, K, N, true);
     gemm::input_gradient(dX, dY, W, M, K, N);
 }
@@ -130,9 +139,10 @@ class Model {
     const Rung r;
     const size_t V, C, T, rows;  // T: the context; rows: the largest B*T
     const std::vector<Tensor> list;
-    uint64_t seed = 1337;        // of weights and dropout
+    uint64_t seed = 1337;  // of weights and dropout
 
-    Model(const Rung& rung, size_t V_, size_t C_, size_t T_, size_t B) : r(rung), V(V_), C(C_), T(T_), rows(B * T_), list(tensors(rung, V_, C_, T_)) {
+    Model(const Rung& rung, size_t V_, size_t C_, size_t T_, size_t B)
+        : r(rung), V(V_), C(C_), T(T_), rows(B * T_), list(tensors(rung, V_, C_, T_)) {
         Arena counted, placed;
         place(counted);
         bytes_ = counted.used;
@@ -176,7 +186,9 @@ class Model {
             gemm::forward(a.qkv, in, p_.qkvw + l * 3 * C * C, p_.qkvb + l * 3 * C, M, C, 3 * C);
             attention().forward(a.att, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), 0, scratch_);
             const float* result = a.att;
-            if (r.projection) gemm::forward(result_, a.att, p_.projw + l * C * C, p_.projb + l * C, M, C, C), result = result_;
+            if (r.projection)
+                gemm::forward(result_, a.att, p_.projw + l * C * C, p_.projb + l * C, M, C, C),
+                    result = result_;
             join_forward(a.mid, a.x, result, drop(rng::ATTPROJ_DROPOUT, l));
             if (!r.hidden) continue;
 
@@ -184,7 +196,9 @@ class Model {
             gemm::forward(a.fc, in, p_.fcw + l * H * C, p_.fcb + l * H, M, C, H);
             relu_forward(a.fc, M * H);
             result = a.fc;
-            if (r.projection) gemm::forward(result_, a.fc, p_.fcprojw + l * C * H, p_.fcprojb + l * C, M, H, C), result = result_;
+            if (r.projection)
+                gemm::forward(result_, a.fc, p_.fcprojw + l * C * H, p_.fcprojb + l * C, M, H, C),
+                    result = result_;
             join_forward(a.out, a.mid, result, drop(rng::FCPROJ_DROPOUT, l));
         }
         const float* in = normed(lnf_, meanf_, rstdf_, last(), p_.lnfw, p_.lnfb, 0);
@@ -192,46 +206,59 @@ class Model {
         return logits_;
     }
 
-    // Mean loss in nats; in a training pass the logits become the loss's gradient, which backward() starts from.
+    // Mean loss in nats; in a training pass the logits become the loss's gradient, which backward() starts
+    // from.
     double forward(const int* tokens, const int* targets, size_t B, size_t T_, const Pass& pass) {
         logits(tokens, B, T_, pass);
-        cpu::cross_entropy(losses_, logits_, V, targets, B * T_, V, pass.train ? 1.0f / (float)(B * T_) : 0.0f);
+        cpu::cross_entropy(losses_, logits_, V, targets, B * T_, V,
+                           pass.train ? 1.0f / (float)(B * T_) : 0.0f);
         double sum = 0;
         for (size_t m = 0; m < B * T_; m++) sum += losses_[m];
         return sum / (double)(B * T_);
     }
 
-    // Adds the gradients of the last forward() to grad(). d_ is the gradient of what flows from part to part, from the
-    // last one's result back to the embedding; dread_ that of what a part has read.
+    // Adds the gradients of the last forward() to grad(). d_ is the gradient of what flows from part to part,
+    // from the last one's result back to the embedding; dread_ that of what a part has read.
     void backward() {
         size_t M = B_ * t_, H = hidden();
         if (!r.heads) return bigram_backward(g_.table, logits_, tokens_, M, V);
 
-        linear_backward(r.layernorm ? dread_ : d_, g_.headw, g_.headb, logits_, r.layernorm ? lnf_ : last(), p_.headw, M, C, V);
-        if (r.layernorm) cpu::layernorm_backward(d_, nullptr, g_.lnfw, g_.lnfb, dread_, last(), meanf_, rstdf_, p_.lnfw, M, C, false);
+        linear_backward(r.layernorm ? dread_ : d_, g_.headw, g_.headb, logits_, r.layernorm ? lnf_ : last(),
+                        p_.headw, M, C, V);
+        if (r.layernorm)
+            cpu::layernorm_backward(d_, nullptr, g_.lnfw, g_.lnfb, dread_, last(), meanf_, rstdf_, p_.lnfw, M,
+                                    C, false);
         for (size_t l = (size_t)r.blocks; l-- > 0;) {
             Block a = block(l);
             if (r.hidden) {
                 const float* dresult = masked(d_, drop(rng::FCPROJ_DROPOUT, l));
-                if (r.projection) linear_backward(dfc_, g_.fcprojw + l * C * H, g_.fcprojb + l * C, dresult, a.fc, p_.fcprojw + l * C * H, M, H, C);
+                if (r.projection)
+                    linear_backward(dfc_, g_.fcprojw + l * C * H, g_.fcprojb + l * C, dresult, a.fc,
+                                    p_.fcprojw + l * C * H, M, H, C);
                 else memcpy(dfc_, dresult, M * H * sizeof(float));
                 relu_backward(dfc_, a.fc, M * H);
-                linear_backward(dread_, g_.fcw + l * H * C, g_.fcb + l * H, dfc_, r.layernorm ? a.ln2 : a.mid, p_.fcw + l * H * C, M, C, H);
+                linear_backward(dread_, g_.fcw + l * H * C, g_.fcb + l * H, dfc_, r.layernorm ? a.ln2 : a.mid,
+                                p_.fcw + l * H * C, M, C, H);
                 join_backward(g_.ln2w, g_.ln2b, a.mid, a.mean2, a.rstd2, p_.ln2w, l);
             }
             const float* dresult = masked(d_, drop(rng::ATTPROJ_DROPOUT, l));
-            if (r.projection) linear_backward(datt_, g_.projw + l * C * C, g_.projb + l * C, dresult, a.att, p_.projw + l * C * C, M, C, C), dresult = datt_;
+            if (r.projection)
+                linear_backward(datt_, g_.projw + l * C * C, g_.projb + l * C, dresult, a.att,
+                                p_.projw + l * C * C, M, C, C),
+                    dresult = datt_;
             attention().backward(dqkv_, dresult, a.att, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), 0, scratch_);
-            linear_backward(dread_, g_.qkvw + l * 3 * C * C, g_.qkvb + l * 3 * C, dqkv_, r.layernorm ? a.ln1 : a.x, p_.qkvw + l * 3 * C * C, M, C, 3 * C);
+            linear_backward(dread_, g_.qkvw + l * 3 * C * C, g_.qkvb + l * 3 * C, dqkv_,
+                            r.layernorm ? a.ln1 : a.x, p_.qkvw + l * 3 * C * C, M, C, 3 * C);
             join_backward(g_.ln1w, g_.ln1b, a.x, a.mean1, a.rstd1, p_.ln1w, l);
         }
         cpu::embedding_backward(g_.wte, g_.wpe, d_, tokens_, B_, t_, C, {}, 0);
     }
 
-    // One step of AdamW, number t from 1, with decay on every tensor, PyTorch's default and so the post's. Leaves the
-    // gradients zero.
+    // One step of AdamW, number t from 1, with decay on every tensor, PyTorch's default and so the post's.
+    // Leaves the gradients zero.
     void update(const AdamW& a, uint32_t t) {
-        float c1 = (float)(1 / (1 - std::pow((double)a.beta1, t))), c2 = (float)(1 / (1 - std::pow((double)a.beta2, t)));
+        float c1 = (float)(1 / (1 - std::pow((double)a.beta1, t))),
+              c2 = (float)(1 / (1 - std::pow((double)a.beta2, t)));
         float b1 = a.beta1, b2 = a.beta2, lr = a.lr, eps = a.eps, shrink = 1 - a.lr * a.weight_decay;
         float *w = params_, *d = grads_, *m = moments_, *v = moments_ + params_size_;
 #pragma omp simd
@@ -265,22 +292,30 @@ class Model {
         for (Block& b : blocks_) {
             b.x = &b == &blocks_[0] ? x_ : r.hidden ? (&b)[-1].out : (&b)[-1].mid;
             b.ln1 = a.take<float>(M, C), b.mean1 = a.take<float>(M), b.rstd1 = a.take<float>(M);
-            b.qkv = a.take<float>(M, 3 * C), b.lse = a.take<float>(M, (size_t)r.heads), b.att = a.take<float>(M, C), b.mid = a.take<float>(M, C);
-            b.ln2 = a.take<float>(M, C), b.mean2 = a.take<float>(M), b.rstd2 = a.take<float>(M), b.fc = a.take<float>(M, H), b.out = a.take<float>(M, C);
+            b.qkv = a.take<float>(M, 3 * C), b.lse = a.take<float>(M, (size_t)r.heads),
+            b.att = a.take<float>(M, C), b.mid = a.take<float>(M, C);
+            b.ln2 = a.take<float>(M, C), b.mean2 = a.take<float>(M), b.rstd2 = a.take<float>(M),
+            b.fc = a.take<float>(M, H), b.out = a.take<float>(M, C);
         }
-        lnf_ = a.take<float>(M, C), meanf_ = a.take<float>(M), rstdf_ = a.take<float>(M), result_ = a.take<float>(M, C);
-        d_ = a.take<float>(M, C), dread_ = a.take<float>(M, C), dmasked_ = a.take<float>(M, C), datt_ = a.take<float>(M, C), dqkv_ = a.take<float>(M, 3 * C), dfc_ = a.take<float>(M, H);
-        scratch_ = a.take<float>((size_t)omp_get_max_threads(), cpu::Attention::scratch(T, C / (size_t)r.heads));
+        lnf_ = a.take<float>(M, C), meanf_ = a.take<float>(M), rstdf_ = a.take<float>(M),
+        result_ = a.take<float>(M, C);
+        d_ = a.take<float>(M, C), dread_ = a.take<float>(M, C), dmasked_ = a.take<float>(M, C),
+        datt_ = a.take<float>(M, C), dqkv_ = a.take<float>(M, 3 * C), dfc_ = a.take<float>(M, H);
+        scratch_ =
+            a.take<float>((size_t)omp_get_max_threads(), cpu::Attention::scratch(T, C / (size_t)r.heads));
     }
 
     size_t hidden() const { return (size_t)r.hidden * C; }
     Block block(size_t l) const { return blocks_[l]; }
     const float* last() const { return r.hidden ? blocks_.back().out : blocks_.back().mid; }
     cpu::Attention attention() const { return {B_, t_, C, (size_t)r.heads}; }
-    cpu::Dropout drop(rng::Stream site, size_t layer) const { return {pass_.train ? r.dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)}; }
+    cpu::Dropout drop(rng::Stream site, size_t layer) const {
+        return {pass_.train ? r.dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
+    }
 
     // What a part reads: x, or from rung 6 on its LayerNorm.
-    const float* normed(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b, size_t l) {
+    const float* normed(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b,
+                        size_t l) {
         if (!r.layernorm) return x;
         cpu::layernorm_forward(y, mean, rstd, x, w + l * C, b + l * C, B_ * t_, C);
         return y;
@@ -299,11 +334,14 @@ class Model {
         drop.apply(dmasked_, d, 0, B_ * t_ * C);
         return dmasked_;
     }
-    // d_ passes a part: dread_ through the LayerNorm before it replaces d_, or is added to it where a residual
-    // connection goes around.
-    void join_backward(float* dw, float* db, const float* x, const float* mean, const float* rstd, const float* w, size_t l) {
+    // d_ passes a part: dread_ through the LayerNorm before it replaces d_, or is added to it where a
+    // residual connection goes around.
+    void join_backward(float* dw, float* db, const float* x, const float* mean, const float* rstd,
+                       const float* w, size_t l) {
         size_t M = B_ * t_;
-        if (r.layernorm) return cpu::layernorm_backward(d_, nullptr, dw + l * C, db + l * C, dread_, x, mean, rstd, w + l * C, M, C, r.residual);
+        if (r.layernorm)
+            return cpu::layernorm_backward(d_, nullptr, dw + l * C, db + l * C, dread_, x, mean, rstd,
+                                           w + l * C, M, C, r.residual);
         for (size_t i = 0; i < M * C; i++) d_[i] = dread_[i] + (r.residual ? d_[i] : 0);
     }
 
@@ -312,13 +350,15 @@ class Model {
     Weights p_{}, g_{};
     float *params_ = nullptr, *grads_ = nullptr, *moments_ = nullptr, *logits_ = nullptr, *losses_ = nullptr;
     float *x_ = nullptr, *lnf_ = nullptr, *meanf_ = nullptr, *rstdf_ = nullptr, *result_ = nullptr;
-    float *d_ = nullptr, *dread_ = nullptr, *dmasked_ = nullptr, *datt_ = nullptr, *dqkv_ = nullptr, *dfc_ = nullptr, *scratch_ = nullptr;
+    float *d_ = nullptr, *dread_ = nullptr, *dmasked_ = nullptr, *datt_ = nullptr, *dqkv_ = nullptr,
+          *dfc_ = nullptr, *scratch_ = nullptr;
     std::vector<Block> blocks_;
     const int* tokens_ = nullptr;
     Pass pass_;
 };
 
-// Writes with a model that sees the last T tokens: the window slides, and all of it is computed anew each time.
+// Writes with a model that sees the last T tokens: the window slides, and all of it is computed anew each
+// time.
 class Decoder final : public ::Decoder {
   public:
     explicit Decoder(Model& m) : m_(m) {}
@@ -346,21 +386,28 @@ struct Options {
     uint64_t seed = 1337;
     int seeds = 1, jobs = 0, eval_every = 500, eval_batches = 200, poems = 5, poem_tokens = 300;
     float temperature = 0.8f;
-    int heads = -1, blocks = -1, hidden = -1, residual = -1, projection = -1, layernorm = -1;  // -1: as the rung says
+    int heads = -1, blocks = -1, hidden = -1, residual = -1, projection = -1,
+        layernorm = -1;  // -1: as the rung says
     float dropout = -1;
 };
 
 struct Data {
     TokenFile train, val;
     Tokenizer tokenizer;
-    explicit Data(const std::string& dir) : train(dir + "/train.bin"), val(dir + "/val.bin"), tokenizer(Tokenizer::load(dir + "/tokenizer.bin")) {
+    explicit Data(const std::string& dir)
+        : train(dir + "/train.bin"),
+          val(dir + "/val.bin"),
+          tokenizer(Tokenizer::load(dir + "/tokenizer.bin")) {
         train.check_vocab(tokenizer.vocab_size()), val.check_vocab(tokenizer.vocab_size());
     }
 };
 
 // Which rungs to climb: "5", "0-7", "0,4-6".
 inline std::vector<int> parse_rungs(const std::string& text) {
-    auto bad = [&] { return UsageError(strf("--rung: '%s' is not a rung, wanted 0 to %d, as in 5 or 0-7 or 4,5", text.c_str(), NUM_RUNGS - 1)); };
+    auto bad = [&] {
+        return UsageError(strf("--rung: '%s' is not a rung, wanted 0 to %d, as in 5 or 0-7 or 4,5",
+                               text.c_str(), NUM_RUNGS - 1));
+    };
     std::vector<int> rungs;
     const char* s = text.c_str();
     do {
@@ -371,32 +418,15 @@ inline std::vector<int> parse_rungs(const std::string& text) {
             if (sscanf(++s, "%d%n", &to, &used) != 1) throw bad();
             s += used;
         }
-        if (from == 8 || to == 8) throw UsageError("--rung: rung 8 is the trainer itself; dev/ladder/rung8.sh runs it");
-        if (from == 9 || to == 9) throw UsageError("--rung: rung 9 is fine-tuning; dev/ladder/rung9.sh runs it");
+        if (from == 8 || to == 8)
+            throw UsageError("--rung: rung 8 is the trainer itself; dev/ladder/rung8.sh runs it");
+        if (from == 9 || to == 9)
+            throw UsageError("--rung: rung 9 is fine-tuning; dev/ladder/rung9.sh runs it");
         if (from < 0 || to >= NUM_RUNGS || from > to) throw bad();
         for (int k = from; k <= to; k++) rungs.push_back(k);
     } while (*s++ == ',');
     if (s[-1]) throw bad();
     return rungs;
-}
-
-inline void check_options(const Options& o) {
-    struct {
-        const char* name;
-        double value, lo, hi;
-    } range[] = {{"steps", (double)o.steps, 0, 1e8},           {"batch_size", (double)o.batch_size, 1, 1 << 16},
-                 {"context", (double)o.context, 1, 4096},      {"channels", (double)o.channels, 1, 4096},
-                 {"learning_rate", o.learning_rate, 0, 1e3},   {"seeds", (double)o.seeds, 1, 1000},
-                 {"jobs", (double)o.jobs, 0, 4096},            {"eval_every", (double)o.eval_every, 1, 1e8},
-                 {"eval_batches", (double)o.eval_batches, 1, 1 << 20}, {"poems", (double)o.poems, 0, 1 << 20},
-                 {"poem_tokens", (double)o.poem_tokens, 1, 1 << 20},   {"temperature", o.temperature, 0, 1e6},
-                 {"heads", (double)o.heads, -1, 4096},         {"blocks", (double)o.blocks, -1, 256},
-                 {"hidden", (double)o.hidden, -1, 64},         {"residual", (double)o.residual, -1, 1},
-                 {"projection", (double)o.projection, -1, 1},  {"layernorm", (double)o.layernorm, -1, 1},
-                 {"dropout", o.dropout, -1, 0.99}};
-    for (auto& r : range)
-        if (!(r.value >= r.lo && r.value <= r.hi)) throw UsageError(strf("--%s is %.10g, wanted %.10g to %.10g", r.name, r.value, r.lo, r.hi));
-    if (o.heads == 0 || o.blocks == 0) throw UsageError(strf("--%s is 0, wanted at least 1 (rung 0 has none)", o.heads ? "blocks" : "heads"));
 }
 
 // The rung with what the command line changes about it, and how that reads: "projection 0, hidden 1".
@@ -408,13 +438,19 @@ inline Rung rung_of(const Options& o, int k, std::string* changes = nullptr) {
         field = (std::decay_t<decltype(field)>)value;
         text += strf("%s%s %g", text.empty() ? "" : ", ", name, value);
     };
-    change("heads", r.heads, o.heads), change("blocks", r.blocks, o.blocks), change("hidden", r.hidden, o.hidden);
+    change("heads", r.heads, o.heads), change("blocks", r.blocks, o.blocks),
+        change("hidden", r.hidden, o.hidden);
     change("residual", r.residual, o.residual), change("projection", r.projection, o.projection);
     change("layernorm", r.layernorm, o.layernorm), change("dropout", r.dropout, o.dropout);
     if (changes) *changes = text;
-    if (r.heads && o.channels % r.heads) throw UsageError(strf("--channels is %d, wanted a multiple of rung %d's %d heads", o.channels, k, r.heads));
+    if (r.heads && o.channels % r.heads)
+        throw UsageError(
+            strf("--channels is %d, wanted a multiple of rung %d's %d heads", o.channels, k, r.heads));
     if (r.hidden > 1 && !r.projection)
-        throw UsageError(strf("rung %d: a feed-forward layer of %d times the width needs --projection 1 to come back to it, or --hidden 1", k, r.hidden));
+        throw UsageError(
+            strf("rung %d: a feed-forward layer of %d times the width needs --projection 1 to come back to "
+                 "it, or --hidden 1",
+                 k, r.hidden));
     return r;
 }
 
@@ -429,12 +465,15 @@ inline void random_batch(const TokenFile& file, const rng::Key& key, size_t B, s
     }
 }
 
-// The post's estimate of a split's loss: the mean over random batches. All rungs of a seed meet the same batches.
-inline double estimate_loss(Model& m, const TokenFile& file, Purpose purpose, int step, const Options& o, uint64_t seed, std::vector<int>& x, std::vector<int>& y) {
+// The post's estimate of a split's loss: the mean over random batches. All rungs of a seed meet the same
+// batches.
+inline double estimate_loss(Model& m, const TokenFile& file, Purpose purpose, int step, const Options& o,
+                            uint64_t seed, std::vector<int>& x, std::vector<int>& y) {
     double sum = 0;
     size_t B = (size_t)o.batch_size, T = (size_t)o.context;
     for (int i = 0; i < o.eval_batches; i++) {
-        random_batch(file, rng::Key(seed + ((uint64_t)i << 32), (uint32_t)step, rng::SHUFFLE, purpose), B, T, x.data(), y.data());
+        random_batch(file, rng::Key(seed + ((uint64_t)i << 32), (uint32_t)step, rng::SHUFFLE, purpose), B, T,
+                     x.data(), y.data());
         sum += m.forward(x.data(), y.data(), B, T, {});
     }
     return sum / o.eval_batches;
@@ -453,7 +492,8 @@ void train(Model& m, const Data& data, const Options& o, Report report) {
             report(step, on_train, estimate_loss(m, data.val, VAL_LOSS, step, o, m.seed, x, y));
         }
         if (step == o.steps) return;
-        random_batch(data.train, rng::Key(m.seed, (uint32_t)step, rng::SHUFFLE, TRAINING), B, T, x.data(), y.data());
+        random_batch(data.train, rng::Key(m.seed, (uint32_t)step, rng::SHUFFLE, TRAINING), B, T, x.data(),
+                     y.data());
         Pass pass;
         pass.train = true, pass.step = (uint32_t)step;
         m.forward(x.data(), y.data(), B, T, pass);
@@ -468,16 +508,18 @@ inline std::string write_poem(Model& m, const Tokenizer& tokenizer, const Option
     SampleOptions so;
     so.temperature = o.temperature;
     std::string text;
-    generate(decoder, 1, {tokenizer.eot()}, (int)m.V, tokenizer.eot(), o.poem_tokens, seed, so, [&](size_t, int token) {
-        if (tokenizer.bytes(token) != "\n" || (!text.empty() && text.back() != '\n')) text += tokenizer.bytes(token);
-    });
+    generate(decoder, 1, {tokenizer.eot()}, (int)m.V, tokenizer.eot(), o.poem_tokens, seed, so,
+             [&](size_t, int token) {
+                 if (tokenizer.bytes(token) != "\n" || (!text.empty() && text.back() != '\n'))
+                     text += tokenizer.bytes(token);
+             });
     if (!text.empty() && text.back() == '\n') text.pop_back();
     return text;
 }
 
 // ---------------------------------------------------------------------------------------------
-// Many runs at once. The networks are far too small for several threads to help one of them, so each run is a process
-// with one thread, as many side by side as there are cores.
+// Many runs at once. The networks are far too small for several threads to help one of them, so each run is a
+// process with one thread, as many side by side as there are cores.
 
 struct Point {
     int step;
@@ -500,9 +542,12 @@ struct Result {
 class Results {
   public:
     Results(size_t jobs, const Options& o)
-        : stride_(round_up(sizeof(Result) + sizeof(Point) * ((size_t)(o.steps / o.eval_every) + 2), 64)), bytes_(checked_mul(jobs, stride_, "results")) {
+        : stride_(round_up(sizeof(Result) + sizeof(Point) * ((size_t)(o.steps / o.eval_every) + 2), 64)),
+          bytes_(checked_mul(jobs, stride_, "results")) {
         mem_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-        if (mem_ == MAP_FAILED) fail("out of memory: %zu results need %s; a larger --eval_every needs less", jobs, human_bytes((double)bytes_).c_str());
+        if (mem_ == MAP_FAILED)
+            fail("out of memory: %zu results need %s; a larger --eval_every needs less", jobs,
+                 human_bytes((double)bytes_).c_str());
     }
     ~Results() { munmap(mem_, bytes_); }
     Results(const Results&) = delete;
@@ -519,21 +564,27 @@ inline std::string poems_path(const Options& o, int rung) { return o.out + strf(
 // One run, in the process it is called in; the first seed's also writes poems, blank lines between them.
 inline void run_job(const Job& job, const Data& data, const Options& o, Result& result) {
     auto t0 = std::chrono::steady_clock::now();
-    Model m(rung_of(o, job.rung), (size_t)data.tokenizer.vocab_size(), (size_t)o.channels, (size_t)o.context, (size_t)o.batch_size);
+    Model m(rung_of(o, job.rung), (size_t)data.tokenizer.vocab_size(), (size_t)o.channels, (size_t)o.context,
+            (size_t)o.batch_size);
     m.seed = job.seed;
     m.init_weights();
     result.params = m.num_params();
-    train(m, data, o, [&](int step, double on_train, double on_val) { result.curve[result.points++] = {step, on_train, on_val}; });
-    if (!std::isfinite(result.end().train)) fail("rung %d: the loss is not a number; try a lower --learning_rate", job.rung);
+    train(m, data, o, [&](int step, double on_train, double on_val) {
+        result.curve[result.points++] = {step, on_train, on_val};
+    });
+    if (!std::isfinite(result.end().train))
+        fail("rung %d: the loss is not a number; try a lower --learning_rate", job.rung);
     if (o.poems && job.seed == o.seed) {
         AtomicFile out(poems_path(o, job.rung));
-        for (int i = 0; i < o.poems; i++) out.write((i ? "\n" : "") + write_poem(m, data.tokenizer, o, job.seed + (uint64_t)i) + "\n");
+        for (int i = 0; i < o.poems; i++)
+            out.write((i ? "\n" : "") + write_poem(m, data.tokenizer, o, job.seed + (uint64_t)i) + "\n");
         out.commit();
     }
     result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
 }
 
-// Runs all jobs, each in a process of its own; done(i) as each ends. Call it before any parallel region of this process.
+// Runs all jobs, each in a process of its own; done(i) as each ends. Call it before any parallel region of
+// this process.
 template <class Done>
 void run_jobs(const std::vector<Job>& jobs, const Data& data, const Options& o, Results& results, Done done) {
     size_t most = o.jobs ? (size_t)o.jobs : (size_t)omp_get_num_procs(), next = 0, ended = 0;
@@ -559,7 +610,9 @@ void run_jobs(const std::vector<Job>& jobs, const Data& data, const Options& o, 
         size_t i = (size_t)(std::find(pids.begin(), pids.end(), pid) - pids.begin());
         if (pid < 0 || i == pids.size()) continue;
         ended++;
-        if (!WIFEXITED(status)) snprintf(results[i].error, sizeof results[i].error, "rung %d, seed %llu: ended by signal %d", jobs[i].rung, (unsigned long long)jobs[i].seed, WTERMSIG(status));
+        if (!WIFEXITED(status))
+            snprintf(results[i].error, sizeof results[i].error, "rung %d, seed %llu: ended by signal %d",
+                     jobs[i].rung, (unsigned long long)jobs[i].seed, WTERMSIG(status));
         done(i);
     }
     for (size_t i = 0; i < jobs.size(); i++)
@@ -582,11 +635,21 @@ struct Spread {
 
 // Markdown; and losses.csv and curves.csv for the plots. Rung by rung, jobs of one rung side by side.
 inline std::string tabulate(const std::vector<Job>& jobs, const Results& results, const Options& o) {
-    std::string table = strf("%d steps of %d x %d tokens, %d channels, learning rate %g, seed%s %llu%s; losses in nats per character, the mean over %d random batches\n\n",
-                             o.steps, o.batch_size, o.context, o.channels, o.learning_rate, o.seeds > 1 ? "s" : "", (unsigned long long)o.seed,
-                             o.seeds > 1 ? strf(" to %llu (mean ± standard deviation)", (unsigned long long)o.seed + (unsigned long long)o.seeds - 1).c_str() : "", o.eval_batches);
-    table += "| rung | what is added | parameters | train | val | val, bits per character | the post: train | val | s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
-    std::string losses = "rung,train,train_sd,val,val_sd,post_train,post_val\n", curves = "rung,seed,step,train,val\n";
+    std::string table = strf(
+        "%d steps of %d x %d tokens, %d channels, learning rate %g, seed%s %llu%s; losses in nats per "
+        "character, the mean over %d random batches\n\n",
+        o.steps, o.batch_size, o.context, o.channels, o.learning_rate, o.seeds > 1 ? "s" : "",
+        (unsigned long long)o.seed,
+        o.seeds > 1 ? strf(" to %llu (mean ± standard deviation)",
+                           (unsigned long long)o.seed + (unsigned long long)o.seeds - 1)
+                          .c_str()
+                    : "",
+        o.eval_batches);
+    table +=
+        "| rung | what is added | parameters | train | val | val, bits per character | the post: train | val "
+        "| s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+    std::string losses = "rung,train,train_sd,val,val_sd,post_train,post_val\n",
+                curves = "rung,seed,step,train,val\n";
     for (size_t i = 0; i < jobs.size(); i += (size_t)o.seeds) {
         int k = jobs[i].rung;
         std::string changes;
@@ -594,19 +657,26 @@ inline std::string tabulate(const std::vector<Job>& jobs, const Results& results
         std::vector<double> on_train, on_val, bits, seconds;
         for (size_t j = i; j < i + (size_t)o.seeds; j++) {
             const Result& r = results[j];
-            on_train.push_back(r.end().train), on_val.push_back(r.end().val), bits.push_back(r.end().val / M_LN2), seconds.push_back(r.seconds);
+            on_train.push_back(r.end().train), on_val.push_back(r.end().val),
+                bits.push_back(r.end().val / M_LN2), seconds.push_back(r.seconds);
             for (int p = 0; p < r.points; p++)
-                curves += strf("%d,%llu,%d,%.6f,%.6f\n", k, (unsigned long long)jobs[j].seed, r.curve[p].step, r.curve[p].train, r.curve[p].val);
+                curves += strf("%d,%llu,%d,%.6f,%.6f\n", k, (unsigned long long)jobs[j].seed, r.curve[p].step,
+                               r.curve[p].train, r.curve[p].val);
         }
         Spread t(on_train), v(on_val);
         bool given = RUNGS[k].post_val > 0 && changes.empty();
         auto post = [&](double x) { return given ? strf("%.4f", x) : std::string("-"); };
-        table += strf("| %d | %s%s%s | %s | %s | %s | %s | %s | %s | %.1f |\n", k, RUNGS[k].name, changes.empty() ? "" : "; ", changes.c_str(),
-                      commas(results[i].params).c_str(), t.text().c_str(), v.text().c_str(), Spread(bits).text().c_str(), post(RUNGS[k].post_train).c_str(),
-                      post(RUNGS[k].post_val).c_str(), Spread(seconds).mean);
-        losses += strf("%d,%.6f,%.6f,%.6f,%.6f,%s,%s\n", k, t.mean, t.sd, v.mean, v.sd, post(RUNGS[k].post_train).c_str(), post(RUNGS[k].post_val).c_str());
+        table +=
+            strf("| %d | %s%s%s | %s | %s | %s | %s | %s | %s | %.1f |\n", k, RUNGS[k].name,
+                 changes.empty() ? "" : "; ", changes.c_str(), commas(results[i].params).c_str(),
+                 t.text().c_str(), v.text().c_str(), Spread(bits).text().c_str(),
+                 post(RUNGS[k].post_train).c_str(), post(RUNGS[k].post_val).c_str(), Spread(seconds).mean);
+        losses += strf("%d,%.6f,%.6f,%.6f,%.6f,%s,%s\n", k, t.mean, t.sd, v.mean, v.sd,
+                       post(RUNGS[k].post_train).c_str(), post(RUNGS[k].post_val).c_str());
     }
-    for (auto [name, text] : {std::pair<const char*, std::string*>{"ladder.md", &table}, {"losses.csv", &losses}, {"curves.csv", &curves}}) {
+    for (auto [name, text] : {std::pair<const char*, std::string*>{"ladder.md", &table},
+                              {"losses.csv", &losses},
+                              {"curves.csv", &curves}}) {
         AtomicFile out(o.out + "/" + name);
         out.write(*text);
         out.commit();
@@ -621,48 +691,69 @@ inline int ladder_main(int argc, char** argv) {
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data");
     f.add("out", "o", &o.out, "DIR", "folder for the table, the losses and the poems");
     f.section("Training: what the post took");
-    f.add("steps", "", &o.steps, "N", "updates");
-    f.add("batch_size", "b", &o.batch_size, "B", "windows of text in one update");
-    f.add("context", "t", &o.context, "T", "characters that the model sees");
-    f.add("channels", "", &o.channels, "C", "numbers that describe a character");
-    f.add("learning_rate", "l", &o.learning_rate, "LR", "of AdamW, constant");
+    f.add("steps", "", &o.steps, "N", "updates").range(0, 1e8);
+    f.add("batch_size", "b", &o.batch_size, "B", "windows of text in one update").range(1, 1 << 16);
+    f.add("context", "t", &o.context, "T", "characters that the model sees").range(1, 4096);
+    f.add("channels", "", &o.channels, "C", "numbers that describe a character").range(1, 4096);
+    f.add("learning_rate", "l", &o.learning_rate, "LR", "of AdamW, constant").range(0, 1e3);
     f.add("seed", "", &o.seed, "N", "weights, batches and poems follow from it");
-    f.add("seeds", "", &o.seeds, "N", "runs of each rung, from seeds --seed, --seed + 1, ...: is a gain larger than luck?");
-    f.add("jobs", "", &o.jobs, "N", "runs side by side, one thread each; 0: one a core. The results do not depend on it");
-    f.add("eval_every", "", &o.eval_every, "N", "steps between estimates of the losses");
-    f.add("eval_batches", "", &o.eval_batches, "N", "random batches of each split in an estimate");
+    f.add("seeds", "", &o.seeds, "N",
+          "runs of each rung, from seeds --seed, --seed + 1, ...: is a gain larger than luck?")
+        .range(1, 1000);
+    f.add("jobs", "", &o.jobs, "N",
+          "runs side by side, one thread each; 0: one a core. The results do not depend on it")
+        .range(0, 4096);
+    f.add("eval_every", "", &o.eval_every, "N", "steps between estimates of the losses").range(1, 1e8);
+    f.add("eval_batches", "", &o.eval_batches, "N", "random batches of each split in an estimate")
+        .range(1, 1 << 20);
     f.section("Poems");
-    f.add("poems", "", &o.poems, "N", "poems that each rung writes to OUT/rung*_poems.txt; the longest is shown");
-    f.add("poem_tokens", "", &o.poem_tokens, "N", "longest poem, in characters");
-    f.add("temperature", "", &o.temperature, "X", "below 1 is safer, above 1 is wilder");
+    f.add("poems", "", &o.poems, "N",
+          "poems that each rung writes to OUT/rung*_poems.txt; the longest is shown")
+        .range(0, 1 << 20);
+    f.add("poem_tokens", "", &o.poem_tokens, "N", "longest poem, in characters").range(1, 1 << 20);
+    f.add("temperature", "", &o.temperature, "X", "below 1 is safer, above 1 is wilder").range(0, 1e6);
     f.section("Experiments: change a rung; -1 leaves it as it is");
-    f.add("heads", "", &o.heads, "N", "attention heads");
-    f.add("blocks", "", &o.blocks, "N", "blocks one behind the other");
-    f.add("hidden", "", &o.hidden, "N", "width of the feed-forward layer, in channels; 0: no such layer");
-    f.add("residual", "", &o.residual, "0|1", "is a part's result added to what it read?");
-    f.add("projection", "", &o.projection, "0|1", "does each part end in a linear layer?");
-    f.add("layernorm", "", &o.layernorm, "0|1", "LayerNorm before each part");
-    f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training");
+    f.add("heads", "", &o.heads, "N", "attention heads").range(1, 4096).unset(-1);
+    f.add("blocks", "", &o.blocks, "N", "blocks one behind the other").range(1, 256).unset(-1);
+    f.add("hidden", "", &o.hidden, "N", "width of the feed-forward layer, in channels; 0: no such layer")
+        .range(0, 64)
+        .unset(-1);
+    f.add("residual", "", &o.residual, "0|1", "is a part's result added to what it read?")
+        .range(0, 1)
+        .unset(-1);
+    f.add("projection", "", &o.projection, "0|1", "does each part end in a linear layer?")
+        .range(0, 1)
+        .unset(-1);
+    f.add("layernorm", "", &o.layernorm, "0|1", "LayerNorm before each part").range(0, 1).unset(-1);
+    f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training")
+        .range(0, 0.99)
+        .unset(-1);
     f.epilogue(
         "The rungs\n"
-        "  0  a table: how likely is each character after this one? It sees one character and learns its successors.\n"
-        "  1  attention: the model sees the last T characters and where they stand, and chooses which to listen to.\n"
-        "  2  several heads: one can look for the start of the word while another counts letters since the last space.\n"
+        "  0  a table: how likely is each character after this one? It sees one character and learns its "
+        "successors.\n"
+        "  1  attention: the model sees the last T characters and where they stand, and chooses which to "
+        "listen to.\n"
+        "  2  several heads: one can look for the start of the word while another counts letters since the "
+        "last space.\n"
         "  3  feed-forward: having listened, each position thinks for itself.\n"
-        "  4  blocks: listen and think three times. Deeper, and yet no better: what one block garbles, the next must repair.\n"
-        "  5  residual connections: a part adds to what is there, so that its gradient reaches every layer undiminished;\n"
+        "  4  blocks: listen and think three times. Deeper, and yet no better: what one block garbles, the "
+        "next must repair.\n"
+        "  5  residual connections: a part adds to what is there, so that its gradient reaches every layer "
+        "undiminished;\n"
         "     a projection lets it choose what to add.\n"
         "  6  LayerNorm: each part reads numbers of one size, however large the sum has grown.\n"
-        "  7  dropout: parts learn not to rely on each other. A network this small has nothing to spare, and suffers.\n"
+        "  7  dropout: parts learn not to rely on each other. A network this small has nothing to spare, and "
+        "suffers.\n"
         "  8  the same, larger: ./train_gpt2 --preset char (dev/ladder/rung8.sh)\n"
         "  9  fine-tuning a model that has read other verse (dev/ladder/rung9.sh)\n"
         "\nExamples\n"
         "  ./ladder --rung 5 --steps 5000\n"
         "  ./ladder --rung 0-7 --seeds 3\n"
         "  ./ladder --rung 5 --projection 0 --hidden 1         is the projection worth its parameters?\n"
-        "  ./ladder --rung 4 --blocks 6 --residual 0           and deeper still, without residual connections?\n");
+        "  ./ladder --rung 4 --blocks 6 --residual 0           and deeper still, without residual "
+        "connections?\n");
     f.parse(argc, argv);
-    check_options(o);
     std::vector<Job> jobs;
     for (int k : parse_rungs(o.rungs)) {
         rung_of(o, k);
@@ -670,17 +761,22 @@ inline int ladder_main(int argc, char** argv) {
     }
     for (const char* name : {"train.bin", "val.bin", "tokenizer.bin"})
         if (std::string path = o.data + "/" + name; !file_exists(path))
-            fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", path.c_str(), o.data.c_str());
+            fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", path.c_str(),
+                 o.data.c_str());
     Data data(o.data);
     for (const TokenFile* t : {&data.train, &data.val})
-        if (t->size() <= (size_t)o.context) fail("%s: has %zu tokens, a window takes --context + 1 = %d", t->path.c_str(), t->size(), o.context + 1);
+        if (t->size() <= (size_t)o.context)
+            fail("%s: has %zu tokens, a window takes --context + 1 = %d", t->path.c_str(), t->size(),
+                 o.context + 1);
     make_dirs(o.out);
-    printf("%s: %s training and %s validation characters, %d different\n\n", o.data.c_str(), commas(data.train.size()).c_str(), commas(data.val.size()).c_str(),
-           data.tokenizer.vocab_size());
+    printf("%s: %s training and %s validation characters, %d different\n\n", o.data.c_str(),
+           commas(data.train.size()).c_str(), commas(data.val.size()).c_str(), data.tokenizer.vocab_size());
     Results results(jobs.size(), o);
     run_jobs(jobs, data, o, results, [&](size_t i) {
         const Result& r = results[i];
-        if (!r.error[0]) printf("rung %d, seed %llu: train %.4f, val %.4f after %d steps, %.1f s\n", jobs[i].rung, (unsigned long long)jobs[i].seed, r.end().train, r.end().val, o.steps, r.seconds);
+        if (!r.error[0])
+            printf("rung %d, seed %llu: train %.4f, val %.4f after %d steps, %.1f s\n", jobs[i].rung,
+                   (unsigned long long)jobs[i].seed, r.end().train, r.end().val, o.steps, r.seconds);
         fflush(stdout);
     });
     printf("\n%s", tabulate(jobs, results, o).c_str());
@@ -692,7 +788,8 @@ inline int ladder_main(int argc, char** argv) {
         }
         printf("\n--- rung %d: %s ---\n%s\n", jobs[i].rung, RUNGS[jobs[i].rung].name, longest.c_str());
     }
-    printf("\nwrote %s/{ladder.md, losses.csv, curves.csv%s}\n", o.out.c_str(), o.poems ? ", rung*_poems.txt" : "");
+    printf("\nwrote %s/{ladder.md, losses.csv, curves.csv%s}\n", o.out.c_str(),
+           o.poems ? ", rung*_poems.txt" : "");
     return 0;
 }
 

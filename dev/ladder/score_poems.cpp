@@ -2,30 +2,37 @@
 //
 //     ./score_poems poems.txt out/data/val.bin --data out/data
 //
-// Compares poems with the training text they were learnt from (--data: train.bin and tokenizer.bin, decoded) and prints
-// a Markdown table with a column for each file. A file is text with blank lines between poems (what ./sample_gpt2 and
-// ./ladder write), a CSV, or a token file, whose poems stand between end-of-text tokens: val.bin holds real poems that
-// no model has seen. A line is a verse (bayt), a TAB parts its two hemistichs.
+// Compares poems with the training text they were learnt from (--data: train.bin and tokenizer.bin, decoded)
+// and prints a Markdown table with a column for each file. A file is text with blank lines between poems
+// (what ./sample_gpt2 and
+// ./ladder write), a CSV, or a token file, whose poems stand between end-of-text tokens: val.bin holds real
+// poems that no model has seen. A line is a verse (bayt), a TAB parts its two hemistichs.
 //
 // The measures:
-//   words known       share of the words that occur in the training text. Real poems miss some: Arabic joins articles,
-//                     prepositions and pronouns to the word. "of 5 letters and more": short ones exist by chance.
-//   last letter       share of the verses, of poems with two and more, that end in the letter most frequent at the end of
-//                     their poem's verses. Round ة counts as ه, which it sounds like there, and ى as ا.
-//   rhyme             the same for the whole rhyme: from the last letter that is no vowel or pronoun ending (ا و ي ه
-//                     may follow the rhyme letter proper) to the end, at most three letters: بها, سيرا, ع. This is
-//                     stricter than the art: ه and the long vowels can be rhyme letters themselves.
-//   by chance         what share that measure would give if the verse endings of all poems of the file were shuffled
+//   words known       share of the words that occur in the training text. Real poems miss some: Arabic joins
+//                     articles, prepositions and pronouns to the word. "of 5 letters and more": short ones
+//                     exist by chance.
+//   last letter       share of the verses, of poems with two and more, that end in the letter most frequent
+//                     at the end of their poem's verses. Round ة counts as ه, which it sounds like there, and
+//                     ى as ا.
+//   rhyme             the same for the whole rhyme: from the last letter that is no vowel or pronoun ending
+//                     (ا و ي ه may follow the rhyme letter proper) to the end, at most three letters: بها,
+//                     سيرا, ع. This is stricter than the art: ه and the long vowels can be rhyme letters
+//                     themselves.
+//   by chance         what share that measure would give if the verse endings of all poems of the file were
+//                     shuffled
 //   two hemistichs    share of the verses that have exactly two
 //   letters           in a verse and in a hemistich (spaces do not count), mean and standard deviation
 //   usual length      share of the hemistichs as long as the middle 95% of those in the training text
-//   distance          earth mover's distance of the hemistichs' lengths from the training text's: by how many letters,
-//                     on average, one would have to change a hemistich to turn one distribution into the other
+//   distance          earth mover's distance of the hemistichs' lengths from the training text's: by how many
+//                     letters, on average, one would have to change a hemistich to turn one distribution into
+//                     the other
 //   evenness          standard deviation of the hemistichs' lengths within a poem; metre keeps it small
 //   repeated          share of the verses that stand earlier in the same file
 //   copied            share of the verses that occur, whole, in the training text
-//   longest run       longest run of characters that also occurs in the training text, spaces and line ends included: the
-//                     mean over the verses (a verse's run ends in it and lies in its poem), and the longest of all
+//   longest run       longest run of characters that also occurs in the training text, spaces and line ends
+//                     included: the mean over the verses (a verse's run ends in it and lies in its poem), and
+//                     the longest of all
 #include <map>
 #include <unordered_set>
 
@@ -52,9 +59,12 @@ void for_each_piece(std::string_view text, const char* at, F f) {
     }
 }
 inline bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n'; }
-inline size_t letters(std::string_view text) { return utf8::count(text) - (size_t)std::count_if(text.begin(), text.end(), is_space); }
+inline size_t letters(std::string_view text) {
+    return utf8::count(text) - (size_t)std::count_if(text.begin(), text.end(), is_space);
+}
 
-// The letters of a verse's rhyme, from the end backwards; see the top of the file. Empty for a verse without letters.
+// The letters of a verse's rhyme, from the end backwards; see the top of the file. Empty for a verse without
+// letters.
 inline std::u32string rhyme(std::string_view verse, bool last_letter_only) {
     std::u32string all, found;
     utf8::for_each(verse, [&](uint32_t c, size_t) {
@@ -64,7 +74,8 @@ inline std::u32string rhyme(std::string_view verse, bool last_letter_only) {
     while (!all.empty() && found.size() < 3) {
         char32_t c = all.back();
         all.pop_back(), found += c;
-        bool ending = c == U'\u0627' || c == U'\u0648' || c == U'\u064A' || c == U'\u0647';  // alif, waw, ya, ha
+        bool ending =
+            c == U'\u0627' || c == U'\u0648' || c == U'\u064A' || c == U'\u0647';  // alif, waw, ya, ha
         if (last_letter_only || !ending) break;
     }
     return found;
@@ -73,9 +84,9 @@ inline std::u32string rhyme(std::string_view verse, bool last_letter_only) {
 // ---------------------------------------------------------------------------------------------
 // Runs that two texts share
 
-// The suffix automaton (Blumer et al. 1985) of one text, over bytes below `alphabet`: its states are the classes of
-// substrings that end at the same places. The other text is read through it once, so that the work grows with the sum of
-// the two lengths and the memory with this one's.
+// The suffix automaton (Blumer et al. 1985) of one text, over bytes below `alphabet`: its states are the
+// classes of substrings that end at the same places. The other text is read through it once, so that the work
+// grows with the sum of the two lengths and the memory with this one's.
 class SuffixAutomaton {
   public:
     SuffixAutomaton(const std::string& text, size_t alphabet) : A_(alphabet) {
@@ -90,7 +101,8 @@ class SuffixAutomaton {
                 int q = next(p, c);
                 if (states_[q].length == states_[p].length + 1) {
                     states_[cur].link = q;
-                } else {  // q's longer strings end at fewer places: the shorter ones become a state of their own
+                } else {  // q's longer strings end at fewer places: the shorter ones become a state of their
+                          // own
                     int clone = add({states_[p].length + 1, states_[q].link, 0});
                     std::copy_n(&next(q, 0), A_, &next(clone, 0));
                     for (; p >= 0 && next(p, c) == q; p = states_[p].link) next(p, c) = clone;
@@ -110,14 +122,18 @@ class SuffixAutomaton {
             states_[s].seen = std::max(states_[s].seen, length);
         }
     }
-    // For each place of the automaton's text: the length of the longest run that ends there and occurs in what was read.
+    // For each place of the automaton's text: the length of the longest run that ends there and occurs in
+    // what was read.
     std::vector<int> longest_runs(const std::string& text) {
-        // What was seen of a state holds its link's strings whole, and what was not seen of it may be seen of its link.
+        // What was seen of a state holds its link's strings whole, and what was not seen of it may be seen of
+        // its link.
         std::vector<int> order(states_.size());
         std::iota(order.begin(), order.end(), 0);
-        std::sort(order.begin(), order.end(), [&](int a, int b) { return states_[a].length > states_[b].length; });
+        std::sort(order.begin(), order.end(),
+                  [&](int a, int b) { return states_[a].length > states_[b].length; });
         for (int s : order)
-            if (states_[s].seen && states_[s].link > 0) states_[states_[s].link].seen = states_[states_[s].link].length;
+            if (states_[s].seen && states_[s].link > 0)
+                states_[states_[s].link].seen = states_[states_[s].link].length;
         std::reverse(order.begin(), order.end());
         for (int s : order)
             if (s && !states_[s].seen) states_[s].seen = states_[states_[s].link].seen;
@@ -129,7 +145,8 @@ class SuffixAutomaton {
 
   private:
     struct State {
-        int length, link, seen;  // longest string; the class of its longest suffix that is in another; longest string read
+        int length, link,
+            seen;  // longest string; the class of its longest suffix that is in another; longest string read
     };
     int add(State s) {
         states_.push_back(s), next_.resize(next_.size() + A_, -1);
@@ -142,15 +159,19 @@ class SuffixAutomaton {
     std::vector<int> next_;
 };
 
-// For each character of each poem, the longest run that ends there, lies in the poem, and occurs in a training poem.
+// For each character of each poem, the longest run that ends there, lies in the poem, and occurs in a
+// training poem.
 inline std::vector<std::vector<int>> shared_runs(const Poems& poems, const Poems& training) {
-    constexpr char TRAINING_END = 0, POEM_END = 1;  // two signs, so that no run reaches over the end of a poem
-    constexpr size_t BATCH = 50000;                 // bytes of poems in one automaton, which stays small however many there are
-    std::map<uint32_t, unsigned char> byte_of;      // characters, numbered from 2
+    constexpr char TRAINING_END = 0,
+                   POEM_END = 1;  // two signs, so that no run reaches over the end of a poem
+    constexpr size_t BATCH =
+        50000;  // bytes of poems in one automaton, which stays small however many there are
+    std::map<uint32_t, unsigned char> byte_of;  // characters, numbered from 2
     auto encode = [&](const std::string& poem, std::string& bytes) {
         utf8::for_each(poem, [&](uint32_t c, size_t) {
             auto [at, is_new] = byte_of.insert({c, (unsigned char)(byte_of.size() + 2)});
-            if (is_new && byte_of.size() > 253) fail("the texts have more than 253 different characters, too many to compare");
+            if (is_new && byte_of.size() > 253)
+                fail("the texts have more than 253 different characters, too many to compare");
             bytes += (char)at->second;
         });
     };
@@ -160,11 +181,14 @@ inline std::vector<std::vector<int>> shared_runs(const Poems& poems, const Poems
     for (size_t i = 0; i < poems.size();) {
         std::string text;
         std::vector<size_t> ends;
-        for (; i < poems.size() && text.size() < BATCH; i++) encode(poems[i], text), text += POEM_END, ends.push_back(text.size());
+        for (; i < poems.size() && text.size() < BATCH; i++)
+            encode(poems[i], text), text += POEM_END, ends.push_back(text.size());
         SuffixAutomaton automaton(text, byte_of.size() + 2);
         automaton.read(corpus);
         std::vector<int> runs = automaton.longest_runs(text);
-        for (size_t k = 0; k < ends.size(); k++) all.emplace_back(runs.begin() + (ptrdiff_t)(k ? ends[k - 1] : 0), runs.begin() + (ptrdiff_t)ends[k] - 1);
+        for (size_t k = 0; k < ends.size(); k++)
+            all.emplace_back(runs.begin() + (ptrdiff_t)(k ? ends[k - 1] : 0),
+                             runs.begin() + (ptrdiff_t)ends[k] - 1);
     }
     return all;
 }
@@ -197,12 +221,14 @@ struct Lengths {
     // Earth mover's distance in one dimension: the area between the two cumulative distributions.
     double distance(const Lengths& other) const {
         double a = 0, b = 0, area = 0;
-        size_t most = std::max(times.empty() ? 0 : times.rbegin()->first, other.times.empty() ? 0 : other.times.rbegin()->first);
+        size_t most = std::max(times.empty() ? 0 : times.rbegin()->first,
+                               other.times.empty() ? 0 : other.times.rbegin()->first);
         auto share = [](const Lengths& x, size_t l) {
             auto at = x.times.find(l);
             return at == x.times.end() ? 0 : (double)at->second / (double)x.n;
         };
-        for (size_t l = 0; l < most; l++) a += share(*this, l), b += share(other, l), area += std::fabs(a - b);
+        for (size_t l = 0; l < most; l++)
+            a += share(*this, l), b += share(other, l), area += std::fabs(a - b);
         return area;
     }
 };
@@ -223,7 +249,8 @@ struct Reference {
 
 struct Scores {
     size_t poems = 0, verses = 0, words = 0, long_words = 0;
-    double known = 0, long_known = 0, last_letter = 0, last_letter_chance = 0, rhyme = 0, rhyme_chance = 0;  // shares
+    double known = 0, long_known = 0, last_letter = 0, last_letter_chance = 0, rhyme = 0,
+           rhyme_chance = 0;  // shares
     double two_hemistichs = 0, usual_length = 0, repeated = 0, copied = 0;
     Lengths verse, hemistich;
     double distance = 0, evenness = 0, mean_run = 0;
@@ -265,7 +292,8 @@ inline Scores measure(const Poems& poems, const Reference& ref) {
     auto share = [](size_t part, size_t all) { return all ? (double)part / (double)all : NAN; };
     std::vector<std::vector<std::u32string>> last, rhymes;
     std::unordered_set<std::string> before;
-    size_t known = 0, long_known = 0, two = 0, usual = 0, repeated = 0, copied = 0, runs = 0, lo = ref.hemistich.quantile(0.025), hi = ref.hemistich.quantile(0.975);
+    size_t known = 0, long_known = 0, two = 0, usual = 0, repeated = 0, copied = 0, runs = 0,
+           lo = ref.hemistich.quantile(0.025), hi = ref.hemistich.quantile(0.975);
     double within = 0;
     std::vector<std::vector<int>> shared = shared_runs(poems, ref.poems);
     for (size_t i = 0; i < poems.size(); i++) {
@@ -292,7 +320,8 @@ inline Scores measure(const Poems& poems, const Reference& ref) {
                 last.back().push_back(rhyme(v, true)), rhymes.back().push_back(rhyme(v, false));
                 repeated += !before.emplace(v).second, copied += ref.verses.count(std::string(v));
                 size_t longest = 0;
-                for (size_t k = 0; k < chars; k++) longest = std::max(longest, std::min(k + 1, (size_t)shared[i][at + k]));
+                for (size_t k = 0; k < chars; k++)
+                    longest = std::max(longest, std::min(k + 1, (size_t)shared[i][at + k]));
                 runs += longest;
             }
             at += chars + 1;
@@ -312,8 +341,10 @@ inline Scores measure(const Poems& poems, const Reference& ref) {
     s.last_letter = agreement(last), s.last_letter_chance = agreement_by_chance(last);
     s.rhyme = agreement(rhymes), s.rhyme_chance = agreement_by_chance(rhymes);
     s.two_hemistichs = share(two, s.verses), s.usual_length = share(usual, s.hemistich.n);
-    s.repeated = share(repeated, s.verses), s.copied = share(copied, s.verses), s.mean_run = share(runs, s.verses);
-    s.distance = s.hemistich.distance(ref.hemistich), s.evenness = std::sqrt(within / (double)std::max<size_t>(s.hemistich.n, 1));
+    s.repeated = share(repeated, s.verses), s.copied = share(copied, s.verses),
+    s.mean_run = share(runs, s.verses);
+    s.distance = s.hemistich.distance(ref.hemistich),
+    s.evenness = std::sqrt(within / (double)std::max<size_t>(s.hemistich.n, 1));
     return s;
 }
 
@@ -345,7 +376,8 @@ inline Poems read_poems(const std::string& path, const Tokenizer& tokenizer) {
     prep::Report report;
     prep::Collector collector(o, report);
     collector.read_file(path);
-    if (report.duplicates) printf("%s: %zu poems equal an earlier one and count once\n", path.c_str(), report.duplicates);
+    if (report.duplicates)
+        printf("%s: %zu poems equal an earlier one and count once\n", path.c_str(), report.duplicates);
     Poems poems;
     for (const prep::Poem& p : collector.poems) poems.push_back(p.text);
     return poems;
@@ -362,14 +394,19 @@ inline std::string table(const std::vector<std::pair<std::string, Scores>>& colu
         t += "\n";
     };
     auto percent = [](double x) { return x == x ? strf("%.1f%%", 100 * x) : std::string("-"); };
-    row("poems, verses, words", [](const Scores& s) { return commas(s.poems) + ", " + commas(s.verses) + ", " + commas(s.words); });
+    row("poems, verses, words",
+        [](const Scores& s) { return commas(s.poems) + ", " + commas(s.verses) + ", " + commas(s.words); });
     row("words known", [&](const Scores& s) { return percent(s.known); });
     row("words known, of 5 letters and more", [&](const Scores& s) { return percent(s.long_known); });
-    row("last letter agrees (by chance)", [&](const Scores& s) { return percent(s.last_letter) + " (" + percent(s.last_letter_chance) + ")"; });
-    row("rhyme agrees (by chance)", [&](const Scores& s) { return percent(s.rhyme) + " (" + percent(s.rhyme_chance) + ")"; });
+    row("last letter agrees (by chance)",
+        [&](const Scores& s) { return percent(s.last_letter) + " (" + percent(s.last_letter_chance) + ")"; });
+    row("rhyme agrees (by chance)",
+        [&](const Scores& s) { return percent(s.rhyme) + " (" + percent(s.rhyme_chance) + ")"; });
     row("verses of two hemistichs", [&](const Scores& s) { return percent(s.two_hemistichs); });
-    row("letters in a verse", [](const Scores& s) { return strf("%.1f ± %.1f", s.verse.mean(), s.verse.sd()); });
-    row("letters in a hemistich", [](const Scores& s) { return strf("%.1f ± %.1f", s.hemistich.mean(), s.hemistich.sd()); });
+    row("letters in a verse",
+        [](const Scores& s) { return strf("%.1f ± %.1f", s.verse.mean(), s.verse.sd()); });
+    row("letters in a hemistich",
+        [](const Scores& s) { return strf("%.1f ± %.1f", s.hemistich.mean(), s.hemistich.sd()); });
     row("hemistichs of usual length", [&](const Scores& s) { return percent(s.usual_length); });
     row("distance from the usual lengths", [](const Scores& s) { return strf("%.2f", s.distance); });
     row("evenness within a poem", [](const Scores& s) { return strf("%.2f", s.evenness); });
@@ -387,24 +424,32 @@ inline int score_main(int argc, char** argv) {
     bool skip_last = false;
     Flags f("score_poems", "measures poems against the text they were learnt from");
     f.positional(&files, "poems.txt [more files]");
-    f.add("data", "", &data, "DIR", "folder made by ./prepare_data: train.bin, to compare with, and tokenizer.bin");
-    f.add("poems", "", &most, "N", "only the first N poems of each file; 0: all");
-    f.add("skip_last", "", &skip_last, "leave out each poem's last verse, which a limit on the length may have cut");
+    f.add("data", "", &data, "DIR",
+          "folder made by ./prepare_data: train.bin, to compare with, and tokenizer.bin");
+    f.add("poems", "", &most, "N", "only the first N poems of each file; 0: all").range(0, INT32_MAX);
+    f.add("skip_last", "", &skip_last,
+          "leave out each poem's last verse, which a limit on the length may have cut");
     f.epilogue(
-        "A file is text with blank lines between poems, a CSV, or a token file such as DIR/val.bin, the real poems that were\n"
-        "held out. A line is a verse; a TAB parts its hemistichs. The head of dev/ladder/score_poems.cpp explains each measure.\n\n"
+        "A file is text with blank lines between poems, a CSV, or a token file such as DIR/val.bin, the real "
+        "poems that were\n"
+        "held out. A line is a verse; a TAB parts its hemistichs. The head of dev/ladder/score_poems.cpp "
+        "explains each measure.\n\n"
         "Example\n"
-        "  ./sample_gpt2 -e out/model.bin --num 50 > poems.txt && ./score_poems poems.txt out/data/val.bin --data out/data --skip_last\n");
+        "  ./sample_gpt2 -e out/model.bin --num 50 > poems.txt && ./score_poems poems.txt out/data/val.bin "
+        "--data out/data --skip_last\n");
     f.parse(argc, argv);
     if (files.empty()) throw UsageError("which poems? ./score_poems poems.txt --data DIR; --help tells more");
-    if (most < 0) throw UsageError(strf("--poems is %d, wanted at least 0", most));
     for (const char* name : {"train.bin", "tokenizer.bin"})
-        if (std::string path = data + "/" + name; !file_exists(path)) fail("%s: not found; --data names the folder that ./prepare_data made", path.c_str());
+        if (std::string path = data + "/" + name; !file_exists(path))
+            fail("%s: not found; --data names the folder that ./prepare_data made", path.c_str());
     Tokenizer tokenizer = Tokenizer::load(data + "/tokenizer.bin");
     Reference ref(decode_tokens(data + "/train.bin", tokenizer));
-    printf("training text %s/train.bin: %s poems, %s verses, %s different words; letters in a verse %.1f ± %.1f, in a hemistich %.1f ± %.1f, usually %zu to %zu\n\n",
-           data.c_str(), commas(ref.poems.size()).c_str(), commas(ref.verse.n).c_str(), commas(ref.words.size()).c_str(), ref.verse.mean(), ref.verse.sd(),
-           ref.hemistich.mean(), ref.hemistich.sd(), ref.hemistich.quantile(0.025), ref.hemistich.quantile(0.975));
+    printf(
+        "training text %s/train.bin: %s poems, %s verses, %s different words; letters in a verse %.1f ± "
+        "%.1f, in a hemistich %.1f ± %.1f, usually %zu to %zu\n\n",
+        data.c_str(), commas(ref.poems.size()).c_str(), commas(ref.verse.n).c_str(),
+        commas(ref.words.size()).c_str(), ref.verse.mean(), ref.verse.sd(), ref.hemistich.mean(),
+        ref.hemistich.sd(), ref.hemistich.quantile(0.025), ref.hemistich.quantile(0.975));
     std::vector<std::pair<std::string, Scores>> columns;
     std::string longest;
     for (const std::string& path : files) {
@@ -413,7 +458,9 @@ inline int score_main(int argc, char** argv) {
         if (skip_last)
             for (std::string& p : poems) p.resize(p.find('\n') == p.npos ? 0 : p.rfind('\n'));
         poems.erase(std::remove(poems.begin(), poems.end(), ""), poems.end());
-        if (poems.empty()) fail("%s: holds no poem%s", path.c_str(), skip_last ? " of two verses, and --skip_last leaves out the last" : "");
+        if (poems.empty())
+            fail("%s: holds no poem%s", path.c_str(),
+                 skip_last ? " of two verses, and --skip_last leaves out the last" : "");
         columns.push_back({path, measure(poems, ref)});
         std::string text = columns.back().second.longest_text;
         for (char& c : text)
