@@ -14,6 +14,7 @@
 #include "lib/gpt2.h"
 #include "lib/machine.h"
 #include "lib/memory.h"
+#include "lib/model.h"
 #include "lib/rng.h"
 #include "lib/sampler.h"
 #include "lib/vec.h"

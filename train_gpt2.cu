@@ -5,8 +5,8 @@
 // one is tested against), matrix products by cuBLASLt, the model, the decoder with its key/value cache, and a
 // main that hands the model to lib/trainer.h.
 //
-// Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary padded to Vp.
-// floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's
+// Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary padded to
+// Vp. floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's
 // moments and master weights are always float. There are no atomics on floats: a run repeats bit for bit.
 //
 // Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR); so kernels
@@ -26,6 +26,7 @@
 #include <utility>
 
 #include "lib/memory.h"
+#include "lib/model.h"
 #include "lib/rng.h"
 #include "lib/sampler.h"
 
@@ -45,10 +46,13 @@ constexpr Dtype BUILD_DTYPE = BF16;
 // Throws with file, line, call, the runtime's words and what to try.
 inline void cuda_check(cudaError_t status, const char* call, const char* file, int line) {
     if (status == cudaSuccess) return;
-    const char* hint = status == cudaErrorMemoryAllocation        ? "; try a smaller --batch_size, or --recompute 1, 2 or 3"
-                       : status == cudaErrorNoKernelImageForDevice ? "; this program was built for another GPU: make it again on this machine"
-                                                                   : "";
-    fail("%s:%d: %s: %s (%s)%s", file, line, call, cudaGetErrorString(status), cudaGetErrorName(status), hint);
+    const char* hint = status == cudaErrorMemoryAllocation
+                           ? "; try a smaller --batch_size, or --recompute 1, 2 or 3"
+                       : status == cudaErrorNoKernelImageForDevice
+                           ? "; this program was built for another GPU: make it again on this machine"
+                           : "";
+    fail("%s:%d: %s: %s (%s)%s", file, line, call, cudaGetErrorString(status), cudaGetErrorName(status),
+         hint);
 }
 inline void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status != CUBLAS_STATUS_SUCCESS)
@@ -57,9 +61,11 @@ inline void cublas_check(cublasStatus_t status, const char* call, const char* fi
 #define CUDA_CHECK(call) gpu::cuda_check((call), #call, __FILE__, __LINE__)
 #define CUBLAS_CHECK(call) gpu::cublas_check((call), #call, __FILE__, __LINE__)
 
-// Launches kernel<<<grid, block, smem, stream>>>(args...), the arguments converted to the kernel's own parameter types.
+// Launches kernel<<<grid, block, smem, stream>>>(args...), the arguments converted to the kernel's own
+// parameter types.
 template <class... P, class... A>
-inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A&&... args) {
+inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
+                   A&&... args) {
     cudaLaunchConfig_t c = {};
     c.gridDim = grid, c.blockDim = block, c.dynamicSmemBytes = smem, c.stream = stream;
     CUDA_CHECK(cudaLaunchKernelEx(&c, kernel, std::forward<A>(args)...));
@@ -70,16 +76,17 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cud
 
 constexpr int WARP = 32;
 
-// What changes from one micro-step to the next. It stands in device memory, so that one captured graph serves all steps.
+// What changes from one micro-step to the next. It stands in device memory, so that one captured graph serves
+// all steps.
 struct StepState {
     uint64_t seq0 = 0;     // number of the batch's first sequence within the step's whole batch
     uint32_t step = 0;     // keys the dropout masks
     float grad_scale = 1;  // 1 / (tokens of the whole batch)
 };
 
-// Dropout of one site as train_gpt2.cpp draws it: element e is kept where word e % 4 of Philox block e / 4 is at least the
-// threshold, and then scaled by 1/(1-p). p = 0 draws nothing. In rows: e = (seq0 * T + m) * C + c; in attention:
-// e = (((seq0 + b) * NH + h) * T + query) * T + key.
+// Dropout of one site as train_gpt2.cpp draws it: element e is kept where word e % 4 of Philox block e / 4 is
+// at least the threshold, and then scaled by 1/(1-p). p = 0 draws nothing. In rows: e = (seq0 * T + m) * C +
+// c; in attention: e = (((seq0 + b) * NH + h) * T + query) * T + key.
 struct Dropout {
     float p = 0;
     uint64_t seed = 0;
@@ -112,13 +119,21 @@ __device__ inline int4 to_bits(const Vec<T>& x) {
     return bits;
 }
 template <class T>
-__device__ inline Vec<T> load(const T* p) { return from_bits<T>(*reinterpret_cast<const int4*>(p)); }
+__device__ inline Vec<T> load(const T* p) {
+    return from_bits<T>(*reinterpret_cast<const int4*>(p));
+}
 template <class T>
-__device__ inline Vec<T> load_once(const T* p) { return from_bits<T>(__ldcs(reinterpret_cast<const int4*>(p))); }
+__device__ inline Vec<T> load_once(const T* p) {
+    return from_bits<T>(__ldcs(reinterpret_cast<const int4*>(p)));
+}
 template <class T>
-__device__ inline void store(T* p, const Vec<T>& x) { *reinterpret_cast<int4*>(p) = to_bits(x); }
+__device__ inline void store(T* p, const Vec<T>& x) {
+    *reinterpret_cast<int4*>(p) = to_bits(x);
+}
 template <class T>
-__device__ inline void store_once(T* p, const Vec<T>& x) { __stcs(reinterpret_cast<int4*>(p), to_bits(x)); }
+__device__ inline void store_once(T* p, const Vec<T>& x) {
+    __stcs(reinterpret_cast<int4*>(p), to_bits(x));
+}
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -169,12 +184,13 @@ __device__ inline T warp_sum(T x) {
     return x;
 }
 __device__ inline float warp_max(float x) {
-    for (int offset = WARP / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
     return x;
 }
 
-// Each x[i] becomes its sum over the `warps` neighbouring warps that the caller belongs to, in a fixed order. All threads
-// of the block call it; blockDim is one-dimensional, a multiple of 32 * warps.
+// Each x[i] becomes its sum over the `warps` neighbouring warps that the caller belongs to, in a fixed order.
+// All threads of the block call it; blockDim is one-dimensional, a multiple of 32 * warps.
 template <class T, int N>
 __device__ inline void group_sum(T (&x)[N], int warps) {
     for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
@@ -203,7 +219,9 @@ __device__ inline float block_max(float x) {
 }
 
 // Dropout inside a kernel. With p = 0 the state is not read, and may be null.
-__device__ inline rng::Key dropout_key(const Dropout& d) { return rng::Key(d.seed, d.p > 0 ? d.state->step : 0, d.site, d.layer); }
+__device__ inline rng::Key dropout_key(const Dropout& d) {
+    return rng::Key(d.seed, d.p > 0 ? d.state->step : 0, d.site, d.layer);
+}
 // Row 0's number within the step's whole batch.
 __device__ inline uint64_t dropout_row(const Dropout& d, size_t T) { return d.p > 0 ? d.state->seq0 * T : 0; }
 // The factors, 0 or 1/(1-p), of elements 4 * block to 4 * block + 3.
@@ -211,8 +229,8 @@ __device__ inline float4 dropout_factors(const rng::Key& key, uint64_t block, fl
     rng::Block b = key.block(block);
     uint32_t threshold = rng::drop_threshold(p);
     float scale = 1.0f / (1.0f - p);
-    return make_float4(b.w[0] >= threshold ? scale : 0.0f, b.w[1] >= threshold ? scale : 0.0f, b.w[2] >= threshold ? scale : 0.0f,
-                       b.w[3] >= threshold ? scale : 0.0f);
+    return make_float4(b.w[0] >= threshold ? scale : 0.0f, b.w[1] >= threshold ? scale : 0.0f,
+                       b.w[2] >= threshold ? scale : 0.0f, b.w[3] >= threshold ? scale : 0.0f);
 }
 // x *= the factors of the elements from e on, a multiple of 4; where p = 0 nothing happens.
 __device__ inline void apply_dropout(Floats& x, const rng::Key& key, uint64_t e, float p) {
@@ -234,10 +252,11 @@ inline int multiprocessors() {
     return count;
 }
 
-// a[i] += sum over p of partials[p][i] for i < na, and likewise b[i - na] for the other columns; partials (parts, n).
-// A block owns 32 columns; its warps share the parts and are added in order.
+// a[i] += sum over p of partials[p][i] for i < na, and likewise b[i - na] for the other columns; partials
+// (parts, n). A block owns 32 columns; its warps share the parts and are added in order.
 constexpr int ADD_WARPS = 16;
-__global__ void __launch_bounds__(ADD_WARPS* WARP) add_partials_kernel(float* a, float* b, const float* partials, int parts, size_t na, size_t n) {
+__global__ void __launch_bounds__(ADD_WARPS* WARP)
+    add_partials_kernel(float* a, float* b, const float* partials, int parts, size_t na, size_t n) {
     __shared__ float sums[ADD_WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     size_t i = (size_t)blockIdx.x * WARP + lane;
@@ -251,14 +270,17 @@ __global__ void __launch_bounds__(ADD_WARPS* WARP) add_partials_kernel(float* a,
     for (int w = 1; w < ADD_WARPS; w++) sum += sums[w][lane];
     (i < na ? a[i] : b[i - na]) += sum;
 }
-inline void add_partials(float* a, float* b, const float* partials, int parts, size_t na, size_t n, cudaStream_t s) {
-    launch(add_partials_kernel, dim3((unsigned)ceil_div(n, WARP)), ADD_WARPS * WARP, 0, s, a, b, partials, parts, na, n);
+inline void add_partials(float* a, float* b, const float* partials, int parts, size_t na, size_t n,
+                         cudaStream_t s) {
+    launch(add_partials_kernel, dim3((unsigned)ceil_div(n, WARP)), ADD_WARPS * WARP, 0, s, a, b, partials,
+           parts, na, n);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Tensor-core and copy instructions, each with its body for the emulator
 
-// d (16 x 8 floats) += a (16 x 16) b (16 x 8), a and b of bf16 in pairs. With g = lane / 4 and t = lane % 4 a lane holds
+// d (16 x 8 floats) += a (16 x 16) b (16 x 8), a and b of bf16 in pairs. With g = lane / 4 and t = lane % 4 a
+// lane holds
 //     of a: columns 2t, 2t+1 of row g, and of row g+8; then columns 2t+8, 2t+9 of both
 //     of b: rows 2t, 2t+1 of column g; then rows 2t+8, 2t+9
 //     of d: columns 2t, 2t+1 of row g; then of row g+8.
@@ -266,14 +288,16 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 #if defined(EMULATOR)
     emu::mma_m16n8k16_bf16(d, a, {b0, b1}, d);
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 
-// Four 8 x 8 matrices of bf16 from shared memory, row r of matrix m at lane 8m+r's address (16-byte aligned). Register m of a
-// lane: elements (lane / 4, lane % 4 * 2 and the next) of matrix m, or of its transpose.
+// Four 8 x 8 matrices of bf16 from shared memory, row r of matrix m at lane 8m+r's address (16-byte aligned).
+// Register m of a lane: elements (lane / 4, lane % 4 * 2 and the next) of matrix m, or of its transpose.
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
 #if defined(EMULATOR)
@@ -282,24 +306,31 @@ __device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
     uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
 #endif
 }
 
-// Starts a copy of 16 bytes from global to shared memory; without `valid` nothing is read and zeros are written.
+// Starts a copy of 16 bytes from global to shared memory; without `valid` nothing is read and zeros are
+// written.
 __device__ inline void cp_async16(void* shared, const void* global, bool valid) {
 #if defined(EMULATOR)
     emu::cp_async16(shared, global, valid);
 #else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)),
+        "l"(global), "r"(valid ? 16 : 0)
+        : "memory");
 #endif
 }
-// Closes a group of this thread's copies; cp_async_wait returns when at most PENDING younger groups are under way. What other
-// threads copied is there after a barrier.
+// Closes a group of this thread's copies; cp_async_wait returns when at most PENDING younger groups are under
+// way. What other threads copied is there after a barrier.
 __device__ inline void cp_async_commit() {
 #if defined(EMULATOR)
     emu::cp_async_commit();
@@ -312,7 +343,7 @@ __device__ inline void cp_async_wait() {
 #if defined(EMULATOR)
     emu::cp_async_wait(PENDING);
 #else
-    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
 
@@ -331,8 +362,9 @@ __device__ inline float exp2_approx(float x) {
 // Embedding
 
 // cpu::embedding_forward. out (B,T,C) = wte[token] + wpe[t], then dropout. A block works on one row.
-__global__ void __launch_bounds__(256) embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t T,
-                                                                size_t C, Dropout drop) {
+__global__ void __launch_bounds__(256)
+    embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t T,
+                             size_t C, Dropout drop) {
     size_t m = blockIdx.x;
     const floatX *e = wte + (size_t)tokens[m] * C, *p = wpe + m % T * C;
     rng::Key key = dropout_key(drop);
@@ -346,19 +378,23 @@ __global__ void __launch_bounds__(256) embedding_forward_kernel(floatX* out, con
 }
 
 // As many threads as n items fill, in whole warps and at most `most`.
-inline unsigned threads_for(size_t n, size_t most) { return (unsigned)std::min(most, ceil_div(n, WARP) * WARP); }
-
-inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t B, size_t T, size_t C, Dropout drop,
-                              cudaStream_t s) {
-    launch(embedding_forward_kernel, dim3((unsigned)(B * T)), threads_for(C / VEC, 256), 0, s, out, tokens, wte, wpe, T, C, drop);
+inline unsigned threads_for(size_t n, size_t most) {
+    return (unsigned)std::min(most, ceil_div(n, WARP) * WARP);
 }
 
-// The positions of a batch sorted by token, so that all gradients of one wte row are summed by one block or warp in one
-// order. Bucket u holds token[u] at the positions order[starts[u]..starts[u+1]). A token that stands at more than FREQUENT
-// positions (in a model of characters: the space) is also listed in frequent, and gets a whole block.
+inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t B,
+                              size_t T, size_t C, Dropout drop, cudaStream_t s) {
+    launch(embedding_forward_kernel, dim3((unsigned)(B * T)), threads_for(C / VEC, 256), 0, s, out, tokens,
+           wte, wpe, T, C, drop);
+}
+
+// The positions of a batch sorted by token, so that all gradients of one wte row are summed by one block or
+// warp in one order. Bucket u holds token[u] at the positions order[starts[u]..starts[u+1]). A token that
+// stands at more than FREQUENT positions (in a model of characters: the space) is also listed in frequent,
+// and gets a whole block.
 struct EmbeddingBuckets {
     static constexpr int FREQUENT = 64;
-    int *count;  // [0] buckets, [1] frequent ones
+    int* count;  // [0] buckets, [1] frequent ones
     int *order, *starts, *token, *frequent;
 
     static size_t ints(size_t M) { return 2 + M + (M + 1) + M + M / FREQUENT; }
@@ -372,7 +408,8 @@ struct EmbeddingBuckets {
 // On the host: fills the buckets of tokens (M). Allocates nothing.
 inline void bucket_tokens(const EmbeddingBuckets& b, const int* tokens, size_t M) {
     for (size_t m = 0; m < M; m++) b.order[m] = (int)m;
-    std::sort(b.order, b.order + M, [=](int i, int j) { return tokens[i] != tokens[j] ? tokens[i] < tokens[j] : i < j; });
+    std::sort(b.order, b.order + M,
+              [=](int i, int j) { return tokens[i] != tokens[j] ? tokens[i] < tokens[j] : i < j; });
     int u = 0, f = 0;
     for (size_t begin = 0, end; begin < M; begin = end, u++) {
         int token = tokens[b.order[begin]];
@@ -385,7 +422,8 @@ inline void bucket_tokens(const EmbeddingBuckets& b, const int* tokens, size_t M
 }
 
 // sum += dout[m], columns c..c+VEC, under the mask.
-__device__ inline void add_masked(Floats& sum, const floatX* dout, size_t m, size_t c, size_t C, const Dropout& drop, const rng::Key& key, uint64_t row0) {
+__device__ inline void add_masked(Floats& sum, const floatX* dout, size_t m, size_t c, size_t C,
+                                  const Dropout& drop, const rng::Key& key, uint64_t row0) {
     Floats x = widen(load(dout + m * C + c));
     apply_dropout(x, key, (row0 + m) * C + c, drop.p);
     for (int k = 0; k < VEC; k++) sum[k] += x[k];
@@ -397,7 +435,8 @@ __device__ inline void add_to_memory(float* p, const Floats& sum) {
 }
 
 // dwpe[t] += sum over b of dout[b,t]: one thread per position and vector of channels.
-__global__ void __launch_bounds__(128) wpe_backward_kernel(float* dwpe, const floatX* dout, size_t B, size_t T, size_t C, Dropout drop) {
+__global__ void __launch_bounds__(128)
+    wpe_backward_kernel(float* dwpe, const floatX* dout, size_t B, size_t T, size_t C, Dropout drop) {
     size_t t = blockIdx.x, c = ((size_t)blockIdx.y * blockDim.x + threadIdx.x) * VEC;
     if (c >= C) return;
     rng::Key key = dropout_key(drop);
@@ -410,8 +449,9 @@ __global__ void __launch_bounds__(128) wpe_backward_kernel(float* dwpe, const fl
 
 // dwte[token] += the gradients at the token's few positions: one warp per bucket and 32 vectors of channels.
 constexpr int BUCKET_WARPS = 4;
-__global__ void __launch_bounds__(BUCKET_WARPS* WARP) wte_backward_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
-                                                                        Dropout drop) {
+__global__ void __launch_bounds__(BUCKET_WARPS* WARP)
+    wte_backward_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
+                        Dropout drop) {
     int u = blockIdx.x * BUCKET_WARPS + threadIdx.x / WARP;
     size_t c = ((size_t)blockIdx.y * WARP + threadIdx.x % WARP) * VEC;
     if (u >= buckets.count[0] || c >= C) return;
@@ -425,11 +465,12 @@ __global__ void __launch_bounds__(BUCKET_WARPS* WARP) wte_backward_kernel(float*
     add_to_memory(dwte + (size_t)buckets.token[u] * C + c, sum);
 }
 
-// The same for a frequent token: a block of 32 warps per bucket and 8 vectors of channels; each warp reads 4 positions at
-// a time.
+// The same for a frequent token: a block of 32 warps per bucket and 8 vectors of channels; each warp reads 4
+// positions at a time.
 constexpr int STRIP_LANES = 8;
-__global__ void __launch_bounds__(1024) wte_backward_frequent_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
-                                                                     Dropout drop) {
+__global__ void __launch_bounds__(1024)
+    wte_backward_frequent_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T,
+                                 size_t C, Dropout drop) {
     constexpr int READERS = 1024 / STRIP_LANES;
     __shared__ float sums[WARP][STRIP_LANES * VEC];
     if ((int)blockIdx.x >= buckets.count[1]) return;
@@ -441,9 +482,11 @@ __global__ void __launch_bounds__(1024) wte_backward_frequent_kernel(float* dwte
     Floats sum = {};
     if (c < C)
 #pragma unroll 2
-        for (int i = begin + threadIdx.x / STRIP_LANES; i < end; i += READERS) add_masked(sum, dout, buckets.order[i], c, C, drop, key, row0);
+        for (int i = begin + threadIdx.x / STRIP_LANES; i < end; i += READERS)
+            add_masked(sum, dout, buckets.order[i], c, C, drop, key, row0);
     for (int k = 0; k < VEC; k++) {
-        for (int offset = STRIP_LANES; offset < WARP; offset *= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], offset);
+        for (int offset = STRIP_LANES; offset < WARP; offset *= 2)
+            sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], offset);
         if (threadIdx.x % WARP < STRIP_LANES) sums[warp][strip_lane * VEC + k] = sum[k];
     }
     __syncthreads();
@@ -454,27 +497,30 @@ __global__ void __launch_bounds__(1024) wte_backward_frequent_kernel(float* dwte
     dwte[(size_t)buckets.token[u] * C + column] += total;
 }
 
-// cpu::embedding_backward. dwte[token] += dout and dwpe[t] += dout under the mask; dout (B,T,C) stays as it is. The grids
-// are made for the most buckets that B*T tokens can have, so that one captured graph serves every batch.
-inline void embedding_backward(float* dwte, float* dwpe, const floatX* dout, const EmbeddingBuckets& buckets, size_t B, size_t T, size_t C,
-                               Dropout drop, cudaStream_t s) {
+// cpu::embedding_backward. dwte[token] += dout and dwpe[t] += dout under the mask; dout (B,T,C) stays as it
+// is. The grids are made for the most buckets that B*T tokens can have, so that one captured graph serves
+// every batch.
+inline void embedding_backward(float* dwte, float* dwpe, const floatX* dout, const EmbeddingBuckets& buckets,
+                               size_t B, size_t T, size_t C, Dropout drop, cudaStream_t s) {
     size_t M = B * T, vecs = C / VEC;
     unsigned threads = threads_for(vecs, 128);
-    launch(wpe_backward_kernel, dim3((unsigned)T, (unsigned)ceil_div(vecs, threads)), threads, 0, s, dwpe, dout, B, T, C, drop);
-    launch(wte_backward_kernel, dim3((unsigned)ceil_div(M, BUCKET_WARPS), (unsigned)ceil_div(vecs, WARP)), BUCKET_WARPS * WARP, 0, s, dwte, dout,
-           buckets, T, C, drop);
+    launch(wpe_backward_kernel, dim3((unsigned)T, (unsigned)ceil_div(vecs, threads)), threads, 0, s, dwpe,
+           dout, B, T, C, drop);
+    launch(wte_backward_kernel, dim3((unsigned)ceil_div(M, BUCKET_WARPS), (unsigned)ceil_div(vecs, WARP)),
+           BUCKET_WARPS * WARP, 0, s, dwte, dout, buckets, T, C, drop);
     if (M > EmbeddingBuckets::FREQUENT)
-        launch(wte_backward_frequent_kernel, dim3((unsigned)(M / EmbeddingBuckets::FREQUENT), (unsigned)ceil_div(vecs, STRIP_LANES)), 1024, 0, s, dwte,
-               dout, buckets, T, C, drop);
+        launch(wte_backward_frequent_kernel,
+               dim3((unsigned)(M / EmbeddingBuckets::FREQUENT), (unsigned)ceil_div(vecs, STRIP_LANES)), 1024,
+               0, s, dwte, dout, buckets, T, C, drop);
 }
 
 // ---------------------------------------------------------------------------------------------
 // LayerNorm and residual
 
-// A row of C channels, a multiple of 8, is held in the registers of `warps` warps that share it: thread t of them holds the
-// vectors t, t + 32 warps, ... of the row.
-constexpr int ROW_VECS = 24 / VEC;                      // vectors of one row that a thread holds
-constexpr int ROW_WARPS = 16;                           // most warps that share a row
+// A row of C channels, a multiple of 8, is held in the registers of `warps` warps that share it: thread t of
+// them holds the vectors t, t + 32 warps, ... of the row.
+constexpr int ROW_VECS = 24 / VEC;                       // vectors of one row that a thread holds
+constexpr int ROW_WARPS = 16;                            // most warps that share a row
 constexpr size_t WARP_CHANNELS = ROW_VECS * VEC * WARP;  // 768: GPT-2's rows fit one warp exactly
 constexpr size_t MAX_CHANNELS = ROW_WARPS * WARP_CHANNELS;
 
@@ -487,16 +533,18 @@ struct Rows {
 inline Rows row_layout(size_t C, int fewest) {
     int warps = 1;
     while (warps * WARP_CHANNELS < C) warps *= 2;
-    if (C % 8 || C > MAX_CHANNELS) throw std::logic_error("LayerNorm kernels: C is no multiple of 8, or above 12288");
+    if (C % 8 || C > MAX_CHANNELS)
+        throw std::logic_error("LayerNorm kernels: C is no multiple of 8, or above 12288");
     return {warps, std::max(1, fewest / warps)};
 }
 
-// LayerNorm of x, or with RESIDUAL of sum = x + dropout(branch), which is written too. The statistics are those of the row
-// as rounded to floatX: backward sees no other.
+// LayerNorm of x, or with RESIDUAL of sum = x + dropout(branch), which is written too. The statistics are
+// those of the row as rounded to floatX: backward sees no other.
 template <bool RESIDUAL>
-__global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_forward_kernel(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* x,
-                                                                           const floatX* branch, const floatX* w, const floatX* b, size_t M, size_t T,
-                                                                           int C, Dropout drop, float eps, int warps) {
+__global__ void __launch_bounds__(ROW_WARPS* WARP)
+    layernorm_forward_kernel(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* x,
+                             const floatX* branch, const floatX* w, const floatX* b, size_t M, size_t T,
+                             int C, Dropout drop, float eps, int warps) {
     int threads = warps * WARP, t = threadIdx.x % threads;
     size_t m = (size_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
     bool inside = m < M;  // rows past the end still meet at the barriers
@@ -540,28 +588,32 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_forward_kernel(floa
 }
 
 // cpu::layernorm_forward. y (M,C) = LayerNorm(x); mean, rstd (M) are kept for backward.
-inline void layernorm_forward(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w, const floatX* b, size_t M, size_t C, float eps,
-                              cudaStream_t s) {
+inline void layernorm_forward(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w,
+                              const floatX* b, size_t M, size_t C, float eps, cudaStream_t s) {
     Rows rows = row_layout(C, 4);
-    launch(layernorm_forward_kernel<false>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, nullptr, y, mean, rstd, x, nullptr, w, b, M,
-           M, (int)C, Dropout{}, eps, rows.warps);
+    launch(layernorm_forward_kernel<false>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s,
+           nullptr, y, mean, rstd, x, nullptr, w, b, M, M, (int)C, Dropout{}, eps, rows.warps);
 }
 
-// cpu::residual_layernorm_forward. sum (M,C) = skip + dropout(branch); y = LayerNorm(sum). sum may be skip or branch.
-inline void residual_layernorm_forward(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* skip, const floatX* branch, const floatX* w,
-                                       const floatX* b, size_t M, size_t T, size_t C, Dropout drop, float eps, cudaStream_t s) {
+// cpu::residual_layernorm_forward. sum (M,C) = skip + dropout(branch); y = LayerNorm(sum). sum may be skip or
+// branch.
+inline void residual_layernorm_forward(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* skip,
+                                       const floatX* branch, const floatX* w, const floatX* b, size_t M,
+                                       size_t T, size_t C, Dropout drop, float eps, cudaStream_t s) {
     Rows rows = row_layout(C, 4);
-    launch(layernorm_forward_kernel<true>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, sum, y, mean, rstd, skip, branch, w, b, M, T,
-           (int)C, drop, eps, rows.warps);
+    launch(layernorm_forward_kernel<true>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, sum,
+           y, mean, rstd, skip, branch, w, b, M, T, (int)C, drop, eps, rows.warps);
 }
 
-// Each group of warps takes every so many-th row, and keeps the sums of dw and db for its channels in registers; at the end
-// the block's groups are added up, in order, into partials (blocks, 2, C).
-__global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_backward_kernel(floatX* dresid, floatX* masked, float* partials, const floatX* dy,
-                                                                            const floatX* dskip, const floatX* x, const float* mean,
-                                                                            const float* rstd, const floatX* w, size_t M, size_t T, int C,
-                                                                            bool accumulate, Dropout drop, int warps) {
-    int threads = warps * WARP, t = threadIdx.x % threads, group = threadIdx.x / threads, groups = blockDim.x / threads;
+// Each group of warps takes every so many-th row, and keeps the sums of dw and db for its channels in
+// registers; at the end the block's groups are added up, in order, into partials (blocks, 2, C).
+__global__ void __launch_bounds__(ROW_WARPS* WARP)
+    layernorm_backward_kernel(floatX* dresid, floatX* masked, float* partials, const floatX* dy,
+                              const floatX* dskip, const floatX* x, const float* mean, const float* rstd,
+                              const floatX* w, size_t M, size_t T, int C, bool accumulate, Dropout drop,
+                              int warps) {
+    int threads = warps * WARP, t = threadIdx.x % threads, group = threadIdx.x / threads,
+        groups = blockDim.x / threads;
     rng::Key key = dropout_key(drop);
     uint64_t row0 = dropout_row(drop, T);
     Floats dw[ROW_VECS] = {}, db[ROW_VECS] = {};
@@ -592,10 +644,12 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP) layernorm_backward_kernel(flo
         for (int i = 0; i < ROW_VECS; i++) {
             int c = (i * threads + t) * VEC;
             if (!inside || c >= C) continue;
-            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);  // from the cache; registers are short
+            Vec<floatX> row = load(x + m * C + c),
+                        weight = load(w + c);  // from the cache; registers are short
             Floats dx;
             for (int k = 0; k < VEC; k++)
-                dx[k] = rs * (d[i][k] * to_float(weight[k]) - mean_dn - (to_float(row[k]) - mu) * rs * mean_dot);
+                dx[k] =
+                    rs * (d[i][k] * to_float(weight[k]) - mean_dn - (to_float(row[k]) - mu) * rs * mean_dot);
             if (accumulate) {
                 Floats before = widen(load(dresid + m * C + c));
                 for (int k = 0; k < VEC; k++) dx[k] += before[k];
@@ -627,34 +681,36 @@ inline int layernorm_backward_blocks() { return 2 * multiprocessors(); }
 // Floats of scratch that layernorm_backward needs.
 inline size_t layernorm_backward_scratch(size_t C) { return 2 * C * layernorm_backward_blocks(); }
 
-// cpu::layernorm_backward. dresid (M,C) = (+= where accumulate) the gradient of dy + dskip through LayerNorm; dw, db (C) +=.
-// dskip may be null; GROVER's residual starts from the normalised row, so its gradient passes through too. masked, which may
-// be null, receives dresid under drop's mask: the gradient of the branch whose output was dropped. dy and dskip may be the
-// same memory as dresid and masked.
-inline void layernorm_backward(floatX* dresid, floatX* masked, float* dw, float* db, float* scratch, const floatX* dy, const floatX* dskip,
-                               const floatX* x, const float* mean, const float* rstd, const floatX* w, size_t M, size_t T, size_t C, bool accumulate,
-                               Dropout drop, cudaStream_t s) {
+// cpu::layernorm_backward. dresid (M,C) = (+= where accumulate) the gradient of dy + dskip through LayerNorm;
+// dw, db (C) +=. dskip may be null; GROVER's residual starts from the normalised row, so its gradient passes
+// through too. masked, which may be null, receives dresid under drop's mask: the gradient of the branch whose
+// output was dropped. dy and dskip may be the same memory as dresid and masked.
+inline void layernorm_backward(floatX* dresid, floatX* masked, float* dw, float* db, float* scratch,
+                               const floatX* dy, const floatX* dskip, const floatX* x, const float* mean,
+                               const float* rstd, const floatX* w, size_t M, size_t T, size_t C,
+                               bool accumulate, Dropout drop, cudaStream_t s) {
     Rows rows = row_layout(C, 8);
     size_t blocks = std::min<size_t>(layernorm_backward_blocks(), ceil_div(M, rows.block));
-    launch(layernorm_backward_kernel, dim3((unsigned)blocks), rows.threads(), 0, s, dresid, masked, scratch, dy, dskip, x, mean, rstd, w, M, T, (int)C,
-           accumulate, drop, rows.warps);
+    launch(layernorm_backward_kernel, dim3((unsigned)blocks), rows.threads(), 0, s, dresid, masked, scratch,
+           dy, dskip, x, mean, rstd, w, M, T, (int)C, accumulate, drop, rows.warps);
     add_partials(dw, db, scratch, (int)blocks, C, 2 * C, s);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Attention
 
-// Causal attention by tiles (FlashAttention-2, Dao 2023), per head: S = Q K^T / sqrt(hs), P = softmax of each row of S over the
-// keys up to the query, O = dropout(P) V. Only tiles of S exist, in registers; softmax runs along with them: a row's maximum
-// and sum so far are kept, and O is rescaled when the maximum grows. Kept for backward is lse, the logarithm of each row's sum
-// of e^S. Held against cpu::Attention.
+// Causal attention by tiles (FlashAttention-2, Dao 2023), per head: S = Q K^T / sqrt(hs), P = softmax of each
+// row of S over the keys up to the query, O = dropout(P) V. Only tiles of S exist, in registers; softmax runs
+// along with them: a row's maximum and sum so far are kept, and O is rescaled when the maximum grows. Kept
+// for backward is lse, the logarithm of each row's sum of e^S. Held against cpu::Attention.
 //
 // Backward: with D = rowsum(dO * O),  dP = dropout(dO V^T),  dS = P * (dP - D),
 //     dV = dropout(P)^T dO,  dQ = dS K / sqrt(hs),  dK = dS^T Q / sqrt(hs).
-// dQ sums over keys and dK, dV sum over queries, so one kernel cannot own both results. Two kernels compute S and dP twice, 7
-// products instead of 5. The alternatives: atomic additions to dQ, which change from run to run; or partial dQ per tile of 128
-// keys, which at T = 1024 and hs = 64 write and read 2.4 MB a head, 1.6 us of an A100's memory, where the two more products
-// take 0.13 GFLOP, 0.9 us of its tensor cores at half their peak. The dQ kernel goes first and leaves D to the other.
+// dQ sums over keys and dK, dV sum over queries, so one kernel cannot own both results. Two kernels compute S
+// and dP twice, 7 products instead of 5. The alternatives: atomic additions to dQ, which change from run to
+// run; or partial dQ per tile of 128 keys, which at T = 1024 and hs = 64 write and read 2.4 MB a head, 1.6 us
+// of an A100's memory, where the two more products take 0.13 GFLOP, 0.9 us of its tensor cores at half their
+// peak. The dQ kernel goes first and leaves D to the other.
 
 constexpr int HEAD_SIZES[] = {32, 48, 64, 80, 96, 128};
 inline bool attention_head_size_ok(int hs) {
@@ -666,7 +722,8 @@ inline bool attention_head_size_ok(int hs) {
 // f(integral_constant of the head size), which must be one of those above.
 template <class F, size_t... I>
 inline void with_head_size(size_t hs, F f, std::index_sequence<I...>) {
-    bool known = ((hs == (size_t)HEAD_SIZES[I] && (f(std::integral_constant<int, HEAD_SIZES[I]>()), true)) || ...);
+    bool known =
+        ((hs == (size_t)HEAD_SIZES[I] && (f(std::integral_constant<int, HEAD_SIZES[I]>()), true)) || ...);
     if (!known) throw std::logic_error("attention: no kernel for this head size");
 }
 template <class F>
@@ -674,36 +731,45 @@ inline void with_head_size(size_t hs, F f) {
     with_head_size(hs, f, std::make_index_sequence<std::size(HEAD_SIZES)>());
 }
 
-// What one block works on: head h of sequence b, blockIdx.x = b NH + h, and a tile of its rows, blockIdx.y. Rows of Q, K, V
-// stand where the QKV product left them, 3C apart.
+// What one block works on: head h of sequence b, blockIdx.x = b NH + h, and a tile of its rows, blockIdx.y.
+// Rows of Q, K, V stand where the QKV product left them, 3C apart.
 template <int HS>
 struct Head {
-    size_t C, stride, index, qkv, out;  // channels, 3C, the head's number, and where it starts in (B,T,3C) and (B,T,C)
+    size_t C, stride, index, qkv,
+        out;  // channels, 3C, the head's number, and where it starts in (B,T,3C) and (B,T,C)
     __device__ Head(int T, int NH) : C((size_t)NH * HS), stride(3 * C), index(blockIdx.x) {
-        size_t row = (size_t)(blockIdx.x / (unsigned)NH) * T, column = blockIdx.x % (unsigned)NH * HS;  // a 64-bit division is slow
+        size_t row = (size_t)(blockIdx.x / (unsigned)NH) * T,
+               column = blockIdx.x % (unsigned)NH * HS;  // a 64-bit division is slow
         qkv = row * stride + column, out = row * C + column;
     }
 };
 
 constexpr float LOG2E = 1.44269504f;  // softmax in powers of 2
 
-// What backward's second kernel needs of a query: lse / ln 2, and D. Rows beyond T have lse = infinity, so that P = 0.
+// What backward's second kernel needs of a query: lse / ln 2, and D. Rows beyond T have lse = infinity, so
+// that P = 0.
 struct alignas(8) RowStats {
     float lse2, d;
 };
 constexpr size_t STATS_ROWS = 64;  // per head they are padded to a multiple of this
-inline __host__ __device__ size_t stats_rows(size_t T) { return (T + STATS_ROWS - 1) / STATS_ROWS * STATS_ROWS; }
+inline __host__ __device__ size_t stats_rows(size_t T) {
+    return (T + STATS_ROWS - 1) / STATS_ROWS * STATS_ROWS;
+}
 
 // The dropout of one head's probabilities.
 struct HeadDropout {
     rng::Key key;
     uint32_t threshold;
-    float scale;  // 1/(1-p)
+    float scale;        // 1/(1-p)
     uint64_t first, T;  // number of this head's first element, elements a query
     bool on;
     __device__ HeadDropout(const Dropout& d, int T_, int NH)
-        : key(dropout_key(d)), threshold(rng::drop_threshold(d.p)), scale(1.0f / (1.0f - d.p)),
-          first(d.p > 0 ? (d.state->seq0 * NH + blockIdx.x) * T_ * T_ : 0), T(T_), on(d.p > 0) {}
+        : key(dropout_key(d)),
+          threshold(rng::drop_threshold(d.p)),
+          scale(1.0f / (1.0f - d.p)),
+          first(d.p > 0 ? (d.state->seq0 * NH + blockIdx.x) * T_ * T_ : 0),
+          T(T_),
+          on(d.p > 0) {}
     // Bit i: element 4 * block + i is kept.
     __device__ unsigned keep4(uint64_t block) const {
         rng::Block draw = key.block(block);
@@ -712,15 +778,17 @@ struct HeadDropout {
         return bits;
     }
     __device__ uint64_t element(int query, int k) const { return first + query * T + k; }
-    __device__ unsigned keep(int query, int k) const { return keep4(element(query, k) / 4) >> element(query, k) % 4 & 1; }
+    __device__ unsigned keep(int query, int k) const {
+        return keep4(element(query, k) / 4) >> element(query, k) % 4 & 1;
+    }
 };
 
 #if !defined(PRECISION_FP32)
 
 // --- bf16: products on tensor cores
 
-// Rows of HS bf16 in shared memory, with 16 bytes between rows: eight rows then start in eight different groups of four banks,
-// for every HS that is a multiple of 16, and ldmatrix meets no bank conflict.
+// Rows of HS bf16 in shared memory, with 16 bytes between rows: eight rows then start in eight different
+// groups of four banks, for every HS that is a multiple of 16, and ldmatrix meets no bank conflict.
 template <int HS>
 struct Tile {
     static constexpr int LD = HS + 8, CHUNKS = HS / 8;
@@ -742,7 +810,8 @@ struct Tile {
         int lane = threadIdx.x % WARP;
         ldmatrix<false>(a, x + (row + lane % 16) * LD + col + lane / 16 * 8);
     }
-    // The 16 x 16 at (row, col) as the right factor, b[0..1] its first eight columns and b[2..3] the others; and its transpose.
+    // The 16 x 16 at (row, col) as the right factor, b[0..1] its first eight columns and b[2..3] the others;
+    // and its transpose.
     __device__ void right(uint32_t (&b)[4], int row, int col) const {
         int lane = threadIdx.x % WARP;
         ldmatrix<true>(b, x + (row + lane % 16) * LD + col + lane / 16 * 8);
@@ -753,7 +822,8 @@ struct Tile {
     }
 };
 
-// A warp's accumulators: MT x NT blocks of 16 x 8. Element i of a lane stands in a block at (element_row(i), element_col(i)).
+// A warp's accumulators: MT x NT blocks of 16 x 8. Element i of a lane stands in a block at (element_row(i),
+// element_col(i)).
 template <int MT, int NT>
 using Accumulators = float[MT][NT][4];
 __device__ inline int element_row(int i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
@@ -792,7 +862,8 @@ __device__ inline void multiply_transposed(Accumulators<MT, NT>& acc, Tile<HS> a
 
 // acc += P B: P (16 MT x 8 NT) rounded to bf16 where it stands in registers, B the first 8 NT rows of `b`.
 template <int HS, int MT, int NT>
-__device__ inline void multiply(Accumulators<MT, HS / 8>& acc, const uint32_t (&p)[MT][NT / 2][4], Tile<HS> b) {
+__device__ inline void multiply(Accumulators<MT, HS / 8>& acc, const uint32_t (&p)[MT][NT / 2][4],
+                                Tile<HS> b) {
 #pragma unroll
     for (int k = 0; k < NT / 2; k++)
 #pragma unroll
@@ -821,13 +892,15 @@ __device__ inline void round_to_left(uint32_t (&p)[MT][NT / 2][4], const Accumul
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i += 2) p[m][n / 2][n % 2 * 2 + i / 2] = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
+            for (int i = 0; i < 4; i += 2)
+                p[m][n / 2][n % 2 * 2 + i / 2] = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
 }
 
-// Writes a warp's rows, `stride` apart and only the first `valid`, 16 bytes at a time; `stage` is shared memory for 16 MT rows
-// that no other warp reads.
+// Writes a warp's rows, `stride` apart and only the first `valid`, 16 bytes at a time; `stage` is shared
+// memory for 16 MT rows that no other warp reads.
 template <int HS, int MT>
-__device__ inline void store_rows(floatX* to, int stride, int valid, const Accumulators<MT, HS / 8>& acc, Tile<HS> stage) {
+__device__ inline void store_rows(floatX* to, int stride, int valid, const Accumulators<MT, HS / 8>& acc,
+                                  Tile<HS> stage) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -856,7 +929,8 @@ __device__ inline float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// The functions below know a warp's score tile by its first query and key; its rows are queries, or, with KEY_ROWS, keys.
+// The functions below know a warp's score tile by its first query and key; its rows are queries, or, with
+// KEY_ROWS, keys.
 
 // A query sees no later key.
 template <bool KEY_ROWS, int MT, int NT>
@@ -867,8 +941,9 @@ __device__ inline void hide_later_keys(Accumulators<MT, NT>& s, int query, int k
     });
 }
 
-// Dropout's draws for a tile: bit 4 (m NT + n) + i stands for element i of block (m, n). Where a draw gives four keys of one query,
-// the lanes that hold those share it: each lane draws for one query and four keys, and asks the others. (By whole warps.)
+// Dropout's draws for a tile: bit 4 (m NT + n) + i stands for element i of block (m, n). Where a draw gives
+// four keys of one query, the lanes that hold those share it: each lane draws for one query and four keys,
+// and asks the others. (By whole warps.)
 template <int MT, int NT>
 using KeepBits = uint32_t[(MT * NT + 7) / 8];
 template <bool KEY_ROWS, int MT, int NT>
@@ -887,13 +962,16 @@ __device__ inline void draw(KeepBits<MT, NT>& kept, const HeadDropout& drop, int
                     int r = element_row(i), c = element_col(i);
                     bits |= drop.keep(q + (KEY_ROWS ? c : r), k + (KEY_ROWS ? r : c)) << i;
                 }
-            } else if (KEY_ROWS) {  // lanes that differ in g % 4 hold four keys of two queries, and four keys eight further on
-                uint32_t all = drop.keep4(drop.element(q + 2 * t + g % 2, k + g / 4 * 4 + g % 4 / 2 * 8) / 4) << g % 4 * 4;
+            } else if (KEY_ROWS) {  // lanes that differ in g % 4 hold four keys of two queries, and four keys
+                                    // eight further on
+                uint32_t all = drop.keep4(drop.element(q + 2 * t + g % 2, k + g / 4 * 4 + g % 4 / 2 * 8) / 4)
+                               << g % 4 * 4;
                 all |= __shfl_xor_sync(~0u, all, 4);
                 all |= __shfl_xor_sync(~0u, all, 8);
                 for (int i = 0; i < 4; i++) bits |= (all >> (4 * i + g % 4) & 1) << i;
             } else {  // lanes that differ in t % 2 hold four keys of two queries
-                uint32_t mine = drop.keep4(drop.element(q + g + t % 2 * 8, k + t / 2 * 4) / 4), other = __shfl_xor_sync(~0u, mine, 1);
+                uint32_t mine = drop.keep4(drop.element(q + g + t % 2 * 8, k + t / 2 * 4) / 4),
+                         other = __shfl_xor_sync(~0u, mine, 1);
                 bits = t % 2 ? other >> 2 | (mine >> 2) << 2 : (mine & 3) | (other & 3) << 2;
             }
             word |= bits << block % 8 * 4;
@@ -909,17 +987,18 @@ __device__ inline void zero_dropped(Accumulators<MT, NT>& x, const KeepBits<MT, 
     });
 }
 
-// Forward: a block takes 128 queries, each of four warps 32 of them. Tiles of 64 keys and of 64 values take turns in two places,
-// one being copied while the other is multiplied.
+// Forward: a block takes 128 queries, each of four warps 32 of them. Tiles of 64 keys and of 64 values take
+// turns in two places, one being copied while the other is multiplied.
 template <int HS>
 struct ForwardShape {
-    static constexpr int MT = 2, WARPS = 4, THREADS = WARPS * WARP, QUERIES = 16 * MT * WARPS, KEYS = HS <= 64 ? 64 : 32;
+    static constexpr int MT = 2, WARPS = 4, THREADS = WARPS * WARP, QUERIES = 16 * MT * WARPS,
+                         KEYS = HS <= 64 ? 64 : 32;
     static constexpr size_t SMEM = (QUERIES + 2 * KEYS) * Tile<HS>::BYTES;
 };
 
 template <int HS>
 __global__ void __launch_bounds__(ForwardShape<HS>::THREADS)
-attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, Dropout dropout) {
+    attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
     constexpr int MT = Shape::MT, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, NT = KEYS / 8;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -975,7 +1054,8 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int 
         }
         cp_async_wait<0>();
         __syncthreads();
-        if (k0 + KEYS < end) k_tile.template load<KEYS, Shape::THREADS>(k + (k0 + KEYS) * stride, stride, T - k0 - KEYS);
+        if (k0 + KEYS < end)
+            k_tile.template load<KEYS, Shape::THREADS>(k + (k0 + KEYS) * stride, stride, T - k0 - KEYS);
         cp_async_commit();
         if (active) multiply<HS, MT, NT>(o, p, v_tile);
     }
@@ -985,14 +1065,16 @@ attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int 
         for (int r = 0; r < 2; r++) {
             float total = row_sum(sum[m][r]), factor = drop.scale / total;
             int query = warp_q + 16 * m + element_row(2 * r);
-            if (threadIdx.x % 4 == 0 && query < T) lse[head.index * T + query] = max[m][r] * scale + logf(total);
+            if (threadIdx.x % 4 == 0 && query < T)
+                lse[head.index * T + query] = max[m][r] * scale + logf(total);
             for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= factor, o[m][n][2 * r + 1] *= factor;
         }
     store_rows<HS, MT>(out + head.out + warp_q * head.C, head.C, T - warp_q, o, q_tile.from_row(warp_row));
 }
 
-// Backward: a block owns 128 rows of the result, of queries or of keys, and goes through the others 32 at a time, in two places
-// that are filled in turn. A warp owns 32 rows; 16 where two results of 32 x HS and two score tiles do not fit its registers.
+// Backward: a block owns 128 rows of the result, of queries or of keys, and goes through the others 32 at a
+// time, in two places that are filled in turn. A warp owns 32 rows; 16 where two results of 32 x HS and two
+// score tiles do not fit its registers.
 template <int HS>
 struct BackwardShape {
     static constexpr int MT = HS <= 64 ? 2 : 1, WARPS = 8 / MT, THREADS = WARPS * WARP, ROWS = 128, STEP = 32;
@@ -1002,8 +1084,8 @@ struct BackwardShape {
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
 template <int HS>
 __global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
-attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out, const floatX* qkv,
-                                const float* lse, int T, int NH, Dropout dropout) {
+    attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out,
+                                    const floatX* qkv, const float* lse, int T, int NH, Dropout dropout) {
     using Shape = BackwardShape<HS>;
     constexpr int MT = Shape::MT, QUERIES = Shape::ROWS, KEYS = Shape::STEP, NT = KEYS / 8;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -1011,7 +1093,8 @@ attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dou
     HeadDropout drop(dropout, T, NH);
     const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
     size_t stride = head.stride;
-    Tile<HS> q_tile{(floatX*)dynamic_smem}, do_tile = q_tile.from_row(QUERIES), ring = do_tile.from_row(QUERIES);
+    Tile<HS> q_tile{(floatX*)dynamic_smem}, do_tile = q_tile.from_row(QUERIES),
+                                            ring = do_tile.from_row(QUERIES);
     auto k_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS); };
     auto v_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS + KEYS); };
     auto fetch = [&](int turn) {
@@ -1050,7 +1133,8 @@ attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dou
                             for (int e = 0; e < VEC; e++) d += x[e] * y[e];
                         }
                     row[m][r] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
-                    if (threadIdx.x % 4 == 0 && query < (int)stats_rows(T)) stats[head.index * stats_rows(T) + query] = row[m][r];
+                    if (threadIdx.x % 4 == 0 && query < (int)stats_rows(T))
+                        stats[head.index * stats_rows(T) + query] = row[m][r];
                 }
         if (k0 >= warp_q + 16 * MT) continue;  // all keys come after the warp's queries
         KeepBits<MT, NT> kept;
@@ -1074,8 +1158,8 @@ attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dou
 // dK and dV. Scores are transposed, a key a row, so that P^T and dS^T are left factors where they stand.
 template <int HS>
 __global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
-attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv, int T, int NH,
-                              Dropout dropout) {
+    attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv,
+                                  int T, int NH, Dropout dropout) {
     using Shape = BackwardShape<HS>;
     constexpr int MT = Shape::MT, KEYS = Shape::ROWS, QUERIES = Shape::STEP, NT = QUERIES / 8;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -1092,7 +1176,8 @@ attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX*
         int q0 = turn * QUERIES;
         q_tile(turn).template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
         do_tile(turn).template load<QUERIES, Shape::THREADS>(d_o + q0 * head.C, head.C, T - q0);
-        if (threadIdx.x < QUERIES / 2) cp_async16(stats_tile(turn) + 2 * threadIdx.x, stats + q0 + 2 * threadIdx.x, true);
+        if (threadIdx.x < QUERIES / 2)
+            cp_async16(stats_tile(turn) + 2 * threadIdx.x, stats + q0 + 2 * threadIdx.x, true);
         cp_async_commit();
     };
 
@@ -1140,24 +1225,28 @@ attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX*
 
 #else
 
-// --- fp32: the same mathematics, plain. 256 threads stand 16 x 16 before every product: thread (ty, tx) owns rows ty + 16i and
-// columns tx + 16j. Tiles are square, rows in shared memory one float longer than they need be, against bank conflicts. One block per
-// multiprocessor is asked for: left to itself, ptxas spills registers to fit more blocks than shared memory admits.
+// --- fp32: the same mathematics, plain. 256 threads stand 16 x 16 before every product: thread (ty, tx) owns
+// rows ty + 16i and columns tx + 16j. Tiles are square, rows in shared memory one float longer than they need
+// be, against bank conflicts. One block per multiprocessor is asked for: left to itself, ptxas spills
+// registers to fit more blocks than shared memory admits.
 
 template <int HS>
 struct ForwardShape {
-    static constexpr int THREADS = 256, R = HS <= 64 ? 4 : 2, QUERIES = 16 * R, LD = HS + 1, P_LD = QUERIES + 1;
+    static constexpr int THREADS = 256, R = HS <= 64 ? 4 : 2, QUERIES = 16 * R, LD = HS + 1,
+                         P_LD = QUERIES + 1;
     static constexpr size_t SMEM = (size_t)(3 * LD + P_LD) * QUERIES * sizeof(float);
 };
 template <int HS>
 struct BackwardShape : ForwardShape<HS> {
     static constexpr int ROWS = ForwardShape<HS>::QUERIES;
-    static constexpr size_t SMEM = (size_t)(4 * ForwardShape<HS>::LD + 2 * ForwardShape<HS>::P_LD) * ROWS * sizeof(float);
+    static constexpr size_t SMEM =
+        (size_t)(4 * ForwardShape<HS>::LD + 2 * ForwardShape<HS>::P_LD) * ROWS * sizeof(float);
 };
 
 // acc += A B over k < K, A (row, k) = a[row * a_row + k], B (k, col) = b[k * b_k + col * b_col].
 template <int R, int N>
-__device__ inline void multiply(float (&acc)[R][N], int K, const float* a, int a_row, const float* b, int b_k, int b_col) {
+__device__ inline void multiply(float (&acc)[R][N], int K, const float* a, int a_row, const float* b, int b_k,
+                                int b_col) {
     a += threadIdx.x / 16 * a_row, b += threadIdx.x % 16 * b_col;
     for (int k = 0; k < K; k++) {
         float left[R], right[N];
@@ -1176,7 +1265,8 @@ __device__ inline void load_rows(float* tile, const float* from, size_t stride, 
         tile[i / HS * Shape::LD + i % HS] = i / HS < valid ? from[i / HS * stride + i % HS] : 0;
 }
 template <int HS, int R>
-__device__ inline void store_rows(float* to, size_t stride, int valid, const float (&acc)[R][HS / 16], float factor) {
+__device__ inline void store_rows(float* to, size_t stride, int valid, const float (&acc)[R][HS / 16],
+                                  float factor) {
     for (int i = 0; i < R; i++)
         for (int j = 0; j < HS / 16; j++) {
             int row = threadIdx.x / 16 + 16 * i;
@@ -1194,7 +1284,8 @@ __device__ inline float row_max(float x) {
     return x;
 }
 
-// Bit i R + j: the element of a tile of scores in this thread's row i and column j is kept; rows are queries or, with KEY_ROWS, keys.
+// Bit i R + j: the element of a tile of scores in this thread's row i and column j is kept; rows are queries
+// or, with KEY_ROWS, keys.
 template <bool KEY_ROWS, int R>
 __device__ inline uint32_t draw(const HeadDropout& drop, int query, int key) {
     if (!drop.on) return ~0u;
@@ -1209,16 +1300,18 @@ __device__ inline uint32_t draw(const HeadDropout& drop, int query, int key) {
 
 template <int HS>
 __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
-attention_forward_kernel(float* out, float* lse, const float* qkv, int T, int NH, Dropout dropout) {
+    attention_forward_kernel(float* out, float* lse, const float* qkv, int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
-    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *p_tile = v_tile + ROWS * LD;
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
+          *p_tile = v_tile + ROWS * LD;
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
     size_t stride = head.stride;
-    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;  // the longest rows first
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16,
+        q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;  // the longest rows first
     float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
     float o[R][HS / 16] = {}, max[R], sum[R] = {};
     for (int i = 0; i < R; i++) max[i] = -INFINITY;
@@ -1263,12 +1356,13 @@ attention_forward_kernel(float* out, float* lse, const float* qkv, int T, int NH
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
 template <int HS>
 __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
-attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out, const float* qkv, const float* lse,
-                                int T, int NH, Dropout dropout) {
+    attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out,
+                                    const float* qkv, const float* lse, int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
-    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *do_tile = v_tile + ROWS * LD;
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
+          *do_tile = v_tile + ROWS * LD;
     float* ds_tile = do_tile + ROWS * LD;
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
@@ -1282,7 +1376,8 @@ attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout,
         int query = q0 + ty + 16 * i;
         float d = 0;
         if (query < T)
-            for (int c = tx; c < HS; c += 16) d += out[head.out + query * head.C + c] * d_o[query * head.C + c];
+            for (int c = tx; c < HS; c += 16)
+                d += out[head.out + query * head.C + c] * d_o[query * head.C + c];
         of_row[i] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
         if (tx == 0) stats[head.index * stats_rows(T) + query] = of_row[i];
     }
@@ -1313,18 +1408,21 @@ attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout,
 // dK and dV: a row of S is a key here.
 template <int HS>
 __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
-attention_backward_key_kernel(float* dqkv, const RowStats* stats, const float* dout, const float* qkv, int T, int NH, Dropout dropout) {
+    attention_backward_key_kernel(float* dqkv, const RowStats* stats, const float* dout, const float* qkv,
+                                  int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
-    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD, *do_tile = v_tile + ROWS * LD;
+    float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
+          *do_tile = v_tile + ROWS * LD;
     float *p_tile = do_tile + ROWS * LD, *ds_tile = p_tile + ROWS * P_LD;
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
     const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
     size_t stride = head.stride;
     stats += head.index * stats_rows(T);
-    int ty = threadIdx.x / 16, tx = threadIdx.x % 16, k0 = blockIdx.y * ROWS;  // the keys that most queries see first
+    int ty = threadIdx.x / 16, tx = threadIdx.x % 16,
+        k0 = blockIdx.y * ROWS;  // the keys that most queries see first
     float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
     float dk[R][HS / 16] = {}, dv[R][HS / 16] = {};
     load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
@@ -1361,8 +1459,8 @@ template <class... P>
 inline void allow_smem(void (*kernel)(P...), size_t bytes) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
-// To be called once per device before the functions below, and not while a graph is captured: lets the kernels of this head size
-// have the shared memory they need.
+// To be called once per device before the functions below, and not while a graph is captured: lets the
+// kernels of this head size have the shared memory they need.
 inline void attention_init(size_t hs) {
     with_head_size(hs, [](auto n) {
         constexpr int HS = decltype(n)::value;
@@ -1373,30 +1471,35 @@ inline void attention_init(size_t hs) {
 }
 
 // out (B,T,C) and lse (B,NH,T) from qkv (B,T,3C).
-inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t B, size_t T, size_t C, size_t NH, const Dropout& drop,
-                              cudaStream_t stream) {
+inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t B, size_t T, size_t C,
+                              size_t NH, const Dropout& drop, cudaStream_t stream) {
     with_head_size(C / NH, [&](auto n) {
         constexpr int HS = decltype(n)::value;
         using Shape = ForwardShape<HS>;
         dim3 grid(B * NH, ceil_div(T, Shape::QUERIES));
-        launch(attention_forward_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, out, lse, qkv, T, NH, drop);
+        launch(attention_forward_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, out, lse, qkv, T, NH,
+               drop);
     });
 }
 
 // Floats of scratch that attention_backward needs, 16-byte aligned.
-inline size_t attention_backward_scratch(size_t B, size_t T, size_t, size_t NH) { return B * NH * stats_rows(T) * 2; }
+inline size_t attention_backward_scratch(size_t B, size_t T, size_t, size_t NH) {
+    return B * NH * stats_rows(T) * 2;
+}
 
 // dqkv (B,T,3C) is written from dout (B,T,C) and what forward read and wrote.
-inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout, const floatX* out, const floatX* qkv, const float* lse,
-                               size_t B, size_t T, size_t C, size_t NH, const Dropout& drop, cudaStream_t stream) {
+inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout, const floatX* out,
+                               const floatX* qkv, const float* lse, size_t B, size_t T, size_t C, size_t NH,
+                               const Dropout& drop, cudaStream_t stream) {
     with_head_size(C / NH, [&](auto n) {
         constexpr int HS = decltype(n)::value;
         using Shape = BackwardShape<HS>;
         dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
         RowStats* stats = (RowStats*)scratch;
-        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, out, qkv, lse, T, NH,
-               drop);
-        launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats, dout, qkv, T, NH, drop);
+        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats,
+               dout, out, qkv, lse, T, NH, drop);
+        launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats,
+               dout, qkv, T, NH, drop);
     });
 }
 
@@ -1412,13 +1515,16 @@ __device__ inline float gelu(float x, float* derivative, int activation) {
         return x * s;
     }
     float a = fabsf(x) * 0.70710678f, t = __fdividef(1.0f, 1.0f + 0.3275911f * a), e = exponential(-a * a);
-    float tail = 0.5f * e * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float tail =
+        0.5f * e * t *
+        (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     float cdf = x < 0 ? tail : 1.0f - tail;
     *derivative = cdf + x * 0.39894228f * e;
     return x * cdf;
 }
 
-__global__ void __launch_bounds__(256) gelu_forward_kernel(floatX* y, const floatX* x, size_t n, int activation) {
+__global__ void __launch_bounds__(256)
+    gelu_forward_kernel(floatX* y, const floatX* x, size_t n, int activation) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     Floats f = widen(load_once(x + i));
@@ -1431,7 +1537,8 @@ inline void gelu_forward(floatX* y, const floatX* x, size_t n, int activation, c
     launch(gelu_forward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, y, x, n, activation);
 }
 
-__global__ void __launch_bounds__(256) gelu_backward_kernel(floatX* d, const floatX* x, size_t n, int activation) {
+__global__ void __launch_bounds__(256)
+    gelu_backward_kernel(floatX* d, const floatX* x, size_t n, int activation) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     Floats f = widen(load_once(x + i)), g = widen(load_once(d + i));
@@ -1448,7 +1555,8 @@ inline void gelu_backward(floatX* d, const floatX* x, size_t n, int activation, 
 }
 
 // Rows blockIdx.y, blockIdx.y + gridDim.y, ...; each thread stays in its columns, and keeps their bias.
-__global__ void __launch_bounds__(256) bias_gelu_forward_kernel(floatX* pre, floatX* out, const floatX* bias, size_t M, size_t N, int activation) {
+__global__ void __launch_bounds__(256) bias_gelu_forward_kernel(floatX* pre, floatX* out, const floatX* bias,
+                                                                size_t M, size_t N, int activation) {
     size_t c = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (c >= N) return;
     Floats b = widen(load(bias + c));
@@ -1465,15 +1573,20 @@ __global__ void __launch_bounds__(256) bias_gelu_forward_kernel(floatX* pre, flo
     }
 }
 // pre (M,N) += bias, N a multiple of 8; then out = gelu(pre), unless out is null.
-inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size_t M, size_t N, int activation, cudaStream_t s) {
+inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size_t M, size_t N,
+                              int activation, cudaStream_t s) {
     unsigned threads = threads_for(N / VEC, 256);
-    size_t strips = ceil_div(N / VEC, threads), rows = std::min(M, ceil_div((size_t)multiprocessors() * 32, strips));
-    launch(bias_gelu_forward_kernel, dim3((unsigned)strips, (unsigned)rows), threads, 0, s, pre, out, bias, M, N, activation);
+    size_t strips = ceil_div(N / VEC, threads),
+           rows = std::min(M, ceil_div((size_t)multiprocessors() * 32, strips));
+    launch(bias_gelu_forward_kernel, dim3((unsigned)strips, (unsigned)rows), threads, 0, s, pre, out, bias, M,
+           N, activation);
 }
 
-// Partial column sums: a block owns 32 vectors of columns and every gridDim.y-th group of rows; partials (gridDim.y, N).
+// Partial column sums: a block owns 32 vectors of columns and every gridDim.y-th group of rows; partials
+// (gridDim.y, N).
 constexpr int BIAS_WARPS = 8;
-__global__ void __launch_bounds__(BIAS_WARPS* WARP) bias_backward_kernel(float* partials, const floatX* dY, size_t M, size_t N) {
+__global__ void __launch_bounds__(BIAS_WARPS* WARP)
+    bias_backward_kernel(float* partials, const floatX* dY, size_t M, size_t N) {
     __shared__ __align__(16) float part[BIAS_WARPS * WARP * VEC];
     int warp = threadIdx.x / WARP;
     size_t c = ((size_t)blockIdx.x * WARP + threadIdx.x % WARP) * VEC;
@@ -1491,14 +1604,17 @@ __global__ void __launch_bounds__(BIAS_WARPS* WARP) bias_backward_kernel(float* 
         for (int k = 0; k < VEC; k++) sum[k] += part[(w * WARP + threadIdx.x) * VEC + k];
     store_floats(partials + blockIdx.y * N + c, sum);
 }
-inline size_t bias_backward_parts(size_t N) { return ceil_div((size_t)multiprocessors() * 4, ceil_div(N / VEC, WARP)); }
+inline size_t bias_backward_parts(size_t N) {
+    return ceil_div((size_t)multiprocessors() * 4, ceil_div(N / VEC, WARP));
+}
 // Floats of scratch that bias_backward needs.
 inline size_t bias_backward_scratch(size_t N) { return bias_backward_parts(N) * N; }
 
 // gemm::bias_gradient. db (N) += column sums of dY (M,N), N a multiple of 8.
 inline void bias_backward(float* db, float* scratch, const floatX* dY, size_t M, size_t N, cudaStream_t s) {
     size_t parts = std::min(bias_backward_parts(N), ceil_div(M, BIAS_WARPS));
-    launch(bias_backward_kernel, dim3((unsigned)ceil_div(N / VEC, WARP), (unsigned)parts), BIAS_WARPS * WARP, 0, s, scratch, dY, M, N);
+    launch(bias_backward_kernel, dim3((unsigned)ceil_div(N / VEC, WARP), (unsigned)parts), BIAS_WARPS * WARP,
+           0, s, scratch, dY, M, N);
     add_partials(db, nullptr, scratch, (int)parts, N, N, s);
 }
 
@@ -1523,10 +1639,11 @@ __device__ inline Floats load_logits(const floatX* row, size_t v, size_t V) {
     return f;
 }
 
-// One block works on one row and reads it twice: for the maximum and the sum of exponentials together (Milakov and
-// Gimelshein 2018), then backwards, from what the caches still hold, for the gradient.
-__global__ void __launch_bounds__(512) cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t V, size_t Vp, bool train,
-                                                            const StepState* state) {
+// One block works on one row and reads it twice: for the maximum and the sum of exponentials together
+// (Milakov and Gimelshein 2018), then backwards, from what the caches still hold, for the gradient.
+__global__ void __launch_bounds__(512)
+    cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t V, size_t Vp, bool train,
+                         const StepState* state) {
     floatX* row = logits + blockIdx.x * Vp;
     int target = targets[blockIdx.x];
     size_t stride = blockDim.x * VEC, rounds = (Vp + stride - 1) / stride;
@@ -1553,20 +1670,24 @@ __global__ void __launch_bounds__(512) cross_entropy_kernel(float* losses, float
         size_t v = r * stride + threadIdx.x * VEC;
         if (v >= Vp) continue;
         Floats f = load_logits(row, v, V);
-        for (int k = 0; k < VEC; k++) f[k] = exponential(f[k] - row_max) * factor - (v + k == (size_t)target ? scale : 0.0f);
+        for (int k = 0; k < VEC; k++)
+            f[k] = exponential(f[k] - row_max) * factor - (v + k == (size_t)target ? scale : 0.0f);
         store(row + v, narrow(f));
     }
 }
-// cpu::cross_entropy. logits (rows, Vp), Vp a multiple of 8: losses = -log p[target], 0 where target < 0. With train the
-// logits become their gradient, (p - onehot) * state->grad_scale, and columns V..Vp become 0; without, state may be null.
-inline void cross_entropy(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp, bool train, const StepState* state,
-                          cudaStream_t s) {
-    launch(cross_entropy_kernel, dim3((unsigned)rows), threads_for(Vp / VEC, 512), 0, s, losses, logits, targets, V, Vp, train, state);
+// cpu::cross_entropy. logits (rows, Vp), Vp a multiple of 8: losses = -log p[target], 0 where target < 0.
+// With train the logits become their gradient, (p - onehot) * state->grad_scale, and columns V..Vp become 0;
+// without, state may be null.
+inline void cross_entropy(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp,
+                          bool train, const StepState* state, cudaStream_t s) {
+    launch(cross_entropy_kernel, dim3((unsigned)rows), threads_for(Vp / VEC, 512), 0, s, losses, logits,
+           targets, V, Vp, train, state);
 }
 
 // One block: the sum has one order.
-__global__ void __launch_bounds__(1024) sum_losses_kernel(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets,
-                                                          size_t M, const StepState* state) {
+__global__ void __launch_bounds__(1024)
+    sum_losses_kernel(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets,
+                      size_t M, const StepState* state) {
     double sums[2] = {0, 0};
 #pragma unroll 4
     for (size_t m = threadIdx.x; m < M; m += blockDim.x) sums[0] += losses[m], sums[1] += targets[m] >= 0;
@@ -1575,18 +1696,18 @@ __global__ void __launch_bounds__(1024) sum_losses_kernel(double* loss_sum, unsi
     *loss_sum += state ? sums[0] * state->grad_scale : sums[0];
     if (counted) *counted += (unsigned long long)sums[1];
 }
-// *loss_sum += the sum of losses (M), in training (state not null) times grad_scale; *counted, which may be null, += the
-// number of targets >= 0.
-inline void sum_losses(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets, size_t M, const StepState* state,
-                       cudaStream_t s) {
+// *loss_sum += the sum of losses (M), in training (state not null) times grad_scale; *counted, which may be
+// null, += the number of targets >= 0.
+inline void sum_losses(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets,
+                       size_t M, const StepState* state, cudaStream_t s) {
     launch(sum_losses_kernel, 1, 1024, 0, s, loss_sum, counted, losses, targets, M, state);
 }
 
 // ---------------------------------------------------------------------------------------------
 // AdamW
 
-// Rounds to bf16, up or down at random so that the mean is x: 16 random bits are added below the last place that is kept,
-// and what is below is cut off. bits: the draw of this element.
+// Rounds to bf16, up or down at random so that the mean is x: 16 random bits are added below the last place
+// that is kept, and what is below is cut off. bits: the draw of this element.
 __device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
     if (x != x) return __float2bfloat16_rn(x);
     __nv_bfloat16_raw r;
@@ -1634,8 +1755,8 @@ __device__ inline void store_parameters(floatX* to, size_t e, const Floats& w, c
 
 // Pass 1: the sum of squares of this block's share of the gradients, in doubles as in cpu::GPT2::grad_norm.
 constexpr int ADAMW_THREADS = 256;
-__global__ void __launch_bounds__(ADAMW_THREADS) grad_norm_kernel(double* partials, const float* grads,
-                                                                 ParamMap map) {
+__global__ void __launch_bounds__(ADAMW_THREADS)
+    grad_norm_kernel(double* partials, const float* grads, ParamMap map) {
     double sum[1] = {0};
     const Segment* segment = map.segments;
     size_t stride = (size_t)gridDim.x * blockDim.x * 4;
@@ -1733,7 +1854,8 @@ inline void round_parameters(floatX* params, const float* master, const ParamMap
 // ---------------------------------------------------------------------------------------------
 // Matrix products by cuBLASLt
 
-// A stream, an event, memory of the GPU, and pinned memory of the host (which the GPU copies by itself), each released at the end.
+// A stream, an event, memory of the GPU, and pinned memory of the host (which the GPU copies by itself), each
+// released at the end.
 struct Stream {
     cudaStream_t stream = nullptr;
     Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
@@ -1768,17 +1890,18 @@ struct PinnedMemory {
     void allocate(size_t bytes) { CUDA_CHECK(cudaMallocHost(&p, bytes)); }
 };
 
-// Y (M,N) = X (M,K) W^T + b, W (N,K), and its gradients. All matrices are row-major; cuBLASLt reads memory by columns, and
-// so is asked for the transposed product:
+// Y (M,N) = X (M,K) W^T + b, W (N,K), and its gradients. All matrices are row-major; cuBLASLt reads memory by
+// columns, and so is asked for the transposed product:
 //     FORWARD          Y^T (N,M)  = W X^T           A = W transposed, B = X
 //     INPUT_GRADIENT   dX^T (K,M) = W^T dY^T        A = W, B = dY
 //     WEIGHT_GRADIENT  dW^T (K,N) = X^T dY [+ dW^T] A = X, B = dY transposed; float
-// Products are summed in fp32. The fp32 build computes in true fp32: TF32 would be faster and would not agree with the CPU.
+// Products are summed in fp32. The fp32 build computes in true fp32: TF32 would be faster and would not agree
+// with the CPU.
 enum Product { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
 
-// Which algorithm a product took when it was timed, in a file named by the GPU and cuBLASLt's version, so that the next run
-// takes the same ones and repeats bit for bit. A line is "algorithm in hex, space, product"; lines that say nothing useful are
-// passed over, and their products are timed again.
+// Which algorithm a product took when it was timed, in a file named by the GPU and cuBLASLt's version, so
+// that the next run takes the same ones and repeats bit for bit. A line is "algorithm in hex, space,
+// product"; lines that say nothing useful are passed over, and their products are timed again.
 class AlgorithmCache {
   public:
     AlgorithmCache() {
@@ -1830,7 +1953,8 @@ class AlgorithmCache {
             for (auto& [product, hex] : hex_) file.write(hex + " " + product + "\n");
             file.commit();
         } catch (const Error& e) {
-            fprintf(stderr, "%s; the next run times the products again, and may differ in the last bits\n", e.what());
+            fprintf(stderr, "%s; the next run times the products again, and may differ in the last bits\n",
+                    e.what());
         }
         changed_ = false;
     }
@@ -1841,8 +1965,9 @@ class AlgorithmCache {
     bool changed_ = false;
 };
 
-// The products of linear layers on one stream. A plan (descriptors and an algorithm) is made once for each product, shape and
-// epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel does its work after the plain product.
+// The products of linear layers on one stream. A plan (descriptors and an algorithm) is made once for each
+// product, shape and epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel does its work after
+// the plain product.
 class Matmul {
   public:
 #ifdef EMULATOR
@@ -1852,12 +1977,14 @@ class Matmul {
 #endif
     // Floats of scratch for the bias gradients of a model with C channels.
     static size_t scratch(size_t C) {
-        return std::max({4 * C, bias_backward_scratch(C), bias_backward_scratch(3 * C), bias_backward_scratch(4 * C)});
+        return std::max(
+            {4 * C, bias_backward_scratch(C), bias_backward_scratch(3 * C), bias_backward_scratch(4 * C)});
     }
 
     bool timing = false;  // a new plan takes the fastest algorithm, and not cuBLASLt's first guess
 
-    Matmul(void* workspace, float* bias_scratch, cudaStream_t stream) : workspace_(workspace), bias_scratch_(bias_scratch), stream_(stream) {
+    Matmul(void* workspace, float* bias_scratch, cudaStream_t stream)
+        : workspace_(workspace), bias_scratch_(bias_scratch), stream_(stream) {
         CUBLAS_CHECK(cublasLtCreate(&handle_));
     }
     ~Matmul() {
@@ -1878,9 +2005,11 @@ class Matmul {
         if (b) bias_gelu_forward(Y, nullptr, b, M, N, GELU_TANH, stream_);
     }
     // pre (M,N) = X (M,K) W^T + b; Y = gelu(pre).
-    void forward_gelu(floatX* Y, floatX* pre, const floatX* X, const floatX* W, const floatX* b, size_t M, size_t K, size_t N,
-                      int activation) {
-        if (activation == GELU_TANH && run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, W, X, Y, false, b, pre)) return;
+    void forward_gelu(floatX* Y, floatX* pre, const floatX* X, const floatX* W, const floatX* b, size_t M,
+                      size_t K, size_t N, int activation) {
+        if (activation == GELU_TANH &&
+            run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, W, X, Y, false, b, pre))
+            return;
         if (run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, W, X, pre, false, b, nullptr))
             return gelu_forward(Y, pre, M * N, activation, stream_);
         run_plain(FORWARD, M, K, N, W, X, pre, false);
@@ -1891,15 +2020,19 @@ class Matmul {
         run_plain(INPUT_GRADIENT, M, K, N, W, dY, dX, false);
     }
     // dX (M,K) = (dY W) gelu'(pre): the gradient of what the GELU read.
-    void input_gradient_gelu(floatX* dX, const floatX* dY, const floatX* W, const floatX* pre, size_t M, size_t K, size_t N,
-                             int activation) {
-        if (activation == GELU_TANH && run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, W, dY, dX, false, nullptr, pre)) return;
+    void input_gradient_gelu(floatX* dX, const floatX* dY, const floatX* W, const floatX* pre, size_t M,
+                             size_t K, size_t N, int activation) {
+        if (activation == GELU_TANH &&
+            run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, W, dY, dX, false, nullptr, pre))
+            return;
         input_gradient(dX, dY, W, M, K, N);
         gelu_backward(dX, pre, M * K, activation, stream_);
     }
     // dW (N,K) = dY^T X, or += where accumulate; db (N) += column sums of dY, unless null.
-    void weight_gradient(float* dW, float* db, const floatX* dY, const floatX* X, size_t M, size_t K, size_t N, bool accumulate) {
-        if (db && run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N, X, dY, dW, accumulate, bias_scratch_, nullptr))
+    void weight_gradient(float* dW, float* db, const floatX* dY, const floatX* X, size_t M, size_t K,
+                         size_t N, bool accumulate) {
+        if (db && run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N, X, dY, dW, accumulate,
+                      bias_scratch_, nullptr))
             return add_to(db, bias_scratch_, N, stream_);
         run_plain(WEIGHT_GRADIENT, M, K, N, X, dY, dW, accumulate);
         if (db) bias_backward(db, bias_scratch_, dY, M, N, stream_);
@@ -1921,14 +2054,17 @@ class Matmul {
     };
     static constexpr int CANDIDATES = 8, TIMED_RUNS = 4;
 
-    void run_plain(Product product, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d, bool accumulate) {
+    void run_plain(Product product, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d,
+                   bool accumulate) {
         if (!run(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, a, b, d, accumulate, nullptr, nullptr))
-            fail("cuBLASLt has no algorithm for %s", name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str());
+            fail("cuBLASLt has no algorithm for %s",
+                 name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str());
     }
     // One product; false, and nothing done, where cuBLASLt has no algorithm with this epilogue.
-    // bias: BIAS and GELU_AUX_BIAS read it, BGRADB writes it. aux: GELU_AUX_BIAS writes what the GELU reads, DGELU reads it.
-    bool run(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d,
-             bool accumulate, const void* bias, const void* aux) {
+    // bias: BIAS and GELU_AUX_BIAS read it, BGRADB writes it. aux: GELU_AUX_BIAS writes what the GELU reads,
+    // DGELU reads it.
+    bool run(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N, const floatX* a,
+             const floatX* b, void* d, bool accumulate, const void* bias, const void* aux) {
         auto [at, fresh] = plans_.try_emplace(name(product, epilogue, M, K, N));
         Plan& p = at->second;
         if (fresh) describe(p, product, epilogue, M, K, N);
@@ -1941,14 +2077,16 @@ class Matmul {
     }
     static std::string name(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
         const char* names[] = {"forward", "input_gradient", "weight_gradient"};
-        return strf("%s %s M %zu K %zu N %zu epilogue %d", names[product], BUILD_DTYPE == BF16 ? "bf16" : "fp32", M, K, N, (int)epilogue);
+        return strf("%s %s M %zu K %zu N %zu epilogue %d", names[product],
+                    BUILD_DTYPE == BF16 ? "bf16" : "fp32", M, K, N, (int)epilogue);
     }
     template <class V>
     static void set(Plan& p, cublasLtMatmulDescAttributes_t attribute, const V& value) {
         CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(p.operation, attribute, &value, sizeof value));
     }
 
-    static void describe(Plan& p, Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
+    static void describe(Plan& p, Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K,
+                         size_t N) {
         const cudaDataType_t type = BUILD_DTYPE == BF16 ? CUDA_R_16BF : CUDA_R_32F;
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&p.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         set(p, CUBLASLT_MATMUL_DESC_TRANSA, product == FORWARD ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -1967,15 +2105,18 @@ class Matmul {
     }
     cublasStatus_t multiply(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
         const float one = 1, beta = o.accumulate ? 1 : 0;
-        return cublasLtMatmul(handle_, p.operation, &one, o.a, p.a, o.b, p.b, &beta, o.d, p.d, o.d, p.d, &algo, workspace_, WORKSPACE, stream_);
+        return cublasLtMatmul(handle_, p.operation, &one, o.a, p.a, o.b, p.b, &beta, o.d, p.d, o.d, p.d,
+                              &algo, workspace_, WORKSPACE, stream_);
     }
 
-    // Finds the plan's algorithm: the one in the cache, or the fastest of cuBLASLt's candidates (which writes o.d many times
-    // over), or its first. row_bytes: every operand starts at a multiple of its lowest set bit.
+    // Finds the plan's algorithm: the one in the cache, or the fastest of cuBLASLt's candidates (which writes
+    // o.d many times over), or its first. row_bytes: every operand starts at a multiple of its lowest set
+    // bit.
     void choose(Plan& p, const std::string& product, const Operands& o, size_t row_bytes) {
         cublasLtMatmulHeuristicResult_t result[CANDIDATES]{};
         if (cache_.find(product, &p.algo) &&
-            cublasLtMatmulAlgoCheck(handle_, p.operation, p.a, p.b, p.d, p.d, &p.algo, result) == CUBLAS_STATUS_SUCCESS &&
+            cublasLtMatmulAlgoCheck(handle_, p.operation, p.a, p.b, p.d, p.d, &p.algo, result) ==
+                CUBLAS_STATUS_SUCCESS &&
             result->workspaceSize <= WORKSPACE) {
             p.possible = true;
             return;
@@ -1989,13 +2130,16 @@ class Matmul {
         // A sum that several blocks share is kept in fp32 until it is whole.
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
         uint32_t alignment = (uint32_t)std::min<size_t>(256, row_bytes & (~row_bytes + 1));
-        for (auto a : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                       CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+        for (auto a :
+             {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+              CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             prefer(a, alignment);
         int found = 0;
-        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.operation, p.a, p.b, p.d, p.d, preference, CANDIDATES, result, &found);
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.operation, p.a, p.b, p.d, p.d,
+                                                               preference, CANDIDATES, result, &found);
         cublasLtMatmulPreferenceDestroy(preference);
-        // An epilogue that is not supported is answered with an error or with no results, depending on the version.
+        // An epilogue that is not supported is answered with an error or with no results, depending on the
+        // version.
         if (status != CUBLAS_STATUS_SUCCESS) found = 0;
         float best = INFINITY;
         for (int i = 0; i < found; i++) {
@@ -2005,7 +2149,8 @@ class Matmul {
         }
         if (p.possible && timing) cache_.put(product, p.algo);
     }
-    // Milliseconds of some runs after one that is not counted; infinite where the algorithm does not run after all.
+    // Milliseconds of some runs after one that is not counted; infinite where the algorithm does not run
+    // after all.
     float time(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
         if (multiply(p, algo, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
         Event start, stop;
@@ -2057,7 +2202,8 @@ inline Arena device_arena(char* base = nullptr) { return {base, 0, next_piece}; 
 
 using Block = Activations<floatX, floatX>::Block;
 
-// What is used and used again within a pass: gradients of activations, one layer at a time, the logits of some rows, scratch.
+// What is used and used again within a pass: gradients of activations, one layer at a time, the logits of
+// some rows, scratch.
 struct Workspace {
     floatX *dresid, *dbranch, *dln, *dqkv, *dfch, *branch, *logits;
     float *layernorm, *attention, *bias;
@@ -2065,7 +2211,8 @@ struct Workspace {
 
     void place(Arena& a, const Config& c, size_t B, size_t T, size_t head_rows, bool trains) {
         size_t M = B * T, C = c.C;
-        // A branch's output has met its residual before dln is first written; dfch is spent before dqkv comes to be.
+        // A branch's output has met its residual before dln is first written; dfch is spent before dqkv comes
+        // to be.
         branch = dln = a.take<floatX>(M, C);
         logits = a.take<floatX>(head_rows, c.Vp);
         products = a.take<char>(Matmul::WORKSPACE);
@@ -2098,14 +2245,15 @@ struct Batch {
     Batch(char* memory, size_t M) {
         static_assert(sizeof(StepState) <= STATE_INTS * sizeof(int), "the state's room");
         int* ints = (int*)memory + STATE_INTS;
-        state = (StepState*)memory, tokens = ints, targets = ints + M, buckets = EmbeddingBuckets::at(ints + 2 * M, M);
+        state = (StepState*)memory, tokens = ints, targets = ints + M,
+        buckets = EmbeddingBuckets::at(ints + 2 * M, M);
     }
     Batch() = default;
 };
 
 // What a pass and a step report.
 struct Report {
-    double loss;                // sum over targets; in training that of the step so far, times grad_scale
+    double loss;  // sum over targets; in training that of the step so far, times grad_scale
     unsigned long long counted;
     StepResult step;
 };
@@ -2119,14 +2267,20 @@ inline void require_gpu() {
         int driver = 0, runtime = 0;
         cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
         if (!driver) fail("no NVIDIA driver on this machine; %s", other);
-        fail("the NVIDIA driver takes CUDA up to %d.%d, this program was built with %d.%d: update the driver; %s", driver / 1000,
-             driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, other);
+        fail(
+            "the NVIDIA driver takes CUDA up to %d.%d, this program was built with %d.%d: update the driver; "
+            "%s",
+            driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, other);
     }
-    if (status == cudaErrorNoDevice || (status == cudaSuccess && !count)) fail("no NVIDIA GPU on this machine; %s", other);
-    if (status != cudaSuccess) fail("no usable GPU: %s (%s); %s", cudaGetErrorString(status), cudaGetErrorName(status), other);
+    if (status == cudaErrorNoDevice || (status == cudaSuccess && !count))
+        fail("no NVIDIA GPU on this machine; %s", other);
+    if (status != cudaSuccess)
+        fail("no usable GPU: %s (%s); %s", cudaGetErrorString(status), cudaGetErrorName(status), other);
     cudaDeviceProp p;
     CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
-    if (p.major < 8) fail("%s has compute capability %d.%d, wanted 8.0 (Ampere) or later; %s", p.name, p.major, p.minor, other);
+    if (p.major < 8)
+        fail("%s has compute capability %d.%d, wanted 8.0 (Ampere) or later; %s", p.name, p.major, p.minor,
+             other);
 }
 
 struct GPT2 {
@@ -2143,7 +2297,7 @@ struct GPT2 {
 
     static constexpr const char* PROGRAM = "train_gpt2cu";
     static constexpr Dtype DEFAULT_DTYPE = BUILD_DTYPE;
-    static constexpr size_t PIECE = 4 << 20;           // floats that come and go at once through pinned memory
+    static constexpr size_t PIECE = 4 << 20;  // floats that come and go at once through pinned memory
     static inline size_t head_logits = (size_t)1 << 27;  // logits held at once: 256 MiB in bf16
 
     // The head's rows are cut into parts of equal length.
@@ -2157,24 +2311,36 @@ struct GPT2 {
     static std::string device() {
         cudaDeviceProp d;
         CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
-        return strf("%s, %s, %s", d.name, human_bytes((double)d.totalGlobalMem).c_str(), BUILD_DTYPE == BF16 ? "bf16" : "fp32");
+        return strf("%s, %s, %s", d.name, human_bytes((double)d.totalGlobalMem).c_str(),
+                    BUILD_DTYPE == BF16 ? "bf16" : "fp32");
     }
     // By NVIDIA's data sheets, dense; of another GPU what its processors can do at their highest clock.
     static Peak peak_flops(Precision = {}) {
         struct {
             const char* name;   // what the device's name contains; the first match counts
             double bf16, fp32;  // TFLOP/s
-        } known[] = {{"A100", 312, 19.5}, {"H100 PCIe", 756, 51}, {"H100 NVL", 835, 60}, {"H100", 989, 67}, {"H200", 989, 67}};
+        } known[] = {{"A100", 312, 19.5},
+                     {"H100 PCIe", 756, 51},
+                     {"H100 NVL", 835, 60},
+                     {"H100", 989, 67},
+                     {"H200", 989, 67}};
         cudaDeviceProp d;
         CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
         for (auto& k : known)
-            if (strstr(d.name, k.name)) return {(BUILD_DTYPE == BF16 ? k.bf16 : k.fp32) * 1e12, "by its data sheet"};
+            if (strstr(d.name, k.name))
+                return {(BUILD_DTYPE == BF16 ? k.bf16 : k.fp32) * 1e12, "by its data sheet"};
         int khz = 0;
         CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
         // Floating-point operations of one multiprocessor in one cycle.
         bool a100 = d.major == 8 && d.minor == 0, b200 = d.major == 10;
-        double tensor = b200 ? 8192 : d.major == 9 ? 4096 : a100 ? 2048 : strstr(d.name, "GeForce") ? 512 : 1024, plain = a100 ? 128 : 256;
-        return {(BUILD_DTYPE == BF16 ? tensor : plain) * d.multiProcessorCount * khz * 1e3, "at its highest clock"};
+        double tensor = b200                        ? 8192
+                        : d.major == 9              ? 4096
+                        : a100                      ? 2048
+                        : strstr(d.name, "GeForce") ? 512
+                                                    : 1024,
+               plain = a100 ? 128 : 256;
+        return {(BUILD_DTYPE == BF16 ? tensor : plain) * d.multiProcessorCount * khz * 1e3,
+                "at its highest clock"};
     }
     // Bytes that can be allocated, less what CUDA itself takes as kernels and graphs are loaded.
     static size_t memory_available() {
@@ -2184,8 +2350,9 @@ struct GPT2 {
     }
     static void check_precision(Precision precision) {
         if (precision.dtype == BUILD_DTYPE) return;
-        throw UsageError(strf("--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
-                              BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
+        throw UsageError(strf(
+            "--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
+            BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
     }
     // Throws where the kernels do not take the model.
     static void check_sizes(const Config& c, size_t T) {
@@ -2193,14 +2360,22 @@ struct GPT2 {
         if (!attention_head_size_ok(c.hs())) {
             std::string sizes;
             for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs);
-            fail("model: the head size, channels / heads, is %d, the GPU trainer takes %s; ./train_gpt2 takes any", c.hs(), sizes.c_str());
+            fail(
+                "model: the head size, channels / heads, is %d, the GPU trainer takes %s; ./train_gpt2 takes "
+                "any",
+                c.hs(), sizes.c_str());
         }
-        if ((size_t)c.C > MAX_CHANNELS) fail("model: C is %d, the GPU trainer takes at most %zu; ./train_gpt2 takes any", c.C, MAX_CHANNELS);
-        if (c.Vp % 8) fail("model: Vp is %d, the GPU trainer wants a multiple of 8; ./train_gpt2 takes any", c.Vp);
-        if (T > (size_t)c.maxT) fail("model: takes at most %d tokens of context, %zu were asked for", c.maxT, T);
+        if ((size_t)c.C > MAX_CHANNELS)
+            fail("model: C is %d, the GPU trainer takes at most %zu; ./train_gpt2 takes any", c.C,
+                 MAX_CHANNELS);
+        if (c.Vp % 8)
+            fail("model: Vp is %d, the GPU trainer wants a multiple of 8; ./train_gpt2 takes any", c.Vp);
+        if (T > (size_t)c.maxT)
+            fail("model: takes at most %d tokens of context, %zu were asked for", c.maxT, T);
     }
     // What each arena needs. Parameters and gradients share one, activations and scratch another.
-    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0, Precision precision = {BUILD_DTYPE}) {
+    static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
+                                  Precision precision = {BUILD_DTYPE}) {
         check_sizes(c, T);
         size_t M = checked_mul(B, T, "batch size x sequence length");
         MemoryNeed n;
@@ -2217,7 +2392,8 @@ struct GPT2 {
     }
 
     // recompute: see Activations::place.
-    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision = {BUILD_DTYPE})
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0,
+         Precision precision = {BUILD_DTYPE})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
         check_precision(precision);
         MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
@@ -2271,10 +2447,11 @@ struct GPT2 {
         });
     }
 
-    // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T, without dropout; counted() tells
-    // how many.
+    // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T, without
+    // dropout; counted() tells how many.
     double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
-        if (pass.train || micro_steps_) throw std::logic_error("forward: evaluates between steps; a training pass is accumulate()");
+        if (pass.train || micro_steps_)
+            throw std::logic_error("forward: evaluates between steps; a training pass is accumulate()");
         run(tokens, targets, B_, T_, pass);
         Report r = read_report();
         counted_ = r.counted;
@@ -2284,11 +2461,13 @@ struct GPT2 {
 
     // Adds a micro-batch's gradients and loss to the step's; returns before the GPU is done.
     void accumulate(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
-        if (!trains || !pass.train) throw std::logic_error("accumulate: not a training pass of a model that trains");
+        if (!trains || !pass.train)
+            throw std::logic_error("accumulate: not a training pass of a model that trains");
         run(tokens, targets, B_, T_, pass);
         micro_steps_++;
     }
-    // One AdamW step, number t from 1, with the gradient clipped; where it is not finite, nothing changes.
+    // One AdamW step, number t from 1, with the gradient clipped. Where loss or norm is not finite,
+    // parameters and moments stay as they are and the gradients are discarded.
     StepResult step(const AdamW& a, uint32_t t) {
         if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
         adamw_step(&mem_.report->step, mem_.params, mem_.master, mem_.grads, mem_.m, mem_.v, mem_.norm_parts,
@@ -2317,8 +2496,8 @@ struct GPT2 {
                 if (writes && s == PARAMS) upload_params(host, i, n);
             }
     }
-    // Says that the state just loaded is that after update number t: the bf16 parameters are rounded from their masters as
-    // that update rounded them, so that the run goes on bit for bit.
+    // Says that the state just loaded is that after update number t: the bf16 parameters are rounded from
+    // their masters as that update rounded them, so that the run goes on bit for bit.
     void resumed(uint32_t t) {
         if (t && mem_.master) round_parameters(mem_.params, mem_.master, param_map(), seed, t, stream.stream);
     }
@@ -2385,7 +2564,9 @@ struct GPT2 {
     Block block(size_t l) const { return mem_.act.block(l, cfg, b_ * t_); }
     ParamMap param_map() const { return {mem_.segments, num_params(cfg)}; }
     bool grover() const { return cfg.arch == GROVER_ARCH; }
-    Dropout drop(rng::Stream site, size_t layer) const { return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state}; }
+    Dropout drop(rng::Stream site, size_t layer) const {
+        return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state};
+    }
 
     // One pass over a batch: its data go to the GPU, and the recorded kernels follow.
     void run(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
@@ -2394,16 +2575,19 @@ struct GPT2 {
         Slot& slot = slots_[next_slot_++ % SLOTS];
         slot.copied.wait();
         *slot.batch.state = {pass.seq0, pass.step, pass.grad_scale};
-        memcpy(slot.batch.tokens, tokens, M * sizeof(int)), memcpy(slot.batch.targets, targets, M * sizeof(int));
+        memcpy(slot.batch.tokens, tokens, M * sizeof(int)),
+            memcpy(slot.batch.targets, targets, M * sizeof(int));
         if (pass.train) bucket_tokens(slot.batch.buckets, tokens, M);
-        CUDA_CHECK(cudaMemcpyAsync(mem_.batch.state, slot.memory.p, Batch::bytes(B * T), cudaMemcpyHostToDevice, stream.stream));
+        CUDA_CHECK(cudaMemcpyAsync(mem_.batch.state, slot.memory.p, Batch::bytes(B * T),
+                                   cudaMemcpyHostToDevice, stream.stream));
         slot.copied.record(stream.stream);
 
         b_ = B_, t_ = T_, train_ = pass.train;
         bool first = pass.train && !micro_steps_;
         if (!use_graphs) return launch_pass(first);
         for (Graph& graph : graphs_)
-            if (graph.B == B_ && graph.T == T_ && graph.train == train_ && graph.first == first && (!train_ || (graph.dropout == dropout && graph.seed == seed)))
+            if (graph.B == B_ && graph.T == T_ && graph.train == train_ && graph.first == first &&
+                (!train_ || (graph.dropout == dropout && graph.seed == seed)))
                 return CUDA_CHECK(cudaGraphLaunch(graph.exec, stream.stream));
         graphs_.push_back({B_, T_, train_, first, dropout, seed, record_pass(first)});
         CUDA_CHECK(cudaGraphLaunch(graphs_.back().exec, stream.stream));
@@ -2411,7 +2595,8 @@ struct GPT2 {
     cudaGraphExec_t record_pass(bool first) {
         cudaGraph_t graph;
         cudaGraphExec_t exec;
-        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeRelaxed));  // kernels may be loaded meanwhile
+        CUDA_CHECK(cudaStreamBeginCapture(stream.stream,
+                                          cudaStreamCaptureModeRelaxed));  // kernels may be loaded meanwhile
         try {
             launch_pass(first);
         } catch (...) {
@@ -2424,7 +2609,8 @@ struct GPT2 {
         CUDA_CHECK(status);
         return exec;
     }
-    // All kernels of a pass. `first` training passes of a step overwrite its gradients and loss, later ones add.
+    // All kernels of a pass. `first` training passes of a step overwrite its gradients and loss, later ones
+    // add.
     void launch_pass(bool first) {
         if (first) clear_gradients();
         if (first || !train_) CUDA_CHECK(cudaMemsetAsync(mem_.report, 0, sizeof(Report), stream.stream));
@@ -2546,10 +2732,13 @@ struct GPT2 {
         cudaStream_t s = stream.stream;
         size_t C = cfg.C, M = b_ * t_;
         int activation = cfg.activation;
-        // LayerNorm's backward also writes what the branch before it receives: dresid under its mask.
+        floatX* datty = work.dln;  // in the same memory
+        // LayerNorm's backward also writes the gradient of the branch before it: dresid under that branch's
+        // dropout mask.
         floatX* masked = dropout > 0 ? work.dbranch : nullptr;
         const floatX* dbranch = masked ? masked : work.dresid;
-        // GROVER's residual stream starts from the normalised row: its gradient passes the LayerNorm too.
+        // In GROVER the LayerNorm's output is the residual stream: that gradient goes through the LayerNorm
+        // too.
         const floatX* dskip = grover() && !after.final ? work.dresid : nullptr;
         layernorm_backward(work.dresid, masked, after.dw, after.db, work.layernorm, work.dln, dskip, a.resid3,
                            after.mean, after.rstd, after.w, M, t_, C, !after.final && !grover(),
@@ -2565,8 +2754,8 @@ struct GPT2 {
                            a.ln2_mean, a.ln2_rstd, w.ln2w, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
 
         matmul_->weight_gradient(g.attprojw, g.attprojb, dbranch, a.atty, M, C, C, accumulate);
-        matmul_->input_gradient(work.dln, dbranch, w.attprojw, M, C, C);
-        attention_backward(work.dqkv, work.attention, work.dln, a.atty, a.qkv, a.lse, b_, t_, C, cfg.NH,
+        matmul_->input_gradient(datty, dbranch, w.attprojw, M, C, C);
+        attention_backward(work.dqkv, work.attention, datty, a.atty, a.qkv, a.lse, b_, t_, C, cfg.NH,
                            drop(rng::ATT_DROPOUT, l), s);
         matmul_->weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, accumulate);
         matmul_->input_gradient(work.dln, work.dqkv, w.qkvw, M, C, 3 * C);
@@ -2585,7 +2774,8 @@ struct GPT2 {
         gelu_forward(a.fch_gelu, a.fch, M * 4 * C, cfg.activation, s);
     }
 
-    // Lets every product of the largest batch find its fastest algorithm, before there is anything in memory to spoil.
+    // Lets every product of the largest batch find its fastest algorithm, before there is anything in memory
+    // to spoil.
     void time_products(size_t M) {
         b_ = B, t_ = T, train_ = trains;
         const Workspace& work = mem_.work;
@@ -2622,7 +2812,8 @@ struct GPT2 {
     }
 
     Report read_report() {
-        CUDA_CHECK(cudaMemcpyAsync(report_.p, mem_.report, sizeof(Report), cudaMemcpyDeviceToHost, stream.stream));
+        CUDA_CHECK(
+            cudaMemcpyAsync(report_.p, mem_.report, sizeof(Report), cudaMemcpyDeviceToHost, stream.stream));
         stream.wait();
         return *(Report*)report_.p;
     }
@@ -2638,14 +2829,16 @@ struct GPT2 {
     // them as floatX.
     void download_params(float* host, size_t i, size_t n) {
         floatX* narrow = (floatX*)(host + PIECE);
-        CUDA_CHECK(cudaMemcpyAsync(narrow, mem_.params + i, n * sizeof(floatX), cudaMemcpyDeviceToHost, stream.stream));
+        CUDA_CHECK(cudaMemcpyAsync(narrow, mem_.params + i, n * sizeof(floatX), cudaMemcpyDeviceToHost,
+                                   stream.stream));
         stream.wait();
         to_floats(host, narrow, n);
     }
     void upload_params(const float* host, size_t i, size_t n) {
         floatX* narrow = (floatX*)(host + PIECE);
         from_floats(narrow, host, n);
-        CUDA_CHECK(cudaMemcpyAsync(mem_.params + i, narrow, n * sizeof(floatX), cudaMemcpyHostToDevice, stream.stream));
+        CUDA_CHECK(cudaMemcpyAsync(mem_.params + i, narrow, n * sizeof(floatX), cudaMemcpyHostToDevice,
+                                   stream.stream));
         stream.wait();
     }
 
@@ -2667,18 +2860,19 @@ struct GPT2 {
 
 constexpr int DECODE_WARPS = 4;
 
-// Attention of the newest n tokens of each sequence to all so far. out (N*n,C), qkv (N*n,3C); cache (N,T,2C) holds keys and
-// values of the first `before` tokens, and gets the new ones. A block serves one token and head: each warp takes every
-// fourth key, its lanes the channels; the softmax is made online (Milakov and Gimelshein 2018), the warps' parts are joined
-// at the end. Grid (N*n, NH), block DECODE_WARPS * WARP.
-__global__ void __launch_bounds__(DECODE_WARPS* WARP) decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n,
-                                                                             size_t T, size_t C, int hs) {
+// Attention of the newest n tokens of each sequence to all so far. out (N*n,C), qkv (N*n,3C); cache (N,T,2C)
+// holds keys and values of the first `before` tokens, and gets the new ones. A block serves one token and
+// head: each warp takes every fourth key, its lanes the channels; the softmax is made online (Milakov and
+// Gimelshein 2018), the warps' parts are joined at the end. Grid (N*n, NH), block DECODE_WARPS * WARP.
+__global__ void __launch_bounds__(DECODE_WARPS* WARP)
+    decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n, size_t T,
+                            size_t C, int hs) {
     constexpr int MOST = 128, PER_LANE = MOST / WARP;
     __shared__ float warp_max[DECODE_WARPS], warp_sum_of[DECODE_WARPS], warp_out[DECODE_WARPS][MOST];
     size_t row = blockIdx.x, i = row % n, len = before + i + 1, head = blockIdx.y * (size_t)hs;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    floatX* kept = cache + row / n * T * 2 * C + head;                 // key j at j * 2C, its value C further
-    const floatX* fresh = qkv + (row - i) * 3 * C + C + head;          // the same of the new tokens, at 3C
+    floatX* kept = cache + row / n * T * 2 * C + head;         // key j at j * 2C, its value C further
+    const floatX* fresh = qkv + (row - i) * 3 * C + C + head;  // the same of the new tokens, at 3C
     const floatX* query = qkv + row * 3 * C + head;
     float scale = 1.0f / sqrtf((float)hs), q[PER_LANE], o[PER_LANE] = {}, max = -INFINITY, sum = 0;
     for (int k = 0; k < PER_LANE; k++) {
@@ -2692,7 +2886,8 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP) decode_attention_kernel(fl
             int c = lane + k * WARP;
             if (c < hs) dot += q[k] * to_float(key[c]);
         }
-        float score = warp_sum(dot), higher = fmaxf(max, score), shrink = expf(max - higher), p = expf(score - higher);
+        float score = warp_sum(dot), higher = fmaxf(max, score), shrink = expf(max - higher),
+              p = expf(score - higher);
         sum = sum * shrink + p, max = higher;
         for (int k = 0; k < PER_LANE; k++) {
             int c = lane + k * WARP;
@@ -2717,16 +2912,20 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP) decode_attention_kernel(fl
 class Decoder final : public ::Decoder {
   public:
     // N sequences side by side, contexts of up to `context` tokens (at most maxT).
-    Decoder(GPT2& model, size_t N, size_t context) : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
+    Decoder(GPT2& model, size_t N, size_t context)
+        : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
         Arena a = device_arena();
         place(a);
         if (size_t have = GPT2::memory_available(); a.used > have)
-            fail("%zu texts side by side need %s of GPU memory for keys and values, %s are free; write fewer at once", N,
-                 human_bytes((double)a.used).c_str(), human_bytes((double)have).c_str());
+            fail(
+                "%zu texts side by side need %s of GPU memory for keys and values, %s are free; write fewer "
+                "at once",
+                N, human_bytes((double)a.used).c_str(), human_bytes((double)have).c_str());
         memory_.allocate(a.used);
         a = device_arena(memory_.p);
         place(a);
-        host_tokens_.allocate(rows_ * sizeof(int)), host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
+        host_tokens_.allocate(rows_ * sizeof(int)),
+            host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
         out_.resize(N * (size_t)m_.cfg.V);
     }
 
@@ -2738,10 +2937,12 @@ class Decoder final : public ::Decoder {
     const float* append(const int* tokens, size_t n) override {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
         for (size_t i = 0; i + 1 < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - 1 - i));
-        run(tokens + n - 1, n, 1);  // the last token by itself: its rows are those that the output layer takes
+        run(tokens + n - 1, n,
+            1);  // the last token by itself: its rows are those that the output layer takes
         const Config& c = m_.cfg;
         m_.matmul().forward(logits_, ln_, m_.params.wte, nullptr, N_, c.C, c.Vp);
-        CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, N_ * (size_t)c.Vp * sizeof(floatX), cudaMemcpyDeviceToHost, m_.stream.stream));
+        CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, N_ * (size_t)c.Vp * sizeof(floatX),
+                                   cudaMemcpyDeviceToHost, m_.stream.stream));
         m_.stream.wait();
         for (size_t s = 0; s < N_; s++)
             to_floats(&out_[s * c.V], (const floatX*)host_logits_.p + s * c.Vp, (size_t)c.V);
@@ -2757,11 +2958,13 @@ class Decoder final : public ::Decoder {
         cache_ = a.take<floatX>(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
         tokens_ = a.take<int>(rows_);
         x_ = a.take<floatX>(rows_, C), ln_ = a.take<floatX>(rows_, C), qkv_ = a.take<floatX>(rows_, 3 * C);
-        att_ = a.take<floatX>(rows_, C), branch_ = a.take<floatX>(rows_, C), fc_ = a.take<floatX>(rows_, 4 * C);
+        att_ = a.take<floatX>(rows_, C), branch_ = a.take<floatX>(rows_, C),
+        fc_ = a.take<floatX>(rows_, 4 * C);
         fc_gelu_ = a.take<floatX>(rows_, 4 * C), mean_ = a.take<float>(rows_), rstd_ = a.take<float>(rows_);
         logits_ = a.take<floatX>(N_, c.Vp);
     }
-    // One chunk through all layers: the first n of `stride` tokens of each sequence. Leaves the final LayerNorm's output in ln_.
+    // One chunk through all layers: the first n of `stride` tokens of each sequence. Leaves the final
+    // LayerNorm's output in ln_.
     void run(const int* tokens, size_t stride, size_t n) {
         const Config& c = m_.cfg;
         const Params<floatX>& params = m_.params;

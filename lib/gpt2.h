@@ -271,50 +271,9 @@ inline Config preset_config(const std::string& name) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What the trainer says to a model, CPU or GPU
+// The numbers that are computed with: fp32, or bf16, the upper half of a float
 
-// What one forward pass is for. Training keeps activations, applies dropout and computes the head's gradient.
-struct Pass {
-    bool train = false;
-    uint32_t step = 0;     // keys the dropout masks
-    uint64_t seq0 = 0;     // number of the first sequence within the step's whole batch
-    float grad_scale = 1;  // 1 / (tokens of the whole batch)
-};
-
-// AdamW's settings for one step; gradients longer than grad_clip count as that long (0: no limit).
-struct AdamW {
-    float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
-};
-
-// What a step found: the mean loss of its batches, and the gradient's norm before clipping. Where either is
-// not finite the parameters were left alone.
-struct StepResult {
-    double loss = 0, norm = 0;
-    bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
-};
-
-// What numbers a model computes with. bf16 keeps fp32 master weights beside its bf16 parameters unless told
-// not to.
 enum Dtype { FP32, BF16 };
-struct Precision {
-    Dtype dtype = FP32;
-    bool master_weights = true;
-};
-
-// Floating-point operations a second that a machine can do, and how that is known.
-struct Peak {
-    double flops;
-    const char* source;
-};
-
-// Bytes that a model needs, by purpose.
-struct MemoryNeed {
-    size_t params = 0, grads = 0, optimizer = 0, activations = 0, scratch = 0;
-    size_t total() const { return params + grads + optimizer + activations + scratch; }
-};
-
-// ---------------------------------------------------------------------------------------------
-// bf16: the upper half of a float
 
 inline float bf16_to_float(uint16_t h) {
     uint32_t u = (uint32_t)h << 16;

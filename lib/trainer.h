@@ -22,6 +22,7 @@
 #include "data/dataloader.h"
 #include "lib/flags.h"
 #include "lib/gpt2.h"
+#include "lib/model.h"
 #include "lib/sampler.h"
 #include "tokenizer/tokenizer.h"
 
@@ -455,6 +456,7 @@ template <class Model, class Decoder>
 class Run {
   public:
     Run(int argc, char** argv) : flags_(Model::PROGRAM, "trains and fine-tunes GPT-2 on poems") {
+        check_model<Model>();
         add_flags(flags_, o_, Model::PROGRAM);
         flags_.parse(argc, argv);
     }
