@@ -11,7 +11,7 @@ out=dev/bench/gpu-$(echo "$name" | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-').md
 for p in bf16 fp32; do
     for t in kernels attention model; do
         echo "== $t, $p, on the device"
-        "$build/device_test_gpu_${t}_$p"
+        "$build/test_gpu_${t}_$p"
     done
 done
 
@@ -20,7 +20,7 @@ if command -v compute-sanitizer >/dev/null 2>&1; then
     for tool in memcheck racecheck; do
         for t in kernels attention; do
             echo "== compute-sanitizer $tool: $t"
-            compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/device_test_gpu_${t}_bf16" >"$build/sanitizer.log" 2>&1 || { tail -n 40 "$build/sanitizer.log"; exit 1; }
+            compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/test_gpu_${t}_bf16" >"$build/sanitizer.log" 2>&1 || { tail -n 40 "$build/sanitizer.log"; exit 1; }
         done
     done
     sanitizer="compute-sanitizer memcheck and racecheck: the kernel tests pass, nothing reported"

@@ -23,7 +23,7 @@ $(PORT)/train_gpt2.$1.o $(PORT)/sample_gpt2.$1.o: | need-binutils
 	@rm $$@.joined
 endef
 $(foreach i,$(ISAS),$(eval $(call variant,$i)))
-$(PORT)/%.main.o: DEFINE = -DPROGRAM='"$(*F)"' -DVARIANTS="$(ISAS:%=V(%))"
+$(PORT)/%.main.o: DEFINE = -DPROGRAM='"$(*F)"' -DVARIANTS="$(foreach i,$(ISAS),V($i))"
 $(PORT)/%.main.o: dev/portable.cpp $(PORT)/generic/flags | $$(COMPILER)
 	$(call compile,$(PORT)/generic)
 $(PORT)/train_gpt2 $(PORT)/sample_gpt2: %: %.main.o $(foreach i,$(ISAS),%.$i.o)
