@@ -2,7 +2,9 @@
 # settings, the programs, and the targets that run them. How objects are made, the tests, the GPU trainer:
 # dev/*.mk.
 
-CXX ?= g++
+ifeq ($(origin CXX),default)
+CXX = g++
+endif
 CXXFLAGS ?= -O3
 ARCH ?= native
 BUILD ?= build
@@ -45,7 +47,7 @@ help:
 	@echo "make ladder                    from a bigram table to GPT-2's block, rung by rung (dev/ladder)"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make train_gpt2cu              the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
-	@echo "make clean; make help-dev      remove the programs, never your data or models; the other targets"
+	@echo "make clean                     remove programs and objects, never your data or models (make help-dev: more)"
 
 include dev/build.mk
 
@@ -107,12 +109,13 @@ score_poems: $(BUILD)/dev/ladder/score_poems.o
 export_run: $(BUILD)/dev/ladder/export_run.o $(GEMM:%=$(BUILD)/%)
 prepare_data $(TOOLS): build/programs/flags
 	$(call link,$(BUILD))
+$(BUILD)/dev/convert/convert_gpt2.o $(BUILD)/tokenizer/export_tokenizer.o: | need-convert
 $(BUILD)/ladder: $(BUILD)/dev/ladder/ladder.o $(GEMM:%=$(BUILD)/%)
 	$(call link,$(BUILD))
 flags.build/programs = $(flags.$(BUILD)) $(BUILD) $(portable)
 
 clean:
-	rm -rf $(PROGRAMS) $(TOOLS) train_gpt2cu ladder build $(BUILD)
+	rm -rf $(PROGRAMS) $(TOOLS) train_gpt2cu ladder build $(if $(wildcard $(BUILD)/flags),$(BUILD))
 
 include dev/emulator.mk dev/test.mk dev/portable.mk dev/gpu.mk dev/bench.mk
 # What each object was made of, as the compiler saw it

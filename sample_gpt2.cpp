@@ -1,4 +1,4 @@
-// sample_gpt2.cpp - writes poems from a checkpoint. Its model is the object made of train_gpt2.cpp.
+// sample_gpt2.cpp - writes poems from a checkpoint. It links train_gpt2.o, which defines open_decoder().
 #include "lib/flags.h"
 #include "lib/machine.h"
 #include "lib/sampler.h"
@@ -10,21 +10,22 @@ int main(int argc, char** argv) {
         std::string checkpoint = "out/model.bin", tokenizer_path, prompt, dtype = "fp32";
         int tokens = 400, num = 1, threads = 0;
         uint64_t seed = 1337;
-        bool keep_eot = false;
+        bool ignore_end = false;
         SampleOptions so;
         Flags f("sample_gpt2", "writes poems from a checkpoint");
         f.add("init_from", "e", &checkpoint, "FILE", "the model");
         f.add("tokenizer", "", &tokenizer_path, "FILE",
               "its tokenizer; by default tokenizer.bin in the model's folder");
         f.add("prompt", "p", &prompt, "TEXT", "how the poems begin");
-        f.add("tokens", "n", &tokens, "N", "longest poem, in tokens").range(1, INT32_MAX);
+        f.add("tokens", "n", &tokens, "N", "longest poem, in tokens").range(1, INFINITY);
         f.add("num", "", &num, "N", "how many poems; they are written side by side").range(1, 4096);
         f.add("temperature", "", &so.temperature, "X",
               "below 1 is safer, above 1 is wilder, 0 always takes the likeliest")
             .range(0, 1e6);
-        f.add("top_k", "", &so.top_k, "K", "choose among the K likeliest tokens; 0: all").range(0, INT32_MAX);
-        f.add("top_p", "", &so.top_p, "P", "choose among the likeliest that together reach probability P");
-        f.add("ignore_end", "", &keep_eot, "do not stop where the model ends the poem");
+        f.add("top_k", "", &so.top_k, "K", "choose among the K likeliest tokens; 0: all").range(0, INFINITY);
+        f.add("top_p", "", &so.top_p, "P", "choose among the likeliest that together reach probability P")
+            .range(1e-6, 1);
+        f.add("ignore_end", "", &ignore_end, "do not stop where the model ends the poem");
         f.add("seed", "", &seed, "N", "the same seed writes the same poems");
         f.add("dtype", "", &dtype, "NAME",
               "how weights are kept and multiplied: fp32, or bf16, which is half as large and up to twice as "
@@ -35,8 +36,6 @@ int main(int argc, char** argv) {
             "Example:\n  ./sample_gpt2 -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 "
             "--top_k 50 --top_p 0.95 --seed 7 --num 3\n");
         f.parse(argc, argv);
-        if (!(so.top_p > 0 && so.top_p <= 1))
-            throw UsageError(strf("--top_p is %g, wanted above 0 and at most 1", so.top_p));
         if (threads) machine::set_threads(threads);
 
         ModelReader reader(checkpoint);
@@ -54,7 +53,7 @@ int main(int argc, char** argv) {
                  start.size() - 1, checkpoint.c_str(), reader.cfg.maxT - 1);
 
         auto decoder = open_decoder(reader, (size_t)num, dtype == "bf16" ? BF16 : FP32);
-        // The first poem streams; the others are written beside it and shown when it is done.
+        // The first poem streams; the others are printed once all are done.
         std::vector<std::string> rest((size_t)num);
         Utf8Stream stream;
         auto title = [&](int i) {
@@ -63,7 +62,7 @@ int main(int argc, char** argv) {
         };
         title(0);
         fflush(stdout);
-        generate(*decoder, (size_t)num, start, reader.cfg.V, keep_eot ? -1 : tokenizer.eot(), tokens, seed,
+        generate(*decoder, (size_t)num, start, reader.cfg.V, ignore_end ? -1 : tokenizer.eot(), tokens, seed,
                  so, [&](size_t s, int token) {
                      std::string text = token == tokenizer.eot() ? "\n\n" : tokenizer.bytes(token);
                      if (s) rest[s] += text;

@@ -722,7 +722,7 @@ inline int prepare_main(int argc, char** argv) {
     f.add("remove_tashkeel", "", &o.remove_tashkeel,
           "drop vowel signs U+064B..U+065F, U+0670 (--keep letters always does)");
     f.add("min_chars", "", &o.min_chars, "N", "drop poems shorter than this after cleaning")
-        .range(1, INT32_MAX);
+        .range(1, INFINITY);
     f.section("Split (whole poems; poems that share two consecutive verses stay together)");
     f.add("val_fraction", "", &o.val_fraction, "X", "share of the characters for validation; 0 = no val.bin");
     f.add("seed", "", &o.seed, "N", "decides which poems validate");

@@ -10,7 +10,7 @@ RUNS ?=
 STEPS ?=
 PATIENCE ?=
 LLMC ?=
-bench: $(BUILD)/bench
+bench: $(BUILD)/bench | $(call named,test test-layers test-asan test-portable)
 	$< --rows "$(ROWS)" --parts "$(PARTS)" $(RUNS:%=--runs %) $(STEPS:%=--steps %) $(PATIENCE:%=--patience %) \
 	  --python "$(PYTHON)" --llmc "$(LLMC)"
 $(BUILD)/bench: $(BUILD)/dev/bench/bench.o $(GEMM:%=$(BUILD)/%)
@@ -25,7 +25,7 @@ OPENBLAS_LIB = -L$(OPENBLAS_DIR) -lopenblas -Wl,-rpath,$(OPENBLAS_DIR)
 SHAPES ?=
 THREADS ?= 0
 COPIES ?= 1
-bench-gemm: $(BUILD)/bench_gemm
+bench-gemm: $(BUILD)/bench_gemm | $(call named,test test-layers test-asan test-portable bench)
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $< --shapes "$(SHAPES)" --threads $(THREADS) --copies $(COPIES) \
 	  $(RUNS:%=--runs %)
 $(BUILD)/dev/bench/bench_gemm.o: DEFINE = $(if $(HAVE_DNNL),-DHAVE_DNNL) $(if $(OPENBLAS_DIR),$(OPENBLAS))

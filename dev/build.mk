@@ -53,7 +53,7 @@ override ARCH = $(BASE_ARCH)
 endif
 UNAME_S := $(shell uname -s)
 ifeq ($(UNAME_S),Darwin)
-MARCH = $(if $(filter native,$(ARCH)),-mcpu,-march)=$(ARCH)
+MARCH = $(if $(filter arm64native,$(shell uname -m)$(ARCH)),-mcpu,-march)=$(ARCH)
 ifeq ($(filter g++-%,$(CXX)),)
 # Apple's clang has no OpenMP of its own: brew install libomp
 LIBOMP ?= $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))

@@ -24,7 +24,7 @@ $(LIBEMU): $(LIBEMU_OBJECTS)
 # longest first
 EMULATED_TESTS = $(foreach t,model attention kernels,test_gpu_$t_bf16 test_gpu_$t_fp32) test_emulator
 EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
-EMULATE = -g1 -fno-strict-aliasing $(call probe,-fno-extern-tls-init) -Wno-unknown-pragmas \
+EMULATE := -g1 -fno-strict-aliasing $(call probe,-fno-extern-tls-init) -Wno-unknown-pragmas \
 	-isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow -x c++ -include $(EMULATOR)/emu.h
 define emulated
 flags.$1/emulated = $$(flags.$1) $(EMULATE)

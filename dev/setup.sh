@@ -1,7 +1,6 @@
 #!/bin/sh
 # Installs what a target needs beyond g++ and make, or says how: dev/setup.sh tests|convert|plot|fuzz|clang|format
-# Several may run at once: they install one after the other.
-lock=${TMPDIR:-/tmp}/arapoet-setup.lock
+# Several may run at once: they install one after the other, by a lock on this file.
 
 # Is this header, command or library here?
 have() {
@@ -24,7 +23,7 @@ install() { # HEADER-OR-COMMAND DEBIAN-PACKAGE
 need() { # HEADER-OR-COMMAND DEBIAN-PACKAGE HOMEBREW-PACKAGE
     have "$1" && return
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-        (install "$1" "$2") 9>"$lock" && have "$1" && return
+        (install "$1" "$2") 9<"$0" && have "$1" && return
     fi
     how="sudo apt-get install $2"
     [ "$(uname -s)" = Darwin ] && how="brew install $3"

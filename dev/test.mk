@@ -27,7 +27,7 @@ CUDA_TRAINERS = $(EMULATED_TRAINERS:%=$(BUILD)/%)
 else
 SKIPPED_TESTS = $(EMULATED_TESTS:%="skip:%: $(NO_CUDA)")
 endif
-test: $(CUDA_TESTS) $(TESTS:%=$(BUILD)/%) $(CUDA_TRAINERS) $(PROGRAMS)
+test: $(CUDA_TESTS) $(TESTS:%=$(BUILD)/%) $(CUDA_TRAINERS) $(PROGRAMS) | $(call named,train ladder finetune)
 	@dev/run_tests.sh $(TESTS:%=$(BUILD)/%) $(CUDA_TESTS) $(SKIPPED_TESTS)
 test-layers: $(BUILD)/test_gpt2 | $(call named,test)
 	@dev/run_tests.sh $<

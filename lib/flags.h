@@ -18,6 +18,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <deque>
 #include <functional>
 
@@ -32,7 +33,7 @@ class Flags {
 
     class Flag {
       public:
-        // The smallest and the largest value.
+        // The smallest and the largest value; INFINITY: no more than the type holds.
         Flag& range(double lo, double hi) { return lo_ = lo, hi_ = hi, has_range_ = true, *this; }
         // A value outside the range that means "not given": the program then decides, as the help text says.
         Flag& unset(double v) { return unset_ = v, has_unset_ = true, *this; }
@@ -60,7 +61,7 @@ class Flags {
                 throw UsageError(strf("%s is %s, wanted %s", flag, value.c_str(), limits().c_str()));
         }
         std::string limits() const {
-            return hi_ >= INT32_MAX ? strf("at least %.10g", lo_) : strf("%.10g to %.10g", lo_, hi_);
+            return hi_ == INFINITY ? strf("at least %.10g", lo_) : strf("%.10g to %.10g", lo_, hi_);
         }
         std::string list() const {
             std::string s;

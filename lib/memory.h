@@ -59,8 +59,10 @@ struct Activations {
     // Those of one block.
     struct Block {
         const F* resid;  // (M,C), what the block reads: the embedding, or the block before's resid3
-        F *qkv, *resid2, *fch,
-            *resid3;  // (M,3C), (M,C) after attention, (M,4C) before GELU, (M,C) what the block leaves
+        F* qkv;          // (M,3C)
+        F* resid2;       // (M,C), after attention
+        F* fch;          // (M,4C), before GELU
+        F* resid3;       // (M,C), what the block leaves
         A *ln1, *atty, *ln2, *fch_gelu;                          // (M,C), (M,C), (M,C), (M,4C)
         float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd;  // (M) each; lse (B,NH,T)
     };

@@ -24,8 +24,9 @@
 //     dropout, seed                may be set between steps; they key the dropout masks
 //     init_weights(seed)           initial_weights() of every tensor
 //     forward(tokens, targets, B, T, pass)
-//                                  the mean loss over the targets >= 0, without dropout; counted() tells how
-//                                  many there were. Not between accumulate() and step().
+//                                  the mean loss over the targets >= 0, without dropout (pass.train is
+//                                  false); counted() tells how many there were. Not between accumulate() and
+//                                  step().
 //     accumulate(tokens, targets, B, T, pass)
 //                                  adds the gradients and the loss of one micro-batch, both times
 //                                  pass.grad_scale for each token, to those of the step; may return before

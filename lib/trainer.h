@@ -58,7 +58,7 @@ struct Options {
 };
 
 inline void add_flags(Flags& f, Options& o, const std::string& program) {
-    const double MOST = INT32_MAX;
+    const double MOST = INFINITY;
     f.section("Data");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
     f.add("train_data", "i", &o.train_data, "FILE", "training tokens, instead of DIR/train.bin");

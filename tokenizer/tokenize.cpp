@@ -65,7 +65,7 @@ inline int tokenize_main(int argc, char** argv) {
     f.add("framed", "", &framed, "many texts, as the head of tokenize.cpp tells");
     f.add("time", "", &time, "N",
           "encode the texts N times, each time with a fresh tokenizer; print the seconds of CPU time")
-        .range(0, INT32_MAX);
+        .range(0, INFINITY);
     f.parse(argc, argv);
     if (files.size() != 1)
         throw UsageError("which tokenizer? ./tokenize tokenizer.bin < text; --help tells more");

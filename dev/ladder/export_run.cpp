@@ -28,7 +28,7 @@ int main(int argc, char** argv) {
             .range(1, 1 << 20)
             .unset(0);
         f.add("batch_size", "b", &batch_size, "B", "sequences of a step").range(1, 1 << 24);
-        f.add("steps", "", &steps, "N", "how many batches").range(1, INT32_MAX);
+        f.add("steps", "", &steps, "N", "how many batches").range(1, INFINITY);
         f.add("seed", "", &seed, "N", "as for ./train_gpt2");
         f.parse(argc, argv);
         Config c = preset_config(preset);

@@ -426,7 +426,7 @@ inline int score_main(int argc, char** argv) {
     f.positional(&files, "poems.txt [more files]");
     f.add("data", "", &data, "DIR",
           "folder made by ./prepare_data: train.bin, to compare with, and tokenizer.bin");
-    f.add("poems", "", &most, "N", "only the first N poems of each file; 0: all").range(0, INT32_MAX);
+    f.add("poems", "", &most, "N", "only the first N poems of each file; 0: all").range(0, INFINITY);
     f.add("skip_last", "", &skip_last,
           "leave out each poem's last verse, which a limit on the length may have cut");
     f.epilogue(
