@@ -45,7 +45,8 @@ class Flags {
         std::string name_, alias_, arg_, help_, fallback_;
         std::function<std::string()> get_;
         std::function<double(const std::string&, const char*)> set_;  // returns the number, for the range
-        bool is_section_ = false, is_bool_ = false, given_ = false, has_range_ = false, has_unset_ = false;
+        bool is_section_ = false, is_bool_ = false, is_float_ = false, given_ = false, has_range_ = false,
+             has_unset_ = false;
         double lo_ = 0, hi_ = 0, unset_ = 0;
         std::vector<std::string> choices_;
         OnResume on_resume_ = KEPT;
@@ -57,8 +58,12 @@ class Flags {
                 throw UsageError(
                     strf("%s: '%s' is unknown; known are %s", flag, value.c_str(), list().c_str()));
             double v = set_(value, flag);
-            if (has_range_ && !(has_unset_ && v == unset_) && !(v >= lo_ && v <= hi_))
+            if (has_range_ && !(has_unset_ && v == unset_) && !in_range(v))
                 throw UsageError(strf("%s is %s, wanted %s", flag, value.c_str(), limits().c_str()));
+        }
+        // A float is compared with the limits as floats: 0.99f is more than the double 0.99.
+        bool in_range(double v) const {
+            return is_float_ ? (float)v >= (float)lo_ && (float)v <= (float)hi_ : v >= lo_ && v <= hi_;
         }
         std::string limits() const {
             return hi_ == INFINITY ? strf("at least %.10g", lo_) : strf("%.10g to %.10g", lo_, hi_);
@@ -105,7 +110,7 @@ class Flags {
             });
     }
     Flag& add(const char* name, const char* alias, float* v, const char* arg, const char* help) {
-        return flag(
+        Flag& f = flag(
             name, alias, arg, help, [v] { return shortest(*v); },
             [v](const std::string& s, const char* flag) {
                 char* end;
@@ -114,6 +119,8 @@ class Flags {
                     throw UsageError(strf("%s: '%s' is not a number", flag, s.c_str()));
                 return (double)*v;
             });
+        f.is_float_ = true;
+        return f;
     }
     Flag& add(const char* name, const char* alias, bool* v, const char* help) {
         Flag& f = flag(

@@ -24,7 +24,7 @@ struct Program {
     Program() {
         f.section("Section");
         f.add("steps", "x", &o.steps, "N", "how many; -1: as many as it takes").range(0, 100).unset(-1);
-        f.add("learning_rate", "", &o.rate, "X", "how fast").range(0, 1.5);
+        f.add("learning_rate", "", &o.rate, "X", "how fast").range(0.1, 0.9);
         f.add("schedule", "k", &o.schedule, "NAME", "how it falls").choices({"constant", "cosine"});
         f.add("layers", "", &o.layers, "L", "how deep").range(1, 8).unset(0).on_resume(Flags::FIXED);
         f.add("seed", "", &o.seed, "N", "what follows from it").range(5, INFINITY);
@@ -80,11 +80,12 @@ TEST_CASE("flags: long names with dashes or underscores, aliases, = and bools se
 TEST_CASE("flags: a value outside the limits is refused by flag, value and limits") {
     CHECK(refusal({"--steps", "101"}) == "--steps is 101, wanted 0 to 100");
     CHECK(refusal({"-x", "-2"}) == "-x is -2, wanted 0 to 100");
-    CHECK(refusal({"--learning_rate", "1.6"}) == "--learning_rate is 1.6, wanted 0 to 1.5");
+    CHECK(refusal({"--learning_rate", "1.6"}) == "--learning_rate is 1.6, wanted 0.1 to 0.9");
     CHECK(refusal({"--layers", "9"}) == "--layers is 9, wanted 1 to 8");
     CHECK(refusal({"--layers", "0"}).empty());
+    CHECK(refusal({"--learning_rate", "0.1"}).empty());  // 0.1f is not 0.1
     CHECK(refusal({"--seed", "4"}) == "--seed is 4, wanted at least 5");
-    CHECK(refusal({"--steps", "100", "--learning_rate", "1.5", "--layers", "8"}).empty());
+    CHECK(refusal({"--steps", "100", "--learning_rate", "0.9", "--layers", "8"}).empty());
 }
 
 TEST_CASE("flags: a choice that does not exist is answered with those that do") {
@@ -103,7 +104,7 @@ TEST_CASE("flags: an unknown flag gets the nearest known one, a missing value it
 TEST_CASE("flags: --help prints defaults, limits and choices where each flag says them") {
     std::string help = help_of(Program().f);
     CHECK(contains(help, "--steps N, -x how many; -1: as many as it takes [-1; 0 to 100]\n"));
-    CHECK(contains(help, "--learning_rate X how fast [0.8; 0 to 1.5]\n"));
+    CHECK(contains(help, "--learning_rate X how fast [0.8; 0.1 to 0.9]\n"));
     CHECK(contains(help, "--schedule NAME, -k how it falls [constant, cosine]\n"));
     CHECK(contains(help, "--seed N what follows from it [1337; at least 5]\n"));
     CHECK(contains(help, "--fast hurry\n"));

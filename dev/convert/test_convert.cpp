@@ -735,7 +735,8 @@ TEST_CASE("convert: the command line") {
     CHECK(error({"from_hf", "a", "b"}) == "'from_hf' is not a command; wanted from-hf or to-hf");
     CHECK(error({"from-hf", "a"}) == "from-hf takes two names, found 1: from-hf DIR out.bin");
     CHECK(error({"to-hf", "a", "b", "c"}) == "to-hf takes two names, found 3: to-hf in.bin DIR");
-    CHECK(error({"from-hf", "a", "b", "--dtype", "fp16"}) == "--dtype is 'fp16', wanted fp32 or bf16");
+    CHECK(error({"from-hf", "a", "b", "--dtype", "fp16"}) ==
+          "--dtype: 'fp16' is unknown; known are fp32, bf16");
     CHECK(error({"from-hf", "a", "b", "--tokenizer_dir", "c"}) == "--tokenizer_dir belongs to to-hf");
     CHECK(error({"to-hf", "a", "b", "--dtype", "bf16"}) ==
           "--dtype belongs to from-hf; to-hf keeps the numbers as they are");

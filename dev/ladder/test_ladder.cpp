@@ -383,7 +383,7 @@ TEST_CASE("a ladder that cannot stand says which flag or file is wrong") {
     CHECK(contains(usage_error({"--channels", "30"}), "--channels is 30, wanted a multiple of"));
     CHECK(contains(usage_error({"--rung", "5", "--projection", "0"}), "--projection 1"));
     CHECK(contains(usage_error({"--seeds", "0"}), "--seeds is 0, wanted 1 to"));
-    CHECK(contains(usage_error({"--dropout", "1"}), "--dropout is 1, wanted -1 to 0.99"));
+    CHECK(contains(usage_error({"--dropout", "1"}), "--dropout is 1, wanted 0 to 0.99"));
     CHECK(contains(usage_error({"--blocks", "0"}), "--blocks is 0"));
     TempDir dir;
     CHECK(contains(usage_error({"--data", dir.path.c_str()}), dir / "train.bin: not found"));
