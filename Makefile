@@ -90,7 +90,7 @@ plot: | need-plot $(call named,train ladder finetune export)
 	@test -s $(OUT)/log.csv || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
 	gnuplot -c dev/plot/loss.gp $(OUT)/log.csv $(OUT)/loss.png
 
-# --- the programs. They stand in the root, whichever BUILD they come from, and are linked anew when that is
+# --- the programs. They are in the root, whichever BUILD they come from, and are linked anew when that is
 # another one.
 ifeq ($(portable),)
 # sample_gpt2.o has a main of its own, which the linker prefers to train_gpt2.o's weak one.

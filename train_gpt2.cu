@@ -2617,8 +2617,8 @@ struct GPT2 {
         if (train_) forward_pass(), backward_pass(!first);
         else evaluate();
     }
-    // Zeros, where gradients are only ever added to: all but the matrices that the products write. What lies
-    // side by side in memory is cleared at once.
+    // Zeros, where gradients are only ever added to: all but the matrices that the products write. Neighbours
+    // in memory are cleared at once.
     void clear_gradients() {
         std::vector<ParamPiece> pieces = pieces_;
         std::sort(pieces.begin(), pieces.end(), [](auto& a, auto& b) { return a.memory < b.memory; });

@@ -45,8 +45,8 @@ using simd::store;
 using simd::vec;
 
 // ---------------------------------------------------------------------------------------------
-// The numbers that are multiplied. A unit is what stands in one lane of a vector: PER_UNIT consecutive values
-// of k. Where READY<T>, values of T that follow each other in memory are units already.
+// The numbers that are multiplied. A unit fills one lane of a vector: PER_UNIT consecutive values of k. Where
+// READY<T>, consecutive values of T in memory are units already.
 
 #ifndef GEMM_BF16
 struct Numbers {
@@ -277,8 +277,8 @@ struct Fetch {
 // ---------------------------------------------------------------------------------------------
 // The micro-kernel
 
-// A micro-kernel can pack the operand that it reads, for the tiles after it, if the values of one k stand
-// side by side in memory: it waits for its multiplications, not for loads and stores. Vectors of B are stored
+// A micro-kernel can pack the operand that it reads, for the tiles after it, if the values of one k are
+// consecutive in memory: it waits for its multiplications, not for loads and stores. Vectors of B are stored
 // as they are used. Those of A are stored AHEAD units before, since a load of part of what was just stored
 // has to wait for the store.
 enum Packs { PACKS_NOTHING, PACKS_A, PACKS_B };
@@ -322,7 +322,7 @@ struct ScoreRows : Packed {
 };
 
 // c (ROWS, VECS * VL; row stride ldc) = init (row stride ldi) + the sum over units u of a's unit (row, u)
-// times b's (u, column). Where VECS > NV, columns from NR on stand in b's next panel, NR * units values
+// times b's (u, column). Where VECS > NV, columns from NR on are in b's next panel, NR * units values
 // further on. With PACKS_A or PACKS_B that operand is written first: value i of unit u, or the first of its
 // two, is source[u * PER_UNIT * stride + i], a's only from unit AHEAD on. With STREAM init counts as 0, and
 // c, aligned to a vector, does not enter the caches. Not inlined: among a caller's variables the compiler
@@ -537,9 +537,9 @@ class Multiplication {
         divided_side_ = p_.N, shared_side_ = p_.M, packs_own_ = true, packs_shared_ = !direct_;
         step_ = p_.N >= 2 * threads_ * nr_ ? nr_ : NR, steps_ = ceil_div(p_.N, step_);
         blocks_ = std::min(steps_, round_up(ceil_div(p_.N, NB), threads_));
-        // The first tile packs B where the values of a k stand side by side and whole units are no more
-        // memory than when packed: twice as many lines, perhaps from memory, would hold a tile up for longer
-        // than packing.
+        // The first tile packs B where the values of one k are consecutive and a unit takes no more memory
+        // than when packed: twice as many lines, perhaps from memory, would hold a tile up for longer than
+        // packing.
         if (p_.K % U == 0 && p_.B.col == 1) tile_packs_ = PACKS_B;
         before_tile_ = tile_packs_ == PACKS_B ? 0 : kc_;
     }

@@ -166,7 +166,7 @@ class ParamLayout {
     size_t first_block_ = 0, block_ = 0;  // where block 0 starts, and the size of a block
 };
 
-// One tensor of one layer, or one outside the blocks: where its elements stand in the file and in memory.
+// One tensor of one layer, or one outside the blocks: where its elements are in the file and in memory.
 struct ParamPiece {
     int id;
     size_t layer, file, memory, size;

@@ -120,7 +120,7 @@ inline float sum(vec v) {
         for (size_t i = 0; i < h; i++) v[i] += v[i + h];
     return v[0];
 }
-// Lane j is lane index(j) of a and b side by side; Index is a type with a constexpr function `at`.
+// Lane j is lane Index::at(j) of a followed by b; Index is a type with a constexpr function `at`.
 template <class Index, size_t... J>
 inline __attribute__((always_inline)) vec shuffle_lanes(vec a, vec b, std::index_sequence<J...>) {
 #if defined(__clang__)
