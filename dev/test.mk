@@ -1,20 +1,22 @@
 # Tests. A test program ends with "N passed, N failed[, N skipped]", dev/run_tests.sh with their sum.
 .PHONY: format format-check test test-layers test-asan test-emulator-asan test-emulator-tsan fuzz check-fuzzers
 
-# The tests of the model's layers and of the matrix product are one program; each other test_NAME.cpp is its
-# own, beside the emulated trainers, which test_cli starts.
-LAYER_TESTS = $(patsubst %.cpp,%.o,test_gpt2.cpp $(wildcard lib/test_*.cpp))
+# test_gpt2 tests what depends on the set of instructions: layers, products, vectors, random numbers. test_lib
+# tests the rest of lib/; each other test_NAME.cpp is a program of its own. test_cli starts the emulated trainers.
+LAYER_TESTS = test_gpt2.o lib/test_gemm.o lib/test_vec.o lib/test_rng.o
+LIB_TESTS = $(filter-out $(LAYER_TESTS),$(patsubst %.cpp,%.o,$(wildcard lib/test_*.cpp)))
 TOOL_TESTS = $(patsubst %.cpp,%,$(filter-out dev/test_main.cpp,$(wildcard data/test_*.cpp tokenizer/test_*.cpp \
 	dev/test_*.cpp dev/*/test_*.cpp)))
-TESTS = test_gpt2 $(notdir $(TOOL_TESTS))
+TESTS = test_gpt2 test_lib $(notdir $(TOOL_TESTS))
 
 # $(call tests,DIR): the test programs of a folder of objects
 define tests
 $1/test_gpt2: $(LAYER_TESTS:%=$1/%)
+$1/test_lib: $(LIB_TESTS:%=$1/%)
 $(foreach t,$(TOOL_TESTS),$(eval $1/$(notdir $t): $1/$t.o))
 $(TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
 	$$(call link,$1)
-$(LAYER_TESTS:%=$1/%) $(TOOL_TESTS:%=$1/%.o) $1/dev/test_main.o: | need-tests
+$(LAYER_TESTS:%=$1/%) $(LIB_TESTS:%=$1/%) $(TOOL_TESTS:%=$1/%.o) $1/dev/test_main.o: | need-tests
 endef
 
 # Tests use all cores, and some have little time. So one of these targets runs its tests after the other, in

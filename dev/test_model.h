@@ -1,0 +1,100 @@
+// test_model.h - models for tests: small sizes, weights as if trained, batches of random tokens, and a model
+// that only holds parameters and moments.
+#pragma once
+
+#include "dev/test_util.h"
+#include "lib/model.h"
+
+namespace test {
+
+inline Config config(int L, int NH, int C, int V, int maxT, int arch = GPT2_ARCH,
+                     int activation = GELU_TANH) {
+    Config c;
+    c.L = L, c.NH = NH, c.C = C, c.V = V, c.Vp = pad_vocab(V), c.maxT = maxT, c.arch = arch,
+    c.activation = activation;
+    return c;
+}
+// Small, and different from the defaults in everything that a header holds.
+inline Config small_config() {
+    Config c = config(2, 2, 8, 11, 5, GROVER_ARCH, GELU_ERF);
+    c.Vp = 16;
+    return c;
+}
+inline std::string variant(const Config& c, float dropout) {
+    return strf("%s, %s, dropout %g", c.arch == GPT2_ARCH ? "GPT-2" : "GROVER",
+                c.activation == GELU_TANH ? "tanh" : "erf", dropout);
+}
+
+// Weights as if trained: none is zero or one, so that every gradient matters. Padded rows stay zero.
+template <class Model>
+void randomise(Model& m, uint64_t seed) {
+    Random r(seed);
+    ParamTable table = param_table(m.cfg);
+    auto off = param_offsets(m.cfg);
+    Floats all = piece(m, PARAMS);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        bool weight = i == LN1W || i == LN2W || i == LNFW, embedding = i == WTE || i == WPE;
+        double scale = !table[i].decay ? 0.3
+                       : embedding     ? 0.4
+                                       : (i == QKVW ? 1.5 : 1) / std::sqrt((double)m.cfg.C);
+        Floats w =
+            r.floats(i == WTE ? (size_t)m.cfg.V * table[i].cols : table[i].size(), scale, weight ? 1 : 0);
+        std::copy(w.begin(), w.end(), &all[off[i]]);
+    }
+    set_piece(m, PARAMS, all);
+}
+
+// In the model file's order.
+template <class Model>
+Floats gradients(Model& m) {
+    return piece(m, GRADS);
+}
+template <class Model>
+Floats parameters(Model& m) {
+    return piece(m, PARAMS);
+}
+
+// A training pass over tokens of which `counted` are targets.
+inline Pass training_pass(size_t counted, uint32_t step = 3, uint64_t seq0 = 0) {
+    Pass pass;
+    pass.train = true, pass.step = step, pass.seq0 = seq0, pass.grad_scale = 1.0f / (float)counted;
+    return pass;
+}
+inline size_t count_targets(const Tokens& y) {
+    return (size_t)std::count_if(y.begin(), y.end(), [](int t) { return t >= 0; });
+}
+
+// B sequences of T random tokens, with targets of which about one in seven is left out of the loss.
+struct Batch {
+    size_t B, T;
+    Tokens tokens, targets;
+    Batch(Random& r, size_t B_, size_t T_, int V)
+        : B(B_), T(T_), tokens(r.tokens(B_ * T_, V)), targets(r.targets(B_ * T_, V)) {}
+    size_t counted() const { return count_targets(targets); }
+    template <class Model>
+    double forward(Model& m, const Pass& pass = {}) const {
+        return m.forward(tokens.data(), targets.data(), B, T, pass);
+    }
+};
+
+// Parameters and moments in memory as a trainer lays them out, and nothing that computes: for tests of files.
+class PlainModel {
+  public:
+    const Config cfg;
+    Params<float> params;
+
+    explicit PlainModel(const Config& c) : cfg(c) {
+        for (Floats& array : arrays_) array.resize(num_params(c));
+        params = {arrays_[PARAMS].data(), c};
+    }
+    PlainModel(PlainModel&&) = default;  // `params` stays valid: the arrays keep their memory
+    template <class F>
+    void each_piece(State s, F f) {
+        for (const ParamPiece& t : param_pieces(cfg)) f(&arrays_[s][t.memory], t.size);
+    }
+
+  private:
+    Floats arrays_[4];  // by State
+};
+
+}  // namespace test

@@ -1,0 +1,171 @@
+// test_sampler.cpp - choosing tokens, and writing texts with a decoder that only counts.
+#include <doctest/doctest.h>
+
+#include <numeric>
+
+#include "dev/test_util.h"
+#include "lib/sampler.h"
+
+using namespace test;
+
+namespace {
+
+// Stands in for a model: the next token is always the last one plus one, modulo 100. Notes what it was asked.
+struct CountingDecoder : ::Decoder {
+    size_t N, limit, held = 0;
+    std::vector<size_t> appended, resets_at;
+    Floats logits;
+    CountingDecoder(size_t N_, size_t limit_) : N(N_), limit(limit_), logits(N_ * 100) {}
+    size_t length() const override { return held; }
+    size_t capacity() const override { return limit; }
+    void reset() override { resets_at.push_back(appended.size()), held = 0; }
+    const float* append(const int* tokens, size_t n) override {
+        held += n, appended.push_back(n);
+        REQUIRE(held <= limit);
+        for (size_t s = 0; s < N; s++)
+            for (int v = 0; v < 100; v++)
+                logits[s * 100 + (size_t)v] = v == (tokens[s * n + n - 1] + 1) % 100 ? 50.0f : 0.0f;
+        return logits.data();
+    }
+};
+
+}  // namespace
+
+TEST_CASE("generate goes on past the context with its second half, and computes each token once otherwise") {
+    CountingDecoder decoder(2, 8);
+    std::vector<Tokens> out(2);
+    SampleOptions greedy;
+    greedy.temperature = 0;
+    generate(decoder, 2, {10, 11, 12}, 100, 99, 20, 1, greedy,
+             [&](size_t s, int token) { out[s].push_back(token); });
+    for (auto& text : out) {
+        REQUIRE(text.size() == 20);
+        for (int i = 0; i < 20; i++) CHECK(text[(size_t)i] == 13 + i);
+    }
+    // The prompt, five single tokens until 8 are held, then 4 of the last and four single ones, and so on.
+    CHECK(decoder.appended ==
+          std::vector<size_t>{3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1});
+    CHECK(decoder.resets_at == std::vector<size_t>{0, 6, 11, 16});
+
+    CountingDecoder one(1, 1);  // even a context of one token works
+    Tokens text;
+    generate(one, 1, {5}, 100, 99, 4, 1, greedy, [&](size_t, int token) { text.push_back(token); });
+    CHECK(text == Tokens{6, 7, 8, 9});
+    std::string e =
+        error_of([&] { generate(decoder, 2, Tokens(9, 1), 100, 99, 1, 1, greedy, [](size_t, int) {}); });
+    CHECK(contains(e, "the prompt has 9 tokens, the context takes 1 to 8"));
+    CHECK(contains(error_of([&] { generate(decoder, 2, {}, 100, 99, 1, 1, greedy, [](size_t, int) {}); }),
+                   "the prompt has 0 tokens"));
+}
+
+TEST_CASE("generate ends a sequence at end-of-text, shows nothing of it, and stops when all have ended") {
+    CountingDecoder decoder(3, 64);
+    SampleOptions greedy;
+    greedy.temperature = 0;
+    Tokens text;
+    generate(decoder, 3, {40}, 100, 43, 1000, 1, greedy, [&](size_t, int token) { text.push_back(token); });
+    CHECK(text == Tokens{41, 41, 41, 42, 42, 42});
+    CHECK(decoder.appended.size() == 3);
+}
+
+TEST_CASE("the sampler draws from softmax(logits / temperature) cut to top_k, then to top_p") {
+    const int V = 9;
+    const float logits[V] = {0.5f, 2.0f, -1.0f, 1.9f, 0.0f, -3.0f, 1.2f, 0.7f, -0.4f};
+    struct {
+        float temperature;
+        int top_k;
+        float top_p;
+    } cases[] = {{1, 0, 1},    {0.5f, 0, 1}, {2, 0, 1},       {1, 3, 1}, {1, 1, 1},     {1, 100, 1},
+                 {1, 0, 0.5f}, {1, 0, 0.9f}, {0.8f, 5, 0.7f}, {1, 0, 0}, {3, 4, 0.999f}};
+    Sampler sampler;
+    for (auto& o : cases) {
+        INFO("temperature ", o.temperature, " top_k ", o.top_k, " top_p ", o.top_p);
+        // What is allowed, from the definitions: sort, cut, normalise.
+        std::vector<int> order(V);
+        std::iota(order.begin(), order.end(), 0);
+        std::sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
+        if (o.top_k && o.top_k < V) order.resize((size_t)o.top_k);
+        Doubles want(V);
+        double total = 0, reached = 0;
+        for (int v : order) total += std::exp((double)logits[v] / o.temperature);
+        for (int v : order) {
+            if (reached >= o.top_p && reached > 0) break;
+            want[(size_t)v] = std::exp((double)logits[v] / o.temperature) / total, reached += want[(size_t)v];
+        }
+        const int draws = 100000;
+        std::vector<int> times(V);
+        SampleOptions options;
+        options.temperature = o.temperature, options.top_k = o.top_k, options.top_p = o.top_p;
+        Random r(70);
+        for (int i = 0; i < draws; i++) times[(size_t)sampler.pick(logits, V, options, r.uniform())]++;
+        double chi_square = 0;
+        for (size_t v = 0; v < V; v++) {
+            double expected = draws * want[v] / reached;
+            if (expected == 0) CHECK(times[v] == 0);
+            else chi_square += std::pow(times[v] - expected, 2) / expected;
+        }
+        CHECK(chi_square < 35);  // at most 8 degrees of freedom: once in 30,000 by chance
+    }
+}
+
+TEST_CASE(
+    "the sampler: temperature 0 takes the most likely token; each token owns its share of u, after a cut by "
+    "likelihood") {
+    Sampler sampler;
+    SampleOptions o;
+    const float logits[5] = {std::log(0.2f), std::log(0.4f), std::log(0.1f), std::log(0.3f), -50};
+    o.temperature = 0;
+    for (double u : {0.0, 0.5, 0.999999}) CHECK(sampler.pick(logits, 5, o, u) == 1);
+    o.temperature = 1;
+    int times[5] = {}, share[5] = {200, 400, 100, 300, 0};
+    for (int i = 0; i < 1000; i++) times[sampler.pick(logits, 5, o, (i + 0.5) / 1000)]++;
+    for (int v = 0; v < 5; v++) CHECK(times[v] == share[v]);
+    o.top_k = 4;
+    struct {
+        double u;
+        int token;
+    } picks[] = {{0, 1},     {0.399, 1}, {0.401, 3}, {0.699, 3},
+                 {0.701, 0}, {0.899, 0}, {0.901, 2}, {1 - 0x1p-53, 2}};
+    for (auto& p : picks) CHECK(sampler.pick(logits, 5, o, p.u) == p.token);
+    o.top_p = 0.65f;  // 0.4 + 0.3 reach it
+    CHECK(sampler.pick(logits, 5, o, 0.57) == 1);
+    CHECK(sampler.pick(logits, 5, o, 0.58) == 3);
+    CHECK(sampler.pick(logits, 5, o, 1 - 0x1p-53) == 3);
+    const float equal[3] = {1, 1, 1};  // ties fall to the lower token
+    o = SampleOptions();
+    o.top_k = 1;
+    CHECK(sampler.pick(equal, 3, o, 0.9) == 0);
+    const float far[3] = {-2000, 3000, -INFINITY};
+    o = SampleOptions();
+    o.temperature = 1e-3f;
+    CHECK(sampler.pick(far, 3, o, 0.9999) == 1);
+    CHECK(sampler.pick(far, 1, o, 0.5) == 0);  // a vocabulary of one
+}
+
+TEST_CASE(
+    "the sampler: of a large vocabulary top_p draws what it would from all tokens in order of likelihood") {
+    const int V = 5000;
+    for (double sd : {0.0, 1.0, 3.0, 5.0}) {  // from flat to peaked
+        Floats logits = Random(73).floats(V, sd);
+        std::vector<int> order(V);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int a, int b) { return logits[(size_t)a] > logits[(size_t)b]; });
+        double total = 0;
+        for (float l : logits) total += std::exp((double)l);
+        for (float top_p : {0.001f, 0.3f, 0.9f, 0.999f}) {
+            INFO("standard deviation ", sd, " top_p ", top_p);
+            Doubles reached;  // up to and with each token in order
+            for (double sum = 0; reached.empty() || sum < top_p * total;)
+                reached.push_back(sum += std::exp((double)logits[(size_t)order[reached.size()]]));
+            SampleOptions o;
+            o.temperature = 1, o.top_p = top_p;
+            Sampler sampler;
+            for (double u : {0.0, 0.1, 0.5, 0.77, 0.9, 0.99, 1 - 0x1p-40}) {
+                size_t i = (size_t)(std::upper_bound(reached.begin(), reached.end(), u * reached.back()) -
+                                    reached.begin());
+                CHECK(sampler.pick(logits.data(), V, o, u) == order[std::min(i, reached.size() - 1)]);
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+// test_trainer.cpp - the training loop's parts: schedules, evaluation, fitting a run to the memory there is.
+#ifndef ARAPOET_NO_MAIN
+#define ARAPOET_NO_MAIN
+#endif
+#include <doctest/doctest.h>
+
+#include "dev/reference.h"
+#include "dev/test_model.h"
+#include "train_gpt2.cpp"
+#include "lib/trainer.h"
+
+using namespace test;
+
+TEST_CASE(
+    "learning-rate schedules: linear warm-up, then constant, cosine, linear or wsd to the end; unknown names "
+    "are refused") {
+    auto lr = [](const char* schedule, int step) {
+        return trainer::learning_rate(schedule, 2.0, step, 10, 110, 0.1);
+    };
+    for (const char* schedule : {"constant", "cosine", "linear", "wsd"}) {
+        INFO(schedule);
+        CHECK(lr(schedule, 0) == doctest::Approx(0.2));
+        CHECK(lr(schedule, 4) == doctest::Approx(1.0));
+        CHECK(lr(schedule, 9) == doctest::Approx(2.0));
+        CHECK(lr(schedule, 10) == doctest::Approx(2.0));
+        double end = schedule == std::string("constant") ? 2.0 : 0.2;
+        CHECK(lr(schedule, 110) == doctest::Approx(end));
+        CHECK(lr(schedule, 1000) == doctest::Approx(end));  // and stays there
+        for (int step = 10; step < 110; step++) CHECK(lr(schedule, step + 1) <= lr(schedule, step));
+        CHECK(trainer::learning_rate(schedule, 2.0, 0, 0, 100, 0.1) == doctest::Approx(2.0));  // no warm-up
+        CHECK(trainer::learning_rate(schedule, 2.0, 99, 200, 100, 0.1) ==
+              doctest::Approx(1.0));  // nothing but warm-up
+    }
+    CHECK(lr("constant", 60) == 2.0);
+    CHECK(lr("cosine", 60) == doctest::Approx(1.1));  // half way between 2 and 0.2
+    CHECK(lr("cosine", 35) ==
+          doctest::Approx(0.2 + 1.8 * 0.5 * (1 + std::sqrt(0.5))));  // a quarter of the way: cos 45 degrees
+    CHECK(lr("linear", 60) == doctest::Approx(1.1));
+    CHECK(lr("linear", 35) == doctest::Approx(1.55));
+    CHECK(lr("wsd", 60) == 2.0);
+    CHECK(lr("wsd", 88) == doctest::Approx(2.0));  // 80% of the run
+    CHECK(lr("wsd", 99) == doctest::Approx(0.2 + 1.8 * (1 - std::sqrt(0.5))));
+    for (const char* unknown : {"", "cosin", "Cosine"}) {
+        std::string e = error_of([&] { trainer::learning_rate(unknown, 1, 0, 0, 1, 0); });
+        CHECK(contains(e, "--lr_schedule: '" + std::string(unknown) +
+                              "' is unknown; known are constant, cosine, linear, wsd"));
+    }
+}
+
+TEST_CASE("evaluation counts every token of a file once, and every character of its targets") {
+    TempDir dir;
+    Tokenizer tokenizer = Tokenizer::characters("abcdefg");
+    const int V = tokenizer.vocab_size();
+    Tokens text = Random(90).tokens(100, V);
+    std::vector<int32_t> header(256);
+    header[0] = 20240520, header[1] = 1, header[2] = 100;
+    std::string bytes((const char*)header.data(), 1024);
+    for (int t : text) bytes += (char)t, bytes += '\0';
+    write_file(dir / "val.bin", bytes);
+    TokenFile file(dir / "val.bin");
+    const size_t B = 2, T = 7;
+    EvalLoader loader(file, (int)B, (int)T);
+    cpu::GPT2 m(config(1, 2, 8, V, (int)T), B, T, false);
+    randomise(m, 90);
+    Tokens x(B * T), y(B * T);
+    trainer::Evaluation e = trainer::evaluate(m, loader, B, T, 0, &tokenizer, x, y);
+    ref::GPT2 model(m);
+    double sum = 0;
+    size_t chars = 0;
+    for (size_t at = 0; at + 1 < text.size(); at += T) {
+        size_t n = std::min(T, text.size() - 1 - at);
+        Tokens in(&text[at], &text[at] + n), out(&text[at + 1], &text[at + 1] + n);
+        sum += model.loss(in, out, 1, n, Pass{}, false) * (double)n;
+        for (int t : out) chars += (size_t)tokenizer.chars(t);
+    }
+    CHECK(e.tokens == 99);
+    check_close("evaluation: nats per token", e.nats, sum / 99, 1e-6);
+    check_close("evaluation: nats per character", e.nats_per_char, sum / (double)chars, 1e-6);
+    CHECK(std::isnan(trainer::evaluate(m, loader, B, T, 1, nullptr, x, y).nats_per_char));
+    CHECK(trainer::evaluate(m, loader, B, T, 2, nullptr, x, y).tokens == 2 * B * T);
+}
+
+namespace {
+
+// A machine of as much memory as the test says.
+struct SmallMachine : cpu::GPT2 {
+    using cpu::GPT2::GPT2;
+    static inline size_t free_bytes = 0;
+    static size_t memory_available() { return free_bytes; }
+};
+
+// What f writes to standard output.
+template <class F>
+std::string printed(F f) {
+    TempDir dir;
+    fflush(stdout);
+    int kept = dup(1), to = open((dir / "out").c_str(), O_WRONLY | O_CREAT, 0600);
+    dup2(to, 1);
+    std::string error = error_of(f);
+    fflush(stdout);
+    dup2(kept, 1), close(kept), close(to);
+    return read_file(dir / "out") + error;
+}
+
+}  // namespace
+
+TEST_CASE(
+    "where memory is short, training recomputes more, then takes smaller batches, says so, and learns the "
+    "same") {
+    TempDir dir;
+    Tokenizer tokenizer = Tokenizer::characters("abcdefghij");
+    tokenizer.save(dir / "tokenizer.bin");
+    std::vector<uint16_t> text;
+    for (int t : Random(91).tokens(700, tokenizer.vocab_size())) text.push_back((uint16_t)t);
+    write_tokens(dir / "train.bin", text), write_tokens(dir / "val.bin", text);
+    Config c = config(4, 2, 32, tokenizer.vocab_size(), 64);
+    const size_t poem = (size_t)4 * 64 * 2 * 32 * 4;  // keys and values
+    auto need = [&](size_t B, int recompute) {
+        return cpu::GPT2::memory_need(c, B, 64, true, recompute).total() + poem;
+    };
+    std::string file = dir / "model.bin", data = dir.path;
+    {
+        cpu::GPT2 m(c, 0, 0, false);
+        randomise(m, 91);
+        trainer::save_model(m, file);
+    }
+    auto run = [&](size_t free_bytes, std::vector<std::string> more = {}) {
+        std::vector<std::string> words = {"train_gpt2",
+                                          "-e",
+                                          file,
+                                          "--data",
+                                          data,
+                                          "-o",
+                                          dir / "run",
+                                          "--overwrite",
+                                          "--max_steps",
+                                          "2",
+                                          "--total_batch_size",
+                                          "512"};
+        words.insert(words.end(), more.begin(), more.end());
+        std::vector<char*> argv;
+        for (std::string& w : words) argv.push_back(&w[0]);
+        SmallMachine::free_bytes = free_bytes;
+        return printed(
+            [&] { trainer::Run<SmallMachine, cpu::Decoder>((int)argv.size(), argv.data()).main(); });
+    };
+    auto weights = [&] {
+        cpu::GPT2 m(c, 0, 0, false);
+        ModelReader r(dir / "run/model_00000002.bin");
+        trainer::load_model(m, r);
+        return parameters(m);
+    };
+    REQUIRE(need(8, 3) < need(8, 2));
+    REQUIRE(need(4, 3) < need(8, 3));
+    std::string plenty = run(need(8, 0), {"-b", "8"});
+    CHECK(!contains(plenty, "memory is short"));
+    CHECK(contains(plenty, "memory           " + human_bytes((double)need(8, 0)) + ": "));
+    Floats want = weights();
+    CHECK(contains(run(need(8, 0) - 1, {"-b", "8"}),
+                   "so this run takes --recompute 1 --batch_size 8; the step stays 512 tokens\n"));
+    CHECK(contains(run(need(8, 2), {"-b", "8"}), "--recompute 2 --batch_size 8;"));
+    std::string tight = run(need(8, 3), {"-b", "8"});
+    CHECK(contains(
+        tight, "memory is short (" + human_bytes((double)need(8, 0)) + " needed, " +
+                   human_bytes((double)need(8, 3)) +
+                   " free), so this run takes --recompute 3 --batch_size 8; the step stays 512 tokens\n"));
+    CHECK(contains(tight, "memory           " + human_bytes((double)need(8, 3)) + ": "));
+    CHECK(contains(tight, "batch            8 x 64 tokens\n"));
+    check_close("short memory: weights after two steps", weights(), Doubles(want.begin(), want.end()), 1e-5);
+    // What a flag says stays; the batch is this size's default, 16.
+    const std::vector<std::string> rest = {"--total_batch_size", "1024"};
+    CHECK(contains(run(need(4, 3), rest), "--recompute 3 --batch_size 4; the step stays 1024 tokens"));
+    CHECK(contains(run(need(4, 3), rest), "batch            4 x 64 tokens, 4 accumulated: 1024 a step\n"));
+    CHECK(contains(run(need(2, 0), {"--recompute", "0", "--total_batch_size", "1024"}),
+                   "takes --recompute 0 --batch_size 2;"));
+    std::string refused = run(need(8, 3) - 1, {"-b", "8"});
+    CHECK(contains(refused, "this run needs " + human_bytes((double)need(8, 0)) + " of memory, " +
+                                human_bytes((double)need(8, 3) - 1) +
+                                " are free; --batch_size 7 --recompute 3 would fit"));
+    CHECK(contains(run(need(1, 3) - 1, rest), "not even --batch_size 1 would fit"));
+    CHECK(!contains(run(need(8, 0) - poem, {"-b", "8", "--sample_every", "0"}), "memory is short"));
+}
