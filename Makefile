@@ -109,6 +109,7 @@ score_poems: $(BUILD)/dev/ladder/score_poems.o
 export_run: $(BUILD)/dev/ladder/export_run.o $(GEMM:%=$(BUILD)/%)
 prepare_data $(TOOLS): build/programs/flags
 	$(call link,$(BUILD))
+$(PROGRAMS) $(TOOLS) $(BUILD)/ladder: $(BUILD)/lib/version.o
 $(BUILD)/dev/convert/convert_gpt2.o $(BUILD)/tokenizer/export_tokenizer.o: | need-convert
 $(BUILD)/ladder: $(BUILD)/dev/ladder/ladder.o $(GEMM:%=$(BUILD)/%)
 	$(call link,$(BUILD))

@@ -87,12 +87,18 @@ $1/%.o: %.cpp $1/flags | $$(COMPILER)
 $(GEMM:%=$1/%): lib/gemm.cpp $1/flags | $$(COMPILER)
 	$$(call compile,$1)
 $1/lib/gemm_bf16.o: DEFINE = -DGEMM_BF16
+$1/lib/version.o: DEFINE = -DARAPOET_COMMIT='"$(COMMIT)"'
+$1/lib/version.o: build/commit/flags
 endef
 link = $(flags.$1) $(filter %.o %.so,$^) -o $@ $(LDLIBS)
+
+# What --version names: the commit, in one small object that is made anew when it has changed.
+COMMIT := $(or $(shell git describe --always --dirty --abbrev=7 2>/dev/null),unknown)
 
 quote = '$(subst ','\'',$1)'
 changed = $(or $(call named,clean),$(shell printf '%s\n' $(call quote,$(flags.$1)) | cmp -s - $1/flags || echo FORCE))
 %/flags: $$(call changed,$$*)
 	@mkdir -p $(@D); printf '%s\n' $(call quote,$(flags.$*)) >$@
 
+flags.build/commit = $(COMMIT)
 $(eval $(call folder,$(BUILD),$(call command,$(CXXFLAGS),$(MARCH))))

@@ -37,9 +37,9 @@ $1/test_gpu_%: $1/emulated/dev/test_gpu_%.o
 	$$(call link,$1)
 $1/test_emulator: $1/emulated/dev/emulator/test_emulator_bf16.o
 	$$(call link,$1)
-$1/train_gpt2cu_emu: $1/emulated/train_gpt2_bf16.o
+$1/train_gpt2cu_emu: $1/emulated/train_gpt2_bf16.o $1/lib/version.o
 	$$(call link,$1)
-$1/train_gpt2cu_emu_fp32: $1/emulated/train_gpt2_fp32.o
+$1/train_gpt2cu_emu_fp32: $1/emulated/train_gpt2_fp32.o $1/lib/version.o
 	$$(call link,$1)
 $(EMULATED_TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
 $(EMULATED_TESTS:%=$1/%) $(EMULATED_TRAINERS:%=$1/%): $1/$(EMULATOR)/dynamic_smem.o $(LIBEMU)

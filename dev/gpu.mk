@@ -25,8 +25,8 @@ need-gpu:
 
 flags.build/nvcc = $(nvcc) $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
 build/nvcc/flags: | need-nvcc need-precision
-train_gpt2cu: train_gpt2.cu build/nvcc/flags
-	$(flags.build/nvcc) -MMD -MP -MF build/nvcc/train_gpt2cu.d $< -o $@ -lcublasLt
+train_gpt2cu: train_gpt2.cu $(BUILD)/lib/version.o build/nvcc/flags
+	$(flags.build/nvcc) -MMD -MP -MF build/nvcc/train_gpt2cu.d $(filter %.cu %.o,$^) -o $@ -lcublasLt
 
 # What nvcc makes of the kernels, and the traffic budget on paper: neither needs a GPU.
 check-kernels: check-kernels-bf16 check-kernels-fp32

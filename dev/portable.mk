@@ -15,8 +15,9 @@ LOCAL := $(call probe,-fno-gnu-unique)
 define variant
 $(call folder,$(PORT)/$1,$(call command,$(CXXFLAGS) $(LOCAL),$(MARCH_$1)))
 $(PORT)/$1/train_gpt2.o $(PORT)/$1/sample_gpt2.o: DEFINE = -Dmain=run_$1
-$(PORT)/train_gpt2.$1.o: $(PORT)/$1/train_gpt2.o $(GEMM:%=$(PORT)/$1/%)
-$(PORT)/sample_gpt2.$1.o: $(PORT)/$1/sample_gpt2.o $(PORT)/$1/train_gpt2.o $(GEMM:%=$(PORT)/$1/%)
+$(PORT)/train_gpt2.$1.o: $(PORT)/$1/train_gpt2.o $(GEMM:%=$(PORT)/$1/%) $(PORT)/$1/lib/version.o
+$(PORT)/sample_gpt2.$1.o: $(PORT)/$1/sample_gpt2.o $(PORT)/$1/train_gpt2.o $(GEMM:%=$(PORT)/$1/%) \
+	$(PORT)/$1/lib/version.o
 $(PORT)/train_gpt2.$1.o $(PORT)/sample_gpt2.$1.o: | need-binutils
 	ld -r --force-group-allocation $$^ -o $$@.joined
 	objcopy --wildcard --keep-global-symbol='_Z*run_$1iPPc' $$@.joined $$@

@@ -13,8 +13,8 @@
 //
 // Accepts --name value, --name=value, --dashes-or_underscores, and the alias (-b 4). A bool takes no value or
 // 0/1.
-// --help prints the table with defaults, limits and choices. A mistake is a UsageError of one line that names
-// the flag, what was found and what was wanted.
+// --help prints the table with defaults, limits and choices; --version one line. A mistake is a UsageError of
+// one line that names the flag, what was found and what was wanted.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +23,7 @@
 #include <functional>
 
 #include "lib/io.h"
+#include "lib/version.h"
 
 class Flags {
   public:
@@ -82,7 +83,8 @@ class Flags {
         }
     };
 
-    Flags(const char* program, const char* about) : program_(program), about_(about) {}
+    Flags(const char* program, const char* about)
+        : program_(program), about_(about), version_(version_text(program)) {}
     Flags(const Flags&) = delete;  // the lambdas below point to the caller's variables
     Flags& operator=(const Flags&) = delete;
 
@@ -136,12 +138,15 @@ class Flags {
     // Words that carry no flag (file names); without this they are an error.
     void positional(std::vector<std::string>* v, const char* usage) { pos_ = v, pos_usage_ = usage; }
     void epilogue(const std::string& text) { epilogue_ = text; }
+    // What --version prints, in place of version_text(program).
+    void version(const std::string& text) { version_ = text; }
 
-    // Throws UsageError. Prints the help and exits 0 on --help.
+    // Throws UsageError. Prints the help or the version and exits 0 on --help or --version.
     void parse(int argc, char** argv) {
         for (int i = 1; i < argc; i++) {
             std::string a = argv[i], value;
             if (a == "--help" || a == "-h" || a == "-?") help(stdout), exit(0);
+            if (a == "--version") printf("%s\n", version_.c_str()), exit(0);
             if (a.size() < 2 || a[0] != '-') {
                 if (!pos_) throw UsageError(strf("'%s' is not a flag; --help lists them", a.c_str()));
                 pos_->push_back(a);
@@ -170,11 +175,16 @@ class Flags {
             if (!f.is_section_ && f.name_ == name) return f.given_;
         return false;
     }
-    // The values of a run, for a file: lines name=value.
+    // The values of a run, for a file: lines name=value. A line break within a value is kept as character 31,
+    // "unit separator".
     std::string values() const {
         std::string s;
-        for (const Flag& f : flags_)
-            if (!f.is_section_) s += f.name_ + "=" + f.get_() + "\n";
+        for (const Flag& f : flags_) {
+            if (f.is_section_) continue;
+            std::string v = f.is_bool_ && f.get_().empty() ? "0" : f.get_();
+            std::replace(v.begin(), v.end(), '\n', '\x1f');
+            s += f.name_ + "=" + v + "\n";
+        }
         return s;
     }
     // Sets the flags that this command line did not give to a resumed run's values().
@@ -185,15 +195,17 @@ class Flags {
             size_t eq = line.find('=');
             Flag* f = eq == std::string::npos ? nullptr : find("--" + line.substr(0, eq));
             if (!f || f->on_resume_ == NOT_KEPT) continue;
-            std::string v = line.substr(eq + 1), written = f->is_bool_ && v.empty() ? "0" : v;
+            std::string v = line.substr(eq + 1);
+            if (f->is_bool_ && v.empty()) v = "0";  // as earlier versions wrote it
+            std::replace(v.begin(), v.end(), '\x1f', '\n');
             if (f->given_) {
                 if (f->on_resume_ == FIXED && f->get_() != v)
                     throw UsageError(
                         strf("--%s is %s, the run has %s; it cannot change when a run is resumed",
-                             f->name_.c_str(), f->get_().c_str(), written.c_str()));
+                             f->name_.c_str(), f->get_().c_str(), v.c_str()));
                 continue;
             }
-            f->take(written, ("--" + f->name_).c_str());
+            f->take(v, ("--" + f->name_).c_str());
             f->given_ = true;
         }
     }
@@ -211,6 +223,7 @@ class Flags {
             fprintf(to, "%-36s %s%s%s\n", left.c_str(), f.help_.c_str(), more.empty() ? "" : " ",
                     more.c_str());
         }
+        fprintf(to, "\n--version prints the version, the commit, and what the program was built for.\n");
         if (!epilogue_.empty()) fprintf(to, "\n%s", epilogue_.c_str());
     }
 
@@ -247,31 +260,36 @@ class Flags {
         }
         return nullptr;
     }
-    // The closest long flag by edit distance, as " (did you mean --x?)".
-    std::string nearest(const std::string& a) const {
-        std::string want = plain(a.substr(a.compare(0, 2, "--") == 0 ? 2 : 1)), best;
-        size_t best_d = 3;
-        for (const Flag& f : flags_) {
-            if (f.is_section_) continue;
-            const std::string name = plain(f.name_);
-            std::vector<size_t> d(name.size() + 1);
-            for (size_t j = 0; j < d.size(); j++) d[j] = j;
-            for (size_t i = 1; i <= want.size(); i++) {
-                size_t diag = d[0];
-                d[0] = i;
-                for (size_t j = 1; j < d.size(); j++) {
-                    size_t sub = diag + (want[i - 1] != name[j - 1]);
-                    diag = d[j];
-                    d[j] = std::min(sub, std::min(d[j], d[j - 1]) + 1);
-                }
+    // How many letters must be changed, added or removed to turn a into b (Levenshtein 1966).
+    static size_t edit_distance(const std::string& a, const std::string& b) {
+        std::vector<size_t> d(b.size() + 1);
+        for (size_t j = 0; j < d.size(); j++) d[j] = j;
+        for (size_t i = 1; i <= a.size(); i++) {
+            size_t diagonal = d[0];
+            d[0] = i;
+            for (size_t j = 1; j < d.size(); j++) {
+                size_t changed = diagonal + (a[i - 1] != b[j - 1]);
+                diagonal = d[j];
+                d[j] = std::min(changed, std::min(d[j], d[j - 1]) + 1);
             }
-            if (d.back() < best_d) best_d = d.back(), best = f.name_;
         }
+        return d.back();
+    }
+    // " (did you mean --steps?)", or "" where no flag is within two letters.
+    std::string nearest(const std::string& written) const {
+        std::string want = plain(written.substr(written.compare(0, 2, "--") == 0 ? 2 : 1)), best;
+        std::vector<std::string> names = {"help", "version"};
+        for (const Flag& f : flags_)
+            if (!f.is_section_) names.push_back(f.name_);
+        size_t best_distance = 3;
+        for (const std::string& name : names)
+            if (size_t d = edit_distance(want, plain(name)); d < best_distance)
+                best_distance = d, best = name;
         return best.empty() ? "" : " (did you mean --" + best + "?)";
     }
 
     const char *program_, *about_, *pos_usage_ = "";
-    std::string epilogue_;
+    std::string version_, epilogue_;
     std::vector<std::string>* pos_ = nullptr;
     std::deque<Flag> flags_;  // a deque: references to its elements stay valid
 };

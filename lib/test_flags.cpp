@@ -1,7 +1,4 @@
 // test_flags.cpp - command lines: what is taken, what is refused and how, what a resumed run keeps.
-#ifndef ARAPOET_NO_MAIN
-#define ARAPOET_NO_MAIN
-#endif
 #include <doctest/doctest.h>
 
 #include "dev/test_util.h"
@@ -10,7 +7,7 @@
 namespace {
 
 struct Options {
-    std::string schedule, dir = "out";
+    std::string schedule, title, dir = "out";
     int steps = -1, layers = 0;
     uint64_t seed = 1337;
     float rate = 0.8f;
@@ -29,6 +26,7 @@ struct Program {
         f.add("layers", "", &o.layers, "L", "how deep").range(1, 8).unset(0).on_resume(Flags::FIXED);
         f.add("seed", "", &o.seed, "N", "what follows from it").range(5, INFINITY);
         f.add("out", "o", &o.dir, "DIR", "where to").on_resume(Flags::NOT_KEPT);
+        f.add("title", "", &o.title, "TEXT", "what it is called");
         f.add("fast", "", &o.fast, "hurry");
     }
     void parse(std::vector<std::string> words) {
@@ -128,6 +126,14 @@ TEST_CASE("flags: a resumed run keeps its settings, takes new ones, and refuses 
           "--layers is 4, the run has 3; it cannot change when a run is resumed");
     Program damaged;
     CHECK(error_of([&] { damaged.f.restore("steps=1000\n"); }) == "--steps is 1000, wanted 0 to 100");
+    Program poem, same;
+    poem.parse({"--title", "two\nlines=2"});
+    same.f.restore(poem.f.values());
+    CHECK(same.o.title == "two\nlines=2");
+    same.parse({"--fast"});
+    same.f.restore("fast=\n");  // as earlier versions wrote a bool that is 0; the command line outranks it
+    CHECK(same.o.fast);
+    CHECK(contains(poem.f.values(), "fast=0\n"));
     damaged.f.restore("unknown=1\nseed=5\n");  // a flag of another version is passed over
     CHECK(damaged.o.seed == 5);
 }
