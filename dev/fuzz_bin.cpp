@@ -111,15 +111,24 @@ void read_state(const std::string& path) {
             back.progress.position == r.progress.position);
 }
 
-// A state whose checksum is right, so that mutations reach past it.
+// Makes a state's checksums right, so that mutations reach past them.
 void sign_state(uint8_t* data, size_t size) {
-    if (size < 8) return;
-    trainer::Checksum sum;
-    sum.add(data, size - 8);
+    int32_t n;
+    if (size < 1024) return;
+    memcpy(&n, data + 8, 4);
+    if (n < 1 || (size_t)n > (size - 1024) / sizeof(trainer::Section)) return;
+    std::vector<trainer::Section> table((size_t)n);
+    const size_t bytes = table.size() * sizeof(trainer::Section);
+    memcpy(table.data(), data + 1024, bytes);
     Numbers model(tiny());
-    sum.add(model.x[0].data(), model.x[0].size() * 4);
-    uint64_t check = sum.value();
-    memcpy(data + size - 8, &check, 8);
+    for (trainer::Section& s : table) {
+        if (s.element > 64 || s.count > size || s.offset > size || s.bytes() > size - s.offset) continue;
+        const uint64_t check = trainer::model_checksum(model);
+        if (s.is("model_checksum") && s.bytes() == 8) memcpy(data + s.offset, &check, 8);
+        s.checksum = trainer::checksum_of(data + s.offset, s.bytes());
+    }
+    const uint64_t check = trainer::checksum_of(table.data(), bytes);
+    memcpy(data + 1024, table.data(), bytes), memcpy(data + 16, &check, 8);
 }
 
 }  // namespace

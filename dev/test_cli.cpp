@@ -214,11 +214,20 @@ double number_before(const std::string& text, const std::string& label) {
     return strtod(text.c_str() + begin + 1, nullptr);
 }
 
-// AdamW's moments in a state file; the header before them holds the time that training took.
+// A section of a state file, its bytes; "" where there is none.
+std::string section(const std::string& state, const std::string& name) {
+    for (size_t row = 1024; row + 64 <= state.size() && state[row]; row += 64) {
+        uint64_t number[3];  // count, bytes of an element, offset
+        memcpy(number, &state[row + 32], sizeof number);
+        if (name == state.c_str() + row) return state.substr(number[2], number[0] * number[1]);
+    }
+    return "";
+}
+// AdamW's moments. (A state also holds the time that training took, which differs from run to run.)
 std::string moments_in(const std::string& state) {
-    int32_t settings;
-    memcpy(&settings, &state.at(12), 4);
-    return state.substr(1024 + (size_t)settings, state.size() - 1024 - (size_t)settings - 8);
+    std::string m = section(state, "adam_m"), v = section(state, "adam_v");
+    REQUIRE((!m.empty() && m.size() == v.size()));
+    return m + v;
 }
 
 bool loads_and_is_finite(const std::string& model) {
@@ -324,14 +333,44 @@ TEST_CASE("cli: the loss falls") {
     CHECK(std::stod(val.back()) < std::stod(val.front()) - 0.3);
 }
 
+// What NAME --version says.
+std::string version_of(const std::string& name) {
+    Result r = run({"./" + name, "--version"});
+    check_success(r);
+    return lines(r.out).at(0);
+}
+
+TEST_CASE("cli: --version names version, commit, compiler and instructions; log and state keep it") {
+    for (const char* name : {"train_gpt2", "sample_gpt2", "prepare_data"}) {
+        std::string version = version_of(name);
+        INFO(version);
+        CHECK(version.compare(0, strlen(name) + 3, std::string(name) + " 0.") == 0);
+        CHECK(contains(version, " (commit "));
+        if (file_exists(".git")) CHECK(!contains(version, "commit unknown"));
+        CHECK(contains(version, "++ "));
+        CHECK(version.find(',') == std::string::npos);  // it is a field of log.csv
+        CHECK(contains(version, "computes in fp32 and bf16") == (name == std::string("train_gpt2")));
+    }
+    const std::string version = version_of("train_gpt2");
+    CHECK(contains(tiny().trained.out, "program          " + version + "\n"));
+    Strings column = Log(tiny().out).column("program");
+    CHECK(column.at(0) == version);
+    CHECK(std::count(column.begin() + 1, column.end(), "") == (ptrdiff_t)column.size() - 1);
+    std::string state = read_file(tiny().out + "/" + with_prefix(tiny().out, "state_").back());
+    CHECK(section(state, "program") == version);
+    check_failure(run({"./train_gpt2", "--versoin"}), "train_gpt2", 2, {"did you mean --version?"});
+}
+
 TEST_CASE("cli: log.csv has a row a step, all of it finite numbers") {
     Log log(tiny().out);
     REQUIRE(log.rows.size() == 21);
     for (size_t i = 0; i < log.rows.size(); i++) {
         CHECK(log.rows[i][0] == std::to_string(i));
-        for (const std::string& cell : log.rows[i]) {
+        for (const std::string& name : log.header) {
+            std::string cell = log.column(name)[i];
             char* end;
-            if (!cell.empty()) CHECK((std::isfinite(strtod(cell.c_str(), &end)) && *end == 0));
+            if (name == "program") CHECK((cell.empty() || cell == version_of("train_gpt2")));
+            else if (!cell.empty()) CHECK((std::isfinite(strtod(cell.c_str(), &end)) && *end == 0));
         }
     }
     for (const char* name : {"train_loss", "smoothed_loss", "grad_norm", "lr", "ms", "tokens_per_s"}) {

@@ -4,9 +4,11 @@
 
 #include <doctest/doctest.h>
 #include <omp.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -32,6 +34,24 @@ struct TempDir {
     TempDir(const TempDir&) = delete;
     TempDir& operator=(const TempDir&) = delete;
     std::string operator/(const std::string& name) const { return path + "/" + name; }
+};
+
+inline size_t count_files(const std::string& dir) {
+    return (size_t)std::distance(std::filesystem::directory_iterator(dir),
+                                 std::filesystem::directory_iterator());
+}
+
+// No file may grow beyond so many bytes, as on a full disk.
+struct FullDisk {
+    rlimit before;
+    void (*handler)(int);
+    explicit FullDisk(rlim_t bytes) {
+        handler = signal(SIGXFSZ, SIG_IGN);
+        getrlimit(RLIMIT_FSIZE, &before);
+        rlimit now = {bytes, before.rlim_max};
+        setrlimit(RLIMIT_FSIZE, &now);
+    }
+    ~FullDisk() { setrlimit(RLIMIT_FSIZE, &before), signal(SIGXFSZ, handler); }
 };
 
 // Says that the running test cannot run here, and why; it counts as skipped instead of passed:

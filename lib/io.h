@@ -211,17 +211,22 @@ class AtomicFile {
         while (n) {
             ssize_t k = ::write(fd_, s, n);
             if (k < 0 && errno == EINTR) continue;
-            if (k <= 0)
-                fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(),
-                     strerror(errno));
+            if (k <= 0) cannot_write();
             s += k, n -= k;
         }
     }
     void write(const std::string& s) { write(s.data(), s.size()); }
+    // Replaces n bytes that were written before, from byte `at` of the file on.
+    void overwrite(uint64_t at, const void* src, size_t n) {
+        for (size_t done = 0; done < n;) {
+            ssize_t k = pwrite(fd_, (const char*)src + done, n - done, (off_t)(at + done));
+            if (k < 0 && errno == EINTR) continue;
+            if (k <= 0) cannot_write();
+            done += (size_t)k;
+        }
+    }
     void commit() {
-        if (fsync(fd_) && errno != EINVAL && errno != EROFS)
-            fail("%s: cannot write: %s (what stood there before is untouched)", path_.c_str(),
-                 strerror(errno));
+        if (fsync(fd_) && errno != EINVAL && errno != EROFS) cannot_write();
         if (rename(tmp_.c_str(), path_.c_str()))
             fail("%s: cannot rename into place: %s", path_.c_str(), strerror(errno));
         close(fd_), fd_ = -1;
@@ -230,6 +235,10 @@ class AtomicFile {
     }
 
   private:
+    [[noreturn]] void cannot_write() const {
+        fail("%s: cannot write: %s (an earlier file of this name is unchanged)", path_.c_str(),
+             strerror(errno));
+    }
     std::string path_, tmp_;
     int fd_ = -1;
 };

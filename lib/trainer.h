@@ -1,25 +1,21 @@
 // trainer.h - what the CPU and the GPU trainer share: flags, schedule, training loop, log, checkpoints,
-// resume.
+// resume. A model is anything that satisfies lib/model.h.
 //
 // A run's folder (--out) holds
 //     model.bin                     the best model by validation loss: what sample_gpt2 reads
-//     tokenizer.bin                 a copy, so that the folder stands alone
-//     model_00000500.bin            the model after 500 steps, and
-//     state_00000500.bin            what --resume needs beside it; the last --keep pairs stay
+//     tokenizer.bin                 a copy, so that the folder is complete
+//     model_00000500.bin,           the model after 500 steps, and what else --resume needs
+//     state_00000500.bin            (lib/checkpoint.h); the last --keep pairs are kept
 //     main.log, log.csv             the losses, in llm.c's form and as a table
-//
-// The state file: 256 int32 (20261123, version 1, step, bytes of settings, ...), the settings as text,
-// AdamW's two moments, and a checksum of all that and of the model's parameters.
 #pragma once
 
 #include <csignal>
 #include <chrono>
-#include <cinttypes>
-#include <dirent.h>
 #include <sys/ioctl.h>
 #include <memory>
 
 #include "data/dataloader.h"
+#include "lib/checkpoint.h"
 #include "lib/flags.h"
 #include "lib/gpt2.h"
 #include "lib/model.h"
@@ -197,169 +193,6 @@ inline double learning_rate(const std::string& schedule, double peak, int step, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// The state file
-
-// A 64-bit checksum, word by word; catches any changed, missing or swapped bytes. How a section is cut into
-// pieces does not matter; end_section() after each section fills its last word up with zeros.
-class Checksum {
-  public:
-    void add(const void* data, size_t bytes) {
-        const char* d = (const char*)data;
-        for (; bytes; d++, bytes--) {
-            if (!filled_)
-                for (; bytes >= 8; d += 8, bytes -= 8) {
-                    uint64_t w;
-                    memcpy(&w, d, 8);
-                    mix(w);
-                }
-            if (!bytes) return;
-            word_[filled_++] = *d;
-            if (filled_ == 8) end_section();
-        }
-    }
-    void end_section() {
-        if (!filled_) return;
-        uint64_t w = 0;
-        memcpy(&w, word_, filled_);
-        mix(w), filled_ = 0;
-    }
-    uint64_t value() const { return h_; }
-
-  private:
-    void mix(uint64_t w) { h_ = (h_ ^ w) * 0x9E3779B97F4A7C15u, h_ ^= h_ >> 29; }
-    uint64_t h_ = 0x243F6A8885A308D3u;
-    char word_[8];
-    size_t filled_ = 0;
-};
-
-constexpr int32_t STATE_MAGIC = 20261123, STATE_VERSION = 1;
-
-// Where a run stands, beside the model and AdamW's moments.
-struct Progress {
-    int step = 0;                // updates done
-    uint64_t position = 0;       // of the training data, in windows
-    double best_val = INFINITY;  // lowest validation loss so far
-    int best_step = -1;
-    double smoothed = 0,
-           smoothed_weight = 0;  // exponential mean of the training loss, and its bias correction
-    double seconds = 0;          // of training so far
-    bool pending = false;        // a stop came before the validation and the log of this step
-    struct {
-        double loss, smoothed, norm, lr, seconds;
-    } last{};  // the last step, for its row in the log
-};
-
-inline std::string numbered(const std::string& dir, const char* kind, int step) {
-    return dir + strf("/%s_%08d.bin", kind, step);
-}
-
-// Steps with a checkpoint in dir, ascending.
-inline std::vector<int> checkpoints_in(const std::string& dir) {
-    std::vector<int> steps;
-    if (DIR* d = opendir(dir.c_str())) {
-        while (dirent* e = readdir(d)) {
-            int step, used = 0;
-            if (sscanf(e->d_name, "state_%8d.bin%n", &step, &used) == 1 && used && !e->d_name[used] &&
-                step >= 0 && file_exists(numbered(dir, "model", step)))
-                steps.push_back(step);
-        }
-        closedir(d);
-    }
-    std::sort(steps.begin(), steps.end());
-    return steps;
-}
-
-template <class Model>
-void save_model(Model& model, const std::string& path) {
-    ModelWriter w(path, model.cfg);
-    model.each_piece(PARAMS, [&](const float* p, size_t n) { w.add(p, n); });
-    w.finish();
-}
-
-template <class Model>
-void load_model(Model& model, ModelReader& r) {
-    model.each_piece(PARAMS, [&](float* p, size_t n) { r.read(p, n); });
-}
-
-template <class Model>
-void save_state(Model& model, const Progress& p, const std::string& settings, const std::string& path) {
-    AtomicFile out(path);
-    Checksum sum;
-    auto put = [&](const void* d, size_t n) { out.write(d, n), sum.add(d, n); };
-    std::vector<int32_t> h(256);
-    h[0] = STATE_MAGIC, h[1] = STATE_VERSION, h[2] = p.step, h[3] = (int32_t)settings.size(),
-    h[4] = p.best_step, h[5] = p.pending;
-    uint64_t count = num_params(model.cfg);
-    memcpy(&h[8], &count, 8), memcpy(&h[10], &p.position, 8);
-    const double d[] = {p.best_val, p.smoothed, p.smoothed_weight, p.seconds};
-    memcpy(&h[12], d, sizeof d), memcpy(&h[20], &p.last, sizeof p.last);
-    put(h.data(), 1024);
-    put(settings.data(), settings.size());
-    sum.end_section();
-    for (State s : {ADAM_M, ADAM_V}) {
-        model.each_piece(s, [&](const float* x, size_t n) { put(x, n * 4); });
-        sum.end_section();
-    }
-    model.each_piece(PARAMS, [&](const float* x, size_t n) { sum.add(x, n * 4); });
-    sum.end_section();
-    uint64_t check = sum.value();
-    out.write(&check, 8);
-    out.commit();
-}
-
-// The first part of a state file, enough to build the model; load_moments() reads the rest.
-class StateReader {
-  public:
-    Progress progress;
-    std::string settings;
-
-    explicit StateReader(const std::string& path) : file_(path) {
-        std::vector<int32_t> h = file_.header(STATE_MAGIC, "training state");
-        const char* p = path.c_str();
-        if (h[1] != STATE_VERSION) fail("%s: version is %d, wanted %d", p, h[1], STATE_VERSION);
-        double d[4];
-        progress.step = h[2], progress.best_step = h[4], progress.pending = h[5];
-        memcpy(&progress.last, &h[20], sizeof progress.last);
-        memcpy(&count_, &h[8], 8), memcpy(&progress.position, &h[10], 8), memcpy(d, &h[12], sizeof d);
-        progress.best_val = d[0], progress.smoothed = d[1], progress.smoothed_weight = d[2],
-        progress.seconds = d[3];
-        if (h[2] < 0) fail("%s: step is %d, wanted at least 0", p, h[2]);
-        if (h[3] < 0 || h[3] > 1 << 20) fail("%s: settings have %d bytes, wanted 0 to %d", p, h[3], 1 << 20);
-        if (count_ > file_.size / 8)
-            fail("%s: parameter count is %" PRIu64 ", too many for its %" PRIu64 " bytes", p, count_,
-                 file_.size);
-        file_.expect_size(1024 + (uint64_t)h[3] + 8 * count_ + 8);
-        sum_.add(h.data(), 1024);
-        settings.resize((size_t)h[3]);
-        file_.read(&settings[0], settings.size(), "settings");
-        sum_.add(settings.data(), settings.size()), sum_.end_section();
-    }
-    // Fills AdamW's moments; the model's parameters must be loaded already, the checksum covers them.
-    template <class Model>
-    void load_moments(Model& model) {
-        if (count_ != num_params(model.cfg))
-            fail("%s: holds %" PRIu64 " parameters, the model has %zu", file_.path.c_str(), count_,
-                 num_params(model.cfg));
-        for (State s : {ADAM_M, ADAM_V}) {
-            model.each_piece(
-                s, [&](float* x, size_t n) { file_.read(x, n * 4, "optimizer state"), sum_.add(x, n * 4); });
-            sum_.end_section();
-        }
-        model.each_piece(PARAMS, [&](const float* x, size_t n) { sum_.add(x, n * 4); });
-        sum_.end_section();
-        uint64_t check;
-        file_.read(&check, 8, "checksum");
-        if (check != sum_.value())
-            fail("%s: checksum does not match: this file or its model file is damaged", file_.path.c_str());
-    }
-
-  private:
-    Reader file_;
-    Checksum sum_;
-    uint64_t count_ = 0;
-};
-
-// ---------------------------------------------------------------------------------------------
 // Small parts of the loop
 
 inline volatile sig_atomic_t g_stop = 0;  // the signal that asked for an end
@@ -458,6 +291,7 @@ class Run {
     Run(int argc, char** argv) : flags_(Model::PROGRAM, "trains and fine-tunes GPT-2 on poems") {
         check_model<Model>();
         add_flags(flags_, o_, Model::PROGRAM);
+        flags_.version(program_);
         flags_.parse(argc, argv);
     }
 
@@ -491,7 +325,7 @@ class Run {
     }
 
   private:
-    // Everything up to a model in memory; with the files of a checkpoint, as it stood there.
+    // Everything up to a model in memory. Given the files of a checkpoint, the run is as it was there.
     void prepare_run(const std::string& model_path, const std::string& state_path) {
         std::unique_ptr<StateReader> state;
         if (!state_path.empty()) {
@@ -512,10 +346,23 @@ class Run {
         build_model(state.get());
     }
 
-    // Fills in what the command line left open: from the checkpoint, the preset, and the model's size.
+    // Fills in what the command line left open.
     void settle_settings() {
         if (o_.threads > 0) Model::set_threads(o_.threads);
         precision_ = precision();
+        find_files();
+        load_tokenizer();
+        if (o_.init_from.empty()) take_preset_sizes();
+        else take_checkpoint_sizes();
+        if (!o_.seq_len) o_.seq_len = cfg_.maxT;
+        apply_preset_defaults(o_, cfg_, fine_tunes());
+        settle_batch();
+    }
+    bool fine_tunes() const { return !o_.init_from.empty() && !o_.resume; }
+
+    // The files of the data folder, where flags name no others. A tokenizer that is not there may be beside
+    // the checkpoint.
+    void find_files() {
         if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
         if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
         if (o_.tokenizer.empty()) o_.tokenizer = o_.data + "/tokenizer.bin";
@@ -524,61 +371,68 @@ class Run {
         if (o_.max_steps && !file_exists(o_.train_data) && !flags_.given("train_data"))
             fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s",
                  o_.train_data.c_str(), o_.data.c_str());
+    }
+
+    // A new model needs it for the size of its vocabulary; one from a checkpoint can do without.
+    void load_tokenizer() {
         if (file_exists(o_.tokenizer))
             tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(o_.tokenizer));
         else if (flags_.given("tokenizer") || o_.init_from.empty())
             fail("%s: tokenizer not found", o_.tokenizer.c_str());
-        int activation = o_.activation == "gelu" ? GELU_ERF : GELU_TANH;
+    }
 
-        bool from_file = !o_.init_from.empty();
-        if (from_file) {
-            checkpoint_ = std::make_unique<ModelReader>(o_.init_from);
-            cfg_ = checkpoint_->cfg;
-            struct {
-                const char* flag;
-                int given, have;
-            } shape[] = {{"depth", o_.depth, cfg_.L},
-                         {"heads", o_.heads, cfg_.NH},
-                         {"channels", o_.channels, cfg_.C}};
-            for (auto& s : shape)
-                if (s.given && s.given != s.have)
-                    fail("%s: has %s %d, --%s asks for %d", o_.init_from.c_str(), s.flag, s.have, s.flag,
-                         s.given);
-            if (flags_.given("preset") && !o_.resume)
-                fail("%s: has a shape of its own (%s); leave --preset out", o_.init_from.c_str(),
-                     cfg_.text().c_str());
-            if (!o_.activation.empty() && activation != cfg_.activation)
-                fail("%s: has activation %s, --activation asks for %s", o_.init_from.c_str(),
-                     cfg_.activation == GELU_ERF ? "gelu" : "gelu_new", o_.activation.c_str());
-            if (tokenizer_ && tokenizer_->vocab_size() != cfg_.V)
-                fail("%s: has %d tokens, %s has a vocabulary of %d", o_.tokenizer.c_str(),
-                     tokenizer_->vocab_size(), o_.init_from.c_str(), cfg_.V);
-            if (o_.seq_len > cfg_.maxT)
-                fail("%s: takes at most %d tokens of context, --seq_len asks for %d", o_.init_from.c_str(),
-                     cfg_.maxT, o_.seq_len);
-        } else {
-            cfg_ = preset_config(o_.preset);
-            if (o_.depth) cfg_.L = o_.depth;
-            if (o_.heads) cfg_.NH = o_.heads;
-            if (o_.channels) cfg_.C = o_.channels;
-            if (cfg_.C % cfg_.NH)
-                throw UsageError(
-                    strf("--channels is %d, wanted a multiple of --heads = %d", cfg_.C, cfg_.NH));
-            if (o_.seq_len > 0) cfg_.maxT = o_.seq_len;
-            cfg_.activation = activation;
-            cfg_.V = tokenizer_->vocab_size(), cfg_.Vp = pad_vocab(cfg_.V);
-        }
-        if (!o_.seq_len) o_.seq_len = cfg_.maxT;
-        bool fine_tune = from_file && !o_.resume;
-        apply_preset_defaults(o_, cfg_, fine_tune);
+    // The checkpoint's sizes are used; a flag that asks for another one is refused.
+    void take_checkpoint_sizes() {
+        const char* file = o_.init_from.c_str();
+        checkpoint_ = std::make_unique<ModelReader>(o_.init_from);
+        cfg_ = checkpoint_->cfg;
+        struct {
+            const char* flag;
+            int given, have;
+        } shape[] = {{"depth", o_.depth, cfg_.L},
+                     {"heads", o_.heads, cfg_.NH},
+                     {"channels", o_.channels, cfg_.C}};
+        for (auto& s : shape)
+            if (s.given && s.given != s.have)
+                fail("%s: has %s %d, --%s asks for %d", file, s.flag, s.have, s.flag, s.given);
+        if (flags_.given("preset") && !o_.resume)
+            fail("%s: has a shape of its own (%s); leave --preset out", file, cfg_.text().c_str());
+        if (!o_.activation.empty() && activation() != cfg_.activation)
+            fail("%s: has activation %s, --activation asks for %s", file,
+                 cfg_.activation == GELU_ERF ? "gelu" : "gelu_new", o_.activation.c_str());
+        if (tokenizer_ && tokenizer_->vocab_size() != cfg_.V)
+            fail("%s: has %d tokens, %s has a vocabulary of %d", o_.tokenizer.c_str(),
+                 tokenizer_->vocab_size(), file, cfg_.V);
+        if (o_.seq_len > cfg_.maxT)
+            fail("%s: takes at most %d tokens of context, --seq_len asks for %d", file, cfg_.maxT,
+                 o_.seq_len);
+    }
+
+    void take_preset_sizes() {
+        cfg_ = preset_config(o_.preset);
+        if (o_.depth) cfg_.L = o_.depth;
+        if (o_.heads) cfg_.NH = o_.heads;
+        if (o_.channels) cfg_.C = o_.channels;
+        if (cfg_.C % cfg_.NH)
+            throw UsageError(strf("--channels is %d, wanted a multiple of --heads = %d", cfg_.C, cfg_.NH));
+        if (o_.seq_len > 0) cfg_.maxT = o_.seq_len;
+        cfg_.activation = activation();
+        cfg_.V = tokenizer_->vocab_size(), cfg_.Vp = pad_vocab(cfg_.V);
+    }
+    int activation() const { return o_.activation == "gelu" ? GELU_ERF : GELU_TANH; }
+
+    // Batch, tokens of a step, and how many micro-batches make a step. Fine-tuning a model of GPT-2's size
+    // accumulates 32 of them, as the original experiment did.
+    void settle_batch() {
         B_ = (size_t)o_.batch_size, T_ = (size_t)o_.seq_len;
         size_t tokens = B_ * T_;
         if (tokens > INT32_MAX)
             throw UsageError(strf("--batch_size %zu x --seq_len %zu is %zu tokens, wanted at most %d", B_, T_,
                                   tokens, INT32_MAX));
-        if (!o_.total_batch_size)
-            o_.total_batch_size =
-                (int)std::min<size_t>(tokens * (fine_tune && cfg_.C > 512 ? 32 : 1), INT32_MAX);
+        if (!o_.total_batch_size) {
+            size_t micro_steps = fine_tunes() && cfg_.C > 512 ? 32 : 1;
+            o_.total_batch_size = (int)std::min<size_t>(tokens * micro_steps, INT32_MAX);
+        }
         if ((size_t)o_.total_batch_size % tokens)
             throw UsageError(
                 strf("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu",
@@ -616,8 +470,8 @@ class Run {
         }
     }
 
-    // Where memory is short: recompute more, then accumulate over smaller batches, as far as the flags leave
-    // it open.
+    // Where memory is short: recomputes more, then accumulates over smaller batches; but never changes what a
+    // flag has set.
     void fit_memory(bool trains) {
         size_t have = Model::memory_available();
         size_t poem = trains && o_.sample_every && tokenizer_ ? key_value_bytes(cfg_, 1, T_) : 0;
@@ -674,7 +528,7 @@ class Run {
         return 0;
     }
 
-    // Makes the output folder, unless it holds a run that nobody said should go.
+    // Makes the output folder. Refuses to replace a run without --overwrite.
     void check_folder() const {
         bool holds_run = !checkpoints_in(o_.out).empty() || file_exists(o_.out + "/model.bin");
         if (holds_run && !o_.resume && !o_.overwrite)
@@ -728,6 +582,7 @@ class Run {
         auto row = [](const char* name, const std::string& value) {
             printf("%-16s %s\n", name, value.c_str());
         };
+        row("program", program_);
         auto size = [](size_t b) { return human_bytes((double)b); };
         row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
         row("model", cfg_.text());
@@ -910,7 +765,8 @@ class Run {
         if (progress_.step)
             s += strf(",%.9g,%.9g,%.2f,%.1f", r.norm, r.lr, r.seconds * 1e3, o_.total_batch_size / r.seconds);
         else s += ",,,,";
-        csv_->line(s);
+        csv_->line(s + "," + (first_row_ ? program_ : ""));
+        first_row_ = false;
     }
 
     void sample() {
@@ -940,7 +796,7 @@ class Run {
         int step = progress_.step;
         save_model(*model_, numbered(o_.out, "model", step));
         try {
-            save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", step));
+            save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", step), program_);
         } catch (...) {
             unlink(numbered(o_.out, "model", step).c_str());  // half a checkpoint is none
             throw;
@@ -954,8 +810,19 @@ class Run {
     }
 
     static constexpr const char* CSV_HEADER =
-        "step,train_loss,smoothed_loss,val_loss,val_bits_per_char,grad_norm,lr,ms,tokens_per_s\n";
+        "step,train_loss,smoothed_loss,val_loss,val_bits_per_char,grad_norm,lr,ms,tokens_per_s,program\n";
 
+    // The numbers that the model can compute with.
+    static std::string numbers() {
+        std::string s;
+        for (auto [dtype, name] : {std::pair<Dtype, const char*>{FP32, "fp32"}, {BF16, "bf16"}}) try {
+                Model::check_precision({dtype, true});
+                s += std::string(s.empty() ? "" : " and ") + name;
+            } catch (const UsageError&) {}
+        return s;
+    }
+
+    const std::string program_ = version_text(Model::PROGRAM, numbers());
     Flags flags_;
     Options o_;
     Config cfg_;
@@ -975,7 +842,7 @@ class Run {
     std::string settings_text_;
     double peak_ = 1, session_seconds_ = 0;
     int session_steps_ = 0;
-    bool open_line_ = false;
+    bool open_line_ = false, first_row_ = true;
 };
 
 }  // namespace trainer
