@@ -31,10 +31,13 @@
 //                                  adds the gradients and the loss of one micro-batch, both times
 //                                  pass.grad_scale for each token, to those of the step; may return before
 //                                  they are computed
-//     step(adamw, t)               step number t, from 1, on what was accumulated: returns the step's loss
-//                                  and the gradient's norm before clipping. Where either is not finite,
-//                                  parameters and moments stay as they are. The next accumulate() begins a
-//                                  new step.
+//     step(adamw, t)               step number t, from 1, on what was accumulated. Where its loss or the
+//                                  gradient's norm is not finite, parameters and moments stay as they are:
+//                                  the model decides that where it computes the two. Returns the result of
+//                                  step t, or of step t - 1 if step t is still being computed on a device;
+//                                  StepResult::step says which. The next accumulate() begins a new step.
+//     last_result()                waits for the step that was started last, and returns its result. The
+//                                  trainer calls it before it reads the state, validates or generates.
 //     each_piece(state, f)         a whole state out or in, in the model file's order, piece by piece:
 //                                  f(pointer, number of floats). An f that takes const float* reads, one that
 //                                  takes float* writes. The pointer is valid only during the call.
@@ -59,9 +62,11 @@ struct AdamW {
     float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
 };
 
-// What a step found: the mean loss of its batches, and the gradient's norm before clipping.
+// What step number `step` found (0: no step yet): the mean loss of its batches, and the gradient's norm
+// before clipping.
 struct StepResult {
     double loss = 0, norm = 0;
+    uint32_t step = 0;
     bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
 };
 
@@ -111,6 +116,7 @@ constexpr void check_model() {
     static_assert(is_same<decltype(m->accumulate(tokens, tokens, 0, 0, Pass())), void>::value,
                   "accumulate()");
     static_assert(is_same<decltype(m->step(AdamW(), 1)), StepResult>::value, "step()");
+    static_assert(is_same<decltype(m->last_result()), StepResult>::value, "last_result()");
     static_assert(is_same<decltype(m->each_piece(PARAMS, Reads())), void>::value, "each_piece()");
     static_assert(is_same<decltype(m->init_weights(0), m->resumed(0)), void>::value,
                   "init_weights(), resumed()");

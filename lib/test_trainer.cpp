@@ -102,18 +102,30 @@ std::string printed(F f) {
     return read_file(dir / "out") + error;
 }
 
-}  // namespace
-
-TEST_CASE(
-    "where memory is short, training recomputes more, then takes smaller batches, says so, and learns the "
-    "same") {
-    TempDir dir;
+// A folder of data: 700 random tokens, the same for validation. Returns the size of the vocabulary.
+int small_data(const TempDir& dir) {
     Tokenizer tokenizer = Tokenizer::characters("abcdefghij");
     tokenizer.save(dir / "tokenizer.bin");
     std::vector<uint16_t> text;
     for (int t : Random(91).tokens(700, tokenizer.vocab_size())) text.push_back((uint16_t)t);
     write_tokens(dir / "train.bin", text), write_tokens(dir / "val.bin", text);
-    Config c = config(4, 2, 32, tokenizer.vocab_size(), 64);
+    return tokenizer.vocab_size();
+}
+
+// A whole run with these flags, of a model of any kind; what it prints, and its error.
+template <class Model>
+std::string run_trainer(std::vector<std::string> flags) {
+    flags.insert(flags.begin(), "train_gpt2");
+    std::vector<char*> argv;
+    for (std::string& f : flags) argv.push_back(&f[0]);
+    return printed([&] { trainer::Run<Model, cpu::Decoder>((int)argv.size(), argv.data()).main(); });
+}
+
+}  // namespace
+
+TEST_CASE("short memory: recomputes more, then takes smaller batches, says so, and learns the same") {
+    TempDir dir;
+    Config c = config(4, 2, 32, small_data(dir), 64);
     const size_t poem = (size_t)4 * 64 * 2 * 32 * 4;  // keys and values
     auto need = [&](size_t B, int recompute) {
         return cpu::GPT2::memory_need(c, B, 64, true, recompute).total() + poem;
@@ -125,24 +137,13 @@ TEST_CASE(
         trainer::save_model(m, file);
     }
     auto run = [&](size_t free_bytes, std::vector<std::string> more = {}) {
-        std::vector<std::string> words = {"train_gpt2",
-                                          "-e",
-                                          file,
-                                          "--data",
-                                          data,
-                                          "-o",
-                                          dir / "run",
-                                          "--overwrite",
-                                          "--max_steps",
-                                          "2",
-                                          "--total_batch_size",
-                                          "512"};
-        words.insert(words.end(), more.begin(), more.end());
-        std::vector<char*> argv;
-        for (std::string& w : words) argv.push_back(&w[0]);
+        std::vector<std::string> flags = {
+            "-e",        file,          "--data",      data, "-o",
+            dir / "run", "--overwrite", "--max_steps", "2",  "--total_batch_size",
+            "512"};
+        flags.insert(flags.end(), more.begin(), more.end());
         SmallMachine::free_bytes = free_bytes;
-        return printed(
-            [&] { trainer::Run<SmallMachine, cpu::Decoder>((int)argv.size(), argv.data()).main(); });
+        return run_trainer<SmallMachine>(flags);
     };
     auto weights = [&] {
         cpu::GPT2 m(c, 0, 0, false);
@@ -179,4 +180,69 @@ TEST_CASE(
                                 " are free; --batch_size 7 --recompute 3 would fit"));
     CHECK(contains(run(need(1, 3) - 1, rest), "not even --batch_size 1 would fit"));
     CHECK(!contains(run(need(8, 0) - poem, {"-b", "8", "--sample_every", "0"}), "memory is short"));
+}
+
+namespace {
+
+// A model that, as one on a device may, tells of a step only when the next one was started or it is asked.
+struct LateModel : cpu::GPT2 {
+    using cpu::GPT2::GPT2;
+    StepResult known;
+    StepResult step(const AdamW& a, uint32_t t) {
+        StepResult before = known;
+        known = cpu::GPT2::step(a, t);
+        return before;
+    }
+    StepResult last_result() const { return known; }
+};
+
+}  // namespace
+
+TEST_CASE("a model that tells of a step one step late trains, logs, saves and resumes as any other") {
+    TempDir dir;
+    small_data(dir);
+    auto run = [&](bool late, const std::string& out, std::vector<std::string> more) {
+        std::vector<std::string> flags = {
+            "--data",         dir.path, "-o",          out,  "--depth",      "1", "--channels", "16",
+            "--heads",        "2",      "--seq_len",   "16", "-b",           "4", "--dropout",  "0.1",
+            "--max_steps",    "7",      "--val_every", "3",  "--save_every", "2", "--keep",     "9",
+            "--sample_every", "0"};
+        flags.insert(flags.end(), more.begin(), more.end());
+        return late ? run_trainer<LateModel>(flags) : run_trainer<cpu::GPT2>(flags);
+    };
+    // log.csv but for its times and the program.
+    auto log = [&](const std::string& out) {
+        std::string text = read_file(out + "/log.csv"), kept;
+        for (size_t at = 0, comma = 0; at < text.size(); at++) {
+            if (text[at] == '\n') comma = 0;
+            if (comma < 7) kept += text[at];
+            comma += text[at] == ',';
+        }
+        return kept;
+    };
+    std::string a = dir / "a", b = dir / "b";
+    CHECK(contains(run(false, a, {}), "7 steps in"));
+    CHECK(contains(run(true, b, {}), "7 steps in"));
+    auto check_same = [&] {
+        CHECK(log(b) == log(a));
+        CHECK(read_file(b + "/main.log") == read_file(a + "/main.log"));
+        for (int step : {2, 4, 6, 7})
+            CHECK((read_file(trainer::numbered(b, "model", step)) ==
+                   read_file(trainer::numbered(a, "model", step))));
+    };
+    check_same();
+    for (int step : {6, 7})
+        for (const char* kind : {"model", "state"}) unlink(trainer::numbered(b, kind, step).c_str());
+    run_trainer<LateModel>({"-o", b, "--resume"});
+    check_same();
+    // The step that diverges is named, and no checkpoint after it is written.
+    std::string diverged = run(true, dir / "c",
+                               {"--learning_rate", "1000", "--grad_clip", "0", "--warmup_steps", "0",
+                                "--max_steps", "60", "--save_every", "50"});
+    std::string same = run(false, dir / "d",
+                           {"--learning_rate", "1000", "--grad_clip", "0", "--warmup_steps", "0",
+                            "--max_steps", "60", "--save_every", "50"});
+    auto error = [](const std::string& s) { return s.substr(s.rfind("step ")); };
+    CHECK(contains(error(diverged), "training stops before it spoils a checkpoint"));
+    CHECK(error(diverged) == error(same));
 }

@@ -618,33 +618,49 @@ class Run {
         fflush(stdout);
     }
 
+    // The loop. A step that was started may still be computed on a device, so what follows it is done before
+    // it is known how it went; validating, saving and sampling wait for it (drain).
     void train() {
-        bool fresh = true;  // the first iteration of a resumed run has been validated and saved already
-        for (;; fresh = false) {
-            int step = progress_.step;
-            bool last = step >= o_.max_steps, done_before = fresh && o_.resume && !progress_.pending;
-            if (!done_before) {
+        started_ = progress_.step;
+        bool done_before = o_.resume && !progress_.pending;  // validated and saved before the run was resumed
+        for (;; done_before = false) {
+            const int step = started_;
+            const bool last = step >= o_.max_steps, validate_now = validation_due(step),
+                       sample_now = sample_due(step), save_now = step && (last || due(o_.save_every, step));
+            bool stop = g_stop;
+            if (!done_before && (last || stop || validate_now || sample_now || save_now)) {
+                drain();
                 Evaluation e;
-                bool validation_due = val_loader_ && o_.val_every && (last || step % o_.val_every == 0);
-                progress_.pending = validation_due && (g_stop || !validate(&e));
-                if (!progress_.pending && (step || validation_due)) write_row(validation_due ? &e : nullptr);
-                if (o_.sample_every && tokenizer_ && step && (last || step % o_.sample_every == 0) && !g_stop)
-                    sample();
-                if (step && (last || g_stop || (o_.save_every && step % o_.save_every == 0))) save();
+                progress_.pending = validate_now && (stop || !validate(&e));
+                if (validate_now && !progress_.pending) write_row(&e);
+                stop = stop || g_stop;
+                if (sample_now && !stop) sample();
+                if (step && (save_now || stop)) save();
             }
-            if (g_stop) {
-                end_line();
-                if (step)
-                    printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n",
-                           g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, Model::PROGRAM, o_.out.c_str());
-                else printf("stopped before the first step; nothing to resume\n");
-                return;
-            }
+            if (stop) return say_stopped(step);
             if (last) break;
             one_step();
         }
         end_line();
         if (!val_loader_ || !o_.val_every) save_model(*model_, o_.out + "/model.bin");
+        say_finished();
+    }
+    static bool due(int every, int step) { return every && step % every == 0; }
+    bool validation_due(int step) const {
+        return val_loader_ && o_.val_every && (step >= o_.max_steps || due(o_.val_every, step));
+    }
+    bool sample_due(int step) const {
+        return o_.sample_every && tokenizer_ && step && (step >= o_.max_steps || due(o_.sample_every, step));
+    }
+
+    void say_stopped(int step) {
+        end_line();
+        if (step)
+            printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n",
+                   g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, Model::PROGRAM, o_.out.c_str());
+        else printf("stopped before the first step; nothing to resume\n");
+    }
+    void say_finished() {
         if (!session_steps_)
             printf("nothing to do: %d steps are done, --max_steps is %d; a larger --max_steps goes on\n",
                    progress_.step, o_.max_steps);
@@ -659,9 +675,10 @@ class Run {
             o_.out.c_str(), o_.out.c_str(), o_.out.c_str());
     }
 
+    // Starts the next step, and records what is known by then: its result, or the result of the one before.
     void one_step() {
-        double t0 = now();
-        int step = progress_.step;
+        if (started_ == progress_.step) clock_ = now();
+        const int step = started_++;
         uint64_t first_window = train_loader_->position();
         for (size_t m = 0; m < micro_steps_; m++) {
             train_loader_->next((int)B_, x_.data(), y_.data());
@@ -672,30 +689,46 @@ class Run {
             model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
         }
         AdamW a;
-        a.lr = (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps,
-                                    o_.final_lr_fraction);
+        a.lr = lr_of(step);
         a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay,
         a.grad_clip = o_.grad_clip;
-        auto [loss, norm] = model_->step(a, (uint32_t)step + 1);
-        if (!std::isfinite(loss) || !std::isfinite(norm)) {
+        record(model_->step(a, (uint32_t)started_));
+    }
+    // Waits for the step that was started last, and records it.
+    void drain() {
+        if (progress_.step < started_) record(model_->last_result());
+    }
+    float lr_of(int step) const {
+        return (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps,
+                                    o_.final_lr_fraction);
+    }
+
+    // A step's result goes to progress, logs and screen. One that is not finite ends the run.
+    void record(const StepResult& r) {
+        if ((int)r.step <= progress_.step) return;  // nothing new: the step is still being computed
+        const int step = progress_.step;
+        if (!r.finite()) {
             std::vector<int> kept = checkpoints_in(o_.out);
             fail(
                 "step %d: the %s is %s; training stops before it spoils a checkpoint (%s). Try a lower "
                 "--learning_rate or --grad_clip",
-                step + 1, std::isfinite(loss) ? "gradient norm" : "loss",
-                std::isnan(std::isfinite(loss) ? norm : loss) ? "NaN" : "infinite",
+                step + 1, std::isfinite(r.loss) ? "gradient norm" : "loss",
+                std::isnan(std::isfinite(r.loss) ? r.norm : r.loss) ? "NaN" : "infinite",
                 kept.empty() ? "none written yet"
                              : ("the last good one is " + numbered(o_.out, "model", kept.back())).c_str());
         }
-
-        double s = now() - t0;
-        progress_.step++, progress_.position = train_loader_->position(), progress_.seconds += s;
-        progress_.smoothed = 0.95 * progress_.smoothed + 0.05 * loss;
+        const double time = now(), s = time - clock_;
+        clock_ = time;
+        progress_.step++, progress_.seconds += s;
+        progress_.smoothed = 0.95 * progress_.smoothed + 0.05 * r.loss;
         progress_.smoothed_weight = 0.95 * progress_.smoothed_weight + 0.05;
         session_steps_++, session_seconds_ += s;
-        progress_.last = {loss, progress_.smoothed / progress_.smoothed_weight, norm, a.lr, s};
-        log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, loss, a.lr, norm));
+        auto& last = progress_.last;
+        last.loss = r.loss, last.smoothed = progress_.smoothed / progress_.smoothed_weight;
+        last.norm = r.norm, last.lr = (double)lr_of(step), last.seconds = s;
+        log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, last.loss, last.lr, last.norm));
         report();
+        if (!validation_due(progress_.step)) write_row(nullptr);  // else validation writes it
     }
 
     // One line a step: redrawn in place on a terminal, plain lines elsewhere.
@@ -794,6 +827,7 @@ class Run {
 
     void save() {
         int step = progress_.step;
+        progress_.position = train_loader_->position();
         save_model(*model_, numbered(o_.out, "model", step));
         try {
             save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", step), program_);
@@ -840,8 +874,8 @@ class Run {
     std::vector<int> x_, y_;
     Progress progress_;
     std::string settings_text_;
-    double peak_ = 1, session_seconds_ = 0;
-    int session_steps_ = 0;
+    double peak_ = 1, session_seconds_ = 0, clock_ = 0;
+    int session_steps_ = 0, started_ = 0;  // steps that were started; progress_.step of them are recorded
     bool open_line_ = false, first_row_ = true;
 };
 
