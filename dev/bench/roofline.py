@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""The traffic budget of one GPU training step, on paper: make roofline
+"""Counts the memory traffic and the FLOPs of one GPU training step, on paper: make roofline
 
-Counts for every kernel of train_gpt2.cu its launches, FLOPs and the bytes that must cross the GPU's memory, and the same for
-llm.c's scheme (its train_gpt2.cu without cuDNN: T x T attention with permute passes, all logits at once, gradients in bf16), and writes
-dev/bench/ROOFLINE.md. With --check it writes nothing and fails when the committed file says otherwise.
+For every kernel of train_gpt2.cu it counts the launches, the FLOPs and the bytes that must move to or from the
+GPU's memory. It counts the same for llm.c's train_gpt2.cu without cuDNN, which computes T x T attention with
+permute passes, holds all logits at once and keeps gradients in bf16. It writes dev/bench/ROOFLINE.md. With
+--check it writes nothing, and fails if the committed file differs.
 
-Rules of the count: a tensor that a kernel reads or writes counts once per kernel (what it reads again is in a cache), in its
-stored type; reading and writing in place counts twice. A product of (M,K) by (K,N) is 2MKN FLOPs. Attention counts the causal
-half where tiles above the diagonal are skipped, the full square in llm.c. The lower bound of a kernel is the longer of its FLOPs at
-the peak and its bytes at the bandwidth; a step's is the sum over its kernels, so nothing overlaps.
+How it counts: A tensor that a kernel reads or writes counts once per kernel, in the type it is stored in,
+since repeated reads are served by a cache. A tensor that is updated in place counts twice. A product of (M,K)
+by (K,N) takes 2MKN FLOPs. Attention counts the causal half where tiles above the diagonal are skipped, and the
+full square in llm.c. A kernel's lower bound is the longer of two times: its FLOPs at the peak rate and its bytes
+at the peak bandwidth. A step's lower bound is the sum over its kernels, so no two kernels overlap.
 """
-import argparse, collections, os, sys
+import argparse, collections, os, sys, textwrap
 
 BF16, FP32 = 2, 4
 MODELS = {"GPT-2 124M": dict(L=12, NH=12, C=768), "GPT-2 774M": dict(L=36, NH=20, C=1280)}
@@ -28,9 +30,9 @@ def parameters(m):
 
 
 class Step:
-    adds = False  # whether parameter gradients are added to what stands there
+    """Collects the kernels of a step. MC is the bytes of an (M,C) activation in bf16."""
 
-    """Collects the kernels of a step. MC stands for M*C elements of a bf16 activation."""
+    adds = False  # whether a product adds to the parameter gradients in memory or overwrites them
 
     def __init__(self, m, B, T):
         self.kernels, self.L, self.C, self.NH, self.B, self.T, self.M = [], m["L"], m["C"], m["NH"], B, T, B * T
@@ -40,11 +42,12 @@ class Step:
         self.kernels.append(Kernel(name, launches * times, flops * times, bytes * times, gemm))
 
     def product(self, name, M, K, N, out, extra=0, reads_out=False, times=1):
-        """out: bytes of one element of the result; extra: bytes of what an epilogue reads or writes beside."""
+        """out: bytes of one element of the result; extra: bytes that the epilogue reads or writes besides it."""
         self.add(name, (M * K + K * N) * BF16 + M * N * out * (2 if reads_out else 1) + extra, 2 * M * K * N, times=times, gemm=True)
 
     def linear_backward(self, name, K, N, gradient, extra=0):
-        """dX = dY W and dW = dY^T X (the first batch of a step overwrites), for all layers; gradient: bytes of a parameter's gradient."""
+        """dX = dY W and dW = dY^T X for all layers. gradient: bytes of one parameter's gradient, which a step's
+        first batch overwrites."""
         self.product(name + " dX", self.M, N, K, BF16, extra, times=self.L)
         self.product(name + " dW", N, self.M, K, gradient, reads_out=self.adds, times=self.L)
 
@@ -53,7 +56,7 @@ def arapoet(m, B, T):
     s = Step(m, B, T)
     L, C, M, MC, P = s.L, s.C, s.M, s.MC, s.P
     stats, square = 2 * M * FP32, 2 * B * s.NH * T * T / 2 * (C // s.NH)  # FLOPs of one causal T x T x hs product
-    s.add("memset of what is only added to", (MAX_T * C + L * 13 * C + 2 * C) * FP32, launches=5)
+    s.add("memset of accumulated gradients", (MAX_T * C + L * 13 * C + 2 * C) * FP32, launches=5)
     s.add("embedding_forward", 2 * MC)
     s.add("layernorm_forward", 2 * MC + stats)
     s.product("qkv", M, C, 3 * C, BF16, times=L)
@@ -86,8 +89,8 @@ def arapoet(m, B, T):
 
 
 def llmc(m, B, T):
-    """As read from llm.c's train_gpt2.cu and llmc/*.cuh: no cuDNN, nothing recomputed, fp32 master weights, GELU in cuBLASLt's
-    epilogues (its default on an H100; on an A100 it makes two more passes)."""
+    """As read from llm.c's train_gpt2.cu and llmc/*.cuh: no cuDNN, nothing recomputed, fp32 master weights, GELU in
+    cuBLASLt's epilogues (llm.c's default on an H100; on an A100 it makes two more passes)."""
     s = Step(m, B, T)
     s.adds = True
     L, C, M, MC, P = s.L, s.C, s.M, s.MC, s.P
@@ -99,7 +102,7 @@ def llmc(m, B, T):
     s.product("qkv", M, C, 3 * C, BF16, times=L)
     s.add("permute", 6 * MC, times=L)
     s.add("QK^T", 2 * MC + TT, square, times=L, gemm=True)
-    s.add("softmax_forward", TT, times=L)  # the lower triangle in and out
+    s.add("softmax_forward", TT, times=L)  # reads and writes the lower triangle
     s.add("att V", 2 * MC + TT, square, times=L, gemm=True)
     s.add("unpermute", 2 * MC, times=L)
     s.product("attproj", M, C, C, BF16, times=L)
@@ -118,7 +121,7 @@ def llmc(m, B, T):
     s.add("matmul_backward_bias", 9 * MC, launches=8, times=L)
     s.add("unpermute_backward", 2 * MC, times=L)
     s.add("dAtt, dV, dQ, dK", 4 * TT + 8 * MC, 4 * square, launches=4, times=L, gemm=True)
-    s.add("softmax_backward", 2 * TT, times=L)  # two lower triangles in, a whole square out
+    s.add("softmax_backward", 2 * TT, times=L)  # reads two lower triangles, writes a whole square
     s.add("permute_backward", 6 * MC, times=L)
     s.add("encoder_backward", 2 * MC + 2 * MC + 2 * T * C * BF16, launches=2)
     s.add("global norm", P * BF16, launches=17)
@@ -136,10 +139,12 @@ def totals(kernels):
 def report():
     out = ["# The traffic budget of a GPU training step", ""]
     rules = " ".join(__doc__.split("\n\n")[2].split()).split(": ", 1)[1]
-    out += [rules[0].upper() + rules[1:]]
-    out += ["", "Written by dev/bench/roofline.py (`make roofline`). Nothing on this page is measured: it is arithmetic over shapes, in bf16, at T = 1024, one batch a",
-            "step, dropout 0, nothing recomputed. The peaks are the data sheets': " + ", ".join(f"{g} {f / 1e12:.0f} TFLOP/s and {b / 1e12:.2f} TB/s" for g, (f, b) in GPUS.items()) + ".", ""]
-    out += ["## Totals", "", "| model | B | | launches | TFLOP | product GB | other GB | other, share of llm.c's | at best, A100 | at best, H100 |",
+    peaks = ", ".join(f"{g} {f / 1e12:.0f} TFLOP/s and {b / 1e12:.2f} TB/s" for g, (f, b) in GPUS.items())
+    origin = ("Written by dev/bench/roofline.py (`make roofline`). Nothing on this page is measured: it is arithmetic on the "
+              "shapes, in bf16, at T = 1024, with one batch a step, dropout 0 and nothing recomputed. The peaks are the data "
+              f"sheets': {peaks}.")
+    out += [textwrap.fill(rules, 110), "", textwrap.fill(origin, 110), ""]
+    out += ["## Totals", "", "| model | B | | launches | TFLOP | product GB | other GB | other, share of llm.c's | lower bound, A100 | lower bound, H100 |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     worst = 0
     for name, m in MODELS.items():
@@ -150,10 +155,10 @@ def report():
             for who, t, s in (("Arapoet", ours, f"{100 * share:.0f}%"), ("llm.c", theirs, "")):
                 out.append(f"| {name} | {B} | {who} | {t['launches']} | {t['flops'] / 1e12:.2f} | {t['gemm'] / 1e9:.1f} | {t['other'] / 1e9:.1f} | {s} | "
                            + " | ".join(f"{1e3 * t['bound'][g]:.1f} ms" for g in GPUS) + " |")
-    out += ["", f"\"Other\" is all that is no matrix product. The largest share of llm.c's is {100 * worst:.0f}%; the goal was 60%."]
+    out += ["", f"\"Other\" is everything except matrix products. Its largest share of llm.c's is {100 * worst:.0f}%; the goal was at most 60%."]
     for name, m in MODELS.items():
         for who, kernels in (("Arapoet", arapoet(m, 8, 1024)), ("llm.c", llmc(m, 8, 1024))):
-            out += ["", f"## {name}, B = 8: {who}", "", "| kernel | launches | GFLOP | MB | at best, A100 | at best, H100 |", "| --- | --- | --- | --- | --- | --- |"]
+            out += ["", f"## {name}, B = 8: {who}", "", "| kernel | launches | GFLOP | MB | lower bound, A100 | lower bound, H100 |", "| --- | --- | --- | --- | --- | --- |"]
             for k in kernels:
                 bound = [1e6 * max(k.flops / f, k.bytes / b) for f, b in GPUS.values()]
                 out.append(f"| {k.name}{' (product)' if k.gemm else ''} | {k.launches} | {k.flops / 1e9:.1f} | {k.bytes / 1e6:.1f} | {bound[0]:.0f} us | {bound[1]:.0f} us |")
@@ -162,15 +167,15 @@ def report():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--check", action="store_true", help="compare with the committed file instead of writing it")
+    p.add_argument("--check", action="store_true", help="compare with the committed file, and write nothing")
     a = p.parse_args()
     path, (text, worst) = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ROOFLINE.md"), report()
     if worst > 0.6:
-        sys.exit(f"roofline.py: {100 * worst:.0f}% of llm.c's bytes outside the products, wanted at most 60%")
+        sys.exit(f"roofline.py: {100 * worst:.0f}% of llm.c's bytes outside the products, at most 60% is allowed")
     if a.check:
         if not os.path.exists(path) or open(path, encoding="utf-8").read() != text:
-            sys.exit(f"roofline.py: {path} is not what this script computes; run: make roofline")
-        print("dev/bench/ROOFLINE.md is what roofline.py computes")
+            sys.exit(f"roofline.py: {path} differs from what this script computes; run: make roofline")
+        print("dev/bench/ROOFLINE.md matches what roofline.py computes")
     else:
         open(path, "w", encoding="utf-8").write(text)
         print(f"wrote {path}: at most {100 * worst:.0f}% of llm.c's bytes outside the products")
