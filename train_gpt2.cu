@@ -1,17 +1,17 @@
 // train_gpt2.cu - GPT-2 on one NVIDIA GPU: the model, flags and files of train_gpt2.cpp.
 //
 // Read it from top to bottom: the build's number type, errors and launches, tensor-core instructions, the
-// kernels of each layer (a comment names the function of train_gpt2.cpp, lib/vec.h or lib/gemm.h that each
-// one is tested against), matrix products by cuBLASLt, the model, the decoder with its key/value cache, and a
-// main that hands the model to lib/trainer.h.
+// kernels of each layer, matrix products by cuBLASLt, the model, the decoder with its key/value cache, and a
+// main that passes the model to lib/trainer.h. Each kernel's comment names the function of train_gpt2.cpp,
+// lib/vec.h or lib/gemm.h that it is tested against.
 //
 // Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary padded to
 // Vp. floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's
 // moments and master weights are always float. There are no atomics on floats: a run repeats bit for bit.
 //
-// Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR); so kernels
-// are launched by launch() alone, the dynamic shared memory of every kernel is `dynamic_smem`, and each PTX
-// instruction stands in a wrapper with a second body.
+// Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR). Therefore all
+// kernels are launched by launch(), the dynamic shared memory of every kernel is called `dynamic_smem`, and
+// each PTX instruction has a wrapper function with a second body for the emulator.
 #ifndef TRAIN_GPT2_CU
 #define TRAIN_GPT2_CU
 
@@ -43,7 +43,7 @@ constexpr Dtype BUILD_DTYPE = BF16;
 // ---------------------------------------------------------------------------------------------
 // Errors and launches
 
-// Throws with file, line, call, the runtime's words and what to try.
+// Throws Error with file, line, call, the runtime's message and what to try.
 inline void cuda_check(cudaError_t status, const char* call, const char* file, int line) {
     if (status == cudaSuccess) return;
     const char* hint = status == cudaErrorMemoryAllocation
@@ -76,17 +76,17 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cud
 
 constexpr int WARP = 32;
 
-// What changes from one micro-step to the next. It stands in device memory, so that one captured graph serves
-// all steps.
+// What changes from one micro-step to the next. Kernels read it from device memory, so that one captured
+// graph serves all steps.
 struct StepState {
     uint64_t seq0 = 0;     // number of the batch's first sequence within the step's whole batch
     uint32_t step = 0;     // keys the dropout masks
     float grad_scale = 1;  // 1 / (tokens of the whole batch)
 };
 
-// Dropout of one site as train_gpt2.cpp draws it: element e is kept where word e % 4 of Philox block e / 4 is
-// at least the threshold, and then scaled by 1/(1-p). p = 0 draws nothing. In rows: e = (seq0 * T + m) * C +
-// c; in attention: e = (((seq0 + b) * NH + h) * T + query) * T + key.
+// Dropout at one site of the model, with the random numbers of train_gpt2.cpp: element e is kept, and scaled
+// by 1/(1-p), where word e % 4 of Philox block e / 4 is at least the threshold. p = 0 draws nothing. In rows
+// e = (seq0 * T + m) * C + c; in attention e = (((seq0 + b) * NH + h) * T + query) * T + key.
 struct Dropout {
     float p = 0;
     uint64_t seed = 0;
@@ -105,7 +105,8 @@ struct alignas(16) Vec {
 };
 constexpr int VEC = Vec<floatX>::SIZE;
 
-// The _once forms ask the caches not to keep what will not be read again soon. Addresses are multiples of 16.
+// Addresses are multiples of 16 bytes. The _once forms mark data that will not be read again soon, so that
+// the caches evict it first.
 template <class T>
 __device__ inline Vec<T> from_bits(int4 bits) {
     Vec<T> x;
@@ -143,7 +144,7 @@ __device__ inline T from_float(float x) {
     else return x;
 }
 
-// As many floats as a Vec<floatX> holds numbers, for the arithmetic in between.
+// The numbers of a Vec<floatX> as floats, for arithmetic.
 struct Floats {
     float v[VEC];
     __device__ float& operator[](int i) { return v[i]; }
@@ -159,7 +160,7 @@ __device__ inline Vec<floatX> narrow(const Floats& f) {
     for (int k = 0; k < VEC; k++) x[k] = from_float<floatX>(f[k]);
     return x;
 }
-// The same count of numbers from and to memory that holds floats in every build.
+// The same from and to memory that holds floats in every build.
 __device__ inline Floats load_floats(const float* p) {
     Floats f;
     for (int i = 0; i < VEC; i += 4) {
@@ -189,15 +190,15 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// Each x[i] becomes its sum over the `warps` neighbouring warps that the caller belongs to, in a fixed order.
-// All threads of the block call it; blockDim is one-dimensional, a multiple of 32 * warps.
+// Each x[i] becomes its sum over the group of `warps` consecutive warps that the caller belongs to, in a
+// fixed order. All threads of the block call it; blockDim is one-dimensional, a multiple of 32 * warps.
 template <class T, int N>
 __device__ inline void group_sum(T (&x)[N], int warps) {
     for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
     if (warps == 1) return;
     __shared__ T part[N][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first = warp / warps * warps;
-    __syncthreads();  // until the previous call's parts have been read
+    __syncthreads();  // the previous call's parts have been read
     if (lane == 0)
         for (int i = 0; i < N; i++) part[i][warp] = x[i];
     __syncthreads();
@@ -241,7 +242,8 @@ __device__ inline void apply_dropout(Floats& x, const rng::Key& key, uint64_t e,
     }
 }
 
-// Streaming multiprocessors of the device. Kernels whose blocks each leave one partial sum are sized by it.
+// Streaming multiprocessors of the device. It sizes the grids of kernels whose blocks each write one partial
+// sum.
 inline int multiprocessors() {
     static const int count = [] {
         int device, n;
@@ -253,7 +255,8 @@ inline int multiprocessors() {
 }
 
 // a[i] += sum over p of partials[p][i] for i < na, and likewise b[i - na] for the other columns; partials
-// (parts, n). A block owns 32 columns; its warps share the parts and are added in order.
+// (parts, n). A block owns 32 columns. Each of its warps sums every 16th part, and the warps' sums are added
+// in order.
 constexpr int ADD_WARPS = 16;
 __global__ void __launch_bounds__(ADD_WARPS* WARP)
     add_partials_kernel(float* a, float* b, const float* partials, int parts, size_t na, size_t n) {
@@ -277,27 +280,40 @@ inline void add_partials(float* a, float* b, const float* partials, int parts, s
 }
 
 // ---------------------------------------------------------------------------------------------
-// Tensor-core and copy instructions, each with its body for the emulator
+// Tensor-core and copy instructions, each with a body for the emulator
 
-// d (16 x 8 floats) += a (16 x 16) b (16 x 8), a and b of bf16 in pairs. With g = lane / 4 and t = lane % 4 a
-// lane holds
-//     of a: columns 2t, 2t+1 of row g, and of row g+8; then columns 2t+8, 2t+9 of both
-//     of b: rows 2t, 2t+1 of column g; then rows 2t+8, 2t+9
-//     of d: columns 2t, 2t+1 of row g; then of row g+8.
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// The tensor cores' product, which a warp computes together: C (16 x 8 floats) += A (16 x 16 bf16) B (16 x 8
+// bf16). Each matrix is spread over the registers of the 32 lanes; in that form it is called a fragment. A
+// 32-bit register holds two bf16: two columns of A, or two rows of B. In the picture each number is the lane
+// that holds these two elements, or two columns of C, and below it are the registers:
+//
+//     A                                           B                           C
+//     columns 0,1 2,3 4,5 6,7  8,9 .. .. 14,15    columns  0  1  2 ..  7      columns 0,1 2,3 4,5 6,7
+//     row 0    0   1   2   3    0   1   2   3     rows 0,1 0  4  8 .. 28      row 0    0   1   2   3
+//     row 1    4   5   6   7    4   5   6   7          2,3 1  5  9 .. 29      row 1    4   5   6   7
+//      ..         a[0]             a[2]                4,5 2  6 10 .. 30       ..      c[0], c[1]
+//     row 7   28  29  30  31   28  29  30  31          6,7 3  7 11 .. 31      row 7   28  29  30  31
+//                                                         b0
+//     row 8    0   1   2   3    0   1   2   3          8,9 0  4  8 .. 28      row 8    0   1   2   3
+//      ..         a[1]             a[3]                 ..    b1               ..      c[2], c[3]
+//     row 15  28  29  30  31   28  29  30  31        14,15 3  7 11 .. 31      row 15  28  29  30  31
+//
+// With g = lane / 4 and t = lane % 4 a lane thus holds columns 2t, 2t+1 of rows g and g+8 of C.
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if defined(EMULATOR)
-    emu::mma_m16n8k16_bf16(d, a, {b0, b1}, d);
+    emu::mma_m16n8k16_bf16(c, a, {b0, b1}, c);
 #else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 
-// Four 8 x 8 matrices of bf16 from shared memory, row r of matrix m at lane 8m+r's address (16-byte aligned).
-// Register m of a lane: elements (lane / 4, lane % 4 * 2 and the next) of matrix m, or of its transpose.
+// Loads four 8 x 8 matrices of bf16 from shared memory; lane 8m + r passes the address of row r of matrix m,
+// a multiple of 16 bytes. Register m of a lane receives the elements of row g, columns 2t and 2t+1, of matrix
+// m or of its transpose: the four matrices are the quarters of an A fragment, or two B fragments.
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
 #if defined(EMULATOR)
@@ -317,8 +333,8 @@ __device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
 #endif
 }
 
-// Starts a copy of 16 bytes from global to shared memory; without `valid` nothing is read and zeros are
-// written.
+// Starts an asynchronous copy of 16 bytes from global to shared memory. Where `valid` is false nothing is
+// read and zeros are written.
 __device__ inline void cp_async16(void* shared, const void* global, bool valid) {
 #if defined(EMULATOR)
     emu::cp_async16(shared, global, valid);
@@ -329,8 +345,8 @@ __device__ inline void cp_async16(void* shared, const void* global, bool valid) 
         : "memory");
 #endif
 }
-// Closes a group of this thread's copies; cp_async_wait returns when at most PENDING younger groups are under
-// way. What other threads copied is there after a barrier.
+// cp_async_commit closes a group of this thread's copies. cp_async_wait returns when all groups but the
+// PENDING youngest have arrived; what other threads copied can be read after a barrier.
 __device__ inline void cp_async_commit() {
 #if defined(EMULATOR)
     emu::cp_async_commit();
@@ -361,17 +377,17 @@ __device__ inline float exp2_approx(float x) {
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-// cpu::embedding_forward. out (B,T,C) = wte[token] + wpe[t], then dropout. A block works on one row.
+// One block computes one row.
 __global__ void __launch_bounds__(256)
     embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t T,
                              size_t C, Dropout drop) {
     size_t m = blockIdx.x;
-    const floatX *e = wte + (size_t)tokens[m] * C, *p = wpe + m % T * C;
+    const floatX *token_row = wte + (size_t)tokens[m] * C, *position_row = wpe + m % T * C;
     rng::Key key = dropout_key(drop);
     uint64_t row = dropout_row(drop, T) + m;
     for (size_t c = threadIdx.x * VEC; c < C; c += blockDim.x * VEC) {
-        Floats x = widen(load(e + c)), y = widen(load(p + c));
-        for (int k = 0; k < VEC; k++) x[k] += y[k];
+        Floats x = widen(load(token_row + c)), position = widen(load(position_row + c));
+        for (int k = 0; k < VEC; k++) x[k] += position[k];
         apply_dropout(x, key, row * C + c, drop.p);
         store(out + m * C + c, narrow(x));
     }
@@ -382,6 +398,7 @@ inline unsigned threads_for(size_t n, size_t most) {
     return (unsigned)std::min(most, ceil_div(n, WARP) * WARP);
 }
 
+// cpu::embedding_forward. out (B,T,C) = wte[token] + wpe[t], then dropout.
 inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe, size_t B,
                               size_t T, size_t C, Dropout drop, cudaStream_t s) {
     launch(embedding_forward_kernel, dim3((unsigned)(B * T)), threads_for(C / VEC, 256), 0, s, out, tokens,
@@ -389,12 +406,12 @@ inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte,
 }
 
 // The positions of a batch sorted by token, so that all gradients of one wte row are summed by one block or
-// warp in one order. Bucket u holds token[u] at the positions order[starts[u]..starts[u+1]). A token that
-// stands at more than FREQUENT positions (in a model of characters: the space) is also listed in frequent,
-// and gets a whole block.
+// warp, always in the same order. Bucket u: token[u] occurs at the positions order[starts[u]..starts[u+1]). A
+// token at more than FREQUENT positions (in a model of characters: the space) is also listed in frequent, and
+// a whole block sums its gradients.
 struct EmbeddingBuckets {
     static constexpr int FREQUENT = 64;
-    int* count;  // [0] buckets, [1] frequent ones
+    int* count;  // [0] number of buckets, [1] of frequent ones
     int *order, *starts, *token, *frequent;
 
     static size_t ints(size_t M) { return 2 + M + (M + 1) + M + M / FREQUENT; }
@@ -434,7 +451,7 @@ __device__ inline void add_to_memory(float* p, const Floats& sum) {
     store_floats(p, x);
 }
 
-// dwpe[t] += sum over b of dout[b,t]: one thread per position and vector of channels.
+// dwpe[t] += sum over b of dout[b,t]. One thread per position and vector of channels.
 __global__ void __launch_bounds__(128)
     wpe_backward_kernel(float* dwpe, const floatX* dout, size_t B, size_t T, size_t C, Dropout drop) {
     size_t t = blockIdx.x, c = ((size_t)blockIdx.y * blockDim.x + threadIdx.x) * VEC;
@@ -447,7 +464,7 @@ __global__ void __launch_bounds__(128)
     add_to_memory(dwpe + t * C + c, sum);
 }
 
-// dwte[token] += the gradients at the token's few positions: one warp per bucket and 32 vectors of channels.
+// dwte[token] += the gradients at the token's few positions. One warp per bucket and 32 vectors of channels.
 constexpr int BUCKET_WARPS = 4;
 __global__ void __launch_bounds__(BUCKET_WARPS* WARP)
     wte_backward_kernel(float* dwte, const floatX* dout, EmbeddingBuckets buckets, size_t T, size_t C,
@@ -465,7 +482,7 @@ __global__ void __launch_bounds__(BUCKET_WARPS* WARP)
     add_to_memory(dwte + (size_t)buckets.token[u] * C + c, sum);
 }
 
-// The same for a frequent token: a block of 32 warps per bucket and 8 vectors of channels; each warp reads 4
+// The same for frequent tokens. One block of 32 warps per bucket and 8 vectors of channels; each warp reads 4
 // positions at a time.
 constexpr int STRIP_LANES = 8;
 __global__ void __launch_bounds__(1024)
@@ -497,9 +514,9 @@ __global__ void __launch_bounds__(1024)
     dwte[(size_t)buckets.token[u] * C + column] += total;
 }
 
-// cpu::embedding_backward. dwte[token] += dout and dwpe[t] += dout under the mask; dout (B,T,C) stays as it
-// is. The grids are made for the most buckets that B*T tokens can have, so that one captured graph serves
-// every batch.
+// cpu::embedding_backward. dwte[token] += dout and dwpe[t] += dout under the mask; dout (B,T,C) is not
+// changed. The grids are sized for the most buckets that B*T tokens can have, so that one captured graph
+// serves every batch.
 inline void embedding_backward(float* dwte, float* dwpe, const floatX* dout, const EmbeddingBuckets& buckets,
                                size_t B, size_t T, size_t C, Dropout drop, cudaStream_t s) {
     size_t M = B * T, vecs = C / VEC;
@@ -517,19 +534,19 @@ inline void embedding_backward(float* dwte, float* dwpe, const floatX* dout, con
 // ---------------------------------------------------------------------------------------------
 // LayerNorm and residual
 
-// A row of C channels, a multiple of 8, is held in the registers of `warps` warps that share it: thread t of
-// them holds the vectors t, t + 32 warps, ... of the row.
+// A row of C channels, a multiple of 8, is held in the registers of a group of `warps` warps: thread t of the
+// group holds the vectors t, t + 32 warps, ... of the row.
 constexpr int ROW_VECS = 24 / VEC;                       // vectors of one row that a thread holds
-constexpr int ROW_WARPS = 16;                            // most warps that share a row
+constexpr int ROW_WARPS = 16;                            // most warps of a group
 constexpr size_t WARP_CHANNELS = ROW_VECS * VEC * WARP;  // 768: GPT-2's rows fit one warp exactly
 constexpr size_t MAX_CHANNELS = ROW_WARPS * WARP_CHANNELS;
 
 struct Rows {
-    int warps;  // that share a row
-    int block;  // rows of a block
+    int warps;  // of a group
+    int block;  // rows that a block works on at a time, each by a group
     unsigned threads() const { return (unsigned)(warps * block * WARP); }
 };
-// For blocks of at least `fewest` warps.
+// For rows of C channels and blocks of at least `fewest` warps.
 inline Rows row_layout(size_t C, int fewest) {
     int warps = 1;
     while (warps * WARP_CHANNELS < C) warps *= 2;
@@ -538,13 +555,22 @@ inline Rows row_layout(size_t C, int fewest) {
     return {warps, std::max(1, fewest / warps)};
 }
 
+// What layernorm_forward and residual_layernorm_forward read and write.
+struct LayerNormForward {
+    const floatX *x = nullptr,
+                 *branch = nullptr;           // (M,C); branch and sum: of residual_layernorm_forward only
+    const floatX *w = nullptr, *b = nullptr;  // (C)
+    floatX* sum = nullptr;                    // (M,C), x + dropout(branch); may be x or branch
+    floatX* y = nullptr;                      // (M,C), the LayerNorm's output
+    float *mean = nullptr, *rstd = nullptr;   // (M), kept for backward
+};
+
 // LayerNorm of x, or with RESIDUAL of sum = x + dropout(branch), which is written too. The statistics are
-// those of the row as rounded to floatX: backward sees no other.
+// those of the row as rounded to floatX, because that is what backward reads.
 template <bool RESIDUAL>
 __global__ void __launch_bounds__(ROW_WARPS* WARP)
-    layernorm_forward_kernel(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* x,
-                             const floatX* branch, const floatX* w, const floatX* b, size_t M, size_t T,
-                             int C, Dropout drop, float eps, int warps) {
+    layernorm_forward_kernel(LayerNormForward args, size_t M, size_t T, int C, Dropout drop, float eps,
+                             int warps) {
     int threads = warps * WARP, t = threadIdx.x % threads;
     size_t m = (size_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
     bool inside = m < M;  // rows past the end still meet at the barriers
@@ -556,13 +582,13 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
     for (int i = 0; i < ROW_VECS; i++) {
         int c = (i * threads + t) * VEC;
         if (!inside || c >= C) continue;
-        row[i] = widen(load_once(x + m * C + c));
+        row[i] = widen(load_once(args.x + m * C + c));
         if constexpr (RESIDUAL) {
-            Floats add = widen(load_once(branch + m * C + c));
+            Floats add = widen(load_once(args.branch + m * C + c));
             apply_dropout(add, key, (row0 + m) * C + c, drop.p);
             for (int k = 0; k < VEC; k++) row[i][k] += add[k];
             Vec<floatX> rounded = narrow(row[i]);
-            store(sum + m * C + c, rounded);
+            store(args.sum + m * C + c, rounded);
             row[i] = widen(rounded);
         }
         for (int k = 0; k < VEC; k++) total[0] += row[i][k];
@@ -580,33 +606,46 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
     for (int i = 0; i < ROW_VECS; i++) {
         int c = (i * threads + t) * VEC;
         if (!inside || c >= C) continue;
-        Floats weight = widen(load(w + c)), bias = widen(load(b + c));
+        Floats weight = widen(load(args.w + c)), bias = widen(load(args.b + c));
         for (int k = 0; k < VEC; k++) row[i][k] = (row[i][k] - mu) * rs * weight[k] + bias[k];
-        store(y + m * C + c, narrow(row[i]));
+        store(args.y + m * C + c, narrow(row[i]));
     }
-    if (inside && t == 0) mean[m] = mu, rstd[m] = rs;
+    if (inside && t == 0) args.mean[m] = mu, args.rstd[m] = rs;
 }
 
-// cpu::layernorm_forward. y (M,C) = LayerNorm(x); mean, rstd (M) are kept for backward.
-inline void layernorm_forward(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w,
-                              const floatX* b, size_t M, size_t C, float eps, cudaStream_t s) {
+// cpu::layernorm_forward. y = LayerNorm(x).
+inline void layernorm_forward(const LayerNormForward& args, size_t M, size_t C, float eps, cudaStream_t s) {
     Rows rows = row_layout(C, 4);
     launch(layernorm_forward_kernel<false>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s,
-           nullptr, y, mean, rstd, x, nullptr, w, b, M, M, (int)C, Dropout{}, eps, rows.warps);
+           args, M, M, (int)C, Dropout{}, eps, rows.warps);
 }
 
-// cpu::residual_layernorm_forward. sum (M,C) = skip + dropout(branch); y = LayerNorm(sum). sum may be skip or
-// branch.
-inline void residual_layernorm_forward(floatX* sum, floatX* y, float* mean, float* rstd, const floatX* skip,
-                                       const floatX* branch, const floatX* w, const floatX* b, size_t M,
-                                       size_t T, size_t C, Dropout drop, float eps, cudaStream_t s) {
+// cpu::residual_layernorm_forward. sum = x + dropout(branch), where x is the skip connection; y =
+// LayerNorm(sum).
+inline void residual_layernorm_forward(const LayerNormForward& args, size_t M, size_t T, size_t C,
+                                       Dropout drop, float eps, cudaStream_t s) {
     Rows rows = row_layout(C, 4);
-    launch(layernorm_forward_kernel<true>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s, sum,
-           y, mean, rstd, skip, branch, w, b, M, T, (int)C, drop, eps, rows.warps);
+    launch(layernorm_forward_kernel<true>, dim3((unsigned)ceil_div(M, rows.block)), rows.threads(), 0, s,
+           args, M, T, (int)C, drop, eps, rows.warps);
 }
 
-// Each group of warps takes every so many-th row, and keeps the sums of dw and db for its channels in
-// registers; at the end the block's groups are added up, in order, into partials (blocks, 2, C).
+// What layernorm_backward reads and writes. (Its kernel takes the pointers one by one: given the struct, nvcc
+// 13 spills registers in the fp32 build.)
+struct LayerNormBackward {
+    floatX* dresid = nullptr;                      // (M,C), the gradient of x
+    floatX* masked = nullptr;                      // (M,C) or null: dresid under a dropout mask
+    float *dw = nullptr, *db = nullptr;            // (C), +=
+    float* scratch = nullptr;                      // layernorm_backward_scratch(C) floats
+    const floatX *dy = nullptr, *dskip = nullptr;  // (M,C), gradients of the output; dskip or null
+    const floatX *x = nullptr, *w = nullptr;       // (M,C), (C): what forward read
+    const float *mean = nullptr, *rstd = nullptr;  // (M), which forward wrote
+};
+
+// With normalised = (x - mean) rstd, d = dy + dskip and dn = d w, and means over the row,
+//     dx = rstd (dn - mean(dn) - normalised mean(dn normalised)),
+//     dw = sum over rows of d normalised,  db = sum over rows of d.
+// Group k of G in the whole grid takes rows k, k + G, k + 2G ..., and keeps the sums of dw and db for its
+// channels in registers. At the end each block adds its groups' sums, in order, into partials (blocks, 2, C).
 __global__ void __launch_bounds__(ROW_WARPS* WARP)
     layernorm_backward_kernel(floatX* dresid, floatX* masked, float* partials, const floatX* dy,
                               const floatX* dskip, const floatX* x, const float* mean, const float* rstd,
@@ -644,8 +683,8 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
         for (int i = 0; i < ROW_VECS; i++) {
             int c = (i * threads + t) * VEC;
             if (!inside || c >= C) continue;
-            Vec<floatX> row = load(x + m * C + c),
-                        weight = load(w + c);  // from the cache; registers are short
+            // Loaded again, from the cache: there are not enough registers to keep them.
+            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);
             Floats dx;
             for (int k = 0; k < VEC; k++)
                 dx[k] =
@@ -681,36 +720,37 @@ inline int layernorm_backward_blocks() { return 2 * multiprocessors(); }
 // Floats of scratch that layernorm_backward needs.
 inline size_t layernorm_backward_scratch(size_t C) { return 2 * C * layernorm_backward_blocks(); }
 
-// cpu::layernorm_backward. dresid (M,C) = (+= where accumulate) the gradient of dy + dskip through LayerNorm;
-// dw, db (C) +=. dskip may be null; GROVER's residual starts from the normalised row, so its gradient passes
-// through too. masked, which may be null, receives dresid under drop's mask: the gradient of the branch whose
+// cpu::layernorm_backward. dresid is the gradient of dy + dskip through LayerNorm, or with `accumulate` is
+// incremented by it; dw, db +=. dskip is the gradient of a residual connection that starts from the
+// normalised row, as GROVER's do. masked receives dresid under drop's mask: the gradient of the branch whose
 // output was dropped. dy and dskip may be the same memory as dresid and masked.
-inline void layernorm_backward(floatX* dresid, floatX* masked, float* dw, float* db, float* scratch,
-                               const floatX* dy, const floatX* dskip, const floatX* x, const float* mean,
-                               const float* rstd, const floatX* w, size_t M, size_t T, size_t C,
-                               bool accumulate, Dropout drop, cudaStream_t s) {
+inline void layernorm_backward(const LayerNormBackward& args, size_t M, size_t T, size_t C, bool accumulate,
+                               Dropout drop, cudaStream_t s) {
     Rows rows = row_layout(C, 8);
     size_t blocks = std::min<size_t>(layernorm_backward_blocks(), ceil_div(M, rows.block));
-    launch(layernorm_backward_kernel, dim3((unsigned)blocks), rows.threads(), 0, s, dresid, masked, scratch,
-           dy, dskip, x, mean, rstd, w, M, T, (int)C, accumulate, drop, rows.warps);
-    add_partials(dw, db, scratch, (int)blocks, C, 2 * C, s);
+    launch(layernorm_backward_kernel, dim3((unsigned)blocks), rows.threads(), 0, s, args.dresid, args.masked,
+           args.scratch, args.dy, args.dskip, args.x, args.mean, args.rstd, args.w, M, T, (int)C, accumulate,
+           drop, rows.warps);
+    add_partials(args.dw, args.db, args.scratch, (int)blocks, C, 2 * C, s);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Attention
 
-// Causal attention by tiles (FlashAttention-2, Dao 2023), per head: S = Q K^T / sqrt(hs), P = softmax of each
-// row of S over the keys up to the query, O = dropout(P) V. Only tiles of S exist, in registers; softmax runs
-// along with them: a row's maximum and sum so far are kept, and O is rescaled when the maximum grows. Kept
-// for backward is lse, the logarithm of each row's sum of e^S. Held against cpu::Attention.
+// Causal attention by tiles (FlashAttention-2, Dao 2023). For each head
+//     S = Q K^T / sqrt(hs),  P = softmax of each row of S over the keys up to the query,  O = dropout(P) V.
+// Only tiles of S exist, in registers. Softmax is computed online: the kernel keeps a running maximum and a
+// running sum of each row, and rescales O when the maximum grows. Forward stores lse, the logarithm of each
+// row's sum of e^S, from which backward recomputes P = e^(S - lse). The reference is cpu::Attention.
 //
 // Backward: with D = rowsum(dO * O),  dP = dropout(dO V^T),  dS = P * (dP - D),
 //     dV = dropout(P)^T dO,  dQ = dS K / sqrt(hs),  dK = dS^T Q / sqrt(hs).
-// dQ sums over keys and dK, dV sum over queries, so one kernel cannot own both results. Two kernels compute S
-// and dP twice, 7 products instead of 5. The alternatives: atomic additions to dQ, which change from run to
-// run; or partial dQ per tile of 128 keys, which at T = 1024 and hs = 64 write and read 2.4 MB a head, 1.6 us
-// of an A100's memory, where the two more products take 0.13 GFLOP, 0.9 us of its tensor cores at half their
-// peak. The dQ kernel goes first and leaves D to the other.
+// dQ is a sum over keys, dK and dV are sums over queries. So one kernel whose blocks own queries computes dQ,
+// and another whose blocks own keys computes dK and dV. Both compute S and dP: 7 products instead of 5. There
+// are two alternatives. Atomic additions to dQ give other bits from run to run. A partial dQ for each tile of
+// 128 keys costs memory traffic: at T = 1024 and hs = 64 it is 2.4 MB a head, 1.6 us of an A100's memory,
+// while two more products are 0.13 GFLOP, 0.9 us of its tensor cores at half their peak. The dQ kernel runs
+// first, and stores D for the other.
 
 constexpr int HEAD_SIZES[] = {32, 48, 64, 80, 96, 128};
 inline bool attention_head_size_ok(int hs) {
@@ -719,7 +759,8 @@ inline bool attention_head_size_ok(int hs) {
     return false;
 }
 
-// f(integral_constant of the head size), which must be one of those above.
+// Calls f(integral_constant of hs), so that kernels can be compiled for each head size. Throws logic_error
+// where hs is not one of HEAD_SIZES.
 template <class F, size_t... I>
 inline void with_head_size(size_t hs, F f, std::index_sequence<I...>) {
     bool known =
@@ -731,27 +772,38 @@ inline void with_head_size(size_t hs, F f) {
     with_head_size(hs, f, std::make_index_sequence<std::size(HEAD_SIZES)>());
 }
 
-// What one block works on: head h of sequence b, blockIdx.x = b NH + h, and a tile of its rows, blockIdx.y.
-// Rows of Q, K, V stand where the QKV product left them, 3C apart.
+// What attention_backward reads and writes. (Its kernels take the pointers one by one: given the struct, nvcc
+// 13 uses 238 registers instead of 168 for the dQ kernel of head size 48.)
+struct AttentionBackward {
+    floatX* dqkv = nullptr;                       // (B,T,3C), written
+    float* scratch = nullptr;                     // attention_backward_scratch() floats, 16-byte aligned
+    const floatX* dout = nullptr;                 // (B,T,C), the gradient of out
+    const floatX *qkv = nullptr, *out = nullptr;  // (B,T,3C) and (B,T,C): what forward read and wrote
+    const float* lse = nullptr;                   // (B,NH,T), which forward wrote
+};
+
+// The head that a block works on: head h of sequence b, where blockIdx.x = b NH + h. (blockIdx.y selects a
+// tile of its rows.) Q, K and V are read in place in the QKV product's output (B,T,3C), so that their rows
+// are 3C elements apart.
 template <int HS>
 struct Head {
-    size_t C, stride, index, qkv,
-        out;  // channels, 3C, the head's number, and where it starts in (B,T,3C) and (B,T,C)
-    __device__ Head(int T, int NH) : C((size_t)NH * HS), stride(3 * C), index(blockIdx.x) {
+    size_t C, qkv_stride, index;    // channels, 3C, and blockIdx.x
+    size_t qkv_offset, out_offset;  // the head's first element in (B,T,3C) and in (B,T,C)
+    __device__ Head(int T, int NH) : C((size_t)NH * HS), qkv_stride(3 * C), index(blockIdx.x) {
         size_t row = (size_t)(blockIdx.x / (unsigned)NH) * T,
                column = blockIdx.x % (unsigned)NH * HS;  // a 64-bit division is slow
-        qkv = row * stride + column, out = row * C + column;
+        qkv_offset = row * qkv_stride + column, out_offset = row * C + column;
     }
 };
 
-constexpr float LOG2E = 1.44269504f;  // softmax in powers of 2
+constexpr float LOG2E = 1.44269504f;  // softmax is computed in powers of 2: e^x = 2^(x log2 e)
 
-// What backward's second kernel needs of a query: lse / ln 2, and D. Rows beyond T have lse = infinity, so
+// What the dK and dV kernel needs of a query: lse times log2 e, and D. Rows past T have lse = infinity, so
 // that P = 0.
 struct alignas(8) RowStats {
-    float lse2, d;
+    float lse_log2, d;
 };
-constexpr size_t STATS_ROWS = 64;  // per head they are padded to a multiple of this
+constexpr size_t STATS_ROWS = 64;  // each head's rows are padded to a multiple of this
 inline __host__ __device__ size_t stats_rows(size_t T) {
     return (T + STATS_ROWS - 1) / STATS_ROWS * STATS_ROWS;
 }
@@ -761,7 +813,7 @@ struct HeadDropout {
     rng::Key key;
     uint32_t threshold;
     float scale;        // 1/(1-p)
-    uint64_t first, T;  // number of this head's first element, elements a query
+    uint64_t first, T;  // number of this head's first element; elements of a query
     bool on;
     __device__ HeadDropout(const Dropout& d, int T_, int NH)
         : key(dropout_key(d)),
@@ -786,94 +838,99 @@ struct HeadDropout {
 #if !defined(PRECISION_FP32)
 
 // --- bf16: products on tensor cores
+//
+// A larger matrix in registers is a grid of mma's fragments (see the picture above mma()): M_FRAGS times 16
+// rows and, in units of C, N_FRAGS times 8 columns.
 
-// Rows of HS bf16 in shared memory, with 16 bytes between rows: eight rows then start in eight different
-// groups of four banks, for every HS that is a multiple of 16, and ldmatrix meets no bank conflict.
+// Rows of HS bf16 in shared memory, each followed by 16 unused bytes. With them eight consecutive rows start
+// in eight different groups of four banks, for every HS that is a multiple of 16, and ldmatrix has no bank
+// conflicts.
 template <int HS>
 struct Tile {
-    static constexpr int LD = HS + 8, CHUNKS = HS / 8;
+    static constexpr int LD = HS + 8, CHUNKS = HS / 8;    // elements from row to row; 16-byte chunks of a row
     static constexpr size_t BYTES = LD * sizeof(floatX);  // of a row
-    floatX* x;
+    floatX* base;
 
-    __device__ Tile from_row(int r) const { return {x + r * LD}; }
-    // Starts copying ROWS rows, `stride` apart; from row `valid` on they become zero.
+    __device__ Tile from_row(int r) const { return {base + r * LD}; }
+    // All THREADS of the block start copying ROWS rows, `stride` apart; from row `valid` on they become zero.
     template <int ROWS, int THREADS>
-    __device__ void load(const floatX* from, int stride, int valid) const {
+    __device__ void copy_async(const floatX* from, int stride, int valid) const {
 #pragma unroll
         for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
             int chunk = i + threadIdx.x, r = chunk / CHUNKS, c = chunk % CHUNKS * 8;
-            if (r < ROWS) cp_async16(x + r * LD + c, from + r * stride + c, r < valid);
+            if (r < ROWS) cp_async16(base + r * LD + c, from + r * stride + c, r < valid);
         }
     }
-    // The 16 x 16 at (row, col) as the left factor of mma.
-    __device__ void left(uint32_t (&a)[4], int row, int col) const {
+    // The 16 x 16 elements at (row, col) as an A fragment.
+    __device__ void load_a(uint32_t (&a_frag)[4], int row, int col) const {
         int lane = threadIdx.x % WARP;
-        ldmatrix<false>(a, x + (row + lane % 16) * LD + col + lane / 16 * 8);
+        ldmatrix<false>(a_frag, base + (row + lane % 16) * LD + col + lane / 16 * 8);
     }
-    // The 16 x 16 at (row, col) as the right factor, b[0..1] its first eight columns and b[2..3] the others;
-    // and its transpose.
-    __device__ void right(uint32_t (&b)[4], int row, int col) const {
+    // The same 16 x 16 elements as two B fragments: b_frags[0..1] is the one of the first eight columns,
+    // b_frags[2..3] that of the others. load_b_transposed gives those of the transpose.
+    __device__ void load_b(uint32_t (&b_frags)[4], int row, int col) const {
         int lane = threadIdx.x % WARP;
-        ldmatrix<true>(b, x + (row + lane % 16) * LD + col + lane / 16 * 8);
+        ldmatrix<true>(b_frags, base + (row + lane % 16) * LD + col + lane / 16 * 8);
     }
-    __device__ void right_transposed(uint32_t (&b)[4], int row, int col) const {
+    __device__ void load_b_transposed(uint32_t (&b_frags)[4], int row, int col) const {
         int lane = threadIdx.x % WARP;
-        ldmatrix<false>(b, x + (row + lane / 16 * 8 + lane % 8) * LD + col + lane / 8 % 2 * 8);
+        ldmatrix<false>(b_frags, base + (row + lane / 16 * 8 + lane % 8) * LD + col + lane / 8 % 2 * 8);
     }
 };
 
-// A warp's accumulators: MT x NT blocks of 16 x 8. Element i of a lane stands in a block at (element_row(i),
-// element_col(i)).
-template <int MT, int NT>
-using Accumulators = float[MT][NT][4];
+// A warp's accumulators: a grid of C fragments. Value i of a lane's fragment is its element
+// (element_row(i), element_col(i)).
+template <int M_FRAGS, int N_FRAGS>
+using Accumulators = float[M_FRAGS][N_FRAGS][4];
 __device__ inline int element_row(int i) { return threadIdx.x % WARP / 4 + i / 2 * 8; }
 __device__ inline int element_col(int i) { return threadIdx.x % 4 * 2 + i % 2; }
 
-// f(element, m, n, i) for all of a lane's accumulators.
-template <int MT, int NT, class F>
-__device__ inline void for_elements(Accumulators<MT, NT>& acc, F f) {
+// Calls f(value, m, n, i) for all of a lane's accumulators.
+template <int M_FRAGS, int N_FRAGS, class F>
+__device__ inline void for_elements(Accumulators<M_FRAGS, N_FRAGS>& acc, F f) {
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
-        for (int m = 0; m < MT; m++)
+        for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) f(acc[m][n][i], m, n, i);
 }
 
-// acc += A B^T over all HS columns: A the first 16 MT rows of `a`, B the first 8 NT of `b`.
-template <int HS, int MT, int NT>
-__device__ inline void multiply_transposed(Accumulators<MT, NT>& acc, Tile<HS> a, Tile<HS> b) {
+// acc += A B^T over all HS columns: A the first 16 M_FRAGS rows of a_tile, B the first 8 N_FRAGS of b_tile.
+template <int HS, int M_FRAGS, int N_FRAGS>
+__device__ inline void multiply_transposed(Accumulators<M_FRAGS, N_FRAGS>& acc, Tile<HS> a_tile,
+                                           Tile<HS> b_tile) {
 #pragma unroll
     for (int k = 0; k < HS; k += 16) {
-        uint32_t left[MT][4];
-        for (int m = 0; m < MT; m++) a.left(left[m], 16 * m, k);
+        uint32_t a_frag[M_FRAGS][4];
+        for (int m = 0; m < M_FRAGS; m++) a_tile.load_a(a_frag[m], 16 * m, k);
 #pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-            uint32_t right[4];
-            b.right_transposed(right, 8 * n, k);
+        for (int n = 0; n < N_FRAGS; n += 2) {
+            uint32_t b_frags[4];  // loaded once for all rows
+            b_tile.load_b_transposed(b_frags, 8 * n, k);
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma(acc[m][n], left[m], right[0], right[1]);
-                mma(acc[m][n + 1], left[m], right[2], right[3]);
+            for (int m = 0; m < M_FRAGS; m++) {
+                mma(acc[m][n], a_frag[m], b_frags[0], b_frags[1]);
+                mma(acc[m][n + 1], a_frag[m], b_frags[2], b_frags[3]);
             }
         }
     }
 }
 
-// acc += P B: P (16 MT x 8 NT) rounded to bf16 where it stands in registers, B the first 8 NT rows of `b`.
-template <int HS, int MT, int NT>
-__device__ inline void multiply(Accumulators<MT, HS / 8>& acc, const uint32_t (&p)[MT][NT / 2][4],
-                                Tile<HS> b) {
+// acc += P B: P (16 M_FRAGS x 8 N_FRAGS) as A fragments, B the first 8 N_FRAGS rows of b_tile.
+template <int HS, int M_FRAGS, int N_FRAGS>
+__device__ inline void multiply(Accumulators<M_FRAGS, HS / 8>& acc,
+                                const uint32_t (&p_frag)[M_FRAGS][N_FRAGS / 2][4], Tile<HS> b_tile) {
 #pragma unroll
-    for (int k = 0; k < NT / 2; k++)
+    for (int k = 0; k < N_FRAGS / 2; k++)
 #pragma unroll
         for (int n = 0; n < HS / 8; n += 2) {
-            uint32_t right[4];
-            b.right(right, 16 * k, 8 * n);
+            uint32_t b_frags[4];
+            b_tile.load_b(b_frags, 16 * k, 8 * n);
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma(acc[m][n], p[m][k], right[0], right[1]);
-                mma(acc[m][n + 1], p[m][k], right[2], right[3]);
+            for (int m = 0; m < M_FRAGS; m++) {
+                mma(acc[m][n], p_frag[m][k], b_frags[0], b_frags[1]);
+                mma(acc[m][n + 1], p_frag[m][k], b_frags[2], b_frags[3]);
             }
         }
 }
@@ -884,42 +941,50 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
     memcpy(&bits, &pair, 4);
     return bits;
 }
-// Accumulators as left factors of the next product: an accumulator's two columns are one register of mma's a.
-template <int MT, int NT>
-__device__ inline void round_to_left(uint32_t (&p)[MT][NT / 2][4], const Accumulators<MT, NT>& acc) {
+// C fragments, rounded to bf16, become the A fragments of the next product. No value changes its lane:
+//
+//     two C fragments, 16 x 8 each         the A fragment, 16 x 16
+//     n even        n odd
+//     c[0] c[1]     c[0] c[1]    row g     a[0] = n even's c[0..1]   a[2] = n odd's c[0..1]
+//     c[2] c[3]     c[2] c[3]    row g+8   a[1] = n even's c[2..3]   a[3] = n odd's c[2..3]
+template <int M_FRAGS, int N_FRAGS>
+__device__ inline void accumulators_to_a(uint32_t (&a_frag)[M_FRAGS][N_FRAGS / 2][4],
+                                         const Accumulators<M_FRAGS, N_FRAGS>& acc) {
 #pragma unroll
-    for (int m = 0; m < MT; m++)
+    for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
-        for (int n = 0; n < NT; n++)
+        for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
             for (int i = 0; i < 4; i += 2)
-                p[m][n / 2][n % 2 * 2 + i / 2] = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
+                a_frag[m][n / 2][n % 2 * 2 + i / 2] = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
 }
 
-// Writes a warp's rows, `stride` apart and only the first `valid`, 16 bytes at a time; `stage` is shared
-// memory for 16 MT rows that no other warp reads.
-template <int HS, int MT>
-__device__ inline void store_rows(floatX* to, int stride, int valid, const Accumulators<MT, HS / 8>& acc,
+// Writes a warp's rows, `stride` apart, of which only the first `valid` exist. They pass through `stage`,
+// shared memory for 16 M_FRAGS rows that no other warp reads, because a lane's values are scattered and
+// global memory is written best in runs of 16 bytes.
+template <int HS, int M_FRAGS>
+__device__ inline void store_rows(floatX* to, int stride, int valid, const Accumulators<M_FRAGS, HS / 8>& acc,
                                   Tile<HS> stage) {
-    __syncwarp();
+    __syncwarp();  // until all lanes have read what was there
 #pragma unroll
-    for (int m = 0; m < MT; m++)
+    for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int n = 0; n < HS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 uint32_t pair = pack_bf16(acc[m][n][i], acc[m][n][i + 1]);
-                *(uint32_t*)(stage.from_row(16 * m + element_row(i)).x + 8 * n + element_col(i)) = pair;
+                *(uint32_t*)(stage.from_row(16 * m + element_row(i)).base + 8 * n + element_col(i)) = pair;
             }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16 * MT * Tile<HS>::CHUNKS; i += WARP) {
+    for (int i = 0; i < 16 * M_FRAGS * Tile<HS>::CHUNKS; i += WARP) {
         int chunk = i + threadIdx.x % WARP, r = chunk / Tile<HS>::CHUNKS, c = chunk % Tile<HS>::CHUNKS * 8;
-        if (r < valid) store(to + r * stride + c, load(stage.from_row(r).x + c));
+        if (r < valid) store(to + r * stride + c, load(stage.from_row(r).base + c));
     }
 }
 
-// Sum and maximum over the four lanes that share a row of accumulators.
+// Sum and maximum over the four lanes that hold a row of accumulators: lanes 4g to 4g+3 differ in the two
+// low bits of their number.
 __device__ inline float row_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
@@ -929,69 +994,114 @@ __device__ inline float row_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// The functions below know a warp's score tile by its first query and key; its rows are queries, or, with
-// KEY_ROWS, keys.
+// The functions below work on a warp's tile of scores, whose first query and key they are given. Its rows are
+// queries and its columns keys, or with KEY_ROWS the other way round.
 
-// A query sees no later key.
-template <bool KEY_ROWS, int MT, int NT>
-__device__ inline void hide_later_keys(Accumulators<MT, NT>& s, int query, int key) {
-    for_elements<MT, NT>(s, [=](float& x, int m, int n, int i) {
+// The causal mask: scores of keys later than the query become -infinity.
+template <bool KEY_ROWS, int M_FRAGS, int N_FRAGS>
+__device__ inline void hide_later_keys(Accumulators<M_FRAGS, N_FRAGS>& s, int query, int key) {
+    for_elements<M_FRAGS, N_FRAGS>(s, [=](float& x, int m, int n, int i) {
         int row = 16 * m + element_row(i), col = 8 * n + element_col(i);
         if (KEY_ROWS ? key + row > query + col : key + col > query + row) x = -INFINITY;
     });
 }
 
-// Dropout's draws for a tile: bit 4 (m NT + n) + i stands for element i of block (m, n). Where a draw gives
-// four keys of one query, the lanes that hold those share it: each lane draws for one query and four keys,
-// and asks the others. (By whole warps.)
-template <int MT, int NT>
-using KeepBits = uint32_t[(MT * NT + 7) / 8];
-template <bool KEY_ROWS, int MT, int NT>
-__device__ inline void draw(KeepBits<MT, NT>& kept, const HeadDropout& drop, int query, int key) {
+// Which elements dropout keeps, a bit each: bit 4 (m N_FRAGS + n) + i is for value i of fragment (m, n). All
+// lanes of a warp call it together. One Philox block decides four elements. Where T is a multiple of 4 these
+// are four keys of one query, and no lane holds them all. So each lane computes one block for a group of
+// lanes, which exchange the bits by shuffles. With g = lane / 4 and t = lane % 4 the groups are:
+//
+//     Rows are queries: lanes t = 0 and 1 hold keys 0..3 of queries g and g+8 (t = 2 and 3: keys 4..7). The
+//     even lane computes the block of query g, the odd lane that of query g+8.
+//     KEY_ROWS: four lanes with the same t and g / 4 hold four consecutive keys, and those 8 further on, of
+//     queries 2t and 2t+1. Each computes one of these four blocks, lane g % 4 = i that of every lane's value
+//     i.
+template <int M_FRAGS, int N_FRAGS>
+using KeepBits = uint32_t[(M_FRAGS * N_FRAGS + 7) / 8];
+template <bool KEY_ROWS, int M_FRAGS, int N_FRAGS>
+__device__ inline void draw_dropout(KeepBits<M_FRAGS, N_FRAGS>& keep_bits, const HeadDropout& drop, int query,
+                                    int key) {
     int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int first = 0; first < MT * NT; first += 8) {
+    for (int first = 0; first < M_FRAGS * N_FRAGS; first += 8) {  // eight fragments fill a word
         uint32_t word = 0;
 #pragma unroll 2
-        for (int block = first; block < MT * NT && block < first + 8; block++) {
-            int row = block / NT * 16, col = block % NT * 8;
+        for (int frag = first; frag < M_FRAGS * N_FRAGS && frag < first + 8; frag++) {
+            int row = frag / N_FRAGS * 16, col = frag % N_FRAGS * 8;
             int q = query + (KEY_ROWS ? col : row), k = key + (KEY_ROWS ? row : col);
-            uint32_t bits = 0;
-            if (drop.T % 4) {
+            uint32_t bits = 0;  // of this fragment's four values
+            if (drop.T % 4) {   // a block may contain elements of two queries
                 for (int i = 0; i < 4; i++) {
                     int r = element_row(i), c = element_col(i);
                     bits |= drop.keep(q + (KEY_ROWS ? c : r), k + (KEY_ROWS ? r : c)) << i;
                 }
-            } else if (KEY_ROWS) {  // lanes that differ in g % 4 hold four keys of two queries, and four keys
-                                    // eight further on
+            } else if (KEY_ROWS) {
+                // Value i's block is in bits 4i to 4i+3 of `all`.
                 uint32_t all = drop.keep4(drop.element(q + 2 * t + g % 2, k + g / 4 * 4 + g % 4 / 2 * 8) / 4)
                                << g % 4 * 4;
                 all |= __shfl_xor_sync(~0u, all, 4);
                 all |= __shfl_xor_sync(~0u, all, 8);
                 for (int i = 0; i < 4; i++) bits |= (all >> (4 * i + g % 4) & 1) << i;
-            } else {  // lanes that differ in t % 2 hold four keys of two queries
+            } else {
+                // Of each block the even lane needs the first two keys, the odd lane the others.
                 uint32_t mine = drop.keep4(drop.element(q + g + t % 2 * 8, k + t / 2 * 4) / 4),
                          other = __shfl_xor_sync(~0u, mine, 1);
                 bits = t % 2 ? other >> 2 | (mine >> 2) << 2 : (mine & 3) | (other & 3) << 2;
             }
-            word |= bits << block % 8 * 4;
+            word |= bits << frag % 8 * 4;
         }
-        kept[first / 8] = word;
+        keep_bits[first / 8] = word;
     }
 }
-template <int MT, int NT>
-__device__ inline void zero_dropped(Accumulators<MT, NT>& x, const KeepBits<MT, NT>& kept) {
-    for_elements<MT, NT>(x, [&](float& e, int m, int n, int i) {
-        int bit = 4 * (m * NT + n) + i;
-        if (!(kept[bit / 32] >> bit % 32 & 1)) e = 0;
+template <int M_FRAGS, int N_FRAGS>
+__device__ inline void zero_dropped(Accumulators<M_FRAGS, N_FRAGS>& x,
+                                    const KeepBits<M_FRAGS, N_FRAGS>& keep_bits) {
+    for_elements<M_FRAGS, N_FRAGS>(x, [&](float& e, int m, int n, int i) {
+        int bit = 4 * (m * N_FRAGS + n) + i;
+        if (!(keep_bits[bit / 32] >> bit % 32 & 1)) e = 0;
     });
 }
 
-// Forward: a block takes 128 queries, each of four warps 32 of them. Tiles of 64 keys and of 64 values take
-// turns in two places, one being copied while the other is multiplied.
+// Online softmax (Milakov and Gimelshein 2018) of a tile of scores. When a row's running maximum grows from a
+// to b, its running sum and its row of O, which were computed with e^(S - a), are multiplied by e^(a - b).
+// Then the scores become e^(S - b), and are added to the sum. A lane holds a quarter of two rows of each
+// fragment: r = 0 is row g, r = 1 row g+8. All four lanes of a row need the same maximum now, hence the
+// shuffles in row_max. Each lane keeps a sum of its quarter; they are added only once, after the last tile.
+template <int M_FRAGS, int N_FRAGS, int O_FRAGS>
+__device__ inline void online_softmax(Accumulators<M_FRAGS, N_FRAGS>& s, Accumulators<M_FRAGS, O_FRAGS>& o,
+                                      float (&running_max)[M_FRAGS][2], float (&running_sum)[M_FRAGS][2],
+                                      float scale_log2) {
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float max = running_max[m][r];
+            for (int n = 0; n < N_FRAGS; n++) max = fmaxf(max, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
+            max = row_max(max);  // finite: the first tile has a key for every query
+            float rescale = exp2_approx((running_max[m][r] - max) * scale_log2);
+            running_max[m][r] = max, running_sum[m][r] *= rescale;
+            for (int n = 0; n < O_FRAGS; n++) o[m][n][2 * r] *= rescale, o[m][n][2 * r + 1] *= rescale;
+            for (int n = 0; n < N_FRAGS; n++)
+                for (int i = 2 * r; i < 2 * r + 2; i++) {
+                    s[m][n][i] = exp2_approx(s[m][n][i] * scale_log2 - max * scale_log2);
+                    running_sum[m][r] += s[m][n][i];
+                }
+        }
+}
+
+// A block of the forward kernel owns a tile of 128 queries, and visits the keys tile by tile:
+//
+//                  k_tile and v_tile
+//                  keys 0..63   64..127   ...
+//     q_tile      +------------+---------+--
+//     rows 0..31  | warp 0     | warp 0  |      A box is a tile of S in the registers of that warp,
+//          32..63 | warp 1     | warp 1  |      2 x KEYS/8 C fragments. The warp also holds its 32 rows
+//          64..95 | warp 2     | warp 2  |      of O, 2 x HS/8 C fragments. All warps read the same
+//         96..127 | warp 3     | warp 3  |      k_tile and v_tile, and each its 32 rows of q_tile.
+//                 +------------+---------+--
 template <int HS>
 struct ForwardShape {
-    static constexpr int MT = 2, WARPS = 4, THREADS = WARPS * WARP, QUERIES = 16 * MT * WARPS,
+    static constexpr int M_FRAGS = 2, WARPS = 4, THREADS = WARPS * WARP, QUERIES = 16 * M_FRAGS * WARPS,
                          KEYS = HS <= 64 ? 64 : 32;
     static constexpr size_t SMEM = (QUERIES + 2 * KEYS) * Tile<HS>::BYTES;
 };
@@ -1000,86 +1110,105 @@ template <int HS>
 __global__ void __launch_bounds__(ForwardShape<HS>::THREADS)
     attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, Dropout dropout) {
     using Shape = ForwardShape<HS>;
-    constexpr int MT = Shape::MT, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, NT = KEYS / 8;
+    constexpr int M_FRAGS = Shape::M_FRAGS, QUERIES = Shape::QUERIES, KEYS = Shape::KEYS, N_FRAGS = KEYS / 8,
+                  THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
-    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
-    size_t stride = head.stride;
+    const floatX *q = qkv + head.qkv_offset, *k = q + head.C, *v = k + head.C;
+    size_t stride = head.qkv_stride;
     Tile<HS> q_tile{(floatX*)dynamic_smem}, k_tile = q_tile.from_row(QUERIES), v_tile = k_tile.from_row(KEYS);
 
-    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;  // the longest rows first
-    int warp_row = threadIdx.x / WARP * 16 * MT, warp_q = q0 + warp_row;
-    int end = min(q0 + QUERIES, T);
-    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
-    Accumulators<MT, HS / 8> o = {};
-    float max[MT][2], sum[MT][2];  // of a lane's rows; its own part of the sum
-    for (int m = 0; m < MT; m++)
-        for (int r = 0; r < 2; r++) max[m][r] = -INFINITY, sum[m][r] = 0;
+    // Blocks start in the order of their numbers. The last queries see the most keys, so they come first:
+    // otherwise the longest blocks would run alone at the end.
+    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
+    int warp_row = threadIdx.x / WARP * 16 * M_FRAGS;  // the warp's first row of q_tile
+    int warp_query = q0 + warp_row;
+    int end = min(q0 + QUERIES, T);  // the block's queries see no key from here on
+    float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
+    Accumulators<M_FRAGS, HS / 8> o = {};
+    float running_max[M_FRAGS][2], running_sum[M_FRAGS][2];
+    for (int m = 0; m < M_FRAGS; m++)
+        for (int r = 0; r < 2; r++) running_max[m][r] = -INFINITY, running_sum[m][r] = 0;
 
-    q_tile.template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
-    k_tile.template load<KEYS, Shape::THREADS>(k, stride, T);
+    // Copies overlap with products: V is copied while S is computed, the next K while P V is computed.
+    q_tile.template copy_async<QUERIES, THREADS>(q + q0 * stride, stride, T - q0);
+    k_tile.template copy_async<KEYS, THREADS>(k, stride, T);
     cp_async_commit();
     for (int k0 = 0; k0 < end; k0 += KEYS) {
-        bool active = k0 < warp_q + 16 * MT;  // some query of the warp sees some of the keys
-        uint32_t p[MT][NT / 2][4];
+        // A warp whose queries all come before these keys only copies, and waits at the barriers.
+        bool active = k0 < warp_query + 16 * M_FRAGS;
+        uint32_t p_frag[M_FRAGS][N_FRAGS / 2][4];
         cp_async_wait<0>();
-        __syncthreads();
-        v_tile.template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+        __syncthreads();  // all threads' parts of K have arrived, and no warp reads the previous V any more
+        v_tile.template copy_async<KEYS, THREADS>(v + k0 * stride, stride, T - k0);
         cp_async_commit();
         if (active) {
-            KeepBits<MT, NT> kept;
-            if (drop.on) draw<false, MT, NT>(kept, drop, warp_q, k0);
-            Accumulators<MT, NT> s = {};
+            KeepBits<M_FRAGS, N_FRAGS> keep_bits;
+            if (drop.on) draw_dropout<false, M_FRAGS, N_FRAGS>(keep_bits, drop, warp_query, k0);
+            Accumulators<M_FRAGS, N_FRAGS> s = {};
             multiply_transposed(s, q_tile.from_row(warp_row), k_tile);
-            if (k0 + KEYS > warp_q) hide_later_keys<false, MT, NT>(s, warp_q, k0);
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    float top = max[m][r];
-                    for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[m][n][2 * r], s[m][n][2 * r + 1]));
-                    top = row_max(top);  // finite: the first tile has a key for every query
-                    float shrink = exp2_approx((max[m][r] - top) * scale2);
-                    max[m][r] = top, sum[m][r] *= shrink;
-                    for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= shrink, o[m][n][2 * r + 1] *= shrink;
-                    for (int n = 0; n < NT; n++)
-                        for (int i = 2 * r; i < 2 * r + 2; i++) {
-                            s[m][n][i] = exp2_approx(s[m][n][i] * scale2 - top * scale2);
-                            sum[m][r] += s[m][n][i];
-                        }
-                }
-            if (drop.on) zero_dropped<MT, NT>(s, kept);
-            round_to_left(p, s);
+            if (k0 + KEYS > warp_query) hide_later_keys<false, M_FRAGS, N_FRAGS>(s, warp_query, k0);
+            online_softmax<M_FRAGS, N_FRAGS, HS / 8>(s, o, running_max, running_sum, scale_log2);
+            if (drop.on) zero_dropped<M_FRAGS, N_FRAGS>(s, keep_bits);  // after the sum, which has all of P
+            accumulators_to_a(p_frag, s);
         }
         cp_async_wait<0>();
-        __syncthreads();
+        __syncthreads();  // V has arrived, and no warp reads this K any more
         if (k0 + KEYS < end)
-            k_tile.template load<KEYS, Shape::THREADS>(k + (k0 + KEYS) * stride, stride, T - k0 - KEYS);
+            k_tile.template copy_async<KEYS, THREADS>(k + (k0 + KEYS) * stride, stride, T - k0 - KEYS);
         cp_async_commit();
-        if (active) multiply<HS, MT, NT>(o, p, v_tile);
+        if (active) multiply<HS, M_FRAGS, N_FRAGS>(o, p_frag, v_tile);
     }
 #pragma unroll
-    for (int m = 0; m < MT; m++)
+    for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float total = row_sum(sum[m][r]), factor = drop.scale / total;
-            int query = warp_q + 16 * m + element_row(2 * r);
+            float sum = row_sum(running_sum[m][r]), factor = drop.scale / sum;
+            int query = warp_query + 16 * m + element_row(2 * r);
             if (threadIdx.x % 4 == 0 && query < T)
-                lse[head.index * T + query] = max[m][r] * scale + logf(total);
+                lse[head.index * T + query] = running_max[m][r] * scale + logf(sum);
             for (int n = 0; n < HS / 8; n++) o[m][n][2 * r] *= factor, o[m][n][2 * r + 1] *= factor;
         }
-    store_rows<HS, MT>(out + head.out + warp_q * head.C, head.C, T - warp_q, o, q_tile.from_row(warp_row));
+    store_rows<HS, M_FRAGS>(out + head.out_offset + warp_query * head.C, head.C, T - warp_query, o,
+                            q_tile.from_row(warp_row));
 }
 
-// Backward: a block owns 128 rows of the result, of queries or of keys, and goes through the others 32 at a
-// time, in two places that are filled in turn. A warp owns 32 rows; 16 where two results of 32 x HS and two
-// score tiles do not fit its registers.
+// A block of a backward kernel owns 128 rows of its result. Rows are queries in the first kernel, which
+// visits the keys 32 at a time, and keys in the second one, which visits the queries. The visited tiles are
+// double-buffered: step i computes with stage i % 2 while the tiles of step i + 1 are copied to the other
+// stage, so that a step needs only one barrier. A warp owns 32 rows, or 16 where two results of 32 x HS and
+// two tiles of scores do not fit its registers.
 template <int HS>
 struct BackwardShape {
-    static constexpr int MT = HS <= 64 ? 2 : 1, WARPS = 8 / MT, THREADS = WARPS * WARP, ROWS = 128, STEP = 32;
+    static constexpr int M_FRAGS = HS <= 64 ? 2 : 1, WARPS = 8 / M_FRAGS, THREADS = WARPS * WARP, ROWS = 128,
+                         STEP = 32;
     static constexpr size_t SMEM = (2 * ROWS + 4 * STEP) * Tile<HS>::BYTES + 2 * STEP * sizeof(RowStats);
 };
+
+// D and lse of a warp's rows, of which a lane holds two in each fragment. They are also written to `stats`
+// (of all the head's rows). The four lanes of a row each multiply a quarter of it, 16 bytes at a time.
+template <int HS, int M_FRAGS>
+__device__ inline void compute_row_stats(RowStats (&row_stats)[M_FRAGS][2], RowStats* stats,
+                                         const Head<HS>& head, Tile<HS> dout_rows, const floatX* out,
+                                         const float* lse, int warp_query, int T) {
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = 16 * m + element_row(2 * r), query = warp_query + row;
+            float d = 0;
+            if (query < T)
+                for (int c = threadIdx.x % 4 * VEC; c < HS; c += 4 * VEC) {
+                    Floats x = widen(load(out + head.out_offset + query * head.C + c));
+                    Floats y = widen(load(dout_rows.from_row(row).base + c));
+                    for (int e = 0; e < VEC; e++) d += x[e] * y[e];
+                }
+            row_stats[m][r] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
+            if (threadIdx.x % 4 == 0 && query < (int)stats_rows(T))
+                stats[head.index * stats_rows(T) + query] = row_stats[m][r];
+        }
+}
 
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
 template <int HS>
@@ -1087,148 +1216,153 @@ __global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
     attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out,
                                     const floatX* qkv, const float* lse, int T, int NH, Dropout dropout) {
     using Shape = BackwardShape<HS>;
-    constexpr int MT = Shape::MT, QUERIES = Shape::ROWS, KEYS = Shape::STEP, NT = KEYS / 8;
+    constexpr int M_FRAGS = Shape::M_FRAGS, QUERIES = Shape::ROWS, KEYS = Shape::STEP, N_FRAGS = KEYS / 8,
+                  THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
-    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = head.stride;
-    Tile<HS> q_tile{(floatX*)dynamic_smem}, do_tile = q_tile.from_row(QUERIES),
-                                            ring = do_tile.from_row(QUERIES);
-    auto k_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS); };
-    auto v_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * KEYS + KEYS); };
-    auto fetch = [&](int turn) {
-        int k0 = turn * KEYS;
-        k_tile(turn).template load<KEYS, Shape::THREADS>(k + k0 * stride, stride, T - k0);
-        v_tile(turn).template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
+    const floatX *q = qkv + head.qkv_offset, *k = q + head.C, *v = k + head.C,
+                 *head_dout = dout + head.out_offset;
+    size_t stride = head.qkv_stride;
+    Tile<HS> q_tile{(floatX*)dynamic_smem}, dout_tile = q_tile.from_row(QUERIES),
+                                            stages = dout_tile.from_row(QUERIES);
+    auto k_tile = [&](int step) { return stages.from_row(step % 2 * 2 * KEYS); };
+    auto v_tile = [&](int step) { return stages.from_row(step % 2 * 2 * KEYS + KEYS); };
+    auto prefetch = [&](int step) {
+        int k0 = step * KEYS;
+        k_tile(step).template copy_async<KEYS, THREADS>(k + k0 * stride, stride, T - k0);
+        v_tile(step).template copy_async<KEYS, THREADS>(v + k0 * stride, stride, T - k0);
         cp_async_commit();
     };
 
-    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;
-    int warp_row = threadIdx.x / WARP * 16 * MT, warp_q = q0 + warp_row;
-    int turns = (min(q0 + QUERIES, T) + KEYS - 1) / KEYS;
-    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
-    Accumulators<MT, HS / 8> dq = {};
-    RowStats row[MT][2];
+    int q0 = (gridDim.y - 1 - blockIdx.y) * QUERIES;  // the longest rows first, as in forward
+    int warp_row = threadIdx.x / WARP * 16 * M_FRAGS, warp_query = q0 + warp_row;
+    int steps = (min(q0 + QUERIES, T) + KEYS - 1) / KEYS;
+    float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
+    Accumulators<M_FRAGS, HS / 8> dq = {};
+    RowStats row_stats[M_FRAGS][2];
 
-    q_tile.template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
-    do_tile.template load<QUERIES, Shape::THREADS>(d_o + q0 * head.C, head.C, T - q0);
-    fetch(0);
-    for (int turn = 0; turn < turns; turn++) {
-        int k0 = turn * KEYS;
+    q_tile.template copy_async<QUERIES, THREADS>(q + q0 * stride, stride, T - q0);
+    dout_tile.template copy_async<QUERIES, THREADS>(head_dout + q0 * head.C, head.C, T - q0);
+    prefetch(0);
+    for (int step = 0; step < steps; step++) {
+        int k0 = step * KEYS;
         cp_async_wait<0>();
-        __syncthreads();
-        if (turn + 1 < turns) fetch(turn + 1);
-        if (turn == 0)
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int r = 0; r < 2; r++) {  // D: four lanes share a row, 16 bytes at a time
-                    int i = 16 * m + element_row(2 * r), query = warp_q + i;
-                    float d = 0;
-                    if (query < T)
-                        for (int c = threadIdx.x % 4 * VEC; c < HS; c += 4 * VEC) {
-                            Floats x = widen(load(out + head.out + query * head.C + c));
-                            Floats y = widen(load(do_tile.from_row(warp_row + i).x + c));
-                            for (int e = 0; e < VEC; e++) d += x[e] * y[e];
-                        }
-                    row[m][r] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
-                    if (threadIdx.x % 4 == 0 && query < (int)stats_rows(T))
-                        stats[head.index * stats_rows(T) + query] = row[m][r];
-                }
-        if (k0 >= warp_q + 16 * MT) continue;  // all keys come after the warp's queries
-        KeepBits<MT, NT> kept;
-        if (drop.on) draw<false, MT, NT>(kept, drop, warp_q, k0);
-        Accumulators<MT, NT> s = {}, dp = {};
-        multiply_transposed(s, q_tile.from_row(warp_row), k_tile(turn));
-        multiply_transposed(dp, do_tile.from_row(warp_row), v_tile(turn));
-        if (k0 + KEYS > warp_q) hide_later_keys<false, MT, NT>(s, warp_q, k0);
-        if (drop.on) zero_dropped<MT, NT>(dp, kept);
-        for_elements<MT, NT>(s, [&](float& x, int m, int n, int i) {
-            x = exp2_approx(x * scale2 - row[m][i / 2].lse2) * (dp[m][n][i] * drop.scale - row[m][i / 2].d);
+        __syncthreads();  // this step's tiles have arrived, and no warp reads the other stage any more
+        if (step + 1 < steps) prefetch(step + 1);
+        if (step == 0)
+            compute_row_stats<HS, M_FRAGS>(row_stats, stats, head, dout_tile.from_row(warp_row), out, lse,
+                                           warp_query, T);
+        if (k0 >= warp_query + 16 * M_FRAGS) continue;  // all keys come after the warp's queries
+        KeepBits<M_FRAGS, N_FRAGS> keep_bits;
+        if (drop.on) draw_dropout<false, M_FRAGS, N_FRAGS>(keep_bits, drop, warp_query, k0);
+        Accumulators<M_FRAGS, N_FRAGS> s = {}, dp = {};
+        multiply_transposed(s, q_tile.from_row(warp_row), k_tile(step));
+        multiply_transposed(dp, dout_tile.from_row(warp_row), v_tile(step));
+        if (k0 + KEYS > warp_query) hide_later_keys<false, M_FRAGS, N_FRAGS>(s, warp_query, k0);
+        if (drop.on) zero_dropped<M_FRAGS, N_FRAGS>(dp, keep_bits);
+        for_elements<M_FRAGS, N_FRAGS>(s, [&](float& x, int m, int n, int i) {  // S becomes dS
+            RowStats row = row_stats[m][i / 2];
+            x = exp2_approx(x * scale_log2 - row.lse_log2) * (dp[m][n][i] * drop.scale - row.d);
         });
-        uint32_t ds[MT][NT / 2][4];
-        round_to_left(ds, s);
-        multiply<HS, MT, NT>(dq, ds, k_tile(turn));
+        uint32_t ds_frag[M_FRAGS][N_FRAGS / 2][4];
+        accumulators_to_a(ds_frag, s);
+        multiply<HS, M_FRAGS, N_FRAGS>(dq, ds_frag, k_tile(step));
     }
-    for_elements<MT, HS / 8>(dq, [=](float& x, int, int, int) { x *= scale; });
-    store_rows<HS, MT>(dqkv + head.qkv + warp_q * stride, stride, T - warp_q, dq, q_tile.from_row(warp_row));
+    for_elements<M_FRAGS, HS / 8>(dq, [=](float& x, int, int, int) { x *= scale; });
+    store_rows<HS, M_FRAGS>(dqkv + head.qkv_offset + warp_query * stride, stride, T - warp_query, dq,
+                            q_tile.from_row(warp_row));
 }
 
-// dK and dV. Scores are transposed, a key a row, so that P^T and dS^T are left factors where they stand.
+// dK and dV. Scores are computed transposed, a key a row: P^T and dS^T are then accumulators, and become A
+// fragments without moving between lanes.
 template <int HS>
 __global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
     attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv,
                                   int T, int NH, Dropout dropout) {
     using Shape = BackwardShape<HS>;
-    constexpr int MT = Shape::MT, KEYS = Shape::ROWS, QUERIES = Shape::STEP, NT = QUERIES / 8;
+    constexpr int M_FRAGS = Shape::M_FRAGS, KEYS = Shape::ROWS, QUERIES = Shape::STEP, N_FRAGS = QUERIES / 8,
+                  THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
-    const floatX *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = head.stride;
+    const floatX *q = qkv + head.qkv_offset, *k = q + head.C, *v = k + head.C,
+                 *head_dout = dout + head.out_offset;
+    size_t stride = head.qkv_stride;
     stats += head.index * stats_rows(T);
-    Tile<HS> k_tile{(floatX*)dynamic_smem}, v_tile = k_tile.from_row(KEYS), ring = v_tile.from_row(KEYS);
-    auto q_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * QUERIES); };
-    auto do_tile = [&](int turn) { return ring.from_row(turn % 2 * 2 * QUERIES + QUERIES); };
-    auto stats_tile = [&](int turn) { return (RowStats*)ring.from_row(4 * QUERIES).x + turn % 2 * QUERIES; };
-    auto fetch = [&](int turn) {
-        int q0 = turn * QUERIES;
-        q_tile(turn).template load<QUERIES, Shape::THREADS>(q + q0 * stride, stride, T - q0);
-        do_tile(turn).template load<QUERIES, Shape::THREADS>(d_o + q0 * head.C, head.C, T - q0);
-        if (threadIdx.x < QUERIES / 2)
-            cp_async16(stats_tile(turn) + 2 * threadIdx.x, stats + q0 + 2 * threadIdx.x, true);
+    Tile<HS> k_tile{(floatX*)dynamic_smem}, v_tile = k_tile.from_row(KEYS), stages = v_tile.from_row(KEYS);
+    auto q_tile = [&](int step) { return stages.from_row(step % 2 * 2 * QUERIES); };
+    auto dout_tile = [&](int step) { return stages.from_row(step % 2 * 2 * QUERIES + QUERIES); };
+    auto stats_tile = [&](int step) {
+        return (RowStats*)stages.from_row(4 * QUERIES).base + step % 2 * QUERIES;
+    };
+    auto prefetch = [&](int step) {
+        int q0 = step * QUERIES;
+        q_tile(step).template copy_async<QUERIES, THREADS>(q + q0 * stride, stride, T - q0);
+        dout_tile(step).template copy_async<QUERIES, THREADS>(head_dout + q0 * head.C, head.C, T - q0);
+        if (threadIdx.x < QUERIES / 2)  // two rows' statistics are 16 bytes
+            cp_async16(stats_tile(step) + 2 * threadIdx.x, stats + q0 + 2 * threadIdx.x, true);
         cp_async_commit();
     };
 
-    int k0 = blockIdx.y * KEYS;  // the keys that most queries see first
-    int warp_row = threadIdx.x / WARP * 16 * MT, warp_k = k0 + warp_row;
-    int turns = (T + QUERIES - 1) / QUERIES;
-    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
-    Accumulators<MT, HS / 8> dk = {}, dv = {};
+    int k0 = blockIdx.y * KEYS;  // the first keys are seen by the most queries, and begin first
+    int warp_row = threadIdx.x / WARP * 16 * M_FRAGS, warp_key = k0 + warp_row;
+    int steps = (T + QUERIES - 1) / QUERIES;
+    float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
+    Accumulators<M_FRAGS, HS / 8> dk = {}, dv = {};
 
-    k_tile.template load<KEYS, Shape::THREADS>(k + k0 * stride, stride, T - k0);
-    v_tile.template load<KEYS, Shape::THREADS>(v + k0 * stride, stride, T - k0);
-    fetch(k0 / QUERIES);
-    for (int turn = k0 / QUERIES; turn < turns; turn++) {
-        int q0 = turn * QUERIES;
+    k_tile.template copy_async<KEYS, THREADS>(k + k0 * stride, stride, T - k0);
+    v_tile.template copy_async<KEYS, THREADS>(v + k0 * stride, stride, T - k0);
+    prefetch(k0 / QUERIES);
+    for (int step = k0 / QUERIES; step < steps; step++) {  // earlier queries see none of the block's keys
+        int q0 = step * QUERIES;
         cp_async_wait<0>();
-        __syncthreads();
-        if (turn + 1 < turns) fetch(turn + 1);
-        if (q0 + QUERIES <= warp_k) continue;  // all queries come before the warp's keys
-        KeepBits<MT, NT> kept;
-        if (drop.on) draw<true, MT, NT>(kept, drop, q0, warp_k);
-        Accumulators<MT, NT> s = {}, dp = {};
-        multiply_transposed(s, k_tile.from_row(warp_row), q_tile(turn));
-        multiply_transposed(dp, v_tile.from_row(warp_row), do_tile(turn));
-        if (q0 < warp_k + 16 * MT) hide_later_keys<true, MT, NT>(s, q0, warp_k);
-        if (drop.on) zero_dropped<MT, NT>(dp, kept);
-        const RowStats* column = stats_tile(turn) + element_col(0);
-        for_elements<MT, NT>(s, [&](float& x, int m, int n, int i) {
-            RowStats query = column[8 * n + i % 2];
-            x = exp2_approx(x * scale2 - query.lse2);
+        __syncthreads();  // this step's tiles have arrived, and no warp reads the other stage any more
+        if (step + 1 < steps) prefetch(step + 1);
+        if (q0 + QUERIES <= warp_key) continue;  // all queries come before the warp's keys
+        KeepBits<M_FRAGS, N_FRAGS> keep_bits;
+        if (drop.on) draw_dropout<true, M_FRAGS, N_FRAGS>(keep_bits, drop, q0, warp_key);
+        Accumulators<M_FRAGS, N_FRAGS> s = {}, dp = {};
+        multiply_transposed(s, k_tile.from_row(warp_row), q_tile(step));
+        multiply_transposed(dp, v_tile.from_row(warp_row), dout_tile(step));
+        if (q0 < warp_key + 16 * M_FRAGS) hide_later_keys<true, M_FRAGS, N_FRAGS>(s, q0, warp_key);
+        if (drop.on) zero_dropped<M_FRAGS, N_FRAGS>(dp, keep_bits);
+        const RowStats* column_stats = stats_tile(step) + element_col(0);
+        for_elements<M_FRAGS, N_FRAGS>(s, [&](float& x, int m, int n, int i) {  // S becomes P, dP becomes dS
+            RowStats query = column_stats[8 * n + i % 2];
+            x = exp2_approx(x * scale_log2 - query.lse_log2);
             dp[m][n][i] = x * (dp[m][n][i] * drop.scale - query.d);
         });
-        if (drop.on) zero_dropped<MT, NT>(s, kept);
-        uint32_t left[MT][NT / 2][4];
-        round_to_left(left, s);
-        multiply<HS, MT, NT>(dv, left, do_tile(turn));
-        round_to_left(left, dp);
-        multiply<HS, MT, NT>(dk, left, q_tile(turn));
+        if (drop.on) zero_dropped<M_FRAGS, N_FRAGS>(s, keep_bits);  // dS needed all of P, dV needs dropout(P)
+        uint32_t a_frag[M_FRAGS][N_FRAGS / 2][4];
+        accumulators_to_a(a_frag, s);
+        multiply<HS, M_FRAGS, N_FRAGS>(dv, a_frag, dout_tile(step));
+        accumulators_to_a(a_frag, dp);
+        multiply<HS, M_FRAGS, N_FRAGS>(dk, a_frag, q_tile(step));
     }
-    for_elements<MT, HS / 8>(dk, [=](float& x, int, int, int) { x *= scale; });
-    for_elements<MT, HS / 8>(dv, [&](float& x, int, int, int) { x *= drop.scale; });
-    floatX* to = dqkv + head.qkv + warp_k * stride;
-    store_rows<HS, MT>(to + head.C, stride, T - warp_k, dk, k_tile.from_row(warp_row));
-    store_rows<HS, MT>(to + 2 * head.C, stride, T - warp_k, dv, v_tile.from_row(warp_row));
+    for_elements<M_FRAGS, HS / 8>(dk, [=](float& x, int, int, int) { x *= scale; });
+    for_elements<M_FRAGS, HS / 8>(dv, [&](float& x, int, int, int) { x *= drop.scale; });
+    floatX* to = dqkv + head.qkv_offset + warp_key * stride;
+    store_rows<HS, M_FRAGS>(to + head.C, stride, T - warp_key, dk, k_tile.from_row(warp_row));
+    store_rows<HS, M_FRAGS>(to + 2 * head.C, stride, T - warp_key, dv, v_tile.from_row(warp_row));
 }
 
 #else
 
-// --- fp32: the same mathematics, plain. 256 threads stand 16 x 16 before every product: thread (ty, tx) owns
-// rows ty + 16i and columns tx + 16j. Tiles are square, rows in shared memory one float longer than they need
-// be, against bank conflicts. One block per multiprocessor is asked for: left to itself, ptxas spills
-// registers to fit more blocks than shared memory admits.
+// --- fp32: the same computation without tensor cores. A block's 256 threads form a square of 16 x 16, and
+// so do the elements of a result that they compute at a time: thread (ty, tx) owns rows ty + 16i and columns
+// tx + 16j, R of each in a tile of scores. Sixteen threads of equal ty, which are half a warp, thus hold
+// whole rows:
+//
+//     columns   0 ........ 15   16 ....... 31  ...
+//     row 0     tx = 0 ... 15   tx = 0 ... 15        ty = 0, lanes 0 to 15 of warp 0
+//     row 1     tx = 0 ... 15   tx = 0 ... 15        ty = 1, lanes 16 to 31 of warp 0
+//     ...
+//     row 16    tx = 0 ... 15   tx = 0 ... 15        ty = 0 again
+//
+// Tiles are square, and their rows in shared memory are padded by one float against bank conflicts. The
+// launch bounds request one block per multiprocessor: otherwise ptxas spills registers, to fit more blocks
+// than shared memory admits.
 
 template <int HS>
 struct ForwardShape {
@@ -1243,17 +1377,17 @@ struct BackwardShape : ForwardShape<HS> {
         (size_t)(4 * ForwardShape<HS>::LD + 2 * ForwardShape<HS>::P_LD) * ROWS * sizeof(float);
 };
 
-// acc += A B over k < K, A (row, k) = a[row * a_row + k], B (k, col) = b[k * b_k + col * b_col].
+// acc += A B over k < K. A (row, k) = a[row * a_row + k], B (k, col) = b[k * b_k + col * b_col].
 template <int R, int N>
 __device__ inline void multiply(float (&acc)[R][N], int K, const float* a, int a_row, const float* b, int b_k,
                                 int b_col) {
     a += threadIdx.x / 16 * a_row, b += threadIdx.x % 16 * b_col;
     for (int k = 0; k < K; k++) {
-        float left[R], right[N];
-        for (int i = 0; i < R; i++) left[i] = a[16 * i * a_row + k];
-        for (int j = 0; j < N; j++) right[j] = b[k * b_k + 16 * j * b_col];
+        float a_values[R], b_values[N];
+        for (int i = 0; i < R; i++) a_values[i] = a[16 * i * a_row + k];
+        for (int j = 0; j < N; j++) b_values[j] = b[k * b_k + 16 * j * b_col];
         for (int i = 0; i < R; i++)
-            for (int j = 0; j < N; j++) acc[i][j] += left[i] * right[j];
+            for (int j = 0; j < N; j++) acc[i][j] += a_values[i] * b_values[j];
     }
 }
 
@@ -1276,26 +1410,26 @@ __device__ inline void store_rows(float* to, size_t stride, int valid, const flo
 
 // Sum and maximum over the 16 threads that share their rows.
 __device__ inline float row_sum(float x) {
-    for (int d = 8; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    for (int offset = 8; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
     return x;
 }
 __device__ inline float row_max(float x) {
-    for (int d = 8; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+    for (int offset = 8; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
     return x;
 }
 
-// Bit i R + j: the element of a tile of scores in this thread's row i and column j is kept; rows are queries
-// or, with KEY_ROWS, keys.
+// Which elements dropout keeps of the tile of scores at (query, key): bit i R + j is for this thread's row i
+// and column j. Rows are queries or, with KEY_ROWS, keys.
 template <bool KEY_ROWS, int R>
-__device__ inline uint32_t draw(const HeadDropout& drop, int query, int key) {
+__device__ inline uint32_t draw_dropout(const HeadDropout& drop, int query, int key) {
     if (!drop.on) return ~0u;
-    uint32_t kept = 0;
+    uint32_t keep_bits = 0;
 #pragma unroll 2
     for (int e = 0; e < R * R; e++) {
         int row = threadIdx.x / 16 + e / R * 16, col = threadIdx.x % 16 + e % R * 16;
-        kept |= drop.keep(query + (KEY_ROWS ? col : row), key + (KEY_ROWS ? row : col)) << e;
+        keep_bits |= drop.keep(query + (KEY_ROWS ? col : row), key + (KEY_ROWS ? row : col)) << e;
     }
-    return kept;
+    return keep_bits;
 }
 
 template <int HS>
@@ -1308,49 +1442,49 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
           *p_tile = v_tile + ROWS * LD;
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
-    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C;
-    size_t stride = head.stride;
+    const float *q = qkv + head.qkv_offset, *k = q + head.C, *v = k + head.C;
+    size_t stride = head.qkv_stride;
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16,
-        q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;  // the longest rows first
-    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
-    float o[R][HS / 16] = {}, max[R], sum[R] = {};
-    for (int i = 0; i < R; i++) max[i] = -INFINITY;
+        q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;  // the queries that see the most keys begin first
+    float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
+    float o[R][HS / 16] = {}, running_max[R], running_sum[R] = {};  // the sum: of this thread's columns
+    for (int i = 0; i < R; i++) running_max[i] = -INFINITY;
     load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
     for (int k0 = 0; k0 <= q0; k0 += ROWS) {
-        __syncthreads();
+        __syncthreads();  // until all threads have read the previous tiles
         load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
         load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
         __syncthreads();
-        uint32_t kept = draw<false, R>(drop, q0, k0);
+        uint32_t keep_bits = draw_dropout<false, R>(drop, q0, k0);
         float s[R][R] = {};
         multiply(s, HS, q_tile, LD, k_tile, 1, LD);
-        for (int i = 0; i < R; i++) {
+        for (int i = 0; i < R; i++) {  // online softmax, row by row
             int row = ty + 16 * i;
-            float top = max[i];
+            float max = running_max[i];
             for (int j = 0; j < R; j++) {
                 if (k0 + tx + 16 * j > q0 + row) s[i][j] = -INFINITY;
-                top = fmaxf(top, s[i][j]);
+                max = fmaxf(max, s[i][j]);
             }
-            top = row_max(top);  // finite: the first tile has a key for every query
-            float shrink = exp2_approx((max[i] - top) * scale2);
-            max[i] = top, sum[i] *= shrink;
-            for (int j = 0; j < HS / 16; j++) o[i][j] *= shrink;
+            max = row_max(max);  // finite: the first tile has a key for every query
+            float rescale = exp2_approx((running_max[i] - max) * scale_log2);
+            running_max[i] = max, running_sum[i] *= rescale;
+            for (int j = 0; j < HS / 16; j++) o[i][j] *= rescale;
             for (int j = 0; j < R; j++) {
-                float p = exp2_approx((s[i][j] - top) * scale2);
-                sum[i] += p;
-                p_tile[row * P_LD + tx + 16 * j] = kept >> (i * R + j) & 1 ? p : 0;
+                float p = exp2_approx((s[i][j] - max) * scale_log2);
+                running_sum[i] += p;
+                p_tile[row * P_LD + tx + 16 * j] = keep_bits >> (i * R + j) & 1 ? p : 0;
             }
         }
-        __syncwarp();  // a row of P is written and read by the same half of a warp
+        __syncwarp();  // enough: a row of P is written and read by the same half of a warp
         multiply(o, ROWS, p_tile, P_LD, v_tile, LD, 1);
     }
     for (int i = 0; i < R; i++) {
-        float total = row_sum(sum[i]);
+        float sum = row_sum(running_sum[i]);
         int query = q0 + ty + 16 * i;
-        if (tx == 0 && query < T) lse[head.index * T + query] = max[i] * scale + logf(total);
-        for (int j = 0; j < HS / 16; j++) o[i][j] /= total;
+        if (tx == 0 && query < T) lse[head.index * T + query] = running_max[i] * scale + logf(sum);
+        for (int j = 0; j < HS / 16; j++) o[i][j] /= sum;
     }
-    store_rows<HS>(out + head.out + q0 * head.C, head.C, T - q0, o, drop.scale);
+    store_rows<HS>(out + head.out_offset + q0 * head.C, head.C, T - q0, o, drop.scale);
 }
 
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
@@ -1362,47 +1496,47 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
-          *do_tile = v_tile + ROWS * LD;
-    float* ds_tile = do_tile + ROWS * LD;
+          *dout_tile = v_tile + ROWS * LD, *ds_tile = dout_tile + ROWS * LD;
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
-    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = head.stride;
+    const float *q = qkv + head.qkv_offset, *k = q + head.C, *v = k + head.C,
+                *head_dout = dout + head.out_offset;
+    size_t stride = head.qkv_stride;
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16, q0 = (gridDim.y - 1 - blockIdx.y) * ROWS;
-    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+    float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
     float dq[R][HS / 16] = {};
-    RowStats of_row[R];
+    RowStats row_stats[R];
     for (int i = 0; i < R; i++) {
         int query = q0 + ty + 16 * i;
         float d = 0;
         if (query < T)
             for (int c = tx; c < HS; c += 16)
-                d += out[head.out + query * head.C + c] * d_o[query * head.C + c];
-        of_row[i] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
-        if (tx == 0) stats[head.index * stats_rows(T) + query] = of_row[i];
+                d += out[head.out_offset + query * head.C + c] * head_dout[query * head.C + c];
+        row_stats[i] = {query < T ? lse[head.index * T + query] * LOG2E : INFINITY, row_sum(d)};
+        if (tx == 0) stats[head.index * stats_rows(T) + query] = row_stats[i];
     }
     load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
-    load_rows<HS>(do_tile, d_o + q0 * head.C, head.C, T - q0);
+    load_rows<HS>(dout_tile, head_dout + q0 * head.C, head.C, T - q0);
     for (int k0 = 0; k0 <= q0; k0 += ROWS) {
         __syncthreads();
         load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
         load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
         __syncthreads();
-        uint32_t kept = draw<false, R>(drop, q0, k0);
+        uint32_t keep_bits = draw_dropout<false, R>(drop, q0, k0);
         float s[R][R] = {}, dp[R][R] = {};
         multiply(s, HS, q_tile, LD, k_tile, 1, LD);
-        multiply(dp, HS, do_tile, LD, v_tile, 1, LD);
+        multiply(dp, HS, dout_tile, LD, v_tile, 1, LD);
         for (int i = 0; i < R; i++)
             for (int j = 0; j < R; j++) {
                 int query = q0 + ty + 16 * i, key = k0 + tx + 16 * j;
-                float p = key <= query ? exp2_approx(s[i][j] * scale2 - of_row[i].lse2) : 0;
-                float d = kept >> (i * R + j) & 1 ? dp[i][j] * drop.scale : 0;
-                ds_tile[(ty + 16 * i) * P_LD + tx + 16 * j] = p * (d - of_row[i].d);
+                float p = key <= query ? exp2_approx(s[i][j] * scale_log2 - row_stats[i].lse_log2) : 0;
+                float dropped_dp = keep_bits >> (i * R + j) & 1 ? dp[i][j] * drop.scale : 0;
+                ds_tile[(ty + 16 * i) * P_LD + tx + 16 * j] = p * (dropped_dp - row_stats[i].d);
             }
         __syncwarp();
         multiply(dq, ROWS, ds_tile, P_LD, k_tile, LD, 1);
     }
-    store_rows<HS>(dqkv + head.qkv + q0 * stride, stride, T - q0, dq, scale);
+    store_rows<HS>(dqkv + head.qkv_offset + q0 * stride, stride, T - q0, dq, scale);
 }
 
 // dK and dV: a row of S is a key here.
@@ -1414,41 +1548,41 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
     constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
-          *do_tile = v_tile + ROWS * LD;
-    float *p_tile = do_tile + ROWS * LD, *ds_tile = p_tile + ROWS * P_LD;
+          *dout_tile = v_tile + ROWS * LD, *p_tile = dout_tile + ROWS * LD, *ds_tile = p_tile + ROWS * P_LD;
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
-    const float *q = qkv + head.qkv, *k = q + head.C, *v = k + head.C, *d_o = dout + head.out;
-    size_t stride = head.stride;
+    const float *q = qkv + head.qkv_offset, *k = q + head.C, *v = k + head.C,
+                *head_dout = dout + head.out_offset;
+    size_t stride = head.qkv_stride;
     stats += head.index * stats_rows(T);
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16,
-        k0 = blockIdx.y * ROWS;  // the keys that most queries see first
-    float scale = rsqrtf((float)HS), scale2 = scale * LOG2E;
+        k0 = blockIdx.y * ROWS;  // the keys that the most queries see begin first
+    float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
     float dk[R][HS / 16] = {}, dv[R][HS / 16] = {};
     load_rows<HS>(k_tile, k + k0 * stride, stride, T - k0);
     load_rows<HS>(v_tile, v + k0 * stride, stride, T - k0);
     for (int q0 = k0; q0 < T; q0 += ROWS) {
         __syncthreads();
         load_rows<HS>(q_tile, q + q0 * stride, stride, T - q0);
-        load_rows<HS>(do_tile, d_o + q0 * head.C, head.C, T - q0);
+        load_rows<HS>(dout_tile, head_dout + q0 * head.C, head.C, T - q0);
         __syncthreads();
-        uint32_t kept = draw<true, R>(drop, q0, k0);
+        uint32_t keep_bits = draw_dropout<true, R>(drop, q0, k0);
         float s[R][R] = {}, dp[R][R] = {};
         multiply(s, HS, k_tile, LD, q_tile, 1, LD);
-        multiply(dp, HS, v_tile, LD, do_tile, 1, LD);
+        multiply(dp, HS, v_tile, LD, dout_tile, 1, LD);
         for (int i = 0; i < R; i++)
             for (int j = 0; j < R; j++) {
                 int query = q0 + tx + 16 * j, key = k0 + ty + 16 * i, at = (ty + 16 * i) * P_LD + tx + 16 * j;
-                bool keep = kept >> (i * R + j) & 1;
-                float p = key <= query ? exp2_approx(s[i][j] * scale2 - stats[query].lse2) : 0;
+                bool keep = keep_bits >> (i * R + j) & 1;
+                float p = key <= query ? exp2_approx(s[i][j] * scale_log2 - stats[query].lse_log2) : 0;
                 p_tile[at] = keep ? p : 0;
                 ds_tile[at] = p * ((keep ? dp[i][j] * drop.scale : 0) - stats[query].d);
             }
         __syncwarp();
-        multiply(dv, ROWS, p_tile, P_LD, do_tile, LD, 1);
+        multiply(dv, ROWS, p_tile, P_LD, dout_tile, LD, 1);
         multiply(dk, ROWS, ds_tile, P_LD, q_tile, LD, 1);
     }
-    float* to = dqkv + head.qkv + k0 * stride;
+    float* to = dqkv + head.qkv_offset + k0 * stride;
     store_rows<HS>(to + head.C, stride, T - k0, dk, scale);
     store_rows<HS>(to + 2 * head.C, stride, T - k0, dv, drop.scale);
 }
@@ -1459,8 +1593,8 @@ template <class... P>
 inline void allow_smem(void (*kernel)(P...), size_t bytes) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
-// To be called once per device before the functions below, and not while a graph is captured: lets the
-// kernels of this head size have the shared memory they need.
+// Allows the kernels of this head size the shared memory that they need. To be called once per device before
+// the functions below, and not while a graph is captured.
 inline void attention_init(size_t hs) {
     with_head_size(hs, [](auto n) {
         constexpr int HS = decltype(n)::value;
@@ -1470,44 +1604,44 @@ inline void attention_init(size_t hs) {
     });
 }
 
-// out (B,T,C) and lse (B,NH,T) from qkv (B,T,3C).
+// cpu::Attention::forward. out (B,T,C) and lse (B,NH,T) from qkv (B,T,3C).
 inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t B, size_t T, size_t C,
-                              size_t NH, const Dropout& drop, cudaStream_t stream) {
+                              size_t NH, const Dropout& drop, cudaStream_t s) {
     with_head_size(C / NH, [&](auto n) {
         constexpr int HS = decltype(n)::value;
         using Shape = ForwardShape<HS>;
         dim3 grid(B * NH, ceil_div(T, Shape::QUERIES));
-        launch(attention_forward_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, out, lse, qkv, T, NH,
+        launch(attention_forward_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, s, out, lse, qkv, T, NH,
                drop);
     });
 }
 
-// Floats of scratch that attention_backward needs, 16-byte aligned.
-inline size_t attention_backward_scratch(size_t B, size_t T, size_t, size_t NH) {
-    return B * NH * stats_rows(T) * 2;
+// Floats of scratch that attention_backward needs.
+inline size_t attention_backward_scratch(size_t B, size_t T, size_t NH) {
+    return B * NH * stats_rows(T) * (sizeof(RowStats) / sizeof(float));
 }
 
-// dqkv (B,T,3C) is written from dout (B,T,C) and what forward read and wrote.
-inline void attention_backward(floatX* dqkv, float* scratch, const floatX* dout, const floatX* out,
-                               const floatX* qkv, const float* lse, size_t B, size_t T, size_t C, size_t NH,
-                               const Dropout& drop, cudaStream_t stream) {
+// cpu::Attention::backward. Writes args.dqkv.
+inline void attention_backward(const AttentionBackward& args, size_t B, size_t T, size_t C, size_t NH,
+                               const Dropout& drop, cudaStream_t s) {
     with_head_size(C / NH, [&](auto n) {
         constexpr int HS = decltype(n)::value;
         using Shape = BackwardShape<HS>;
         dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
-        RowStats* stats = (RowStats*)scratch;
-        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats,
-               dout, out, qkv, lse, T, NH, drop);
-        launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, stream, dqkv, stats,
-               dout, qkv, T, NH, drop);
+        RowStats* stats = (RowStats*)args.scratch;
+        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv, stats,
+               args.dout, args.out, args.qkv, args.lse, T, NH, drop);
+        launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv, stats,
+               args.dout, args.qkv, T, NH, drop);
     });
 }
 
 // ---------------------------------------------------------------------------------------------
 // GELU and bias
 
-// simd::gelu_tanh and simd::gelu_erf: GELU and its derivative. The sigmoid form of the one has no
-// cancellation; the normal distribution function of the other is Abramowitz and Stegun 7.1.26, to 3e-7.
+// simd::gelu_tanh and simd::gelu_erf: GELU (Hendrycks and Gimpel 2016) and its derivative. The tanh form is
+// computed as x sigmoid(2u), which has no cancellation. The erf form's normal distribution function is
+// Abramowitz and Stegun 7.1.26, to 3e-7.
 __device__ inline float gelu(float x, float* derivative, int activation) {
     if (activation == GELU_TANH) {
         float u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = __fdividef(1.0f, 1.0f + exponential(-u2));
@@ -1554,7 +1688,7 @@ inline void gelu_backward(floatX* d, const floatX* x, size_t n, int activation, 
     launch(gelu_backward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, d, x, n, activation);
 }
 
-// Rows blockIdx.y, blockIdx.y + gridDim.y, ...; each thread stays in its columns, and keeps their bias.
+// A thread keeps the bias of its columns, and takes rows blockIdx.y, blockIdx.y + gridDim.y, ...
 __global__ void __launch_bounds__(256) bias_gelu_forward_kernel(floatX* pre, floatX* out, const floatX* bias,
                                                                 size_t M, size_t N, int activation) {
     size_t c = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
@@ -1566,7 +1700,7 @@ __global__ void __launch_bounds__(256) bias_gelu_forward_kernel(floatX* pre, flo
         Vec<floatX> rounded = narrow(f);
         store(pre + m * N + c, rounded);
         if (!out) continue;
-        f = widen(rounded);  // what backward will differentiate at
+        f = widen(rounded);  // backward reads the rounded value
         float unused;
         for (int k = 0; k < VEC; k++) f[k] = gelu(f[k], &unused, activation);
         store(out + m * N + c, narrow(f));
@@ -1582,8 +1716,8 @@ inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size
            N, activation);
 }
 
-// Partial column sums: a block owns 32 vectors of columns and every gridDim.y-th group of rows; partials
-// (gridDim.y, N).
+// Partial column sums, partials (gridDim.y, N). A block owns 32 vectors of columns, and of the groups of
+// BIAS_WARPS rows every gridDim.y-th.
 constexpr int BIAS_WARPS = 8;
 __global__ void __launch_bounds__(BIAS_WARPS* WARP)
     bias_backward_kernel(float* partials, const floatX* dY, size_t M, size_t N) {
@@ -1630,7 +1764,7 @@ inline void add_to(float* y, const float* x, size_t n, cudaStream_t s) {
 // ---------------------------------------------------------------------------------------------
 // Softmax cross-entropy
 
-// VEC logits from column v on; -infinity past the vocabulary.
+// VEC logits from column v on. Those past the vocabulary become -infinity, a probability of 0.
 __device__ inline Floats load_logits(const floatX* row, size_t v, size_t V) {
     Floats f = widen(load(row + v));
     if (v + VEC > V)
@@ -1639,8 +1773,9 @@ __device__ inline Floats load_logits(const floatX* row, size_t v, size_t V) {
     return f;
 }
 
-// One block works on one row and reads it twice: for the maximum and the sum of exponentials together
-// (Milakov and Gimelshein 2018), then backwards, from what the caches still hold, for the gradient.
+// One block computes one row and reads it twice: first for the maximum and the sum of exponentials together
+// (online softmax, Milakov and Gimelshein 2018), then from its end back to its start, which finds more of it
+// in the caches, for the gradient.
 __global__ void __launch_bounds__(512)
     cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t V, size_t Vp, bool train,
                          const StepState* state) {
@@ -1653,17 +1788,17 @@ __global__ void __launch_bounds__(512)
             for (size_t v = threadIdx.x * VEC; v < Vp; v += stride) store(row + v, narrow(Floats{}));
         return;
     }
-    float at_target = to_float(row[target]), max = -FLT_MAX, sum = 0;
+    float target_logit = to_float(row[target]), max = -FLT_MAX, sum = 0;
     for (size_t v = threadIdx.x * VEC; v < V; v += stride) {
         Floats f = load_logits(row, v, V);
-        float before = max;
+        float old_max = max;
         for (int k = 0; k < VEC; k++) max = fmaxf(max, f[k]);
-        sum *= exponential(before - max);
+        sum *= exponential(old_max - max);
         for (int k = 0; k < VEC; k++) sum += exponential(f[k] - max);
     }
     float row_max = block_max(max);
     sum = block_sum(sum * exponential(max - row_max));
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) - (at_target - row_max);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) - (target_logit - row_max);
     if (!train) return;
     float scale = state->grad_scale, factor = scale / sum;
     for (size_t r = rounds; r-- > 0;) {
@@ -1676,15 +1811,15 @@ __global__ void __launch_bounds__(512)
     }
 }
 // cpu::cross_entropy. logits (rows, Vp), Vp a multiple of 8: losses = -log p[target], 0 where target < 0.
-// With train the logits become their gradient, (p - onehot) * state->grad_scale, and columns V..Vp become 0;
-// without, state may be null.
+// With `train` the logits become their gradient, (p - onehot) * state->grad_scale, and columns V..Vp become
+// 0; without it state may be null.
 inline void cross_entropy(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp,
                           bool train, const StepState* state, cudaStream_t s) {
     launch(cross_entropy_kernel, dim3((unsigned)rows), threads_for(Vp / VEC, 512), 0, s, losses, logits,
            targets, V, Vp, train, state);
 }
 
-// One block: the sum has one order.
+// A single block, so that the sum is always in the same order.
 __global__ void __launch_bounds__(1024)
     sum_losses_kernel(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets,
                       size_t M, const StepState* state) {
@@ -1696,8 +1831,8 @@ __global__ void __launch_bounds__(1024)
     *loss_sum += state ? sums[0] * state->grad_scale : sums[0];
     if (counted) *counted += (unsigned long long)sums[1];
 }
-// *loss_sum += the sum of losses (M), in training (state not null) times grad_scale; *counted, which may be
-// null, += the number of targets >= 0.
+// *loss_sum += the sum of losses (M), in training (state not null) times grad_scale. *counted += the number
+// of targets >= 0; counted may be null.
 inline void sum_losses(double* loss_sum, unsigned long long* counted, const float* losses, const int* targets,
                        size_t M, const StepState* state, cudaStream_t s) {
     launch(sum_losses_kernel, 1, 1024, 0, s, loss_sum, counted, losses, targets, M, state);
@@ -1706,8 +1841,8 @@ inline void sum_losses(double* loss_sum, unsigned long long* counted, const floa
 // ---------------------------------------------------------------------------------------------
 // AdamW
 
-// Rounds to bf16, up or down at random so that the mean is x: 16 random bits are added below the last place
-// that is kept, and what is below is cut off. bits: the draw of this element.
+// Rounds to bf16, up or down at random so that the mean is x: the low 16 of `bits`, which are random, are
+// added to the 16 bits that bf16 lacks, and the result is truncated.
 __device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
     if (x != x) return __float2bfloat16_rn(x);
     __nv_bfloat16_raw r;
@@ -1715,17 +1850,18 @@ __device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
     return r;
 }
 
-// Parameters, gradients and moments lie in memory layer by layer, but random bits and the order of sums are
-// those of the model file, so that no result depends on the layout. The kernels below count elements as the
-// file does; a table in device memory says where they lie. It has one segment for each tensor of each layer.
+// Parameters, gradients and moments are stored layer by layer in memory and tensor by tensor in the model
+// file. The kernels below number elements in the file's order, which decides random bits and the order of
+// sums, so that no result depends on the layout in memory. A table in device memory maps that order to
+// memory. It has one segment for each tensor of each layer.
 struct Segment {
-    size_t end;       // the element after its last one, counted as in the file
+    size_t end;       // number in the file of the element after its last one
     ptrdiff_t shift;  // element e of the file is element e + shift in memory
     bool decays;      // weight decay applies
 };
 struct ParamMap {
     const Segment* segments = nullptr;
-    size_t n = 0;  // parameters
+    size_t n = 0;  // number of parameters
 };
 inline std::vector<Segment> param_segments(const Config& c) {
     std::vector<Segment> segments;
@@ -1733,15 +1869,15 @@ inline std::vector<Segment> param_segments(const Config& c) {
         segments.push_back({p.file + p.size, (ptrdiff_t)p.memory - (ptrdiff_t)p.file, p.decay});
     return segments;
 }
-// The segment of element e, at `segment` or after it: a thread's elements ascend. Segments begin at multiples
-// of 8 elements, so that a vector never lies in two of them.
+// Advances `segment` to the one that contains element e, and returns it. A thread visits elements in
+// ascending order. Segments begin at multiples of 8 elements, so that no vector spans two of them.
 __device__ inline Segment find_segment(const Segment*& segment, size_t e) {
     while (e >= segment->end) segment++;
     return *segment;
 }
 
-// Writes VEC parameters, elements e and the following ones of the file. bf16: element e takes 16 bits of
-// Philox block e / 8.
+// Writes VEC parameters, from the file's element e on. In bf16 they are rounded stochastically: a Philox
+// block has 16 bits for each of eight elements.
 __device__ inline void store_parameters(floatX* to, size_t e, const Floats& w, const rng::Key& key) {
     if constexpr (BUILD_DTYPE == BF16) {
         rng::Block r = key.block(e / 8);
@@ -1753,7 +1889,7 @@ __device__ inline void store_parameters(floatX* to, size_t e, const Floats& w, c
     }
 }
 
-// Pass 1: the sum of squares of this block's share of the gradients, in doubles as in cpu::GPT2::grad_norm.
+// Pass 1: partial sums of the gradients' squares, one a block, in double as in cpu::GPT2::grad_norm.
 constexpr int ADAMW_THREADS = 256;
 __global__ void __launch_bounds__(ADAMW_THREADS)
     grad_norm_kernel(double* partials, const float* grads, ParamMap map) {
@@ -1769,69 +1905,79 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
     if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
 }
 
-// One step's settings.
+// One step's settings, in cpu::AdamWStep's order; correct1 and correct2 are 1 / (1 - beta^t). In place of its
+// scale there is grad_clip: the gradients' norm is known only on the GPU.
 struct AdamWStep {
-    AdamW a;
-    float c1, c2;  // bias corrections 1 / (1 - beta^t)
-    uint32_t t;
-    uint64_t seed;
+    float beta1, beta2, lr, eps, correct1, correct2;
+    float grad_clip = 0, weight_decay = 0;
+    uint32_t t = 0;     // the step's number
+    uint64_t seed = 0;  // with t the key of the rounding to bf16
 };
 
-// Pass 2. Each block sums pass 1's parts by itself, in the same order.
-__global__ void __launch_bounds__(ADAMW_THREADS)
-    adamw_kernel(StepResult* report, floatX* params, float* master, const float* grads, float* moment1,
-                 float* moment2, const double* partials, int parts, const double* loss, ParamMap map,
-                 AdamWStep step) {
-    double sum[1] = {0};
-    for (int i = threadIdx.x; i < parts; i += blockDim.x) sum[0] += partials[i];
-    group_sum(sum, blockDim.x / WARP);
-    double norm = sqrt(sum[0]);
-    if (blockIdx.x == 0 && threadIdx.x == 0) report->loss = *loss, report->norm = norm;
-    if (!(norm <= DBL_MAX && fabs(*loss) <= DBL_MAX)) return;  // NaN is not <= anything
+// What update() reads and writes. The arrays of all parameters are laid out as `map` says.
+struct AdamWArrays {
+    StepResult* report = nullptr;  // receives *loss and the gradients' norm before clipping
+    floatX* params = nullptr;
+    float* master = nullptr;           // null without master weights, and in fp32
+    float *m = nullptr, *v = nullptr;  // the moments
+    const float* grads = nullptr;      // not changed
+    const double* loss = nullptr;
+    double* scratch = nullptr;  // adamw_scratch() doubles
+    ParamMap map;
+};
 
-    const AdamW& a = step.a;
-    float scale = a.grad_clip > 0 && norm > a.grad_clip ? (float)(a.grad_clip / norm) : 1.0f;
-    rng::Key key(step.seed, step.t, rng::ROUNDING);
-    const Segment* segment = map.segments;
+// Pass 2. Each block sums pass 1's partial sums itself, all in the same order.
+__global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(AdamWArrays arrays, int parts, AdamWStep s) {
+    double sum[1] = {0};
+    for (int i = threadIdx.x; i < parts; i += blockDim.x) sum[0] += arrays.scratch[i];
+    group_sum(sum, blockDim.x / WARP);
+    double norm = sqrt(sum[0]), loss = *arrays.loss;
+    if (blockIdx.x == 0 && threadIdx.x == 0) arrays.report->loss = loss, arrays.report->norm = norm;
+    // StepResult::finite(), where cpu::GPT2::step checks it before update(). Here it is the only check: the
+    // host reads loss and norm after this kernel.
+    if (!isfinite(loss) || !isfinite(norm)) return;
+
+    float scale = s.grad_clip > 0 && norm > s.grad_clip ? (float)(s.grad_clip / norm) : 1.0f;
+    rng::Key key(s.seed, s.t, rng::ROUNDING);
+    const Segment* segment = arrays.map.segments;
     size_t stride = (size_t)gridDim.x * blockDim.x * VEC;
-    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < map.n; e += stride) {
+    for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < arrays.map.n; e += stride) {
         Segment at = find_segment(segment, e);
         size_t i = e + at.shift;
-        float shrink = 1.0f - (at.decays ? a.lr * a.weight_decay : 0.0f);
-        Floats g = load_floats(grads + i), m = load_floats(moment1 + i), v = load_floats(moment2 + i);
-        Floats w = master ? load_floats(master + i) : widen(load_once(params + i));
+        float shrink = 1.0f - (at.decays ? s.lr * s.weight_decay : 0.0f);
+        Floats g = load_floats(arrays.grads + i), m = load_floats(arrays.m + i),
+               v = load_floats(arrays.v + i);
+        Floats w = arrays.master ? load_floats(arrays.master + i) : widen(load_once(arrays.params + i));
         for (int k = 0; k < VEC; k++) {
             float gk = g[k] * scale;
-            m[k] = a.beta1 * m[k] + (1 - a.beta1) * gk;
-            v[k] = a.beta2 * v[k] + (1 - a.beta2) * gk * gk;
-            w[k] = w[k] * shrink - a.lr * (m[k] * step.c1) / (sqrtf(v[k] * step.c2) + a.eps);
+            m[k] = s.beta1 * m[k] + (1 - s.beta1) * gk;
+            v[k] = s.beta2 * v[k] + (1 - s.beta2) * gk * gk;
+            w[k] = w[k] * shrink - s.lr * (m[k] * s.correct1) / (sqrtf(v[k] * s.correct2) + s.eps);
         }
-        store_floats(moment1 + i, m), store_floats(moment2 + i, v);
-        if (master) store_floats(master + i, w);
-        store_parameters(params + i, e, w, key);
+        store_floats(arrays.m + i, m), store_floats(arrays.v + i, v);
+        if (arrays.master) store_floats(arrays.master + i, w);
+        store_parameters(arrays.params + i, e, w, key);
     }
 }
 
 inline int grad_norm_blocks() { return 8 * multiprocessors(); }
-// Doubles of scratch that adamw_step needs.
+// Doubles of scratch that update() needs.
 inline size_t adamw_scratch() { return grad_norm_blocks(); }
 
-// cpu::GPT2::step. One step of AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a
-// model: gradients longer than grad_clip count as that long; weight decay where param_table says so. params,
-// master, grads, moment1 and moment2 are arrays of all parameters, which lie in them as `map` says; master is
-// null without master weights, and in fp32. bf16 parameters are rounded stochastically, keyed by seed and t.
-// The gradients are not changed. *report receives *loss and the gradient's norm before clipping; where either
-// is not finite, nothing else changes.
-inline void adamw_step(StepResult* report, floatX* params, float* master, const float* grads, float* moment1,
-                       float* moment2, double* scratch, const double* loss, const ParamMap& map,
-                       const AdamW& a, uint32_t t, uint64_t seed, cudaStream_t s) {
-    auto correction = [t](float beta) { return (float)(1 / (1 - std::pow((double)beta, t))); };
-    AdamWStep step = {a, correction(a.beta1), correction(a.beta2), t, seed};
-    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(map.n, ADAMW_THREADS * 4));
-    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, scratch, grads, map);
-    size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(map.n, ADAMW_THREADS * VEC));
-    launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, report, params, master, grads, moment1,
-           moment2, scratch, parts, loss, map, step);
+// cpu::GPT2::step. Computes the gradients' norm. Then, where loss and norm are finite, takes one step of
+// AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a model. Gradients whose norm
+// exceeds grad_clip are scaled down to it; weight decay applies where param_table says so. bf16 parameters
+// are rounded stochastically, keyed by seed and t. (cpu::GPT2::update takes the gradients' factor as an
+// argument. Here the host does not know it: to read the norm it would have to wait for the first kernel.)
+inline void update(const AdamWArrays& arrays, const AdamW& a, uint32_t t, uint64_t seed, cudaStream_t s) {
+    auto correct = [t](float beta) { return (float)(1 / (1 - std::pow((double)beta, t))); };
+    AdamWStep step = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2)};
+    step.grad_clip = a.grad_clip, step.weight_decay = a.weight_decay, step.t = t, step.seed = seed;
+    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(arrays.map.n, ADAMW_THREADS * 4));
+    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, arrays.scratch, arrays.grads,
+           arrays.map);
+    size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(arrays.map.n, ADAMW_THREADS * VEC));
+    launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, arrays, parts, step);
 }
 
 __global__ void __launch_bounds__(ADAMW_THREADS)
@@ -1843,7 +1989,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
         store_parameters(params + i, e, load_floats(master + i), key);
     }
 }
-// params = what step number t wrote from the master weights: a resumed run continues bit for bit.
+// Rounds params from the master weights as step number t did, so that a resumed run continues bit for bit.
 inline void round_parameters(floatX* params, const float* master, const ParamMap& map, uint64_t seed,
                              uint32_t t, cudaStream_t s) {
     size_t blocks = std::min<size_t>(8 * multiprocessors(), ceil_div(map.n, ADAMW_THREADS * VEC));
@@ -1854,8 +2000,8 @@ inline void round_parameters(floatX* params, const float* master, const ParamMap
 // ---------------------------------------------------------------------------------------------
 // Matrix products by cuBLASLt
 
-// A stream, an event, memory of the GPU, and pinned memory of the host (which the GPU copies by itself), each
-// released at the end.
+// A stream, an event, device memory, and pinned host memory (which copies between host and device need to be
+// asynchronous), each released by its destructor.
 struct Stream {
     cudaStream_t stream = nullptr;
     Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
@@ -1890,18 +2036,18 @@ struct PinnedMemory {
     void allocate(size_t bytes) { CUDA_CHECK(cudaMallocHost(&p, bytes)); }
 };
 
-// Y (M,N) = X (M,K) W^T + b, W (N,K), and its gradients. All matrices are row-major; cuBLASLt reads memory by
-// columns, and so is asked for the transposed product:
+// Y (M,N) = X (M,K) W^T + b, W (N,K), and its gradients. All matrices are row-major. To cuBLASLt, whose
+// matrices are column-major, each is its transpose; so it computes the transposed products D = A B:
 //     FORWARD          Y^T (N,M)  = W X^T           A = W transposed, B = X
 //     INPUT_GRADIENT   dX^T (K,M) = W^T dY^T        A = W, B = dY
-//     WEIGHT_GRADIENT  dW^T (K,N) = X^T dY [+ dW^T] A = X, B = dY transposed; float
+//     WEIGHT_GRADIENT  dW^T (K,N) = X^T dY [+ dW^T] A = X, B = dY transposed; D is float
 // Products are summed in fp32. The fp32 build computes in true fp32: TF32 would be faster and would not agree
 // with the CPU.
 enum Product { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
 
-// Which algorithm a product took when it was timed, in a file named by the GPU and cuBLASLt's version, so
-// that the next run takes the same ones and repeats bit for bit. A line is "algorithm in hex, space,
-// product"; lines that say nothing useful are passed over, and their products are timed again.
+// The algorithm that was the fastest for each product, in a file named by the GPU and cuBLASLt's version: the
+// next run uses the same algorithms, and so repeats bit for bit. A line is "algorithm in hex, space,
+// product". Damaged lines are ignored, and their products are timed again.
 class AlgorithmCache {
   public:
     AlgorithmCache() {
@@ -1944,7 +2090,7 @@ class AlgorithmCache {
         for (size_t i = 0; i < sizeof algo; i++) hex += strf("%02x", ((const unsigned char*)&algo)[i]);
         hex_[product] = hex, changed_ = true;
     }
-    // A cache that cannot be written costs the next run its time, not this one its life.
+    // Where the file cannot be written this run goes on with a warning, and the next one times again.
     void save() {
         if (!changed_ || path_.empty()) return;
         try {
@@ -1966,14 +2112,14 @@ class AlgorithmCache {
 };
 
 // The products of linear layers on one stream. A plan (descriptors and an algorithm) is made once for each
-// product, shape and epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel does its work after
-// the plain product.
+// product, shape and epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel runs after the
+// plain product instead.
 class Matmul {
   public:
 #ifdef EMULATOR
     static constexpr size_t WORKSPACE = 1 << 20;
 #else
-    static constexpr size_t WORKSPACE = 32 << 20;  // bytes; what cuBLAS asks for on Hopper
+    static constexpr size_t WORKSPACE = 32 << 20;  // bytes; cuBLAS's own default on Hopper
 #endif
     // Floats of scratch for the bias gradients of a model with C channels.
     static size_t scratch(size_t C) {
@@ -1981,7 +2127,7 @@ class Matmul {
             {4 * C, bias_backward_scratch(C), bias_backward_scratch(3 * C), bias_backward_scratch(4 * C)});
     }
 
-    bool timing = false;  // a new plan takes the fastest algorithm, and not cuBLASLt's first guess
+    bool timing = false;  // a new plan uses the fastest algorithm instead of cuBLASLt's first proposal
 
     Matmul(void* workspace, float* bias_scratch, cudaStream_t stream)
         : workspace_(workspace), bias_scratch_(bias_scratch), stream_(stream) {
@@ -2000,30 +2146,30 @@ class Matmul {
 
     // Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null.
     void forward(floatX* Y, const floatX* X, const floatX* W, const floatX* b, size_t M, size_t K, size_t N) {
-        if (b && run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, W, X, Y, false, b, nullptr)) return;
-        run_plain(FORWARD, M, K, N, W, X, Y, false);
+        if (b && run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, {W, X, Y, false, b})) return;
+        run_plain(FORWARD, M, K, N, {W, X, Y, false});
         if (b) bias_gelu_forward(Y, nullptr, b, M, N, GELU_TANH, stream_);
     }
     // pre (M,N) = X (M,K) W^T + b; Y = gelu(pre).
     void forward_gelu(floatX* Y, floatX* pre, const floatX* X, const floatX* W, const floatX* b, size_t M,
                       size_t K, size_t N, int activation) {
         if (activation == GELU_TANH &&
-            run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, W, X, Y, false, b, pre))
+            run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, {W, X, Y, false, b, pre}))
             return;
-        if (run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, W, X, pre, false, b, nullptr))
+        if (run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, {W, X, pre, false, b}))
             return gelu_forward(Y, pre, M * N, activation, stream_);
-        run_plain(FORWARD, M, K, N, W, X, pre, false);
+        run_plain(FORWARD, M, K, N, {W, X, pre, false});
         bias_gelu_forward(pre, Y, b, M, N, activation, stream_);
     }
     // dX (M,K) = dY (M,N) W.
     void input_gradient(floatX* dX, const floatX* dY, const floatX* W, size_t M, size_t K, size_t N) {
-        run_plain(INPUT_GRADIENT, M, K, N, W, dY, dX, false);
+        run_plain(INPUT_GRADIENT, M, K, N, {W, dY, dX, false});
     }
-    // dX (M,K) = (dY W) gelu'(pre): the gradient of what the GELU read.
+    // dX (M,K) = (dY W) gelu'(pre): the gradient of the GELU's input, pre.
     void input_gradient_gelu(floatX* dX, const floatX* dY, const floatX* W, const floatX* pre, size_t M,
                              size_t K, size_t N, int activation) {
         if (activation == GELU_TANH &&
-            run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, W, dY, dX, false, nullptr, pre))
+            run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, {W, dY, dX, false, nullptr, pre}))
             return;
         input_gradient(dX, dY, W, M, K, N);
         gelu_backward(dX, pre, M * K, activation, stream_);
@@ -2031,10 +2177,10 @@ class Matmul {
     // dW (N,K) = dY^T X, or += where accumulate; db (N) += column sums of dY, unless null.
     void weight_gradient(float* dW, float* db, const floatX* dY, const floatX* X, size_t M, size_t K,
                          size_t N, bool accumulate) {
-        if (db && run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N, X, dY, dW, accumulate,
-                      bias_scratch_, nullptr))
+        if (db && run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N,
+                      {X, dY, dW, accumulate, bias_scratch_}))  // which BGRADB overwrites
             return add_to(db, bias_scratch_, N, stream_);
-        run_plain(WEIGHT_GRADIENT, M, K, N, X, dY, dW, accumulate);
+        run_plain(WEIGHT_GRADIENT, M, K, N, {X, dY, dW, accumulate});
         if (db) bias_backward(db, bias_scratch_, dY, M, N, stream_);
     }
     void save_timings() { cache_.save(); }
@@ -2046,31 +2192,29 @@ class Matmul {
         cublasLtMatmulAlgo_t algo{};
         bool possible = false;
     };
-    // What one call multiplies.
+    // What one call reads and writes: D = A B, or D += A B with accumulate.
     struct Operands {
         const floatX *a, *b;
         void* d;
         bool accumulate;
+        const void* bias = nullptr;  // BIAS and GELU_AUX_BIAS read it, BGRADB writes it
+        const void* aux = nullptr;   // GELU_AUX_BIAS writes the GELU's input there, DGELU reads it
     };
     static constexpr int CANDIDATES = 8, TIMED_RUNS = 4;
 
-    void run_plain(Product product, size_t M, size_t K, size_t N, const floatX* a, const floatX* b, void* d,
-                   bool accumulate) {
-        if (!run(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, a, b, d, accumulate, nullptr, nullptr))
+    void run_plain(Product product, size_t M, size_t K, size_t N, const Operands& o) {
+        if (!run(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, o))
             fail("cuBLASLt has no algorithm for %s",
                  name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str());
     }
-    // One product; false, and nothing done, where cuBLASLt has no algorithm with this epilogue.
-    // bias: BIAS and GELU_AUX_BIAS read it, BGRADB writes it. aux: GELU_AUX_BIAS writes what the GELU reads,
-    // DGELU reads it.
-    bool run(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N, const floatX* a,
-             const floatX* b, void* d, bool accumulate, const void* bias, const void* aux) {
+    // Computes one product. Returns false, and computes nothing, where cuBLASLt has no algorithm with this
+    // epilogue.
+    bool run(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N, const Operands& o) {
         auto [at, fresh] = plans_.try_emplace(name(product, epilogue, M, K, N));
         Plan& p = at->second;
         if (fresh) describe(p, product, epilogue, M, K, N);
-        if (bias) set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
-        if (aux) set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
-        Operands o = {a, b, d, accumulate};
+        if (o.bias) set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, o.bias);
+        if (o.aux) set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, o.aux);
         if (fresh) choose(p, at->first, o, (K | N) * sizeof(floatX));
         if (p.possible) CUBLAS_CHECK(multiply(p, p.algo, o));
         return p.possible;
@@ -2109,9 +2253,9 @@ class Matmul {
                               &algo, workspace_, WORKSPACE, stream_);
     }
 
-    // Finds the plan's algorithm: the one in the cache, or the fastest of cuBLASLt's candidates (which writes
-    // o.d many times over), or its first. row_bytes: every operand starts at a multiple of its lowest set
-    // bit.
+    // Finds the plan's algorithm: the one in the cache, or with `timing` the fastest of cuBLASLt's candidates
+    // (which overwrites o.d), or else the first one. All operands are aligned to the largest power of two
+    // that divides row_bytes.
     void choose(Plan& p, const std::string& product, const Operands& o, size_t row_bytes) {
         cublasLtMatmulHeuristicResult_t result[CANDIDATES]{};
         if (cache_.find(product, &p.algo) &&
@@ -2127,7 +2271,7 @@ class Matmul {
             CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value));
         };
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)WORKSPACE);
-        // A sum that several blocks share is kept in fp32 until it is whole.
+        // Where several blocks compute parts of one sum (split K), the parts are added in fp32.
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
         uint32_t alignment = (uint32_t)std::min<size_t>(256, row_bytes & (~row_bytes + 1));
         for (auto a :
@@ -2138,8 +2282,7 @@ class Matmul {
         cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.operation, p.a, p.b, p.d, p.d,
                                                                preference, CANDIDATES, result, &found);
         cublasLtMatmulPreferenceDestroy(preference);
-        // An epilogue that is not supported is answered with an error or with no results, depending on the
-        // version.
+        // For an epilogue without support cuBLASLt returns an error or no results, depending on its version.
         if (status != CUBLAS_STATUS_SUCCESS) found = 0;
         float best = INFINITY;
         for (int i = 0; i < found; i++) {
@@ -2149,8 +2292,7 @@ class Matmul {
         }
         if (p.possible && timing) cache_.put(product, p.algo);
     }
-    // Milliseconds of some runs after one that is not counted; infinite where the algorithm does not run
-    // after all.
+    // Milliseconds of TIMED_RUNS runs after one that is not counted; infinity where the algorithm fails.
     float time(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
         if (multiply(p, algo, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
         Event start, stop;
@@ -2174,7 +2316,7 @@ class Matmul {
 // ---------------------------------------------------------------------------------------------
 // The model
 
-// Between floatX and floats on the host; to bf16 by rounding to nearest.
+// Conversions between floatX and float on the host; to bf16 by rounding to nearest.
 inline void to_floats(float* out, const floatX* in, size_t n) {
     if constexpr (BUILD_DTYPE == FP32) memcpy(out, in, n * sizeof(float));
     else
@@ -2186,8 +2328,8 @@ inline void from_floats(floatX* out, const float* in, size_t n) {
         for (size_t i = 0; i < n; i++) ((uint16_t*)out)[i] = float_to_bf16(in[i]);
 }
 
-// An arena of device memory, or with no base one that only counts: each piece begins at a multiple of 256
-// bytes. In the emulator's builds a gap that nothing may touch follows each piece.
+// An arena of device memory, or without a base one that only counts. Each piece begins at a multiple of 256
+// bytes. In the emulator each piece is followed by a gap, where any access is an error.
 inline size_t next_piece(char* base, size_t end) {
 #ifdef EMULATOR
     size_t next = emu::arena_gap(end);
@@ -2202,8 +2344,7 @@ inline Arena device_arena(char* base = nullptr) { return {base, 0, next_piece}; 
 
 using Block = Activations<floatX, floatX>::Block;
 
-// What is used and used again within a pass: gradients of activations, one layer at a time, the logits of
-// some rows, scratch.
+// Buffers that every layer uses again: gradients of activations, the logits of some rows, scratch.
 struct Workspace {
     floatX *dresid, *dbranch, *dln, *dqkv, *dfch, *branch, *logits;
     float *layernorm, *attention, *bias;
@@ -2211,8 +2352,9 @@ struct Workspace {
 
     void place(Arena& a, const Config& c, size_t B, size_t T, size_t head_rows, bool trains) {
         size_t M = B * T, C = c.C;
-        // A branch's output has met its residual before dln is first written; dfch is spent before dqkv comes
-        // to be.
+        // branch and dln share memory: a branch's output is added to the residual stream at once, and dln is
+        // in use only from head_loss to the end of backward (recomputation writes branch after dln was read).
+        // dqkv and dfch share too: dfch is last read before dqkv is written.
         branch = dln = a.take<floatX>(M, C);
         logits = a.take<floatX>(head_rows, c.Vp);
         products = a.take<char>(Matmul::WORKSPACE);
@@ -2220,7 +2362,7 @@ struct Workspace {
         dresid = a.take<floatX>(M, C), dbranch = a.take<floatX>(M, C);
         dqkv = dfch = a.take<floatX>(M, 4 * C);
         layernorm = a.take<float>(layernorm_backward_scratch(C));
-        attention = a.take<float>(attention_backward_scratch(B, T, C, c.NH));
+        attention = a.take<float>(attention_backward_scratch(B, T, c.NH));
         bias = a.take<float>(Matmul::scratch(C));
     }
 };
@@ -2234,7 +2376,7 @@ struct Norm {
     bool final;
 };
 
-// What the host gives to one micro-step, in one piece so that one copy brings it over.
+// The inputs of one micro-step, contiguous so that a single copy brings them to the GPU.
 struct Batch {
     StepState* state;
     int *tokens, *targets;
@@ -2243,7 +2385,7 @@ struct Batch {
     static constexpr size_t STATE_INTS = 16;  // room for the state, and for the alignment of what follows
     static size_t bytes(size_t M) { return (STATE_INTS + 2 * M + EmbeddingBuckets::ints(M)) * sizeof(int); }
     Batch(char* memory, size_t M) {
-        static_assert(sizeof(StepState) <= STATE_INTS * sizeof(int), "the state's room");
+        static_assert(sizeof(StepState) <= STATE_INTS * sizeof(int), "STATE_INTS");
         int* ints = (int*)memory + STATE_INTS;
         state = (StepState*)memory, tokens = ints, targets = ints + M,
         buckets = EmbeddingBuckets::at(ints + 2 * M, M);
@@ -2253,12 +2395,12 @@ struct Batch {
 
 // What a pass and a step report.
 struct Report {
-    double loss;  // sum over targets; in training that of the step so far, times grad_scale
-    unsigned long long counted;
+    double loss;                 // sum over targets; in training that of the step so far, times grad_scale
+    unsigned long long counted;  // targets >= 0
     StepResult step;
 };
 
-// Throws one line where this machine has no GPU that this program can use.
+// Throws Error, with one line for people, where this machine has no GPU that this program can use.
 inline void require_gpu() {
     const char* other = "./train_gpt2 trains on the CPU";
     int count = 0;
@@ -2268,7 +2410,8 @@ inline void require_gpu() {
         cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
         if (!driver) fail("no NVIDIA driver on this machine; %s", other);
         fail(
-            "the NVIDIA driver takes CUDA up to %d.%d, this program was built with %d.%d: update the driver; "
+            "the NVIDIA driver supports CUDA up to %d.%d, this program was built with %d.%d: update the "
+            "driver; "
             "%s",
             driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, other);
     }
@@ -2290,21 +2433,15 @@ struct GPT2 {
     const int recompute;
     float dropout = 0;
     uint64_t seed = 1337;
-    bool use_graphs = true;  // false launches every kernel by itself
+    bool use_graphs = true;  // false launches each kernel separately
     Params<floatX> params;
     Params<float> grads;  // empty in a model that does not train
     Stream stream;
 
     static constexpr const char* PROGRAM = "train_gpt2cu";
     static constexpr Dtype DEFAULT_DTYPE = BUILD_DTYPE;
-    static constexpr size_t PIECE = 4 << 20;  // floats that come and go at once through pinned memory
-    static inline size_t head_logits = (size_t)1 << 27;  // logits held at once: 256 MiB in bf16
-
-    // The head's rows are cut into parts of equal length.
-    static size_t head_rows(const Config& c, size_t M) {
-        size_t most = std::max<size_t>(head_logits / c.Vp, 1), parts = std::max<size_t>(ceil_div(M, most), 1);
-        return std::min(M, round_up(ceil_div(M, parts), 8));
-    }
+    static constexpr size_t PIECE = 4 << 20;  // floats that are copied at once through pinned memory
+    static inline size_t head_logits = (size_t)1 << 27;  // most logits held at once: 256 MiB in bf16
 
     static void require_device() { require_gpu(); }
     static void set_threads(int) {}
@@ -2314,7 +2451,7 @@ struct GPT2 {
         return strf("%s, %s, %s", d.name, human_bytes((double)d.totalGlobalMem).c_str(),
                     BUILD_DTYPE == BF16 ? "bf16" : "fp32");
     }
-    // By NVIDIA's data sheets, dense; of another GPU what its processors can do at their highest clock.
+    // Of dense matrices: from NVIDIA's data sheets, or for other GPUs computed from the highest clock.
     static Peak peak_flops(Precision = {}) {
         struct {
             const char* name;   // what the device's name contains; the first match counts
@@ -2331,7 +2468,7 @@ struct GPT2 {
                 return {(BUILD_DTYPE == BF16 ? k.bf16 : k.fp32) * 1e12, "by its data sheet"};
         int khz = 0;
         CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
-        // Floating-point operations of one multiprocessor in one cycle.
+        // Floating-point operations of one multiprocessor in one cycle, on tensor cores and without.
         bool a100 = d.major == 8 && d.minor == 0, b200 = d.major == 10;
         double tensor = b200                        ? 8192
                         : d.major == 9              ? 4096
@@ -2342,36 +2479,17 @@ struct GPT2 {
         return {(BUILD_DTYPE == BF16 ? tensor : plain) * d.multiProcessorCount * khz * 1e3,
                 "at its highest clock"};
     }
-    // Bytes that can be allocated, less what CUDA itself takes as kernels and graphs are loaded.
-    static size_t memory_available() {
-        size_t free_bytes, total;
-        CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
-        return free_bytes - free_bytes / 32;
-    }
     static void check_precision(Precision precision) {
         if (precision.dtype == BUILD_DTYPE) return;
         throw UsageError(strf(
             "--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
             BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
     }
-    // Throws where the kernels do not take the model.
-    static void check_sizes(const Config& c, size_t T) {
-        check_config(c, "model");
-        if (!attention_head_size_ok(c.hs())) {
-            std::string sizes;
-            for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs);
-            fail(
-                "model: the head size, channels / heads, is %d, the GPU trainer takes %s; ./train_gpt2 takes "
-                "any",
-                c.hs(), sizes.c_str());
-        }
-        if ((size_t)c.C > MAX_CHANNELS)
-            fail("model: C is %d, the GPU trainer takes at most %zu; ./train_gpt2 takes any", c.C,
-                 MAX_CHANNELS);
-        if (c.Vp % 8)
-            fail("model: Vp is %d, the GPU trainer wants a multiple of 8; ./train_gpt2 takes any", c.Vp);
-        if (T > (size_t)c.maxT)
-            fail("model: takes at most %d tokens of context, %zu were asked for", c.maxT, T);
+    // Free bytes, less what CUDA itself will allocate for kernels and graphs.
+    static size_t memory_available() {
+        size_t free_bytes, total;
+        CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
+        return free_bytes - free_bytes / 32;
     }
     // What each arena needs. Parameters and gradients share one, activations and scratch another.
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
@@ -2402,7 +2520,7 @@ struct GPT2 {
         Arena a = device_arena(weights_.p);
         mem_.place_params(a, c), mem_.place_gradients(a, c, trains);
         params = Params<floatX>(mem_.params, c);
-        std::vector<Segment> segments;  // is uploaded by the time the stream is waited for
+        std::vector<Segment> segments;  // must exist until stream.wait() below: it is copied asynchronously
         if (trains) {
             grads = Params<float>(mem_.grads, c);
             optimizer_.allocate(need.optimizer);
@@ -2459,7 +2577,7 @@ struct GPT2 {
     }
     size_t counted() const { return counted_; }
 
-    // Adds a micro-batch's gradients and loss to the step's; returns before the GPU is done.
+    // Adds a micro-batch's gradients and loss to the step's; returns before they are computed.
     void accumulate(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
         if (!trains || !pass.train)
             throw std::logic_error("accumulate: not a training pass of a model that trains");
@@ -2467,14 +2585,19 @@ struct GPT2 {
         micro_steps_++;
     }
     // One AdamW step, number t from 1, with the gradient clipped. Where loss or norm is not finite,
-    // parameters and moments stay as they are and the gradients are discarded.
+    // parameters and moments stay as they are, and the gradients are discarded: the kernel decides that.
     StepResult step(const AdamW& a, uint32_t t) {
         if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
-        adamw_step(&mem_.report->step, mem_.params, mem_.master, mem_.grads, mem_.m, mem_.v, mem_.norm_parts,
-                   &mem_.report->loss, param_map(), a, t, seed, stream.stream);
+        AdamWArrays arrays;
+        arrays.report = &mem_.report->step, arrays.loss = &mem_.report->loss;
+        arrays.params = mem_.params, arrays.master = mem_.master, arrays.grads = mem_.grads;
+        arrays.m = mem_.m, arrays.v = mem_.v, arrays.scratch = mem_.norm_parts, arrays.map = param_map();
+        update(arrays, a, t, seed, stream.stream);
         micro_steps_ = 0;
-        return read_report().step;
+        last_ = read_report().step, last_.step = t;
+        return last_;
     }
+    StepResult last_result() const { return last_; }
 
     // State out and in through pinned memory, piece by piece in the model file's order: f(pointer, number of
     // floats). An f that takes a pointer to const reads, any other writes. A piece lies within one tensor of
@@ -2496,15 +2619,41 @@ struct GPT2 {
                 if (writes && s == PARAMS) upload_params(host, i, n);
             }
     }
-    // Says that the state just loaded is that after update number t: the bf16 parameters are rounded from
-    // their masters as that update rounded them, so that the run goes on bit for bit.
+    // Says that the state just loaded is that after step number t. The bf16 parameters are rounded from their
+    // masters as that step rounded them, so that the run continues bit for bit.
     void resumed(uint32_t t) {
         if (t && mem_.master) round_parameters(mem_.params, mem_.master, param_map(), seed, t, stream.stream);
     }
     Matmul& matmul() { return *matmul_; }
 
   private:
-    // What stands in the three arenas.
+    // Rows that the head computes at a time: parts of equal length with at most head_logits logits.
+    static size_t head_rows(const Config& c, size_t M) {
+        size_t most = std::max<size_t>(head_logits / c.Vp, 1), parts = std::max<size_t>(ceil_div(M, most), 1);
+        return std::min(M, round_up(ceil_div(M, parts), 8));
+    }
+
+    // Throws Error where the kernels do not support the model.
+    static void check_sizes(const Config& c, size_t T) {
+        check_config(c, "model");
+        if (!attention_head_size_ok(c.hs())) {
+            std::string sizes;
+            for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs);
+            fail(
+                "model: the head size, channels / heads, is %d, the GPU trainer supports %s; ./train_gpt2 "
+                "supports "
+                "any",
+                c.hs(), sizes.c_str());
+        }
+        if ((size_t)c.C > MAX_CHANNELS)
+            fail("model: C is %d, the GPU trainer supports at most %zu; ./train_gpt2 supports any", c.C,
+                 MAX_CHANNELS);
+        if (c.Vp % 8)
+            fail("model: Vp is %d, the GPU trainer needs a multiple of 8; ./train_gpt2 supports any", c.Vp);
+        if (T > (size_t)c.maxT) fail("model: supports at most %d tokens of context, not %zu", c.maxT, T);
+    }
+
+    // The tensors in the three arenas.
     struct Memory {
         floatX* params = nullptr;
         float *grads = nullptr, *m = nullptr, *v = nullptr, *master = nullptr;
@@ -2536,13 +2685,14 @@ struct GPT2 {
             report = a.take<Report>(1);
         }
     };
-    // Pinned memory that the host fills while the GPU may still copy from the other one.
+    // Pinned memory for one micro-step's inputs. The host fills one slot while the GPU may still copy from
+    // the other.
     struct Slot {
         PinnedMemory memory;
         Batch batch;
         Event copied;
     };
-    // A pass that was recorded, and what it was recorded for.
+    // A recorded pass, and the settings that it was recorded with.
     struct Graph {
         size_t B, T;
         bool train, first;
@@ -2560,6 +2710,14 @@ struct GPT2 {
         Block a = block(l + 1);
         return {w.ln1w, w.ln1b, g.ln1w, g.ln1b, a.ln1, a.ln1_mean, a.ln1_rstd, false};
     }
+    // The LayerNorm before block l's attention.
+    LayerNormForward ln1(size_t l) const {
+        Block a = block(l);
+        LayerNormForward n;
+        n.x = a.resid, n.w = params.layer(l).ln1w, n.b = params.layer(l).ln1b;
+        n.y = a.ln1, n.mean = a.ln1_mean, n.rstd = a.ln1_rstd;
+        return n;
+    }
     // The activations of block l in the pass that is being launched.
     Block block(size_t l) const { return mem_.act.block(l, cfg, b_ * t_); }
     ParamMap param_map() const { return {mem_.segments, num_params(cfg)}; }
@@ -2568,15 +2726,15 @@ struct GPT2 {
         return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state};
     }
 
-    // One pass over a batch: its data go to the GPU, and the recorded kernels follow.
+    // One pass over a batch: copies its inputs to the GPU, then launches its kernels, recorded in a graph.
     void run(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
         if (B_ > B || T_ > T) throw std::logic_error("run: batch larger than the model was built for");
         size_t M = B_ * T_;
         Slot& slot = slots_[next_slot_++ % SLOTS];
         slot.copied.wait();
         *slot.batch.state = {pass.seq0, pass.step, pass.grad_scale};
-        memcpy(slot.batch.tokens, tokens, M * sizeof(int)),
-            memcpy(slot.batch.targets, targets, M * sizeof(int));
+        memcpy(slot.batch.tokens, tokens, M * sizeof(int));
+        memcpy(slot.batch.targets, targets, M * sizeof(int));
         if (pass.train) bucket_tokens(slot.batch.buckets, tokens, M);
         CUDA_CHECK(cudaMemcpyAsync(mem_.batch.state, slot.memory.p, Batch::bytes(B * T),
                                    cudaMemcpyHostToDevice, stream.stream));
@@ -2595,8 +2753,8 @@ struct GPT2 {
     cudaGraphExec_t record_pass(bool first) {
         cudaGraph_t graph;
         cudaGraphExec_t exec;
-        CUDA_CHECK(cudaStreamBeginCapture(stream.stream,
-                                          cudaStreamCaptureModeRelaxed));  // kernels may be loaded meanwhile
+        // Relaxed, because kernels may be loaded during the capture.
+        CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeRelaxed));
         try {
             launch_pass(first);
         } catch (...) {
@@ -2609,26 +2767,26 @@ struct GPT2 {
         CUDA_CHECK(status);
         return exec;
     }
-    // All kernels of a pass. `first` training passes of a step overwrite its gradients and loss, later ones
-    // add.
+    // Launches all kernels of a pass. The first training pass of a step overwrites its gradients and loss,
+    // the others add to them.
     void launch_pass(bool first) {
         if (first) clear_gradients();
         if (first || !train_) CUDA_CHECK(cudaMemsetAsync(mem_.report, 0, sizeof(Report), stream.stream));
         if (train_) forward_pass(), backward_pass(!first);
         else evaluate();
     }
-    // Zeros, where gradients are only ever added to: all but the matrices that the products write. Neighbours
-    // in memory are cleared at once.
+    // Zeroes the gradients that kernels only add to: all but those of the matrices, which the step's first
+    // products overwrite. Consecutive tensors are zeroed by one call.
     void clear_gradients() {
         std::vector<ParamPiece> pieces = pieces_;
         std::sort(pieces.begin(), pieces.end(), [](auto& a, auto& b) { return a.memory < b.memory; });
-        size_t begin = 0, end = 0;  // what is to be cleared next
+        size_t begin = 0, end = 0;  // the range to be zeroed next
         auto clear = [&] {
             if (begin == end) return;
             CUDA_CHECK(cudaMemsetAsync(mem_.grads + begin, 0, (end - begin) * sizeof(float), stream.stream));
         };
         for (const ParamPiece& p : pieces) {
-            bool product = p.decay && p.id != WPE;
+            bool product = p.decay && p.id != WPE;  // matrices are what decays, but for wpe
             if (product) continue;
             if (p.memory != end) clear(), begin = p.memory;
             end = p.memory + p.size;
@@ -2642,15 +2800,13 @@ struct GPT2 {
         cudaStream_t s = stream.stream;
         embedding_forward(mem_.act.embedded, mem_.batch.tokens, params.wte, params.wpe, b_, t_, C,
                           drop(rng::EMB_DROPOUT, 0), s);
-        Layer<floatX> w = params.layer(0);
-        Block a = block(0);
-        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, w.ln1w, w.ln1b, M, C, cfg.eps, s);
+        layernorm_forward(ln1(0), M, C, cfg.eps, s);
         for (size_t l = 0; l < L; l++) {
             Norm after = norm_after(l);
             block_forward(l, &after);
         }
     }
-    // Block l and the LayerNorm after it. Without that (null) it ends at the GELU: backward needs no more.
+    // Block l and the LayerNorm after it. Where `after` is null it ends at the GELU: backward needs no more.
     void block_forward(size_t l, const Norm* after) {
         Layer<floatX> w = params.layer(l);
         Block a = block(l);
@@ -2660,18 +2816,22 @@ struct GPT2 {
         matmul_->forward(a.qkv, a.ln1, w.qkvw, w.qkvb, M, C, 3 * C);
         attention_forward(a.atty, a.lse, a.qkv, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), s);
         matmul_->forward(branch, a.atty, w.attprojw, w.attprojb, M, C, C);
-        const floatX* skip = grover() ? a.ln1 : a.resid;
-        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, skip, branch, w.ln2w, w.ln2b, M,
-                                   t_, C, drop(rng::ATTPROJ_DROPOUT, l), cfg.eps, s);
+        LayerNormForward ln2;
+        ln2.x = grover() ? a.ln1 : a.resid, ln2.branch = branch, ln2.sum = a.resid2;
+        ln2.w = w.ln2w, ln2.b = w.ln2b, ln2.y = a.ln2, ln2.mean = a.ln2_mean, ln2.rstd = a.ln2_rstd;
+        residual_layernorm_forward(ln2, M, t_, C, drop(rng::ATTPROJ_DROPOUT, l), cfg.eps, s);
         matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, w.fcw, w.fcb, M, C, 4 * C, cfg.activation);
         if (!after) return;
         matmul_->forward(branch, a.fch_gelu, w.fcprojw, w.fcprojb, M, 4 * C, C);
-        residual_layernorm_forward(a.resid3, after->y, after->mean, after->rstd, a.resid2, branch, after->w,
-                                   after->b, M, t_, C, drop(rng::FCPROJ_DROPOUT, l), cfg.eps, s);
+        LayerNormForward norm;
+        norm.x = a.resid2, norm.branch = branch, norm.sum = a.resid3;
+        norm.w = after->w, norm.b = after->b, norm.y = after->y, norm.mean = after->mean,
+        norm.rstd = after->rstd;
+        residual_layernorm_forward(norm, M, t_, C, drop(rng::FCPROJ_DROPOUT, l), cfg.eps, s);
     }
 
-    // The head's forward half for rows [m, m + n): logits and losses; in training also the logits' gradient,
-    // in their place.
+    // The head's forward half for rows [m, m + n): logits and losses. In training the logits become their
+    // gradient.
     void head_forward(size_t m, size_t n) {
         matmul_->forward(mem_.work.logits, mem_.act.lnf + m * cfg.C, params.wte, nullptr, n, cfg.C, cfg.Vp);
         cross_entropy(mem_.act.losses + m, mem_.work.logits, mem_.batch.targets + m, n, cfg.V, cfg.Vp, train_,
@@ -2705,25 +2865,34 @@ struct GPT2 {
         report_losses();
     }
 
-    // From the loss back to the embeddings. accumulate: the matrices' gradients are added to what is there.
+    // From the loss back to the embeddings. accumulate: the matrices' gradients are added to those of earlier
+    // micro-steps.
     void backward_pass(bool accumulate) {
         head_loss(accumulate);
         for (size_t l = cfg.L; l-- > 0;) block_backward(l, norm_after(l), accumulate);
         const Workspace& work = mem_.work;
         cudaStream_t s = stream.stream;
         size_t C = cfg.C, M = b_ * t_;
-        const floatX* dskip = grover() ? work.dresid : nullptr;
-        Layer<floatX> w = params.layer(0);
         Layer<float> g = grads.layer(0);
         Block a = block(0);
-        layernorm_backward(work.dresid, nullptr, g.ln1w, g.ln1b, work.layernorm, work.dln, dskip, a.resid,
-                           a.ln1_mean, a.ln1_rstd, w.ln1w, M, t_, C, !grover(), Dropout{}, s);
+        LayerNormBackward ln1;
+        ln1.dresid = work.dresid, ln1.dw = g.ln1w, ln1.db = g.ln1b, ln1.scratch = work.layernorm;
+        ln1.dy = work.dln, ln1.dskip = grover() ? work.dresid : nullptr;
+        ln1.x = a.resid, ln1.w = params.layer(0).ln1w, ln1.mean = a.ln1_mean, ln1.rstd = a.ln1_rstd;
+        layernorm_backward(ln1, M, t_, C, !grover(), Dropout{}, s);
         embedding_backward(grads.wte, grads.wpe, work.dresid, mem_.batch.buckets, b_, t_, C,
                            drop(rng::EMB_DROPOUT, 0), s);
     }
-    // Backward through the LayerNorm after block l, then through the block. It begins with dln, the gradient
-    // of that LayerNorm's output, and dresid, that of the residual stream after it (none after the final
-    // one); it leaves both for the LayerNorm before the block.
+    // Backward through the LayerNorm after block l, then through the block. On entry dln is the gradient of
+    // that LayerNorm's output, and dresid that of the residual stream after it (none after the final one). On
+    // return they are the same for the LayerNorm before the block. LN' is a LayerNorm's backward, masked() a
+    // dropout mask:
+    //     dresid += LN'(dln)                          the gradient of resid3 (1)
+    //     dfch = (masked(dresid) fcprojw) gelu'(fch)  dln = dfch fcw, of ln2's output
+    //     dresid += LN'(dln)                          of resid2
+    //     datty = masked(dresid) attprojw             of attention's output
+    //     dqkv = attention'(datty)                    dln = dqkv qkvw, of ln1's output
+    // (1) In GROVER the LayerNorm's output is the residual stream: dresid = LN'(dln + dresid).
     void block_backward(size_t l, const Norm& after, bool accumulate) {
         const Workspace& work = mem_.work;
         Layer<floatX> w = params.layer(l);
@@ -2732,31 +2901,37 @@ struct GPT2 {
         cudaStream_t s = stream.stream;
         size_t C = cfg.C, M = b_ * t_;
         int activation = cfg.activation;
-        floatX* datty = work.dln;  // in the same memory
+        floatX* datty = work.dln;  // dln has been read by then
         // LayerNorm's backward also writes the gradient of the branch before it: dresid under that branch's
         // dropout mask.
         floatX* masked = dropout > 0 ? work.dbranch : nullptr;
         const floatX* dbranch = masked ? masked : work.dresid;
-        // In GROVER the LayerNorm's output is the residual stream: that gradient goes through the LayerNorm
-        // too.
-        const floatX* dskip = grover() && !after.final ? work.dresid : nullptr;
-        layernorm_backward(work.dresid, masked, after.dw, after.db, work.layernorm, work.dln, dskip, a.resid3,
-                           after.mean, after.rstd, after.w, M, t_, C, !after.final && !grover(),
-                           drop(rng::FCPROJ_DROPOUT, l), s);
-        // The last block's activations are still there. This may overwrite the mean and rstd just read.
+        LayerNormBackward norm;
+        norm.dresid = work.dresid, norm.masked = masked, norm.scratch = work.layernorm;
+        norm.dw = after.dw, norm.db = after.db;
+        norm.dy = work.dln, norm.dskip = grover() && !after.final ? work.dresid : nullptr;
+        norm.x = a.resid3, norm.w = after.w, norm.mean = after.mean, norm.rstd = after.rstd;
+        layernorm_backward(norm, M, t_, C, !after.final && !grover(), drop(rng::FCPROJ_DROPOUT, l), s);
+        // The last block's activations are still there. Recomputing may overwrite the mean and rstd just
+        // read.
         if (recompute && l + 1 < (size_t)cfg.L) recompute_block(l);
 
         matmul_->weight_gradient(g.fcprojw, g.fcprojb, dbranch, a.fch_gelu, M, 4 * C, C, accumulate);
         matmul_->input_gradient_gelu(work.dfch, dbranch, w.fcprojw, a.fch, M, 4 * C, C, activation);
         matmul_->weight_gradient(g.fcw, g.fcb, work.dfch, a.ln2, M, C, 4 * C, accumulate);
         matmul_->input_gradient(work.dln, work.dfch, w.fcw, M, C, 4 * C);
-        layernorm_backward(work.dresid, masked, g.ln2w, g.ln2b, work.layernorm, work.dln, nullptr, a.resid2,
-                           a.ln2_mean, a.ln2_rstd, w.ln2w, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
+        LayerNormBackward ln2;
+        ln2.dresid = work.dresid, ln2.masked = masked, ln2.scratch = work.layernorm;
+        ln2.dw = g.ln2w, ln2.db = g.ln2b, ln2.dy = work.dln;
+        ln2.x = a.resid2, ln2.w = w.ln2w, ln2.mean = a.ln2_mean, ln2.rstd = a.ln2_rstd;
+        layernorm_backward(ln2, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
 
         matmul_->weight_gradient(g.attprojw, g.attprojb, dbranch, a.atty, M, C, C, accumulate);
         matmul_->input_gradient(datty, dbranch, w.attprojw, M, C, C);
-        attention_backward(work.dqkv, work.attention, datty, a.atty, a.qkv, a.lse, b_, t_, C, cfg.NH,
-                           drop(rng::ATT_DROPOUT, l), s);
+        AttentionBackward attention;
+        attention.dqkv = work.dqkv, attention.scratch = work.attention;
+        attention.dout = datty, attention.out = a.atty, attention.qkv = a.qkv, attention.lse = a.lse;
+        attention_backward(attention, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), s);
         matmul_->weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, accumulate);
         matmul_->input_gradient(work.dln, work.dqkv, w.qkvw, M, C, 3 * C);
     }
@@ -2766,16 +2941,19 @@ struct GPT2 {
         Block a = block(l);
         cudaStream_t s = stream.stream;
         size_t C = cfg.C, M = b_ * t_;
-        if (recompute >= 2)
-            layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, w.ln1w, w.ln1b, M, C, cfg.eps, s);
+        if (recompute >= 2) layernorm_forward(ln1(l), M, C, cfg.eps, s);
         if (recompute == 3) return block_forward(l, nullptr);
-        if (recompute == 2)
-            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, w.ln2w, w.ln2b, M, C, cfg.eps, s);
+        if (recompute == 2) {
+            LayerNormForward ln2;
+            ln2.x = a.resid2, ln2.w = w.ln2w, ln2.b = w.ln2b;
+            ln2.y = a.ln2, ln2.mean = a.ln2_mean, ln2.rstd = a.ln2_rstd;
+            layernorm_forward(ln2, M, C, cfg.eps, s);
+        }
         gelu_forward(a.fch_gelu, a.fch, M * 4 * C, cfg.activation, s);
     }
 
-    // Lets every product of the largest batch find its fastest algorithm, before there is anything in memory
-    // to spoil.
+    // Computes every product of the largest batch once with `timing`, which overwrites parameters' gradients
+    // and activations: the constructor calls it before they hold anything.
     void time_products(size_t M) {
         b_ = B, t_ = T, train_ = trains;
         const Workspace& work = mem_.work;
@@ -2825,8 +3003,8 @@ struct GPT2 {
         CUDA_CHECK(cudaMemcpyAsync(device, host, n * sizeof(float), cudaMemcpyHostToDevice, stream.stream));
         stream.wait();
     }
-    // Parameters i.. (as memory holds them) to and from floats in the pinned memory, whose second part holds
-    // them as floatX.
+    // n parameters, from the i-th in memory on, to and from floats in pinned memory. `host` is its first
+    // part, and the second holds them as floatX.
     void download_params(float* host, size_t i, size_t n) {
         floatX* narrow = (floatX*)(host + PIECE);
         CUDA_CHECK(cudaMemcpyAsync(narrow, mem_.params + i, n * sizeof(floatX), cudaMemcpyDeviceToHost,
@@ -2849,6 +3027,7 @@ struct GPT2 {
     const std::vector<ParamPiece> pieces_ = param_pieces(cfg);
     Slot slots_[SLOTS];
     size_t next_slot_ = 0, micro_steps_ = 0, counted_ = 0;
+    StepResult last_;
     std::unique_ptr<Matmul> matmul_;
     std::vector<Graph> graphs_;
     size_t b_ = 0, t_ = 0;  // of the pass that is being launched
@@ -2856,14 +3035,15 @@ struct GPT2 {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Generation: keys and values of past tokens are kept, so that a new token costs the same each time
+// Generation. The keys and values of past tokens are kept, so that a new token needs only its own row.
 
 constexpr int DECODE_WARPS = 4;
 
 // Attention of the newest n tokens of each sequence to all so far. out (N*n,C), qkv (N*n,3C); cache (N,T,2C)
-// holds keys and values of the first `before` tokens, and gets the new ones. A block serves one token and
-// head: each warp takes every fourth key, its lanes the channels; the softmax is made online (Milakov and
-// Gimelshein 2018), the warps' parts are joined at the end. Grid (N*n, NH), block DECODE_WARPS * WARP.
+// holds keys and values of the first `before` tokens, and the kernel appends the new ones. A block computes
+// one token and head: each warp takes every fourth key, its lanes share the channels, and softmax is online
+// (Milakov and Gimelshein 2018). At the end the warps' maxima, sums and outputs are combined. Grid (N*n, NH),
+// block DECODE_WARPS * WARP.
 __global__ void __launch_bounds__(DECODE_WARPS* WARP)
     decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n, size_t T,
                             size_t C, int hs) {
@@ -2871,8 +3051,9 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP)
     __shared__ float warp_max[DECODE_WARPS], warp_sum_of[DECODE_WARPS], warp_out[DECODE_WARPS][MOST];
     size_t row = blockIdx.x, i = row % n, len = before + i + 1, head = blockIdx.y * (size_t)hs;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    floatX* kept = cache + row / n * T * 2 * C + head;         // key j at j * 2C, its value C further
-    const floatX* fresh = qkv + (row - i) * 3 * C + C + head;  // the same of the new tokens, at 3C
+    floatX* kept = cache + row / n * T * 2 * C + head;  // key j at j * 2C, its value C further on
+    const floatX* fresh =
+        qkv + (row - i) * 3 * C + C + head;  // the new tokens' keys, 3C apart; values as above
     const floatX* query = qkv + row * 3 * C + head;
     float scale = 1.0f / sqrtf((float)hs), q[PER_LANE], o[PER_LANE] = {}, max = -INFINITY, sum = 0;
     for (int k = 0; k < PER_LANE; k++) {
@@ -2881,17 +3062,17 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP)
     }
     for (size_t j = warp; j < len; j += DECODE_WARPS) {
         const floatX* key = j < before ? kept + j * 2 * C : fresh + (j - before) * 3 * C;
-        float dot = 0;
+        float lane_score = 0;  // the part of this lane's channels
         for (int k = 0; k < PER_LANE; k++) {
             int c = lane + k * WARP;
-            if (c < hs) dot += q[k] * to_float(key[c]);
+            if (c < hs) lane_score += q[k] * to_float(key[c]);
         }
-        float score = warp_sum(dot), higher = fmaxf(max, score), shrink = expf(max - higher),
-              p = expf(score - higher);
-        sum = sum * shrink + p, max = higher;
+        float score = warp_sum(lane_score), new_max = fmaxf(max, score), rescale = expf(max - new_max),
+              p = expf(score - new_max);
+        sum = sum * rescale + p, max = new_max;
         for (int k = 0; k < PER_LANE; k++) {
             int c = lane + k * WARP;
-            if (c < hs) o[k] = o[k] * shrink + p * to_float(key[C + c]);
+            if (c < hs) o[k] = o[k] * rescale + p * to_float(key[C + c]);
         }
     }
     if (lane == 0) warp_max[warp] = max, warp_sum_of[warp] = sum;
@@ -2911,7 +3092,7 @@ __global__ void __launch_bounds__(DECODE_WARPS* WARP)
 
 class Decoder final : public ::Decoder {
   public:
-    // N sequences side by side, contexts of up to `context` tokens (at most maxT).
+    // N sequences at once, contexts of up to `context` tokens (at most maxT).
     Decoder(GPT2& model, size_t N, size_t context)
         : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
         Arena a = device_arena();
@@ -2924,8 +3105,8 @@ class Decoder final : public ::Decoder {
         memory_.allocate(a.used);
         a = device_arena(memory_.p);
         place(a);
-        host_tokens_.allocate(rows_ * sizeof(int)),
-            host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
+        host_tokens_.allocate(rows_ * sizeof(int));
+        host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
         out_.resize(N * (size_t)m_.cfg.V);
     }
 
@@ -2937,8 +3118,7 @@ class Decoder final : public ::Decoder {
     const float* append(const int* tokens, size_t n) override {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
         for (size_t i = 0; i + 1 < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - 1 - i));
-        run(tokens + n - 1, n,
-            1);  // the last token by itself: its rows are those that the output layer takes
+        run(tokens + n - 1, n, 1);  // the last tokens alone: ln_ then holds the output layer's input
         const Config& c = m_.cfg;
         m_.matmul().forward(logits_, ln_, m_.params.wte, nullptr, N_, c.C, c.Vp);
         CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, N_ * (size_t)c.Vp * sizeof(floatX),
@@ -2963,19 +3143,22 @@ class Decoder final : public ::Decoder {
         fc_gelu_ = a.take<floatX>(rows_, 4 * C), mean_ = a.take<float>(rows_), rstd_ = a.take<float>(rows_);
         logits_ = a.take<floatX>(N_, c.Vp);
     }
-    // One chunk through all layers: the first n of `stride` tokens of each sequence. Leaves the final
-    // LayerNorm's output in ln_.
+    // One chunk through all layers: the first n of `stride` tokens of each sequence. The final LayerNorm's
+    // output is then in ln_.
     void run(const int* tokens, size_t stride, size_t n) {
         const Config& c = m_.cfg;
         const Params<floatX>& params = m_.params;
         Matmul& matmul = m_.matmul();
         cudaStream_t s = m_.stream.stream;
         size_t C = c.C, M = N_ * n;
-        m_.stream.wait();  // the chunk before has been copied
+        m_.stream.wait();  // until the previous chunk's tokens have been copied
         for (size_t r = 0; r < M; r++) ((int*)host_tokens_.p)[r] = tokens[r / n * stride + r % n];
         CUDA_CHECK(cudaMemcpyAsync(tokens_, host_tokens_.p, M * sizeof(int), cudaMemcpyHostToDevice, s));
         embedding_forward(x_, tokens_, params.wte, params.wpe + pos_ * C, N_, n, C, Dropout{}, s);
-        layernorm_forward(ln_, mean_, rstd_, x_, params.layer(0).ln1w, params.layer(0).ln1b, M, C, c.eps, s);
+        LayerNormForward norm;  // used again for each LayerNorm
+        norm.x = norm.sum = x_, norm.y = ln_, norm.mean = mean_, norm.rstd = rstd_, norm.branch = branch_;
+        norm.w = params.layer(0).ln1w, norm.b = params.layer(0).ln1b;
+        layernorm_forward(norm, M, C, c.eps, s);
         for (size_t l = 0; l < (size_t)c.L; l++) {
             Layer<floatX> w = params.layer(l);
             matmul.forward(qkv_, ln_, w.qkvw, w.qkvb, M, C, 3 * C);
@@ -2984,16 +3167,14 @@ class Decoder final : public ::Decoder {
             launch(decode_attention_kernel, grid, DECODE_WARPS * WARP, 0, s, att_, cache, qkv_, pos_, n, T_,
                    C, c.hs());
             matmul.forward(branch_, att_, w.attprojw, w.attprojb, M, C, C);
-            const floatX* skip = c.arch == GROVER_ARCH ? ln_ : x_;
-            residual_layernorm_forward(x_, ln_, mean_, rstd_, skip, branch_, w.ln2w, w.ln2b, M, n, C,
-                                       Dropout{}, c.eps, s);
+            norm.x = c.arch == GROVER_ARCH ? ln_ : x_, norm.w = w.ln2w, norm.b = w.ln2b;
+            residual_layernorm_forward(norm, M, n, C, Dropout{}, c.eps, s);
             matmul.forward_gelu(fc_gelu_, fc_, ln_, w.fcw, w.fcb, M, C, 4 * C, c.activation);
             matmul.forward(branch_, fc_gelu_, w.fcprojw, w.fcprojb, M, 4 * C, C);
             bool last = l + 1 == (size_t)c.L;
-            const floatX* after_w = last ? params.lnfw : params.layer(l + 1).ln1w;
-            const floatX* after_b = last ? params.lnfb : params.layer(l + 1).ln1b;
-            residual_layernorm_forward(x_, ln_, mean_, rstd_, x_, branch_, after_w, after_b, M, n, C,
-                                       Dropout{}, c.eps, s);
+            norm.x = x_, norm.w = last ? params.lnfw : params.layer(l + 1).ln1w;
+            norm.b = last ? params.lnfb : params.layer(l + 1).ln1b;
+            residual_layernorm_forward(norm, M, n, C, Dropout{}, c.eps, s);
         }
         pos_ += n;
     }

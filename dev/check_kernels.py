@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """What nvcc made of the kernels of train_gpt2.cu, without a GPU: make check-kernels
 
-Compiles for each architecture and prints a table: registers, spilled bytes, shared memory, threads that a block may have,
-and counts of tensor-core (HMMA), ldmatrix (LDSM), asynchronous-copy (LDGSTS), 16-byte load and store instructions.
-Fails when a kernel spills, when registers x threads exceed the 65,536 of an SM, or when a kernel whose name contains
-"attention" and whose numbers are bf16 has no HMMA.
+Compiles for each architecture and prints a table: registers, spilled bytes, shared memory, the most threads
+of a block, and the numbers of tensor-core (HMMA), ldmatrix (LDSM), asynchronous-copy (LDGSTS) and 16-byte
+load and store instructions. Fails when a kernel spills, when registers x threads exceed the 65,536 of an SM,
+or when a kernel whose name contains "attention" and whose numbers are bf16 has no HMMA.
 
-Registers, spills and shared memory are ptxas's own words (-v). The instructions are counted in the cubin, an ELF file: 16 bytes
-each, opcode in the low 12 bits, width of a memory access in bits 73 to 75. That encoding is not documented; so the same count is
-first made of a one-purpose kernel whose instructions are known, and where it disagrees the counts are left out, and said so.
+Registers, spills and shared memory are those that ptxas -v reports. The instructions are counted in the
+cubin, an ELF file: 16 bytes each, the opcode in the low 12 bits, the width of a memory access in bits 73 to
+75. That encoding is not documented. So instructions are first counted in a small kernel whose instructions
+are known; where that count is wrong, a message says so and the table has question marks.
 """
 import argparse, collections, os, re, struct, subprocess, sys, tempfile
 
-OPCODES = {0x23C: "HMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x381: "LDG", 0x981: "LDG", 0x386: "STG", 0x986: "STG"}
+OPCODES = {0x23C: "HMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x381: "LDG", 0x981: "LDG", 0x386: "STG",
+           0x986: "STG"}
 REGISTERS_OF_AN_SM = 65536
 
 CHECK_KERNEL = r"""
@@ -20,12 +22,16 @@ CHECK_KERNEL = r"""
 extern "C" __global__ void check(float4* y, const float4* x, const uint32_t* a) {
     __shared__ __align__(16) uint32_t s[128];
     uint32_t to = (uint32_t)__cvta_generic_to_shared(s + 4 * threadIdx.x), r0, r1, r2, r3;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\ncp.async.wait_all;\n" ::"r"(to), "l"(a + 4 * threadIdx.x) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\ncp.async.wait_all;\n" ::"r"(to),
+                 "l"(a + 4 * threadIdx.x) : "memory");
     __syncthreads();
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3) : "r"(to));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3) : "r"(to));
     float4 c = x[threadIdx.x];
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w) : "r"(r0), "r"(r1), "r"(r2), "r"(r3), "r"(r0), "r"(r1));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
+                 : "r"(r0), "r"(r1), "r"(r2), "r"(r3), "r"(r0), "r"(r1));
     y[threadIdx.x] = c;
 }
 """
@@ -34,7 +40,8 @@ CHECK_COUNTS = {"HMMA": 1, "LDSM": 1, "LDGSTS": 1, "LDG.128": 1, "STG.128": 1}
 
 def compile_cubin(nvcc, source, arch, flags, out):
     """Compiles to a cubin; returns ptxas's report, {mangled name: numbers}."""
-    run = subprocess.run([nvcc, "-cubin", "-arch=" + arch, "-Xptxas", "-v", *flags, source, "-o", out], capture_output=True, text=True)
+    command = [nvcc, "-cubin", "-arch=" + arch, "-Xptxas", "-v", *flags, source, "-o", out]
+    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"check_kernels.py: {source}: nvcc failed for {arch}:\n{run.stderr}")
     kernels, name = {}, None
@@ -57,7 +64,8 @@ def sections(path):
     at, size, count, names = struct.unpack_from("<Q", data, 40)[0], *struct.unpack_from("<HHH", data, 58)
     headers = [struct.unpack_from("<IIQQQQ", data, at + i * size) for i in range(count)]
     strings = data[headers[names][4]:headers[names][4] + headers[names][5]]
-    return {strings[h[0]:strings.index(b"\0", h[0])].decode(): data[h[4]:h[4] + h[5]] for h in headers if h[1] != 8}
+    name = lambda h: strings[h[0]:strings.index(b"\0", h[0])].decode()
+    return {name(h): data[h[4]:h[4] + h[5]] for h in headers if h[1] != 8}
 
 
 def count_instructions(code):
@@ -87,46 +95,67 @@ def max_threads(info):
 
 def demangle(names):
     try:
-        out = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
+        run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
     except FileNotFoundError:
         return dict(zip(names, names))
-    short = [re.sub(r"\(anonymous namespace\)::|\bgpu::|^void ", "", re.sub(r"\((?!anonymous).*$", "", s)) for s in out]
-    return dict(zip(names, short))
+    noise, arguments = r"\(anonymous namespace\)::|\bgpu::|^void ", r"\((?!anonymous).*$"
+    return dict(zip(names, [re.sub(noise, "", re.sub(arguments, "", s)) for s in run.stdout.splitlines()]))
+
+
+COLUMNS = ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128")
+ROW = "%-36s %9s %8s %7s %7s" + " %7s" * len(COLUMNS)
+
+
+def counts_are_right(nvcc, arch, tmp):
+    """Whether the instructions of the check kernel are counted as they should be."""
+    source, cubin = os.path.join(tmp, "check.cu"), os.path.join(tmp, "check.cubin")
+    with open(source, "w") as f:
+        f.write(CHECK_KERNEL)
+    compile_cubin(nvcc, source, arch, [], cubin)
+    got = count_instructions(sections(cubin)[".text.check"])
+    right = all(got[k] == n for k, n in CHECK_COUNTS.items())
+    if not right:
+        print(f"{arch}: instructions not counted: the check kernel shows {dict(got)}, wanted {CHECK_COUNTS}")
+    return right
+
+
+def check(a, arch, tmp):
+    """Prints the table of one architecture; returns what is wrong, a line each."""
+    flags, faults = a.flags.split() + (["-DPRECISION_FP32"] if a.fp32 else []), []
+    counted = counts_are_right(a.nvcc, arch, tmp)
+    cubin = os.path.join(tmp, arch + ".cubin")
+    kernels = compile_cubin(a.nvcc, a.source, arch, flags, cubin)
+    parts, names = sections(cubin), demangle(kernels)
+    print("\n" + ROW % (arch, "registers", "spilled", "shared", "threads", *COLUMNS))
+    for k in sorted(kernels, key=names.get):
+        v, n, name = kernels[k], count_instructions(parts.get(".text." + k, b"")), names[k]
+        threads = max_threads(parts.get(".nv.info." + k, b""))
+        columns = [n[c] if counted else "?" for c in COLUMNS]
+        print(ROW % (name, v["registers"], v["spilled"], v["shared"], threads, *columns))
+        if v["spilled"]:
+            faults.append(f"{arch}: {name} spills {v['spilled']} bytes")
+        if v["registers"] * threads > REGISTERS_OF_AN_SM:
+            faults.append(f"{arch}: {name} needs {v['registers']} registers x {threads} threads, "
+                          f"an SM has {REGISTERS_OF_AN_SM}")
+        if counted and not a.fp32 and re.search(r"attention_(forward|backward)", name) and not n["HMMA"]:
+            faults.append(f"{arch}: {name} uses no tensor cores")
+    return faults
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter)
+    summary, details = __doc__.split("\n\n", 1)
+    p = argparse.ArgumentParser(description=summary, epilog=details,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", nargs="?", default="train_gpt2.cu")
     p.add_argument("--nvcc", default="nvcc")
-    p.add_argument("--arch", default="sm_80,sm_90,sm_100", help="architectures, comma-separated [%(default)s]")
+    p.add_argument("--arch", default="sm_80,sm_90,sm_100",
+                   help="architectures, comma-separated [%(default)s]")
     p.add_argument("--flags", default="-std=c++17 -O3 -I.", help="for nvcc [%(default)s]")
-    p.add_argument("--fp32", action="store_true", help="the fp32 build, in which attention uses no tensor cores")
+    p.add_argument("--fp32", action="store_true",
+                   help="the fp32 build, in which attention uses no tensor cores")
     a = p.parse_args()
-    flags, faults = a.flags.split() + (["-DPRECISION_FP32"] if a.fp32 else []), []
     with tempfile.TemporaryDirectory() as tmp:
-        check = os.path.join(tmp, "check.cu")
-        open(check, "w").write(CHECK_KERNEL)
-        for arch in a.arch.split(","):
-            cubin = os.path.join(tmp, arch + ".cubin")
-            compile_cubin(a.nvcc, check, arch, [], cubin)
-            got = count_instructions(sections(cubin)[".text.check"])
-            counted = all(got[k] == n for k, n in CHECK_COUNTS.items())
-            if not counted:
-                print(f"{arch}: instructions not counted: the check kernel shows {dict(got)}, wanted {CHECK_COUNTS}")
-            kernels = compile_cubin(a.nvcc, a.source, arch, flags, cubin)
-            parts, names = sections(cubin), demangle(kernels)
-            print(f"\n{arch:28} {'registers':>9} {'spilled':>8} {'shared':>7} {'threads':>7} {'HMMA':>5} {'LDSM':>5} {'LDGSTS':>6} {'LDG.128':>7} {'STG.128':>7}")
-            for k in sorted(kernels, key=names.get):
-                v, n = kernels[k], count_instructions(parts.get(".text." + k, b""))
-                threads = max_threads(parts.get(".nv.info." + k, b""))
-                columns = [n[c] if counted else "?" for c in ("HMMA", "LDSM", "LDGSTS", "LDG.128", "STG.128")]
-                print("%-28s %9d %8d %7d %7d %5s %5s %6s %7s %7s" % (names[k], v["registers"], v["spilled"], v["shared"], threads, *columns))
-                if v["spilled"]:
-                    faults.append(f"{arch}: {names[k]} spills {v['spilled']} bytes")
-                if v["registers"] * threads > REGISTERS_OF_AN_SM:
-                    faults.append(f"{arch}: {names[k]} needs {v['registers']} registers x {threads} threads, an SM has {REGISTERS_OF_AN_SM}")
-                if counted and not a.fp32 and re.search(r"attention_(forward|backward)", names[k]) and not n["HMMA"]:
-                    faults.append(f"{arch}: {names[k]} uses no tensor cores")
+        faults = [f for arch in a.arch.split(",") for f in check(a, arch, tmp)]
     print()
     for f in faults:
         print("check_kernels.py: " + f, file=sys.stderr)

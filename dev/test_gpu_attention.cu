@@ -1,8 +1,8 @@
 // test_gpu_attention.cu - attention in train_gpt2.cu against cpu::Attention, and the tensor-core wrappers
 // against a plain product.
 //
-// Lengths stand below, at and above tiles, and are multiples of 4 or not, which decides how dropout is drawn;
-// the longest ones go through every loop round a barrier at least twice.
+// Lengths are below, at and above the size of tiles, and multiples of 4 or not, which decides how dropout is
+// drawn. The longest ones run every loop that contains a barrier at least twice.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -14,8 +14,8 @@ using namespace gpu_test;
 
 const cudaStream_t STREAM = nullptr;
 
-// A tensor in device memory between two margins of NaN: what is read from there shows in results, and what is
-// written is found.
+// A tensor in device memory between two margins of NaN. Values read from the margins show in the results, and
+// values written there are found.
 template <class T>
 struct Fenced {
     static constexpr size_t MARGIN = 4096;
@@ -27,7 +27,7 @@ struct Fenced {
         CUDA_CHECK(cudaMemcpy(all + MARGIN, content, n * sizeof(T), cudaMemcpyDeviceToDevice));
     }
     operator T*() { return all + MARGIN; }
-    // The tensor's values, once its margins are found untouched.
+    // The tensor's values; checks that its margins are untouched.
     Values values() {
         Values v = all.values();
         bool clean = true;
@@ -56,11 +56,13 @@ struct Inputs {
 Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
     std::vector<Values> r = repeatable([&] {
         Fenced<floatX> qkv(in.qkv), dout(in.dout), out(s.M() * s.C()), dqkv(in.qkv.size());
-        Fenced<float> lse(s.B * s.NH * s.T), scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH));
+        Fenced<float> lse(s.B * s.NH * s.T), scratch(gpu::attention_backward_scratch(s.B, s.T, s.NH));
         gpu::attention_init(s.hs);
         gpu::attention_forward(out, lse, qkv, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
-        gpu::attention_backward(dqkv, scratch, dout, out, qkv, lse, s.B, s.T, s.C(), s.NH, masks.gpu(),
-                                STREAM);
+        gpu::AttentionBackward args;
+        args.dqkv = dqkv, args.scratch = scratch, args.dout = dout;
+        args.qkv = qkv, args.out = out, args.lse = lse;
+        gpu::attention_backward(args, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
         scratch.values();
         return std::vector<Values>{out.values(), lse.values(), dqkv.values()};
     });
@@ -85,8 +87,8 @@ Values third(const Values& x, size_t C, size_t which) {
     return part;
 }
 
-// In bf16 P, dS and, in D, the output are rounded as well as the gradients themselves; a test below shows
-// that this is all.
+// In bf16 not only the gradients are rounded but also P, dS and the output that D is computed from. A test
+// below shows that no other error is added.
 constexpr double GRADIENT_TOLERANCE = (gpu::BUILD_DTYPE == BF16 ? 2 : 1) * X_TOLERANCE;
 
 void check(const std::string& kind, const Shape& s, const Results& got, const Results& want,
@@ -100,11 +102,10 @@ void check(const std::string& kind, const Shape& s, const Results& got, const Re
     }
 }
 
-TEST_CASE(
-    "attention forward and backward: the CPU's output, log-sum-exp and gradients, with its dropout mask") {
+TEST_CASE("attention: output, log-sum-exp and gradients are the CPU's, with its dropout mask") {
     std::vector<size_t> lengths = {1, 5, 16, 37, 64, 65, 130, 200};
 #if defined(__SANITIZE_THREAD__)
-    lengths = {132};  // slow there; one length that is long enough for races to show
+    lengths = {132};  // ThreadSanitizer is slow: one length that is long enough to show races
 #endif
     size_t number = 0;
     for (size_t hs : gpu::HEAD_SIZES)
@@ -121,7 +122,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE("attention: head sizes without a kernel are named as such, and not taken") {
+TEST_CASE("attention: head sizes that no kernel supports are refused") {
     for (size_t hs : gpu::HEAD_SIZES) CHECK(gpu::attention_head_size_ok((int)hs));
     for (size_t hs : {0, 16, 40, 63, 65, 112, 256}) {
         CHECK(!gpu::attention_head_size_ok((int)hs));
@@ -131,8 +132,8 @@ TEST_CASE("attention: head sizes without a kernel are named as such, and not tak
 
 #if !defined(PRECISION_FP32)
 
-// The mathematics in double, rounded to bf16 where the kernels must: P before it multiplies V (relative to
-// the maximum known at its tile) and dO, dS, and what is stored.
+// Attention in double, rounded to bf16 where the kernels round: P before it multiplies V (relative to the
+// running maximum at its tile) and dO, dS, and the results.
 Results with_bf16_roundings(const Shape& s, const Inputs& in, const Masks& masks, size_t tile) {
     auto bf16 = [](double x) { return (double)as_float(as_floatX((float)x)); };
     Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size())};
@@ -190,34 +191,35 @@ TEST_CASE("attention in bf16: rounding P, dS and the results explains the error"
     Shape s{2, 150, 2, 64};
     Inputs in(s);
     Masks masks(0.25f, rng::ATT_DROPOUT);
-    // What is left: numbers near the middle of two bf16 values, which floats and doubles round to different
-    // ones.
+    // The remaining error: numbers halfway between two bf16 values, which float and double may round
+    // differently.
     double tolerance = BF16_TOLERANCE / 20;
     Results want = with_bf16_roundings(s, in, masks, gpu::ForwardShape<64>::KEYS);
     check("attention, rounded alike, ", s, on_gpu(s, in, masks), want, tolerance, tolerance);
 }
 
-// out (2,16,16): a b and a b^T; of both factors (16,16) the rows from `valid` on count as zeros.
+// out (2,16,16): a b and a b^T. In both factors (16,16) the rows from `valid` on count as zeros.
 __global__ void products_kernel(float* out, const floatX* a, const floatX* b, int valid) {
     using Tile = gpu::Tile<16>;
     __shared__ __align__(128) floatX memory[32 * Tile::LD];
     Tile a_tile{memory}, b_tile = a_tile.from_row(16);
-    a_tile.load<16, gpu::WARP>(a, 16, valid), b_tile.load<16, gpu::WARP>(b, 16, valid);
+    a_tile.copy_async<16, gpu::WARP>(a, 16, valid), b_tile.copy_async<16, gpu::WARP>(b, 16, valid);
     gpu::cp_async_commit();
     gpu::cp_async_wait<0>();
     __syncwarp();
-    uint32_t left[4], right[2][4];
-    a_tile.left(left, 0, 0), b_tile.right(right[0], 0, 0), b_tile.right_transposed(right[1], 0, 0);
+    uint32_t a_frag[4], b_frags[2][4];
+    a_tile.load_a(a_frag, 0, 0);
+    b_tile.load_b(b_frags[0], 0, 0), b_tile.load_b_transposed(b_frags[1], 0, 0);
     for (int which = 0; which < 2; which++)
         for (int n = 0; n < 2; n++) {
-            float d[4] = {};
-            gpu::mma(d, left, right[which][2 * n], right[which][2 * n + 1]);
+            float c[4] = {};
+            gpu::mma(c, a_frag, b_frags[which][2 * n], b_frags[which][2 * n + 1]);
             for (int i = 0; i < 4; i++)
-                out[which * 256 + gpu::element_row(i) * 16 + 8 * n + gpu::element_col(i)] = d[i];
+                out[which * 256 + gpu::element_row(i) * 16 + 8 * n + gpu::element_col(i)] = c[i];
         }
 }
 
-TEST_CASE("mma, ldmatrix and cp.async: a plain product, of a matrix and of its transpose") {
+TEST_CASE("mma, ldmatrix and cp.async compute the product with a matrix and with its transpose") {
     for (int valid : {16, 13, 0}) {
         Values a = normals_x(256, 1), b = normals_x(256, 2), want(512);
         for (int i = 0; i < 16; i++)

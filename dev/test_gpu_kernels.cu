@@ -1,9 +1,9 @@
-// test_gpu_kernels.cu - each kernel of train_gpt2.cu but attention, alone, against its function in
+// test_gpu_kernels.cu - each kernel of train_gpt2.cu except attention, alone, against its function in
 // train_gpt2.cpp.
 //
-// Sizes are odd on purpose: channels below and above what a warp or a block holds, rows that are no multiple
-// of anything, and enough of them that every loop round a barrier runs at least twice (grids are sized by the
-// device's multiprocessors).
+// Sizes are awkward on purpose: channels below and above what a warp or a block holds, and numbers of rows
+// that are no multiple of anything. There are enough rows that every loop that contains a barrier runs at
+// least twice (grids are sized by the device's multiprocessors).
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -21,7 +21,7 @@ std::string sizes(std::initializer_list<size_t> list) {
     return text;
 }
 
-// The same elements are 0 on both sides, and with dropout about a share p of them.
+// Checks that the same elements are 0 on both sides, and with dropout about a share p of them.
 void check_same_mask(const Values& got, const Values& want, float p) {
     size_t differ = 0, dropped = 0;
     for (size_t i = 0; i < got.size(); i++)
@@ -33,7 +33,7 @@ void check_same_mask(const Values& got, const Values& want, float p) {
 // ---------------------------------------------------------------------------------------------
 // Reductions
 
-// Reductions right after one another, each with another thread's value in front.
+// Reductions one right after another; from one to the next the largest value is in another thread.
 __global__ void reductions_kernel(float* out) {
     float x = (float)threadIdx.x, n = (float)blockDim.x;
     out[0 * blockDim.x + threadIdx.x] = gpu::block_max(x);
@@ -43,7 +43,7 @@ __global__ void reductions_kernel(float* out) {
     out[4 * blockDim.x + threadIdx.x] = gpu::block_sum(2 * x);
     out[5 * blockDim.x + threadIdx.x] = gpu::block_sum(1);
 }
-TEST_CASE("a block's maxima and sums reach every thread, call after call") {
+TEST_CASE("a block's maxima and sums reach every thread in consecutive calls") {
     for (unsigned n : {32u, 96u, 512u, 1024u}) {
         Values got = repeatable([&] {
             Device<float> out(6 * n);
@@ -60,7 +60,7 @@ TEST_CASE("a block's maxima and sums reach every thread, call after call") {
 // ---------------------------------------------------------------------------------------------
 // Embedding
 
-// Tokens of which a few are very frequent, some middling and the rest rare.
+// Tokens of which one is very frequent, one less so, and the others rare.
 std::vector<int> skewed_tokens(size_t n, int V, uint64_t seed) {
     std::vector<int> t(n);
     rng::Key key(seed, 1, rng::SAMPLE);
@@ -71,7 +71,7 @@ std::vector<int> skewed_tokens(size_t n, int V, uint64_t seed) {
     return t;
 }
 
-TEST_CASE("embedding forward: token plus position under the CPU's dropout mask") {
+TEST_CASE("embedding forward is token plus position, under the CPU's dropout mask") {
     struct {
         size_t B, T, C;
     } shapes[] = {{3, 5, 8}, {2, 33, 40}, {2, 7, 768}, {1, 3, 1608}, {2, 2, 4104}};
@@ -95,8 +95,7 @@ TEST_CASE("embedding forward: token plus position under the CPU's dropout mask")
         }
 }
 
-TEST_CASE(
-    "buckets hold each position once, under its token, in ascending order, and name the frequent tokens") {
+TEST_CASE("buckets list each position once, under its token, ascending; frequent tokens are marked") {
     for (size_t M : {(size_t)1, (size_t)64, (size_t)65, (size_t)582, (size_t)3000})
         for (int V : {1, 5, 300}) {
             std::vector<int> tokens = skewed_tokens(M, V, M), memory(gpu::EmbeddingBuckets::ints(M) + 1, -7);
@@ -119,7 +118,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE("embedding backward: rows of rare, middling and very frequent tokens are added in one order") {
+TEST_CASE("embedding backward is the CPU's, and repeatable, for rare and frequent tokens") {
     struct {
         size_t B, T, C;
     } shapes[] = {{1, 1, 8}, {6, 97, 40}, {9, 65, 264}, {2, 300, 136}, {3, 7, 1608}};
@@ -128,9 +127,8 @@ TEST_CASE("embedding backward: rows of rare, middling and very frequent tokens a
             int V = 50;
             size_t M = B * T;
             std::vector<int> tokens = skewed_tokens(M, V - 2, C), memory(gpu::EmbeddingBuckets::ints(M));
-            int most = gpu::EmbeddingBuckets::FREQUENT;  // the two last tokens are the most seldom frequent,
-                                                         // and just not
-            if (M > 200)
+            int most = gpu::EmbeddingBuckets::FREQUENT;
+            if (M > 200)  // one token at the limit, and one just above
                 std::fill_n(tokens.begin(), most, V - 2), std::fill_n(tokens.begin() + most, most + 1, V - 1);
             gpu::bucket_tokens(gpu::EmbeddingBuckets::at(memory.data(), M), tokens.data(), M);
             Values dout = normals_x(M * C, 3), dwte = normals(V * C, 4), dwpe = normals((T + 3) * C, 5);
@@ -156,11 +154,20 @@ TEST_CASE("embedding backward: rows of rare, middling and very frequent tokens a
 // ---------------------------------------------------------------------------------------------
 // LayerNorm
 
-// Every count of warps that can share a row, some rows that fill them exactly, and the longest.
+// Channels for every number of warps that can share a row. Some fill the warps exactly; the last is the
+// maximum.
 const size_t CHANNELS[] = {8, 40, 768, 776, 1600, 3080, 6152, 12288};
 constexpr float EPS = 0.02f;  // large enough to matter
 
-TEST_CASE("layernorm forward, at every number of warps that share a row") {
+gpu::LayerNormForward forward_args(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w,
+                                   const floatX* b) {
+    gpu::LayerNormForward args;
+    args.y = y, args.mean = mean, args.rstd = rstd;
+    args.x = x, args.w = w, args.b = b;
+    return args;
+}
+
+TEST_CASE("layernorm forward is the CPU's, at every number of warps that share a row") {
     for (size_t C : CHANNELS)
         for (size_t M : {(size_t)1, (size_t)7}) {
             Values x = normals_x(M * C, C, 1, 3), w = normals_x(C, 1, 0.3, 1), b = normals_x(C, 2), y(M * C),
@@ -170,7 +177,7 @@ TEST_CASE("layernorm forward, at every number of warps that share a row") {
             auto got = repeatable([&] {
                 Device<floatX> out(M * C), in(x), weight(w), bias(b);
                 Device<float> mu(M), rs(M);
-                gpu::layernorm_forward(out, mu, rs, in, weight, bias, M, C, EPS, STREAM);
+                gpu::layernorm_forward(forward_args(out, mu, rs, in, weight, bias), M, C, EPS, STREAM);
                 return std::vector<Values>{out.values(), mu.values(), rs.values()};
             });
             check_x("layernorm forward: y" + sizes({M, C}), got[0], y);
@@ -179,15 +186,16 @@ TEST_CASE("layernorm forward, at every number of warps that share a row") {
         }
 }
 
-TEST_CASE("layernorm refuses rows that it cannot hold") {
+TEST_CASE("layernorm refuses rows that do not fit registers, or are no multiple of a vector") {
     for (size_t C : {(size_t)12, gpu::MAX_CHANNELS + 8}) {
         Device<floatX> x(C), y(C), w(C), b(C);
         Device<float> mean(1), rstd(1);
-        CHECK_THROWS_AS(gpu::layernorm_forward(y, mean, rstd, x, w, b, 1, C, EPS, STREAM), std::logic_error);
+        CHECK_THROWS_AS(gpu::layernorm_forward(forward_args(y, mean, rstd, x, w, b), 1, C, EPS, STREAM),
+                        std::logic_error);
     }
 }
 
-TEST_CASE("residual and layernorm in one pass: the sum, and the norm of the sum as stored") {
+TEST_CASE("residual layernorm: the sum, and the layernorm of the sum as it is stored") {
     for (size_t C : CHANNELS)
         for (float p : {0.0f, 0.2f}) {
             size_t T = 5, M = 2 * T;
@@ -203,8 +211,9 @@ TEST_CASE("residual and layernorm in one pass: the sum, and the norm of the sum 
             auto got = repeatable([&] {
                 Device<floatX> s(M * C), out(M * C), a(skip), br(branch), weight(w), bias(b);
                 Device<float> mu(M), rs(M);
-                gpu::residual_layernorm_forward(s, out, mu, rs, a, br, weight, bias, M, T, C, masks.gpu(),
-                                                EPS, STREAM);
+                gpu::LayerNormForward args = forward_args(out, mu, rs, a, weight, bias);
+                args.branch = br, args.sum = s;
+                gpu::residual_layernorm_forward(args, M, T, C, masks.gpu(), EPS, STREAM);
                 return std::vector<Values>{s.values(), out.values(), mu.values(), rs.values()};
             });
             check_x("residual layernorm: sum" + sizes({M, C}), got[0], sum);
@@ -218,9 +227,7 @@ TEST_CASE("residual and layernorm in one pass: the sum, and the norm of the sum 
         }
 }
 
-TEST_CASE(
-    "layernorm backward: added or written, with GROVER's second gradient, and under the mask of the branch "
-    "before") {
+TEST_CASE("layernorm backward: written or added, with GROVER's dskip, and under a dropout mask") {
     struct {
         bool accumulate, grover;
         float p;
@@ -248,10 +255,12 @@ TEST_CASE(
                 Device<floatX> dresid(before), out(M * C), dyd(dy), xd(x), wd(w);
                 Device<float> dwd(dw), dbd(db), mu(mean), rs(rstd),
                     scratch(gpu::layernorm_backward_scratch(C));
-                // Where the residual's gradient passes through too, it is read from where the result goes.
-                gpu::layernorm_backward(dresid, p > 0 ? (floatX*)out : nullptr, dwd, dbd, scratch, dyd,
-                                        grover ? (floatX*)dresid : nullptr, xd, mu, rs, wd, M, T, C,
-                                        accumulate, masks.gpu(), STREAM);
+                gpu::LayerNormBackward args;
+                args.dresid = dresid, args.masked = p > 0 ? (floatX*)out : nullptr;
+                args.dw = dwd, args.db = dbd, args.scratch = scratch;
+                args.dy = dyd, args.dskip = grover ? (floatX*)dresid : nullptr;  // read, then overwritten
+                args.x = xd, args.w = wd, args.mean = mu, args.rstd = rs;
+                gpu::layernorm_backward(args, M, T, C, accumulate, masks.gpu(), STREAM);
                 return std::vector<Values>{dresid.values(), p > 0 ? out.values() : dresid.values(),
                                            dwd.values(), dbd.values()};
             });
@@ -273,16 +282,18 @@ TEST_CASE("layernorm backward may write over the gradients it reads") {
         Device<float> dw(Values(C, 0)), db(Values(C, 0)), mu(mean), rs(rstd),
             scratch(gpu::layernorm_backward_scratch(C));
         Masks masks(0.5f, rng::FCPROJ_DROPOUT);
-        floatX* masked = in_place ? (floatX*)dyd : (floatX*)out;
-        gpu::layernorm_backward(dresid, masked, dw, db, scratch, dyd, nullptr, xd, mu, rs, wd, M, M, C, false,
-                                masks.gpu(), STREAM);
+        gpu::LayerNormBackward args;
+        args.dresid = dresid, args.masked = in_place ? (floatX*)dyd : (floatX*)out;
+        args.dw = dw, args.db = db, args.scratch = scratch, args.dy = dyd;
+        args.x = xd, args.w = wd, args.mean = mu, args.rstd = rs;
+        gpu::layernorm_backward(args, M, M, C, false, masks.gpu(), STREAM);
         return std::vector<Values>{dresid.values(), in_place ? dyd.values() : out.values(), dw.values()};
     };
     auto a = run(false), b = repeatable([&] { return run(true); });
     for (size_t i = 0; i < a.size(); i++) CHECK(same_bits(a[i], b[i]));
 }
 
-TEST_CASE("a NaN in one row stays in that row, and is seen in the sums over rows") {
+TEST_CASE("layernorm: a NaN stays in its row, and shows in the sums over rows") {
     size_t M = 9, C = 776, bad = 4;
     Values x = normals_x(M * C, 3), dy = normals_x(M * C, 4), w(C, 1.0f), b(C, 0.0f), y(M * C), mean(M),
            rstd(M);
@@ -290,9 +301,11 @@ TEST_CASE("a NaN in one row stays in that row, and is seen in the sums over rows
     Device<floatX> out(M * C), in(x), weight(w), bias(b), d(dy), dresid(M * C);
     Device<float> mu(M), rs(M), dw(Values(C, 0)), db(Values(C, 0)),
         scratch(gpu::layernorm_backward_scratch(C));
-    gpu::layernorm_forward(out, mu, rs, in, weight, bias, M, C, EPS, STREAM);
-    gpu::layernorm_backward(dresid, nullptr, dw, db, scratch, d, nullptr, in, mu, rs, weight, M, M, C, false,
-                            {}, STREAM);
+    gpu::layernorm_forward(forward_args(out, mu, rs, in, weight, bias), M, C, EPS, STREAM);
+    gpu::LayerNormBackward args;
+    args.dresid = dresid, args.dw = dw, args.db = db, args.scratch = scratch, args.dy = d;
+    args.x = in, args.w = weight, args.mean = mu, args.rstd = rs;
+    gpu::layernorm_backward(args, M, M, C, false, {}, STREAM);
     Values got = out.values(), back = dresid.values(), sums = dw.values();
     size_t wrong = 0;
     for (size_t i = 0; i < M * C; i++)
@@ -305,7 +318,7 @@ TEST_CASE("a NaN in one row stays in that row, and is seen in the sums over rows
 // ---------------------------------------------------------------------------------------------
 // GELU and bias
 
-TEST_CASE("GELU, tanh and erf form, and its derivative, also far out, at zero and at NaN") {
+TEST_CASE("GELU and its derivative, tanh and erf form, also of large numbers, zero and NaN") {
     for (int activation : {GELU_TANH, GELU_ERF}) {
         size_t n = 8 * 777;
         Values x = normals_x(n, 1, 2.5), d = normals_x(n, 2), y(n), want_d = d;
@@ -339,7 +352,7 @@ TEST_CASE("GELU, tanh and erf form, and its derivative, also far out, at zero an
     }
 }
 
-TEST_CASE("bias and GELU in one pass, rows beyond the grid included") {
+TEST_CASE("bias and GELU in one kernel, also with more rows than the grid has") {
     for (size_t N : {(size_t)8, (size_t)40, (size_t)2056})
         for (int activation : {GELU_TANH, GELU_ERF})
             for (bool gelu : {true, false}) {
@@ -358,7 +371,7 @@ TEST_CASE("bias and GELU in one pass, rows beyond the grid included") {
             }
 }
 
-TEST_CASE("bias backward: column sums are added") {
+TEST_CASE("bias backward adds column sums") {
     for (size_t N : {(size_t)8, (size_t)264, (size_t)2304})
         for (size_t M : {(size_t)1, (size_t)5, 2 * 8 * gpu::bias_backward_parts(N) + 3}) {
             Values dY = normals_x(M * N, 1), db = normals(N, 2), want = db;
@@ -373,7 +386,7 @@ TEST_CASE("bias backward: column sums are added") {
         }
 }
 
-TEST_CASE("add_to adds") {
+TEST_CASE("add_to adds an array to another") {
     Values x = normals(1003, 1), y = normals(1003, 2);
     Device<float> xd(x), yd(y);
     gpu::add_to(yd, xd, x.size(), STREAM);
@@ -384,7 +397,7 @@ TEST_CASE("add_to adds") {
 // ---------------------------------------------------------------------------------------------
 // Softmax cross-entropy
 
-TEST_CASE("cross-entropy: losses, gradient in place, ignored targets, and zeros behind the vocabulary") {
+TEST_CASE("cross-entropy: losses, gradient in place, ignored targets, zeros past the vocabulary") {
     for (int V : {1, 40, 50, 1000, 50257})
         for (bool train : {true, false})
             for (double scale : {1.0, 30.0}) {
@@ -394,7 +407,7 @@ TEST_CASE("cross-entropy: losses, gradient in place, ignored targets, and zeros 
                 for (size_t r = 0; r < rows; r++) {
                     targets[r] = r % 3 == 1 ? -1 : (int)(r * 7919 % V);
                     std::copy_n(logits.begin() + r * Vp, V, want.begin() + r * V);
-                    std::fill_n(logits.begin() + r * Vp + V, Vp - V, NAN);  // nobody may look at these
+                    std::fill_n(logits.begin() + r * Vp + V, Vp - V, NAN);  // no kernel may use these
                 }
                 targets[rows - 1] = V - 1;
                 float grad_scale = 1.0f / 37;
@@ -425,7 +438,7 @@ TEST_CASE("cross-entropy: losses, gradient in place, ignored targets, and zeros 
             }
 }
 
-TEST_CASE("cross-entropy of huge, infinite and NaN logits is what the CPU's is, row by row") {
+TEST_CASE("cross-entropy of huge, infinite and NaN logits is the CPU's, row by row") {
     size_t V = 300, Vp = pad_vocab((int)V), rows = 5;
     Values logits = normals_x(rows * Vp, 1), want(rows * V), losses(rows);
     logits[0 * Vp + 7] = 1e30f;
@@ -454,7 +467,7 @@ TEST_CASE("cross-entropy of huge, infinite and NaN logits is what the CPU's is, 
     }
 }
 
-TEST_CASE("losses are summed and targets counted on top of what is there") {
+TEST_CASE("sum_losses adds to the sum of losses and to the count of targets") {
     for (size_t M : {(size_t)1, (size_t)1023, (size_t)5001}) {
         Values losses = normals(M, 1, 1, 5);
         std::vector<int> targets(M);
@@ -482,9 +495,9 @@ TEST_CASE("losses are summed and targets counted on top of what is there") {
 // ---------------------------------------------------------------------------------------------
 // AdamW
 
-// A model's parameters and optimizer state, so large that the kernels' loops run at least twice; on the
-// device and in cpu::GPT2. What goes in and out is in the file's order. On the device arrays lie as
-// ParamLayout says where `layered`, else as in the file.
+// A model's parameters and optimizer state on the device and in cpu::GPT2, large enough that the kernels'
+// loops run at least twice. get() and set() use the file's order. On the device the arrays are laid out as
+// ParamLayout says where `layered` is true, otherwise as in the file.
 struct Optimizer {
     Config config = [] {
         Config c;
@@ -497,7 +510,7 @@ struct Optimizer {
     cpu::GPT2 model{config, 1, 1, true};
     bool with_master, layered;
     Device<floatX> params{n};
-    Device<float> master{n}, grads{n}, moment1{n}, moment2{n};
+    Device<float> master{n}, grads{n}, m{n}, v{n};
     Device<double> scratch{gpu::adamw_scratch()}, loss{std::vector<double>{1.25}};
     Device<StepResult> report{std::vector<StepResult>(1)};
     std::vector<gpu::Segment> host_segments = gpu::param_segments(config);
@@ -512,7 +525,7 @@ struct Optimizer {
         Values w = get_state(model, PARAMS);
         if (!with_master) w = rounded(w), set_state(model, PARAMS, w);
         set(params, w), set(master, w);
-        set(moment1, Values(n, 0)), set(moment2, Values(n, 0));
+        set(m, Values(n, 0)), set(v, Values(n, 0));
     }
     gpu::ParamMap map() { return {segments, n}; }
     // One of the arrays, in the file's order.
@@ -531,8 +544,11 @@ struct Optimizer {
         d.set(x);
     }
     void step(const AdamW& a, uint32_t t, uint64_t seed) {
-        gpu::adamw_step(report, params, with_master ? (float*)master : nullptr, grads, moment1, moment2,
-                        scratch, loss, map(), a, t, seed, STREAM);
+        gpu::AdamWArrays arrays;
+        arrays.report = report, arrays.loss = loss, arrays.scratch = scratch, arrays.map = map();
+        arrays.params = params, arrays.master = with_master ? (float*)master : nullptr;
+        arrays.grads = grads, arrays.m = m, arrays.v = v;
+        gpu::update(arrays, a, t, seed, STREAM);
     }
 };
 
@@ -540,8 +556,7 @@ const AdamW SETTINGS[] = {{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0},
                           {3e-3f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f},
                           {1e-2f, 0.8f, 0.99f, 1e-6f, 0, 1e6f}};
 
-TEST_CASE(
-    "AdamW over several steps is the CPU's: clipped and not, decay where param_table says, gradients kept") {
+TEST_CASE("AdamW over several steps is the CPU's, clipped or not, and keeps the gradients") {
     for (const AdamW& a : SETTINGS) {
         Optimizer o(gpu::BUILD_DTYPE == BF16);
         for (uint32_t t = 1; t <= 4; t++) {
@@ -554,21 +569,17 @@ TEST_CASE(
             CHECK(got.norm == doctest::Approx(want.norm).epsilon(1e-12));
             CHECK(same_bits(o.get(o.grads), g));
         }
-        Values got = gpu::BUILD_DTYPE == BF16 ? o.get(o.master) : o.get(o.params), start = got;
+        Values got = gpu::BUILD_DTYPE == BF16 ? o.get(o.master) : o.get(o.params);
         check_float("AdamW: parameters", got, get_state(o.model, PARAMS));
-        check_float("AdamW: first moment", o.get(o.moment1), get_state(o.model, ADAM_M));
-        check_float("AdamW: second moment", o.get(o.moment2), get_state(o.model, ADAM_V));
-        // Most of a parameter's value is not the step's: the steps themselves agree too.
+        check_float("AdamW: first moment", o.get(o.m), get_state(o.model, ADAM_M));
+        check_float("AdamW: second moment", o.get(o.v), get_state(o.model, ADAM_V));
+        // The steps are small beside the parameters, so they are also compared alone.
         Optimizer fresh(true);
         Values before = fresh.get(fresh.master), want = get_state(o.model, PARAMS);
         for (size_t i = 0; i < o.n; i++) got[i] -= before[i], want[i] -= before[i];
         check_close("AdamW: change of parameters", got.data(), want.data(), o.n, 20 * FLOAT_TOLERANCE);
-        bool padding = true;
-        Values w = o.get(o.params);
-        auto off = param_offsets(o.config);
-        CHECK(off[NUM_PARAMS] == o.n);
-        for (float f : w) padding = padding && std::isfinite(f);
-        CHECK(padding);
+        CHECK(param_offsets(o.config)[NUM_PARAMS] == o.n);
+        CHECK(all_finite(o.get(o.params).data(), o.n));
     }
 }
 
@@ -577,11 +588,11 @@ TEST_CASE("AdamW gives the same bits under every schedule") {
         Optimizer o(gpu::BUILD_DTYPE == BF16);
         o.set(o.grads, normals(o.n, 9, 0.1));
         for (uint32_t t = 1; t <= 2; t++) o.step(SETTINGS[1], t, 5);
-        return std::vector<Values>{o.params.values(), o.moment1.values(), o.moment2.values()};
+        return std::vector<Values>{o.params.values(), o.m.values(), o.v.values()};
     });
 }
 
-TEST_CASE("AdamW gives the same bits wherever the tensors lie in memory") {
+TEST_CASE("AdamW gives the same bits whatever the layout of the tensors in memory") {
     for (bool with_master : {true, false}) {
         Optimizer a(with_master, true), b(with_master, false);
         for (uint32_t t = 1; t <= 3; t++)
@@ -590,17 +601,17 @@ TEST_CASE("AdamW gives the same bits wherever the tensors lie in memory") {
                 o->step(SETTINGS[1], t, 5);
             }
         CHECK(a.report.get()[0].norm == b.report.get()[0].norm);
-        CHECK(!same_bits(a.params.values(), b.params.values()));  // they do lie elsewhere
+        CHECK(!same_bits(a.params.values(), b.params.values()));  // the layouts do differ
         CHECK(same_bits(a.get(a.params), b.get(b.params)));
         CHECK(same_bits(a.get(a.master), b.get(b.master)));
-        CHECK(same_bits(a.get(a.moment1), b.get(b.moment1)));
-        CHECK(same_bits(a.get(a.moment2), b.get(b.moment2)));
+        CHECK(same_bits(a.get(a.m), b.get(b.m)));
+        CHECK(same_bits(a.get(a.v), b.get(b.v)));
         for (Optimizer* o : {&a, &b}) gpu::round_parameters(o->params, o->master, o->map(), 6, 3, STREAM);
         CHECK(same_bits(a.get(a.params), b.get(b.params)));
     }
 }
 
-TEST_CASE("a norm or loss that is not finite leaves all but the report as it was") {
+TEST_CASE("AdamW with a norm or loss that is not finite changes nothing but the report") {
     struct {
         float grad;
         double loss;
@@ -611,14 +622,14 @@ TEST_CASE("a norm or loss that is not finite leaves all but the report as it was
             Values g = normals(o.n, 9, 0.1);
             o.set(o.grads, g);
             o.step(SETTINGS[0], 1, 5);
-            Values before[] = {o.params.values(), o.master.values(), o.moment1.values(), o.moment2.values()};
+            Values before[] = {o.params.values(), o.master.values(), o.m.values(), o.v.values()};
             g[o.n - 3] = grad;
             o.set(o.grads, g), o.loss.set({loss});
             o.step(SETTINGS[0], 2, 5);
             CHECK(same_bits(o.params.values(), before[0]));
             CHECK(same_bits(o.master.values(), before[1]));
-            CHECK(same_bits(o.moment1.values(), before[2]));
-            CHECK(same_bits(o.moment2.values(), before[3]));
+            CHECK(same_bits(o.m.values(), before[2]));
+            CHECK(same_bits(o.v.values(), before[3]));
             StepResult r = o.report.get()[0];
             CHECK(!r.finite());
             CHECK(std::isfinite(r.norm) == std::isfinite(grad));
@@ -627,7 +638,7 @@ TEST_CASE("a norm or loss that is not finite leaves all but the report as it was
 }
 
 #if !defined(PRECISION_FP32)
-// Whether x is one of the two bf16 values that enclose w, or w itself where bf16 holds it.
+// Whether x is one of the two bf16 values around w, or w itself where w is a bf16 value.
 bool is_neighbour(float x, float w) {
     uint32_t bits;
     memcpy(&bits, &w, 4);
@@ -635,7 +646,7 @@ bool is_neighbour(float x, float w) {
     return x == low || (x == high && low != w);
 }
 
-TEST_CASE("without master weights each parameter becomes one of the two neighbours of the CPU's result") {
+TEST_CASE("without master weights a parameter is a bf16 neighbour of the CPU's result") {
     for (const AdamW& a : SETTINGS) {
         Optimizer o(false);
         for (uint32_t t = 1; t <= 3; t++) {
@@ -659,9 +670,7 @@ TEST_CASE("without master weights each parameter becomes one of the two neighbou
     }
 }
 
-TEST_CASE(
-    "bf16 parameters are the master weights plus 16 random bits, cut off: element e has bits of Philox block "
-    "e / 8") {
+TEST_CASE("bf16 parameters are the masters, truncated after 16 bits of Philox block e / 8 are added") {
     Optimizer o(true);
     o.set(o.grads, normals(o.n, 9, 0.1));
     uint64_t seed = 0xfeedface12345678ull;
@@ -677,12 +686,12 @@ TEST_CASE(
     CHECK(same_bits(got, want));
     Device<floatX> again(o.n);
     gpu::round_parameters(again, o.master, o.map(), seed, 2, STREAM);
-    CHECK(same_bits(o.get(again), got));  // what a resumed run continues with
+    CHECK(same_bits(o.get(again), got));  // so a resumed run has the same parameters
     gpu::round_parameters(again, o.master, o.map(), seed, 3, STREAM);
     CHECK(!same_bits(o.get(again), got));
 }
 
-TEST_CASE("stochastic rounding is unbiased, to a neighbour, and independent from element to element") {
+TEST_CASE("stochastic rounding: to a neighbour, unbiased, independent from element to element") {
     constexpr size_t N = 4096, SEEDS = 256;
     Values w = normals(N, 1);
     w[0] = 0, w[1] = 1, w[2] = -0.5f, w[3] = 3.4e38f, w[4] = NAN, w[5] = INFINITY, w[6] = -INFINITY,

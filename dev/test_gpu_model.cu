@@ -1,6 +1,6 @@
 // test_gpu_model.cu - the whole GPU model against the CPU's: forward and backward passes, training steps,
 // state, generation. Built for bf16 and fp32. Without a GPU dev/emulator runs it; nvcc builds the same file
-// for a real one.
+// for a GPU.
 #define ARAPOET_NO_MAIN
 #include <doctest/doctest.h>
 
@@ -16,8 +16,8 @@ using namespace gpu_test;
 using Tokens = std::vector<int>;
 constexpr bool BUILT_BF16 = gpu::BUILD_DTYPE == BF16;
 
-// What is allowed, by the build's numbers. The emulator sums in other orders than a GPU, and knows no
-// approximate instructions.
+// Allowed errors, depending on the build's number type. The emulator sums in other orders than a GPU, and its
+// approximate instructions are exact.
 struct Tolerances {
     double gradient;   // of one tensor, relative L2
     double loss;       // relative
@@ -33,7 +33,7 @@ constexpr Tolerances ALLOWED =
     BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2} : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 6e-5};
 #endif
 
-// The file of timed algorithms goes to a folder of this program's own.
+// The file of timed algorithms is written to a temporary folder.
 struct CacheFolder {
     TempDir dir;
     CacheFolder() { setenv("XDG_CACHE_HOME", dir.path.c_str(), 1); }
@@ -63,7 +63,7 @@ Values random_weights(const Config& c, uint64_t seed) {
     return w;
 }
 
-// The micro-batches of some steps, with a frequent token, and targets to be ignored.
+// The micro-batches of some steps, with one frequent token and some ignored targets.
 struct Data {
     size_t B, T;
     std::vector<Tokens> x, y;
@@ -87,7 +87,8 @@ void accumulate(Model& m, const Data& d, size_t first, size_t count, uint32_t st
         m.accumulate(d.x[first + i].data(), d.y[first + i].data(), d.B, d.T, pass);
     }
 }
-// eps lies above the gradients' rounding noise in fp32, so that AdamW does not make full steps of it.
+// eps is larger than the gradients' rounding noise in fp32: otherwise AdamW would scale the noise up to full
+// steps.
 AdamW settings() {
     AdamW a;
     a.lr = 3e-3f, a.weight_decay = 0.1f, a.grad_clip = 1, a.eps = 1e-6f;
@@ -106,7 +107,7 @@ std::string name_of(const Config& c) {
            (c.activation == GELU_ERF ? " erf" : " tanh");
 }
 
-// Lowers the number of logits held at once, so that the head works in several parts, for as long as it lives.
+// While it exists, fewer logits are held at once, so that the head is computed in several parts.
 struct SmallHead {
     size_t before = gpu::GPT2::head_logits;
     explicit SmallHead(size_t logits) { gpu::GPT2::head_logits = logits; }
@@ -152,12 +153,12 @@ TEST_CASE("GPU model: loss and every gradient agree with the CPU's, whatever is 
             check_close("loss: " + what, &got.result.loss, &want.result.loss, 1, ALLOWED.loss);
             check_close("norm: " + what, &got.result.norm, &want.result.norm, 1, ALLOWED.gradient);
             if (r == 0) kept = got;
-            if (r == 3) CHECK(same_bits(got.grads, kept.grads));  // the very same kernels ran again
+            if (r == 3) CHECK(same_bits(got.grads, kept.grads));  // the same kernels ran again
         }
     }
 }
 
-TEST_CASE("GPU model: sizes at the edges: one row, one layer, each head size, a head in one part") {
+TEST_CASE("GPU model: gradients at edge sizes: one row, one layer, each head size, head in one part") {
     for (int hs : gpu::HEAD_SIZES) {
         Config c = config(hs % 3 ? GPT2_ARCH : GROVER_ARCH, GELU_TANH, 1, 2, hs, 130, 9);
         Data d(1, 1, hs == 48 ? 1 : 9, c.V, (uint64_t)hs);
@@ -167,11 +168,11 @@ TEST_CASE("GPU model: sizes at the edges: one row, one layer, each head size, a 
     }
 }
 
-TEST_CASE("GPU model: ten steps of training follow the CPU's losses, with and without master weights") {
+TEST_CASE("GPU model: ten steps' losses are the CPU's, with and without master weights") {
     Config c = config(GPT2_ARCH, GELU_TANH, 2, 2);
     Data d(20, 2, 16, c.V, 6);
     for (size_t i = 2; i < d.x.size(); i++)
-        d.x[i] = d.x[i % 2], d.y[i] = d.y[i % 2];  // the same batch, so that there is something to learn
+        d.x[i] = d.x[i % 2], d.y[i] = d.y[i % 2];  // the same batch, so that the loss falls
     auto losses = [&](auto& m) {
         m.dropout = 0.1f;
         set_state(m, PARAMS, random_weights(c, 12));
@@ -195,7 +196,7 @@ TEST_CASE("GPU model: ten steps of training follow the CPU's losses, with and wi
                             std::to_string(i),
                         &got[i], &want[i], 1, ALLOWED.ten_steps * (BUILT_BF16 && !master ? 5 : 1));
         if (master) {
-            // But for qkvb: a key's bias has no gradient but rounding noise, and bf16's is large.
+            // Except qkvb: the gradient of a key's bias is only rounding noise, which is large in bf16.
             Values weights = get_state(m, PARAMS), wanted = get_state(reference, PARAMS);
             ParamTable table = param_table(c);
             auto off = param_offsets(c);
@@ -207,7 +208,7 @@ TEST_CASE("GPU model: ten steps of training follow the CPU's losses, with and wi
     }
 }
 
-TEST_CASE("GPU model: evaluation is without dropout, counts its targets, and leaves training as it was") {
+TEST_CASE("GPU model: evaluation has no dropout, counts its targets and does not disturb training") {
     SmallHead head(8 * 384);
     Config c = config(GROVER_ARCH, GELU_ERF);
     Data d(3, 2, 13, c.V, 8);
@@ -231,7 +232,7 @@ TEST_CASE("GPU model: evaluation is without dropout, counts its targets, and lea
     CHECK(small.counted() == 0);
 }
 
-// The bits that two steps of three micro-batches leave, with masters and moments.
+// Losses, masters and moments after two steps of three micro-batches.
 Values trained_bits(bool graphs) {
     Config c = config(GPT2_ARCH, GELU_TANH, 2, 2);
     Data d(6, 2, 16, c.V, 9);
@@ -251,9 +252,7 @@ Values trained_bits(bool graphs) {
     return bits;
 }
 
-TEST_CASE(
-    "GPU model: a recorded graph gives the bits of direct launches, and neither order nor schedule changes "
-    "any") {
+TEST_CASE("GPU model: graphs and direct launches give the same bits, under every schedule") {
     std::vector<Values> recorded = repeatable([] { return std::vector<Values>{trained_bits(true)}; });
     CHECK(same_bits(recorded[0], trained_bits(false)));
 }
@@ -265,7 +264,7 @@ struct Options {
     ~Options() { emu::options() = before; }
 };
 
-TEST_CASE("GPU model: where cuBLASLt has no epilogue, kernels do its work") {
+TEST_CASE("GPU model: where cuBLASLt lacks an epilogue, kernels compute the same gradients") {
     Options restore;
     for (int activation : {GELU_TANH, GELU_ERF}) {
         Config c = config(GPT2_ARCH, activation, 1, 2);
@@ -274,7 +273,7 @@ TEST_CASE("GPU model: where cuBLASLt has no epilogue, kernels do its work") {
         const uint32_t bias = CUBLASLT_EPILOGUE_BIAS, gelu = CUBLASLT_EPILOGUE_GELU, dgelu = 64,
                        bgradb = CUBLASLT_EPILOGUE_BGRADB;
         for (uint32_t e : {bias, gelu, dgelu, bgradb, bias | gelu | dgelu | bgradb}) {
-            TempDir cache;  // what was timed while the epilogue was to be had does not count
+            TempDir cache;  // empty, without algorithms that were timed with the epilogue
             setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
             emu::options().refused_epilogues = e;
             std::string what = name_of(c) + " without epilogues " + std::to_string(e);
@@ -285,7 +284,7 @@ TEST_CASE("GPU model: where cuBLASLt has no epilogue, kernels do its work") {
     }
 }
 
-TEST_CASE("GPU model: memory is what memory_need says, and no step allocates any") {
+TEST_CASE("GPU model: it allocates what memory_need says, and a step allocates nothing") {
     Config c = config();
     Data d(4, 2, 16, c.V, 15);
     for (bool trains : {false, true})
@@ -304,7 +303,7 @@ TEST_CASE("GPU model: memory is what memory_need says, and no step allocates any
         }
 }
 
-TEST_CASE("GPU model: memory that runs out is one line that says what to try") {
+TEST_CASE("GPU model: out of memory is a one-line error that says what to try") {
     Options restore;
     Config c = config();
     size_t need = gpu::GPT2::memory_need(c, 2, 16, true).total();
@@ -318,7 +317,7 @@ TEST_CASE("GPU model: memory that runs out is one line that says what to try") {
     (void)cudaGetLastError();
 }
 
-TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended where it is damaged") {
+TEST_CASE("GPU model: the file of timed algorithms is kept, used, and repaired if damaged") {
     TempDir cache;
     setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
@@ -331,8 +330,8 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended whe
     CHECK(contains(path, std::to_string(cublasLtGetVersion())));
     { gpu::GPT2 m(c, 2, 16, true); }
     CHECK(read_file(path) == first);
-    // Entries are believed: the emulator's other algorithm, whose workspace stands in bytes 8 to 15, is taken
-    // as it is.
+    // Entries are used without timing: here the emulator's other algorithm, whose workspace is in bytes 8 to
+    // 15.
     std::string other;
     for (size_t i = 0, end; i < first.size(); i = end + 1) {
         end = first.find('\n', i);
@@ -344,7 +343,7 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended whe
     write_file(path, other);
     { gpu::GPT2 m(c, 2, 16, true); }
     CHECK(read_file(path) == other);
-    // Entries that are none are timed again, and the file is whole afterwards.
+    // Damaged entries are timed again, and the file is complete afterwards.
     const std::string first_bytes = first.substr(0, 4);
     auto products = [&](const std::string& text) {
         std::set<std::string> names;
@@ -367,7 +366,7 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and mended whe
 }
 #endif
 
-TEST_CASE("GPU model: state goes in and out unchanged, and initial weights are the CPU's") {
+TEST_CASE("GPU model: state is read and written unchanged, and initial weights are the CPU's") {
     Config c = config();
     cpu::GPT2 want(c, 1, 8, true);
     want.init_weights(77);
@@ -388,7 +387,7 @@ TEST_CASE("GPU model: state goes in and out unchanged, and initial weights are t
     CHECK(same_bits(get_state(sampler, PARAMS), rounded(weights)));
 }
 
-TEST_CASE("GPU model: a tensor that does not fit the pinned memory goes in and out in several pieces") {
+TEST_CASE("GPU model: a tensor larger than the pinned memory is read and written in pieces") {
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 3, 32, 50257, 8);
     REQUIRE((size_t)c.Vp * c.C > gpu::GPT2::PIECE);
     gpu::GPT2 got(c, 0, 0, false);
@@ -401,7 +400,7 @@ TEST_CASE("GPU model: a tensor that does not fit the pinned memory goes in and o
     CHECK(same_bits(get_state(got, PARAMS), weights));
 }
 
-TEST_CASE("GPU model: a run that was stopped and loaded again goes on bit for bit") {
+TEST_CASE("GPU model: a run that was stopped and resumed continues bit for bit") {
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
     Data d(4, 2, 16, c.V, 16);
     for (bool master : {true, false}) {
@@ -423,7 +422,7 @@ TEST_CASE("GPU model: a run that was stopped and loaded again goes on bit for bi
     }
 }
 
-TEST_CASE("GPU model: a gradient or loss that is not finite leaves the model alone") {
+TEST_CASE("GPU model: a step whose gradient or loss is not finite does not change the model") {
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
     Data d(1, 2, 16, c.V, 18);
     gpu::GPT2 m(c, d.B, d.T, true);
@@ -435,14 +434,12 @@ TEST_CASE("GPU model: a gradient or loss that is not finite leaves the model alo
     CHECK(same_bits(get_state(m, PARAMS), weights));
     Values zeros(num_params(c));
     CHECK(same_bits(get_state(m, ADAM_M), zeros));
-    set_state(m, PARAMS, random_weights(c, 19));  // and the next step starts clean
+    set_state(m, PARAMS, random_weights(c, 19));  // the next step is not affected
     accumulate(m, d, 0, 1, 0);
     CHECK(m.step(settings(), 1).finite());
 }
 
-TEST_CASE(
-    "GPU decoder: logits are those of the CPU's, for prompts of any length, and agree with the forward "
-    "pass") {
+TEST_CASE("GPU decoder: logits are the CPU's for prompts of any length, and agree with forward") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         Config c = config(arch, arch == GROVER_ARCH ? GELU_ERF : GELU_TANH, 2, 2,
                           arch == GROVER_ARCH ? 48 : 32, 130, 80);
@@ -466,7 +463,7 @@ TEST_CASE(
             check_close("decoder: logits", a, b, N * (size_t)c.V, ALLOWED.logits);
             at += n;
             CHECK(got.length() == at);
-            for (size_t s = 0; s < N; s++) {  // the loss at this place
+            for (size_t s = 0; s < N; s++) {  // the loss at this position
                 double sum = 0;
                 const float* l = a + s * (size_t)c.V;
                 for (int v = 0; v < c.V; v++) sum += std::exp((double)l[v]);
@@ -475,10 +472,10 @@ TEST_CASE(
                 loss += std::log(sum) - l[target], counted++;
             }
         }
-        // The whole pass is asked for the same places.
-        std::vector<size_t> places = {67, 68, 69, 71};
+        // The forward pass counts the same positions only.
+        std::vector<size_t> positions = {67, 68, 69, 71};
         for (size_t m = 0; m < N * T; m++)
-            if (std::find(places.begin(), places.end(), m % T) == places.end()) d.y[0][m] = -1;
+            if (std::find(positions.begin(), positions.end(), m % T) == positions.end()) d.y[0][m] = -1;
         double mean = loss / (double)counted, forward = whole.forward(d.x[0].data(), d.y[0].data(), N, T);
         CHECK(whole.counted() == counted);
         check_close("decoder: loss against the forward pass", &mean, &forward, 1, BUILT_BF16 ? 5e-3 : 1e-5);
@@ -489,7 +486,7 @@ TEST_CASE(
     }
 }
 
-TEST_CASE("GPU model: sizes that the kernels do not take are refused by name before anything is allocated") {
+TEST_CASE("GPU model: sizes without a kernel are refused by name before any allocation") {
     auto refused = [](Config c, size_t T, std::initializer_list<const char*> parts) {
         for (int which : {0, 1}) {
             std::string e = error_of([&] {

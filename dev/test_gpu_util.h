@@ -1,9 +1,9 @@
-// test_gpu_util.h - what the tests of train_gpt2.cu share: arrays in device memory, tolerances, runs under
+// test_gpu_util.h - shared by the tests of train_gpt2.cu: arrays in device memory, tolerances, runs under
 // every schedule.
 //
-// The tests compile twice, with floatX bf16 and (PRECISION_FP32) float; as C++ for dev/emulator, and by nvcc
-// for a device. The CPU's function is fed what floatX holds, so that what is compared is the computation and
-// not the rounding of inputs.
+// The tests are compiled twice, with floatX bf16 and (PRECISION_FP32) float; as C++ for dev/emulator, and by
+// nvcc for a device. The CPU's function gets inputs rounded to floatX, so that the comparison is of the
+// computation and not of the rounding of inputs.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -20,9 +20,9 @@ using gpu::floatX;
 using Values = std::vector<float>;
 
 // Allowed relative L2 errors: of results that are stored as floatX (bf16 has 8 bits, so rounding alone
-// makes 1.7e-3), and of those that are floats in every build. The emulator's exponentials and divisions are
-// exact to the last place, a device's are not, and in the bf16 build they are its fast approximations. In a
-// sanitizer's build the CPU's own sums are worse: it adds long rows one number after another.
+// makes 1.7e-3), and of results that are floats in every build. The emulator's exponentials and divisions are
+// exact to the last place. A device's are not, and in the bf16 build they are fast approximations. In a
+// sanitizer's build the CPU's sums are less exact: it adds long rows one number after another.
 #if defined(EMULATOR) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 constexpr double FLOAT_TOLERANCE = 2e-6, BF16_TOLERANCE = 2.5e-3;
 #else
@@ -41,25 +41,26 @@ inline floatX as_floatX(float x) {
     return r;
 #endif
 }
-// The nearest values that floatX holds.
+// The nearest values of type floatX.
 inline Values rounded(Values x) {
     for (float& f : x) f = as_float(as_floatX(f));
     return x;
 }
 
-// n normal numbers that `seed` alone decides.
+// n normal numbers that depend on nothing but `seed`.
 inline Values normals(size_t n, uint64_t seed, double scale = 1, double mean = 0) {
     Values x(n);
     rng::Key key(seed, 0, rng::SAMPLE);
     for (size_t i = 0; i < n; i++) x[i] = (float)(mean + scale * key.normal(i));
     return x;
 }
-// The same as floatX holds them.
+// The same, rounded to floatX.
 inline Values normals_x(size_t n, uint64_t seed, double scale = 1, double mean = 0) {
     return rounded(normals(n, seed, scale, mean));
 }
 
-// An array in device memory. Made by size it holds NaN, so that what a kernel fails to write is seen.
+// An array in device memory. Constructed from a size it holds NaN, so that elements that a kernel fails to
+// write are found.
 template <class T>
 class Device {
   public:
@@ -89,7 +90,7 @@ class Device {
         CUDA_CHECK(cudaMemcpy(x.data(), p_, n_ * sizeof(T), cudaMemcpyDeviceToHost));
         return x;
     }
-    // What it holds, as floats.
+    // Its elements as floats.
     Values values() const {
         std::vector<T> x = get();
         Values f(n_);
@@ -102,7 +103,7 @@ class Device {
     size_t n_;
 };
 
-// A model's state out and in, in the file's order.
+// Reads and writes a model's state, in the file's order.
 template <class Model>
 Values get_state(Model& m, State s) {
     Values to;
@@ -114,7 +115,7 @@ void set_state(Model& m, State s, const Values& from) {
     const float* at = from.data();
     m.each_piece(s, [&](float* p, size_t n) { memcpy(p, at, n * sizeof(float)), at += n; });
 }
-// An array of all parameters from the file's order to that of memory, and back.
+// Reorders an array of all parameters from the file's order to memory's, and back.
 inline Values to_memory(const Config& c, const Values& file) {
     Values memory(file.size());
     for (const ParamPiece& p : param_pieces(c)) std::copy_n(&file[p.file], p.size, &memory[p.memory]);
@@ -130,9 +131,9 @@ inline bool same_bits(const Values& a, const Values& b) {
     return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * sizeof(float)));
 }
 
-// Calls `run`, which makes its own inputs and returns its outputs, under every schedule of the emulator, or
-// twice on a device: every bit must be the same each time. Returns the outputs. (ThreadSanitizer sees races
-// under any schedule, and is slow: one run.)
+// Calls `run`, which creates its inputs and returns its outputs, under every schedule of the emulator, or
+// twice on a device, and checks that the outputs are the same bits each time. Returns them. (One run under
+// ThreadSanitizer, which is slow, and finds races under any schedule.)
 inline std::vector<Values> repeatable(const std::function<std::vector<Values>()>& run) {
     std::vector<Values> first = run();
     auto again = [&](const char* how) {
@@ -164,7 +165,7 @@ inline void check_float(const std::string& what, const Values& got, const Values
     check_close(what, got.data(), want.data(), got.size(), FLOAT_TOLERANCE);
 }
 
-// One site's dropout on both sides: the same seed, step, layer and place of the batch within the step.
+// One site's dropout for both models: the same seed, step, layer and position of the batch within the step.
 struct Masks {
     static constexpr uint64_t SEED = 0x123456789abcdefull, SEQ0 = 3;
     static constexpr uint32_t STEP = 7, LAYER = 2;

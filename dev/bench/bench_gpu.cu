@@ -1,10 +1,11 @@
 // bench_gpu.cu - times training steps on a GPU: forward, backward, clipping and AdamW. `make gpu-check` runs
 // it.
 //
-//     build/device/bench_gpu_bf16 gpt2 gpt2-large      the models to time, by preset
-// The batch is the largest that fits, at most 32 sequences.
-// Prints rows of a Markdown table: medians of 20 steps after 3 that are not counted. MFU is the counted work
-// (Kaplan's 6 N per token, and attention in full) over the peak that train_gpt2cu prints.
+//     build/device/bench_gpu_bf16 gpt2 gpt2-large      presets of the models to time
+//
+// The batch is the largest that fits, at most 32 sequences. Prints rows of a Markdown table: medians of 20
+// steps after 3 that are not counted. MFU (model FLOPs utilisation) is step_flops() (Kaplan's 6 N per token,
+// plus attention's full square) per second, divided by the peak that train_gpt2cu prints.
 #define ARAPOET_NO_MAIN
 #include <algorithm>
 #include <chrono>
@@ -17,7 +18,7 @@ double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// The largest of 32, 16, 8 ... sequences whose need fits into what is free; 0 where none does.
+// The largest batch of 32, 16, 8 ... sequences that fits into free memory; 0 where none does.
 size_t largest_batch(const Config& c, Precision p) {
     size_t B = 32;
     while (B &&
