@@ -1,6 +1,6 @@
-# Arapoet: GPT-2 on Arabic poetry. `make help` lists what a user needs, `make help-dev` the rest. Here:
-# settings, the programs, and the targets that run them. How objects are made, the tests, the GPU trainer:
-# dev/*.mk.
+# Arapoet: GPT-2 on Arabic poetry. `make help` lists the targets for users, `make help-dev` the others. This
+# file has the settings, the programs, and the targets that run them. dev/*.mk has the rest: how objects are
+# made, the tests, the GPU trainer, the benchmarks.
 
 ifeq ($(origin CXX),default)
 CXX = g++
@@ -8,19 +8,19 @@ endif
 CXXFLAGS ?= -O3
 ARCH ?= native
 BUILD ?= build
-# 1 builds ./train_gpt2 and ./sample_gpt2 for any processor of this kind (dev/portable.mk).
+# PORTABLE=1 builds ./train_gpt2 and ./sample_gpt2 for any processor of this architecture (dev/portable.mk).
 PORTABLE ?=
 
-# What `make train` reads and where it writes; e.g. make train POEMS=poems.csv PRESET=char OUT=out/mine
+# What `make train` reads, and where it writes, e.g. make train POEMS=poems.csv PRESET=char OUT=out/mine
 POEMS ?= data/sample_poems.csv
 PRESET ?= tiny
 OUT ?= out
 DATA ?= $(OUT)/data
 TRAIN_FLAGS ?=
 PREPARE_FLAGS ?=
-# What `make finetune` begins with, HF: a folder as Hugging Face publishes it, with config.json,
-# model.safetensors and the tokenizer's files; or FROM: a model file trained here, with tokenizer.bin beside
-# it
+# What `make finetune` starts from: HF, a folder as Hugging Face publishes it, with config.json,
+# model.safetensors and the tokenizer's files; or FROM, a model file trained here, with tokenizer.bin in
+# the same folder
 HF ?=
 FROM ?=
 # Where `make ladder` writes
@@ -29,7 +29,7 @@ LADDER_FLAGS ?=
 
 PROGRAMS = train_gpt2 sample_gpt2 prepare_data
 TOOLS = convert_gpt2 export_tokenizer tokenize score_poems export_run
-# The matrix product, compiled for bf16 and for floats; the object that takes longest first.
+# The matrix product, compiled for bf16 and for fp32. The object that takes longest comes first.
 GEMM = lib/gemm_bf16.o lib/gemm_fp32.o
 
 .PHONY: all train ladder finetune export plot help help-dev clean
@@ -51,14 +51,14 @@ help:
 
 include dev/build.mk
 
-# --- what runs. All write to OUT: where several are named on one command line, each waits for those before it
-# here.
+# --- targets that run programs. All write to OUT, so if several are given on one command line, each waits for
+# those that are listed before it here.
 
 train: $(PROGRAMS)
 	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
 	./train_gpt2 --data $(DATA) --preset $(PRESET) -o $(OUT) --overwrite $(TRAIN_FLAGS)
 
-# The program is built aside and copied here, since `make ladder` itself is the name of the climb.
+# The program is linked in BUILD and copied, because `make ladder` is the target that runs it.
 ladder: prepare_data $(BUILD)/ladder | need-plot $(call named,train)
 	cp $(BUILD)/ladder ladder
 	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
@@ -90,10 +90,9 @@ plot: | need-plot $(call named,train ladder finetune export)
 	@test -s $(OUT)/log.csv || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
 	gnuplot -c dev/plot/loss.gp $(OUT)/log.csv $(OUT)/loss.png
 
-# --- the programs. They are in the root, whichever BUILD they come from, and are linked anew when that is
-# another one.
+# --- the programs. They are in the root, whichever BUILD they come from, and are relinked when BUILD changes.
 ifeq ($(portable),)
-# sample_gpt2.o has a main of its own, which the linker prefers to train_gpt2.o's weak one.
+# sample_gpt2.o has a main, which the linker prefers to the weak main of train_gpt2.o.
 train_gpt2: $(BUILD)/lib/gemm_bf16.o $(BUILD)/train_gpt2.o $(BUILD)/lib/gemm_fp32.o
 sample_gpt2: $(BUILD)/sample_gpt2.o $(BUILD)/train_gpt2.o $(GEMM:%=$(BUILD)/%)
 train_gpt2 sample_gpt2: build/programs/flags
@@ -119,5 +118,5 @@ clean:
 	rm -rf $(PROGRAMS) $(TOOLS) train_gpt2cu ladder build $(if $(wildcard $(BUILD)/flags),$(BUILD))
 
 include dev/emulator.mk dev/test.mk dev/portable.mk dev/gpu.mk dev/bench.mk
-# What each object was made of, as the compiler saw it
+# The dependencies that the compiler found
 -include $(shell find build $(BUILD) -name '*.d' 2>/dev/null)

@@ -1,14 +1,14 @@
 // dataloader.h - token files, and the batches that training and evaluation read from them.
 //
-// The file is llm.c's: 256 int32, [0] 20240520, [1] 1, [2] how many tokens; then uint16 tokens.
+// The file format is llm.c's: a header of 256 int32 ([0] the magic number 20240520, [1] the version 1,
+// [2] the number of tokens), then the tokens as uint16.
 //
 //     TokenFile train("poems/train.bin");
 //     train.check_vocab(V);
 //     TrainLoader loader(train, T, seed, true);
-//     loader.next(B, inputs, targets);      // int[B * T] each; target = the token after the input
+//     loader.next(B, inputs, targets);      // int[B * T] each; a target is the token after its input
 #pragma once
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -17,7 +17,8 @@
 
 constexpr int32_t TOKEN_FILE_MAGIC = 20240520, TOKEN_FILE_VERSION = 1;
 
-// A token file's content without the commit, so that a program can let several files appear together.
+// Writes the tokens to `out` but does not commit it, so that a program can commit several files together.
+// `path` is for error messages.
 inline void write_tokens(AtomicFile& out, const std::string& path, const std::vector<uint16_t>& tokens) {
     if (tokens.empty() || tokens.size() > INT32_MAX)
         fail("%s: a token file holds 1 to %d tokens, not %zu", path.c_str(), INT32_MAX, tokens.size());
@@ -32,7 +33,8 @@ inline void write_tokens(const std::string& path, const std::vector<uint16_t>& t
     out.commit();
 }
 
-// A token file in memory. The constructor throws where the file is anything but whole.
+// A token file, read into memory. The constructor throws an Error if the header is wrong or the file's size
+// is not what the header says.
 class TokenFile {
   public:
     const std::string path;
@@ -50,8 +52,9 @@ class TokenFile {
 
     size_t size() const { return tokens_.size(); }
     uint16_t operator[](size_t i) const { return tokens_[i]; }
+    uint64_t checksum() const { return checksum_of(tokens_.data(), tokens_.size() * sizeof(uint16_t)); }
 
-    // Throws at the first token that a model with V tokens does not know.
+    // Throws an Error that names the first token outside a vocabulary of V tokens.
     void check_vocab(int V) const {
         for (size_t i = 0; i < tokens_.size(); i++)
             if (tokens_[i] >= V)
@@ -63,13 +66,15 @@ class TokenFile {
     std::vector<uint16_t> tokens_;
 };
 
-// Training batches. The n tokens stand on a circle. Each epoch cuts it at a fresh random offset into
-// floor(n / T) windows of T inputs and visits them in shuffled order, so that windows do not always break
-// at the same places; without shuffle the offset is 0 and the order the file's. The sequence of windows is
-// a function of (file, T, seed) alone: it does not depend on B, and seek() continues it anywhere.
+// Training batches. The file's n tokens are treated as a ring: the first follows the last. Each epoch cuts
+// the ring at a fresh random offset into floor(n / T) windows of T inputs, so that windows do not always
+// break at the same places, and visits the windows in shuffled order. Without shuffle the offset is 0 and
+// the windows come in file order. The sequence of windows depends only on the file, T, shuffle and the seed,
+// not on B, and seek() continues it from any position.
 class TrainLoader {
   public:
-    // Of `world` processes that train together, this one has number `rank`. The file must outlive the loader.
+    // This process is number `rank` of the `world` processes that train together; of each batch of B * world
+    // windows it gets those from rank * B on. The file must outlive the loader.
     TrainLoader(const TokenFile& file, int T, uint64_t seed, bool shuffle, int rank = 0, int world = 1)
         : file_(file),
           T_((size_t)T),
@@ -100,7 +105,7 @@ class TrainLoader {
         position_ += (uint64_t)B * world_;
     }
 
-    // Windows drawn since the start, by all processes together: all a resumed run needs to know.
+    // Windows drawn since the start by all processes together. A resumed run needs nothing else.
     uint64_t position() const { return position_; }
     void seek(uint64_t windows) {
         if (windows / order_.size() > UINT32_MAX)
@@ -117,7 +122,7 @@ class TrainLoader {
         if (!shuffle_) return;
         rng::Key key(seed_, (uint32_t)e, rng::SHUFFLE);
         offset_ = (size_t)(key.uniform(0) * (double)file_.size());
-        rng::shuffle(order_.data(), order_.size(), key);  // draws numbers 2 and up of the same key
+        rng::shuffle(order_.data(), order_.size(), key);  // uses the key's numbers 2 and up
     }
 
     const TokenFile& file_;
@@ -130,14 +135,14 @@ class TrainLoader {
     std::vector<uint32_t> order_;
 };
 
-// Evaluation batches: the file in order; every token but the first is a target exactly once. What is left
-// of the last batch has input 0 and target -1, which means "ignore".
+// Evaluation batches: the file in order, where every token but the first is a target exactly once. The
+// unused rest of the last batch has input 0 and target -1, which means "ignore".
 class EvalLoader {
   public:
     // The file must outlive the loader.
     EvalLoader(const TokenFile& file, int B, int T) : file_(file), B_((size_t)B), T_((size_t)T) {
         if (B < 1 || T < 1) fail("no loader for B = %d, T = %d", B, T);
-        if (file.size() < 2) fail("%s: has 1 token, evaluation wants at least 2", file.path.c_str());
+        if (file.size() < 2) fail("%s: has 1 token, evaluation needs at least 2", file.path.c_str());
     }
     size_t batches() const { return (file_.size() - 1 + B_ * T_ - 1) / (B_ * T_); }
     // Writes batch i < batches() to inputs[B * T] and targets[B * T].

@@ -1,6 +1,6 @@
-// Feeds arbitrary bytes to prepare_data as a CSV and as a text file, under libFuzzer, AddressSanitizer and
-// UBSan (make fuzz). Whatever comes must be prepared or be refused with an Error, and what is prepared must
-// load again.
+// Feeds arbitrary bytes to prepare_data as a CSV or a text file, under libFuzzer, AddressSanitizer and UBSan
+// (make fuzz). Each input must either be refused with an Error or be written to files that load again. The
+// input's first byte chooses the options; the rest is the file.
 #define ARAPOET_NO_MAIN
 #include "dev/fuzz.h"
 #include "prepare_data.cpp"

@@ -1,10 +1,10 @@
-// prepare_data.cpp - turns poems (CSV or plain text) into what the trainers read.
+// prepare_data.cpp - turns poems (CSV or plain text) into token files for the trainers.
 //
 //     ./prepare_data poems.csv -o poems      writes poems/train.bin, poems/val.bin, poems/tokenizer.bin
 //
-// Read, clean, drop duplicates, split by whole poems, tokenize, write. A poem is one string: its verses are
-// lines, and a TAB stands between the two hemistichs of a verse. In the token files each poem follows an
-// end-of-text token, so that a model asked to go on from end-of-text begins a poem.
+// The steps: read, clean, drop duplicates, split by whole poems, tokenize, write. A poem is one string: each
+// verse is a line, and a TAB separates the two hemistichs of a verse. In the token files an end-of-text token
+// precedes each poem, so that a model that is given end-of-text begins a new poem.
 #include <algorithm>
 #include <deque>
 #include <functional>
@@ -42,67 +42,72 @@ struct Poem {
     size_t chars, verses;
 };
 
-// One side of the split, for the table.
+// The size of one side of the split, train or val.
 struct Side {
     size_t poems = 0, verses = 0, chars = 0, tokens = 0;
 };
 
-// All that happened, for the user and for the tests.
+// What a run found and did, for the user and for the tests.
 struct Report {
-    std::vector<std::string> sources;  // a line for each file
+    std::vector<std::string> sources;  // one line per file
     size_t poems_read = 0;             // before anything was dropped
-    size_t filtered = 0;               // rows of a CSV that --where or --except left out
+    size_t filtered = 0;               // CSV rows that --where or --except left out
+    // Poems dropped: wrong number of fields, invalid UTF-8, nothing left after cleaning, below --min_chars,
+    // equal to an earlier poem
     size_t ragged = 0, invalid = 0, empty = 0, too_short = 0, duplicates = 0;
-    std::vector<std::string> where_ragged, where_invalid;  // the first few
-    std::map<uint32_t, size_t> removed;                    // code points cleaned away, and how often
+    std::vector<std::string> where_ragged, where_invalid;  // the first EXAMPLES places
+    std::map<uint32_t, size_t> removed;                    // code points removed by cleaning -> how often
     size_t replaced = 0;                                   // characters changed by the --normalize switches
-    size_t related_poems = 0, families = 0, largest_family = 0, kept_for_characters = 0;
+    size_t related_poems = 0, families = 0, largest_family = 0;  // families of at least two poems
+    size_t kept_for_characters = 0;  // poems drawn for val but kept in train, which needs their characters
     Side train, val;
-    std::string no_val;  // why there is no validation split
+    std::string no_val;  // why there is no validation split; empty if there is one
     int vocab_size = 0;
-    bool byte_bpe = false;  // instead of one token a character
+    bool byte_bpe = false;  // the tokenizer's kind: byte-level BPE, else one token per character
 };
 
-constexpr size_t EXAMPLES = 3;  // how many places a message names before it only counts
+constexpr size_t EXAMPLES = 3;  // how many places of each kind the report names; the others are only counted
 
 // ---------------------------------------------------------------------------------------------
 // Cleaning
 
-// Line breaks, as far as poems are concerned; CR LF becomes one because empty lines go.
+// Characters that end a verse. CR LF counts as one line break, because empty lines are removed.
 inline bool is_newline(uint32_t c) { return c == '\n' || c == '\r' || c == 0x2028 || c == 0x2029; }
 inline bool is_other_space(uint32_t c) {
     return c == ' ' || c == 0x0B || c == 0x0C || c == 0x85 || c == 0xA0 || c == 0x1680 ||
            (c >= 0x2000 && c <= 0x200A) || c == 0x202F || c == 0x205F || c == 0x3000;
 }
-// Control characters, and the invisible marks that only steer a text's direction on screen.
+// Control characters, and the invisible marks that only control a text's direction on screen.
 inline bool is_control(uint32_t c) {
     return c < 0x20 || (c >= 0x7F && c < 0xA0) || c == 0x061C || c == 0x200E || c == 0x200F ||
            (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069) || c == 0xFEFF;
 }
 
+// Cleans poems as the options say, and counts what it removes and replaces.
 class Cleaner {
   public:
     size_t replaced = 0;
 
     explicit Cleaner(const Options& o) : o_(o), letters_only_(o.keep == "letters") {
-        for (uint32_t c = 0; c < TABLE; c++) fate_[c] = fate(c);
+        for (uint32_t c = 0; c < TABLE; c++) cleaned_[c] = cleaned(c);
     }
 
-    // The poem as the model shall see it; the text must be valid UTF-8. A run of white space becomes the
-    // strongest sign in it (newline, then TAB, then space) and goes at either end.
+    // Returns the cleaned text, as the model will see it; the input must be valid UTF-8. A run of white space
+    // becomes one character, the strongest in the run: newline, else TAB, else space. White space at the
+    // beginning and the end is removed.
     std::string operator()(std::string_view text) {
         std::string out;
         out.reserve(text.size());
-        char space = 0;
+        char space = 0;  // the white space seen since the last character, as the character it becomes
         for (size_t i = 0; i < text.size();) {
             uint32_t c = 0;
             i += utf8::decode(text, i, &c);
-            uint32_t to = c < TABLE ? fate_[c] : fate(c);
+            uint32_t to = c < TABLE ? cleaned_[c] : cleaned(c);
             if (to == '\n' || to == '\t' || to == ' ') {
                 if (!space || to == '\n' || (to == '\t' && space == ' ')) space = (char)to;
                 continue;
             }
-            if (to == GONE) {
+            if (to == REMOVED) {
                 (c < TABLE ? removed_[c] : removed_beyond_[c])++;
                 continue;
             }
@@ -114,7 +119,7 @@ class Cleaner {
         return out;
     }
 
-    // What was removed so far, and how often.
+    // The code points removed so far, and how often each was.
     std::map<uint32_t, size_t> removed() const {
         std::map<uint32_t, size_t> all = removed_beyond_;
         for (uint32_t c = 0; c < TABLE; c++)
@@ -123,11 +128,11 @@ class Cleaner {
     }
 
   private:
-    static constexpr uint32_t GONE = 0;
-    static constexpr uint32_t TABLE = 0x800;  // the characters of one and two bytes, Arabic among them
+    static constexpr uint32_t REMOVED = 0;
+    static constexpr uint32_t TABLE = 0x800;  // characters of one or two UTF-8 bytes, which include Arabic
 
-    // What becomes of a character: itself, another, white space, or GONE.
-    uint32_t fate(uint32_t c) const {
+    // What a character becomes: itself, another letter, a kind of white space, or REMOVED.
+    uint32_t cleaned(uint32_t c) const {
         if (c == '\t') return '\t';
         if (is_newline(c)) return '\n';
         if (is_other_space(c)) return ' ';
@@ -136,28 +141,28 @@ class Cleaner {
         if (o_.normalize_hamza && c == 0x0626) c = 0x064A;
         if (o_.normalize_ya && c == 0x0649) c = 0x064A;
         if (o_.normalize_ta && c == 0x0629) c = 0x0647;
-        if (o_.remove_tatweel && c == 0x0640) return GONE;
-        if (o_.remove_tashkeel && ((c >= 0x064B && c <= 0x065F) || c == 0x0670)) return GONE;
-        if (letters_only_) return c >= 0x0621 && c <= 0x064A ? c : GONE;
-        return is_control(c) ? GONE : c;
+        if (o_.remove_tatweel && c == 0x0640) return REMOVED;
+        if (o_.remove_tashkeel && ((c >= 0x064B && c <= 0x065F) || c == 0x0670)) return REMOVED;
+        if (letters_only_) return c >= 0x0621 && c <= 0x064A ? c : REMOVED;
+        return is_control(c) ? REMOVED : c;
     }
 
     const Options& o_;
     const bool letters_only_;
-    uint32_t fate_[TABLE];
+    uint32_t cleaned_[TABLE];
     size_t removed_[TABLE] = {};
-    std::map<uint32_t, size_t> removed_beyond_;
+    std::map<uint32_t, size_t> removed_beyond_;  // the same for code points from TABLE on
 };
 
 // ---------------------------------------------------------------------------------------------
 // Reading
 
-// A comma-separated file after RFC 4180, record by record; the text must outlive the reader.
+// Reads a comma-separated file (RFC 4180) record by record. The text must outlive the reader.
 class CsvReader {
   public:
     struct Field {
-        std::string_view raw;  // as it stands in the file, without the outer quotes
-        bool doubled;          // holds "" for "
+        std::string_view raw;  // as written in the file, without the outer quotes
+        bool doubled;          // raw writes a quote as ""
         std::string text() const {
             std::string s;
             for (size_t i = 0; i < raw.size(); i++) {
@@ -168,11 +173,11 @@ class CsvReader {
         }
     };
     std::vector<Field> fields;  // of the record that next() has read
-    size_t line = 0;            // on which it begins, from 1
+    size_t line = 0;            // the line on which that record begins; the first is 1
 
     CsvReader(const std::string& path, std::string_view text) : path_(path), text_(text) {}
 
-    // False at the end of the file. Empty lines are skipped.
+    // Reads the next record and skips empty lines; false at the end of the file.
     bool next() {
         do {
             if (pos_ >= text_.size()) return false;
@@ -200,17 +205,17 @@ class CsvReader {
     Field quoted_field() {
         size_t begin = ++pos_, opened = line_;
         bool doubled = false;
-        for (;; pos_ += 2, doubled = true) {
+        for (;; pos_ += 2, doubled = true) {  // a single quote ends the field, a doubled one is part of it
             pos_ = text_.find('"', pos_);
             if (pos_ == std::string_view::npos)
-                fail("%s: line %zu: a quoted field begins and never ends", path_.c_str(), opened);
+                fail("%s: line %zu: a quoted field begins here but never ends", path_.c_str(), opened);
             if (at(pos_ + 1) != '"') break;
         }
         Field f{text_.substr(begin, pos_ - begin), doubled};
         line_ += (size_t)std::count(f.raw.begin(), f.raw.end(), '\n');
         if (!ends_field(++pos_))
             fail(
-                "%s: line %zu: text goes on after the closing quote of a field that begins on line %zu "
+                "%s: line %zu: text follows the closing quote of a field that begins on line %zu "
                 "(unbalanced quotes?)",
                 path_.c_str(), line_, opened);
         return f;
@@ -221,7 +226,7 @@ class CsvReader {
     size_t pos_ = 0, line_ = 1;
 };
 
-// Cuts a text into lines without their line ends.
+// Cuts a text into lines, without the newline characters.
 class LineReader {
   public:
     explicit LineReader(std::string_view text) : text_(text) {}
@@ -237,7 +242,8 @@ class LineReader {
     std::string_view text_;
     size_t pos_ = 0;
 };
-// A piece of the user's text, fit for an error message: one line, not long.
+
+// The beginning of the user's text for an error message: one line, at most MOST bytes and "...".
 inline std::string excerpt(std::string_view text) {
     constexpr size_t MOST = 60;
     std::string s(
@@ -250,7 +256,7 @@ inline bool is_blank(std::string_view line) {
     return line.find_first_not_of(" \t\r\v\f") == std::string_view::npos;
 }
 
-// Reads files into cleaned poems without duplicates, and keeps count in the report.
+// Reads files into cleaned poems without duplicates, and counts in the report what it reads and drops.
 class Collector {
   public:
     std::deque<Poem> poems;  // a deque, because seen_ points into the texts
@@ -278,7 +284,7 @@ class Collector {
     bool is_csv(std::string_view text) const {
         if (o_.format != "auto") return o_.format == "csv";
         if (path_->size() >= 4 && !strcasecmp(path_->c_str() + path_->size() - 4, ".csv")) return true;
-        // Any other name: a CSV file is told by its header line, which names the column.
+        // With any other name the file is a CSV if its first line is a header that names the column.
         std::string_view first_line = text.substr(0, text.find('\n'));
         if (std::count(first_line.begin(), first_line.end(), '"') % 2) return false;
         CsvReader csv(*path_, first_line);
@@ -294,7 +300,7 @@ class Collector {
         while (i < csv.fields.size() && csv.fields[i].text() != name) i++;
         return i;
     }
-    // The column's number for a name that must be there; `flag` chooses it.
+    // The number of the column called `name`; an Error if there is none. `flag` is the switch that named it.
     size_t column_named(const CsvReader& csv, const std::string& name, const char* flag) const {
         size_t column = column_of(csv, name);
         if (column < csv.fields.size()) return column;
@@ -307,7 +313,7 @@ class Collector {
         fail("%s: has no column '%s'; its columns are %s (%s chooses one)", path_->c_str(), name.c_str(),
              found.c_str(), flag);
     }
-    // COLUMN=VALUE: does a row have the value? An empty condition is one that no row meets.
+    // COLUMN=VALUE, met by rows whose column has that value. No row meets an empty condition.
     struct Condition {
         size_t column = SIZE_MAX;
         std::string value;
@@ -343,7 +349,7 @@ class Collector {
 
     std::string read_text(std::string_view text) {
         if (!o_.where.empty() || !o_.except.empty())
-            fail("%s: is plain text, --%s wants the columns of a CSV", path_->c_str(),
+            fail("%s: is plain text, but --%s needs the columns of a CSV", path_->c_str(),
                  o_.where.empty() ? "except" : "where");
         bool blank_lines = o_.layout == "blank" || (o_.layout == "auto" && has_blank_line_inside(text));
         LineReader lines(text);
@@ -365,7 +371,7 @@ class Collector {
             if (!blank_lines) flush();
         }
         flush();
-        return blank_lines ? "text, poems separated by blank lines" : "text, one poem a line";
+        return blank_lines ? "text, poems separated by blank lines" : "text, one poem per line";
     }
     static bool has_blank_line_inside(std::string_view text) {
         LineReader lines(text);
@@ -378,7 +384,7 @@ class Collector {
         return false;
     }
 
-    // Takes one poem as it stands in the file.
+    // Cleans and keeps one poem, given as it is written in the file, or counts why it is dropped.
     void add(std::string_view raw, size_t line, bool doubled_quotes) {
         r_.poems_read++;
         size_t bad = utf8::find_invalid(raw);
@@ -414,8 +420,12 @@ class Collector {
 // ---------------------------------------------------------------------------------------------
 // Splitting
 
-// Puts poems that share a pair of consecutive verses into one family; returns each poem's family, named by
-// its first poem. A poem of a single verse shares it with any poem that has the same verse.
+// Poems that share a pair of consecutive verses are related, as is a poem of a single verse with every poem
+// that contains this verse. A family is everything that such relations connect, directly or through other
+// poems. Returns each poem's family, identified by the index of its first poem.
+//
+// The families are a union-find forest: parent[i] leads from poem i to an earlier poem of its family, and
+// the first poem of a family is its own parent.
 inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
     std::vector<size_t> parent(poems.size());
     std::iota(parent.begin(), parent.end(), size_t(0));
@@ -428,10 +438,10 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
         parent[std::max(a, b)] = std::min(a, b);
     };
 
-    // Pairs are compared by a 64-bit hash: should two ever collide, two strangers share a split, which is
-    // harmless.
-    std::vector<std::pair<size_t, size_t>> pairs;  // hash, poem
-    std::unordered_map<std::string_view, size_t> single;
+    // Pairs are compared by a 64-bit hash. A collision would put two unrelated poems into one family, which
+    // does no harm.
+    std::vector<std::pair<size_t, size_t>> pairs;         // hash, poem
+    std::unordered_map<std::string_view, size_t> single;  // the verse of a poem of one verse -> the poem
     std::hash<std::string_view> hash;
     auto for_each_verse = [&](size_t i, auto f) {
         LineReader lines(poems[i].text);
@@ -460,13 +470,14 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
     return parent;
 }
 
-// How often each code point occurs; take and give back whole poems.
+// How often each code point occurs in a set of poems.
 class CharacterCount {
   public:
     void add(const Poem& p) {
         utf8::for_each(p.text, [&](uint32_t c, size_t) { n_[c]++; });
     }
-    // Takes the poems out if every character of theirs still occurs in what remains.
+    // Removes the poems from the set and returns true, unless one of their characters would then no longer
+    // occur in the set; in that case nothing changes and the result is false.
     bool take_if_covered(const std::deque<Poem>& poems, const std::vector<size_t>& which) {
         for (size_t i : which) utf8::for_each(poems[i].text, [&](uint32_t c, size_t) { n_[c]--; });
         bool covered = true;
@@ -481,9 +492,11 @@ class CharacterCount {
     std::vector<size_t> n_ = std::vector<size_t>(utf8::MAX_CODE_POINT + 1);
 };
 
-// Decides which poems validate. Families are drawn in random order until they hold val_fraction of the
-// characters; one that would take a character's last occurrence from training stays there, unless the
-// tokenizer knows it anyway. At least one family goes to each side if at all possible; r.no_val says why not.
+// Decides which poems are for validation; returns a flag for each poem. Families are drawn in random order
+// and taken for validation as long as this brings their share of the characters closer to val_fraction. A
+// family with the last occurrence of a character stays in training, because the new tokenizer is made from
+// the training text; an existing tokenizer (--tokenizer) lifts this rule. Each side gets at least one family
+// if that is possible; if not, r.no_val says why.
 inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, Report& r) {
     std::vector<bool> in_val(poems.size());
     std::vector<size_t> family = find_families(poems);
@@ -498,8 +511,8 @@ inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, 
     }
     if (o.val_fraction == 0 || order.size() < 2) {
         r.no_val = o.val_fraction == 0 ? "--val_fraction is 0"
-                   : poems.size() < 2  ? "there is one poem alone"
-                                       : "all poems share verses";
+                   : poems.size() < 2  ? "there is only one poem"
+                                       : "all poems are related by shared verses";
         return in_val;
     }
     rng::shuffle(order.data(), order.size(), rng::Key(o.seed, 0, rng::SPLIT));
@@ -524,25 +537,26 @@ inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, 
         bool closer = taken + size(f) - target <= target - taken;
         if (closer && families_left > 1 && !take(f)) r.kept_for_characters += members[f].size();
     }
-    if (taken == 0) {  // every family is larger than the share asked for: the smallest will do
+    if (taken == 0) {  // every family overshoots the target too far: take the smallest that may be taken
         std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return size(a) < size(b); });
         for (size_t k = 0; k < order.size() && taken == 0; k++) take(order[k]);
     }
-    if (taken == 0) r.no_val = "each poem has a character that no other has";
+    if (taken == 0) r.no_val = "each poem has a character that no other poem has";
     return in_val;
 }
 
 // ---------------------------------------------------------------------------------------------
 // Writing
 
-// The token stream of one side: end-of-text and poem, again and again, in the order of the input.
+// The token stream of one side: each poem after an end-of-text token, in the order of the input. Counts the
+// side's poems, verses, characters and tokens in `side`.
 inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poem>& poems,
                                       const std::vector<bool>& in_val, bool val, const Options& o,
                                       Side& side) {
     std::vector<uint16_t> stream;
     auto put = [&](int id) {
         if (id > UINT16_MAX)
-            fail("%s: token %d (%s) does not fit a token file, whose tokens have 16 bits",
+            fail("%s: token %d (%s) does not fit into a token file, whose tokens have 16 bits",
                  o.tokenizer.c_str(), id, utf8::quote(tok.bytes(id)).c_str());
         stream.push_back((uint16_t)id);
     };
@@ -553,8 +567,9 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
             for (int id : tok.encode(poems[i].text)) put(id);
         } catch (const Error& e) {
             fail("%s: cannot tokenize poem %zu of those kept: %s%s", o.tokenizer.c_str(), i + 1, e.what(),
-                 tok.kind() == Tokenizer::CHARACTERS ? "; clean with the switches the tokenizer was made with"
-                                                     : "");
+                 tok.kind() == Tokenizer::CHARACTERS
+                     ? "; use the cleaning switches that the tokenizer was made with"
+                     : "");
         }
         side.poems++, side.verses += poems[i].verses, side.chars += poems[i].chars;
     }
@@ -563,19 +578,42 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
 }
 
 inline void check_options(const Options& o) {
-    if (o.files.empty()) throw UsageError("which poems? ./prepare_data poems.csv -o DIR; --help tells more");
+    if (o.files.empty()) throw UsageError("no poems are given: ./prepare_data poems.csv -o DIR; see --help");
     if (o.out.empty())
-        throw UsageError("where to? -o DIR names the folder for train.bin, val.bin and tokenizer.bin");
+        throw UsageError("-o DIR is missing: the folder for train.bin, val.bin and tokenizer.bin");
     if (!(o.val_fraction >= 0 && o.val_fraction < 1))
         throw UsageError(
-            strf("--val_fraction: %g is out of range, wanted 0 up to (not including) 1", o.val_fraction));
+            strf("--val_fraction: %g is out of range, wanted at least 0 and below 1", o.val_fraction));
     for (auto [flag, text] :
          {std::pair<const char*, const std::string*>{"--where", &o.where}, {"--except", &o.except}})
         if (!text->empty() && text->find('=') == text->npos)
-            throw UsageError(strf("%s: '%s' is no condition, wanted COLUMN=VALUE", flag, text->c_str()));
+            throw UsageError(strf("%s: '%s' is not a condition, wanted COLUMN=VALUE", flag, text->c_str()));
 }
 
-// The whole program but its command line. Writes nothing unless all goes well.
+// Writes the files of a data set. All are complete under temporary names before the first is renamed to its
+// final name, so that a full disk leaves the old set unchanged.
+inline void write_data_set(const std::string& dir, const Tokenizer& tok, const std::vector<uint16_t>& train,
+                           const std::vector<uint16_t>& val) {
+    make_dirs(dir);
+    const std::string train_path = dir + "/train.bin", val_path = dir + "/val.bin",
+                      tok_path = dir + "/tokenizer.bin";
+    AtomicFile tok_file(tok_path), train_file(train_path);
+    std::unique_ptr<AtomicFile> val_file;
+    tok.write(tok_file);
+    write_tokens(train_file, train_path, train);
+    if (!val.empty()) {
+        val_file = std::make_unique<AtomicFile>(val_path);
+        write_tokens(*val_file, val_path, val);
+        val_file->commit();
+    } else if (unlink(val_path.c_str()) && errno != ENOENT) {
+        // An older val.bin would be in another vocabulary, so it must not stay.
+        fail("%s: cannot remove the old file: %s", val_path.c_str(), strerror(errno));
+    }
+    train_file.commit();
+    tok_file.commit();
+}
+
+// The whole program except for its command line. Writes nothing until everything has succeeded.
 inline Report prepare(const Options& o) {
     check_options(o);
     Report r;
@@ -584,11 +622,12 @@ inline Report prepare(const Options& o) {
     collector.finish();
     const std::deque<Poem>& poems = collector.poems;
     if (r.filtered && !r.poems_read)
-        fail("no row is left of %zu by --where '%s' --except '%s'", r.filtered, o.where.c_str(),
-             o.except.c_str());
+        fail("--where '%s' and --except '%s' leave none of %zu rows", o.where.c_str(), o.except.c_str(),
+             r.filtered);
     if (poems.empty())
         fail(
             "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged rows, %zu "
+            "with "
             "invalid UTF-8%s",
             r.poems_read, r.empty, r.too_short, r.ragged, r.invalid,
             r.empty && o.keep == "letters" ? " (--keep all keeps more than Arabic letters)" : "");
@@ -606,25 +645,7 @@ inline Report prepare(const Options& o) {
     r.vocab_size = tok.vocab_size(), r.byte_bpe = tok.kind() == Tokenizer::BYTE_BPE;
     std::vector<uint16_t> train = tokenize(tok, poems, in_val, false, o, r.train);
     std::vector<uint16_t> val = tokenize(tok, poems, in_val, true, o, r.val);
-
-    // All files are written before the first is renamed, so that a full disk leaves the old set as it was.
-    make_dirs(o.out);
-    const std::string train_path = o.out + "/train.bin", val_path = o.out + "/val.bin",
-                      tok_path = o.out + "/tokenizer.bin";
-    AtomicFile tok_file(tok_path), train_file(train_path);
-    std::unique_ptr<AtomicFile> val_file;
-    tok.write(tok_file);
-    write_tokens(train_file, train_path, train);
-    if (!val.empty()) {
-        val_file = std::make_unique<AtomicFile>(val_path);
-        write_tokens(*val_file, val_path, val);
-        val_file->commit();
-    } else if (unlink(val_path.c_str()) &&
-               errno != ENOENT) {  // an older val.bin belongs to another vocabulary
-        fail("%s: cannot remove the old file: %s", val_path.c_str(), strerror(errno));
-    }
-    train_file.commit();
-    tok_file.commit();
+    write_data_set(o.out, tok, train, val);
     return r;
 }
 
@@ -668,9 +689,8 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
                  commas(r.related_poems).c_str(), commas(r.families).c_str(),
                  commas(r.largest_family).c_str()));
     if (r.kept_for_characters)
-        row("",
-            strf("%s drawn for validation stay in training, which else would lack one of their characters",
-                 count(r.kept_for_characters, "poem", "poems").c_str()));
+        row("", strf("%s drawn for validation, but kept in training, which needs their rare characters",
+                     count(r.kept_for_characters, "poem", "poems").c_str()));
 
     double chars = (double)(r.train.chars + r.val.chars);
     fprintf(f, "\n%-8s %10s %10s %12s %12s %8s\n", "", "poems", "verses", "characters", "tokens", "share");
@@ -684,7 +704,7 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
     row("vocabulary",
         strf("%d tokens", r.vocab_size) +
             (o.tokenizer.empty() ? ": the characters of train, and end-of-text" : " of " + o.tokenizer) +
-            (r.byte_bpe ? strf(": byte-level BPE, %.2f characters a token", chars / text_tokens) : ""));
+            (r.byte_bpe ? strf(": byte-level BPE, %.2f characters per token", chars / text_tokens) : ""));
     row("wrote", strf("%s/{train.bin, %stokenizer.bin}", o.out.c_str(), r.no_val.empty() ? "val.bin, " : ""));
     if (!r.no_val.empty()) row("", "no val.bin: " + r.no_val);
     row("next", "./train_gpt2 --data " + o.out);
@@ -695,37 +715,37 @@ inline int prepare_main(int argc, char** argv) {
     Flags f("prepare_data", "turns poems into token files for the trainers");
     f.positional(&o.files, "poems.csv [more files]");
     f.section("Files");
-    f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin and tokenizer.bin (made if need be)");
-    f.add("format", "", &o.format, "F", "auto goes by the name, then by the header line")
+    f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin and tokenizer.bin; created if missing");
+    f.add("format", "", &o.format, "F", "auto decides by the file name, then by the header line")
         .choices({"auto", "csv", "text"});
     f.add("column", "", &o.column, "NAME",
-          "CSV column that holds the poem: verses on lines, TAB between hemistichs");
+          "CSV column with the poem: one verse per line, a TAB between hemistichs");
     f.add("where", "", &o.where, "COL=VALUE",
-          "CSV: only the rows with this value, as in poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
-    f.add("except", "", &o.except, "COL=VALUE", "CSV: only the rows without it");
-    f.add("layout", "", &o.layout, "L", "text: lines = a poem a line, blank = blank lines between poems")
+          "CSV: only rows with this value, e.g. poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
+    f.add("except", "", &o.except, "COL=VALUE", "CSV: only rows without this value");
+    f.add("layout", "", &o.layout, "L", "text: lines = one poem per line, blank = blank lines between poems")
         .choices({"auto", "lines", "blank"});
-    f.add("on_error", "", &o.on_error, "E", "invalid UTF-8: fail at the first, or skip the poem and count it")
+    f.add("on_error", "", &o.on_error, "E", "invalid UTF-8: stop at the first, or skip and count such poems")
         .choices({"fail", "skip"});
     f.add("tokenizer", "", &o.tokenizer, "FILE",
           "use this tokenizer instead of making one (for fine-tuning)");
-    f.section("Cleaning (white space always: runs become one, TAB and newline survive)");
+    f.section("Cleaning (always: a run of white space becomes one newline, TAB or space)");
     f.add("keep", "", &o.keep, "WHAT",
-          "letters = U+0621..U+064A only, without vowel signs; all = all but control characters")
+          "letters = only U+0621..U+064A, no vowel signs; all = everything but control characters")
         .choices({"letters", "all"});
     f.add("normalize_alef", "", &o.normalize_alef, "\u0623 \u0625 \u0622 \u0671 become \u0627");
     f.add("normalize_hamza", "", &o.normalize_hamza,
-          "\u0624 becomes \u0648 and \u0626 becomes \u064A; \u0621 stays");
+          "\u0624 becomes \u0648, \u0626 becomes \u064A; \u0621 is kept");
     f.add("normalize_ya", "", &o.normalize_ya, "\u0649 becomes \u064A");
     f.add("normalize_ta", "", &o.normalize_ta, "\u0629 becomes \u0647");
-    f.add("remove_tatweel", "", &o.remove_tatweel, "drop the stretching sign U+0640");
+    f.add("remove_tatweel", "", &o.remove_tatweel, "remove the stretching sign U+0640");
     f.add("remove_tashkeel", "", &o.remove_tashkeel,
-          "drop vowel signs U+064B..U+065F, U+0670 (--keep letters always does)");
+          "remove vowel signs U+064B..U+065F, U+0670 (--keep letters always does)");
     f.add("min_chars", "", &o.min_chars, "N", "drop poems shorter than this after cleaning")
         .range(1, INFINITY);
     f.section("Split (whole poems; poems that share two consecutive verses stay together)");
     f.add("val_fraction", "", &o.val_fraction, "X", "share of the characters for validation; 0 = no val.bin");
-    f.add("seed", "", &o.seed, "N", "decides which poems validate");
+    f.add("seed", "", &o.seed, "N", "decides which poems are for validation");
     f.epilogue(
         "examples:\n"
         "  ./prepare_data poems.csv -o poems && ./train_gpt2 --data poems\n"

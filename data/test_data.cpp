@@ -1,4 +1,4 @@
-// test_data.cpp - what tokenizer.h, dataloader.h and prepare_data promise.
+// test_data.cpp - tests of utf8.h, the character tokenizer, dataloader.h and prepare_data.
 #define ARAPOET_NO_MAIN
 #include "data/prepare_data.cpp"
 
@@ -18,7 +18,7 @@ using Strings = std::vector<std::string>;
 // ---------------------------------------------------------------------------------------------
 // UTF-8
 
-TEST_CASE("utf-8: every code point but the surrogates survives encoding and decoding") {
+TEST_CASE("utf-8: every code point except surrogates survives encoding and decoding") {
     size_t wrong = 0;
     std::string s;
     for (uint32_t c = 0; c <= utf8::MAX_CODE_POINT; c++) {
@@ -32,8 +32,8 @@ TEST_CASE("utf-8: every code point but the surrogates survives encoding and deco
     CHECK(wrong == 0);
 }
 
-TEST_CASE("utf-8: no other bytes are a character: overlong forms, surrogates and stray bytes are refused") {
-    // Counting all strings of each length suffices, since the valid ones are known to be accepted.
+TEST_CASE("utf-8: overlong forms, surrogates and stray bytes are refused") {
+    // It is enough to count the accepted strings of each length, since the valid ones are accepted for sure.
     auto count_valid = [](size_t n, auto&& byte_range) {
         size_t valid = 0;
         std::string s(n, '\0');
@@ -55,8 +55,8 @@ TEST_CASE("utf-8: no other bytes are a character: overlong forms, surrogates and
     CHECK(count_valid(1, full) == 0x80);
     CHECK(count_valid(2, full) == 0x800 - 0x80);
     CHECK(count_valid(3, full) == 0x10000 - 0x800 - 0x800);
-    CHECK(count_valid(4, two_full) ==
-          0x100000 / 4096 * 2 * 2);  // two of six edge bytes go on with a character
+    // Of the six edge bytes, two (0x80 and 0xBF) are valid as third and fourth byte.
+    CHECK(count_valid(4, two_full) == 0x100000 / 4096 * 2 * 2);
     CHECK(utf8::find_invalid("ab\xD8\xA8") == std::string_view::npos);
     CHECK(utf8::find_invalid("ab\xD8") == 2);
     CHECK(utf8::find_invalid("ab\xD8"
@@ -64,8 +64,7 @@ TEST_CASE("utf-8: no other bytes are a character: overlong forms, surrogates and
     CHECK(utf8::find_invalid("ab\xED\xA0\x80") == 2);
 }
 
-TEST_CASE(
-    "utf-8: a stream that prints the printable prefix never prints half a character and loses nothing") {
+TEST_CASE("utf-8: printing the printable prefix loses nothing and never splits a character") {
     const std::string text = "a\u0628\u20AC\U0001F600\u0645z\U0001F600";
     for (size_t chunk = 1; chunk <= 5; chunk++) {
         std::string pending, printed;
@@ -79,7 +78,7 @@ TEST_CASE(
         }
         CHECK(printed == text);
     }
-    CHECK(utf8::printable_prefix("\x80\x80\x80\x80") == 4);  // garbage is not held back for ever
+    CHECK(utf8::printable_prefix("\x80\x80\x80\x80") == 4);  // invalid bytes are printed, too
     CHECK(utf8::printable_prefix("\xFF") == 1);
     CHECK(utf8::printable_prefix("") == 0);
     for (const char* whole : {"z", "az", "\u0628", "a\u20AC", "\U0001F600"})
@@ -89,7 +88,7 @@ TEST_CASE(
 // ---------------------------------------------------------------------------------------------
 // The tokenizer
 
-// A tokenizer file by hand.
+// The content of a character tokenizer's file, composed by hand.
 std::string tokenizer_file(const Strings& tokens, int eot) {
     std::string s(1024, '\0');
     s = with_header(s, 0, 20240328), s = with_header(s, 1, 2), s = with_header(s, 2, (int)tokens.size());
@@ -99,7 +98,7 @@ std::string tokenizer_file(const Strings& tokens, int eot) {
 }
 const char* const EOT = "<|endoftext|>";
 
-TEST_CASE("a character tokenizer holds every code point of the text, sorted, then end-of-text") {
+TEST_CASE("a character tokenizer has every code point of the text, sorted, then end-of-text") {
     Tokenizer t = Tokenizer::characters("ba\n\u0628a\U0001F600");
     REQUIRE(t.vocab_size() == 6);
     Strings tokens;
@@ -108,7 +107,7 @@ TEST_CASE("a character tokenizer holds every code point of the text, sorted, the
     CHECK(t.eot() == 5);
 }
 
-TEST_CASE("text survives encoding and decoding, one token a character") {
+TEST_CASE("text survives encoding and decoding, with one token per character") {
     const std::string text = "\u0642\u0641\u0627 \u0646\u0628\u0643\t\u0645\u0646\n";
     Tokenizer t = Tokenizer::characters(text);
     std::vector<int> ids = t.encode(text);
@@ -118,19 +117,19 @@ TEST_CASE("text survives encoding and decoding, one token a character") {
     CHECK(t.decode({t.eot()}) == EOT);
 }
 
-TEST_CASE("end-of-text is never encoded from its spelling") {
+TEST_CASE("text that spells end-of-text is never encoded as end-of-text") {
     Tokenizer t = Tokenizer::characters(EOT);
     for (int id : t.encode(EOT)) CHECK(id != t.eot());
 }
 
-TEST_CASE("a token counts the characters that begin in it, end-of-text counts one") {
+TEST_CASE("chars() is one for every character token and for end-of-text") {
     Tokenizer t = Tokenizer::characters("a\u0628");
     CHECK(t.chars(0) == 1);
     CHECK(t.chars(1) == 1);
     CHECK(t.chars(t.eot()) == 1);
 }
 
-TEST_CASE("an unknown character is named with its code point and byte offset") {
+TEST_CASE("an unknown character is an error that names its code point and byte offset") {
     Tokenizer t = Tokenizer::characters("\u0628a");
     std::string e = error_of([&] { t.encode("a\u0628\u062A"); });
     CHECK(contains(e, "'\u062A' U+062A at byte 3"));
@@ -139,7 +138,7 @@ TEST_CASE("an unknown character is named with its code point and byte offset") {
     CHECK(contains(error_of([&] { t.encode("\U0001F600"); }), "U+1F600"));
 }
 
-TEST_CASE("invalid UTF-8 is refused with its offset, in encoding and in building a tokenizer") {
+TEST_CASE("encode() and characters() refuse invalid UTF-8 and name its byte offset") {
     Tokenizer t = Tokenizer::characters("a\u0628");
     CHECK(contains(error_of([&] { t.encode("aa\xD8"); }), "invalid UTF-8 at byte 2 (0xD8)"));
     CHECK(contains(error_of([&] { Tokenizer::characters("a\xFF"); }), "invalid UTF-8 at byte 1 (0xFF)"));
@@ -151,7 +150,7 @@ TEST_CASE("a token outside the vocabulary is an error") {
     CHECK(contains(error_of([&] { t.decode({0, -1}); }), "token -1"));
 }
 
-TEST_CASE("a saved tokenizer has llm.c's layout and loads as it was") {
+TEST_CASE("a tokenizer file has llm.c's layout and loads as the tokenizer that was saved") {
     TempDir dir;
     Tokenizer t = Tokenizer::characters("b\u0628\n");
     t.save(dir / "t.bin");
@@ -163,7 +162,7 @@ TEST_CASE("a saved tokenizer has llm.c's layout and loads as it was") {
     CHECK(u.encode("\u0628b\n") == std::vector<int>{2, 1, 0});
 }
 
-TEST_CASE("a tokenizer file with any wrong header field is refused by the field's name") {
+TEST_CASE("a wrong header field in a tokenizer file is an error that names the field") {
     TempDir dir;
     const std::string good = tokenizer_file({"a", "b", EOT}, 2);
     struct {
@@ -190,7 +189,7 @@ TEST_CASE("a tokenizer file with any wrong header field is refused by the field'
         contains(error_of([&] { Tokenizer::load(dir / "t.bin"); }), "end-of-text token is 2, wanted 0 to 1"));
 }
 
-TEST_CASE("a tokenizer file truncated anywhere, or with bytes behind its end, is refused") {
+TEST_CASE("a tokenizer file that is truncated anywhere or too long is refused") {
     TempDir dir;
     const std::string good = tokenizer_file({"a", "\u0628", EOT}, 2);
     write_file(dir / "t.bin", good);
@@ -206,14 +205,13 @@ TEST_CASE("a tokenizer file truncated anywhere, or with bytes behind its end, is
     CHECK(contains(error_of([&] { Tokenizer::load(dir / "none.bin"); }), "cannot open"));
 }
 
-TEST_CASE(
-    "a character tokenizer file must hold single characters, each once, and end-of-text as it is spelled") {
+TEST_CASE("a character tokenizer's file must have distinct single characters and <|endoftext|>") {
     TempDir dir;
     auto load_error = [&](const Strings& tokens, int eot) {
         write_file(dir / "t.bin", tokenizer_file(tokens, eot));
         return error_of([&] { Tokenizer::load(dir / "t.bin"); });
     };
-    CHECK(load_error({EOT, "a"}, 0) == "");  // the place of end-of-text is free
+    CHECK(load_error({EOT, "a"}, 0) == "");  // end-of-text may have any id
     CHECK(contains(load_error({"a", "b", "a", EOT}, 3), "tokens 0 and 2 are both 'a' U+0061"));
     CHECK(contains(load_error({"ab", EOT}, 1), "token 0 of a character tokenizer has 2 bytes"));
     CHECK(contains(load_error({"a", "\xD8", EOT}, 2), "token 1 of a character tokenizer has 1 bytes"));
@@ -231,14 +229,14 @@ std::vector<uint16_t> iota_tokens(size_t n) {
     std::iota(t.begin(), t.end(), uint16_t(0));
     return t;
 }
-// A token file whose every token is its own position, so that a window tells where it comes from.
+// A token file in which every token is its own position, so that a window shows where it was cut from.
 struct IotaFile {
     TempDir dir;
     TokenFile file;
     explicit IotaFile(size_t n) : file((write_tokens(dir / "t.bin", iota_tokens(n)), dir / "t.bin")) {}
 };
 
-TEST_CASE("a token file has llm.c's layout and reads as it was written") {
+TEST_CASE("a token file has llm.c's layout and reads back the same tokens") {
     TempDir dir;
     write_tokens(dir / "t.bin", {7, 65535, 0});
     std::string want(1024, '\0');
@@ -252,9 +250,7 @@ TEST_CASE("a token file has llm.c's layout and reads as it was written") {
     CHECK(f[2] == 0);
 }
 
-TEST_CASE(
-    "a token file with any wrong header field, truncated anywhere, or with bytes behind its end, is "
-    "refused") {
+TEST_CASE("a token file with a wrong header field or a wrong size is refused") {
     TempDir dir;
     write_tokens(dir / "t.bin", {1, 2, 3});
     const std::string good = read_file(dir / "t.bin");
@@ -278,7 +274,7 @@ TEST_CASE(
     CHECK(!file_exists(dir / "u.bin"));
 }
 
-TEST_CASE("a token beyond the vocabulary is named with its position") {
+TEST_CASE("check_vocab() names the first token outside the vocabulary and its position") {
     IotaFile f(10);
     CHECK(error_of([&] { f.file.check_vocab(10); }) == "");
     CHECK(contains(error_of([&] { f.file.check_vocab(7); }), "token 7 at position 7"));
@@ -301,7 +297,7 @@ std::vector<Window> draw(TrainLoader& loader, int T, int B, int calls) {
     return windows;
 }
 
-TEST_CASE("every window of an epoch comes once, whatever the batch size") {
+TEST_CASE("every window of an epoch comes exactly once, in an order independent of batch size") {
     const int T = 7, n = 101, W = n / T, epochs = 3;
     IotaFile f(n);
     TrainLoader one(f.file, T, 5, true);
@@ -313,7 +309,7 @@ TEST_CASE("every window of an epoch comes once, whatever the batch size") {
             const std::vector<int>& in = reference[(size_t)(e * W + w)].first;
             inputs.insert(in.begin(), in.end());
         }
-        CHECK(inputs.size() == (size_t)(W * T));  // no position twice
+        CHECK(inputs.size() == (size_t)(W * T));  // no position occurs twice
     }
     for (int B : {2, 3, 6, 14, 21, 42}) {
         TrainLoader loader(f.file, T, 5, true);
@@ -321,7 +317,7 @@ TEST_CASE("every window of an epoch comes once, whatever the batch size") {
     }
 }
 
-TEST_CASE("a target is the token after its input, and the last token is followed by the first") {
+TEST_CASE("a target is the token after its input; the file's first token follows its last") {
     const int T = 4, n = 22;
     IotaFile f(n);
     TrainLoader loader(f.file, T, 1, true);
@@ -335,7 +331,7 @@ TEST_CASE("a target is the token after its input, and the last token is followed
     CHECK(wrapped);
 }
 
-TEST_CASE("the order depends on seed and epoch, the offset reaches every token, and a seed repeats itself") {
+TEST_CASE("a seed fixes the order, each epoch has another, and windows can start at any token") {
     const int T = 3, n = 31, W = n / T;
     IotaFile f(n);
     auto sequence = [&](uint64_t seed) {
@@ -352,7 +348,7 @@ TEST_CASE("the order depends on seed and epoch, the offset reaches every token, 
     CHECK(starts.size() == (size_t)n);
 }
 
-TEST_CASE("without shuffle the windows are the file in order") {
+TEST_CASE("without shuffle the windows come in file order") {
     const int T = 3;
     IotaFile f(10);
     TrainLoader loader(f.file, T, 1, false);
@@ -362,7 +358,7 @@ TEST_CASE("without shuffle the windows are the file in order") {
     CHECK(w[3] == w[0]);
 }
 
-TEST_CASE("a loader that seeks a position continues exactly, with any batch size") {
+TEST_CASE("seek() continues the sequence of windows exactly, with any batch size") {
     const int T = 5;
     IotaFile f(73);
     TrainLoader straight(f.file, T, 9, true), resumed(f.file, T, 9, true);
@@ -377,14 +373,13 @@ TEST_CASE("a loader that seeks a position continues exactly, with any batch size
     CHECK(contains(error_of([&] { resumed.seek(UINT64_MAX); }), "beyond the last epoch"));
 }
 
-TEST_CASE("several processes draw together what one draws alone") {
+TEST_CASE("several processes together draw the same windows as a single one") {
     const int T = 4, B = 3, world = 3;
     IotaFile f(90);
     TrainLoader alone(f.file, T, 2, true);
     std::deque<TrainLoader> ranks;
     for (int r = 0; r < world; r++) ranks.emplace_back(f.file, T, 2, true, r, world);
-    for (int step = 0; step < 8;
-         step++) {  // crosses epochs of 22 windows, in the midst of a rank's batch, too
+    for (int step = 0; step < 8; step++) {  // an epoch has 22 windows, so it also ends amid a rank's batch
         std::vector<Window> together;
         for (TrainLoader& r : ranks)
             for (Window& w : draw(r, T, B, 1)) together.push_back(w);
@@ -394,7 +389,7 @@ TEST_CASE("several processes draw together what one draws alone") {
     CHECK(error_of([&] { TrainLoader l(f.file, T, 2, true, 3, 3); }) != "");
 }
 
-TEST_CASE("a corpus shorter than one window is refused, and one of T + 1 tokens is enough") {
+TEST_CASE("a corpus shorter than one window is refused; T + 1 tokens are enough") {
     IotaFile f(9);
     CHECK(contains(error_of([&] { TrainLoader l(f.file, 9, 1, true); }),
                    "corpus shorter than one window: 9 tokens, wanted at least T + 1 = 10"));
@@ -403,7 +398,7 @@ TEST_CASE("a corpus shorter than one window is refused, and one of T + 1 tokens 
     CHECK(draw(l, 8, 4, 2).size() == 8);
 }
 
-TEST_CASE("evaluation targets every token but the first exactly once, in order, and pads with -1") {
+TEST_CASE("evaluation has each token but the first as target once, in order, padded with -1") {
     for (int n : {2, 3, 12, 13, 14, 25, 100})
         for (int B : {1, 2, 5})
             for (int T : {1, 3, 4}) {
@@ -436,7 +431,7 @@ TEST_CASE("evaluation targets every token but the first exactly once, in order, 
 // ---------------------------------------------------------------------------------------------
 // prepare_data
 
-// The poems of a token file, decoded; checks that each follows an end-of-text.
+// The decoded poems of a token file; checks that it begins with end-of-text.
 Strings poems_in(const std::string& path, const Tokenizer& tok) {
     Strings poems;
     if (!file_exists(path)) return poems;
@@ -449,7 +444,7 @@ Strings poems_in(const std::string& path, const Tokenizer& tok) {
     return poems;
 }
 
-// One run of prepare_data on one input file, with all that came out.
+// One run of prepare_data on one input file, with its report and the poems of its output files.
 struct Run {
     TempDir dir;
     prep::Options o;
@@ -471,21 +466,21 @@ struct Run {
     }
 };
 
-TEST_CASE("a quoted field may hold newlines, quotes and commas") {
+TEST_CASE("a quoted CSV field may contain newlines, quotes and commas") {
     Run run("id,poem_text,note\n1,\"a, b\nsaid \"\"c\"\"\",x\n2,plain,\"\"\n3,\"\"\"\",y\n");
     run.o.keep = "all";
     CHECK(run.go().train == Strings{"a, b\nsaid \"c\"", "plain", "\""});
     CHECK(run.r.poems_read == 3);
 }
 
-TEST_CASE("CRLF, a byte order mark, a missing last newline, blank lines and a quoted header are read") {
+TEST_CASE("a CSV may have CRLF, a byte order mark, blank lines, a quoted header, no last newline") {
     Run run("\xEF\xBB\xBF\"poem_text\",id\r\n\"a\r\nb\",1\r\n\r\nc,2");
     run.o.keep = "all";
     CHECK(run.go().train == Strings{"a\nb", "c"});
     CHECK(run.r.ragged == 0);
 }
 
-TEST_CASE("the column is chosen by name, and a missing one is answered with those there are") {
+TEST_CASE("--column chooses the column; a missing one is an error that lists the columns") {
     Run run("id,text,\"long\nname\"\n1,\u0628,\u062A\n");
     std::string e = run.error();
     CHECK(contains(e, "has no column 'poem_text'; its columns are id, text, long name"));
@@ -494,7 +489,7 @@ TEST_CASE("the column is chosen by name, and a missing one is answered with thos
     CHECK(run.go().train == Strings{"\u0628"});
 }
 
-TEST_CASE("rows are chosen by the value of a column, and a condition that cannot hold says why") {
+TEST_CASE("--where and --except choose rows by a column's value; impossible ones are errors") {
     const std::string csv = "poet,poem_text\nX,a\nY,b\n\"X\",c\nZ,d\nX=1,e\n";
     auto read = [&](const char* where, const char* except) {
         Run run(csv);
@@ -512,23 +507,25 @@ TEST_CASE("rows are chosen by the value of a column, and a condition that cannot
         run.o.where = where;
         return run.error();
     };
-    CHECK(contains(error(csv, "poems.csv", "poet"), "--where: 'poet' is no condition, wanted COLUMN=VALUE"));
+    CHECK(
+        contains(error(csv, "poems.csv", "poet"), "--where: 'poet' is not a condition, wanted COLUMN=VALUE"));
     CHECK(contains(error(csv, "poems.csv", "age=3"),
                    "has no column 'age'; its columns are poet, poem_text (--where chooses one)"));
-    CHECK(contains(error(csv, "poems.csv", "poet=W"), "no row is left of 5"));
+    CHECK(
+        contains(error(csv, "poems.csv", "poet=W"), "--where 'poet=W' and --except '' leave none of 5 rows"));
     CHECK(contains(error("a\nb\n", "poems.txt", "poet=X"),
-                   "is plain text, --where wants the columns of a CSV"));
+                   "is plain text, but --where needs the columns of a CSV"));
 }
 
-TEST_CASE("unbalanced quotes are refused with the line") {
+TEST_CASE("unbalanced quotes in a CSV are an error that names the line") {
     CHECK(contains(Run("poem_text,id\na,1\n\"b,2\nc,3\n").error(),
-                   "line 3: a quoted field begins and never ends"));
+                   "line 3: a quoted field begins here but never ends"));
     CHECK(contains(Run("poem_text,id\n\"a\nb,1\nc,\"x\"\n").error(),
-                   "line 4: text goes on after the closing quote of a field that begins on line 2"));
-    CHECK(contains(Run("poem_text,id\n\"a\"b,1\n").error(), "line 2: text goes on"));
+                   "line 4: text follows the closing quote of a field that begins on line 2"));
+    CHECK(contains(Run("poem_text,id\n\"a\"b,1\n").error(), "line 2: text follows"));
 }
 
-TEST_CASE("rows with more or fewer fields than the header are dropped, counted and shown") {
+TEST_CASE("rows with more or fewer fields than the header are dropped, counted and reported") {
     Run run("id,poem_text\n1,\u0628\n2\n3,\u062A,\u062B\n4,\u062C\n");
     CHECK(run.go().train == Strings{"\u0628", "\u062C"});
     CHECK(run.r.ragged == 2);
@@ -536,7 +533,7 @@ TEST_CASE("rows with more or fewer fields than the header are dropped, counted a
     CHECK(contains(run.r.where_ragged[0], "line 3: 1 fields, the header has 2"));
 }
 
-TEST_CASE("the format is told by the name, else by the header line, unless it is given") {
+TEST_CASE("the format is decided by --format, else by the file name, else by the header line") {
     const std::string csv = "id,poem_text\n1,a\n", text = "a,b\nc\n";
     auto read = [](const std::string& content, const char* name, const char* format) {
         Run run(content, name);
@@ -550,7 +547,7 @@ TEST_CASE("the format is told by the name, else by the header line, unless it is
     CHECK(contains(Run(text, "poems.csv").error(), "has no column"));
 }
 
-TEST_CASE("a text holds one poem a line, or poems between blank lines, told by the file") {
+TEST_CASE("a text file has one poem per line, or poems between blank lines if it has any inside") {
     auto read = [](const std::string& content, const char* layout, std::string* how = nullptr) {
         Run run(content, "poems.txt");
         run.o.keep = "all", run.o.layout = layout;
@@ -560,7 +557,7 @@ TEST_CASE("a text holds one poem a line, or poems between blank lines, told by t
     };
     std::string how;
     CHECK(read("\na\nb\n\n", "auto", &how) == Strings{"a", "b"});  // blank lines at either end do not count
-    CHECK(contains(how, "one poem a line"));
+    CHECK(contains(how, "one poem per line"));
     CHECK(read("\na\nb\r\n \t\r\n\nc\td\n", "auto", &how) == Strings{"a\nb", "c\td"});
     CHECK(contains(how, "separated by blank lines"));
     CHECK(read("a\nb\n\nc\n", "lines") == Strings{"a", "b", "c"});
@@ -592,7 +589,7 @@ TEST_CASE("--keep all keeps everything but control characters and direction mark
           "a !\u064B\U0001F600");
 }
 
-TEST_CASE("a run of white space becomes its strongest sign: newline, TAB, space; none at the ends") {
+TEST_CASE("a run of white space becomes a newline, else a TAB, else a space; none at the ends") {
     CHECK(cleaned("  a  b\u00A0\u2003c ", keep_all) == "a b c");
     CHECK(cleaned("a \t b\t\tc", keep_all) == "a\tb\tc");
     CHECK(cleaned("\n a \r\n\t\n b\rc\u2028d\t\n", keep_all) == "a\nb\nc\nd");
@@ -625,12 +622,12 @@ TEST_CASE("each --normalize and --remove switch changes its letters and no other
             INFO(c);
             CHECK(cleaned(in, [&](prep::Options& o) { o.keep = "all", o.*s.flag = true; }) == want);
         }
-    // U+0671 lies outside the letters that are kept, but not once it is normalized.
+    // --keep letters removes U+0671, unless --normalize_alef first turns it into U+0627.
     CHECK(cleaned("\u0671\u0628") == "\u0628");
     CHECK(cleaned("\u0671\u0628", [](prep::Options& o) { o.normalize_alef = true; }) == "\u0627\u0628");
 }
 
-TEST_CASE("what cleaning removed and replaced is counted") {
+TEST_CASE("the characters that cleaning removes and replaces are counted") {
     Run run("\u0628! \u0623?!\n", "poems.txt");
     run.o.normalize_alef = true;
     run.go();
@@ -638,8 +635,7 @@ TEST_CASE("what cleaning removed and replaced is counted") {
     CHECK(run.r.replaced == 1);
 }
 
-TEST_CASE(
-    "a poem equal to an earlier one after cleaning is dropped, across files, and empty and short ones too") {
+TEST_CASE("poems that are empty, too short or equal to an earlier one in any file are dropped") {
     Run run("\u0628 \u062A\n\u0628, \u062A!\n...\n\u062B\n", "a.txt");
     run.o.files.push_back(run.dir / "b.csv");
     write_file(run.dir / "b.csv", "poem_text\n\u0628  \u062A\n\u062C\u062C\u062C\n");
@@ -652,7 +648,7 @@ TEST_CASE(
     CHECK(run.r.sources.size() == 2);
 }
 
-TEST_CASE("invalid UTF-8 is refused with file and byte offset, or skipped, counted and shown") {
+TEST_CASE("invalid UTF-8 is an error with file and byte offset, or is skipped and reported") {
     const std::string content = "\xEF\xBB\xBFpoem_text\n\u0628\n\u0628\xD8\n\xFF\n\u062A\n";
     Run run(content);
     std::string e = run.error();
@@ -667,7 +663,7 @@ TEST_CASE("invalid UTF-8 is refused with file and byte offset, or skipped, count
     CHECK(contains(Run("\xFF\xFE\x28\x06", "a.txt").error(), "is UTF-16, wanted UTF-8"));
 }
 
-// A corpus of n poems in an alphabet of 20 letters, in which some poems borrow verses from others.
+// A corpus of n random poems in an alphabet of 20 letters, in which some poems borrow verses from others.
 Strings random_poems(size_t n, uint64_t seed) {
     Strings poems;
     rng::Key key(seed, 0, rng::SAMPLE);
@@ -697,8 +693,7 @@ std::string join(const Strings& poems) {
     for (const std::string& p : poems) s += p + "\n\n";
     return s;
 }
-// What must not stand in both splits: pairs of consecutive verses and poems of a single verse on the one
-// hand; pairs of verses and all verses on the other.
+// All pairs of consecutive verses, and single verses: those of poems of one verse, or of all poems.
 std::set<std::string> pairs_of(const Strings& poems, bool single_poems_only) {
     std::set<std::string> all;
     for (const std::string& p : poems) {
@@ -712,6 +707,8 @@ std::set<std::string> pairs_of(const Strings& poems, bool single_poems_only) {
     }
     return all;
 }
+// How much of what must not be in both splits is: pairs of consecutive verses, and the verse of a poem of one
+// verse as any verse on the other side.
 size_t shared_pairs(const Strings& a, const Strings& b) {
     size_t shared = 0;
     for (int side = 0; side < 2; side++) {
@@ -721,7 +718,7 @@ size_t shared_pairs(const Strings& a, const Strings& b) {
     return shared;
 }
 
-TEST_CASE("no verse pair stands in both splits, no poem is lost, and the fraction is kept") {
+TEST_CASE("the splits share no pair of verses, lose no poem and have the wanted sizes") {
     for (uint64_t seed = 0; seed < 8; seed++) {
         const Strings poems = random_poems(400, seed);
         Run run(join(poems), "poems.txt");
@@ -738,7 +735,7 @@ TEST_CASE("no verse pair stands in both splits, no poem is lost, and the fractio
     }
 }
 
-TEST_CASE("a split is a function of the seed") {
+TEST_CASE("the seed fixes the split, and another seed makes another split") {
     const std::string content = join(random_poems(200, 1));
     auto val = [&](uint64_t seed) {
         Run run(content, "poems.txt");
@@ -749,7 +746,7 @@ TEST_CASE("a split is a function of the seed") {
     CHECK(val(1) != val(2));
 }
 
-TEST_CASE("two poems go one to each side, whatever the fraction; one poem alone trains") {
+TEST_CASE("of two poems each side gets one, whatever the fraction; a single poem is for training") {
     for (float fraction : {0.001f, 0.1f, 0.5f, 0.999f}) {
         Run run("\u0628\u062A\u0628\u0628\n\u062A\u0628\n", "poems.txt");
         run.o.val_fraction = fraction;
@@ -765,21 +762,21 @@ TEST_CASE("two poems go one to each side, whatever the fraction; one poem alone 
     run.o.val_fraction = 0.1f;
     run.go();
     CHECK(run.val.empty());
-    CHECK(contains(run.r.no_val, "one poem alone"));
+    CHECK(contains(run.r.no_val, "only one poem"));
 }
 
-TEST_CASE("a character of val is one of train: a poem with the only one stays in training") {
+TEST_CASE("a poem with the only occurrence of a character stays in training") {
     for (uint64_t seed = 0; seed < 10; seed++) {
         Strings poems;
         for (uint32_t c = 0x0628; c < 0x063A; c++) {
-            std::string p = "\u0627\u0628\n";  // each poem has a letter that one other has, or none
+            std::string p = "\u0627\u0628\n";  // then a letter that this poem shares with one other at most
             utf8::append(p, 0x0628 + (c - 0x0628) / 2), utf8::append(p, c % 2 ? 0x0627 : 0x0628);
             poems.push_back(p);
         }
         poems.push_back("\u0627\u064A");
         Run run(join(poems), "poems.txt");
         run.o.val_fraction = 0.4f, run.o.seed = seed;
-        run.go();  // would fail to tokenize were a character unknown
+        run.go();  // fails to tokenize if val has a character that train lacks
         CHECK(!run.val.empty());
         CHECK(std::count(run.train.begin(), run.train.end(), "\u0627\u064A") == 1);
     }
@@ -787,10 +784,10 @@ TEST_CASE("a character of val is one of train: a poem with the only one stays in
     run.o.val_fraction = 0.5f;
     run.go();
     CHECK(run.train.size() == 2);
-    CHECK(contains(run.r.no_val, "a character that no other has"));
+    CHECK(contains(run.r.no_val, "a character that no other poem has"));
 }
 
-TEST_CASE("without a validation split no older val.bin stays behind") {
+TEST_CASE("without a validation split an older val.bin is removed") {
     Run run("\u0628\u0628\n\u0628\n", "poems.txt");
     run.o.val_fraction = 0.5f;
     run.go();
@@ -801,8 +798,7 @@ TEST_CASE("without a validation split no older val.bin stays behind") {
     CHECK(run.train.size() == 2);
 }
 
-TEST_CASE(
-    "an existing tokenizer is used as it is; a character it lacks, and a token beyond 16 bits, are refused") {
+TEST_CASE("--tokenizer is used unchanged; a character it lacks or a token over 16 bits is an error") {
     Run run("\u0628\u062A\n", "poems.txt");
     run.o.tokenizer = run.dir / "t.bin";
     Tokenizer::characters("xyz\u062A\u0628").save(run.o.tokenizer);
@@ -819,10 +815,10 @@ TEST_CASE(
     std::string many;
     for (uint32_t c = 0x10000; c < 0x21000; c++) utf8::append(many, c);
     Tokenizer::characters(many + "\u0628\u062A").save(run.o.tokenizer);
-    CHECK(contains(run.error(), "token 69634 ('<|endoftext|>') does not fit a token file"));
+    CHECK(contains(run.error(), "token 69634 ('<|endoftext|>') does not fit into a token file"));
 }
 
-// A byte-level BPE: end-of-text, the bytes in order, the given tokens.
+// Saves a byte-level BPE whose tokens are end-of-text, the 256 bytes in order, and the given ones.
 void save_bpe(const std::string& path, const Strings& more, bool add_prefix_space = false) {
     Strings tokens = {EOT};
     for (int b = 0; b < 256; b++) tokens.push_back(std::string(1, (char)b));
@@ -830,7 +826,7 @@ void save_bpe(const std::string& path, const Strings& more, bool add_prefix_spac
     Tokenizer::byte_bpe(tokens, 0, add_prefix_space, "test").save(path);
 }
 
-TEST_CASE("a byte-level BPE tokenizes any poem; only its tokens beyond 16 bits are refused") {
+TEST_CASE("a byte-level BPE tokenizes any poem; only tokens over 16 bits are an error") {
     Run run("\u0628\u062A \u0628!\n\u064A\u064A\n", "poems.txt");
     run.o.tokenizer = run.dir / "t.bin";
     for (bool prefix : {false, true}) {
@@ -851,11 +847,10 @@ TEST_CASE("a byte-level BPE tokenizes any poem; only its tokens beyond 16 bits a
     for (size_t i = 0; i < many.size(); i++) utf8::append(many[i], (uint32_t)(0x10000 + i));
     many.push_back("\u064A");
     save_bpe(run.o.tokenizer, many);
-    CHECK(contains(run.error(), "t.bin: token 70257 ('\u064A') does not fit a token file"));
+    CHECK(contains(run.error(), "t.bin: token 70257 ('\u064A') does not fit into a token file"));
 }
 
-TEST_CASE(
-    "missing and empty files, and a corpus that cleaning empties, are one-line errors that write nothing") {
+TEST_CASE("missing or empty files and a corpus emptied by cleaning are errors; nothing is written") {
     Run run("");
     CHECK(contains(run.error(), "poems.csv: is empty"));
     write_file(run.o.files[0], "poem_text\nlatin\n...\n");
@@ -871,7 +866,7 @@ TEST_CASE(
     CHECK(!file_exists(run.o.out));
 }
 
-TEST_CASE("a folder that cannot be made or written is an error") {
+TEST_CASE("an output folder that cannot be created is an error") {
     Run run("poem_text\n\u0628\n");
     run.o.out = run.o.files[0];
     CHECK(contains(run.error(), "is not a folder"));
@@ -879,7 +874,7 @@ TEST_CASE("a folder that cannot be made or written is an error") {
     CHECK(contains(run.error(), "/proc/none"));
 }
 
-TEST_CASE("a full disk leaves the old files as they were and no others") {
+TEST_CASE("a full disk leaves the old files unchanged and no temporary files") {
     Run run("poem_text\n\u0628\u0628\n\u0628\n");
     run.o.val_fraction = 0.5f;
     run.go();
@@ -904,7 +899,7 @@ TEST_CASE("a full disk leaves the old files as they were and no others") {
     CHECK(files == 3);
 }
 
-// Runs the program's command line; its report, or the error after "usage: " or "error: ".
+// Runs the program with these arguments; returns its report, or the error after "usage: " or "error: ".
 std::string command(Strings words) {
     std::vector<char*> argv = {(char*)"prepare_data"};
     for (std::string& w : words) argv.push_back(&w[0]);
@@ -928,12 +923,12 @@ std::string command(Strings words) {
     return said;
 }
 
-TEST_CASE("the command line reports counts, files and the next command, and says what is wrong with it") {
+TEST_CASE("the program reports counts, files and the next command, and explains usage errors") {
     TempDir dir;
     const std::string poems = dir / "poems.txt", out = dir / "out";
     write_file(poems, "\u0628\u0628!\n\u0628\n\u0628!\n");
     std::string report = command({poems, "-o", out, "--val_fraction=0.2", "--seed", "3"});
-    CHECK(contains(report, "read        " + poems + ": 13 B, text, one poem a line, 3 poems\n"));
+    CHECK(contains(report, "read        " + poems + ": 13 B, text, one poem per line, 3 poems\n"));
     CHECK(contains(report, "dropped     1 equal to an earlier poem\n"));
     CHECK(contains(report, "cleaned     2 characters removed: '!' U+0021 2\n"));
     CHECK(contains(report, "train             1          1            2            3    66.7%\n"));
@@ -941,8 +936,8 @@ TEST_CASE("the command line reports counts, files and the next command, and says
     CHECK(contains(report, "vocabulary  2 tokens"));
     CHECK(contains(report, "next        ./train_gpt2 --data " + out + "\n"));
 
-    CHECK(contains(command({"-o", out}), "usage: which poems?"));
-    CHECK(contains(command({poems}), "usage: where to?"));
+    CHECK(contains(command({"-o", out}), "usage: no poems are given"));
+    CHECK(contains(command({poems}), "usage: -o DIR is missing"));
     for (const char* flag : {"--format", "--layout", "--keep", "--on_error"})
         CHECK(contains(command({poems, "-o", out, flag, "maybe"}),
                        strf("usage: %s: 'maybe' is unknown; known are ", flag)));
@@ -952,7 +947,7 @@ TEST_CASE("the command line reports counts, files and the next command, and says
     CHECK(contains(command({poems + "x", "-o", out}), "error: " + poems + "x: cannot open"));
 }
 
-TEST_CASE("the corpus of classical poems comes out whole") {
+TEST_CASE("the corpus of classical poems is prepared without losing a poem or a verse") {
     std::string path = getenv("ARAPOET_CORPUS") ? getenv("ARAPOET_CORPUS") : "../shared/corpus/poems.csv";
     if (!file_exists(path)) {
         skip("no corpus at " + path + "; set ARAPOET_CORPUS to its poems.csv");
@@ -965,7 +960,7 @@ TEST_CASE("the corpus of classical poems comes out whole") {
     prep::Report r = prep::prepare(o);
     printf("corpus: %.2f s\n",
            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    // The counts are those of the corpus's own README.
+    // The expected counts are from the corpus's README.
     CHECK(r.poems_read == 16631);
     CHECK(r.train.poems + r.val.poems == 16631);
     CHECK(r.train.verses + r.val.verses == 191349);

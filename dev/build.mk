@@ -1,39 +1,43 @@
-# How objects are made, and what must be installed for it.
+# How objects are made, and the checks that what they need is installed.
 .PHONY: FORCE
 .SECONDARY:
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 
-# All cores work, unless make was told -j itself.
+# Use all cores, unless make was given -j.
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 endif
-# $(call named,TARGETS): those that this make was asked for
+# $(call named,TARGETS): those of TARGETS that are on make's command line
 named = $(filter $1,$(MAKECMDGOALS))
 
 help-dev:
 	@echo "make                           ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
-	@echo "make PORTABLE=1                the same for any processor of this kind; ARAPOET_ISA=avx2 etc. chooses a path"
+	@echo "make PORTABLE=1                the same for any processor of this architecture; they choose the best"
+	@echo "                               instructions when they start, or ARAPOET_ISA=avx2 etc. chooses"
 	@echo "make NAME                      NAME: $(TOOLS)"
-	@echo "  CXX=clang++ ARCH=haswell     another compiler, another processor; BUILD=build/mine: another folder of objects"
+	@echo "  CXX=clang++ ARCH=haswell     another compiler, another processor"
+	@echo "  BUILD=build/mine             another folder for objects"
 	@echo "make test-layers               only the tests of the model's layers and of the matrix product"
-	@echo "make test-asan                 all tests under AddressSanitizer and UBSan"
-	@echo "make test-portable             the layers' tests for every set of instructions that make PORTABLE=1 knows"
-	@echo "make test-emulator-asan        the emulated CUDA code under AddressSanitizer and UBSan"
-	@echo "make test-emulator-tsan        the same under ThreadSanitizer, which finds races between CUDA threads"
-	@echo "make fuzz                      a minute of fuzzing for each reader of files (needs clang)"
-	@echo "make check-fuzzers             whether the fuzzers compile"
-	@echo "make format, format-check      give the sources the form of .clang-format; tell whether they have it"
-	@echo "make gpu-check                 on a machine with a GPU: the tests on it, and speeds, to dev/bench/gpu-NAME.md"
-	@echo "make device-programs           the programs of gpu-check, built only"
-	@echo "make check-kernels             what nvcc makes of the kernels: registers, spills, tensor-core instructions"
+	@echo "make test-asan                 all tests with AddressSanitizer and UBSan"
+	@echo "make test-portable             the layers' tests for every set of instructions of make PORTABLE=1"
+	@echo "make test-emulator-asan        the emulated CUDA code with AddressSanitizer and UBSan"
+	@echo "make test-emulator-tsan        the same with ThreadSanitizer, which finds races between CUDA threads"
+	@echo "make fuzz                      fuzz each reader of files for a minute (needs clang)"
+	@echo "make check-fuzzers             check that the fuzzers compile"
+	@echo "make format, format-check      format the sources as .clang-format says, or check that they are"
+	@echo "make gpu-check                 on a machine with a GPU: run the tests on it, and measure speeds"
+	@echo "                               (dev/bench/gpu-NAME.md)"
+	@echo "make device-programs           only build the programs of gpu-check"
+	@echo "make check-kernels             the kernels' registers, spills and tensor-core instructions (needs nvcc)"
 	@echo "make roofline                  recompute the traffic budget, dev/bench/ROOFLINE.md"
-	@echo "make bench                     time training steps and sampling, beside PyTorch and llm.c where they are"
+	@echo "make bench                     time training steps and sampling, and PyTorch and llm.c if installed"
 	@echo "  ROWS=char RUNS=5             fewer rows, more runs   PYTHON=python3   LLMC=path/to/llm.c   PATIENCE=60"
-	@echo "make bench-gemm                time the matrix product beside oneDNN and OpenBLAS (SHAPES=124m, char or small)"
+	@echo "make bench-gemm                time the matrix product, and oneDNN and OpenBLAS if installed"
+	@echo "                               (SHAPES=124m, char or small)"
 	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
 
-# --- what must be there beside a compiler and make: dev/setup.sh installs it where it can, or says how
+# --- what is needed in addition to a compiler and make: dev/setup.sh installs it if it can, or says how
 NEEDS = need-tests need-convert need-plot need-fuzz need-clang need-format
 .PHONY: $(NEEDS) need-python
 $(NEEDS):
@@ -43,7 +47,7 @@ need-python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install it with:" \
 	  "sudo apt-get install python3, or name one: PYTHON=FILE" >&2; exit 1; }
 
-# --- the command. No -ffast-math: NaN must stay NaN. Contraction to FMA is wanted, and stated.
+# --- the compiler's command. No -ffast-math, because NaN must stay NaN. Contraction to FMA is wanted.
 OPENMP = -fopenmp
 MARCH = -march=$(ARCH)
 BASE_ARCH = $(if $(filter x86_64,$(shell uname -m)),x86-64,armv8-a)
@@ -55,27 +59,26 @@ UNAME_S := $(shell uname -s)
 ifeq ($(UNAME_S),Darwin)
 MARCH = $(if $(filter arm64native,$(shell uname -m)$(ARCH)),-mcpu,-march)=$(ARCH)
 ifeq ($(filter g++-%,$(CXX)),)
-# Apple's clang has no OpenMP of its own: brew install libomp
+# Apple's clang comes without OpenMP: brew install libomp
 LIBOMP ?= $(firstword $(wildcard /opt/homebrew/opt/libomp /usr/local/opt/libomp))
 OPENMP = -Xpreprocessor -fopenmp -I$(LIBOMP)/include
 LDLIBS += -L$(LIBOMP)/lib -lomp
 endif
 else ifneq ($(findstring clang,$(CXX)),)
-# Elsewhere clang's is a package of its own.
+# Elsewhere clang's OpenMP is a separate package.
 COMPILER = need-clang
 endif
-# $(call probe,FLAG) is FLAG where the compiler knows it.
+# $(call probe,FLAG) is FLAG if the compiler knows it, else empty.
 probe = $(shell $(CXX) -Werror $1 -E -x c++ /dev/null >/dev/null 2>&1 && echo $1)
-# Tuned for some processors, g++ does not fuse a loop that makes a single sum. Results would then depend on an
-# element's position in the vector.
+# When tuned for some processors, g++ does not fuse multiply-adds in a loop that computes a single sum.
+# Results would then depend on an element's position in the vector.
 FUSE := $(call probe,--param=avoid-fma-max-bits=0)
 # $(call command,OPTIMISATION,PROCESSOR)
 command = $(CXX) -std=c++17 $1 -ffp-contract=fast $(FUSE) -fno-math-errno -fno-trapping-math $(OPENMP) \
 	-Wall -Wextra -I. $2
 
-# --- $(call folder,DIR,COMMAND): the objects in DIR, which COMMAND makes, with DEFINE where a rule sets it.
-# DIR/flags holds
-# COMMAND; it is written when COMMAND has become another one, and the objects are made anew.
+# --- $(call folder,DIR,COMMAND): the objects in DIR are compiled by COMMAND, and by DEFINE if a rule sets it.
+# DIR/flags contains COMMAND. It is rewritten when COMMAND changes, and then all objects are recompiled.
 define compile
 @mkdir -p $(@D)
 $(flags.$1) $(DEFINE) -MMD -MP -c $< -o $@

@@ -1,5 +1,5 @@
-# dev/emulator: CUDA code compiled as C++, and a library in place of cudart and cuBLASLt. The tests of
-# dev/test.mk want it where the CUDA Toolkit's headers are.
+# dev/emulator: CUDA code compiled as C++, and a library that replaces cudart and cuBLASLt. dev/test.mk uses
+# it if the CUDA Toolkit's headers are installed.
 .PHONY: need-cuda
 CUDA_HOME ?= /usr/local/cuda
 ifeq ($(wildcard $(CUDA_HOME)/include/cuda_runtime.h),)
@@ -9,19 +9,20 @@ endif
 need-cuda:
 	@test -z "$(NO_CUDA)" || { echo "make: $(NO_CUDA)" >&2; exit 1; }
 
-# The library is the same, and never instrumented, for all tests; -Bsymbolic keeps it from taking a template
-# out of an instrumented program.
+# All tests use the same library, without instrumentation. -Bsymbolic-functions makes it use its own instances
+# of templates rather than those of an instrumented program.
 EMULATOR = dev/emulator
 LIBEMU = $(BUILD)/libemu/libemu.so
-LIBEMU_OBJECTS = $(patsubst %,$(BUILD)/libemu/$(EMULATOR)/%.o,fiber reports threads warp memory streams host_api cublaslt)
-$(eval $(call folder,$(BUILD)/libemu,$(CXX) -std=c++17 -O2 -g1 $(MARCH) -fPIC -ftls-model=initial-exec -Wall -Wextra \
-	-isystem $(CUDA_HOME)/include))
+LIBEMU_OBJECTS = $(patsubst %,$(BUILD)/libemu/$(EMULATOR)/%.o,\
+	fiber reports threads warp memory streams host_api cublaslt)
+$(eval $(call folder,$(BUILD)/libemu,$(CXX) -std=c++17 -O2 -g1 $(MARCH) -fPIC -ftls-model=initial-exec \
+	-Wall -Wextra -isystem $(CUDA_HOME)/include))
 $(LIBEMU_OBJECTS): | need-cuda
 $(LIBEMU): $(LIBEMU_OBJECTS)
 	$(CXX) -shared -Wl,-soname,libemu.so,-Bsymbolic-functions $^ -o $@ -lpthread
 
-# $(call emulated,DIR): the programs of a folder of objects, from objects in DIR/emulated; those that take
-# longest first
+# $(call emulated,DIR): the emulated programs in DIR, made of the objects in DIR/emulated. Those that take
+# longest come first.
 EMULATED_TESTS = $(foreach t,model attention kernels,test_gpu_$t_bf16 test_gpu_$t_fp32) test_emulator
 EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
 EMULATE := -g1 -fno-strict-aliasing $(call probe,-fno-extern-tls-init) -Wno-unknown-pragmas \

@@ -1,5 +1,5 @@
-# The GPU trainer: for the GPUs of this machine, or without one for Ampere, Hopper, Blackwell and what comes
-# after.
+# The GPU trainer, compiled for the GPUs of this machine, or if there is none, for Ampere, Hopper, Blackwell
+# and later ones.
 .PHONY: gpu-check device-programs check-kernels roofline need-nvcc need-precision need-gpu
 PRECISION ?= BF16
 NVCC ?= $(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
@@ -28,15 +28,15 @@ build/nvcc/flags: | need-nvcc need-precision
 train_gpt2cu: train_gpt2.cu $(BUILD)/lib/version.o build/nvcc/flags
 	$(flags.build/nvcc) -MMD -MP -MF build/nvcc/train_gpt2cu.d $(filter %.cu %.o,$^) -o $@ -lcublasLt
 
-# What nvcc makes of the kernels, and the traffic budget on paper: neither needs a GPU.
+# What nvcc compiles the kernels to, and the computed traffic budget. Neither needs a GPU.
 check-kernels: check-kernels-bf16 check-kernels-fp32
 check-kernels-%: need-nvcc need-python
 	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC) $(if $(filter fp32,$*),--fp32)
 roofline: | need-python
 	$(PYTHON) dev/bench/roofline.py
 
-# On a machine with a GPU: the tests that the emulator runs, on the device; then speeds, to
-# dev/bench/gpu-NAME.md
+# On a machine with a GPU: runs the emulator's tests on the device, and writes speeds to
+# dev/bench/gpu-NAME.md.
 DEVICE = $(BUILD)/device
 DEVICE_TESTS = $(foreach t,kernels attention model,$(DEVICE)/test_gpu_$t_bf16 $(DEVICE)/test_gpu_$t_fp32)
 flags.$(DEVICE) = $(nvcc) -Xcompiler -march=$(ARCH) -diag-suppress 1675

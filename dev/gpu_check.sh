@@ -1,9 +1,14 @@
 #!/bin/sh
-# make gpu-check: the kernel tests on the device, whole steps against the CPU, compute-sanitizer where there is one, then speeds,
-# written to dev/bench/gpu-NAME.md. Wants the programs of the Makefile's target already built in $1.
+# make gpu-check: runs the kernels' tests and whole training steps on the device, and compute-sanitizer if it
+# is installed; then measures speeds and writes them to dev/bench/gpu-NAME.md. The argument is the folder in
+# which make device-programs has built the programs.
 set -eu
 build=$1
-command -v nvidia-smi >/dev/null 2>&1 || { echo "make gpu-check: no nvidia-smi here, so no usable GPU; 'make test' runs the same tests in the emulator" >&2; exit 1; }
+command -v nvidia-smi >/dev/null 2>&1 || {
+    echo "make gpu-check: nvidia-smi is missing, so there is no usable GPU;" \
+        "make test runs the same tests in the emulator" >&2
+    exit 1
+}
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
 out=dev/bench/gpu-$(echo "$name" | tr 'A-Z ' 'a-z-' | tr -cd 'a-z0-9-').md
@@ -20,20 +25,22 @@ if command -v compute-sanitizer >/dev/null 2>&1; then
     for tool in memcheck racecheck; do
         for t in kernels attention; do
             echo "== compute-sanitizer $tool: $t"
-            compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/test_gpu_${t}_bf16" >"$build/sanitizer.log" 2>&1 || { tail -n 40 "$build/sanitizer.log"; exit 1; }
+            compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/test_gpu_${t}_bf16" \
+                >"$build/sanitizer.log" 2>&1 || { tail -n 40 "$build/sanitizer.log"; exit 1; }
         done
     done
-    sanitizer="compute-sanitizer memcheck and racecheck: the kernel tests pass, nothing reported"
+    sanitizer="compute-sanitizer's memcheck and racecheck report nothing in the kernel tests"
 fi
 
 echo "== speed"
 {
     echo "# $name"
     echo
-    echo "Written by \`make gpu-check\`, $(date +%F), driver $driver, $(nvcc --version | grep -o 'release [0-9.]*'). The kernel tests and whole steps against the CPU"
-    echo "pass on this device, in bf16 and fp32. $sanitizer."
+    release=$(nvcc --version | grep -o 'release [0-9.]*')
+    echo "Written by \`make gpu-check\` on $(date +%F), driver $driver, nvcc $release. The kernel tests pass"
+    echo "on this device in bf16 and fp32, and whole steps agree with the CPU. $sanitizer."
     echo
-    echo "| model | numbers | batch | ms a step: median (range) | tokens/s | MFU | memory |"
+    echo "| model | numbers | batch | ms per step: median (range) | tokens/s | MFU | memory |"
     echo "| --- | --- | --- | --- | --- | --- | --- |"
     "$build/bench_gpu_bf16" gpt2 gpt2-large
     "$build/bench_gpu_fp32" gpt2

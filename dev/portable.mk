@@ -1,5 +1,5 @@
-# make PORTABLE=1: a program several times over, once for each set of instructions, in one file that chooses
-# when it starts (dev/portable.cpp). BASE_ARCH is in the Makefile.
+# make PORTABLE=1: programs that contain a variant for each set of instructions, and choose one when they
+# start (dev/portable.cpp). BASE_ARCH is in dev/build.mk.
 .PHONY: test-portable need-binutils
 ISAS = $(if $(filter x86-64,$(BASE_ARCH)),generic avx2 avx512 avx512bf16,generic)
 MARCH_generic = -march=$(BASE_ARCH)
@@ -8,9 +8,9 @@ MARCH_avx512 = -march=x86-64-v4
 MARCH_avx512bf16 = -march=x86-64-v4 -mavx512bf16
 PORT = $(BUILD)/portable
 
-# A variant is a program's objects, joined; then all symbols but the renamed main's are made local, so that
-# the linker cannot take a template out of another variant. The join prefers sample_gpt2's main to
-# train_gpt2's weak one.
+# A variant consists of a program's objects, joined into one. All symbols except the renamed main are made
+# local, so that the linker cannot use an instance of a template from another variant. The join prefers
+# sample_gpt2's main to the weak main of train_gpt2.
 LOCAL := $(call probe,-fno-gnu-unique)
 define variant
 $(call folder,$(PORT)/$1,$(call command,$(CXXFLAGS) $(LOCAL),$(MARCH_$1)))
@@ -33,8 +33,8 @@ need-binutils:
 	@command -v objcopy >/dev/null || { echo "make PORTABLE=1: ld and objcopy are missing; install them with:" \
 	  "sudo apt-get install binutils" >&2; exit 1; }
 
-# The layers' tests for each set, and the choice among the sets. AVX2 is tested as tuned for a processor
-# that would rather not fuse.
+# The layers' tests for each set of instructions, and the choice among the sets. AVX2 is tested with the
+# tuning for a processor for which g++ avoids fused multiply-adds (dev/build.mk).
 TUNED = $(PORT)/avx2-tuned
 $(eval $(call folder,$(TUNED),$(call command,$(CXXFLAGS) -mtune=znver3,$(MARCH_avx2))))
 define layers

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Runs test programs, each of which ends with "N passed, N failed[, N skipped]", and ends with their sum in the same form:
+# Runs test programs, each of which prints "N passed, N failed[, N skipped]" as its last line, and prints the
+# sums in the same form:
 #     dev/run_tests.sh PROGRAM... ["skip:NAME: REASON"...]
-# A program that ends otherwise counts as one failed test, a skipped one as one skipped.
+# A program without such a last line counts as one failed test, a skipped program as one skipped test.
 passed=0 failed=0 skipped=0
 log=$(mktemp) && trap 'rm -f "$log"' EXIT || exit 1
 for program in "$@"; do
@@ -11,7 +12,8 @@ for program in "$@"; do
     echo "== $program"
     { "$program"; echo "exit code $?"; } 2>&1 | tee "$log"
     code=$(sed -n '$s/.*exit code //p' "$log")
-    set -- $(tail -2 "$log" | sed -n '1s/^\([0-9]*\) passed, \([0-9]*\) failed\(, \([0-9]*\) skipped\)\{0,1\}$/\1 \2 \4/p')
+    counts='s/^\([0-9]*\) passed, \([0-9]*\) failed\(, \([0-9]*\) skipped\)\{0,1\}$/\1 \2 \4/p'
+    set -- $(tail -2 "$log" | sed -n "1$counts")
     if [ $# -lt 2 ] || { [ "$code" != 0 ] && [ "$2" = 0 ]; }; then
         echo "$program ended early, with exit code $code"
         set -- "${1:-0}" 1 "${3:-0}"

@@ -1,8 +1,9 @@
 #!/bin/sh
-# Installs what a target needs beyond g++ and make, or says how: dev/setup.sh tests|convert|plot|fuzz|clang|format
-# Several may run at once: they install one after the other, by a lock on this file.
+# Installs what a target needs in addition to g++ and make, or says how to install it:
+#     dev/setup.sh tests|convert|plot|fuzz|clang|format
+# Several may run at the same time. A lock on this file makes them install one after the other.
 
-# Is this header, command or library here?
+# Whether a header, command or library is installed
 have() {
     case "$1" in
         *.h|*.hpp) printf '#include <%s>\n' "$1" | ${CXX:-g++} -std=c++17 -E -x c++ - >/dev/null 2>&1 ;;
@@ -11,7 +12,8 @@ have() {
     esac
 }
 
-# Another dev/setup.sh may have installed it while this one waited for the lock; dpkg's own lock is waited for too.
+# Another dev/setup.sh may have installed it while this one waited for the lock, so this checks again. apt-get
+# also waits for dpkg's lock.
 install() { # HEADER-OR-COMMAND DEBIAN-PACKAGE
     command -v flock >/dev/null 2>&1 && ! flock -w 600 9 && return 1
     have "$1" && return
@@ -38,9 +40,13 @@ case "$1" in
     convert) json ;;
     plot) need gnuplot gnuplot-nox gnuplot ;;
     format) need clang-format clang-format clang-format ;;
-    # libFuzzer comes in a package of its own, named after clang's version.
-    fuzz) json; need clang++ clang llvm; need libFuzzer "libclang-rt-$(clang++ -dumpversion | cut -d. -f1)-dev" llvm ;;
-    # clang++-15 wants clang-15 and its OpenMP, libomp-15-dev.
+    # libFuzzer is in a separate package, which is named after clang's version.
+    fuzz)
+        json
+        need clang++ clang llvm
+        need libFuzzer "libclang-rt-$(clang++ -dumpversion | cut -d. -f1)-dev" llvm
+        ;;
+    # clang++-15 needs clang-15 and its OpenMP, libomp-15-dev.
     clang) need "${CXX%% *}" "clang${CXX##*clang++}" llvm; need omp.h "libomp${CXX##*clang++}-dev" libomp ;;
     *) echo "usage: dev/setup.sh tests|convert|plot|fuzz|clang|format" >&2; exit 2 ;;
 esac

@@ -1,15 +1,17 @@
-# Tests. A test program ends with "N passed, N failed[, N skipped]", dev/run_tests.sh with their sum.
-.PHONY: format format-check test test-layers test-asan test-emulator-asan test-emulator-tsan fuzz check-fuzzers
+# Tests. A test program's last line is "N passed, N failed[, N skipped]"; dev/run_tests.sh prints the sums.
+.PHONY: format format-check test test-layers test-asan test-emulator-asan test-emulator-tsan
+.PHONY: fuzz check-fuzzers
 
-# test_gpt2 tests what depends on the set of instructions: layers, products, vectors, random numbers. test_lib
-# tests the rest of lib/; each other test_NAME.cpp is a program of its own. test_cli starts the emulated trainers.
+# test_gpt2 tests what depends on the set of instructions: layers, products, vectors, random numbers.
+# test_lib tests the rest of lib/; each other test_NAME.cpp is a separate program. test_cli starts
+# the emulated trainers.
 LAYER_TESTS = test_gpt2.o lib/test_gemm.o lib/test_vec.o lib/test_rng.o
 LIB_TESTS = $(filter-out $(LAYER_TESTS),$(patsubst %.cpp,%.o,$(wildcard lib/test_*.cpp)))
 TOOL_TESTS = $(patsubst %.cpp,%,$(filter-out dev/test_main.cpp,$(wildcard data/test_*.cpp tokenizer/test_*.cpp \
 	dev/test_*.cpp dev/*/test_*.cpp)))
 TESTS = test_gpt2 test_lib $(notdir $(TOOL_TESTS))
 
-# $(call tests,DIR): the test programs of a folder of objects
+# $(call tests,DIR): the test programs in DIR, a folder of objects
 define tests
 $1/test_gpt2: $(LAYER_TESTS:%=$1/%)
 $1/test_lib: $(LIB_TESTS:%=$1/%)
@@ -19,8 +21,8 @@ $(TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
 $(LAYER_TESTS:%=$1/%) $(LIB_TESTS:%=$1/%) $(TOOL_TESTS:%=$1/%.o) $1/dev/test_main.o: | need-tests
 endef
 
-# Tests use all cores, and some have little time. So one of these targets runs its tests after the other, in
-# this order, while the next one's objects are made.
+# Tests use all cores, and some have time limits. So these targets run their tests one after the other, in
+# this order; meanwhile the objects of the next target are made.
 $(eval $(call tests,$(BUILD)))
 ifeq ($(NO_CUDA),)
 $(eval $(call emulated,$(BUILD)))
@@ -34,7 +36,7 @@ test: $(CUDA_TESTS) $(TESTS:%=$(BUILD)/%) $(CUDA_TRAINERS) $(PROGRAMS) | $(call 
 test-layers: $(BUILD)/test_gpt2 | $(call named,test)
 	@dev/run_tests.sh $<
 
-# Under AddressSanitizer and UBSan. The programs that test_cli starts are the plain ones.
+# Under AddressSanitizer and UBSan. test_cli starts programs without sanitizers.
 SANITIZE = -Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 ASAN = $(BUILD)/asan
 $(eval $(call folder,$(ASAN),$(call command,$(SANITIZE),$(MARCH))))
@@ -42,7 +44,8 @@ $(eval $(call tests,$(ASAN)))
 test-asan: $(TESTS:%=$(ASAN)/%) $(PROGRAMS) | $(call named,test test-layers)
 	@dev/run_tests.sh $(TESTS:%=$(ASAN)/%)
 
-# The emulated CUDA code under the same, and under ThreadSanitizer with a TSan fiber for each CUDA thread
+# The emulated CUDA code with the same sanitizers, and with ThreadSanitizer, which sees CUDA
+# threads as threads
 $(eval $(call emulated,$(ASAN)))
 test-emulator-asan: $(EMULATED_TESTS:%=$(ASAN)/%) | $(call named,test test-layers test-asan test-portable)
 	@dev/run_tests.sh $(EMULATED_TESTS:%=$(ASAN)/%)
@@ -64,16 +67,16 @@ $(FUZZERS:%.cpp=$(FUZZ)/%): %: %.o
 	$(call link,$(FUZZ))
 fuzz: $(FUZZERS:%.cpp=$(FUZZ)/%)
 	@for f in $^; do echo "== $$f"; \
-	  $$f -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -print_final_stats=1 -artifact_prefix=$(FUZZ)/ >$$f.log 2>&1 \
-	    || { tail -40 $$f.log; exit 1; }; \
+	  $$f -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -print_final_stats=1 -artifact_prefix=$(FUZZ)/ \
+	    >$$f.log 2>&1 || { tail -40 $$f.log; exit 1; }; \
 	  grep -h number_of_executed $$f.log; done
-# Their sources, without clang
+# Whether the fuzzers compile, without clang
 check-fuzzers: $(FUZZERS:%=check-%)
 $(FUZZERS:%=check-%): check-%: | need-convert
 	$(flags.$(BUILD)) -fsyntax-only $*
 
-# The sources' form, as .clang-format says; `make format` applies it
-SOURCES = $(filter-out tokenizer/unicode_tables.h,$(shell git ls-files '*.cpp' '*.h' '*.cu'))  # that one is generated
+# The sources are formatted as .clang-format says; `make format` applies it. unicode_tables.h is generated.
+SOURCES = $(filter-out tokenizer/unicode_tables.h,$(shell git ls-files '*.cpp' '*.h' '*.cu'))
 format: | need-format
 	clang-format -i $(SOURCES)
 format-check: | need-format

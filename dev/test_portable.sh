@@ -1,8 +1,10 @@
 #!/bin/sh
-# Tests for each set of instructions: dev/test_portable.sh DIR ISA... runs DIR/test_gpt2.ISA of those that this processor
-# has, then (dev/test_portable.sh choice DIR ISA..., a test program like the others) what DIR/train_gpt2 promises: it
-# chooses the last one that the processor has, obeys ARAPOET_ISA, and learns the same with each; and DIR/sample_gpt2 too
-# holds each.
+# Tests of the portable programs:
+#     dev/test_portable.sh DIR ISA...
+# runs DIR/test_gpt2.ISA for each set of instructions that this processor has, and then the program
+#     dev/test_portable.sh choice DIR ISA...
+# which tests the choice: DIR/train_gpt2 uses the last set that the processor has, or ARAPOET_ISA, and learns
+# the same with each set; DIR/sample_gpt2 has each set, too.
 [ "$1" = choice ] && choice=1 && shift
 dir=$1 program=$1/train_gpt2
 shift
@@ -30,10 +32,11 @@ check() { # NAME STATUS
 is_like() { # TEXT PATTERN
     case $1 in $2) echo 0 ;; *) echo 1 ;; esac
 }
-# The losses of 5 steps, a line each.
+# Prints the losses of 5 steps, one per line.
 losses() { # ISA or "" and flags
     isa=$1 && shift
-    env ${isa:+ARAPOET_ISA=$isa} $program --data "$tmp/data" -o "$tmp/out" --overwrite --max_steps 5 "$@" >"$tmp/log" 2>&1 &&
+    set -- --data "$tmp/data" -o "$tmp/out" --overwrite --max_steps 5 "$@"
+    env ${isa:+ARAPOET_ISA=$isa} $program "$@" >"$tmp/log" 2>&1 &&
         sed 1,2d "$tmp/out/log.csv" | cut -d, -f2
 }
 machine() { sed -n 's/, peak.*//; /^machine/p' "$tmp/log"; }
@@ -43,7 +46,7 @@ losses generic >"$tmp/want"
 check "the first loss is about ln V" "$(awk 'NR == 1 {exit !($1 > 3 && $1 < 4.5)}' "$tmp/want"; echo $?)"
 for isa in "$@"; do
     if ! has "$isa"; then
-        skipped=$((skipped + 1)) && echo "skipped: $isa: this processor has none"
+        skipped=$((skipped + 1)) && echo "skipped: this processor has no $isa"
         message=$(ARAPOET_ISA=$isa $program --help 2>&1)
         check "$isa is refused by name: $message" \
             "$(is_like "$message" "*ARAPOET_ISA is '$isa', but this processor has only generic*")"
@@ -52,7 +55,7 @@ for isa in "$@"; do
     best=$isa
     for dtype in fp32 bf16; do
         losses "$isa" --dtype $dtype >"$tmp/got"
-        check "$isa, $dtype: the losses of 5 steps are those of generic fp32, within 0.002" "$(
+        check "$isa, $dtype: the losses of 5 steps agree with generic fp32's to 0.002" "$(
             paste "$tmp/want" "$tmp/got" |
                 awk '{d = $1 - $2; if (NF < 2 || d > 0.002 || d < -0.002) bad = 1} END {exit bad || NR != 5}'
             echo $?
@@ -63,20 +66,20 @@ for isa in "$@"; do
         avx2) bits=256 ;;
         *) bits=512 ;;
     esac
-    check "$isa computes with $bits-bit vectors: $(machine)" "$(is_like "$(machine)" "* $bits-bit*")"
+    check "$isa uses $bits-bit vectors: $(machine)" "$(is_like "$(machine)" "* $bits-bit*")"
     poem=$(ARAPOET_ISA=$isa "$dir/sample_gpt2" -e "$tmp/out/model.bin" --tokens 20 --ignore_end 2>&1)
     code=$?
     check "$isa: sample_gpt2 writes a poem: $poem" "$([ $code = 0 ] && [ -n "$poem" ]; echo $?)"
 done
 losses "$best" >"$tmp/want" && machine >"$tmp/want.machine"
 losses "" >"$tmp/got" && machine >"$tmp/got.machine"
-check "$best is chosen where nothing is said" \
+check "without ARAPOET_ISA, $best is chosen" \
     "$(cmp -s "$tmp/want" "$tmp/got" && cmp -s "$tmp/want.machine" "$tmp/got.machine"; echo $?)"
 for p in train_gpt2 sample_gpt2; do
     message=$(ARAPOET_ISA=mmx "$dir/$p" --help 2>&1)
     code=$?
-    check "$p: an unknown name exits with 2, here with $code" "$([ $code = 2 ]; echo $?)"
-    check "$p: an unknown name is answered with the known ones: $message" \
+    check "$p: an unknown ARAPOET_ISA exits with 2, here with $code" "$([ $code = 2 ]; echo $?)"
+    check "$p: an unknown ARAPOET_ISA is an error that lists the known ones: $message" \
         "$(is_like "$message" "$p: ARAPOET_ISA is 'mmx', known are generic*")"
 done
 printf '%s passed, %s failed' $passed $failed

@@ -2,10 +2,10 @@
 //
 //     ./export_tokenizer gpt2/ gpt2.bin
 //
-// Reads tokenizer.json, or vocab.json and merges.txt, in Hugging Face's format; eos_token and
-// add_prefix_space from tokenizer_config.json. Refuses what it would encode otherwise than Hugging Face does:
-// only GPT-2's byte-level BPE is right, and the merges must be those that tokenizer.h finds in the order of
-// the tokens.
+// Reads tokenizer.json, or vocab.json and merges.txt, in Hugging Face's format, and eos_token and
+// add_prefix_space from tokenizer_config.json. Refuses a tokenizer that tokenizer.h would not reproduce
+// exactly: it must be byte-level BPE like GPT-2's, and its merges must be those that tokenizer.h finds from
+// the order of the tokens.
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -22,14 +22,14 @@ namespace exporter {
 using Json = nlohmann::json;
 using utf8::quote;
 
-// What the folder says, in its own spelling.
+// A published tokenizer, with tokens spelled as in the folder's files (see bytes_of below).
 struct Published {
     std::string vocab_path, merges_path;
     std::vector<std::string> tokens;  // by id
     std::unordered_map<std::string, int> id_of;
     std::vector<std::pair<std::string, std::string>> merges;
     std::vector<std::string> merge_places;  // "line 5" or "merge 3", for messages
-    std::set<int> special;                  // added tokens: plain text instead of bytes in disguise
+    std::set<int> special;                  // added tokens, which are spelled as plain text
     bool add_prefix_space = false;
     int eot = 0;
 };
@@ -44,7 +44,7 @@ inline Json read_json(const std::string& path) {
         fail("%s: is not JSON: %s", path.c_str(), e.what());
     }
 }
-// A member, or null where it is missing.
+// The object's member, or JSON null if it is missing.
 inline const Json& member(const Json& j, const char* name) {
     static const Json none;
     auto it = j.is_object() ? j.find(name) : j.end();
@@ -54,8 +54,9 @@ inline const Json& member(const Json& j, const char* name) {
 // ---------------------------------------------------------------------------------------------
 // Reading the folder
 
-// GPT-2 writes bytes as characters that can be seen: a printable byte of Latin-1 as itself, the k-th of the
-// others as U+0100 + k. Returns the bytes; false where a character stands for none.
+// GPT-2's files spell the bytes of a token with visible characters: a printable byte of Latin-1 as this
+// character, the k-th of the other bytes as U+0100 + k. Decodes a token to its bytes; false if it contains a
+// character that spells no byte.
 inline bool bytes_of(const std::string& token, std::string* bytes) {
     static const std::map<uint32_t, char> byte_of = [] {
         std::map<uint32_t, char> m;
@@ -126,7 +127,7 @@ class Folder {
         auto known = p_.id_of.find(token);
         if (known == p_.id_of.end()) add_token(token, i, path);
         else if (known->second != i)
-            fail("%s: %s has id %d, in the vocabulary it has %d", path.c_str(), quote(token).c_str(), i,
+            fail("%s: %s has id %d, but in the vocabulary it has %d", path.c_str(), quote(token).c_str(), i,
                  known->second);
         p_.special.insert(i);
     }
@@ -188,15 +189,15 @@ class Folder {
             if (!content.is_string()) refuse("an added token", a, "one with content");
             if (special == false)
                 fail(
-                    "%s: the added token %s is not special: it would be cut out of the text first, which is "
-                    "not built in",
+                    "%s: the added token %s is not special: such tokens are cut out of the text first, which "
+                    "is not implemented",
                     path.c_str(), quote(content.get<std::string>()).c_str());
             add_special(content.get<std::string>(), member(a, "id"), path);
         }
     }
 
-    // eos_token and add_prefix_space; what tokenizer_config.json says goes before tokenizer.json, as in
-    // transformers.
+    // Reads eos_token and add_prefix_space. tokenizer_config.json overrides the other files,
+    // as in transformers.
     void read_config() {
         std::string eos = "<|endoftext|>", from = dir_;
         for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"}) {
@@ -207,7 +208,7 @@ class Folder {
             const Json& text = token.is_object() ? member(token, "content") : token;
             if (text.is_string()) eos = text.get<std::string>(), from = path;
             else if (!text.is_null())
-                fail("%s: eos_token is %s, wanted a text", path.c_str(), quote(text.dump()).c_str());
+                fail("%s: eos_token is %s, wanted a string", path.c_str(), quote(text.dump()).c_str());
             if (space.is_boolean()) p_.add_prefix_space = space.get<bool>();
             else if (!space.is_null())
                 fail("%s: add_prefix_space is %s, wanted true or false", path.c_str(),
@@ -219,10 +220,11 @@ class Folder {
         p_.special.insert(p_.eot = it->second);
     }
 
+    // Lists the tokens by id; checks that no id is missing.
     void finish() {
         for (auto& [id, token] : by_id_) {
             if (id != (int)p_.tokens.size())
-                fail("%s: no token has id %zu, yet %s has %d", p_.vocab_path.c_str(), p_.tokens.size(),
+                fail("%s: no token has id %zu, but %s has %d", p_.vocab_path.c_str(), p_.tokens.size(),
                      quote(token).c_str(), id);
             p_.tokens.push_back(token);
         }
@@ -236,18 +238,23 @@ class Folder {
 // ---------------------------------------------------------------------------------------------
 // Checking and writing
 
-inline Tokenizer make_tokenizer(const Published& p) {
-    const char *vocab = p.vocab_path.c_str(), *merges = p.merges_path.c_str();
-    // Bytes first, since a token in plain text may need it to be told from one in disguise.
+// The bytes of all tokens by id. A special token, or one with a character that spells no byte, is plain text.
+inline std::vector<std::string> token_bytes(const Published& p) {
     std::vector<std::string> tokens(p.tokens.size());
     for (size_t i = 0; i < tokens.size(); i++) {
         if (p.special.count((int)i) || !bytes_of(p.tokens[i], &tokens[i])) tokens[i] = p.tokens[i];
         if (tokens[i].empty() || tokens[i].size() > 255)
-            fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", vocab, i,
+            fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", p.vocab_path.c_str(), i,
                  quote(p.tokens[i]).c_str(), tokens[i].size());
     }
+    return tokens;
+}
 
-    std::vector<std::pair<int, int>> parts(tokens.size(), {-1, -1});
+// For each token, the two tokens that the published merge of it names; -1 and -1 if no merge makes it. The
+// ids must ascend in the order of the merges.
+inline std::vector<std::pair<int, int>> published_parts(const Published& p) {
+    const char* merges = p.merges_path.c_str();
+    std::vector<std::pair<int, int>> parts(p.tokens.size(), {-1, -1});
     int previous = -1;
     for (size_t m = 0; m < p.merges.size(); m++) {
         const auto& [left, right] = p.merges[m];
@@ -264,24 +271,30 @@ inline Tokenizer make_tokenizer(const Published& p) {
             fail("%s: %s makes the special token %s", merges, p.merge_places[m].c_str(),
                  quote(whole).c_str());
         if (made <= previous)
-            fail(
-                "%s: %s makes token %d %s, an earlier one made token %d: the ids must ascend with the merges",
-                merges, p.merge_places[m].c_str(), made, quote(whole).c_str(), previous);
+            fail("%s: %s makes token %d %s, an earlier one token %d: ids must ascend in merge order", merges,
+                 p.merge_places[m].c_str(), made, quote(whole).c_str(), previous);
         previous = made;
         parts[(size_t)made] = {l, r};
     }
+    return parts;
+}
 
-    Tokenizer tok = Tokenizer::byte_bpe(tokens, p.eot, p.add_prefix_space, p.vocab_path);
+// The tokenizer; an Error if its merges, found from the order of the tokens, are not the published ones.
+inline Tokenizer make_tokenizer(const Published& p) {
+    const char* merges = p.merges_path.c_str();
+    std::vector<std::string> tokens = token_bytes(p);
+    const std::vector<std::pair<int, int>> parts = published_parts(p);
+    Tokenizer tok = Tokenizer::byte_bpe(std::move(tokens), p.eot, p.add_prefix_space, p.vocab_path);
     size_t m = 0;
     for (int i = 0; i < tok.vocab_size(); i++) {
         const bool is_merge = parts[(size_t)i].first >= 0, would_be = tok.parts(i).first >= 0;
         const std::string token = quote(p.tokens[(size_t)i]);
         if (is_merge && tok.parts(i) != parts[(size_t)i])
-            fail("%s: %s never makes token %d %s: the merges before it make something else of its bytes",
-                 merges, p.merge_places[m].c_str(), i, token.c_str());
+            fail("%s: %s never makes token %d %s: earlier merges turn its bytes into other tokens", merges,
+                 p.merge_places[m].c_str(), i, token.c_str());
         if (!is_merge && would_be)
             fail(
-                "%s: no merge makes token %d %s, but %s and %s would: the merges are incomplete, or of "
+                "%s: no merge makes token %d %s, but %s and %s would: the merges are incomplete or belong to "
                 "another tokenizer",
                 merges, i, token.c_str(), quote(p.tokens[(size_t)tok.parts(i).first]).c_str(),
                 quote(p.tokens[(size_t)tok.parts(i).second]).c_str());
@@ -298,14 +311,13 @@ inline int export_main(int argc, char** argv) {
         "DIR holds tokenizer.json, or vocab.json and merges.txt, as Hugging Face publishes them.\n"
         "next: ./prepare_data poems.csv --tokenizer out.bin -o poems\n");
     f.parse(argc, argv);
-    if (words.size() != 2)
-        throw UsageError("wanted two names: ./export_tokenizer DIR out.bin; --help tells more");
+    if (words.size() != 2) throw UsageError("wanted two names: ./export_tokenizer DIR out.bin; see --help");
     const Published p = Folder(words[0]).read();
     const Tokenizer tok = make_tokenizer(p);
     tok.save(words[1]);
     printf("%s: %s tokens, %s merges, end-of-text %d %s%s\n", words[1].c_str(),
            commas((uint64_t)tok.vocab_size()).c_str(), commas(p.merges.size()).c_str(), tok.eot(),
-           quote(tok.bytes(tok.eot())).c_str(), tok.add_prefix_space() ? ", a space before every text" : "");
+           quote(tok.bytes(tok.eot())).c_str(), tok.add_prefix_space() ? ", adds a space before a text" : "");
     return 0;
 }
 

@@ -1,12 +1,12 @@
-// Feeds whatever libFuzzer thinks of to the tokenizer, under AddressSanitizer and UBSan:
+// Feeds mutated files and texts to the tokenizer under libFuzzer, AddressSanitizer and UBSan:
 //
 //     clang++ -std=c++17 -g -O1 -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 //         -o fuzz_tokenizer tokenizer/fuzz_tokenizer.cpp
 //     ./fuzz_tokenizer -max_total_time=60 -max_len=8192
 //
 // The first byte of an input chooses what the rest is: a tokenizer file; tokens and a text; vocab.json,
-// merges.txt or tokenizer.json. Files are accepted or refused with an Error, and a text comes back from its
-// tokens; anything else is a finding.
+// merges.txt or tokenizer.json. A file must be accepted, or refused with an Error, and decoding must restore
+// an encoded text; anything else is a finding.
 #define ARAPOET_NO_MAIN
 #include "dev/fuzz.h"
 #include "tokenizer/export_tokenizer.cpp"
@@ -24,7 +24,7 @@ std::vector<std::string> byte_tokens() {
     return t;
 }
 
-// A folder in memory with valid files, and what they hold.
+// A temporary folder with valid files, and a valid input of each kind.
 struct Valid : fuzz::Folder {
     std::string content[NUM_MODES];
     Valid() {
@@ -63,11 +63,11 @@ void round_trip(const Tokenizer& t, const std::string& text) {
     std::vector<int> ids = t.encode(text);
     bool prefixed = t.add_prefix_space() && !text.empty() && text[0] != ' ';
     require(t.decode(ids) == (prefixed ? " " : "") + text);
-    require(t.encode(text) == ids);  // from memory
+    require(t.encode(text) == ids);  // this time from the cache
     for (int id : ids) require(id != t.eot() && t.chars(id) >= 0);
 }
 
-// Tokens, each after its length, up to a length 0; then a text.
+// Encodes a text with a BPE. The data are the BPE's tokens, each after its length, a length 0, and the text.
 void encode_text(const std::string& data) {
     std::vector<std::string> tokens = byte_tokens();
     size_t i = 0;
@@ -82,7 +82,7 @@ void encode_text(const std::string& data) {
     std::string text = i < data.size() ? data.substr(i + 1) : "";
     round_trip(t, text);
     round_trip(t, text + text + text);
-    std::string unbroken;  // a long piece
+    std::string unbroken;  // long enough for the heap
     while (unbroken.size() < 200 && !text.empty()) unbroken += text;
     round_trip(t, unbroken);
 }

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 """Writes tokenizer/unicode_tables.h: which code points are letters, numbers and white space.
 
-    pip install unicodedata2==16.0.0      # or run Python 3.14, whose own unicodedata is 16.0
+    pip install unicodedata2==16.0.0      # or run Python 3.14, whose unicodedata is 16.0
     python3 tokenizer/make_unicode_tables.py > tokenizer/unicode_tables.h
 
-The version matters, because a letter that a table does not know is cut from its word. Of the programs that
-GPT-2's tokens are compared with, tiktoken 0.14 and tokenizers 0.23 both know Unicode 16.0 exactly;
-tokenizer/check_tokenizer.py compares every code point with them. They differ from other versions by what those
-lack or add: Python 3.11 (14.0) lacks 9,272 letters and 120 numbers of 16.0; the regex module of 2026, which
-OpenAI's own encoder.py runs on, knows 18.0 and so 17,144 letters and 336 numbers more. On the code points that
-are assigned in two versions they agree.
+The version matters: a letter that is missing from the table is cut from its word. tiktoken 0.14 and
+tokenizers 0.23, with which tokenizer/check_tokenizer.py compares every code point, both use Unicode 16.0.
+Other versions have fewer or more code points: Python 3.11 (Unicode 14.0) lacks 9,272 letters and 120 numbers
+of 16.0; the regex module of 2026 (18.0), which OpenAI's encoder.py uses, has 17,144 more letters and 336 more
+numbers. All versions agree on the code points that they share.
 """
 import sys
 
@@ -20,16 +19,17 @@ try:
 except ImportError:
     import unicodedata
 if unicodedata.unidata_version != VERSION:
-    sys.exit(f"make_unicode_tables.py: this Python knows Unicode {unicodedata.unidata_version}, wanted {VERSION}: "
-             f"pip install unicodedata2=={VERSION}")
+    sys.exit(f"make_unicode_tables.py: this Python has Unicode {unicodedata.unidata_version}, "
+             f"wanted {VERSION}: pip install unicodedata2=={VERSION}")
 
 
 def is_white_space(c):
-    # The property White_Space: the separators, and six controls.
+    # The property White_Space: the separators, and six control characters.
     return unicodedata.category(chr(c)).startswith("Z") or 0x09 <= c <= 0x0D or c == 0x85
 
 
 def ranges(belongs):
+    """The [first, last] ranges of the code points for which belongs() is true."""
     found = []
     for c in range(0x110000):
         if not belongs(c):
@@ -65,7 +65,8 @@ namespace unicode {{
 struct Range {{
     uint32_t first, last;
 }};""")
-table("LETTERS", "\\p{L}: categories Lu, Ll, Lt, Lm, Lo", lambda c: unicodedata.category(chr(c)).startswith("L"))
+table("LETTERS", "\\p{L}: categories Lu, Ll, Lt, Lm, Lo",
+      lambda c: unicodedata.category(chr(c)).startswith("L"))
 table("NUMBERS", "\\p{N}: categories Nd, Nl, No", lambda c: unicodedata.category(chr(c)).startswith("N"))
 table("WHITE_SPACE", "\\s: the property White_Space", is_white_space)
 print("\n}  // namespace unicode")

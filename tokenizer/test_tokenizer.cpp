@@ -1,4 +1,4 @@
-// test_tokenizer.cpp - what byte-level BPE, export_tokenizer and tokenize promise. The character tokenizer's
+// test_tokenizer.cpp - tests of byte-level BPE, export_tokenizer and tokenize. The character tokenizer's
 // tests are in data/test_data.cpp; check_tokenizer.py compares with tiktoken and Hugging Face.
 #define ARAPOET_NO_MAIN
 #include "tokenizer/export_tokenizer.cpp"
@@ -17,7 +17,7 @@ using Ids = std::vector<int>;
 using namespace std::string_literals;
 const std::string EOT = "<|endoftext|>";
 
-// A small linear congruential generator: the same numbers everywhere.
+// A linear congruential generator, which yields the same numbers on every machine.
 struct Random {
     uint64_t state;
     size_t below(size_t n) {
@@ -56,7 +56,8 @@ Tokenizer bpe_of(const Strings& merged, bool add_prefix_space = false) {
     t.push_back(EOT);
     return Tokenizer::byte_bpe(t, (int)t.size() - 1, add_prefix_space, "test");
 }
-// A BPE trained as such are: each new token is a pair that stands side by side in some piece of random text.
+// The tokens of a BPE made much as in training: each new one is a pair of neighbours in a piece
+// of random text.
 Strings trained_tokens(Random& random, size_t n, const Strings& alphabet) {
     Strings merged;
     while (merged.size() < n) {
@@ -72,8 +73,8 @@ Strings trained_tokens(Random& random, size_t n, const Strings& alphabet) {
     return merged;
 }
 
-// The definition, as slow as it gets: of all neighbours whose bytes together are a token, the leftmost of
-// those that make the lowest one merge.
+// BPE by its definition, as slow as that is: of all neighbours that together are a token, merge those that
+// make the lowest token, at the leftmost place.
 Ids merge_by_definition(const Strings& merged, const std::string& piece) {
     Strings parts;
     for (char c : piece) parts.push_back(std::string(1, c));
@@ -103,7 +104,7 @@ std::string joined(const Strings& pieces) {
 // ---------------------------------------------------------------------------------------------
 // Cutting text into pieces
 
-TEST_CASE("gpt-2's pattern: words, numbers, signs, contractions and white space") {
+TEST_CASE("gpt-2's pattern: words, numbers, signs, contractions and white space are cut as in GPT-2") {
     struct {
         const char *text, *pieces;
     } cases[] = {
@@ -127,12 +128,12 @@ TEST_CASE("gpt-2's pattern: words, numbers, signs, contractions and white space"
         {"  \n ", "[  \n ]"},
         {"a\u00A0b", "[a][\u00A0][b]"},
         {"a \u3000\u2003b", "[a][ \u3000][\u2003][b]"},
-        {"a\u200Bb", "[a][\u200B][b]"},  // not white space since Unicode 4
+        {"a\u200Bb", "[a][\u200B][b]"},  // no longer white space since Unicode 4
         {"a\x1C"
          "b",
-         "[a][\x1C][b]"},  // white space to Python alone
+         "[a][\x1C][b]"},  // white space only in Python
         {"\u0642\u0641\u0627 \u0646\u0628\u0643", "[\u0642\u0641\u0627][ \u0646\u0628\u0643]"},
-        {"\u0642\u0650\u0641\u0627", "[\u0642][\u0650][\u0641\u0627]"},  // a vowel sign is a mark, no letter
+        {"\u0642\u0650\u0641\u0627", "[\u0642][\u0650][\u0641\u0627]"},  // a vowel sign is not a letter
         {"\u0642\u0640\u0627\u060C \u061F", "[\u0642\u0640\u0627][\u060C][ \u061F]"},
         {" \u0661\u0662\u00B2\u2163x", "[ \u0661\u0662\u00B2\u2163][x]"},
         {"\U0001F600\U0001F1F8 \U00010900\U00010CFA", "[\U0001F600\U0001F1F8][ \U00010900][\U00010CFA]"},
@@ -144,7 +145,7 @@ TEST_CASE("gpt-2's pattern: words, numbers, signs, contractions and white space"
     }
 }
 
-TEST_CASE("gpt-2's pattern: a byte that is not valid UTF-8 is a sign of its own") {
+TEST_CASE("gpt-2's pattern: an invalid UTF-8 byte counts as a sign, not as a letter or space") {
     CHECK(joined(pieces_of("a\xFF"
                            "b")) == "[a][\xFF][b]");
     CHECK(joined(pieces_of("\u0628\xD8")) == "[\u0628][\xD8]");
@@ -153,7 +154,7 @@ TEST_CASE("gpt-2's pattern: a byte that is not valid UTF-8 is a sign of its own"
                            "a")) == "[\xED\xA0\x80][a]");
 }
 
-TEST_CASE("gpt-2's pattern: the tables hold the letters, numbers and white space of Unicode 16, each once") {
+TEST_CASE("gpt-2's pattern: the tables have all letters, numbers and white space of Unicode 16") {
     std::map<bpe::Class, size_t> count;
     for (bpe::Class c : bpe::classes()) count[c]++;
     CHECK(count[bpe::LETTER] == 141028);
@@ -161,7 +162,7 @@ TEST_CASE("gpt-2's pattern: the tables hold the letters, numbers and white space
     CHECK(count[bpe::SPACE] == 25);
 }
 
-// The pattern as a regular expression engine reads it: the alternatives in turn, each as greedy as it can.
+// The pattern as a regular expression engine matches it: alternatives in order, each as greedy as possible.
 size_t match_by_definition(const std::vector<bpe::Class>& k, const std::u32string& s, size_t i) {
     for (const char32_t* e : {U"'s", U"'t", U"'re", U"'ve", U"'m", U"'ll", U"'d"})
         if (s.compare(i, std::u32string(e).size(), e) == 0) return i + std::u32string(e).size();
@@ -178,7 +179,7 @@ size_t match_by_definition(const std::vector<bpe::Class>& k, const std::u32strin
     return run;
 }
 
-TEST_CASE("gpt-2's pattern: random mixes are cut as the pattern's alternatives are tried") {
+TEST_CASE("gpt-2's pattern: random mixes are cut as a regular expression engine cuts them") {
     const char* const parts[] = {" ",      " ", "\n",     "\t",         "\u00A0", "'",      "'s",
                                  "'re",    "v", "e",      "S",          "\u0628", "\u064E", "7",
                                  "\u0663", "!", "\u060C", "\U0001F600", "\u2009", "ll"};
@@ -214,8 +215,7 @@ TEST_CASE("bpe: the pair that makes the lowest token merges first, the leftmost 
     CHECK(t.decode(t.encode("abcaabab")) == "abcaabab");
 }
 
-TEST_CASE(
-    "bpe: the merges are found in the order of the tokens; special tokens are none, wherever they stand") {
+TEST_CASE("bpe: merges are found from the order of the tokens; special tokens are never merges") {
     Strings tokens = {EOT, "<s>", "  "};
     for (const std::string& b : byte_tokens()) tokens.push_back(b);
     for (const char* m : {"ab", "abc", "<s", "<pad>", "xyz"}) tokens.push_back(m);
@@ -226,7 +226,7 @@ TEST_CASE(
     for (int special : {0, 1, 2, 3 + 'a', ab + 3, ab + 4})
         CHECK(t.parts(special) == std::pair<int, int>(-1, -1));
     CHECK(t.encode("abc<s>  ") == Ids{ab + 1, 3 + '<', 3 + 's', 3 + '>', 3 + ' ', 3 + ' '});
-    CHECK(t.encode("<s") == Ids{3 + '<', 3 + 's'});  // two pieces never merge
+    CHECK(t.encode("<s") == Ids{3 + '<', 3 + 's'});  // two pieces, which never merge
     CHECK(t.encode("xyz") == Ids{3 + 'x', 3 + 'y', 3 + 'z'});
     CHECK(t.decode({0, 1, 2}) == EOT + "<s>  ");
     CHECK(contains(error_of([&] { t.parts(-1); }), "token -1 is out of range"));
@@ -236,21 +236,21 @@ TEST_CASE(
     CHECK(Tokenizer::byte_bpe(amid, 257, false, "test").encode("ab") == Ids{'a', 'b' + 1});
 }
 
-TEST_CASE("bpe: end-of-text is never encoded from its spelling, even where merges would make it") {
+TEST_CASE("bpe: text that spells end-of-text is never encoded as it, even if merges could make it") {
     Strings merged;
     for (size_t n = 2; n < EOT.size(); n++) merged.push_back(EOT.substr(0, n));
     Tokenizer t = bpe_of(merged);
     for (int id : t.encode(EOT)) CHECK(id != t.eot());
     CHECK(t.parts(t.eot()).first == -1);
     CHECK(t.bytes(t.eot()) == EOT);
-    // Without pieces between them the spelling would be one merge away.
+    // With an end-of-text spelled "end", which is a single piece, a merge could make it.
     Strings letters = byte_tokens();
     letters.push_back("en"), letters.push_back("end");
     Tokenizer u = Tokenizer::byte_bpe(letters, 257, false, "test");
     CHECK(u.encode("end") == Ids{256, 'd'});
 }
 
-TEST_CASE("bpe: words and long pieces merge as the definition says") {
+TEST_CASE("bpe: short and long pieces merge exactly as the definition says") {
     for (uint64_t seed = 0; seed < 6; seed++) {
         Random random{seed};
         Strings alphabet =
@@ -263,7 +263,7 @@ TEST_CASE("bpe: words and long pieces merge as the definition says") {
                 word += alphabet[random.below(alphabet.size())];
             const Ids want = merge_by_definition(merged, word);
             REQUIRE(t.encode(word) == want);
-            REQUIRE(t.encode(word) == want);  // from memory
+            REQUIRE(t.encode(word) == want);  // this time from the cache
         }
     }
 }
@@ -288,7 +288,7 @@ TEST_CASE("bpe: any bytes survive encoding and decoding") {
     CHECK(wrong == 0);
 }
 
-TEST_CASE("bpe: more words than are remembered do not mix up") {
+TEST_CASE("bpe: more words than the cache can hold are all encoded correctly") {
     Random random{3};
     Tokenizer t = bpe_of(trained_tokens(random, 20, {"a", "b"}));
     for (size_t length : {1, 7, 8, 9, 20, 21, 45, 46, 47, 48, 63, 64, 65, 66, 200})
@@ -301,7 +301,7 @@ TEST_CASE("bpe: more words than are remembered do not mix up") {
         }
 }
 
-TEST_CASE("bpe: a space goes before a text that begins with none, where the tokenizer asks for it") {
+TEST_CASE("bpe: add_prefix_space puts a space before a text that begins with none") {
     Tokenizer t = bpe_of({" a", "ab"}, true), plain = bpe_of({" a", "ab"});
     CHECK(t.add_prefix_space());
     CHECK(t.encode("a") == Ids{256});
@@ -312,8 +312,7 @@ TEST_CASE("bpe: a space goes before a text that begins with none, where the toke
     CHECK(plain.encode("a") == Ids{'a'});
 }
 
-TEST_CASE(
-    "bpe: the cost grows with the text, not with its square, on text without a space and on one long word") {
+TEST_CASE("bpe: the cost is linear in the length, even for a single long piece") {
     Random random{5};
     const Strings merged = trained_tokens(random, 60, {"a", "b", "\u0628"});
     Strings runs;
@@ -351,11 +350,11 @@ TEST_CASE(
 // ---------------------------------------------------------------------------------------------
 // Characters, names, files
 
-TEST_CASE("bpe: the characters of a stream add up to those of its texts and one for each end-of-text") {
+TEST_CASE("bpe: chars() of a stream adds up to its texts' characters plus one per end-of-text") {
     Random random{11};
     const Strings texts = {"\u0642\u0641\u0627 \u0646\u0628\u0643", "a\u20AC\U0001F600!", "\u0628",
                            "\n\u0628 "};
-    // Some of the tokens are parts of characters, some go across them.
+    // Some of the tokens are parts of characters, some overlap several characters.
     const Strings merged = trained_tokens(random, 50, {"\u0642", "\u0641", "\u20AC", "\U0001F600", "a"});
     for (bool prefix : {false, true}) {
         Tokenizer t = bpe_of(merged, prefix);
@@ -369,7 +368,7 @@ TEST_CASE("bpe: the characters of a stream add up to those of its texts and one 
     }
 }
 
-TEST_CASE("a text is quoted in one line") {
+TEST_CASE("utf8::quote() escapes invisible bytes, shortens, and stays on one line") {
     CHECK(utf8::quote("ab \u0628") == "'ab \u0628'");
     CHECK(utf8::quote("a\n\xD8\u200Fz\0"s) == "'a\\x0A\\xD8\\xE2\\x80\\x8Fz\\x00'");
     CHECK(utf8::quote("abcdef", 3) == "'abc...'");
@@ -385,7 +384,7 @@ std::string file_of(const Strings& tokens, int eot, int kind = 0, int prefix = 0
     return s;
 }
 
-TEST_CASE("bpe: the file is llm.c's, and it alone encodes") {
+TEST_CASE("bpe: the file has llm.c's layout, and nothing else is needed to encode") {
     TempDir dir;
     Strings tokens = byte_tokens();
     for (const char* m : {"ab", "abc", EOT.c_str()}) tokens.push_back(m);
@@ -403,7 +402,7 @@ TEST_CASE("bpe: the file is llm.c's, and it alone encodes") {
     }
 }
 
-TEST_CASE("bpe: a file that is truncated, or lacks a byte, or has a token twice, is refused") {
+TEST_CASE("bpe: a file that is truncated, lacks a byte or has a token twice is refused") {
     TempDir dir;
     auto load_error = [&](const std::string& content) {
         write_file(dir / "t.bin", content);
@@ -429,19 +428,19 @@ TEST_CASE("bpe: a file that is truncated, or lacks a byte, or has a token twice,
                    "t.bin: tokens 256 and 258 are both 'ab'"));
     CHECK(contains(load_error(file_of(with({"a", EOT}), 257)), "tokens 97 and 256 are both 'a'"));
     CHECK(contains(load_error(file_of(with({"ab", ""}), 256)), "token 257 of 258 has length 0"));
-    // The byte that end-of-text stands for is not there for text.
+    // If end-of-text is a single byte, text has no token for this byte.
     CHECK(contains(load_error(file_of(with({}), 0xD8)), "no token is the single byte 0xD8"));
     Strings lacking = with({EOT});
     lacking[7] = "xy";
     CHECK(contains(load_error(file_of(lacking, 256)), "no token is the single byte 0x07"));
-    CHECK(load_error(file_of(with({EOT, EOT}), 257)) == "");  // one of them is text
+    CHECK(load_error(file_of(with({EOT, EOT}), 257)) == "");  // token 256 only has the same bytes
 }
 
 // ---------------------------------------------------------------------------------------------
 // export_tokenizer
 
-// A byte as GPT-2 writes it.
-std::string disguised(const std::string& bytes) {
+// Bytes as GPT-2's files spell them: printable Latin-1 as itself, the k-th of the other bytes as U+0100 + k.
+std::string spelled(const std::string& bytes) {
     std::string s;
     for (char c : bytes) {
         static const std::string visible = [] {
@@ -459,7 +458,7 @@ std::string disguised(const std::string& bytes) {
     return s;
 }
 
-// A small folder as Hugging Face writes it, with special tokens first, as AraGPT2 has them.
+// A small tokenizer as Hugging Face publishes it, with special tokens first, as in AraGPT2.
 struct Hf {
     TempDir dir;
     exporter::Json vocab, merges = exporter::Json::array(), config, added = exporter::Json::array();
@@ -467,12 +466,12 @@ struct Hf {
 
     explicit Hf(const Strings& specials = {EOT, "<pad>"}) {
         for (const std::string& s : specials) vocab[s] = next++;
-        for (const std::string& b : byte_tokens()) vocab[disguised(b)] = next++;
+        for (const std::string& b : byte_tokens()) vocab[spelled(b)] = next++;
         merge(" ", "a"), merge("a", "b"), merge("\xD8", "\xA8"), merge(" a", "b");
     }
     void merge(const std::string& left, const std::string& right) {
-        merges.push_back({disguised(left), disguised(right)});
-        vocab[disguised(left + right)] = next++;
+        merges.push_back({spelled(left), spelled(right)});
+        vocab[spelled(left + right)] = next++;
     }
     std::string merges_txt() const {
         std::string s = "#version: 0.2\n";
@@ -503,7 +502,7 @@ struct Hf {
     std::string error_of_pair() const { return save_pair(), error(); }
 };
 
-TEST_CASE("export: vocab.json and merges.txt, special tokens before the bytes") {
+TEST_CASE("export: reads vocab.json and merges.txt, with special tokens before the bytes") {
     Hf hf;
     hf.config = {{"eos_token", EOT}, {"add_prefix_space", true}};
     hf.save_pair();
@@ -516,21 +515,20 @@ TEST_CASE("export: vocab.json and merges.txt, special tokens before the bytes") 
     CHECK(t.bytes(1) == "<pad>");
     for (int id : t.encode("<pad>")) CHECK(id > 1);
 
-    std::string windows;  // line ends, and an empty line
+    std::string windows;  // with CR LF, and an empty line at the end
     for (char c : hf.merges_txt()) windows += c == '\n' ? "\r\n" : std::string(1, c);
     write_file(hf.dir / "merges.txt", windows + "\r\n");
     CHECK(hf.error() == "");
 }
 
-TEST_CASE(
-    "export: tokenizer.json, merges as texts and as pairs, and what tokenizer_config.json says goes first") {
+TEST_CASE("export: reads tokenizer.json with either form of merges; tokenizer_config.json wins") {
     Hf hf(Strings{});
     hf.added = {{{"id", 260}, {"content", EOT}, {"special", true}},
                 {{"id", 261}, {"content", "[\u0628]"}, {"special", true}}};
     write_file(hf.dir / "tokenizer.json", hf.tokenizer_json().dump());
     Tokenizer pairs = hf.make();
     CHECK(pairs.eot() == 260);
-    CHECK(pairs.bytes(261) == "[\u0628]");  // not in disguise
+    CHECK(pairs.bytes(261) == "[\u0628]");  // plain text
     CHECK(pairs.add_prefix_space());
     for (auto& m : hf.merges) m = m[0].get<std::string>() + " " + m[1].get<std::string>();
     exporter::Json j = hf.tokenizer_json();
@@ -547,11 +545,11 @@ TEST_CASE(
     CHECK(hf.make().eot() == 261);
 }
 
-TEST_CASE("export: the program writes the file and says what it holds") {
+TEST_CASE("export: the program writes the file and reports what is in it") {
     Hf hf;
     hf.save_pair();
     std::string out = hf.dir / "t.bin", folder = hf.dir.path;
-    auto run = [](Strings words) {  // what it says
+    auto run = [](Strings words) {  // returns what the program prints
         words.insert(words.begin(), "export_tokenizer");
         std::vector<char*> argv;
         for (std::string& w : words) argv.push_back(&w[0]);
@@ -572,10 +570,10 @@ TEST_CASE("export: the program writes the file and says what it holds") {
     CHECK(contains(run({folder + "/none", out}), "has neither tokenizer.json nor vocab.json"));
 }
 
-TEST_CASE("export: ids without gaps, each once, and in the order of the merges") {
+TEST_CASE("export: ids with a gap, used twice or not in merge order are refused") {
     Hf gap;
     gap.vocab["zz"] = 263;
-    CHECK(contains(gap.error_of_pair(), "vocab.json: no token has id 262, yet 'zz' has 263"));
+    CHECK(contains(gap.error_of_pair(), "vocab.json: no token has id 262, but 'zz' has 263"));
     Hf twice;
     twice.vocab["zz"] = 3;
     CHECK(contains(twice.error_of_pair(), "both have id 3"));
@@ -585,16 +583,16 @@ TEST_CASE("export: ids without gaps, each once, and in the order of the merges")
         CHECK(contains(hf.error_of_pair(), "the id of 'zz' is "));
     }
     Hf swapped;
-    std::swap(swapped.vocab["ab"], swapped.vocab[disguised(" a")]);
+    std::swap(swapped.vocab["ab"], swapped.vocab[spelled(" a")]);
     CHECK(contains(swapped.error_of_pair(),
-                   "merges.txt: line 3 makes token 258 'ab', an earlier one made token 259"));
-    Hf high;  // a special token between them is no harm
+                   "merges.txt: line 3 makes token 258 'ab', an earlier one token 259"));
+    Hf high;  // a special token between the merges is allowed
     high.vocab["<sep>"] = high.next++;
     high.merge("b", "b");
     CHECK(high.error_of_pair() == "");
 }
 
-TEST_CASE("export: merges of another tokenizer, incomplete ones, and ones that cannot happen") {
+TEST_CASE("export: merges that are foreign, incomplete, malformed or impossible are refused") {
     Hf other;
     other.merges.push_back({"x", "y"});
     CHECK(contains(other.error_of_pair(),
@@ -606,15 +604,15 @@ TEST_CASE("export: merges of another tokenizer, incomplete ones, and ones that c
     incomplete.merges.erase(3);
     CHECK(contains(incomplete.error_of_pair(),
                    "no merge makes token 261 '\u0120ab', but '\u0120a' and 'b' would"));
-    Hf otherwise;
-    otherwise.merges[3] = {disguised(" "), "ab"};
-    CHECK(contains(otherwise.error_of_pair(), "line 5 never makes token 261 '\u0120ab'"));
+    Hf impossible;  // " " and "a" merge before "ab" exists
+    impossible.merges[3] = {spelled(" "), "ab"};
+    CHECK(contains(impossible.error_of_pair(), "line 5 never makes token 261 '\u0120ab'"));
     Hf special;
     special.config = {{"eos_token", "ab"}};
     CHECK(contains(special.error_of_pair(), "line 3 makes the special token 'ab'"));
     Hf again;
     again.merges.push_back({"a", "b"});
-    CHECK(contains(again.error_of_pair(), "line 6 makes token 259 'ab', an earlier one made token 261"));
+    CHECK(contains(again.error_of_pair(), "line 6 makes token 259 'ab', an earlier one token 261"));
     for (const char* line : {"ab", " ab", "ab ", "a b c", "a  b"}) {
         Hf hf;
         hf.save_pair();
@@ -623,9 +621,9 @@ TEST_CASE("export: merges of another tokenizer, incomplete ones, and ones that c
     }
 }
 
-TEST_CASE("export: all bytes, no long or empty token, an end-of-text") {
+TEST_CASE("export: a missing byte or end-of-text, an empty or too long token is refused") {
     Hf byte;
-    std::string nul = disguised(std::string(1, '\0'));
+    std::string nul = spelled(std::string(1, '\0'));
     byte.vocab["zz"] = byte.vocab[nul], byte.vocab.erase(nul);
     CHECK(contains(byte.error_of_pair(), "vocab.json: no token is the single byte 0x00"));
     Hf longest;
@@ -643,21 +641,21 @@ TEST_CASE("export: all bytes, no long or empty token, an end-of-text") {
     none.config = {{"eos_token", "</s>"}};
     CHECK(contains(none.error_of_pair(), "tokenizer_config.json: end-of-text '</s>' is not in"));
     none.config = {{"eos_token", 5}};
-    CHECK(contains(none.error_of_pair(), "eos_token is '5', wanted a text"));
+    CHECK(contains(none.error_of_pair(), "eos_token is '5', wanted a string"));
     none.config = {{"eos_token", "<pad>"}, {"add_prefix_space", "yes"}};
     CHECK(contains(none.error_of_pair(), "add_prefix_space is '\"yes\"', wanted true or false"));
 }
 
-TEST_CASE("export: added tokens join the vocabulary") {
+TEST_CASE("export: added_tokens.json adds to the vocabulary and must not contradict it") {
     Hf hf;
     hf.save_pair();
     write_file(hf.dir / "added_tokens.json", "{\"<x>\": 262, \"<pad>\": 1}");
     CHECK(hf.make().bytes(262) == "<x>");
     write_file(hf.dir / "added_tokens.json", "{\"<pad>\": 7}");
-    CHECK(contains(hf.error(), "added_tokens.json: '<pad>' has id 7, in the vocabulary it has 1"));
+    CHECK(contains(hf.error(), "added_tokens.json: '<pad>' has id 7, but in the vocabulary it has 1"));
 }
 
-TEST_CASE("export: what is not GPT-2's tokenizer, and what is not JSON, is refused by name") {
+TEST_CASE("export: tokenizers other than GPT-2's kind and files other than JSON are refused") {
     struct {
         const char *path, *value, *says;
     } cases[] = {
@@ -703,7 +701,7 @@ TEST_CASE("export: what is not GPT-2's tokenizer, and what is not JSON, is refus
 // ---------------------------------------------------------------------------------------------
 // tokenize
 
-TEST_CASE("tokenize: tokens are read to the last character, and many texts by their lengths") {
+TEST_CASE("tokenize: ids and framed texts are read exactly; malformed input is refused") {
     CHECK(tokenize::read_ids(" 1 22\n-3\t") == Ids{1, 22, -3});
     CHECK(tokenize::read_ids("").empty());
     for (const char* bad : {"x", "1x", "1,2", "99999999999", "1 2 three"}) {
@@ -721,7 +719,7 @@ TEST_CASE("tokenize: tokens are read to the last character, and many texts by th
 // ---------------------------------------------------------------------------------------------
 // GPT-2's own vocabulary
 
-TEST_CASE("gpt-2's vocabulary encodes known texts to the known tokens") {
+TEST_CASE("GPT-2's vocabulary encodes known texts to the known tokens") {
     const std::string folder =
         getenv("ARAPOET_GPT2_VOCAB") ? getenv("ARAPOET_GPT2_VOCAB") : "../shared/gpt2_vocab";
     if (!file_exists(folder + "/vocab.json"))

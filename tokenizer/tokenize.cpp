@@ -1,10 +1,10 @@
-// tokenize.cpp - text to tokens and back, on the command line.
+// tokenize.cpp - turns text into tokens and back, on the command line.
 //
-//     ./tokenize gpt2.bin < poem.txt > ids.txt           one token a line
+//     ./tokenize gpt2.bin < poem.txt > ids.txt           one token per line
 //     ./tokenize gpt2.bin --decode < ids.txt > poem.txt
 //
-// --framed is for programs that ask for many texts (check_tokenizer.py): a uint32 length and that many bytes
-// for each text; back come a uint32 count and that many uint32 tokens.
+// --framed is for programs that encode many texts at once (check_tokenizer.py). Each text on standard input
+// is a uint32 length and that many bytes; its output is a uint32 count and that many uint32 tokens.
 #include <ctime>
 #include <string>
 #include <vector>
@@ -62,13 +62,13 @@ inline int tokenize_main(int argc, char** argv) {
     Flags f("tokenize", "turns the text on standard input into tokens");
     f.positional(&files, "tokenizer.bin < text");
     f.add("decode", "", &decode, "turn tokens into text");
-    f.add("framed", "", &framed, "many texts, as the head of tokenize.cpp tells");
+    f.add("framed", "", &framed, "many texts in a binary format, which tokenize.cpp describes");
     f.add("time", "", &time, "N",
-          "encode the texts N times, each time with a fresh tokenizer; print the seconds of CPU time")
+          "encode the texts N times, each time with a fresh tokenizer; print the CPU seconds")
         .range(0, INFINITY);
     f.parse(argc, argv);
     if (files.size() != 1)
-        throw UsageError("which tokenizer? ./tokenize tokenizer.bin < text; --help tells more");
+        throw UsageError("wanted one tokenizer: ./tokenize tokenizer.bin < text; see --help");
 
     Tokenizer tok = Tokenizer::load(files[0]);
     const std::string input = read_all(stdin);

@@ -1,24 +1,27 @@
-// tokenizer.h - how text becomes tokens and back.
+// tokenizer.h - turns text into tokens and tokens into text.
 //
 //     Tokenizer tok = Tokenizer::characters(training_text);   // or Tokenizer::load("poems/tokenizer.bin")
 //     std::vector<int> ids = tok.encode("قفا نبك");
 //     std::string text = tok.decode(ids);
 //
-// A character tokenizer gives every code point of the training text one token, sorted by code point,
-// and ends with end-of-text, which separates the poems of a corpus and starts a new one.
+// A character tokenizer has one token for every code point of its training text, in code point order. Its
+// last token is end-of-text, which separates the poems of a corpus and begins a new one.
 //
-// Byte-level BPE is GPT-2's and AraGPT2's (./export_tokenizer makes the file from a published folder). It
-// encodes like tiktoken's encode_ordinary and Hugging Face's ByteLevel BPE: the text is cut into pieces,
-// words mostly, and within a piece the pair of tokens that makes the lowest token merges until none does. It
-// takes any bytes.
+// Byte-level BPE (byte pair encoding) is the tokenizer of GPT-2 and AraGPT2; ./export_tokenizer makes its
+// file from a published folder. Its basic tokens are the 256 bytes, so it can encode any input. Each further
+// token is the merge of two earlier ones: training added them one by one, always for the pair of neighbours
+// that was most frequent in the corpus. To encode a text, cut it into pieces, mostly words, and start with
+// each piece's bytes. While any two neighbours can merge, apply the merge that was learned first, which is
+// the one that makes the lowest token, at its leftmost place. The results are those of tiktoken's
+// encode_ordinary and of Hugging Face's ByteLevel BPE.
 //
-// The file is llm.c's: 256 int32, then per token one length byte and its bytes.
-//     [0] 20240328  [1] 2  [2] V  [3] end-of-text
-//     [4] kind, [5] add_prefix_space: ours; 0 in llm.c's files, which hold GPT-2's byte-level BPE
-// It holds no list of merges and needs none, because the order of the tokens is the order of the merges: the
-// two tokens that merge into token t are what the tokens below t make of its bytes. A token that these make
-// no pair of is special: text never becomes it. export_tokenizer checks that the merges found so are the
-// published ones.
+// The file format is llm.c's: a header of 256 int32, then one length byte and the bytes of each token.
+//     [0] magic number 20240328  [1] version 2  [2] V  [3] end-of-text
+//     [4] kind, [5] add_prefix_space: added here; 0 in llm.c's files, which hold GPT-2's byte-level BPE
+// There is no list of merges, because the order of the tokens is the order of the merges: encode the bytes of
+// token t with the merges that make tokens below t, and the two tokens that merge into t remain. If not
+// exactly two remain, t is special: text is never encoded as it. export_tokenizer checks that the merges
+// found in this way are the published ones.
 #pragma once
 
 #include <algorithm>
@@ -53,9 +56,11 @@ inline const std::vector<Class>& classes() {
     return table;
 }
 
-// Cuts a text into the pieces that GPT-2's pattern matches one after another:
+// Cuts a text into pieces, which are the consecutive matches of GPT-2's regular expression:
 //     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// The pieces are the whole text. A byte that is not valid UTF-8 counts as a character of no class.
+// That is: an English contraction's ending; a run of letters, of numbers or of other characters, each with
+// the space before it; white space. Together the pieces are the whole text. A byte that is not valid UTF-8
+// counts as one of the other characters.
 class Splitter {
   public:
     explicit Splitter(std::string_view text) : text_(text), class_of_(classes().data()) {}
@@ -69,7 +74,7 @@ class Splitter {
     }
 
   private:
-    // The class of the character at i, and where the next one begins.
+    // The class of the character at i; *next is where the following one begins.
     Class class_at(size_t i, size_t* next) const {
         uint32_t c = (unsigned char)text_[i];
         size_t n = c < 0x80 ? 1 : utf8::decode(text_, i, &c);
@@ -87,7 +92,7 @@ class Splitter {
             size_t last = begin;  // where the last character of the white space begins
             for (; end < text_.size() && class_at(end, &next) == SPACE; end = next) last = end;
             if (end == text_.size()) return end;
-            if (last > begin) return last;  // \s+(?!\S): all but the last, which may belong to the word
+            if (last > begin) return last;  // \s+(?!\S): leave the last one, which may begin the next piece
             if (text_[begin] != ' ') return end;
             c = class_at(end, &end);
         }
@@ -100,12 +105,12 @@ class Splitter {
     size_t pos_ = 0;
 };
 
-// Which two tokens merge into which, and the merging itself.
+// The merges: a hash table from a pair of tokens to the token that they merge into.
 class Merges {
   public:
     static constexpr int ID_BITS = 20;
 
-    // Makes room for so many merges.
+    // Room for `most` merges; the table is at most half full.
     explicit Merges(size_t most = 0) {
         while (((size_t)1 << bits_) < 2 * most) bits_++;
         table_.assign((size_t)1 << bits_, EMPTY);
@@ -114,13 +119,13 @@ class Merges {
         *slot(left, right) = key(left, right) << ID_BITS | (uint64_t)result;
     }
 
-    // Merges the n tokens at ids until no pair merges: the lowest result first, the leftmost among equals.
-    // Returns how many tokens are left.
+    // Merges neighbours among the n tokens at ids until none can merge: first the pair that makes the lowest
+    // token, the leftmost among equals. Returns how many tokens remain at ids.
     size_t apply(int* ids, size_t n) const {
         return n <= SHORT ? apply_to_few(ids, n) : apply_to_many(ids, n);
     }
 
-    // How many tokens apply() has looked at so far: what it costs, for tests.
+    // How many tokens apply() has examined so far; tests check that this cost stays low.
     uint64_t work() const { return work_; }
 
   private:
@@ -129,7 +134,7 @@ class Merges {
     static constexpr size_t SHORT = 64;
 
     static uint64_t key(int left, int right) { return (uint64_t)left << ID_BITS | (uint64_t)right; }
-    // Where the pair stands, or would.
+    // The pair's place in the table, or the free place where it belongs.
     const uint64_t* slot(int left, int right) const {
         const uint64_t k = key(left, right), mask = table_.size() - 1;
         uint64_t i = k * 0x9E3779B97F4A7C15u >> (64 - bits_);
@@ -144,16 +149,17 @@ class Merges {
         return s == EMPTY ? NONE : (int)(s & (NONE - 1));
     }
 
-    // Goes through all pairs for each merge: quadratic, and the fastest for a word.
+    // Searches all pairs before each merge. This takes time O(n^2), but is the fastest for a short piece.
+    // left[] and right[] link the tokens that remain. pairs[i] is (what token i and its right neighbour merge
+    // into) * SHORT + i, so that the minimum is the next merge to apply, at its leftmost place.
     size_t apply_to_few(int* ids, size_t n) const {
-        uint32_t pairs[SHORT];  // by left token: what it makes with its right neighbour, then its place; the
-                                // least is next
+        uint32_t pairs[SHORT];
         unsigned char left[SHORT + 1], right[SHORT];
         for (size_t i = 0; i < n; i++) left[i] = (unsigned char)(i - 1), right[i] = (unsigned char)(i + 1);
-        auto look_at = [&](size_t i) {
+        auto update = [&](size_t i) {
             pairs[i] = (uint32_t)(right[i] == n ? NONE : find(ids[i], ids[right[i]])) * SHORT + (uint32_t)i;
         };
-        for (size_t i = 0; i < n; i++) look_at(i);
+        for (size_t i = 0; i < n; i++) update(i);
         for (;;) {
             work_ += n;
             const uint32_t least = *std::min_element(pairs, pairs + n);
@@ -162,21 +168,22 @@ class Merges {
             ids[i] = (int)(least / SHORT);
             right[i] = right[gone], left[right[i]] = (unsigned char)i;
             pairs[gone] = NONE * SHORT;
-            look_at(i);
-            if (i > 0) look_at(left[i]);
+            update(i);
+            if (i > 0) update(left[i]);
         }
         size_t count = 0;
         for (size_t i = 0; i < n; i = right[i]) ids[count++] = ids[i];
         return count;
     }
 
-    // The same with a heap: n log n.
+    // The same in time O(n log n): a heap holds all pairs that can merge, the next one first. A merge makes
+    // its neighbours' pairs invalid; these stay in the heap and are skipped when they come up.
     size_t apply_to_many(int* ids, size_t n) const {
         struct Node {
-            int id;  // NONE once merged into its left neighbour
+            int id;  // NONE after the token has merged into its left neighbour
             size_t left, right;
         };
-        using Pair = std::pair<int, size_t>;  // result, left node
+        using Pair = std::pair<int, size_t>;  // what the pair merges into, its left node
         std::vector<Node> nodes(n);
         std::vector<Pair> pairs;
         for (size_t i = 0; i < n; i++) nodes[i] = {ids[i], i - 1, i + 1};
@@ -192,7 +199,7 @@ class Merges {
             auto [result, i] = heap.top();
             heap.pop();
             work_++;
-            if (result_at(i) != result) continue;  // one of the two has merged otherwise
+            if (result_at(i) != result) continue;  // one of the two has merged with another token
             Node &a = nodes[i], &b = nodes[a.right];
             a.id = result, a.right = b.right, b.id = NONE;
             if (a.right < n) nodes[a.right].left = i;
@@ -210,12 +217,12 @@ class Merges {
     mutable uint64_t work_ = 0;
 };
 
-// Remembers the tokens of short pieces, because a text repeats its words. A newer piece replaces an older
-// one.
+// Remembers the tokens of short pieces, because most words occur many times in a text. Each piece has one
+// possible place, chosen by its hash; a new piece replaces the one there.
 class PieceCache {
   public:
     struct Entry {
-        unsigned char length, count;  // 0: empty
+        unsigned char length, count;  // length 0: the entry is empty
         char piece[46];
         int ids[20];
 
@@ -230,14 +237,15 @@ class PieceCache {
         }
     };
 
-    // The one entry that may hold the piece, on its way to the processor's cache; null for a long piece.
+    // The entry that may hold the piece, which it starts to prefetch; null if the piece is too long to store.
     Entry* find(std::string_view piece) {
         if (piece.size() > sizeof Entry::piece) return nullptr;
         Entry* e = &entries_[hash(piece) >> (64 - bits_)];
         __builtin_prefetch(e), __builtin_prefetch(e->ids + std::size(e->ids) - 1);
         return e;
     }
-    // Forgets everything; room for some words a token of the vocabulary, at most 8 MiB.
+    // Empties the cache and sizes it: at least 8 entries per token of the vocabulary, at most 2^16 entries,
+    // which take 8 MiB.
     void clear(size_t vocabulary) {
         for (bits_ = 8; bits_ < 16 && ((size_t)1 << bits_) < 8 * vocabulary;) bits_++;
         entries_.assign((size_t)1 << bits_, {});
@@ -249,8 +257,8 @@ class PieceCache {
         uint64_t h = n, word;
         auto mix = [&] { h = (h ^ word) * 0x9E3779B97F4A7C15u, h ^= h >> 32; };
         for (size_t i = 0; i + 8 < n; i += 8) memcpy(&word, &s[i], 8), mix();
-        // The last 8 bytes, some of them for the second time: a copy of changing length would cost more than
-        // all the rest.
+        // The last 8 bytes, some of them for the second time: a memcpy of variable length would cost more
+        // than everything else here.
         if (n >= 8) {
             memcpy(&word, &s[n - 8], 8);
         } else if (n >= 4) {
@@ -278,7 +286,8 @@ class Tokenizer {
   public:
     enum Kind { BYTE_BPE = 0, CHARACTERS = 1 };
 
-    // Every code point that occurs in the text, sorted, then end-of-text. Invalid UTF-8 is an Error.
+    // A token for every code point that occurs in the text, sorted, then end-of-text. Invalid UTF-8
+    // is an Error.
     static Tokenizer characters(const std::string& training_text) {
         std::vector<bool> seen(utf8::MAX_CODE_POINT + 1);
         utf8::for_each(training_text, [&](uint32_t c, size_t) { seen[c] = true; });
@@ -298,7 +307,7 @@ class Tokenizer {
         return t;
     }
 
-    // Byte-level BPE from its tokens in merge order; `where` names their origin in errors.
+    // Byte-level BPE from its tokens in merge order; `where` names their origin in error messages.
     static Tokenizer byte_bpe(std::vector<std::string> tokens, int eot, bool add_prefix_space,
                               const std::string& where) {
         Tokenizer t;
@@ -308,7 +317,8 @@ class Tokenizer {
         return t;
     }
 
-    // Reads a tokenizer file; every doubt about it is an Error that names file, field, found and wanted.
+    // Reads a tokenizer file. Anything wrong in it is an Error that names the file, the field, and what was
+    // found and wanted.
     static Tokenizer load(const std::string& path) {
         Reader in(path);
         const char* p = path.c_str();
@@ -345,7 +355,7 @@ class Tokenizer {
         write(out);
         out.commit();
     }
-    // The file's content without the commit, so that a program can let several files appear together.
+    // Writes the file but does not commit it, so that a program can commit several files together.
     void write(AtomicFile& out) const {
         std::vector<int32_t> h(256);
         h[0] = MAGIC, h[1] = VERSION, h[2] = vocab_size(), h[3] = eot_, h[4] = kind_,
@@ -362,15 +372,15 @@ class Tokenizer {
 
     Kind kind() const { return kind_; }
     int vocab_size() const { return (int)tokens_.size(); }
-    // The token that separates poems. encode() never yields it, even for text that spells it: a program
-    // places it.
+    // End-of-text, the token that separates poems. encode() never returns it, even if the text spells it;
+    // programs insert it.
     int eot() const { return eot_; }
-    // Does encode() put a space before a text that begins with none?
+    // Whether encode() puts a space before a text that begins with none.
     bool add_prefix_space() const { return add_prefix_space_; }
 
-    // The text's tokens. Characters: one without a token, and invalid UTF-8, is an Error that names it and
-    // its byte offset. Byte-level BPE takes any bytes, and decode() gives them back; it remembers words, so
-    // that two threads must not encode with one Tokenizer at once.
+    // The text's tokens. In a character tokenizer, invalid UTF-8 and a character without a token are Errors
+    // that give the byte offset. Byte-level BPE encodes any bytes, and decode() returns the same bytes. It
+    // caches words, so two threads must not encode with the same Tokenizer at the same time.
     std::vector<int> encode(std::string_view text) const {
         std::vector<int> ids;
         ids.reserve(text.size() / 2 + 1);
@@ -390,8 +400,8 @@ class Tokenizer {
         return ids;
     }
 
-    // A token's bytes; with byte-level BPE they need not be whole characters. End-of-text is "<|endoftext|>",
-    // or what the folder that a BPE comes from calls it.
+    // A token's bytes; in byte-level BPE they may be incomplete characters. The bytes of end-of-text are
+    // "<|endoftext|>", or whatever a published BPE calls it.
     const std::string& bytes(int token) const {
         if (token < 0 || token >= vocab_size())
             fail("token %d is out of range, the tokenizer has %d", token, vocab_size());
@@ -402,17 +412,18 @@ class Tokenizer {
         for (int id : ids) text += bytes(id);
         return text;
     }
-    // How many characters begin in the token; end-of-text counts as one, which it leaves to the space that
-    // add_prefix_space puts behind it. Summed over a stream of texts, each after end-of-text, this does not
-    // depend on the tokenizer, so that loss in bits per character compares them.
+    // How many characters begin in the token. End-of-text counts as one, or as none if add_prefix_space puts
+    // a space after it, which then counts. So the sum over a stream of texts, each after end-of-text, is the
+    // same for all tokenizers, and their losses in bits per character can be compared.
     int chars(int token) const { return token == eot_ ? !add_prefix_space_ : (int)utf8::count(bytes(token)); }
 
-    // Byte-level BPE: the two tokens that merge into this one; -1 and -1 for single bytes and special tokens.
+    // In byte-level BPE, the two tokens that merge into this one; -1 and -1 for single bytes
+    // and special tokens.
     std::pair<int, int> parts(int token) const {
         if (kind_ != BYTE_BPE) fail("a character tokenizer merges no tokens");
-        return bytes(token), parts_[(size_t)token];
+        return bytes(token), parts_[(size_t)token];  // bytes() checks the range
     }
-    // What encoding has cost so far, in tokens looked at while merging, for tests.
+    // How many tokens merging has examined so far; tests check that this cost stays low.
     uint64_t work() const { return merges_.work(); }
 
   private:
@@ -420,8 +431,8 @@ class Tokenizer {
     static constexpr int MAX_VOCAB = 1 << bpe::Merges::ID_BITS;
     static constexpr const char* EOT_TEXT = "<|endoftext|>";
 
-    // Fills token_of_; checks that end-of-text is spelled as ever and that each other token is one character,
-    // once.
+    // Fills token_of_. Checks that end-of-text is spelled EOT_TEXT and that the other tokens are
+    // distinct single characters.
     void index_characters(const std::string& where) {
         const char* w = where.c_str();
         if (tokens_[(size_t)eot_] != EOT_TEXT)
@@ -440,7 +451,7 @@ class Tokenizer {
         }
     }
 
-    // Fills token_of_, by byte, and finds the merges.
+    // Fills token_of_ for the bytes, and finds the merges as the head of this file explains.
     void index_bpe(const std::string& where) {
         const char* w = where.c_str();
         token_of_.assign(256, -1);
@@ -463,7 +474,7 @@ class Tokenizer {
             merge_bytes(tokens_[(size_t)i], ids);
             if (ids.size() == 1)
                 fail("%s: tokens %d and %d are both %s", w, ids[0], i, utf8::quote(bytes(i)).c_str());
-            // A special token may stand below the bytes; then it is no merge of them.
+            // A special token below the single bytes may be two of them, but a merge has earlier parts.
             if (ids.size() != 2 || ids[0] > i || ids[1] > i) continue;
             parts_[(size_t)i] = {ids[0], ids[1]};
             merges_.add(ids[0], ids[1], i);
@@ -480,7 +491,7 @@ class Tokenizer {
         std::string_view next;
         bool more = pieces.next(&next);
         bpe::PieceCache::Entry* next_entry = more ? cache_.find(next) : nullptr;
-        while (more) {  // the next piece's entry is fetched while this one is encoded
+        while (more) {  // the next piece's cache entry is prefetched while this piece is encoded
             const std::string_view piece = next;
             bpe::PieceCache::Entry* const entry = next_entry;
             if ((more = pieces.next(&next))) next_entry = cache_.find(next);
@@ -498,7 +509,7 @@ class Tokenizer {
     bool add_prefix_space_ = false;
     int eot_ = 0;
     std::vector<std::string> tokens_;
-    std::vector<int> token_of_;  // by code point, or by byte in a BPE; -1 where there is none
+    std::vector<int> token_of_;  // code point, or byte in a BPE -> its token; -1 if there is none
     bpe::Merges merges_;
     std::vector<std::pair<int, int>> parts_;
     mutable bpe::PieceCache cache_;

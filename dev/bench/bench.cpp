@@ -1,10 +1,11 @@
-// bench.cpp - training steps and sampling, ours and the peers that are installed, in turns: make bench
+// bench.cpp - times training steps and sampling of this trainer and of the peers that are
+// installed: make bench
 //
-// Each figure is made by a process of its own, so that its peak memory is its own too, and the contestants
-// take turns, A B C A B C, so that a slow minute of the machine meets all. Every process prints lines "key
-// value"; the first steps, which touch memory for the first time, are dropped. Where other programs, or the
-// host of a virtual machine, took more than BUSY of the processors, a run counts only if its contestant has
-// no quieter one, and the table marks it.
+// Each measurement runs in a separate process, so that its peak memory can be measured, too. The contestants
+// alternate, A B C A B C, so that slow phases of the machine affect all of them. Each process prints lines
+// "key value"; the first steps are dropped, because they touch memory for the first time. If other programs,
+// or the host of a virtual machine, took more than BUSY of the processors, the run counts only if its
+// contestant has no quieter run, and the table marks it.
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
 
@@ -48,7 +49,7 @@ const Row& find_row(const std::string& name) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What a process of our own measures
+// What a process of this program measures
 
 Precision precision_of(const std::string& dtype) {
     Precision p;
@@ -109,7 +110,7 @@ int work_peak(int threads) {
     return 0;
 }
 
-// A checkpoint and token files under the names that llm.c's train_gpt2 opens, random, in dir.
+// Writes a random checkpoint and random token files to dir, with the names that llm.c's train_gpt2 opens.
 int write_llmc_files(const Row& r, const std::string& dir) {
     cpu::GPT2 model(r.config(), 0, 0, false);
     model.init_weights(1);
@@ -134,7 +135,7 @@ int write_llmc_files(const Row& r, const std::string& dir) {
 // ---------------------------------------------------------------------------------------------
 // Processes
 
-// Processor seconds that all programs together have used since the machine began.
+// The processor seconds that all programs together have used since the machine started.
 double machine_seconds() {
     double t[8] = {};
     if (FILE* f = fopen("/proc/stat", "r")) {
@@ -148,16 +149,17 @@ double machine_seconds() {
 
 struct Outcome {
     int status = 0;                                     // exit status, or 128 + signal
-    std::map<std::string, std::vector<double>> values;  // by key, in order
-    double rss = 0, others = 0;                         // bytes; share of the processors that others took
+    std::map<std::string, std::vector<double>> values;  // key -> its values, in the order printed
+    double rss = 0, others = 0;  // peak memory in bytes; share of the processors that others took
     std::string text;
 };
 
 struct Command {
-    Words argv, env;  // env: NAME=value, or NAME to remove it
+    Words argv, env;  // env: NAME=value sets a variable, NAME removes it
     std::string dir;
 };
 
+// Runs a command and collects what it prints and uses.
 Outcome run(const Command& c) {
     int out[2];
     if (pipe(out)) fail("pipe: %s", strerror(errno));
@@ -182,7 +184,7 @@ Outcome run(const Command& c) {
     while (fgets(line, sizeof line, f)) {
         char key[64];
         double x;
-        const char* took = strstr(line, "(took ");  // llm.c's way to say it
+        const char* took = strstr(line, "(took ");  // how llm.c prints it
         if (took && sscanf(took, "(took %lf ms)", &x) == 1) r.values["ms"].push_back(x);
         else if (sscanf(line, "%63s %lf", key, &x) == 2) r.values[key].push_back(x);
         r.text += line;
@@ -205,9 +207,9 @@ Outcome run(const Command& c) {
 
 constexpr double BUSY = 0.05;
 
-// What n threads' multiply-adds a second, the best of ten samples, fall short of the most seen so far, as a
-// share of it: the host of a virtual machine takes processors, or puts two of them on one core, without a
-// trace in /proc/stat.
+// Measures the rate of multiply-adds of n threads, the best of ten samples; returns by which share it is
+// below the highest rate seen so far. The host of a virtual machine can take processors away, or put two of
+// them on one core, and /proc/stat does not show it.
 double rate_lost(int n) {
     static double most = 0;
     double rate = 0;
@@ -220,11 +222,11 @@ struct Contestant {
     std::string name, dtype;
     Command command;
     std::string key = "ms";
-    size_t warm_up = 1;        // values to drop
-    std::string missing = {};  // why it takes no part
+    size_t warm_up = 1;        // how many values of each run to drop
+    std::string missing = {};  // why it does not take part; empty if it does
     std::vector<Outcome> runs = {};
 
-    // The values of the quiet runs; of all runs where none was quiet.
+    // The values of the quiet runs, or of all runs if none was quiet.
     Samples samples(bool* busy = nullptr) const {
         bool any_quiet = false;
         for (const Outcome& r : runs) any_quiet |= r.others <= BUSY;
@@ -249,18 +251,19 @@ struct Contestant {
     }
 };
 
-// What stands between spaces.
+// The words of a text, separated by white space.
 Words words_of(const std::string& s) {
     std::istringstream in(s);
     return {std::istream_iterator<std::string>(in), {}};
 }
 
+// The Markdown report, which is also printed as it grows.
 struct Report {
     std::string text;
     void add(const std::string& s) { text += s, fputs(s.c_str(), stdout), fflush(stdout); }
 };
 
-// A Python, and the PyTorch that it has.
+// A Python and its version of PyTorch.
 struct Python {
     std::string file, name = "PyTorch", missing = "not installed";
     bool is_old = false;  // before PyTorch 2
@@ -269,7 +272,7 @@ struct Python {
 struct Options {
     int runs = 3, steps = 3, threads = 0, patience = 0;
     std::string rows, parts = "steps sampling scaling", python = "python3", llmc, out = "out/bench.md";
-    std::string self, build;  // this program, and the folder it stands in
+    std::string self, build;  // this program's file, and its folder
     std::vector<Python> pythons;
     Words common_env() const {
         return {strf("OMP_NUM_THREADS=%d", threads), "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
@@ -277,7 +280,7 @@ struct Options {
     }
 };
 
-// All contestants once, then again, o.runs times. Whoever fails is out, with the reason.
+// Runs all contestants alternately, o.runs times each. One that fails is excluded, with the reason.
 void race(std::vector<Contestant>& all, const Options& o) {
     double t0 = bench::now();
     for (int round = 0, rounds = o.runs; round < rounds; round++) {
@@ -304,15 +307,16 @@ Contestant ours(const Options& o, const std::string& dtype, Words args, const ch
     return {"Arapoet", dtype, {argv, o.common_env(), ""}, key};
 }
 
-// Ours, a training step: the second step touches the moments first, since it finishes the first one's update.
+// A training step of this trainer. Two steps are dropped: the second one is the first to touch the moments,
+// because a step completes the update of the step before.
 Contestant our_step(const Options& o, const Row& r, const char* dtype) {
     Contestant c = ours(o, dtype, {"step", r.name, dtype, std::to_string(o.steps + 2)});
     c.warm_up = 2;
     return c;
 }
 
-// PyTorch with the settings that suit it best: freed pages are kept, on huge pages; and where it multiplies
-// with the system's BLAS, OpenBLAS in the build that shares PyTorch's OpenMP threads.
+// PyTorch with the settings that make it fastest: it keeps freed pages and uses huge pages, and if it
+// multiplies with the system's BLAS, it gets the OpenBLAS build that shares PyTorch's OpenMP threads.
 Contestant torch(const Options& o, const Python& python, const std::string& how, const std::string& dtype,
                  Words args, Words more_env = {}, const char* key = "ms") {
     Words argv = {python.file, "dev/bench/peer_torch.py"}, env = o.common_env();
@@ -327,7 +331,7 @@ Contestant torch(const Options& o, const Python& python, const std::string& how,
     return {python.name + how, dtype, {argv, env, ""}, key, 3, python.missing};
 }
 
-// llm.c's train_gpt2, built from the user's checkout with its own Makefile for this shape.
+// llm.c's train_gpt2, built for this shape from the user's checkout with llm.c's Makefile.
 Contestant llmc(const Options& o, const Row& r, int steps) {
     Contestant c = {"llm.c", "fp32", {}, "ms", 1};
     if (o.llmc.empty()) return c.missing = "not installed (LLMC=path/to/llm.c)", c;
@@ -370,7 +374,7 @@ Peak measure_peak(const Options& o, int threads, Report& report) {
     return {s["fp32"].median(), s["bf16"].median()};
 }
 
-// The median step or tokens/s of ours at this precision; NAN where there is none.
+// The median step time or tokens/s of this trainer in this precision; NAN if there is none.
 double our_median(const std::vector<Contestant>& all, const std::string& dtype) {
     for (const Contestant& c : all)
         if (c.name == "Arapoet" && c.dtype == dtype && c.missing.empty()) return c.samples().median();
@@ -454,7 +458,8 @@ void bench_sampling(const Options& o, Report& report) {
     }
 }
 
-// Amdahl (1967): a program whose share s is serial gains 1 / (s + (1-s)/n) from n threads; here solved for s.
+// The gain from several threads, and the serial share that explains it. By Amdahl's law (1967), a program
+// whose share s is serial gains g = 1 / (s + (1-s)/n) from n threads, so s = (n/g - 1) / (n - 1).
 void bench_scaling(const Options& o, const std::vector<const Row*>& rows, Report& report) {
     report.add(
         "\n### Threads\n\n| | | threads | a step, ms | faster than 1 thread | serial share (Amdahl) | others "
@@ -487,27 +492,32 @@ void bench_scaling(const Options& o, const std::vector<const Row*>& rows, Report
         }
 }
 
-int bench_all(int argc, char** argv) {
+Options parse_options(int argc, char** argv) {
     Options o;
-    Flags f("bench", "times training steps and sampling beside PyTorch and llm.c");
+    Flags f("bench", "times training steps and sampling, in comparison with PyTorch and llm.c");
     f.add("rows", "", &o.rows, "NAMES",
-          "which of 124m-4x64 124m-4x256 124m-1x1024 char; a part of a name will do; \"\": all");
+          "124m-4x64, 124m-4x256, 124m-1x1024, char, or parts of these names; \"\": all");
     f.add("parts", "", &o.parts, "NAMES", "which tables: steps, sampling, scaling");
-    f.add("runs", "", &o.runs, "N", "processes of each contestant, taken in turns").range(1, 1000);
+    f.add("runs", "", &o.runs, "N", "processes of each contestant, which alternate").range(1, 1000);
     f.add("steps", "", &o.steps, "N", "timed steps of each process").range(1, 1e6);
     f.add("threads", "", &o.threads, "N", "threads; 0: all cores").range(0, 4096);
     f.add("patience", "", &o.patience, "SECONDS",
-          "how long to wait before each process while the machine does not reach its rate")
+          "how long to wait before each process while the machine is slower than at its best")
         .range(0, 1e6);
     f.add("python", "", &o.python, "FILES", "the Python that has PyTorch, or several");
     f.add("llmc", "", &o.llmc, "DIR", "a checkout of llm.c");
-    f.add("out", "", &o.out, "FILE", "the tables once more, in Markdown");
+    f.add("out", "", &o.out, "FILE", "file for the tables, which are also printed");
     f.parse(argc, argv);
     if (!o.threads) o.threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
     char self[4096];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     if (n <= 0) fail("/proc/self/exe: %s", strerror(errno));
     self[n] = 0, o.self = self, o.build = dirname_of(self);
+    return o;
+}
+
+// The rows whose names contain one of the words of --rows.
+std::vector<const Row*> chosen_rows(const Options& o) {
     std::vector<const Row*> rows;
     for (const Row& r : ROWS) {
         bool wanted = o.rows.empty();
@@ -517,11 +527,12 @@ int bench_all(int argc, char** argv) {
     }
     if (rows.empty())
         throw UsageError(
-            strf("--rows: '%s' names none of 124m-4x64, 124m-4x256, 124m-1x1024, char", o.rows.c_str()));
-    auto wants = [&](const char* part) { return o.parts.find(part) != std::string::npos; };
+            strf("--rows: '%s' matches none of 124m-4x64, 124m-4x256, 124m-1x1024, char", o.rows.c_str()));
+    return rows;
+}
 
-    Report report;
-    report.add(strf("%s\n\n", cpu::GPT2::device().c_str()));
+// Finds out which peers are installed, and reports it.
+void find_peers(Options& o, Report& report) {
     for (const std::string& file : words_of(o.python)) {
         Outcome version = run({{file, "dev/bench/peer_torch.py", "check"}, {}, ""});
         Python python = {file};
@@ -540,6 +551,16 @@ int bench_all(int argc, char** argv) {
     report.add(o.llmc.empty() ? "llm.c: not installed (git clone https://github.com/karpathy/llm.c, then "
                                 "LLMC=path/to/llm.c)\n\n"
                               : "llm.c: " + o.llmc + "\n\n");
+}
+
+int bench_all(int argc, char** argv) {
+    Options o = parse_options(argc, argv);
+    std::vector<const Row*> rows = chosen_rows(o);
+    auto wants = [&](const char* part) { return o.parts.find(part) != std::string::npos; };
+
+    Report report;
+    report.add(strf("%s\n\n", cpu::GPT2::device().c_str()));
+    find_peers(o, report);
     report.add(
         "| threads | fp32 multiply-add | bf16 dot product | memory read | memory, AdamW's pattern | others "
         "|\n| --- | --- | --- | --- | --- | --- |\n");
@@ -549,13 +570,12 @@ int bench_all(int argc, char** argv) {
         for (const Row* r : rows) bench_steps(o, *r, peak, report);
     if (wants("sampling")) bench_sampling(o, report);
     if (wants("scaling")) bench_scaling(o, rows, report);
-    report.add(
-        strf("\nMedians (least to most) of %d processes x %d steps, in turns. 'others': the share of the "
-             "processors that other programs took, or the "
-             "host by what the rate of multiply-adds fell short just before or after; runs above %.0f%% "
-             "count only where there is no quieter one "
-             "('busy').\n",
-             o.runs, o.steps, 100 * BUSY));
+    report.add(strf(
+        "\nMedians (minimum to maximum) of %d alternating processes x %d steps. 'others' is the share of "
+        "the processors that other programs took, or the host of a virtual machine, as the rate of "
+        "multiply-adds before and after the run shows. Runs above %.0f%% count only if the contestant "
+        "has no quieter run ('busy').\n",
+        o.runs, o.steps, 100 * BUSY));
     make_dirs(dirname_of(o.out));
     AtomicFile file(o.out);
     file.write(report.text);
@@ -568,8 +588,7 @@ int bench_all(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     std::string what = argc > 1 ? argv[1] : "";
-    if (what == "step" || what == "sample")
-        machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 run; the peers keep their own ways
+    if (what == "step" || what == "sample") machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 do
     return run_main("bench", [&] {
         if (what == "step" && argc == 5) return work_step(find_row(argv[2]), argv[3], atoi(argv[4]));
         if (what == "sample" && argc == 5) return work_sample(argv[2], atoi(argv[3]), atoi(argv[4]));

@@ -1,4 +1,4 @@
-// bench.h - what the benchmarks share: a clock, medians, and what the machine can do at most.
+// bench.h - shared by the benchmarks: a clock, medians, and measurements of the machine's peak rates.
 #pragma once
 
 #include <omp.h>
@@ -21,6 +21,7 @@ inline double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Measured values, in ascending order.
 struct Samples {
     std::vector<double> v;
     void add(double x) { v.insert(std::upper_bound(v.begin(), v.end(), x), x); }
@@ -38,13 +39,13 @@ constexpr bool BF16_DOT = true;
 constexpr bool BF16_DOT = false;
 #endif
 
-// Hides a value from the optimiser, which would otherwise see that all chains below compute the same.
+// Hides a value from the optimiser, which otherwise sees that all chains below compute the same.
 template <class T>
 void hide(T& x) {
     __asm__ volatile("" : "+m"(x));
 }
 
-// Runs f on n threads at once, each started at the same barrier; returns the seconds of the slowest.
+// Runs f(thread) on n threads, which start together after a barrier; returns the seconds of the slowest.
 template <class F>
 double seconds_on(int n, F f) {
     double t = 0;
@@ -58,11 +59,12 @@ double seconds_on(int n, F f) {
     return t;
 }
 
-// Chains of dependent operations in registers, more of them than latency times ports on any core we know.
+// The number of independent chains of operations in registers. To keep all ports busy there must be at least
+// as many as the latency times the number of ports, which is less than 16 on the known cores.
 constexpr int CHAINS = 16;
 constexpr size_t CHAIN_STEPS = 1 << 20;
 
-// FLOP/s of fp32 multiply-add, n threads, one sample of some 10 ms.
+// FLOP/s of fp32 multiply-adds on n threads; one sample, which takes about 10 ms.
 inline double fma_flops(int n) {
     double t = seconds_on(n, [](size_t) {
         simd::vec x{}, y{}, acc[CHAINS] = {};
@@ -76,7 +78,7 @@ inline double fma_flops(int n) {
     return n * 2.0 * simd::VL * CHAINS * CHAIN_STEPS / t;
 }
 
-// FLOP/s of bf16 dot products accumulated in fp32 (vdpbf16ps); 0 where the machine has none.
+// FLOP/s of bf16 dot products that are accumulated in fp32 (vdpbf16ps); 0 if the machine has none.
 inline double bf16_flops([[maybe_unused]] int n) {
 #ifdef __AVX512BF16__
     double t = seconds_on(n, [](size_t) {
@@ -95,8 +97,8 @@ inline double bf16_flops([[maybe_unused]] int n) {
 #endif
 }
 
-// Memory, bytes/s as the program sees them, on arrays of 256 MiB: reading one; and AdamW's pattern, four
-// arrays read and three of them written.
+// Memory bandwidth in bytes/s, on arrays of 256 MiB: read() reads one array; update() has AdamW's pattern,
+// which reads four arrays and writes three of them.
 struct Memory {
     static constexpr size_t N = 64 << 20;
     float* a[4];

@@ -1,12 +1,14 @@
-// bench_gemm.cpp - our matrix products beside oneDNN's and OpenBLAS's, in one run: make bench-gemm
+// bench_gemm.cpp - times lib/gemm.h's matrix products in comparison with oneDNN's and
+// OpenBLAS's: make bench-gemm
 //
-// The three products of a linear layer, X (M,K), W (N,K), Y (M,N), all row-major:
+// The three products of a linear layer with X (M,K), W (N,K), Y (M,N), all row-major, are
 //     Y = X W^T + b      dX = dY W      dW += dY^T X
-// Everyone gets the same arrays in memory, packs them anew at every call, and takes turns: A B C A B C ...
-// With --copies the arrays are others at each call, so that they come from memory, as in a training step. The
-// machine's peak takes its turn too: clocks and neighbours change within a minute. Figures are medians,
-// shares of the peak and ratios those of single turns. In bf16 the operands are bf16 and the result fp32.
-// OpenBLAS adds no bias. All share one OpenMP pool: hence OpenBLAS's OpenMP build, and no other.
+// All libraries get the same arrays, pack them at every call, and alternate: A B C A B C ... With --copies
+// each call uses other arrays, so that they come from memory, as in a training step. The machine's peak rate
+// is measured in each round, because clocks and the load of other programs change within a minute. The
+// figures are medians; shares of the peak and ratios compare measurements of the same round. In bf16 the
+// operands are bf16 and the result is fp32. OpenBLAS adds no bias. All libraries share one pool of OpenMP
+// threads, so only OpenBLAS's OpenMP build can take part.
 #include "bench.h"
 #include "lib/flags.h"
 #include "lib/gemm_internal.h"
@@ -38,7 +40,7 @@ struct Shape {
     size_t M, K, N;
     const char* what;
 };
-// What GPT-2 124M and the character model multiply, and small and odd sizes.
+// The products of GPT-2 124M and of the character model, and small and odd sizes.
 const Shape SHAPES[] = {
     {256, 768, 2304, "124m"},   {256, 768, 768, "124m"},   {256, 768, 3072, "124m"},
     {256, 3072, 768, "124m"},   {256, 768, 50304, "124m"}, {1024, 768, 2304, "124m"},
@@ -49,7 +51,7 @@ const Shape SHAPES[] = {
     {148, 128, 64, "small"},    {100, 300, 200, "small"},  {255, 767, 769, "small"},
 };
 
-// An array in both types; values in [-1, 1).
+// The same random values in [-1, 1) as an fp32 and a bf16 array.
 struct Array {
     size_t n;
     float* f;
@@ -68,8 +70,8 @@ struct Array {
     Array& operator=(const Array&) = delete;
 };
 
-// The product as C (m,n) = A (m,k) B (k,n), element A(i,k) at A[i*am + k*ak]: what all interfaces come down
-// to.
+// A product in a form from which all interfaces are called: C (m,n) = A (m,k) B (k,n), with element A(i,k) at
+// A[i*am + k*ak].
 struct Product {
     size_t m, n, k, am, ak, bk, bn;
     const Array *A, *B;
@@ -133,14 +135,14 @@ Call openblas([[maybe_unused]] const Product& p) {
 #endif
 }
 
-// GFLOP/s of each contestant, its share of the peak, and ours over it; also the largest relative L2 distance
-// of a result from ours, so that nobody wins by computing something else.
+// GFLOP/s of each contestant, its share of the peak, and our rate divided by it. distance is the largest
+// relative L2 distance of a result from ours, to be sure that all compute the same.
 struct Result {
     Samples gflops[CONTESTANTS], share[CONTESTANTS], ours_over[CONTESTANTS];
     double distance = 0;
 };
 
-// One set of operands, and everyone's product of them.
+// One set of operands, and each contestant's call for their product.
 struct Operands {
     Array A, B, bias, C;
     Product p;
@@ -163,6 +165,7 @@ struct Operands {
     }
 };
 
+// Runs all contestants on one product, alternately.
 Result race(const Shape& s, Form form, int runs, int copies, int threads) {
     std::vector<std::unique_ptr<Operands>> sets;
     for (int i = 0; i < copies; i++) sets.push_back(std::make_unique<Operands>(s, form));
@@ -186,7 +189,7 @@ Result race(const Shape& s, Form form, int runs, int copies, int threads) {
         r.distance = std::max(r.distance, std::sqrt(diff / norm));
         double t0 = bench::now();
         sets[0]->call[who]();
-        repeats[who] = (size_t)std::max(1.0, 4e-3 / (bench::now() - t0));  // a sample lasts 4 ms at least
+        repeats[who] = (size_t)std::max(1.0, 4e-3 / (bench::now() - t0));  // a sample takes at least 4 ms
     }
     for (int run = 0; run < runs; run++) {
         double g[CONTESTANTS] = {},
@@ -204,84 +207,102 @@ Result race(const Shape& s, Form form, int runs, int copies, int threads) {
     return r;
 }
 
+struct Options {
+    int runs = 9, copies = 1, threads = 0;
+    std::string shapes;
+};
+
+Options parse_options(int argc, char** argv) {
+    Options o;
+    Flags f("bench_gemm", "times matrix products");
+    f.add("runs", "", &o.runs, "N", "samples of each library, which alternate").range(1, 1e6);
+    f.add("shapes", "", &o.shapes, "NAME", "124m, char or small; \"\": all");
+    f.add("copies", "", &o.copies, "N",
+          "sets of operands, used in turn: 1 stays in the cache; 11 of GPT-2 124M's come from memory")
+        .range(1, 1000);
+    f.add("threads", "", &o.threads, "N", "threads; 0: first 1, then 2").range(0, 4096);
+    f.parse(argc, argv);
+    for (const char* v : {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"})
+        if (getenv(v))
+            fail("%s=%s makes OpenBLAS use another machine's kernels; unset it (make bench-gemm does)", v,
+                 getenv(v));
+    return o;
+}
+
+void print_peers() {
+#if defined(HAVE_DNNL) && defined(HAVE_OPENBLAS)
+    printf("peers: oneDNN %d.%d.%d, %s\n", dnnl_version()->major, dnnl_version()->minor,
+           dnnl_version()->patch, openblas_get_config());
+#endif
+#ifndef HAVE_DNNL
+    printf("oneDNN: not installed (sudo apt-get install libdnnl-dev)\n");
+#endif
+#ifndef HAVE_OPENBLAS
+    printf("OpenBLAS: not installed (sudo apt-get install libopenblas-openmp-dev)\n");
+#endif
+}
+
+// Measures the machine's peak on n threads, and prints it and the table's heading.
+void print_heading(int n, int runs) {
+    Samples fma, dot;
+    for (int i = 0; i < 15; i++) fma.add(bench::fma_flops(n) / 1e9), dot.add(bench::bf16_flops(n) / 1e9);
+    printf("\n%d thread%s: peak %.0f GFLOP/s fp32 (%.0f to %.0f), ", n, n > 1 ? "s" : "", fma.median(),
+           fma.min(), fma.max());
+    if (bench::BF16_DOT)
+        printf("%.0f bf16 (%.0f to %.0f) at the start\n", dot.median(), dot.min(), dot.max());
+    else printf("no bf16 dot product\n");
+    printf(
+        "GFLOP/s, share of peak, (minimum to maximum of %d); x: our rate over the better peer's\n%5s %5s %5s "
+        "%-8s",
+        runs, "M", "K", "N", "");
+    for (int who = 0; who < CONTESTANTS; who++)
+        printf(" | %-24s%s", strf("%s %s", WHO_NAME[who], is_bf16(who) ? "bf16" : "fp32").c_str(),
+               who == OPENBLAS || who == ONEDNN_BF16 ? " |    x" : "");
+    printf("\n");
+}
+
+// Prints one product's row. worst[is_bf16] becomes the smallest x so far.
+void print_row(const Shape& s, Form form, const Result& r, double* worst) {
+    printf("%5zu %5zu %5zu %-8s", s.M, s.K, s.N, FORM_NAME[form]);
+    double x = NAN;
+    for (int who = 0; who < CONTESTANTS; who++) {
+        const Samples& g = r.gflops[who];
+        printf(" | %-24s", g.empty() ? "-"
+                                     : strf("%6.1f %3.0f%% (%.0f to %.0f)", g.median(),
+                                            100 * r.share[who].median(), g.min(), g.max())
+                                           .c_str());
+        x = who == ours_like(who) ? NAN : std::fmin(x, r.ours_over[who].median());
+        if (who != OPENBLAS && who != ONEDNN_BF16) continue;
+        printf(" | %4s", x > 0 ? strf("%4.2f", x).c_str() : "-");
+        worst[is_bf16(who)] = std::fmin(worst[is_bf16(who)], x);
+    }
+    printf("%s\n", r.distance > 1e-3 ? strf("  results differ: %.2g", r.distance).c_str() : "");
+    fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     return run_main("bench_gemm", [&]() -> int {
-        int runs = 9, copies = 1, most_threads = std::min(2, omp_get_max_threads()), only_threads = 0;
-        std::string only;
-        Flags f("bench_gemm", "times matrix products");
-        f.add("runs", "", &runs, "N", "samples of each, taken in turns").range(1, 1e6);
-        f.add("shapes", "", &only, "NAME", "124m, char or small; \"\": all");
-        f.add("copies", "", &copies, "N",
-              "sets of operands, taken in turn: 1 stays in the cache; 11 of GPT-2 124M's come from memory")
-            .range(1, 1000);
-        f.add("threads", "", &only_threads, "N", "0: 1, then 2").range(0, 4096);
-        f.parse(argc, argv);
-        for (const char* v : {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"})
-            if (getenv(v))
-                fail(
-                    "%s=%s binds OpenBLAS to other kernels than this machine's; unset it (make bench-gemm "
-                    "does)",
-                    v, getenv(v));
-#if defined(HAVE_DNNL) && defined(HAVE_OPENBLAS)
-        printf("peers: oneDNN %d.%d.%d, %s\n", dnnl_version()->major, dnnl_version()->minor,
-               dnnl_version()->patch, openblas_get_config());
-#endif
-#ifndef HAVE_DNNL
-        printf("oneDNN: not installed (sudo apt-get install libdnnl-dev)\n");
-#endif
-#ifndef HAVE_OPENBLAS
-        printf("OpenBLAS: not installed (sudo apt-get install libopenblas-openmp-dev)\n");
-#endif
-        double worst[2][2] = {{9, 9}, {9, 9}};  // by threads, type: ours against the better of its peers
-        for (int n = only_threads ? only_threads : 1; n <= (only_threads ? only_threads : most_threads);
-             n++) {
+        const int available = std::min(2, omp_get_max_threads());
+        const Options o = parse_options(argc, argv);
+        print_peers();
+        for (int n = o.threads ? o.threads : 1; n <= (o.threads ? o.threads : available); n++) {
             omp_set_num_threads(n);
 #ifdef HAVE_OPENBLAS
             openblas_set_num_threads(n);
 #endif
-            Samples fma, dot;
-            for (int i = 0; i < 15; i++)
-                fma.add(bench::fma_flops(n) / 1e9), dot.add(bench::bf16_flops(n) / 1e9);
-            printf("\n%d thread%s: peak %.0f GFLOP/s fp32 (%.0f to %.0f), ", n, n > 1 ? "s" : "",
-                   fma.median(), fma.min(), fma.max());
-            printf(bench::BF16_DOT ? "%.0f bf16 (%.0f to %.0f) at first\n" : "no bf16 dot product\n",
-                   dot.median(), dot.min(), dot.max());
-            printf(
-                "GFLOP/s, share of peak, (fewest to most of %d); 'x' ours against the better peer\n%5s %5s "
-                "%5s %-8s",
-                runs, "M", "K", "N", "");
-            for (int who = 0; who < CONTESTANTS; who++)
-                printf(" | %-24s%s", strf("%s %s", WHO_NAME[who], is_bf16(who) ? "bf16" : "fp32").c_str(),
-                       who == OPENBLAS || who == ONEDNN_BF16 ? " |    x" : "");
-            printf("\n");
+            print_heading(n, o.runs);
+            double worst[2] = {9, 9};  // fp32, bf16
             for (const Shape& s : SHAPES)
                 for (Form form : {FORWARD, DX, DW}) {
-                    if (!only.empty() && only != s.what) continue;
-                    Result r = race(s, form, runs, copies, n);
-                    printf("%5zu %5zu %5zu %-8s", s.M, s.K, s.N, FORM_NAME[form]);
-                    double x = NAN;  // ours over the better peer
-                    for (int who = 0; who < CONTESTANTS; who++) {
-                        const Samples& g = r.gflops[who];
-                        printf(" | %-24s", g.empty() ? "-"
-                                                     : strf("%6.1f %3.0f%% (%.0f to %.0f)", g.median(),
-                                                            100 * r.share[who].median(), g.min(), g.max())
-                                                           .c_str());
-                        x = who == ours_like(who) ? NAN : std::fmin(x, r.ours_over[who].median());
-                        if (who != OPENBLAS && who != ONEDNN_BF16) continue;
-                        printf(x > 0 ? " | %4.2f" : " |    -", x);
-                        double& least = worst[n > 1][is_bf16(who)];
-                        least = std::fmin(least, x);
-                    }
-                    printf("%s\n",
-                           r.distance > 1e-3 ? strf("  results differ: %.2g", r.distance).c_str() : "");
-                    fflush(stdout);
+                    if (!o.shapes.empty() && o.shapes != s.what) continue;
+                    print_row(s, form, race(s, form, o.runs, o.copies, n), worst);
                 }
             for (int half = 0; half < 2; half++)
-                if (worst[n > 1][half] < 9)
+                if (worst[half] < 9)
                     printf("smallest x, %s, %d thread%s: %.2f\n", half ? "bf16" : "fp32", n, n > 1 ? "s" : "",
-                           worst[n > 1][half]);
+                           worst[half]);
         }
         return 0;
     });

@@ -1,14 +1,16 @@
 """PyTorch's side of `make bench`: a minimal GPT-2 with the settings that were fastest on a CPU.
 
-    peer_torch.py step ROW fp32|bf16 STEPS      one line "ms X" a training step: forward, backward, clipping, AdamW
-    peer_torch.py sample fp32|bf16 N TOKENS     one line "tokens/s X" a run, all N sequences counted
-    peer_torch.py check                         exit 0 where PyTorch is there, and its version
+    peer_torch.py step ROW fp32|bf16 STEPS      prints "ms X" per step: forward, backward, clipping, AdamW
+    peer_torch.py sample fp32|bf16 N TOKENS     prints "tokens/s X" per run, for all N sequences together
+    peer_torch.py check                         prints PyTorch's version; exits with 1 if there is none
 
-ROW is L,NH,C,V,B,T. Threads: OMP_NUM_THREADS. bench.cpp sets MALLOC_* and GLIBC_TUNABLES for this process, so that freed
-pages are kept: on a Zen 5 EPYC with two cores (PyTorch 2.15), GPT-2 124M, B=4 T=64, a step then took 1.02 s in fp32 where
-it had taken 1.15 to 1.36, and 0.40 s in bf16 where it had taken 0.54. TORCH_COMPILE=1 adds torch.compile: 1.05 to 1.07 s and
-0.38 s. Fused AdamW, scaled_dot_product_attention, a padded vocabulary and gradients set to None are PyTorch's own advice.
-PyTorch 1.13, Debian's, has no fused AdamW, no torch.compile, and the attention under a private name; it multiplies with the system's BLAS.
+ROW is L,NH,C,V,B,T; OMP_NUM_THREADS sets the threads. bench.cpp sets MALLOC_* and GLIBC_TUNABLES for this
+process, so that it keeps freed pages. On a Zen 5 EPYC with two cores (PyTorch 2.15), GPT-2 124M, B=4 T=64,
+this reduced a step from between 1.15 and 1.36 s to 1.02 s in fp32, and from 0.54 s to 0.40 s in bf16.
+TORCH_COMPILE=1 adds torch.compile: 1.05 to 1.07 s and 0.38 s. PyTorch's documentation recommends fused AdamW,
+scaled_dot_product_attention, a padded vocabulary and gradients set to None. Debian's PyTorch 1.13 has no
+fused AdamW and no torch.compile, has the attention under a private name, and multiplies with the system's
+BLAS.
 """
 import math
 import os
@@ -25,9 +27,9 @@ import torch.nn.functional as F
 NEW = int(torch.__version__.split(".")[0]) >= 2
 
 
-# PyTorch's own package multiplies fp32 with MKL, which on AMD's processors takes its AVX2 path: 40% of a Zen 5's peak.
-# The oneDNN inside the same package reaches 87% of it. TORCH_LINEAR=onednn sends the linear layers there; it is more
-# than a setting, so `make bench` shows it as a column of its own.
+# PyTorch's package multiplies fp32 with MKL, which uses its AVX2 code on AMD's processors: 40% of a Zen 5's
+# peak. The oneDNN in the same package reaches 87%. TORCH_LINEAR=onednn makes the linear layers use it. This
+# is more than a setting, so `make bench` lists it as a separate contestant.
 class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b):
@@ -40,7 +42,8 @@ class OneDNNLinear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = torch.ops.mkldnn._linear_pointwise(dy, w.t(), None, "none", [], "")
-        dw = torch.ops.mkldnn._linear_pointwise(rows.t(), x.reshape(-1, x.shape[-1]).t(), None, "none", [], "")
+        columns = x.reshape(-1, x.shape[-1]).t()
+        dw = torch.ops.mkldnn._linear_pointwise(rows.t(), columns, None, "none", [], "")
         return dx, dw, rows.sum(0) if ctx.bias else None
 
 
@@ -55,6 +58,12 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def attention(q, k, v, is_causal):
+    if NEW:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    return F._scaled_dot_product_attention(q, k, v, is_causal=is_causal)[0]
+
+
 class Block(nn.Module):
     def __init__(self, C, NH):
         super().__init__()
@@ -64,11 +73,12 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None, pos=0):
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.NH, C // self.NH).transpose(1, 2) for z in self.qkv(self.ln1(x)).split(C, 2))
+        qkv = self.qkv(self.ln1(x)).split(C, 2)
+        q, k, v = (z.view(B, T, self.NH, C // self.NH).transpose(1, 2) for z in qkv)
         if cache is not None:
             cache[0][:, :, pos:pos + T], cache[1][:, :, pos:pos + T] = k, v
             k, v = cache[0][:, :, :pos + T], cache[1][:, :, :pos + T]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None) if NEW else F._scaled_dot_product_attention(q, k, v, is_causal=cache is None)[0]
+        y = attention(q, k, v, is_causal=cache is None)
         x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.fcproj(F.gelu(self.fc(self.ln2(x)), approximate="tanh"))
 
@@ -76,7 +86,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     def __init__(self, L, NH, C, V, maxT):
         super().__init__()
-        self.wte, self.wpe, self.lnf = nn.Embedding((V + 63) // 64 * 64, C), nn.Embedding(maxT, C), nn.LayerNorm(C)
+        self.wte, self.wpe = nn.Embedding((V + 63) // 64 * 64, C), nn.Embedding(maxT, C)
+        self.lnf = nn.LayerNorm(C)
         self.blocks = nn.ModuleList([Block(C, NH) for _ in range(L)])
         for p in self.parameters():
             if p.dim() > 1:
@@ -119,8 +130,8 @@ def sample(dtype, N, tokens):
     model = GPT2(12, 12, 768, 50257, 1024).eval()
     if dtype == "bf16":
         model = model.bfloat16()
-    shape = (N, 12, tokens, 64)
-    caches = [(torch.empty(shape, dtype=model.wte.weight.dtype), torch.empty(shape, dtype=model.wte.weight.dtype)) for _ in range(12)]
+    shape, kind = (N, 12, tokens, 64), model.wte.weight.dtype
+    caches = [(torch.empty(shape, dtype=kind), torch.empty(shape, dtype=kind)) for _ in range(12)]
     for _ in range(4):
         token = torch.full((N, 1), 50256)
         t0 = time.perf_counter()

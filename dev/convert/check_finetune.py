@@ -1,14 +1,14 @@
-"""Fine-tunes a model that Python wrote, gives it back, and compares the loss in PyTorch with ours.
+"""Fine-tunes a model that Python wrote, converts it back, and compares its loss in PyTorch with train_gpt2's.
 
     python3 dev/convert/check_finetune.py POEMS.csv --vocabulary DIR [--full] [--steps 10] [--work DIR]
     python3 dev/convert/check_finetune.py POEMS.csv --grover [--steps 10] [--work DIR]
 
-The first is a GPT-2 written by transformers, with random weights and GPT-2's vocab.json and merges.txt from DIR: a
-small one, or with --full the sizes of gpt2 (124M). The second is a GROVER under the names of AraGPT2-large and -mega,
-with a byte-level BPE of 3000 tokens trained on the poems. Runs `make finetune` and `make export` as a user would,
-loads the result, by from_pretrained or into a GROVER written below from its definition, and asserts that the mean loss
-on the same validation tokens agrees to 1e-4.
-Needs torch, transformers, tokenizers, safetensors and numpy (dev/golden/requirements.txt).
+With --vocabulary the model is a GPT-2 written by transformers, with random weights and GPT-2's vocab.json and
+merges.txt from DIR: a small one, or with --full one of gpt2's sizes (124M). With --grover it is a GROVER with
+the tensor names of AraGPT2-large and -mega, and with a byte-level BPE of 3000 tokens trained on the poems.
+Runs `make finetune` and `make export` as a user would. Loads the result with from_pretrained, or into a
+GROVER implemented below from its definition, and asserts that the mean loss on the same validation tokens
+agrees to 1e-4. Needs torch, transformers, tokenizers, safetensors and numpy (dev/golden/requirements.txt).
 """
 
 import argparse
@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-SEQ_LEN, PIECE = 128, 4097  # tokens of context, and of the text that is compared
-GROVER = dict(model_type="aragpt2", architectures=["AraGPT2LMHeadModel"], activation_function="gelu", layer_norm_epsilon=1e-3,
-              n_layer=3, n_head=4, n_embd=64, n_positions=SEQ_LEN)
+SEQ_LEN, PIECE = 128, 4097  # tokens in a context, and in the text whose loss is compared
+GROVER = dict(model_type="aragpt2", architectures=["AraGPT2LMHeadModel"], activation_function="gelu",
+              layer_norm_epsilon=1e-3, n_layer=3, n_head=4, n_embd=64, n_positions=SEQ_LEN)
 
 
 def run(*command):
@@ -49,7 +49,8 @@ def write_grover(hf, poems):
     bpe.train([poems], vocab_size=3000, special_tokens=["<|endoftext|>"], show_progress=False)
     bpe.save_model(str(hf))
     bpe.save(str(hf / "tokenizer.json"))
-    (hf / "tokenizer_config.json").write_text(json.dumps(dict(add_prefix_space=True, eos_token="<|endoftext|>")))
+    tokenizer_config = dict(add_prefix_space=True, eos_token="<|endoftext|>")
+    (hf / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (hf / "config.json").write_text(json.dumps(dict(GROVER, vocab_size=bpe.get_vocab_size())))
     C = GROVER["n_embd"]
     state = {"wte.weight": (bpe.get_vocab_size(), C), "wpe.weight": (SEQ_LEN, C), "emb_norm": (C,)}
@@ -62,14 +63,16 @@ def write_grover(hf, poems):
     tensors = {}
     for name, shape in state.items():
         if len(shape) == 1 and "bias" not in name:
-            tensors[name + ".weight"], tensors[name + ".bias"] = 1 + 0.1 * torch.randn(shape), 0.1 * torch.randn(shape)
+            tensors[name + ".weight"] = 1 + 0.1 * torch.randn(shape)
+            tensors[name + ".bias"] = 0.1 * torch.randn(shape)
         else:
             tensors[name] = 0.1 * torch.randn(shape)
-    save_file({"transformer." + name: t for name, t in tensors.items()}, hf / "model.safetensors", {"format": "pt"})
+    tensors = {"transformer." + name: t for name, t in tensors.items()}
+    save_file(tensors, hf / "model.safetensors", {"format": "pt"})
 
 
 def grover_logits(config, p, ids):
-    """GROVER (Zellers et al. 2019) on ids (B,T), in double precision. Published matrices are (in, out)."""
+    """GROVER's logits (Zellers et al. 2019) for ids (B,T), in double precision. Matrices are (in, out)."""
     C, NH, (B, T) = config["n_embd"], config["n_head"], ids.shape
     p = {name.removeprefix("transformer."): t.double() for name, t in p.items()}
 
@@ -81,7 +84,8 @@ def grover_logits(config, p, ids):
 
     h = norm(p["wte.weight"][ids] + p["wpe.weight"][:T], "emb_norm")
     for i in range(config["n_layer"]):
-        q, k, v = (y.view(B, T, NH, C // NH).transpose(1, 2) for y in linear(h, f"h.{i}.attn.c_attn").split(C, dim=2))
+        qkv = linear(h, f"h.{i}.attn.c_attn")
+        q, k, v = (y.view(B, T, NH, C // NH).transpose(1, 2) for y in qkv.split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
         r = h + linear(y, f"h.{i}.attn.c_proj")
         x = r + linear(F.gelu(linear(norm(r, f"h.{i}.ln_1"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
@@ -107,12 +111,12 @@ def main():
         write_grover(hf, o.poems)
     else:
         write_gpt2(hf, o.vocabulary, o.full)
-    flags = (f"--seq_len {SEQ_LEN} --batch_size 4 --total_batch_size {8 * SEQ_LEN} --max_steps {o.steps} --val_every 5 "
-             "--val_batches 4 --sample_every 0 --save_every 0")
+    flags = (f"--seq_len {SEQ_LEN} --batch_size 4 --total_batch_size {8 * SEQ_LEN} --max_steps {o.steps} "
+             "--val_every 5 --val_batches 4 --sample_every 0 --save_every 0")
     run("make", "finetune", f"HF={hf}", f"POEMS={o.poems}", f"OUT={out}", f"TRAIN_FLAGS={flags}")
     run("make", "export", f"HF={hf}", f"OUT={out}")
 
-    # a piece of the validation file in whole windows, so that both sides see the same contexts
+    # The beginning of the validation file, cut to whole windows, so that both sides see the same contexts.
     header = np.fromfile(out / "data/val.bin", dtype=np.int32, count=256)
     text = np.fromfile(out / "data/val.bin", dtype=np.uint16, offset=1024)
     text = text[: (min(len(text), PIECE) - 1) // SEQ_LEN * SEQ_LEN + 1]
@@ -121,10 +125,11 @@ def main():
         f.write(header.tobytes() + text.tobytes())
 
     def our_loss(model):
-        said = subprocess.run(["./train_gpt2", "-e", model, "--data", out / "data", "-j", work / "piece.bin", "--max_steps", "0",
-                               "--seq_len", str(SEQ_LEN), "--batch_size", "4"], check=True, capture_output=True, text=True).stdout
-        print(said)
-        return float(re.search(r"validation loss ([0-9.]+) nats per token", said)[1])
+        command = ["./train_gpt2", "-e", model, "--data", out / "data", "-j", work / "piece.bin",
+                   "--max_steps", "0", "--seq_len", str(SEQ_LEN), "--batch_size", "4"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        print(printed)
+        return float(re.search(r"validation loss ([0-9.]+) nats per token", printed)[1])
 
     before, ours = our_loss(out / "pretrained.bin"), our_loss(out / "model.bin")
     ids = torch.tensor(text.astype(np.int64))
@@ -135,7 +140,8 @@ def main():
             given, back = load_file(hf / "model.safetensors"), load_file(out / "hf/model.safetensors")
             assert {n: t.shape for n, t in given.items()} == {n: t.shape for n, t in back.items()}
             assert all(config[key] == value for key, value in GROVER.items())
-            assert all((out / "hf" / f).read_bytes() == (hf / f).read_bytes() for f in ("tokenizer.json", "vocab.json", "merges.txt"))
+            for f in ("tokenizer.json", "vocab.json", "merges.txt"):
+                assert (out / "hf" / f).read_bytes() == (hf / f).read_bytes()
             logits = grover_logits(config, back, windows)
         else:
             logits = GPT2LMHeadModel.from_pretrained(out / "hf").eval()(windows).logits

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Holds ./convert_gpt2 against the transformers library: random models, saved as Hugging Face publishes them,
-converted, converted back, and loaded again, must have the same bits and give no warning. Prints time and peak memory.
+"""Checks ./convert_gpt2 with the transformers library. Random models are saved by transformers, converted,
+converted back and loaded again; they must have the same bits and cause no warning. Prints time and peak
+memory.
 
     dev/convert/check_hf.py [--convert ./convert_gpt2] [--full] [--xl]
 
---full adds GPT-2 124M with its real config (2 GB of disk for a while), --xl the time and memory of converting
-1.5 billion parameters (13 GB of disk). Needs torch, transformers, safetensors and GNU time."""
+--full adds GPT-2 124M with its real config (takes 2 GB of disk while it runs); --xl measures the time and
+memory of converting 1.5 billion parameters (13 GB of disk). Needs torch, transformers, safetensors and GNU
+time.
+"""
 
 import argparse
 import json
@@ -23,9 +26,11 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-SMALL = dict(n_embd=36, n_layer=3, n_head=3, vocab_size=301, n_positions=29, bos_token_id=None, eos_token_id=None)
+SMALL = dict(n_embd=36, n_layer=3, n_head=3, vocab_size=301, n_positions=29, bos_token_id=None,
+             eos_token_id=None)
 
-# AraGPT2-large and -mega bring their own model class; this one has their names, and no more than loading needs.
+# AraGPT2-large and -mega are published with their own model class. This one has the same tensor names, and
+# only what loading needs.
 ARAGPT2_CONFIG = """
 from transformers import GPT2Config
 
@@ -82,7 +87,7 @@ class AraGPT2LMHeadModel(PreTrainedModel):
 
 
 class Caught(logging.Handler):
-    """Every warning, whether it comes by logging or by the warnings module."""
+    """Collects all warnings, from logging and from the warnings module."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -98,8 +103,8 @@ class Caught(logging.Handler):
 def run(*command):
     """Runs a program; returns its exit code, output, and "seconds megabytes" of time and peak memory."""
     with tempfile.NamedTemporaryFile("r") as usage:
-        p = subprocess.run(["/usr/bin/time", "-q", "-o", usage.name, "-f", "%e %M", *command], stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True)
+        p = subprocess.run(["/usr/bin/time", "-q", "-o", usage.name, "-f", "%e %M", *command],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         seconds, kilobytes = usage.read().split()[-2:]
     return p.returncode, p.stdout, f"{float(seconds):6.2f} s {int(kilobytes) / 1024:7.1f} MB"
 
@@ -140,7 +145,7 @@ def load(folder, name, cls=GPT2LMHeadModel, **more):
 
 
 def there_and_back(name, model, dtype=torch.float32, **save):
-    """save, from-hf, to-hf, load; returns the folder as it came back."""
+    """Saves the model, converts it with from-hf and to-hf, loads and compares; returns to-hf's folder."""
     hf, bin_file, back = (os.path.join(work, name + end) for end in ("_hf", ".bin", "_back"))
     model.to(dtype).save_pretrained(hf, **save)
     want = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -151,7 +156,7 @@ def there_and_back(name, model, dtype=torch.float32, **save):
     for key in GPT2Config().to_dict():
         mine, theirs = getattr(again.config, key, None), getattr(model.config, key, None)
         if not key.startswith("_") and key not in ("dtype", "architectures", "transformers_version"):
-            theirs = "gelu_new" if theirs == "gelu_pytorch_tanh" else theirs  # two names of one function
+            theirs = "gelu_new" if theirs == "gelu_pytorch_tanh" else theirs  # two names of the same function
             assert mine == theirs, f"{name}: config {key} is {mine!r}, was {theirs!r}"
     print(f"ok  {name:28} from-hf {first}   to-hf {second}")
     return back
@@ -168,7 +173,7 @@ def small_models():
 
 
 def tokens_and_logits():
-    """GPT-2's own vocabulary size: end of text is known without a tokenizer; the logits are the same bits."""
+    """GPT-2's vocabulary size tells end-of-text without a tokenizer; the logits have the same bits."""
     config = GPT2Config(n_embd=24, n_layer=2, n_head=2, n_positions=16)
     model = randomise(GPT2LMHeadModel(config)).eval()
     again = load(there_and_back("gpt2_vocabulary", model), "gpt2_vocabulary").eval()
@@ -179,7 +184,7 @@ def tokens_and_logits():
 
 
 def pytorch_bin():
-    """The command in the error message turns pytorch_model.bin into what from-hf reads."""
+    """The command in the error message converts pytorch_model.bin to a file that from-hf reads."""
     folder = os.path.join(work, "it's old")
     model = randomise(GPT2LMHeadModel(GPT2Config(**SMALL)))
     model.config.save_pretrained(folder)
@@ -207,9 +212,8 @@ def grover():
         "AutoModelForCausalLM": "modeling_aragpt2.AraGPT2LMHeadModel"}}
     with open(os.path.join(src, "config.json"), "w") as f:
         json.dump(config, f)
-    loaded = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(src, trust_remote_code=True),
-                                              trust_remote_code=True)
-    model = randomise(loaded)
+    auto = transformers.AutoConfig.from_pretrained(src, trust_remote_code=True)
+    model = randomise(AutoModelForCausalLM.from_config(auto, trust_remote_code=True))
     model.save_pretrained(src)
     with open(os.path.join(src, "config.json"), "w") as f:
         json.dump(config, f)
@@ -221,11 +225,11 @@ def grover():
     with safe_open(os.path.join(src, "model.safetensors"), "pt") as a, \
             safe_open(os.path.join(back, "model.safetensors"), "pt") as b:
         assert set(a.keys()) == set(b.keys()), set(a.keys()) ^ set(b.keys())
-    print("ok  GROVER under its own names")
+    print("ok  GROVER with AraGPT2's tensor names")
 
 
 def xl():
-    """gpt2-xl's sizes; the numbers are a hole in the file, zeros."""
+    """A model of gpt2-xl's sizes whose numbers are all zero, a hole in the file."""
     folder, bin_file, back = (os.path.join(work, name) for name in ("xl_hf", "xl.bin", "xl_back"))
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
@@ -233,8 +237,9 @@ def xl():
     header, pos = {}, 0
     for name, p in model.state_dict().items():
         if name != "lm_head.weight":
-            header[name] = {"dtype": "F32", "shape": list(p.shape), "data_offsets": [pos, pos + 4 * p.numel()]}
-            pos += 4 * p.numel()
+            end = pos + 4 * p.numel()
+            header[name] = {"dtype": "F32", "shape": list(p.shape), "data_offsets": [pos, end]}
+            pos = end
     text = json.dumps(header).encode()
     with open(os.path.join(folder, "model.safetensors"), "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)

@@ -1,11 +1,12 @@
-// convert_gpt2.cpp - published GPT-2 and AraGPT2 checkpoints in, fine-tuned ones back out.
+// convert_gpt2.cpp - converts GPT-2 and AraGPT2 checkpoints from Hugging Face's format to a model
+// file and back.
 //
-//     ./convert_gpt2 from-hf DIR out.bin     Hugging Face's config.json + model.safetensors -> model file
-//     ./convert_gpt2 to-hf in.bin DIR        and back, under the names that the tensors came with
+//     ./convert_gpt2 from-hf DIR out.bin     config.json and model.safetensors in DIR -> model file
+//     ./convert_gpt2 to-hf in.bin DIR        model file -> config.json and model.safetensors in DIR
 //
-// Read it from top to bottom: JSON, safetensors files, the table of names, config.json, from_hf, to_hf.
-// Tensors pass through one at a time, so 1.5 billion parameters are converted in 100 MB.
-// Numbers are never changed: what was fp32 or bf16 comes back bit for bit.
+// The parts, in reading order: JSON, safetensors files, the table of names, config.json, from_hf, to_hf.
+// One tensor at a time is in memory, so 1.5 billion parameters are converted in 100 MB. Without --dtype no
+// number changes: what was fp32 or bf16 comes back bit for bit, and fp16 becomes fp32 exactly.
 #ifndef CONVERT_GPT2_CPP
 #define CONVERT_GPT2_CPP
 
@@ -20,16 +21,16 @@
 namespace convert {
 
 // ---------------------------------------------------------------------------------------------
-// JSON from strangers
+// JSON from untrusted files
 
 using Json = nlohmann::json;
 using ull = unsigned long long;  // what %llu prints
 
 constexpr int MAX_JSON_DEPTH = 64;
 constexpr size_t MAX_JSON_VALUES = 4000000;  // a model's header has some thousands, a tokenizer 200,000
-constexpr uint64_t MAX_TEXT = 100000000;     // bytes; the safetensors reference has this limit for headers
+constexpr uint64_t MAX_TEXT = 100000000;     // bytes; the same limit as the safetensors library's for headers
 
-// Text from a file, fit for one line of an error message.
+// Text from a file for an error message: printable and short.
 inline std::string shown(std::string s) {
     for (char& c : s)
         if ((unsigned char)c < 32 || c == 127) c = '?';
@@ -39,8 +40,8 @@ inline std::string shown(const Json& j) {
     return shown(j.dump(-1, ' ', true, Json::error_handler_t::replace));
 }
 
-// Parses `text`; depth and count are limited, and a key that stands twice in one object is an error,
-// because readers disagree about which of the two counts.
+// Parses `text`. Depth and number of values are limited, so that a hostile file cannot exhaust the memory. A
+// key that occurs twice in an object is an error, because readers disagree about which of the two counts.
 inline Json parse_json(const std::string& text, const std::string& where) {
     std::vector<std::set<std::string>> open_objects;
     size_t values = 0;
@@ -51,7 +52,7 @@ inline Json parse_json(const std::string& text, const std::string& where) {
         if (event == Json::parse_event_t::object_start) open_objects.emplace_back();
         if (event == Json::parse_event_t::object_end) open_objects.pop_back();
         if (event == Json::parse_event_t::key && !open_objects.back().insert(value.get<std::string>()).second)
-            fail("%s: %s stands twice", where.c_str(), shown(value).c_str());
+            fail("%s: %s occurs twice", where.c_str(), shown(value).c_str());
         return true;
     };
     try {
@@ -70,7 +71,7 @@ inline std::string read_text(const std::string& path) {
     return file.rest();
 }
 
-// A JSON object in a file, and its fields by kind. A field that is null counts as absent.
+// A file with a JSON object, and typed access to its fields. A field that is null counts as absent.
 class JsonFile {
   public:
     const std::string path;
@@ -83,7 +84,7 @@ class JsonFile {
         auto it = json.find(name);
         return it == json.end() || it->is_null() ? nullptr : &*it;
     }
-    // A size from 1 to `most` that must be there, under its name or its alias.
+    // A required size from 1 to `most`, under its name or its alias.
     int size(const char* name, const char* alias, int most) const {
         const Json *a = find(name), *b = find(alias);
         if (a && b && *a != *b)
@@ -116,15 +117,17 @@ class JsonFile {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Safetensors: 8 bytes of header length, the header (JSON: name -> dtype, shape, offsets), the numbers
+// Safetensors files. Such a file is a 64-bit header length, the header, and the tensors' numbers. The header
+// is a JSON object that maps each tensor's name to its dtype, shape and data_offsets: where its bytes begin
+// and end, counted from the end of the header.
 
-constexpr size_t CHUNK = 1 << 20;  // numbers that are read or written at once
+constexpr size_t CHUNK = 1 << 20;  // how many numbers are read or written at once
 
 struct Tensor {
-    std::string name, dtype;  // the name as it stands in the file
+    std::string name, dtype;  // the name as written in the file
     std::vector<uint64_t> shape;
-    uint64_t begin = 0, end = 0;  // bytes, counted from the header's end
-    size_t file = 0;
+    uint64_t begin = 0, end = 0;  // bytes, counted from the end of the header
+    size_t file = 0;              // which of Safetensors's files
 };
 
 inline std::string shape_text(const std::vector<uint64_t>& shape) {
@@ -133,7 +136,7 @@ inline std::string shape_text(const std::vector<uint64_t>& shape) {
     return "(" + s + ")";
 }
 
-// Bytes per number; 0 for the formats that only other models use.
+// Bytes per number; 0 for an unknown dtype, which no tensor of a supported model has.
 inline uint64_t dtype_bytes(const std::string& dtype) {
     static const std::map<std::string, uint64_t> bytes = {
         {"F64", 8},  {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2},
@@ -142,18 +145,19 @@ inline uint64_t dtype_bytes(const std::string& dtype) {
     return it == bytes.end() ? 0 : it->second;
 }
 
-// IEEE half precision; every value of it is a float.
+// Converts IEEE half precision, exactly: every half-precision number is also a float.
 inline float f16_to_float(uint16_t h) {
     uint32_t sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, fraction = h & 1023u;
-    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;  // zero and subnormals
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;  // zeros and subnormals
     uint32_t u = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
     float f;
     memcpy(&f, &u, 4);
     return f;
 }
 
-// Reads and checks a header: every tensor's bytes lie inside the file's `data_bytes`, are as many as its
-// shape says, and belong to no other tensor. Gaps are allowed.
+// Parses a header and checks it: each tensor's bytes are inside the file's `data_bytes`, are as many
+// as its shape says, and overlap no other tensor's. Gaps are allowed. Returns the tensors in the order
+// of their data.
 inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_bytes,
                                         const std::string& where) {
     Json header = parse_json(text, where + ": header");
@@ -208,7 +212,7 @@ inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_b
     return tensors;
 }
 
-// 'text' as one word of a shell command.
+// The text, quoted if necessary as one word of a shell command.
 inline std::string shell_word(const std::string& text) {
     const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./+:@%-";
     if (!text.empty() && text.find_first_not_of(plain) == std::string::npos) return text;
@@ -217,18 +221,19 @@ inline std::string shell_word(const std::string& text) {
     return s + "'";
 }
 
-// clone() because tensors that share memory, as tied ones do, cannot be saved; glob because there may be
-// shards.
+// Converts pytorch_model.bin, or its shards, to model.safetensors. clone() because save_file refuses tensors
+// that share memory, as tied matrices do.
 constexpr const char* FROM_PYTORCH =
     "python3 -c \"import glob, torch; from safetensors.torch import save_file; d = {}; "
     "[d.update(torch.load(f, map_location='cpu', weights_only=True)) for f in "
     "sorted(glob.glob('pytorch_model*.bin'))]; "
     "save_file({k: v.clone().contiguous() for k, v in d.items()}, 'model.safetensors', {'format': 'pt'})\"";
 
-// All tensors of a folder: model.safetensors, or the shards that model.safetensors.index.json lists.
+// All tensors of a folder: those of model.safetensors, or of the shards that model.safetensors.index.json
+// lists.
 class Safetensors {
   public:
-    std::string path;                       // what error messages name: the file or the index
+    std::string path;                       // for error messages: the file or the index
     std::map<std::string, Tensor> tensors;  // by name, without the prefix "transformer."
 
     explicit Safetensors(const std::string& dir) : path(dir + "/model.safetensors") {
@@ -237,7 +242,7 @@ class Safetensors {
         else if (file_exists(index)) add_shards(dir, path = index);
         else if (file_exists(dir + "/pytorch_model.bin") ||
                  file_exists(dir + "/pytorch_model.bin.index.json"))
-            fail("%s: is missing; this makes it from pytorch_model.bin: cd %s && %s", path.c_str(),
+            fail("%s: is missing; make it from pytorch_model.bin with: cd %s && %s", path.c_str(),
                  shell_word(dir).c_str(), FROM_PYTORCH);
         else fail("%s: is missing, and so is model.safetensors.index.json", path.c_str());
     }
@@ -257,7 +262,7 @@ class Safetensors {
     }
     std::string at(const Tensor& t) const { return files_[t.file]->path + ": tensor " + shown(t.name); }
 
-    // Reads n numbers from the first-th on, as floats; refuses NaN and infinity.
+    // Reads n numbers of the tensor, beginning with number `first`, as floats. NaN and infinity are Errors.
     void read(const Tensor& t, uint64_t first, size_t n, float* dst) {
         Reader& file = *files_[t.file];
         file.seek(data_start_[t.file] + t.begin + first * dtype_bytes(t.dtype));
@@ -274,7 +279,7 @@ class Safetensors {
                     for (size_t j = 0; j < k; j++) dst[i + j] = f16_to_float(half_[j]);
             }
         }
-        float zero = 0;  // stays 0 unless something is NaN or infinite
+        float zero = 0;  // stays 0 unless a number is NaN or infinite
         for (size_t i = 0; i < n; i++) zero += dst[i] * 0.0f;
         if (zero == 0) return;
         size_t i = 0;
@@ -288,8 +293,7 @@ class Safetensors {
         Reader& file = *files_.back();
         uint64_t length = 0;
         if (file.size >= 8) file.read(&length, 8, "header length");
-        const char lfs[] =
-            "version https://git-lfs";  // what a clone without git-lfs leaves in the file's place
+        const char lfs[] = "version https://git-lfs";  // a clone without git-lfs has only such a pointer file
         if (memcmp(&length, lfs, 8) == 0)
             fail("%s: is a Git LFS pointer, not the tensors; fetch them with: git lfs pull",
                  file_path.c_str());
@@ -309,7 +313,7 @@ class Safetensors {
             std::string name = t.name.compare(0, 12, "transformer.") == 0 ? t.name.substr(12) : t.name;
             auto added = tensors.emplace(name, std::move(t));
             if (!added.second)
-                fail("%s: tensor %s stands twice, also as %s", file_path.c_str(), shown(name).c_str(),
+                fail("%s: tensor %s occurs twice, also as %s", file_path.c_str(), shown(name).c_str(),
                      at(added.first->second).c_str());
         }
     }
@@ -331,7 +335,8 @@ class Safetensors {
         }
         for (const std::string& shard : shards) {
             if (!file_exists(dir + "/" + shard))
-                fail("%s/%s: is missing; %s names it", dir.c_str(), shown(shard).c_str(), index_path.c_str());
+                fail("%s/%s: is missing, but %s lists it", dir.c_str(), shown(shard).c_str(),
+                     index_path.c_str());
             add_file(dir + "/" + shard);
         }
         std::set<std::pair<std::string, std::string>> held;  // shard, tensor
@@ -348,11 +353,12 @@ class Safetensors {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Names: which published tensor is which of our sixteen
+// Names: which published tensors belong to which of the model file's sixteen parameters
 
-// '#' is the block's number. GROVER's blocks end in a LayerNorm, GPT-2's start with one, so that GROVER's
-// block l-1 holds what we call layer l's first LayerNorm; number -1 is the one after the embedding.
-enum Kind { TABLE, VECTOR, CONV1D };  // CONV1D is published as (in, out); ours is (out, in)
+// '#' stands for the block's number. GPT-2's blocks begin with a LayerNorm, GROVER's end with one. So what
+// the model file has as the first LayerNorm of layer l is the last one of GROVER's block l - 1, and for l = 0
+// the one after the embedding, emb_norm.
+enum Kind { TABLE, VECTOR, CONV1D };  // CONV1D is published as (in, out), in the model file (out, in)
 struct Name {
     ParamId param;
     Kind kind;
@@ -378,11 +384,11 @@ constexpr Name NAMES[NUM_PARAMS] = {
     {LNFB, VECTOR, "ln_f.bias", "h.#.ln_2.bias", -1},
 };
 
-// One published tensor: (rows, cols) as our model file has it.
+// One published tensor. (rows, cols) is its shape in the model file.
 struct Slot {
     std::string name;
     Kind kind;
-    size_t rows, cols, pad_rows;  // pad_rows of zeros follow in our file only: the padded vocabulary
+    size_t rows, cols, pad_rows;  // in the model file, pad_rows of zeros follow: the padded vocabulary
 
     size_t size() const { return rows * cols; }
     std::vector<uint64_t> published_shape() const {
@@ -391,7 +397,7 @@ struct Slot {
     }
 };
 
-// All tensors in the order of our model file.
+// All tensors, in the order of the model file.
 inline std::vector<Slot> slots_of(const Config& c) {
     std::vector<Slot> slots;
     ParamTable table = param_table(c);
@@ -411,7 +417,7 @@ inline std::vector<Slot> slots_of(const Config& c) {
     return slots;
 }
 
-// For names h.N.rest: the block's number, else -1; *rest is what follows.
+// The N of a name h.N.rest, and its rest; -1 for other names.
 inline int block_number(const std::string& name, std::string* rest) {
     size_t i = 2;
     int n = 0;
@@ -421,13 +427,13 @@ inline int block_number(const std::string& name, std::string* rest) {
     *rest = name.substr(i + 1);
     return n;
 }
-// The causal mask that old versions of transformers saved with the weights.
+// Whether the tensor is a causal mask, which old versions of transformers saved with the weights.
 inline bool is_mask_buffer(const std::string& name) {
     std::string rest;
     return block_number(name, &rest) >= 0 && (rest == "attn.bias" || rest == "attn.masked_bias");
 }
 
-// dst (cols, rows) = src (rows, cols) transposed, in tiles that fit the cache.
+// dst (cols, rows) = src (rows, cols) transposed, in tiles that fit into the cache.
 inline void transpose(float* dst, const float* src, size_t rows, size_t cols) {
     constexpr size_t TILE = 32;
     for (size_t r0 = 0; r0 < rows; r0 += TILE)
@@ -436,8 +442,8 @@ inline void transpose(float* dst, const float* src, size_t rows, size_t cols) {
                 for (size_t c = c0; c < std::min(cols, c0 + TILE); c++) dst[c * rows + r] = src[r * cols + c];
 }
 
-// Passes one tensor on, from read(first, n, dst) to write(src, n): a Conv1D matrix whole and transposed,
-// where (rows, cols) is its shape on the way in, everything else piece by piece.
+// Copies one tensor from read(first, n, dst) to write(src, n). A Conv1D matrix is read as a whole and
+// transposed; (rows, cols) is its shape as read. Everything else is copied in chunks.
 template <class Read, class Write>
 void pass_tensor(const Slot& s, size_t rows, size_t cols, Read read, Write write) {
     std::vector<float> in(s.kind == CONV1D ? s.size() : std::min(CHUNK, s.size()));
@@ -461,14 +467,14 @@ struct ActivationName {
     const char* name;
     Activation kind;
 };
-// The first name of each kind is the one that to_hf writes.
+// to_hf writes the first name of each kind.
 constexpr ActivationName ACTIVATIONS[] = {{"gelu_new", GELU_TANH},
                                           {"gelu_pytorch_tanh", GELU_TANH},
                                           {"gelu_fast", GELU_TANH},
                                           {"gelu", GELU_ERF},
                                           {"gelu_python", GELU_ERF}};
 
-// What config.json says alone: refuses by name whatever our model does not compute.
+// The configuration as far as config.json gives it. Whatever the trainer does not compute is an Error.
 inline Config config_from_json(const JsonFile& f) {
     std::string type = f.text("model_type", "gpt2");
     if (type != "gpt2" && type != "aragpt2") f.wrong("model_type", type, "gpt2 or aragpt2");
@@ -492,7 +498,7 @@ inline Config config_from_json(const JsonFile& f) {
     for (auto& flag : flags)
         if (f.flag(flag.name, flag.implemented) != flag.implemented)
             f.wrong(flag.name, !flag.implemented,
-                    strf("%s (the other is not implemented)", flag.implemented ? "true" : "false"));
+                    flag.implemented ? "true (false is not implemented)" : "false (true is not implemented)");
     double eps = f.number("layer_norm_epsilon", LAYERNORM_EPS);
     c.eps = eps > 0 && eps <= 1 ? (float)eps : 0;
     if (c.eps == 0) f.wrong("layer_norm_epsilon", eps, "a float above 0 and at most 1");
@@ -507,7 +513,8 @@ inline Config config_from_json(const JsonFile& f) {
     return c;
 }
 
-// The rest, which the tensors say: the architecture. Refuses a config.json that contradicts them.
+// The whole configuration: the tensors' names decide the architecture. A config.json that contradicts the
+// tensors is an Error.
 inline Config config_of(const JsonFile& f, const Safetensors& st) {
     Config c = config_from_json(f);
     auto agree = [&](const char* field, int value, const char* tensor, size_t dimension) {
@@ -539,8 +546,8 @@ inline Config config_of(const JsonFile& f, const Safetensors& st) {
     return c;
 }
 
-// A config.json that transformers loads without a warning. What our file does not hold (dropout, the
-// initialiser) has GPT-2's published values. end_of_text is -1 where it is not known.
+// A config.json that transformers loads without a warning. Fields that a model file does not have (dropout,
+// the initialiser) get GPT-2's published values. end_of_text is -1 if it is unknown.
 inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int end_of_text) {
     bool grover = c.arch == GROVER_ARCH;
     nlohmann::ordered_json eot =
@@ -583,13 +590,14 @@ inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int end
 // ---------------------------------------------------------------------------------------------
 // from_hf
 
-// What a conversion found and made, for people.
+// What a conversion read and wrote, and a command to continue with, for print().
 struct Summary {
     Config cfg;
     std::string read, written, next;
 };
 
-// Every tensor that the model needs is there in its shape, and nothing is left over that would be lost.
+// Checks that each tensor of the model is there with the right shape, and that there are no others, which the
+// conversion would lose.
 inline void check_tensors(const std::vector<Slot>& slots, const Safetensors& st) {
     std::set<std::string> known = {"lm_head.weight"};
     for (const Slot& s : slots) {
@@ -613,7 +621,7 @@ inline void check_tensors(const std::vector<Slot>& slots, const Safetensors& st)
     }
 }
 
-// Our model has one matrix for input and output, so a separate output matrix must be its equal.
+// The model file has one matrix for input and output, so a separate output matrix must be equal to it.
 inline void check_head(const JsonFile& config, Safetensors& st, const Config& c) {
     const Tensor *head = st.find("lm_head.weight"), &wte = st.need("wte.weight", 2);
     bool tied = config.flag("tie_word_embeddings", true);
@@ -641,8 +649,8 @@ inline void check_head(const JsonFile& config, Safetensors& st, const Config& c)
     }
 }
 
-// Converts the folder `dir` to the model file `out`. dtype: "fp32", "bf16", or "" for bf16 where all
-// tensors are bf16, else fp32.
+// Converts the folder `dir` to the model file `out`. dtype is "fp32", "bf16", or "" for bf16 if all tensors
+// are bf16 and fp32 otherwise.
 inline Summary from_hf(const std::string& dir, const std::string& out, std::string dtype = "") {
     JsonFile config(dir + "/config.json");
     Safetensors st(dir);
@@ -688,14 +696,14 @@ constexpr const char* TOKENIZER_FILES[] = {
     "vocab.json",       "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json"};
 
-// What goes along with the weights: files to copy, and what config.json takes from them.
+// What to_hf copies in addition to the weights, and what config.json takes from it.
 struct Companions {
     std::vector<std::pair<std::string, std::string>> files;  // name, content
     int end_of_text = -1;
-    Json auto_map;  // where transformers finds AraGPT2's own modelling code
+    Json auto_map;  // config.json's field that leads transformers to AraGPT2's modelling code
 };
 
-// Token ids of a tokenizer file; each must be a row of wte.
+// Checks a token id of a tokenizer file, which must be a row of wte, and notes end-of-text's.
 inline void note_token(Companions* k, const std::string& where, const std::string& token, const Json& id,
                        const Config& c) {
     if (!id.is_number_unsigned())
@@ -707,6 +715,25 @@ inline void note_token(Companions* k, const std::string& where, const std::strin
     if (token == "<|endoftext|>") k->end_of_text = id.get<int>();
 }
 
+// GROVER is not part of transformers: its publisher keeps the modelling code in the model's folder. If the
+// config.json in `src` names such code (auto_map), it is added to the files.
+inline void read_modelling_code(const std::string& src, Companions* k) {
+    if (!file_exists(src + "/config.json")) return;
+    JsonFile config(src + "/config.json");
+    const Json* map = config.find("auto_map");
+    if (!map || !map->is_object()) return;
+    k->auto_map = *map;
+    std::set<std::string> modules;
+    for (const Json& j : *map)
+        if (j.is_string()) modules.insert(j.get<std::string>().substr(0, j.get<std::string>().find('.')));
+    for (const std::string& m : modules) {
+        if (m.find_first_of("/-") != std::string::npos)
+            continue;  // "owner/repository--module": not a file here
+        k->files.push_back({m + ".py", read_text(src + "/" + m + ".py")});
+    }
+}
+
+// The tokenizer in the folder `src`, which must have one, and for GROVER the modelling code.
 inline Companions read_companions(const std::string& src, const Config& c) {
     Companions k;
     for (const char* name : TOKENIZER_FILES) {
@@ -733,25 +760,11 @@ inline Companions read_companions(const std::string& src, const Config& c) {
     };
     if (!has("tokenizer.json") && !(has("vocab.json") && has("merges.txt")))
         fail("%s: holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt", src.c_str());
-
-    // GROVER is not a part of transformers: the model's publisher keeps the code beside the weights.
-    if (c.arch != GROVER_ARCH || !file_exists(src + "/config.json")) return k;
-    JsonFile config(src + "/config.json");
-    const Json* map = config.find("auto_map");
-    if (!map || !map->is_object()) return k;
-    k.auto_map = *map;
-    std::set<std::string> modules;
-    for (const Json& j : *map)
-        if (j.is_string()) modules.insert(j.get<std::string>().substr(0, j.get<std::string>().find('.')));
-    for (const std::string& m : modules) {
-        if (m.find_first_of("/-") != std::string::npos)
-            continue;  // "owner/repository--module" is fetched from there
-        k.files.push_back({m + ".py", read_text(src + "/" + m + ".py")});
-    }
+    if (c.arch == GROVER_ARCH) read_modelling_code(src, &k);
     return k;
 }
 
-// Writes a safetensors file piece by piece: construct, add() all slots in order, commit().
+// Writes a safetensors file in chunks: construct it, add() the numbers of all slots in order, commit().
 class SafetensorsWriter {
   public:
     SafetensorsWriter(const std::string& path, const std::vector<Slot>& slots, bool bf16)
@@ -768,7 +781,7 @@ class SafetensorsWriter {
             j["data_offsets"] = {begin, end};
         }
         std::string text = header.dump();
-        text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the numbers are aligned in memory when mapped
+        text.resize((text.size() + 7) / 8 * 8, ' ');  // aligns the numbers in a file that is memory-mapped
         uint64_t length = text.size();
         file_.write(&length, 8);
         file_.write(text);
@@ -792,8 +805,27 @@ class SafetensorsWriter {
     std::vector<uint16_t> half_;
 };
 
-// Converts the model file `in` to the folder `dir`, which then looks as Hugging Face publishes models.
-// tokenizer_dir: the folder whose tokenizer goes along, or "".
+// How a user can load the folder `dir` that to_hf wrote.
+inline std::string how_to_load(const std::string& dir, const std::string& tokenizer_dir, bool grover,
+                               bool has_code) {
+    if (!grover)
+        return strf(
+            "python3 -c \"from transformers import GPT2LMHeadModel as M; print(M.from_pretrained('%s'))\"",
+            dir.c_str());
+    if (has_code)
+        return strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
+    if (tokenizer_dir.empty())
+        return "transformers does not include GROVER; run this again with --tokenizer_dir SRC, the model's\n"
+               "      original folder, to copy its modelling code (auto_map in its config.json) and "
+               "tokenizer";
+    return strf(
+        "transformers does not include GROVER, and %s/config.json names no modelling code (auto_map);\n"
+        "      load the model with the code that its publisher provides",
+        tokenizer_dir.c_str());
+}
+
+// Converts the model file `in` to the folder `dir` in the form in which Hugging Face publishes models.
+// tokenizer_dir is the folder whose tokenizer is copied, or "".
 inline Summary to_hf(const std::string& in, const std::string& dir, const std::string& tokenizer_dir = "") {
     ModelReader reader(in);
     const Config c = reader.cfg;
@@ -802,7 +834,7 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
     if (c.V == preset_config("gpt2").V) along.end_of_text = c.V - 1;
     if (!tokenizer_dir.empty()) along = read_companions(tokenizer_dir, c);
 
-    // All files are whole under temporary names before the first takes its place.
+    // All files are complete under temporary names before the first is renamed to its final name.
     make_dirs(dir);
     std::vector<Slot> slots = slots_of(c);
     SafetensorsWriter model(dir + "/model.safetensors", slots, bf16);
@@ -826,25 +858,10 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
     model.commit();
     for (auto& f : small) f->commit();
 
-    std::string next =
-        strf("python3 -c \"from transformers import GPT2LMHeadModel as M; print(M.from_pretrained('%s'))\"",
-             dir.c_str());
-    if (c.arch == GROVER_ARCH)
-        next = strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
-    if (c.arch == GROVER_ARCH && along.auto_map.is_null())
-        next = tokenizer_dir.empty() ? "transformers has no GROVER of its own; run this again with "
-                                       "--tokenizer_dir SRC, the folder that the model came\n"
-                                       "      from: its modelling code (auto_map in its config.json) and its "
-                                       "tokenizer then go along"
-                                     : strf(
-                                           "transformers has no GROVER of its own, and %s/config.json names "
-                                           "no modelling code (auto_map); load it\n"
-                                           "      with the code that the model's publisher provides",
-                                           tokenizer_dir.c_str());
     return {c, strf("%s, %s", in.c_str(), bf16 ? "bf16" : "fp32"),
             strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(),
                  bf16 ? "BF16" : "F32", human_bytes((double)model.bytes).c_str(), names.c_str()),
-            next};
+            how_to_load(dir, tokenizer_dir, c.arch == GROVER_ARCH, !along.auto_map.is_null())};
 }
 
 inline void print(const Summary& s) {
@@ -863,15 +880,15 @@ inline void print(const Summary& s) {
 // The program
 
 constexpr const char* EPILOGUE =
-    "from-hf reads DIR/config.json and DIR/model.safetensors (or the shards of model.safetensors.index.json) "
-    "as\n"
-    "Hugging Face publishes gpt2 ... gpt2-xl and aragpt2-base ... -mega. It finds out by itself whether the\n"
-    "model is a GPT-2 or a GROVER (aragpt2-large, -mega), and refuses what the trainer would compute "
-    "wrongly.\n"
-    "to-hf writes config.json and model.safetensors, so that GPT2LMHeadModel.from_pretrained(\"DIR\") loads "
-    "them.\n"
+    "from-hf reads DIR/config.json and DIR/model.safetensors (or the shards that "
+    "model.safetensors.index.json\n"
+    "lists) in the form in which Hugging Face publishes gpt2 ... gpt2-xl and aragpt2-base ... -mega. It "
+    "detects\n"
+    "whether the model is a GPT-2 or a GROVER (aragpt2-large, -mega), and refuses a model that the trainer\n"
+    "would compute wrongly. to-hf writes config.json and model.safetensors, which\n"
+    "GPT2LMHeadModel.from_pretrained(\"DIR\") loads.\n"
     "\n"
-    "Fine-tune a published model and give it back:\n"
+    "To fine-tune a published model and convert it back:\n"
     "  ./convert_gpt2 from-hf aragpt2-base aragpt2.bin\n"
     "  ./train_gpt2 -e aragpt2.bin --data DIR\n"
     "  ./convert_gpt2 to-hf out/model.bin poet --tokenizer_dir aragpt2-base\n";
@@ -879,26 +896,27 @@ constexpr const char* EPILOGUE =
 inline int run(int argc, char** argv) {
     std::string dtype, tokenizer_dir;
     std::vector<std::string> words;
-    Flags f("convert_gpt2", "GPT-2 and AraGPT2 checkpoints from Hugging Face's form and back, bit for bit");
+    Flags f("convert_gpt2", "converts GPT-2 and AraGPT2 from Hugging Face's format and back, bit for bit");
     f.positional(&words, "from-hf DIR out.bin | to-hf in.bin DIR");
     f.section("from-hf");
-    f.add("dtype", "", &dtype, "NAME", "numbers in out.bin; without it bf16 if DIR has bf16, else fp32")
+    f.add("dtype", "", &dtype, "NAME",
+          "number format of out.bin; by default bf16 if all of DIR is, else fp32")
         .choices({"fp32", "bf16"});
     f.section("to-hf");
     f.add("tokenizer_dir", "", &tokenizer_dir, "SRC",
-          "also copies the tokenizer (vocab.json, merges.txt, ...) from here");
+          "also copy the tokenizer (vocab.json, merges.txt, ...) from this folder");
     f.epilogue(EPILOGUE);
     f.parse(argc, argv);
-    if (words.empty()) throw UsageError("wanted from-hf DIR out.bin, or to-hf in.bin DIR; --help explains");
+    if (words.empty()) throw UsageError("wanted from-hf DIR out.bin, or to-hf in.bin DIR; see --help");
     bool from = words[0] == "from-hf", to = words[0] == "to-hf";
     if (!from && !to)
         throw UsageError(strf("'%s' is not a command; wanted from-hf or to-hf", words[0].c_str()));
     if (words.size() != 3)
         throw UsageError(strf("%s takes two names, found %zu: %s", words[0].c_str(), words.size() - 1,
                               from ? "from-hf DIR out.bin" : "to-hf in.bin DIR"));
-    if (from && f.given("tokenizer_dir")) throw UsageError("--tokenizer_dir belongs to to-hf");
+    if (from && f.given("tokenizer_dir")) throw UsageError("--tokenizer_dir is only for to-hf");
     if (to && f.given("dtype"))
-        throw UsageError("--dtype belongs to from-hf; to-hf keeps the numbers as they are");
+        throw UsageError("--dtype is only for from-hf; to-hf does not change the numbers");
     print(from ? from_hf(words[1], words[2], dtype) : to_hf(words[1], words[2], tokenizer_dir));
     return 0;
 }

@@ -4,8 +4,8 @@
 //         -o fuzz_safetensors dev/convert/fuzz_safetensors.cpp
 //     ./fuzz_safetensors -max_total_time=60 -max_len=16384
 //
-// The first byte of an input chooses which file of a small valid folder the rest replaces. Whatever comes
-// must be converted, and converted back, or be refused with an Error; anything else is a finding.
+// The first byte of an input chooses which file of a small valid folder the rest replaces. Each input must
+// be converted and converted back, or be refused with an Error; anything else is a finding.
 #define ARAPOET_NO_MAIN
 #include "convert_gpt2.cpp"
 #include "dev/fuzz.h"
@@ -19,7 +19,7 @@ enum Mode { CONFIG, HEADER, WHOLE_FILE, INDEX, TOKENIZER, MODEL, NUM_MODES };
 const convert::Json CONFIG_JSON = {{"model_type", "gpt2"}, {"n_layer", 2},    {"n_head", 2},
                                    {"n_embd", 4},          {"vocab_size", 5}, {"n_positions", 3}};
 
-// A folder in memory with a valid model, and what its files hold.
+// A temporary folder with a valid model, and its files' contents.
 struct Valid : fuzz::Folder {
     std::string header, data, tokenizer = "{\"a\": 0, \"<|endoftext|>\": 4}", index, model;
     Valid() {
@@ -91,7 +91,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     try {
         if (mode != MODEL && mode != TOKENIZER) convert::from_hf(v.dir, v.dir + "/out.bin");
         convert::to_hf(v.dir + "/out.bin", v.dir + "/back", v.dir);
-        // what was accepted is a model: it goes there and back without a change
+        // Whatever was accepted is a model, so another round trip must not change it.
         std::string published = read(v.dir + "/back/model.safetensors");
         convert::from_hf(v.dir + "/back", v.dir + "/again.bin");
         convert::to_hf(v.dir + "/again.bin", v.dir + "/back", v.dir);

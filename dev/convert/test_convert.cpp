@@ -1,5 +1,5 @@
-// Tests of convert_gpt2.cpp: small checkpoints written by hand, converted, read back, and spoilt in every
-// way.
+// test_convert.cpp - tests of convert_gpt2.cpp on small checkpoints, which are converted both ways and
+// damaged in many ways.
 #define ARAPOET_NO_MAIN
 #include "convert_gpt2.cpp"
 
@@ -12,7 +12,7 @@ namespace {
 
 using convert::Json;
 
-// What lies in a published folder, before it is written: numbers as bits of the dtype.
+// A published folder that is not written yet. A tensor's bytes are its numbers in its dtype.
 struct Published {
     struct Entry {
         std::string dtype;
@@ -40,7 +40,7 @@ std::string with_length(const std::string& header, const std::string& data = "")
     return std::string((const char*)&n, 8) + header + data;
 }
 
-// A safetensors file of the tensors whose index i has take(i); `gap` bytes lie between neighbours.
+// A safetensors file with the tensors i for which take(i) is true, and `gap` unused bytes after each.
 template <class Take>
 std::string safetensors(const Published& p, Take take, size_t gap = 0) {
     Json header = {{"__metadata__", {{"format", "pt"}}}};
@@ -65,7 +65,7 @@ void save(const std::string& dir, const Published& p) {
     write_file(dir + "/model.safetensors", safetensors(p));
 }
 
-// Numbers that look random and differ everywhere, as bits of the dtype.
+// n pseudorandom numbers, as bytes of the dtype.
 std::string numbers(const std::string& dtype, size_t n) {
     static uint32_t state = 1;
     std::string bytes;
@@ -82,7 +82,7 @@ std::string numbers(const std::string& dtype, size_t n) {
 
 constexpr int V = 131, T = 9, C = 12, L = 3, NH = 4;
 
-// A model of odd sizes. The names stand here once more, so that a slip in the converter's table shows.
+// A model of odd sizes. The names are repeated here, so that a mistake in the converter's table is found.
 Published example(bool grover, const std::string& dtype = "F32") {
     Published p;
     p.config = {{"model_type", "gpt2"}, {"n_layer", L},    {"n_head", NH},
@@ -118,7 +118,8 @@ float value(const Published::Entry& e, size_t i) {
     return (float)(h & 0x8000 ? -x : x);
 }
 
-// The parameters that the model file must hold, by DESIGN.md's rule, element by element.
+// The parameters that the model file must have: matrices transposed, wte padded to 256 rows, GROVER's
+// LayerNorms renamed to GPT-2's order.
 std::vector<float> expected(Published& p, bool grover) {
     std::vector<float> out;
     auto plain = [&](const std::string& name) {
@@ -126,7 +127,7 @@ std::vector<float> expected(Published& p, bool grover) {
         size_t n = e.shape[0] * (e.shape.size() == 2 ? e.shape[1] : 1);
         for (size_t i = 0; i < n; i++) out.push_back(value(e, i));
     };
-    auto turned = [&](const std::string& name) {
+    auto transposed = [&](const std::string& name) {
         const auto& e = p.at(name);
         for (size_t o = 0; o < e.shape[1]; o++)
             for (size_t i = 0; i < e.shape[0]; i++) out.push_back(value(e, i * e.shape[1] + o));
@@ -140,15 +141,15 @@ std::vector<float> expected(Published& p, bool grover) {
     plain("wpe.weight");
     for (std::string kind : {".weight", ".bias"})
         layers([&](std::string h, std::string before) { plain((grover ? before : h + "ln_1") + kind); });
-    layers([&](std::string h, std::string) { turned(h + "attn.c_attn.weight"); });
+    layers([&](std::string h, std::string) { transposed(h + "attn.c_attn.weight"); });
     layers([&](std::string h, std::string) { plain(h + "attn.c_attn.bias"); });
-    layers([&](std::string h, std::string) { turned(h + "attn.c_proj.weight"); });
+    layers([&](std::string h, std::string) { transposed(h + "attn.c_proj.weight"); });
     layers([&](std::string h, std::string) { plain(h + "attn.c_proj.bias"); });
     for (std::string kind : {".weight", ".bias"})
         layers([&](std::string h, std::string) { plain(h + (grover ? "ln_1" : "ln_2") + kind); });
-    layers([&](std::string h, std::string) { turned(h + "mlp.c_fc.weight"); });
+    layers([&](std::string h, std::string) { transposed(h + "mlp.c_fc.weight"); });
     layers([&](std::string h, std::string) { plain(h + "mlp.c_fc.bias"); });
-    layers([&](std::string h, std::string) { turned(h + "mlp.c_proj.weight"); });
+    layers([&](std::string h, std::string) { transposed(h + "mlp.c_proj.weight"); });
     layers([&](std::string h, std::string) { plain(h + "mlp.c_proj.bias"); });
     for (std::string kind : {".weight", ".bias"}) plain((grover ? "h.2.ln_2" : "ln_f") + kind);
     return out;
@@ -166,7 +167,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
     return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * 4) == 0;
 }
 
-// The tensors of a folder that to_hf wrote equal those of p, bit for bit, and there are no others.
+// Checks that the folder, which to_hf wrote, has exactly the tensors of p, bit for bit.
 void check_published(const std::string& dir, Published& p) {
     std::string file = read_file(dir + "/model.safetensors");
     uint64_t n;
@@ -187,7 +188,7 @@ void check_published(const std::string& dir, Published& p) {
     }
 }
 
-// One tensor of a header that is written by hand.
+// A header with one tensor, composed by hand.
 std::string entry(const char* name, const char* dtype, const char* shape, const char* offsets) {
     return strf("{\"%s\": {\"dtype\": %s, \"shape\": %s, \"data_offsets\": %s}}", name, dtype, shape,
                 offsets);
@@ -195,7 +196,7 @@ std::string entry(const char* name, const char* dtype, const char* shape, const 
 
 }  // namespace
 
-TEST_CASE("convert: F16 values") {
+TEST_CASE("convert: every F16 value becomes the same number as a float") {
     for (uint32_t h = 0; h < 65536; h++) {
         float found = convert::f16_to_float((uint16_t)h);
         if ((h & 0x7c00) == 0x7c00) {
@@ -208,7 +209,7 @@ TEST_CASE("convert: F16 values") {
     }
 }
 
-TEST_CASE("convert: GPT-2 and GROVER, every dtype, with and without prefix, there and back") {
+TEST_CASE("convert: GPT-2 and GROVER of every dtype, prefixed or not, survive both conversions") {
     for (bool grover : {false, true})
         for (std::string dtype : {"F32", "F16", "BF16"})
             for (std::string prefix : {"transformer.", ""}) {
@@ -246,7 +247,7 @@ TEST_CASE("convert: GPT-2 and GROVER, every dtype, with and without prefix, ther
             }
 }
 
-TEST_CASE("convert: layer_norm_epsilon goes into the model file and comes back in the same few digits") {
+TEST_CASE("convert: layer_norm_epsilon survives both conversions and is written in few digits") {
     struct {
         Json given;
         const char* written;
@@ -278,7 +279,7 @@ TEST_CASE("convert: layer_norm_epsilon goes into the model file and comes back i
         }
 }
 
-TEST_CASE("convert: extreme numbers keep their bits") {
+TEST_CASE("convert: extreme numbers keep their bits, and are refused if bf16 cannot hold them") {
     TempDir dir;
     Published p = example(false);
     const float odd[] = {-0.0f, FLT_MIN / 8, -FLT_MIN / 1024, FLT_MAX, -FLT_MAX, 1.0f + FLT_EPSILON};
@@ -295,7 +296,7 @@ TEST_CASE("convert: extreme numbers keep their bits") {
         "tensor transformer.wte.weight: 3.40282e+38 is too large for bf16; convert with --dtype fp32"));
 }
 
-TEST_CASE("convert: --dtype") {
+TEST_CASE("convert: --dtype sets the number format; without it only all-bf16 models become bf16") {
     TempDir dir;
     Published p = example(false);
     save(dir / "hf", p);
@@ -311,7 +312,7 @@ TEST_CASE("convert: --dtype") {
     convert::from_hf(dir / "bf", dir / "b.bin", "fp32");
     CHECK(same_bits(parameters(dir / "b.bin", nullptr, &version), expected(p, false)));
     CHECK(version == MODEL_FP32);
-    // one tensor of another dtype makes the whole fp32
+    // with a single tensor of another dtype, the whole model becomes fp32
     p.at("ln_f.bias") = {"F32", {C}, numbers("F32", C)};
     save(dir / "bf", p);
     convert::from_hf(dir / "bf", dir / "b.bin");
@@ -319,7 +320,7 @@ TEST_CASE("convert: --dtype") {
     CHECK(version == MODEL_FP32);
 }
 
-TEST_CASE("convert: mask buffers, a tied lm_head, gaps, other names of sizes") {
+TEST_CASE("convert: mask buffers, a tied lm_head, gaps and aliases of sizes are accepted") {
     TempDir dir;
     Published p = example(false), plain = p;
     p.tensors.push_back({"h.0.attn.bias", {"BOOL", {1, 1, T, T}, std::string(T * T, '\1')}});
@@ -342,7 +343,7 @@ TEST_CASE("convert: mask buffers, a tied lm_head, gaps, other names of sizes") {
     }
 }
 
-TEST_CASE("convert: shards") {
+TEST_CASE("convert: shards are read, and an index that does not match them is refused") {
     TempDir dir;
     Published p = example(true, "BF16");
     make_dirs(dir / "hf");
@@ -368,8 +369,8 @@ TEST_CASE("convert: shards") {
         "lacks it"));
     wrong["transformer.wte.weight"] = "model-00009-of-00003.safetensors";
     index({{"weight_map", wrong}});
-    CHECK(contains(error(), "/hf/model-00009-of-00003.safetensors: is missing; " +
-                                (dir / "hf/model.safetensors.index.json names it")));
+    CHECK(contains(error(), "/hf/model-00009-of-00003.safetensors: is missing, but " +
+                                (dir / "hf/model.safetensors.index.json lists it")));
     for (Json bad : {Json("../model-00001-of-00003.safetensors"), Json(""), Json(3), Json()}) {
         wrong["transformer.wte.weight"] = bad;
         index({{"weight_map", wrong}});
@@ -381,12 +382,12 @@ TEST_CASE("convert: shards") {
     index(Json::array());
     CHECK(contains(error(), "index.json: is [], wanted an object"));
     index({{"weight_map", map}});
-    p.tensors.resize(1);  // wte stands in the second shard as well
+    p.tensors.resize(1);  // the second shard has only wte, which the first one also has
     write_file(dir / "hf/model-00002-of-00003.safetensors", safetensors(p));
-    CHECK(contains(error(), "model-00002-of-00003.safetensors: tensor wte.weight stands twice, also as "));
+    CHECK(contains(error(), "model-00002-of-00003.safetensors: tensor wte.weight occurs twice, also as "));
 }
 
-TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts the tensors") {
+TEST_CASE("convert: a config.json with wrong or unimplemented values is refused by field") {
     TempDir dir;
     auto error = [&](Published p, const char* field, Json value) {
         if (value.is_discarded()) p.config.erase(field);
@@ -421,11 +422,11 @@ TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts
           "n_positions is 8, but " + st + ": tensor transformer.wpe.weight has shape (9, 12)");
     CHECK(error(p, "n_inner", 24) == "n_inner is 24, wanted null or 4 n_embd = 48");
     CHECK(error(p, "scale_attn_weights", false) ==
-          "scale_attn_weights is false, wanted true (the other is not implemented)");
+          "scale_attn_weights is false, wanted true (false is not implemented)");
     CHECK(error(p, "scale_attn_by_inverse_layer_idx", true) ==
-          "scale_attn_by_inverse_layer_idx is true, wanted false (the other is not implemented)");
+          "scale_attn_by_inverse_layer_idx is true, wanted false (true is not implemented)");
     CHECK(error(p, "add_cross_attention", true) ==
-          "add_cross_attention is true, wanted false (the other is not implemented)");
+          "add_cross_attention is true, wanted false (true is not implemented)");
     CHECK(error(p, "add_cross_attention", 1) == "add_cross_attention is 1, wanted true or false");
     for (double eps : {0.0, -1e-5, 1e-60, 1.5, 1e300, -1e300})
         CHECK(error(p, "layer_norm_epsilon", eps) ==
@@ -442,7 +443,11 @@ TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts
         parameters(dir / "a.bin", &c);
         CHECK(c.activation == GELU_TANH);
     }
+}
 
+TEST_CASE("convert: a config.json that is missing, malformed, too deep or too large is refused") {
+    TempDir dir;
+    save(dir / "hf", example(false));
     auto raw = [&](const std::string& text) {
         write_file(dir / "hf/config.json", text);
         return error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); });
@@ -451,7 +456,7 @@ TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts
     CHECK(raw("{\"n_layer\": 1e999}") == (dir / "hf/config.json: is not JSON (a number is out of range)"));
     CHECK(raw("[3]") == (dir / "hf/config.json: is [3], wanted an object"));
     CHECK(raw("{\"a\nb\": 1}") == (dir / "hf/config.json: is not JSON (byte 4 of 10)"));
-    CHECK(raw("{\"n_head\": 4, \"n_head\": 3}") == (dir / "hf/config.json: \"n_head\" stands twice"));
+    CHECK(raw("{\"n_head\": 4, \"n_head\": 3}") == (dir / "hf/config.json: \"n_head\" occurs twice"));
     CHECK(raw(std::string(1000000, '[')) == (dir / "hf/config.json: JSON is nested deeper than 64"));
     CHECK(contains(raw("[" + std::string(9000000, '1').replace(1, 0, ",")), "hf/config.json: is not JSON"));
     std::string many = "[0";
@@ -462,7 +467,7 @@ TEST_CASE("convert: a config.json that is wrong, not implemented, or contradicts
           (dir / "hf/config.json: cannot open: No such file or directory"));
 }
 
-TEST_CASE("convert: a safetensors header that is truncated or corrupt") {
+TEST_CASE("convert: a safetensors header that is truncated or corrupt is refused") {
     TempDir dir;
     save(dir / "hf", example(false));
     std::string file = dir / "hf/model.safetensors", good = read_file(file);
@@ -516,22 +521,26 @@ TEST_CASE("convert: a safetensors header that is truncated or corrupt") {
     CHECK(error(with_length(two.substr(0, two.size() - 1) + "," + b.substr(1), std::string(12, '0'))) ==
           "tensors a and b overlap");
     CHECK(error(with_length(two.substr(0, two.size() - 1) + "," + two.substr(1), std::string(12, '0'))) ==
-          "header: \"a\" stands twice");
+          "header: \"a\" occurs twice");
 }
 
-TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype, or not finite") {
+// The error of from_hf on p after change(p) and with these fields in its config.json. Checks that no output
+// and no temporary file is left.
+template <class Change>
+std::string tensor_error(const TempDir& dir, Published p, Change change, Json config = Json::object()) {
+    change(p);
+    p.config.update(config);
+    save(dir / "hf", p);
+    std::string e = error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); }),
+                file = dir / "hf/model.safetensors: ";
+    CHECK(!file_exists(dir / "a.bin"));
+    CHECK(std::distance(std::filesystem::directory_iterator(dir.path), {}) == 1);
+    return e.compare(0, file.size(), file) == 0 ? e.substr(file.size()) : e;
+}
+
+TEST_CASE("convert: tensors that are missing, unknown or of a wrong shape or dtype are refused") {
     TempDir dir;
-    auto error = [&](Published p, auto change, Json config = Json::object()) {
-        change(p);
-        p.config.update(config);
-        save(dir / "hf", p);
-        std::string e = error_of([&] { convert::from_hf(dir / "hf", dir / "a.bin"); }),
-                    file = dir / "hf/model.safetensors: ";
-        CHECK(!file_exists(dir / "a.bin"));
-        CHECK(std::distance(std::filesystem::directory_iterator(dir.path), {}) ==
-              1);  // no temporary file stays
-        return e.compare(0, file.size(), file) == 0 ? e.substr(file.size()) : e;
-    };
+    auto error = [&](Published p, auto change) { return tensor_error(dir, p, change); };
     Published p = example(false), g = example(true);
     CHECK(error(p, [](auto& p) { p.erase("wte.weight"); }) == "tensor wte.weight is missing");
     CHECK(error(p, [](auto& p) { p.erase("h.1.ln_2.bias"); }) == "tensor h.1.ln_2.bias is missing");
@@ -559,6 +568,18 @@ TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype
           "tensor transformer.h.0.ln_1.bias: dtype is I32, wanted F32, F16 or BF16");
     CHECK(error(p, [](auto& p) { p.at("h.0.ln_1.bias").dtype = "F8_E4M3"; }) ==
           "tensor transformer.h.0.ln_1.bias: dtype is F8_E4M3, wanted F32, F16 or BF16");
+    Published both = p;  // the same tensor with and without the prefix
+    both.tensors.push_back({"transformer.wpe.weight", both.at("wpe.weight")});
+    both.prefix = "";
+    CHECK(contains(error(both, [](auto&) {}), "tensor wpe.weight occurs twice, also as "));
+}
+
+TEST_CASE("convert: a separate output matrix that differs from the embedding is refused") {
+    TempDir dir;
+    auto error = [&](Published p, auto change, Json config = Json::object()) {
+        return tensor_error(dir, p, change, config);
+    };
+    Published p = example(false);
     CHECK(error(p, [](auto& p) {
               p.tensors.push_back({"lm_head.weight", p.at("wpe.weight")});
           }) == "tensor lm_head.weight: shape is (9, 12), wanted (131, 12) as wte.weight");
@@ -574,11 +595,12 @@ TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype
                    "with its own output "
                    "matrix is not implemented",
                    (dir / "hf/config.json").c_str(), tied ? "true" : "false"));
-    Published both = p;  // the same tensor with and without the prefix
-    both.tensors.push_back({"transformer.wpe.weight", both.at("wpe.weight")});
-    both.prefix = "";
-    CHECK(contains(error(both, [](auto&) {}), "tensor wpe.weight stands twice, also as "));
+}
 
+TEST_CASE("convert: NaN and infinity in a tensor are refused and named by their position") {
+    TempDir dir;
+    auto error = [&](Published p, auto change) { return tensor_error(dir, p, change); };
+    Published p = example(false);
     for (float bad : {NAN, INFINITY, -INFINITY}) {
         std::string shown = strf("%f", bad);
         CHECK(error(p, [&](auto& p) { memcpy(&p.at("h.2.mlp.c_proj.weight").bytes[4 * 17], &bad, 4); }) ==
@@ -594,7 +616,7 @@ TEST_CASE("convert: tensors that are missing, foreign, of a wrong shape or dtype
     }
 }
 
-TEST_CASE("convert: missing files") {
+TEST_CASE("convert: a missing file is an error that says how to make or find it") {
     TempDir dir;
     Published p = example(false);
     make_dirs(dir / "it's");
@@ -603,7 +625,7 @@ TEST_CASE("convert: missing files") {
     CHECK(error() == (dir / "it's/model.safetensors: is missing, and so is model.safetensors.index.json"));
     write_file(dir / "it's/pytorch_model.bin", "");
     CHECK(contains(error(),
-                   (dir / "it's/model.safetensors: is missing; this makes it from pytorch_model.bin: cd '") +
+                   (dir / "it's/model.safetensors: is missing; make it from pytorch_model.bin with: cd '") +
                        dir.path + "/it'\\''s' && python3 -c \"import glob, torch;"));
     save(dir / "it's", p);
     CHECK(error() == "");
@@ -616,7 +638,7 @@ TEST_CASE("convert: missing files") {
     CHECK(!file_exists(dir / "back"));
 }
 
-TEST_CASE("convert: to_hf drops padding, and takes the tokenizer along") {
+TEST_CASE("convert: to_hf drops the padding and copies the tokenizer after checking it") {
     TempDir dir;
     Published p = example(true);
     save(dir / "hf", p);
@@ -664,9 +686,18 @@ TEST_CASE("convert: to_hf drops padding, and takes the tokenizer along") {
     write_file(src + "/added_tokens.json", "{\"<|endoftext|>\": 9}");
     CHECK(error() == "");
     CHECK(config()["eos_token_id"] == 9);
-
-    // GROVER's modelling code, which transformers finds through auto_map
     CHECK(!config().contains("auto_map"));
+}
+
+TEST_CASE("convert: to_hf copies GROVER's modelling code, which config.json's auto_map names") {
+    TempDir dir;
+    save(dir / "hf", example(true));
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    std::string src = dir / "src";
+    make_dirs(src);
+    write_file(src + "/tokenizer.json", "{}");
+    auto error = [&] { return error_of([&] { convert::to_hf(dir / "a.bin", dir / "back", src); }); };
+    auto config = [&] { return Json::parse(read_file(dir / "back/config.json")); };
     Json map = {{"AutoConfig", "configuration_aragpt2.C"},
                 {"AutoModelForCausalLM", "modeling_aragpt2.M"},
                 {"AutoX", "o/r--x.Y"}};
@@ -678,11 +709,12 @@ TEST_CASE("convert: to_hf drops padding, and takes the tokenizer along") {
     CHECK(config()["auto_map"] == map);
     CHECK(read_file(dir / "back/modeling_aragpt2.py") == "M = 1\n");
     CHECK(read_file(dir / "back/configuration_aragpt2.py") == "C = 1\n");
-    CHECK(error_of([&] { convert::to_hf(dir / "a.bin", src, src); }) == "");  // onto itself
+    CHECK(error_of([&] { convert::to_hf(dir / "a.bin", src, src); }) ==
+          "");  // copies the files onto themselves
     CHECK(read_file(src + "/modeling_aragpt2.py") == "M = 1\n");
 }
 
-TEST_CASE("convert: NaN in a model file leaves the folder as it was") {
+TEST_CASE("convert: to_hf refuses a model file with NaN and leaves the folder unchanged") {
     TempDir dir;
     save(dir / "hf", example(false));
     convert::from_hf(dir / "hf", dir / "a.bin");
@@ -700,7 +732,7 @@ TEST_CASE("convert: NaN in a model file leaves the folder as it was") {
     CHECK(contains(error_of([&] { convert::to_hf(dir / "a.bin", dir / "back"); }), "(truncated)"));
 }
 
-TEST_CASE("convert: one channel, one position, one token, one layer") {
+TEST_CASE("convert: a model with one channel, position, token and layer is converted") {
     TempDir dir;
     Published p;
     p.config = {{"n_layer", 1}, {"n_head", 1}, {"n_embd", 1}, {"vocab_size", 1}, {"n_positions", 1}};
@@ -719,7 +751,7 @@ TEST_CASE("convert: one channel, one position, one token, one layer") {
     check_published(dir / "back", p);
 }
 
-TEST_CASE("convert: the command line") {
+TEST_CASE("convert: a wrong command line is a usage error that says what is wanted") {
     auto error = [](std::vector<const char*> words) {
         words.insert(words.begin(), "convert_gpt2");
         try {
@@ -731,15 +763,15 @@ TEST_CASE("convert: the command line") {
         }
         return std::string();
     };
-    CHECK(error({}) == "wanted from-hf DIR out.bin, or to-hf in.bin DIR; --help explains");
+    CHECK(error({}) == "wanted from-hf DIR out.bin, or to-hf in.bin DIR; see --help");
     CHECK(error({"from_hf", "a", "b"}) == "'from_hf' is not a command; wanted from-hf or to-hf");
     CHECK(error({"from-hf", "a"}) == "from-hf takes two names, found 1: from-hf DIR out.bin");
     CHECK(error({"to-hf", "a", "b", "c"}) == "to-hf takes two names, found 3: to-hf in.bin DIR");
     CHECK(error({"from-hf", "a", "b", "--dtype", "fp16"}) ==
           "--dtype: 'fp16' is unknown; known are fp32, bf16");
-    CHECK(error({"from-hf", "a", "b", "--tokenizer_dir", "c"}) == "--tokenizer_dir belongs to to-hf");
+    CHECK(error({"from-hf", "a", "b", "--tokenizer_dir", "c"}) == "--tokenizer_dir is only for to-hf");
     CHECK(error({"to-hf", "a", "b", "--dtype", "bf16"}) ==
-          "--dtype belongs to from-hf; to-hf keeps the numbers as they are");
+          "--dtype is only for from-hf; to-hf does not change the numbers");
     CHECK(contains(error({"from-hf", "a", "b", "--dtipe", "bf16"}), "did you mean --dtype?"));
     CHECK(contains(error({"from-hf", "/nonexistent", "b"}),
                    "not a usage error: /nonexistent/config.json: cannot open"));

@@ -1,19 +1,21 @@
-// api.h - how the functions of CUDA's interface are written here: a body that throws the cudaError_t it fails
-// with.
+// api.h - how functions of CUDA's interface are implemented: api() runs a body, which throws a cudaError_t
+// if it fails.
 #pragma once
+
+#include <mutex>
 
 #include "runtime.h"
 
 namespace emu {
 
-extern std::recursive_mutex api_lock;  // one call at a time
+extern std::recursive_mutex api_lock;  // held during each call, so that there is one at a time
 cudaError_t set_last_error(cudaError_t e);
 
 inline void want(bool condition, cudaError_t otherwise) {
     if (!condition) throw otherwise;
 }
 
-// After a fault every call fails with the fault's code.
+// Runs the body of a call and returns its error. After a fault, every call fails with the fault's code.
 template <class F>
 cudaError_t api(F body) {
     std::lock_guard<std::recursive_mutex> lock(api_lock);
@@ -27,15 +29,15 @@ cudaError_t api(F body) {
 }
 
 // --- streams.cpp: all throw cudaError_t
-// Appends work to a stream: it runs at once, or later (lazy streams), or becomes a node of the graph under
-// capture.
+// Appends work to a stream. It runs at once, or later with lazy streams, or becomes a node of the graph that
+// the stream captures.
 void submit(cudaStream_t stream, std::function<void()> work);
 void wait_for_stream(cudaStream_t stream);
 void wait_for_all();
 bool under_capture(cudaStream_t stream);
-// For calls that would disturb a capture in progress: throws, and the capture is broken.
+// For calls that are forbidden during a capture: breaks the capture in progress, if any, and throws.
 void not_while_capturing();
-// The same for calls that wait for the legacy stream.
+// The same for calls that wait for the legacy stream, which only captures in blocking streams forbid.
 void no_blocking_stream_under_capture();
 
 }  // namespace emu

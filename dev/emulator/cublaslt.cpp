@@ -1,9 +1,9 @@
 // cublaslt.cpp - cuBLASLt's matrix product on the CPU: D = epilogue(alpha op(A) op(B) + beta C).
 //
-// A, B in bf16 with C, D in bf16 or fp32, or all in fp32; column order; batches by strides; the epilogues
-// that training uses. Sums are fp32, each element over k in order, so results repeat bit for bit. What
-// cuBLASLt's documentation forbids is refused, and so is any operand that reaches beyond its device
-// allocation; last_report() says why.
+// Supported are A and B in bf16 with C and D in bf16 or fp32, or all in fp32; column order; strided batches;
+// and the epilogues that training uses. Each element is summed in fp32 in the order of k, so results are
+// reproducible bit for bit. Whatever cuBLASLt's documentation forbids is refused, and so is an operand that
+// extends beyond its device allocation; last_report() says why.
 #include <cublasLt.h>
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace emu {
 namespace {
 
-// The opaque descriptors of the API hold these.
+// The contents of the API's opaque descriptors
 struct Product {
     cublasComputeType_t compute;
     cudaDataType_t scale;
@@ -34,12 +34,12 @@ struct Layout {
 struct Preference {
     uint64_t workspace;
     uint32_t alignment[4];  // of A, B, C, D
-    // These narrow a choice that is free here.
+    // Further restrictions of the algorithms, which have no effect here
     uint32_t search_mode, reduction_schemes;
     uint64_t implementations;
     float most_waves;
 };
-// What a heuristic's result stands for. All algorithms give the same numbers.
+// The content of an opaque algorithm. All algorithms give the same results.
 struct Algorithm {
     uint64_t id, workspace;
     uint32_t alignment[4];
@@ -57,7 +57,7 @@ void store(void* p, cudaDataType_t type, size_t i, float v) {
     else ((float*)p)[i] = v;
 }
 
-// The tanh approximation, and its derivative
+// GELU in the tanh approximation, and its derivative
 constexpr float GELU_SCALE = 0.7978845608028654f, GELU_CUBE = 0.044715f;
 float gelu(float x) { return 0.5f * x * (1 + tanhf(GELU_SCALE * (x + GELU_CUBE * x * x * x))); }
 float gelu_derivative(float x) {
@@ -65,14 +65,14 @@ float gelu_derivative(float x) {
     return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBE * x * x);
 }
 
-// One product with everything resolved: op(A) (m,k), op(B) (k,n), C and D (m,n).
+// One product with all its parameters: op(A) (m,k), op(B) (k,n), C and D (m,n).
 struct Matmul {
     Product p;
     Layout a, b, c, d;
     const char *A, *B, *C;
     char* D;
     float alpha, beta;
-    const float *device_alpha, *device_beta;  // where the pointer mode says so
+    const float *device_alpha, *device_beta;  // instead of alpha and beta in the device pointer mode
     void* workspace;
     size_t workspace_bytes;
     size_t m, n, k;
@@ -95,7 +95,8 @@ struct Matmul {
 };
 
 // ---------------------------------------------------------------------------------------------
-// The product: panels of MR rows of op(A) and NR columns of op(B), both k-major; a tile stays in registers
+// The product: op(A) is packed into panels of MR rows and op(B) into panels of NR columns, both k-major. A
+// tile of MR x NR results is summed in registers.
 
 typedef float Vector __attribute__((vector_size(64)));
 constexpr size_t VL = 16, MR = 2 * VL, NR = 6;
@@ -113,8 +114,8 @@ __attribute__((noinline)) void multiply_tile(const float* a, const float* b, siz
         memcpy(tile + j * MR, &low[j], sizeof low[j]), memcpy(tile + j * MR + VL, &high[j], sizeof high[j]);
 }
 
-// Lays out element (r, i) = src[r*stride_r + i*stride_i], r < rows (the rest of the R zeros), i < k, as
-// panel[i*R + r].
+// Packs element (r, i) = src[r*stride_r + i*stride_i] into panel[i*R + r], for r < rows and i < k; the rows
+// from `rows` to R become zeros.
 template <size_t R>
 void pack(float* panel, const void* src, cudaDataType_t type, size_t stride_r, size_t stride_i, size_t rows,
           size_t k) {
@@ -130,8 +131,8 @@ void pack(float* panel, const void* src, cudaDataType_t type, size_t stride_r, s
     }
 }
 
-// The finished element (row, col) of the sum: the rest of the formula. Returns what was stored, before
-// rounding.
+// Computes the rest of the formula from the sum of element (row, col), and stores the result. Returns the
+// result before it is rounded to D's type.
 float finish(const Matmul& f, size_t batch, size_t row, size_t col, float sum) {
     const cudaDataType_t type = f.d.type;
     float v = f.alpha * sum;
@@ -145,6 +146,7 @@ float finish(const Matmul& f, size_t batch, size_t row, size_t col, float sum) {
     return v;
 }
 
+// Computes the whole product on all workers.
 void run(const Matmul& f) {
     const size_t m = f.m, n = f.n, k = f.k, panels_n = (n + NR - 1) / NR;
     // Strides of op(A) and op(B) along their outer dimension (m, n) and along k
@@ -190,7 +192,7 @@ void run(const Matmul& f) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// What is supported, and what is right
+// Checking calls: what is supported, and what is valid
 
 struct Refusal {
     cublasStatus_t status;
@@ -205,7 +207,7 @@ void demand(bool condition, cublasStatus_t otherwise, const char* why, A... a) {
 constexpr cublasStatus_t UNSUPPORTED = CUBLAS_STATUS_NOT_SUPPORTED, INVALID = CUBLAS_STATUS_INVALID_VALUE;
 thread_local std::string last_refusal;
 
-// The API's functions: a body that throws what it refuses.
+// Runs the body of an API function, which throws a Refusal if it fails, and returns the status.
 template <class F>
 cublasStatus_t status_of(F body) {
     std::lock_guard<std::recursive_mutex> lock(api_lock);
@@ -228,7 +230,7 @@ bool known_epilogue(uint32_t e) {
     return false;
 }
 
-// The product of these descriptors, addresses still missing, if it is one.
+// The product that the descriptors describe, without addresses; a Refusal if it is not supported or invalid.
 Matmul product_of(cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                   cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d) {
     demand(desc && a && b && c && d, INVALID, "a descriptor is null");
@@ -319,7 +321,7 @@ void check_operands(const Matmul& f, const Algorithm& algorithm) {
     if (algorithm.workspace) check("workspace", f.workspace, 16, algorithm.workspace);
 }
 
-// The attributes' places; null for one that is not known.
+// Where a descriptor stores an attribute; null for an unknown attribute.
 struct Field {
     void* p;
     size_t bytes;
@@ -453,7 +455,7 @@ const char* cublasLtGetStatusName(cublasStatus_t s) {
             return "unknown cuBLAS status";
     }
 }
-// Followed by what the emulator refused, where this thread's last refusal had that status.
+// The name of the status, followed by the reason of this thread's last refusal.
 const char* cublasLtGetStatusString(cublasStatus_t s) {
     static thread_local std::string text;
     text = cublasLtGetStatusName(s);
@@ -461,7 +463,7 @@ const char* cublasLtGetStatusString(cublasStatus_t s) {
     return text.c_str();
 }
 
-// The three kinds of descriptor: made, destroyed, their attributes set and got.
+// Functions that the three kinds of descriptor have in common
 #define DESCRIPTOR(Name, Struct, Attributes)                                                       \
     cublasStatus_t Name##Destroy(Name##_t d) { return destroy(d); }                                \
     cublasStatus_t Name##SetAttribute(Name##_t d, Attributes a, const void* value, size_t bytes) { \
@@ -495,8 +497,8 @@ cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* prefer
                   Preference{0, {256, 256, 256, 256}, 0, CUBLASLT_REDUCTION_SCHEME_MASK, ~0ull, 0});
 }
 
-// Up to three algorithms, which differ in the workspace that they ask for. They rely on the alignment that
-// the preference promised, up to 16 bytes.
+// Returns up to three algorithms, which differ in the workspace that they need. They rely on the alignment
+// that the preference promises, up to 16 bytes.
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
@@ -520,12 +522,12 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
 }
 
 static Algorithm algorithm_of(const cublasLtMatmulAlgo_t* algo) {
-    Algorithm a = {ALGORITHM_ID, 0, {16, 16, 16, 16}};  // what serves where none is named
+    Algorithm a = {ALGORITHM_ID, 0, {16, 16, 16, 16}};  // the default
     if (algo) memcpy(&a, algo, sizeof a);
     demand(a.id == ALGORITHM_ID, INVALID, "the algorithm is not one of the heuristic's");
     return a;
 }
-// Whether an algorithm, from a file perhaps, serves for this product.
+// Whether an algorithm, which may come from a file, can compute this product.
 cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t desc, cublasLtMatrixLayout_t a,
                                        cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
                                        cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t* algo,
@@ -556,8 +558,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
         check_operands(f, algorithm);
         const cudaError_t e = api([&] {
             submit(stream, [f, algorithm]() mutable {
-                if (algorithm.workspace)
-                    memset(f.workspace, 0xff, algorithm.workspace);  // it is the product's to write
+                // Overwritten, so that a workspace that something else uses is noticed.
+                if (algorithm.workspace) memset(f.workspace, 0xff, algorithm.workspace);
                 if (f.device_alpha) f.alpha = *f.device_alpha;
                 if (f.device_beta) f.beta = *f.device_beta;
                 run(f);

@@ -1,9 +1,9 @@
-// dynamic_smem.cpp - the one buffer behind every `extern __shared__ __align__(128) unsigned char
-// dynamic_smem[];`.
+// dynamic_smem.cpp - the array that kernels declare as
+//     extern __shared__ __align__(128) unsigned char dynamic_smem[];
 //
-// Linked into each emulated program (not into libemu.so: shared memory is the program's own thread-local
-// storage). A declaration inside a kernel of namespace N names N::dynamic_smem, so each such namespace needs
-// its alias below.
+// It is linked into each emulated program, not into libemu.so, because shared memory is the program's
+// thread-local storage. A declaration inside a kernel of namespace N refers to N::dynamic_smem, so each such
+// namespace needs an alias below.
 #include <cstddef>
 
 constexpr size_t MOST = 227 * 1024;  // what one block may have on sm_90
@@ -16,7 +16,7 @@ unsigned char* emu_dynamic_smem(size_t* bytes) {
 }
 }
 
-// A kernel that is given up after a report unwinds nothing, so LeakSanitizer would report what it held.
+// An abandoned kernel does not unwind its stacks, so LeakSanitizer would report the memory that it owned.
 extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
 
 #define ALIAS(name) __asm__(".globl " name "\n.type " name ",@tls_object\n.set " name ", dynamic_smem\n");

@@ -1,11 +1,11 @@
 // emu.h - CUDA's device language for g++ and clang++: kernels run on the CPU, one fiber per CUDA thread.
 //
-// Force-include it where a .cu file is compiled as C++:
+// Must be included before a .cu file that is compiled as C++:
 //     g++ -x c++ -std=c++17 -include dev/emulator/emu.h -I/usr/local/cuda/include train_gpt2.cu ... -lemu
-// CUDA's own headers are used as they are; this file adds what only nvcc knows: built-in variables, barriers,
-// warp collectives, atomics, intrinsics, launches. __CUDACC__ and __CUDA_ARCH__ stay undefined; EMULATOR is
-// defined. The runtime (libemu.so) stands in for cudart and cuBLASLt. README.md says what it checks and what
-// it cannot.
+// CUDA's headers are used unchanged. This file adds what is built into nvcc: built-in variables, barriers,
+// warp collectives, atomics, intrinsics and launches. __CUDACC__ and __CUDA_ARCH__ stay undefined; EMULATOR
+// is defined. The runtime library, libemu.so, replaces cudart and cuBLASLt. README.md says what the emulator
+// checks and what it cannot check.
 #pragma once
 #define EMULATOR 1
 
@@ -22,8 +22,8 @@
 #include <utility>
 #include <vector>
 
-// Shared memory is thread-local storage of the worker that runs the block: a block's fibers never leave their
-// worker. `extern __shared__ __align__(128) unsigned char dynamic_smem[];` is defined by dynamic_smem.cpp.
+// Shared memory is thread-local storage of the worker (the operating system thread) that runs the block,
+// since all fibers of a block run on one worker. dynamic_smem.cpp defines the dynamic part.
 #undef __shared__
 #define __shared__ thread_local
 #undef __constant__
@@ -39,7 +39,8 @@ constexpr int warpSize = 32;
 
 namespace emu {
 
-// Where in the source a thread waits. Taken through default arguments, so that it is the caller's line.
+// A place in the source where a thread waits. It is passed through default arguments, which the compiler
+// evaluates at the call, so it is the caller's line.
 struct Site {
     const char* file;
     int line;
@@ -53,27 +54,27 @@ struct Site {
 
 enum Schedule { ASCENDING, DESCENDING, RANDOM };
 
-// Set from the environment at the start (names in brackets); a test may change them between launches.
+// Initialised from the environment (the names in brackets). A test may change the options between launches.
 struct Options {
-    Schedule schedule =
-        ASCENDING;      // the order in which a block's threads, blocks and graph branches run [EMU_SCHEDULE]
-    unsigned seed = 1;  // of the random schedule [EMU_SEED]
+    // The order in which a block's threads, blocks and graph branches run [EMU_SCHEDULE]
+    Schedule schedule = ASCENDING;
+    unsigned seed = 1;          // of the random schedule [EMU_SEED]
     bool lazy_streams = false;  // work runs only when something waits for it [EMU_LAZY]
-    bool host_guard = true;     // host code that touches device memory after a wait faults [EMU_HOST_GUARD]
+    bool host_guard = true;     // host code that touches device memory after a wait crashes [EMU_HOST_GUARD]
     bool same_site = true;      // threads that meet at a barrier must meet at the same line [EMU_SAME_SITE]
-    bool quiet = false;         // reports are kept, and not printed [EMU_QUIET]
-    int workers =
-        0;  // operating system threads; 0: one per processor; fixed at the first launch [EMU_WORKERS]
+    bool quiet = false;         // reports are kept but not printed [EMU_QUIET]
+    // Operating system threads; 0: one per processor. Read at the first launch only. [EMU_WORKERS]
+    int workers = 0;
     size_t memory_limit = (size_t)16 << 30;  // bytes of device memory [EMU_MEMORY_MB]
-    uint32_t refused_epilogues =
-        0;  // bit mask of cublasLtEpilogue_t that the heuristic does not support [EMU_REFUSE_EPILOGUES]
-    int devices = 1;  // cudaGetDeviceCount [EMU_DEVICES]
+    // Bit mask of the cublasLtEpilogue_t that are refused as unsupported [EMU_REFUSE_EPILOGUES]
+    uint32_t refused_epilogues = 0;
+    int devices = 1;  // what cudaGetDeviceCount returns [EMU_DEVICES]
 };
 Options& options();
 
-// What the last faulty kernel or call did, in one line; "" if there was none. The same line is printed to
-// stderr, and cudaGetErrorString() of the fault's code gives it. As on a device, a fault makes all later
-// calls return its error, until clear_error().
+// What the last faulty kernel or call did wrong, in one line; "" if there was none. The same line is printed
+// to stderr and is part of cudaGetErrorString() for the fault's code. As on a device, all calls after a fault
+// return its error, until clear_error().
 std::string last_report();
 void clear_error();
 
@@ -85,26 +86,27 @@ struct Statistics {
 Statistics statistics();
 
 // ---------------------------------------------------------------------------------------------
-// For allocators that cut one cudaMalloc into tensors: leave a gap behind each tensor and register it. A gap
-// has at least one whole page, in which every access is reported; in the rest of it, writes are reported
-// after the kernel, and reads give NaN.
+// For allocators that divide one cudaMalloc into tensors: leave a gap behind each tensor and register it. A
+// gap has at least one whole page, in which every access is reported. In the rest of the gap, writes are
+// reported after the kernel, and reads return NaN.
 //     size_t next = emu::arena_gap(end);   // end: offset of the tensor's end in the arena
 //     emu::poison(arena + end, next - end);
 
 constexpr size_t PAGE = 4096;
 constexpr size_t arena_gap(size_t end) { return (end + 255) / 256 * 256 + 2 * PAGE; }
-// p..p+bytes must lie in one device allocation and goes back with it. Copies and memsets may not touch it
-// either.
+// Registers p..p+bytes, which must be inside one device allocation, until this is freed. Copies and memsets
+// must not touch it either.
 cudaError_t poison(void* p, size_t bytes);
 
 // ---------------------------------------------------------------------------------------------
-// Inside kernels: what the built-ins below rest on
+// Inside kernels: the functions that implement the built-ins below
 
-// Ends the kernel with a report: "<text> at file:line [kernel ..., block ..., thread ...]".
+// Ends the kernel with the report "<text> at file:line [kernel ..., block ..., thread ...]".
 [[noreturn]] void fault(const std::string& text, Site s, cudaError_t code = cudaErrorLaunchFailure);
 [[noreturn]] void fault_misaligned(const void* p, size_t bytes, Site s);
 
-// The lanes of the mask leave a pointer each and wait; the last one to come runs f once for all.
+// A warp collective: each lane of the mask passes a pointer to its data and waits. The last lane to arrive
+// runs f(pointers of all lanes, mask, site), which exchanges the data; then all continue.
 typedef void (*WarpFunction)(void* const* lanes, uint32_t mask, Site s);
 void warp_collective(uint32_t mask, void* data, WarpFunction f, const char* name, Site s);
 
@@ -138,17 +140,18 @@ inline void check_aligned(const T* p, Site s) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// The second bodies of PTX wrappers: tensor cores and asynchronous copies. Registers are the PTX forms' own.
+// What the wrappers of PTX instructions call under the emulator: tensor cores and asynchronous copies. The
+// registers are those of the PTX instructions.
 
-// ldmatrix.sync.aligned.m8n8.x4/.x2[.trans].shared.b16: lane 8*m + i gives the address of row i of the m-th
-// 8x8 matrix of 16-bit elements; r[m] of a lane gets two elements of matrix m: (lane/4, 2*(lane%4) + {0,1}),
-// or the transposed.
+// ldmatrix.sync.aligned.m8n8.x4/.x2[.trans].shared.b16 loads 8x8 matrices of 16-bit elements. Lane 8*m + i
+// gives the address of row i of matrix m; r[m] of each lane gets two elements of matrix m, row lane/4,
+// columns 2*(lane%4) and the next, or the same of the transposed matrix.
 void ldmatrix(uint32_t* r, const uint32_t* row, int matrices, bool trans, Site s);
 template <int N>
 inline void ldmatrix_rows(uint32_t (&r)[N], const void* row_address, bool trans, Site s) {
     uint32_t row[4] = {};
     if (lane() <
-        8 * N) {  // read here, by the lane that names the row, so that the sanitizers see whose access it is
+        8 * N) {  // the lane that gives the address reads it, so that sanitizers see whose access it is
         if (!is_shared(row_address, 16)) fault("ldmatrix: the row is not in shared memory", s);
         if ((uintptr_t)row_address % 16) fault_misaligned(row_address, 16, s);
         for (int i = 0; i < 4; i++) row[i] = ((const uint32_t*)row_address)[i];
@@ -162,20 +165,20 @@ inline void ldmatrix_x2(uint32_t (&r)[2], const void* smem_row_address, bool tra
     ldmatrix_rows(r, smem_row_address, trans, EMU_SITE);
 }
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a b + c, summed in fp32 in the order of k. d may
-// be c.
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: d = a b + c, summed in fp32 in the order of k. d and c
+// may be the same registers.
 void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                        EMU_SITE_ARGS);
 
-// cp.async.cg.shared.global 16 bytes, zeros where the predicate is false. Until the wait that covers it, the
-// target holds NaN, which is what a wait too weak, or a target still being read, will see. A copy never
-// waited for is reported.
+// cp.async.cg.shared.global copies 16 bytes, or zeros if the predicate is false. The target is NaN until the
+// wait that covers the copy, so that a wait that is too weak, or a target that is still in use, shows in the
+// results. A copy that is never waited for is reported.
 struct AsyncCopy {
     void* target;
     const void* source;  // null: zeros
 };
 void cp_async_issue(void* smem, const void* global, bool predicate, Site s);
-bool cp_async_due(int at_most_pending, AsyncCopy& copy);  // takes the next copy that has to land
+bool cp_async_due(int at_most_pending, AsyncCopy& copy);  // takes the next copy that must be carried out
 void cp_async_commit();
 inline void cp_async16(void* smem, const void* global, bool predicate, EMU_SITE_ARGS) {
     cp_async_issue(smem, global, predicate, EMU_SITE);
@@ -188,10 +191,10 @@ inline void cp_async_wait(int at_most_pending) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Launches: the kernel's arguments are converted to its own parameter types, and pointers must be device
-// memory
+// Launches: arguments are converted to the types of the kernel's parameters, and pointers must
+// be device memory
 
-// pointers: of each argument, itself if it is one.
+// pointers has an entry for each argument: the argument if it is a pointer, else null.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::vector<const void*>& pointers, std::function<void()> body);
 
@@ -216,7 +219,7 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(P...)
 
 #define cudaLaunchKernelEx(...) emu::launch_kernel(__VA_ARGS__)
 
-// Templates that cuda_runtime.h gives to nvcc only.
+// Templates that cuda_runtime.h defines for nvcc only
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
     return cudaFuncSetAttribute((const void*)kernel, attribute, value);
@@ -247,9 +250,8 @@ inline int __syncthreads_or(int p, EMU_SITE_ARGS) {
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMU_SITE_ARGS) {
     emu::warp_collective(mask, nullptr, nullptr, "__syncwarp", EMU_SITE);
 }
-inline void __threadfence() {
-    __asm__ volatile("" ::: "memory");
-}  // atomics below are sequentially consistent
+// A fence only stops the compiler from reordering, because the atomics below are sequentially consistent.
+inline void __threadfence() { __asm__ volatile("" ::: "memory"); }
 inline void __threadfence_block() { __threadfence(); }
 inline void __threadfence_system() { __threadfence(); }
 inline unsigned __activemask() { return emu::active_mask(); }
@@ -298,7 +300,7 @@ inline int __all_sync(unsigned mask, int p, EMU_SITE_ARGS) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Loads and stores with cache hints: checked for alignment, which plain accesses are not outside UBSan
+// Loads and stores with cache hints. They check the alignment; plain accesses are checked only by UBSan.
 
 #define EMU_LOAD(name)                   \
     template <class T>                   \
@@ -323,7 +325,7 @@ EMU_STORE(__stwt)
 #undef EMU_STORE
 
 // ---------------------------------------------------------------------------------------------
-// Atomics on any 2-, 4- or 8-byte type; they return the old value
+// Atomics on any type of 2, 4 or 8 bytes; they return the old value
 
 namespace emu {
 template <size_t N>
@@ -362,7 +364,7 @@ T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> v) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Mathematics and bits that host headers lack. Approximate intrinsics are computed exactly.
+// Mathematical and bit functions that host headers lack. Approximate intrinsics are computed accurately.
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
@@ -376,7 +378,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __frsqrt_rn(float a) { return 1.0f / sqrtf(a); }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-// The two that nvcc never contracts to an FMA
+// nvcc never contracts these two to an FMA; noinline keeps this compiler from doing so.
 __attribute__((noinline)) inline float __fadd_rn(float a, float b) { return a + b; }
 __attribute__((noinline)) inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __float2int_rn(float x) { return (int)lrintf(x); }
@@ -425,14 +427,14 @@ template <class A, class B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
     using C = std::common_type_t<A, B>;
     if constexpr (std::is_floating_point<C>::value)
-        return std::fmin((C)a, (C)b);  // of a NaN and a number, the number
+        return std::fmin((C)a, (C)b);  // the number, if the other is NaN
     return (C)b < (C)a ? (C)b : (C)a;
 }
 template <class A, class B>
 constexpr std::common_type_t<A, B> max(A a, B b) {
     using C = std::common_type_t<A, B>;
     if constexpr (std::is_floating_point<C>::value)
-        return std::fmax((C)a, (C)b);  // of a NaN and a number, the number
+        return std::fmax((C)a, (C)b);  // the number, if the other is NaN
     return (C)a < (C)b ? (C)b : (C)a;
 }
 inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }

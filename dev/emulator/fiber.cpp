@@ -1,4 +1,6 @@
-// fiber.cpp - the switch between two stacks on x86-64 (System V calling convention).
+// fiber.cpp - emu_switch(save_stack_pointer, stack_pointer), the switch between two stacks on x86-64. In the
+// System V calling convention a called function must preserve rbp, rbx and r12 to r15, so these are pushed on
+// the old stack and popped from the new one. `ret` then continues at the return address on the new stack.
 #include "fiber.h"
 #if !defined(EMU_UCONTEXT)
 __asm__(R"(

@@ -1,17 +1,17 @@
-// fiber.h - one CUDA thread's stack, and the switch from one to another.
+// fiber.h - fibers: stacks on which the functions of CUDA threads run, and the switch from one to another.
 //
-// On x86-64 the switch saves the six registers that a callee must keep (7 ns); elsewhere it is ucontext's
-// (some 200 ns). ASan is told which stack runs; TSan is given a fiber of its own for each, so that it sees
-// CUDA threads as threads. The sanitizers' functions are weak: the same library serves plain and sanitized
-// programs.
+// A fiber is a thread of execution that the program schedules itself: it runs until it switches to another
+// fiber, and later continues where it left off. All it needs is a stack and, while it does not run, the saved
+// registers. On x86-64 a switch saves the six registers that a called function must preserve, and the stack
+// pointer (7 ns); elsewhere it uses ucontext (about 200 ns). ASan must be told which stack is in use. TSan
+// gets a fiber object for each fiber, so that it treats CUDA threads as threads. The sanitizers' functions
+// are weak symbols, so that the same library works in programs with and without sanitizers.
 #pragma once
 
 #include <pthread.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstddef>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 
@@ -38,8 +38,8 @@ __attribute__((weak)) void __sanitizer_finish_switch_fiber(void* save, const voi
 
 namespace emu {
 
-// TSan's order between threads, nothing elsewhere: what came before a release comes before what follows an
-// acquire.
+// Tell TSan about synchronisation; without TSan they do nothing. What a thread does before release(object)
+// happens before what another thread does after acquire(object), so TSan sees no race between them.
 inline void acquire(void* object) {
     if (__tsan_acquire) __tsan_acquire(object);
 }
@@ -60,7 +60,7 @@ extern "C" void emu_switch(void** save_stack_pointer, void* stack_pointer);
 struct Fiber {
     static constexpr size_t STACK = 256 << 10, GUARD = 64 << 10;
 
-    char* stack = nullptr;  // lowest address; inaccessible pages lie below
+    char* stack = nullptr;  // the lowest address; below are GUARD inaccessible bytes
     size_t bytes = 0;
     void *asan = nullptr, *tsan = nullptr;
 #if defined(EMU_UCONTEXT)
@@ -69,7 +69,7 @@ struct Fiber {
     void* stack_pointer = nullptr;
 #endif
 
-    // The calling operating system thread itself, from which fibers are entered.
+    // Makes this fiber represent the calling operating system thread, which switches to the other fibers.
     void adopt() {
         pthread_attr_t a;
         void* low;
@@ -82,7 +82,7 @@ struct Fiber {
 
     bool guards(const void* p) const { return (char*)p < stack && (char*)p >= stack - GUARD; }
 
-    // Will run entry() when switched to. Also makes an abandoned fiber usable again.
+    // Prepares the fiber to run entry() when it is first switched to. An abandoned fiber can be used again.
     void prepare(void (*entry)()) {
         if (!stack) {
             void* m = mmap(nullptr, STACK + GUARD, PROT_READ | PROT_WRITE,
@@ -105,22 +105,22 @@ struct Fiber {
         makecontext(&context, entry, 0);
 #else
         void** top = (void**)(stack + bytes);
-        *--top = nullptr;  // where entry's return address would stand; keeps the stack aligned
+        *--top = nullptr;  // in place of entry's return address, which aligns the stack as after a call
         *--top = (void*)entry;
         for (int i = 0; i < 6; i++) *--top = nullptr;  // rbp rbx r12 r13 r14 r15
         stack_pointer = top;
 #endif
     }
 
-    // Called first thing on a fiber entered for the first time.
+    // Must be the first call of entry().
     static void entered() {
         if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
     }
 
-    // Continues at the place where `to` left off; returns when somebody switches back.
+    // Continues fiber `to` where it left off. Returns when some fiber switches back to this one.
     void switch_to(Fiber& to) {
         if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&asan, to.stack, to.bytes);
-        if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, 1);  // 1: the switch orders nothing
+        if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to.tsan, 1);  // 1: a switch is no synchronisation
 #if defined(EMU_UCONTEXT)
         swapcontext(&context, &to.context);
 #else

@@ -1,7 +1,5 @@
-// host_api.cpp - the CUDA runtime's other host functions: errors, the device, kernels, memory. (streams.cpp
-// has the rest.)
-//
-// NCCL's functions go into a file of their own beside this one; they rest on submit() as cublaslt.cpp does.
+// host_api.cpp - the CUDA runtime's host functions for errors, the device, kernels and memory. Those for
+// streams, events and graphs are in streams.cpp.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -14,12 +12,12 @@ std::recursive_mutex api_lock;
 static thread_local cudaError_t last_error = cudaSuccess;
 cudaError_t set_last_error(cudaError_t e) { return last_error = e; }
 
-// A small device, so that grids made from its properties are small
+// The limits of a small device, so that grids that depend on them are small
 constexpr int SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10, SHARED_PER_SM = 228 << 10;
 constexpr int SMS = 4, THREADS_PER_SM = 2048, BLOCKS_PER_SM = 32;
 static thread_local int current_device = 0;
 
-// Dynamic shared memory that a kernel may ask for.
+// How much dynamic shared memory each kernel may use, where cudaFuncSetAttribute has set it.
 static std::map<const void*, int>& dynamic_limits = *new std::map<const void*, int>;
 static int dynamic_limit(const void* kernel) {
     return dynamic_limits.count(kernel) ? dynamic_limits[kernel] : SHARED_DEFAULT;
@@ -77,14 +75,14 @@ static void check_copy(Rows target, Rows source, size_t row, size_t rows, cudaMe
     }
     for (size_t i = 0; i < rows; i++)
         for (const Rows* end : {&target, &source}) {
-            if (!find_allocation(end->p)) continue;  // pageable memory is not known here
+            if (!find_allocation(end->p)) continue;  // the size of pageable memory is unknown
             const char* what = end == &target ? "cudaMemcpy's target" : "cudaMemcpy's source";
             const std::string wrong = check_range(end->p + i * end->pitch, row, what);
             if (!wrong.empty()) throw refuse(cudaErrorInvalidValue, wrong);
         }
 }
-// All copies. As on a device, a pageable source is read at the call, and a pageable target written before it
-// returns.
+// Implements all copies. As on a device, a pageable source is read during the call, and a pageable target is
+// written before the call returns.
 static void copy(Rows target, Rows source, size_t row, size_t rows, cudaMemcpyKind kind, cudaStream_t stream,
                  bool wait) {
     if (wait) no_blocking_stream_under_capture(), not_while_capturing();
@@ -158,7 +156,7 @@ const char* cudaGetErrorName(cudaError_t e) {
         if (t.code == e) return t.name;
     return "unrecognized error code";
 }
-// Of the code of a fault, the text is followed by the report.
+// For the code of a fault, the report follows the text.
 const char* cudaGetErrorString(cudaError_t e) {
     const char* text = "unrecognized error code";
     for (const ErrorText& t : error_texts)
@@ -276,7 +274,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute a, int va
         dynamic_limits[kernel] = value;
     });
 }
-// Registers and static shared memory are the compiler's: not known here, and given as 32 and 0.
+// The registers and the static shared memory of a kernel are unknown; they are given as 32 and 0.
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* kernel) {
     return api([&] {
         *a = cudaFuncAttributes();

@@ -1,10 +1,11 @@
-// memory.cpp - device memory: filled with NaN, between guard pages, with poisoned gaps, closed to host code
-// that has waited.
+// memory.cpp - device memory, arranged so that wrong accesses are found.
 //
-// Each allocation has pages of its own between two that are never accessible, and begins at a multiple of 256
-// bytes as late as that allows. What is left of its pages before and behind it holds a pattern that is
-// checked after each kernel and copy. Freed memory keeps its addresses, inaccessible, so that a stale pointer
-// is found.
+// Each allocation has separate pages between two guard pages that are never accessible. It begins at a
+// multiple of 256 bytes, as close to the end of its pages as that allows, so that most overruns hit the
+// guard page. The unused bytes of its pages have a pattern that is checked after each kernel. New memory is
+// filled with NaN. The addresses of freed memory stay inaccessible and are not reused, so that stale
+// pointers are found. Device memory is inaccessible to host code after a call that waits
+// (open_device_memory in runtime.h).
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -23,14 +24,15 @@ static void install_handler();
 constexpr size_t ALIGNMENT = 256;
 constexpr unsigned char PATTERN = 0xff;  // NaN as fp32 and bf16, -1 as an integer
 
-// Under api_lock, like all of this file but the fault handler and is_device(): they run while the host waits.
+// Protected by api_lock, which all of this file holds except the fault handler and is_device(). These two run
+// inside kernels, while the host waits.
 static std::map<char*, Allocation>& allocations = *new std::map<char*, Allocation>;
 static std::map<char*, Allocation>& freed = *new std::map<char*, Allocation>;
 static size_t used = 0, peak = 0;
 static int allocation_count = 0;
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-// The whole pages in [p, p + bytes), as begin and end; both p + bytes where there is none.
+// The begin and the end of the whole pages in [p, p + bytes); both are p + bytes if there is none.
 static std::pair<char*, char*> whole_pages(char* p, size_t bytes) {
     char *first = (char*)round_up((size_t)p, PAGE), *last = (char*)((size_t)(p + bytes) / PAGE * PAGE);
     return first < last ? std::make_pair(first, last) : std::make_pair(p + bytes, p + bytes);
@@ -98,7 +100,7 @@ bool release_memory(void* p, bool pinned) {
 
 void memory_usage(size_t& now, size_t& most) { now = used, most = peak; }
 
-// The allocation of the list on whose pages, or on the guard pages beside them, p lies.
+// The allocation in the list whose pages or guard pages contain p; null if there is none.
 static const Allocation* near_allocation(std::map<char*, Allocation>& list, const void* p) {
     auto it = list.upper_bound((char*)p + 2 * PAGE);
     while (it != list.begin()) {
@@ -166,8 +168,8 @@ cudaError_t poison(void* p, size_t bytes) {
 
 // --- patterns
 
-// The first changed byte of [p, end), or null; the pattern is written again. (memcmp would be the
-// sanitizers'.)
+// The first byte of [p, end) that differs from the pattern, or null; restores the pattern. memcmp cannot be
+// used, because the sanitizers intercept it.
 static char* find_damage(char* p, char* end) {
     for (; end - p >= 8; p += 8) {
         uint64_t word;
@@ -200,8 +202,8 @@ void check_patterns(const void* kernel) {
 
 static struct sigaction previous_action;
 
-// What the handler saw. In a kernel it only notes this; the words are found outside of it, where memory may
-// be allocated.
+// What the signal handler has seen. In a kernel it only stores this, because a signal handler must not
+// allocate memory; land() composes the report.
 struct Fault {
     char* address;
     bool known;  // the processor gives no address for a misaligned vector access
@@ -227,7 +229,7 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
     if (in_kernel()) {
         last_fault = {p, info->si_code != SI_KERNEL, nullptr};
 #if defined(__x86_64__)
-        // Go on in land(), on a stack that is whole; it gives up the block.
+        // Continue in land() on the emergency stack; it abandons the block.
         greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
         last_fault.instruction = (void*)registers[REG_RIP];
         registers[REG_RSP] = (greg_t)(emergency_stack_top() - 8);
@@ -242,11 +244,11 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
     } else if (const Allocation* a = near_allocation(freed, p)) {
         fprintf(stderr, "emulator: host code touches freed memory: %s\n", describe(*a, p).c_str());
     }
-    sigaction(signal, &previous_action, nullptr);  // and on return it faults again, as without us
+    sigaction(signal, &previous_action, nullptr);  // on return the access faults again, for the old handler
 }
 
-// Before each use of device memory, since others (test frameworks) put their own handler in place; theirs is
-// next in line.
+// Called before each use of device memory, because test frameworks install their handlers in between. Such a
+// handler then becomes the previous one, which handles other faults.
 static void install_handler() {
     struct sigaction now, ours = {};
     ours.sa_sigaction = on_fault;
@@ -260,7 +262,7 @@ void catch_faults() {
     constexpr size_t SIZE = 64 << 10;
     stack_t stack = {};
     stack.ss_sp = malloc(SIZE), stack.ss_size = SIZE;
-    sigaltstack(&stack, nullptr);  // a fiber that overflows has no room for the handler
+    sigaltstack(&stack, nullptr);  // when a fiber's stack overflows, the handler needs another one
 }
 
 }  // namespace emu

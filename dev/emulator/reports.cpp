@@ -1,9 +1,11 @@
-// reports.cpp - the options, and the one line that says what was wrong and where.
+// reports.cpp - the options, and the reports of what went wrong and where.
 #include <dlfcn.h>
 #include <link.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdarg>
+#include <mutex>
 
 #include "api.h"
 
@@ -37,7 +39,7 @@ Options& options() {
     return *o;
 }
 
-// None of these is ever destroyed: workers outlive main.
+// These are never destroyed, because workers outlive main.
 static std::mutex& report_lock = *new std::mutex;
 static std::string& report_text = *new std::string;
 static std::atomic<cudaError_t> report_code{cudaSuccess};
@@ -93,7 +95,7 @@ std::string name_of(const void* kernel) {
     std::string s = source_of(kernel);
     s = s.substr(0, s.find(" at "));
     int depth = 0;
-    for (size_t i = s.size(); i-- > 0 && s.back() == ')';) {  // without the parameters
+    for (size_t i = s.size(); i-- > 0 && s.back() == ')';) {  // removes the parameter list
         depth += s[i] == ')', depth -= s[i] == '(';
         if (depth == 0) return s.substr(0, i);
     }

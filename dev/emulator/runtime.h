@@ -1,9 +1,7 @@
-// runtime.h - what the parts of libemu.so know of one another.
+// runtime.h - the internal interfaces between the parts of libemu.so.
 #pragma once
 
-#include <cstdarg>
 #include <functional>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -12,48 +10,49 @@
 namespace emu {
 
 // --- reports.cpp
-// A fault: keeps and prints the text unless there is a fault already; all later calls return the code.
-// Returns the code.
+// Reports a fault: keeps and prints the text, and makes all later calls return the code. Does nothing if
+// there is a fault already. Returns the code of the first fault.
 cudaError_t report(cudaError_t code, const std::string& text);
-// The caller's mistake, found before anything was done: keeps and prints the text, and returns the code once.
+// Refuses a wrong call before anything is done: keeps and prints the text, and returns the code. Later calls
+// are not affected.
 cudaError_t refuse(cudaError_t code, const std::string& text);
 cudaError_t fault_code();  // cudaSuccess, or the code of the fault
 __attribute__((format(printf, 1, 2))) std::string format(const char* fmt, ...);
-std::string source_of(const void* code);  // "block_sum(float*, int) at file:line" (addr2line, of binutils),
-                                          // or as much as is known
+// "block_sum(float*, int) at file:line" from addr2line (binutils), or as much of it as is known
+std::string source_of(const void* code);
 std::string name_of(const void* kernel);  // "block_sum"
 
 // --- threads.cpp
-bool in_kernel();  // is the calling thread running a CUDA thread?
+bool in_kernel();  // whether the caller is inside a kernel
 void run_kernel(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 void parallel(size_t n, const std::function<void(size_t)>& job);  // job(0) .. job(n - 1) on the workers
-// A memory fault in a kernel: the handler continues there, on another stack; the kernel ends with a report.
+// Ends a kernel with the report of a memory fault. The signal handler continues here, on the emergency stack.
 [[noreturn]] void fault_at_address(const std::string& what, const void* instruction);
 char* emergency_stack_top();
 bool on_fiber_guard(const void* p);
 
 // --- memory.cpp
 struct Allocation {
-    char* begin;  // aligned to 256 bytes, as late on its pages as that allows
+    char* begin;  // aligned to 256 bytes, as close to the end of the pages as that allows
     size_t bytes;
-    bool pinned;  // host memory: cudaMallocHost
-    char* map;    // its pages, between two that are never accessible
+    bool pinned;  // host memory from cudaMallocHost
+    char* map;    // the allocation's pages, between two that are never accessible
     size_t map_bytes;
-    int number;                                  // counts allocations
+    int number;                                  // allocations are numbered from 1
     std::vector<std::pair<char*, size_t>> gaps;  // registered by poison(), ascending
 };
-void* allocate(size_t bytes, bool pinned);  // throws cudaErrorMemoryAllocation; null for no bytes
-bool release_memory(void* p, bool pinned);  // false where p is no such allocation
+void* allocate(size_t bytes, bool pinned);  // throws cudaErrorMemoryAllocation; null for 0 bytes
+bool release_memory(void* p, bool pinned);  // false if p is not such an allocation
 const Allocation* find_allocation(const void* p);
-// "" where p..p+bytes lies in one allocation and in no gap; else what is wrong, "<what>: ...".
+// "" if p..p+bytes is inside one allocation and touches no gap; else what is wrong, as "<what>: ...".
 std::string check_range(const void* p, size_t bytes, const char* what);
-// After the kernel has run: a report if it wrote where nothing belongs.
+// Called after a kernel: reports if it wrote to bytes around an allocation or in a gap.
 void check_patterns(const void* kernel);
 void memory_usage(size_t& now, size_t& peak);
-void catch_faults();  // for each worker, before it runs kernels
+void catch_faults();  // each worker calls this before it runs kernels
 
-// Device memory is closed to host code (options().host_guard) by each call that waits, and opened by the next
-// work that runs: opening and closing at every launch would cost more than most kernels.
+// Each call that waits closes device memory to host code (if options().host_guard); the next work that runs
+// opens it. Opening and closing it for every launch would take longer than most kernels.
 void open_device_memory();
 void close_device_memory();
 

@@ -1,8 +1,9 @@
 // streams.cpp - streams, events and graphs.
 //
-// A stream counts its operations; an operation may have to wait for operations of other streams, which always
-// were submitted earlier, so completing one is a plain recursion. Eager streams run each operation where it
-// is submitted, lazy ones where something waits for it: then only what the dependencies demand has run.
+// A stream is a queue of operations. An operation may depend on operations of other streams, which were
+// always submitted earlier, so a recursion completes it. Eager streams run each operation when it is
+// submitted. Lazy streams run it when something waits for it; then only what the dependencies require has
+// run, which reveals missing ones.
 #include <algorithm>
 #include <chrono>
 #include <deque>
@@ -18,14 +19,14 @@ namespace emu {
 struct Stream;
 struct Dependency {
     Stream* stream;
-    uint64_t index;  // as many of its operations must be complete
+    uint64_t index;  // how many of the stream's operations must be complete
 };
 struct Operation {
     std::function<void()> work;
     std::vector<Dependency> after;
 };
 
-// Nodes stand in the order of their capture, which is one that respects the edges.
+// Nodes are stored in the order of their capture, in which each comes after those that it depends on.
 struct Node {
     std::function<void()> work;
     std::set<size_t> after;
@@ -48,17 +49,17 @@ struct Stream {
     std::deque<Operation> queue;
     uint64_t submitted = 0, completed = 0;
     CapturePtr capture;
-    std::set<size_t> tail;  // under capture: the nodes that the next one comes after
+    std::set<size_t> tail;  // under capture: the nodes on which the next one depends
 };
 struct Event {
     bool timed, recorded = false;
     Dependency point = {nullptr, 0};
     std::shared_ptr<std::chrono::steady_clock::time_point> time;
-    CapturePtr capture;  // recorded in a stream under capture, behind these nodes
-    std::set<size_t> nodes;
+    CapturePtr capture;      // set if it was recorded in a stream under capture,
+    std::set<size_t> nodes;  // after these nodes
 };
 
-// None of these is ever destroyed: work may end after main.
+// These are never destroyed, because work may end after main.
 static Stream& legacy = *new Stream;
 static std::vector<Stream*>& streams = *new std::vector<Stream*>{&legacy};
 static std::vector<Stream*>& dead_streams = *new std::vector<Stream*>;  // events may still name them
@@ -66,7 +67,7 @@ static std::set<Event*>& events = *new std::set<Event*>;
 static std::set<Graph*>&graphs = *new std::set<Graph*>, &executables = *new std::set<Graph*>;
 static std::set<CapturePtr>& captures = *new std::set<CapturePtr>;  // in progress
 
-// What a handle stands for; throws for a handle that is none.
+// The objects of handles; they throw if the handle is not valid.
 static Stream& stream(cudaStream_t handle) {
     if (handle == nullptr || handle == cudaStreamLegacy || handle == cudaStreamPerThread) return legacy;
     want(std::count(streams.begin(), streams.end(), (Stream*)handle), cudaErrorInvalidResourceHandle);
@@ -99,6 +100,7 @@ void no_blocking_stream_under_capture() {
 }
 bool under_capture(cudaStream_t s) { return stream(s).capture != nullptr; }
 
+// Runs operations of the stream until `index` of them are complete.
 static void complete(Stream& s, uint64_t index) {
     if (s.completed < index) open_device_memory();
     while (s.completed < index) {
@@ -123,6 +125,8 @@ void wait_for_stream(cudaStream_t handle) {
     close_device_memory();
 }
 
+// Appends an operation to a stream that is not under capture. The legacy stream and blocking streams wait
+// for each other.
 static void submit_after(Stream& s, std::function<void()> work, std::vector<Dependency> after) {
     if (&s == &legacy) {
         no_blocking_stream_under_capture();
@@ -144,14 +148,15 @@ void submit(cudaStream_t handle, std::function<void()> work) {
     s.tail = {nodes.size() - 1};
 }
 
-// Under lazy streams each query runs one operation, so that a loop of queries ends.
+// Throws cudaErrorNotReady if fewer than `index` operations are complete. With lazy streams each query also
+// runs one operation, so that a loop of queries ends.
 static void query(Stream& s, uint64_t index) {
     if (s.completed >= index) return close_device_memory();
     complete(s, s.completed + 1);
     throw fault_code() != cudaSuccess ? fault_code() : cudaErrorNotReady;
 }
 
-// Runs a graph's nodes; among those whose predecessors are done, the schedule chooses.
+// Runs all nodes of a graph. The schedule chooses among those whose predecessors are done.
 static void run_graph(const Graph& g) {
     std::vector<bool> done(g.nodes.size());
     std::mt19937 random(options().seed);
@@ -169,7 +174,7 @@ static void run_graph(const Graph& g) {
     }
 }
 
-// Do paths lead from all nodes of the graph to the origin's last ones?
+// Whether the origin stream has joined all branches: its last nodes depend, directly or not, on all others.
 static bool all_joined(const Capture& c) {
     std::set<size_t> reached = c.origin->tail;
     for (size_t i = c.graph->nodes.size(); i-- > 0;)
@@ -177,8 +182,8 @@ static bool all_joined(const Capture& c) {
     return reached.size() == c.graph->nodes.size();
 }
 
-// An event last recorded under capture marks a place in a graph: it can be neither waited for by the host nor
-// asked.
+// The event of a handle for calls of the host, which cannot wait for or query an event that was last recorded
+// under capture: such an event is only a place in a graph.
 static Event& uncaptured(cudaEvent_t handle) {
     Event& e = event(handle);
     if (e.capture) break_capture(e.capture, cudaErrorCapturedEvent);
@@ -281,7 +286,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t handle, 
     return api([&] {
         Event& e = event(handle);
         Stream& s = stream(stream_handle);
-        if (captures.count(e.capture)) {  // the stream joins the capture, or its branches meet
+        if (captures.count(e.capture)) {  // the stream joins the capture, or two branches of it join
             if (s.capture && s.capture != e.capture) break_capture(s.capture, cudaErrorStreamCaptureMerge);
             if (&s == &legacy) break_capture(e.capture, cudaErrorStreamCaptureImplicit);
             s.capture = e.capture;
@@ -352,7 +357,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
                               : cudaStreamCaptureStatusActive;
     });
 }
-// Only the count.
+// Gives only the number of nodes.
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* n) {
     return api([&] {
         want(!nodes, cudaErrorNotSupported);
@@ -369,8 +374,8 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t s) {
     return api([&] {
-        auto g = std::make_shared<Graph>(
-            graph_in(executables, executable));  // which may be destroyed before this runs
+        // A copy, because the executable may be destroyed before the work runs.
+        auto g = std::make_shared<Graph>(graph_in(executables, executable));
         submit(s, [g] { run_graph(*g); });
     });
 }

@@ -1,8 +1,8 @@
-// test_emulator.cu - the emulator's own tests: right kernels give right results under every schedule, and
-// each kind of wrong code is reported, or shows in the numbers.
+// test_emulator.cu - tests of the emulator: correct kernels give correct results under every schedule, and
+// each kind of wrong code is reported or gives wrong numbers.
 //
-// Cases whose name begins with "child:" end the process, or make a sanitizer speak; they run alone, in a
-// child process, started by the case that expects their words.
+// Cases named "child: ..." end the process or cause a sanitizer's report. Each runs in a child process, which
+// the case that expects its output starts.
 #include <cooperative_groups.h>
 #include <cublasLt.h>
 #include <doctest/doctest.h>
@@ -21,10 +21,10 @@ constexpr bool ASAN = false, TSAN = true;
 constexpr bool ASAN = false, TSAN = false;
 #endif
 
-// Outside of the unnamed namespace, in which dynamic_smem would be another, undefined variable:
+// These two are outside the unnamed namespace, in which dynamic_smem would be another, undefined variable.
 
-// out[block] = sum of the block's inputs, through shuffles, static and dynamic shared memory; twice, in a
-// loop.
+// out[block * rounds + round] = the sum of blockDim.x inputs, computed with shuffles and with static and
+// dynamic shared memory.
 __global__ void block_sums(float* out, const float* in, int rounds) {
     __shared__ float partial[32];
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -56,7 +56,8 @@ namespace {
 using Floats = std::vector<float>;
 using bf16 = __nv_bfloat16;
 
-// Sets the options for one test, quiet; at the end they and the error state are as before.
+// Makes the emulator quiet and lets a test change its options. Restores the options and clears the error at
+// the end of the scope.
 struct Options {
     emu::Options before = emu::options();
     emu::Options* operator->() { return &emu::options(); }
@@ -68,6 +69,7 @@ struct Options {
     }
 };
 
+// n values in device memory, uninitialised or copied from the host.
 template <class T>
 struct Device {
     T* p = nullptr;
@@ -105,7 +107,7 @@ void all_schedules(F f) {
     }
 }
 
-// The case `name` run in a child process: what it printed.
+// Runs the test case `name` in a child process and returns what it prints.
 std::string run_child(const std::string& name) {
     char self[4096] = {};
     REQUIRE(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
@@ -138,8 +140,7 @@ float number(bf16 x) { return __bfloat162float(x); }
 // ---------------------------------------------------------------------------------------------
 // Threads, barriers, warps
 
-TEST_CASE(
-    "a block's sums through shuffles and shared memory are right, and the same bits under every schedule") {
+TEST_CASE("sums through shuffles and shared memory have the same bits under every schedule") {
     const Floats x = random_floats(5 * 3 * 256, 1);
     Device<float> in(x), out(15);
     Floats first;
@@ -162,7 +163,7 @@ __global__ void where_am_i(unsigned* out) {
     unsigned b = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     out[b * blockDim.x * blockDim.y * blockDim.z + t] = b * 1000 + t;
 }
-TEST_CASE("blocks and threads of three dimensions each run once") {
+TEST_CASE("each thread of each block runs once, in three dimensions") {
     all_schedules([&] {
         Device<unsigned> out(2 * 3 * 4 * 5 * 3 * 2);
         REQUIRE(launch(where_am_i, dim3(2, 3, 4), dim3(5, 3, 2), 0, nullptr, out) == cudaSuccess);
@@ -201,7 +202,7 @@ __global__ void collectives(Collectives* out) {
     c.any_of_block = __syncthreads_or(lane < 5);
     out[lane] = c;
 }
-TEST_CASE("warp collectives give what CUDA's guide says") {
+TEST_CASE("warp collectives and block votes give the results that CUDA's guide defines") {
     all_schedules([&] {
         Device<Collectives> out(32);
         REQUIRE(launch(collectives, 1, 32, 0, nullptr, out) == cudaSuccess);
@@ -229,7 +230,7 @@ TEST_CASE("warp collectives give what CUDA's guide says") {
     });
 }
 
-// Who runs when: at the start, behind a barrier, behind a warp's collective.
+// Records the order in which threads run: at the start, after a barrier, after a collective of one warp.
 __global__ void order_of_threads(int* place, int* order) {
     const int n = (int)blockDim.x;
     order[atomicAdd(&place[0], 1)] = (int)threadIdx.x;
@@ -238,9 +239,7 @@ __global__ void order_of_threads(int* place, int* order) {
     __syncwarp();
     if (threadIdx.x < 32) order[2 * n + atomicAdd(&place[2], 1)] = (int)threadIdx.x;
 }
-TEST_CASE(
-    "the descending schedule runs the last thread first, behind barriers too; the random one follows its "
-    "seed") {
+TEST_CASE("ascending, descending and random schedules order threads, also after barriers") {
     const int n = 100;
     auto order = [&](emu::Schedule schedule, unsigned seed) {
         emu::options().schedule = schedule, emu::options().seed = seed;
@@ -267,13 +266,13 @@ TEST_CASE(
     }
 }
 
-// Threads 20.. leave early: barriers and collectives go on with those that are left.
+// Threads from 20 on return early; barriers and collectives continue with the others.
 __global__ void early_return(int* out) {
     if (threadIdx.x >= 20) return;
     __syncthreads();
     out[threadIdx.x] = __reduce_add_sync(0xffffffffu, 1);
 }
-TEST_CASE("a thread that has returned counts as arrived") {
+TEST_CASE("barriers and collectives do not wait for threads that have returned") {
     all_schedules([&] {
         Device<int> out(20);
         REQUIRE(launch(early_return, 1, 64, 0, nullptr, out) == cudaSuccess);
@@ -281,7 +280,7 @@ TEST_CASE("a thread that has returned counts as arrived") {
     });
 }
 
-// The last block to finish adds up what all have written.
+// The last block to finish sums what all blocks have written.
 __global__ void last_block_sums(float* partial, unsigned* finished, float* out) {
     __shared__ bool last;
     if (threadIdx.x == 0) {
@@ -302,11 +301,11 @@ __global__ void many_atomics(int* add, int* highest, float* sum, unsigned long l
     do before = seen, seen = atomicCAS(cas, before, before + 2);
     while (seen != before);
 }
-TEST_CASE("atomics: counters, maxima, compare-and-swap loops, the last block") {
+TEST_CASE("atomic operations are exact, and find the last block that finishes") {
     all_schedules([&] {
         Device<float> partial(50), out(1), sum(Floats{0});
         Device<unsigned> finished(std::vector<unsigned>{0});
-        for (int i = 0; i < 2; i++) {  // atomicInc wraps round
+        for (int i = 0; i < 2; i++) {  // twice, because atomicInc must wrap to 0
             REQUIRE(launch(last_block_sums, 50, 64, 0, nullptr, partial, finished, out) == cudaSuccess);
             CHECK(out.get()[0] == 1225);
         }
@@ -328,7 +327,7 @@ __global__ void groups(float* out, const float* in) {
     block.sync();
     if (tile.thread_rank() == 0) out[tile.meta_group_rank()] = v;
 }
-TEST_CASE("cooperative groups: tiles of a warp") {
+TEST_CASE("cooperative groups: reductions over tiles of a warp are correct") {
     all_schedules([&] {
         Floats x(64);
         for (size_t i = 0; i < 64; i++) x[i] = (float)(i * 37 % 64);
@@ -351,7 +350,7 @@ __global__ void bits_and_maths(unsigned* u, float* f) {
     __stcs(wide, make_float4(1, 2, 3, 4));
     f[12] = __ldcs(wide).w;
 }
-TEST_CASE("intrinsics for bits, mathematics and cache hints") {
+TEST_CASE("intrinsics for bits, mathematics and cache hints give CUDA's results") {
     Device<unsigned> u(10);
     Device<float> f(13);
     REQUIRE(launch(bits_and_maths, 1, 1, 0, nullptr, u, f) == cudaSuccess);
@@ -363,8 +362,8 @@ TEST_CASE("intrinsics for bits, mathematics and cache hints") {
 // ---------------------------------------------------------------------------------------------
 // Tensor cores and asynchronous copies
 
-// One warp: C (16,16) = A (16,16) B (16,16) + C, row-major; B through ldmatrix.trans, or transposed in memory
-// through the plain one; B's halves together or one by one.
+// One warp computes C (16,16) = A (16,16) B (16,16) + C, row-major. B is loaded with ldmatrix.trans, or is
+// transposed in shared memory and loaded with plain ldmatrix; both halves at once (x4) or in pairs (x2).
 __global__ void tensor_product(float* C, const bf16* A, const bf16* B, bool transposed, bool pairs) {
     __shared__ __align__(16) bf16 a_tile[16][24], b_tile[16][24];
     const int lane = (int)threadIdx.x;
@@ -398,7 +397,7 @@ __global__ void tensor_product(float* C, const bf16* A, const bf16* B, bool tran
         for (int i = 0; i < 4; i++) C[(g + i / 2 * 8) * 16 + half * 8 + 2 * t + i % 2] = d[i];
     }
 }
-TEST_CASE("ldmatrix and mma agree with a plain product in double precision") {
+TEST_CASE("ldmatrix and mma agree with a product in double precision") {
     const std::vector<bf16> a = to_bf16(random_floats(256, 2)), b = to_bf16(random_floats(256, 3));
     const Floats c = random_floats(256, 4);
     std::vector<double> want(256);
@@ -418,8 +417,8 @@ TEST_CASE("ldmatrix and mma agree with a plain product in double precision") {
     });
 }
 
-// Two buffers in turn; `pending` 1 is right, 2 waits for one copy too few. Rows beyond n are filled with
-// zeros.
+// Copies rows with double buffering. `pending` = 1 is correct; 2 waits for one copy too few. Rows from n on
+// are filled with zeros.
 __global__ void pipeline(float* out, const float4* in, int n, int pending) {
     __shared__ float4 buffer[2][32];
     const int t = (int)threadIdx.x, rows = 5;
@@ -439,7 +438,7 @@ __global__ void pipeline(float* out, const float4* in, int n, int pending) {
     emu::cp_async_wait(0);
     out[t] = sum;
 }
-TEST_CASE("asynchronous copies land at the wait that covers them; a wait too weak reads NaN") {
+TEST_CASE("an asynchronous copy is visible after the wait that covers it, and NaN before") {
     std::vector<float4> x(4 * 32);
     for (size_t i = 0; i < x.size(); i++) x[i] = make_float4((float)i, 0, 0, 0);
     Device<float4> in(x);
@@ -457,7 +456,7 @@ TEST_CASE("asynchronous copies land at the wait that covers them; a wait too wea
 // ---------------------------------------------------------------------------------------------
 // Wrong kernels that are reported
 
-// What the kernel is reported for; "" for nothing.
+// Runs a kernel and returns its report; "" if there is none.
 template <class... P, class... A>
 std::string report_of(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, A&&... args) {
     Options options;
@@ -473,8 +472,7 @@ __global__ void write_at(float* p, long index) {
 }
 __global__ void read_at(float* out, const float* p, long index) { out[threadIdx.x] = p[index]; }
 
-TEST_CASE(
-    "an access outside of device memory is reported with its place: kernel, block, thread, line, distance") {
+TEST_CASE("an access out of bounds is reported with kernel, block, thread, line and distance") {
     Device<float> x(1024), out(32);
     std::string report = report_of(write_at, 2, 32, 0, x, 1024);
     CHECK_CONTAINS(report, "out of bounds: 0 bytes past the end of a 4096-byte device allocation");
@@ -485,9 +483,7 @@ TEST_CASE(
     CHECK_CONTAINS(report_of(read_at, 1, 32, 0, out, x, 1030), "out of bounds: 24 bytes past the end");
     CHECK_CONTAINS(report_of(read_at, 1, 32, 0, out, nullptr, 2), "null pointer (address 0x8)");
 }
-TEST_CASE(
-    "after a report every call returns its error until it is cleared, and then the emulator works as "
-    "before") {
+TEST_CASE("after a report every call returns its error, until clear_error()") {
     Options options;
     Device<float> x(1024), out(1);
     CHECK(launch(write_at, 1, 32, 0, nullptr, x, 1024) == cudaErrorIllegalAddress);
@@ -505,10 +501,8 @@ TEST_CASE(
     CHECK(launch(block_sums, 1, 1024, 4096, nullptr, out, x, 1) == cudaSuccess);
     CHECK(out.get()[0] == 1024);
 }
-TEST_CASE(
-    "a write just behind an allocation that does not end at a page is reported after the kernel; a read "
-    "gives NaN") {
-    if (ASAN) return skip("AddressSanitizer ends the process; see the case of its own");
+TEST_CASE("a write a few bytes behind an allocation is reported after the kernel; a read is NaN") {
+    if (ASAN) return skip("AddressSanitizer ends the process, which another case tests");
     Device<float> x(1001), out(32);
     std::string report = report_of(write_at, 1, 32, 0, x, 1001);
     CHECK_CONTAINS(report, "write_at has written 0 bytes past the end of a 4004-byte device allocation");
@@ -529,8 +523,8 @@ TEST_CASE("an access to freed memory is reported") {
     CHECK_CONTAINS(report_of(kernel, 1, 1, 0, Hidden{stale}),
                    "access to freed memory: 20 bytes into a 4096-byte device allocation");
 }
-TEST_CASE("gaps between the tensors of one arena: writes and far reads are reported, near reads give NaN") {
-    if (ASAN) return skip("AddressSanitizer ends the process; see the case of its own");
+TEST_CASE("in an arena's gaps, writes and far reads are reported, and near reads are NaN") {
+    if (ASAN) return skip("AddressSanitizer ends the process, which another case tests");
     const size_t bytes[3] = {1000, 8192, 40};
     size_t at[3], end = 0;
     for (int i = 0; i < 3; i++) at[i] = i ? emu::arena_gap(end) : 0, end = at[i] + bytes[i];
@@ -561,11 +555,11 @@ TEST_CASE("gaps between the tensors of one arena: writes and far reads are repor
 TEST_CASE("a write beyond a launch's dynamic shared memory is reported") {
     Device<float> out(32);
     CHECK(report_of(write_dynamic, 1, 32, 1024, out, 255) == "");
-    if (ASAN) return skip("AddressSanitizer ends the process; see the case of its own");
+    if (ASAN) return skip("AddressSanitizer ends the process, which another case tests");
     CHECK_CONTAINS(report_of(write_dynamic, 1, 32, 1024, out, 256),
                    "has written 0 bytes past the end of its 1024 bytes of dynamic shared memory");
 }
-TEST_CASE("a launch that asks for more shared memory than allowed, or for impossible blocks, is refused") {
+TEST_CASE("a launch with too much shared memory or impossible sizes is refused") {
     Device<float> out(1024);
     auto go = [&](dim3 grid, dim3 block, size_t smem) {
         cudaError_t e = launch(write_dynamic, grid, block, smem, nullptr, out, 0);
@@ -595,7 +589,7 @@ __global__ void uninitialised(float* out, const float* in, int* integer) {
     out[threadIdx.x] = s[(threadIdx.x + 1) % 64];
     if (threadIdx.x == 0) out[64] = in[5], integer[blockIdx.x] = ((const int*)in)[5];
 }
-TEST_CASE("uninitialised shared and device memory is NaN, in every block, and -1 as an integer") {
+TEST_CASE("uninitialised shared and device memory is NaN in every block, and -1 as an integer") {
     const unsigned blocks = 5;
     Device<float> in(16), out(blocks * 65);
     Device<int> integer(blocks);
@@ -629,7 +623,7 @@ __global__ void mixed_collectives(int* out) {
 __global__ void different_masks(int* out) {
     out[threadIdx.x] = __shfl_sync(threadIdx.x < 16 ? 0xffffffffu : 0xffff8000u, 1, 20);
 }
-TEST_CASE("barriers and collectives in which threads do not meet are reported, with who waits where") {
+TEST_CASE("barriers and collectives that threads do not reach together are reported with places") {
     Device<float> out(256);
     all_schedules([&] {
         std::string report = report_of(divergent_barrier, 1, 256, 0, out);
@@ -653,14 +647,14 @@ __global__ void absent_lane(float* out, int lanes, unsigned mask, bool leave) {
     if (t < lanes) v = __shfl_xor_sync(mask, v, 16);
     out[t] = v;
 }
-TEST_CASE("shuffles with absent lanes are reported") {
+TEST_CASE("shuffles that read absent lanes, or whose mask lacks the caller, are reported") {
     Device<float> out(32);
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0x000fffffu, false),
-                   "reads lane 20, which is not there");
+                   "reads lane 20, which has exited or is not in the mask");
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, true),
-                   "reads lane 20, which is not there");
+                   "reads lane 20, which has exited or is not in the mask");
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 20, 0xffffffffu, false),
-                   "reads lane 20, which is not there");
+                   "reads lane 20, which has exited or is not in the mask");
     CHECK_CONTAINS(report_of(absent_lane, 1, 32, 0, out, 32, 0xfffffffeu, false),
                    "__shfl_xor_sync: the mask fffffffe lacks the calling lane 0");
 }
@@ -682,9 +676,7 @@ __global__ void bad_ldmatrix(const float* in, int offset, bool global) {
     emu::ldmatrix_x4(r, global ? (const char*)in : (const char*)&s[threadIdx.x] + offset, false);
 }
 __global__ void bad_vector(const float* in, float* out) { out[0] = __ldcs((const float4*)(in + 1)).x; }
-TEST_CASE(
-    "asynchronous copies never waited for, misaligned or between the wrong memories, are reported; so is "
-    "ldmatrix") {
+TEST_CASE("wrong asynchronous copies, ldmatrix and misaligned vector loads are reported") {
     Device<float4> in(32);
     CHECK_CONTAINS(report_of(copies_left, 1, 32, 0, in),
                    "exits with 1 asynchronous copies it never waited for, the first at ");
@@ -702,9 +694,9 @@ TEST_CASE(
 }
 __global__ void endless_stack(int* out, int depth) {
     volatile char block[4096];
-    int i = depth & 4095;  // not a constant: a compiler could make the block as small as what is used of it
+    int i = depth & 4095;  // not a constant, for which a compiler could shrink the block
     block[i] = (char)depth;
-    void (*volatile again)(int*, int) = endless_stack;  // a direct call may be made a loop
+    void (*volatile again)(int*, int) = endless_stack;  // a compiler could turn a direct call into a loop
     if (depth) again(out, depth - 1);
     out[0] = block[i];
 }
@@ -714,8 +706,7 @@ TEST_CASE("a CUDA thread's stack overflow is reported") {
     CHECK(report_of(endless_stack, 1, 1, 0, out, 10) == "");
     CHECK_CONTAINS(report_of(endless_stack, 1, 1, 0, out, 1000), "stack overflow of a CUDA thread");
 }
-TEST_CASE(
-    "a host pointer given to a kernel is reported, by the argument's number; pinned memory is no mistake") {
+TEST_CASE("a host pointer as a kernel's argument is reported, but pinned memory is allowed") {
     float host[32];
     CHECK_CONTAINS(report_of(write_at, 1, 32, 0, host, 0), "argument 0 of kernel ");
     Device<float> out(32);
@@ -730,7 +721,7 @@ TEST_CASE(
 }
 
 // ---------------------------------------------------------------------------------------------
-// Wrong kernels that only another order, or a sanitizer, brings to light
+// Wrong kernels that only another schedule or a sanitizer reveals
 
 __global__ void no_barrier(float* out) {
     __shared__ float s[64];
@@ -754,7 +745,7 @@ __global__ void no_syncwarp(float* out) {
     s[t] = (float)t;
     out[t] = s[t ^ 1];
 }
-// Do two schedules differ, or is there a NaN?
+// Whether two schedules give different results, or one gives NaN.
 bool shows_under_schedules(void (*kernel)(float*), unsigned threads) {
     Device<float> out(threads);
     bool shows = false;
@@ -767,8 +758,8 @@ bool shows_under_schedules(void (*kernel)(float*), unsigned threads) {
     });
     return shows;
 }
-TEST_CASE("missing barriers show as NaN or as differences between schedules") {
-    if (TSAN) return skip("ThreadSanitizer reports the planted races; see the case of its own");
+TEST_CASE("a missing barrier gives NaN or different results under different schedules") {
+    if (TSAN) return skip("ThreadSanitizer reports these races, which another case tests");
     CHECK(shows_under_schedules(no_barrier, 64));
     CHECK(shows_under_schedules(no_second_barrier, 64));
     CHECK(shows_under_schedules(no_syncwarp, 32));
@@ -786,7 +777,7 @@ CHILD_CASE("no syncwarp") {
     Device<float> out(32);
     launch(no_syncwarp, 1, 32, 0, nullptr, out);
 }
-// The reader's barrier comes before the copy's wait: other lanes' copies may not have landed.
+// The barrier comes before the wait for the copy, so other threads' copies may not be complete.
 __global__ void barrier_before_wait(float* out, const float4* in) {
     __shared__ float4 s[64];
     const unsigned t = threadIdx.x;
@@ -813,7 +804,7 @@ CHILD_CASE("ldmatrix without a barrier") {
     Device<uint32_t> out(32);
     launch(ldmatrix_without_barrier, 1, 32, 0, nullptr, out);
 }
-TEST_CASE("ThreadSanitizer names both lines of a race between CUDA threads") {
+TEST_CASE("ThreadSanitizer reports races between CUDA threads, with lines") {
     if (!TSAN) return skip("run make test-emulator-tsan");
     for (const char* name : {"no barrier", "no second barrier", "no syncwarp",
                              "barrier before the copy*s wait", "ldmatrix without a barrier"}) {
@@ -850,9 +841,7 @@ CHILD_CASE("vector") {
     auto kernel = +[](float* x) { *(float4*)(x + 1) = make_float4(1, 2, 3, 4); };
     launch(kernel, 1, 1, 0, nullptr, x);
 }
-TEST_CASE(
-    "AddressSanitizer sees every byte behind allocations, tensors and dynamic shared memory; UBSan arrays "
-    "and alignment") {
+TEST_CASE("AddressSanitizer finds every overrun byte, UBSan wrong indices and misaligned vectors") {
     if (!ASAN) return skip("run make test-emulator-asan");
     CHECK_CONTAINS(run_child("child: slack"), "AddressSanitizer: use-after-poison");
     CHECK_CONTAINS(run_child("child: gap"), "AddressSanitizer: use-after-poison");
@@ -884,7 +873,7 @@ TEST_CASE("host code that touches device memory is reported and ends the program
 __global__ void fill(float* p, float v) { p[blockIdx.x * blockDim.x + threadIdx.x] = v; }
 __global__ void add_to(float* to, const float* from) { to[threadIdx.x] += from[threadIdx.x]; }
 
-TEST_CASE("copies and memsets: kinds, bounds, rows with a pitch, pinned memory") {
+TEST_CASE("copies and memsets check kinds and bounds, and handle pitches and pinned memory") {
     Options options;
     Device<float> x(100), y(100);
     Floats host = random_floats(100, 5), back(100);
@@ -922,7 +911,7 @@ TEST_CASE("copies and memsets: kinds, bounds, rows with a pitch, pinned memory")
     CHECK(cudaHostUnregister(back.data()) == cudaSuccess);
     CHECK(cudaHostUnregister(back.data()) == cudaErrorHostMemoryNotRegistered);
 }
-TEST_CASE("device memory ends at its limit, and cudaMemGetInfo follows it") {
+TEST_CASE("device memory is limited, and cudaMemGetInfo reports what is left") {
     Options options;
     const size_t before = emu::statistics().memory_now;
     options->memory_limit = before + (1 << 20);
@@ -942,7 +931,7 @@ TEST_CASE("device memory ends at its limit, and cudaMemGetInfo follows it") {
     CHECK(cudaMemGetInfo(&unused, &total) == cudaSuccess);
     CHECK(unused == 100);
 }
-TEST_CASE("the device that is reported: small, compute capability 9.0") {
+TEST_CASE("the emulated device is small and has compute capability 9.0") {
     Options options;
     options->devices = 2;
     int n, value;
@@ -994,7 +983,7 @@ struct Pinned {
     float& operator[](size_t i) { return p[i]; }
 };
 
-TEST_CASE("lazy streams: nothing is there before it has been waited for") {
+TEST_CASE("lazy streams: work runs only when something waits for it") {
     Options options;
     options->lazy_streams = true;
     Stream s;
@@ -1008,7 +997,7 @@ TEST_CASE("lazy streams: nothing is there before it has been waited for") {
     while (cudaStreamQuery(s) == cudaErrorNotReady) queries++;
     CHECK(queries == 2);
     CHECK(host[3] == 7);
-    host[3] = 5;  // a pinned source is read when the copy runs, a pageable one at the call
+    host[3] = 5;  // a pinned source is read when the copy runs, a pageable one during the call
     Floats pageable(32, 5);
     Device<float> y(32);
     CHECK(cudaMemcpyAsync(x, host.p, 128, cudaMemcpyHostToDevice, s) == cudaSuccess);
@@ -1018,7 +1007,7 @@ TEST_CASE("lazy streams: nothing is there before it has been waited for") {
     CHECK(x.get()[3] == 6);
     CHECK(y.get()[3] == 5);
 }
-TEST_CASE("lazy streams: a missing event between streams shows, and the event mends it") {
+TEST_CASE("lazy streams: a missing wait for an event gives wrong results, and the wait right ones") {
     Options options;
     options->lazy_streams = true;
     Stream a, b;
@@ -1036,7 +1025,7 @@ TEST_CASE("lazy streams: a missing event between streams shows, and the event me
         CHECK(host[0] == (wait ? 7 : 0));
     }
 }
-TEST_CASE("lazy streams: the legacy stream waits for blocking streams, and they for it") {
+TEST_CASE("lazy streams: the legacy stream and blocking streams wait for each other") {
     Options options;
     options->lazy_streams = true;
     Stream blocking, loose(cudaStreamNonBlocking);
@@ -1056,7 +1045,7 @@ TEST_CASE("lazy streams: the legacy stream waits for blocking streams, and they 
     cudaMemcpy(host.p, y, 128, cudaMemcpyDeviceToHost);
     CHECK(host[0] == 1);
 }
-TEST_CASE("a report comes at the launch of an eager stream, and where a lazy one is waited for") {
+TEST_CASE("a fault is reported at the launch in an eager stream, and at the wait in a lazy one") {
     Device<float> x(1024);
     for (bool lazy : {false, true}) {
         Options options;
@@ -1065,7 +1054,7 @@ TEST_CASE("a report comes at the launch of an eager stream, and where a lazy one
         CHECK(cudaDeviceSynchronize() == cudaErrorIllegalAddress);
     }
 }
-TEST_CASE("events: query, synchronize, elapsed time") {
+TEST_CASE("events can be queried, waited for and timed, and wrong uses are refused") {
     Options options;
     options->lazy_streams = true;
     Stream s;
@@ -1090,8 +1079,8 @@ TEST_CASE("events: query, synchronize, elapsed time") {
     cudaGetLastError();
 }
 
-// x = 1; then on a branch y += x, and on the other z += x; joined, x += y, x += z. Without `join` the last
-// comes early.
+// x = 1; then y += x in one branch and z += x in the other; after the join x += y and x += z. Without `join`
+// the branches join only at the end.
 void two_branches(cudaStream_t s, cudaStream_t side, float* x, float* y, float* z, bool join) {
     Event fork, done;
     launch(fill, 1, 32, 0, s, x, 1.0f);
@@ -1104,7 +1093,7 @@ void two_branches(cudaStream_t s, cudaStream_t side, float* x, float* y, float* 
     launch(add_to, 1, 32, 0, s, x, z);
     if (!join) cudaStreamWaitEvent(s, done, 0);
 }
-TEST_CASE("graphs: captured work runs at each launch, in every order that its edges allow") {
+TEST_CASE("graphs: captured work runs at each launch, in any order that its edges allow") {
     Stream s, side;
     for (bool lazy : {false, true}) {
         all_schedules([&] {
@@ -1120,7 +1109,7 @@ TEST_CASE("graphs: captured work runs at each launch, in every order that its ed
             CHECK(nodes == 5);
             REQUIRE(cudaGraphInstantiate(&run, graph, 0) == cudaSuccess);
             REQUIRE(cudaGraphDestroy(graph) == cudaSuccess);
-            CHECK(y.get()[0] == 0);  // capturing has run nothing
+            CHECK(y.get()[0] == 0);  // capturing runs nothing
             for (int i = 0; i < 3; i++) CHECK(cudaGraphLaunch(run, s) == cudaSuccess);
             CHECK(cudaStreamSynchronize(s) == cudaSuccess);
             CHECK(x.get()[0] == 1 + 3 + 3);
@@ -1131,7 +1120,7 @@ TEST_CASE("graphs: captured work runs at each launch, in every order that its ed
         });
     }
 }
-TEST_CASE("graphs: a join that comes too late shows under some schedule") {
+TEST_CASE("graphs: a join that comes too late gives wrong results under some schedule") {
     Stream s, side;
     bool right = true;
     all_schedules([&] {
@@ -1148,19 +1137,25 @@ TEST_CASE("graphs: a join that comes too late shows under some schedule") {
     });
     CHECK(!right);
 }
-TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
+constexpr auto GLOBAL = cudaStreamCaptureModeGlobal, RELAXED = cudaStreamCaptureModeRelaxed,
+               LOCAL = cudaStreamCaptureModeThreadLocal;
+constexpr cudaError_t BROKEN = cudaErrorStreamCaptureInvalidated,
+                      UNSUPPORTED = cudaErrorStreamCaptureUnsupported;
+
+// Streams to capture in, and what the tests of wrong captures have in common.
+struct Captures {
     Options options;
-    Stream s, side, loose(cudaStreamNonBlocking);
-    Device<float> x(32);
-    Event before, e;
-    cudaEventRecord(before, loose);
+    Stream s, side, loose;
+    Device<float> x;
+    Event before, e;  // `before` is recorded before any capture
     cudaGraph_t graph;
-    void* p;
     float host[32];
-    cudaStreamCaptureStatus status;
-    // Captures on `stream` what f does; f's error is `want`, and the capture ends with `end`.
-    auto capture = [&](cudaStream_t stream, cudaStreamCaptureMode mode, cudaError_t want, cudaError_t end,
-                       auto f) {
+
+    Captures() : loose(cudaStreamNonBlocking), x(32) { cudaEventRecord(before, loose); }
+    // Captures what f does in `stream`. f's error must be `want`, and that of the capture's end `end`.
+    template <class F>
+    void capture(cudaStream_t stream, cudaStreamCaptureMode mode, cudaError_t want, cudaError_t end, F f) {
+        cudaStreamCaptureStatus status;
         REQUIRE(cudaStreamBeginCapture(stream, mode) == cudaSuccess);
         CHECK(launch(fill, 1, 32, 0, stream, x, 1.0f) == cudaSuccess);
         CHECK(f() == want);
@@ -1174,71 +1169,77 @@ TEST_CASE("graphs: what breaks a capture returns CUDA's errors") {
         CHECK(cudaStreamIsCapturing(stream, &status) == cudaSuccess);
         CHECK(status == cudaStreamCaptureStatusNone);
         CHECK(cudaStreamSynchronize(stream) == cudaSuccess);
-    };
-    const auto global = cudaStreamCaptureModeGlobal, relaxed = cudaStreamCaptureModeRelaxed,
-               local = cudaStreamCaptureModeThreadLocal;
-    const cudaError_t broken = cudaErrorStreamCaptureInvalidated,
-                      unsupported = cudaErrorStreamCaptureUnsupported;
-    auto in_thread = [](auto f) {
-        cudaError_t e = cudaSuccess;
-        std::thread([&] { e = f(); }).join();
-        return e;
-    };
-    auto allocate = [&] {
+    }
+};
+template <class F>
+cudaError_t in_thread(F f) {
+    cudaError_t e = cudaSuccess;
+    std::thread([&] { e = f(); }).join();
+    return e;
+}
+
+TEST_CASE("graphs: allocations and waits break a capture, as its mode and stream forbid them") {
+    Captures c;
+    auto allocate = [] {
+        void* p;
         cudaError_t e = cudaMalloc(&p, 16);
         if (e == cudaSuccess) cudaFree(p);
         return e;
     };
-    capture(loose, global, unsupported, broken, allocate);
-    capture(loose, local, unsupported, broken, allocate);
-    capture(loose, local, cudaSuccess, cudaSuccess, [&] { return in_thread(allocate); });
-    capture(loose, global, unsupported, broken, [&] { return in_thread(allocate); });
-    capture(loose, relaxed, cudaSuccess, cudaSuccess, allocate);
-    capture(loose, relaxed, unsupported, broken, [&] { return cudaStreamSynchronize(loose); });
-    capture(loose, relaxed, unsupported, broken, [&] { return cudaStreamQuery(loose); });
-    capture(loose, relaxed, unsupported, broken, [&] { return cudaDeviceSynchronize(); });
-    capture(loose, relaxed, cudaSuccess, cudaSuccess, [&] { return cudaStreamSynchronize(side); });
-    capture(s, relaxed, cudaErrorStreamCaptureImplicit, broken,
-            [&] { return launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
-    capture(s, relaxed, cudaErrorStreamCaptureImplicit, broken,
-            [&] { return cudaMemcpy(host, x, 128, cudaMemcpyDeviceToHost); });
-    capture(loose, relaxed, cudaSuccess, cudaSuccess,
-            [&] { return launch(fill, 1, 32, 0, nullptr, x, 1.0f); });
-    capture(loose, global, unsupported, broken,
-            [&] { return cudaMemcpy(host, x, 128, cudaMemcpyDeviceToHost); });
-    capture(loose, global, cudaErrorStreamCaptureIsolation, broken,
-            [&] { return cudaStreamWaitEvent(loose, before, 0); });
-    capture(loose, global, cudaErrorCapturedEvent, broken, [&] {
-        cudaEventRecord(e, loose);
-        return cudaEventSynchronize(e);
+    c.capture(c.loose, GLOBAL, UNSUPPORTED, BROKEN, allocate);
+    c.capture(c.loose, LOCAL, UNSUPPORTED, BROKEN, allocate);
+    c.capture(c.loose, LOCAL, cudaSuccess, cudaSuccess, [&] { return in_thread(allocate); });
+    c.capture(c.loose, GLOBAL, UNSUPPORTED, BROKEN, [&] { return in_thread(allocate); });
+    c.capture(c.loose, RELAXED, cudaSuccess, cudaSuccess, allocate);
+    c.capture(c.loose, RELAXED, UNSUPPORTED, BROKEN, [&] { return cudaStreamSynchronize(c.loose); });
+    c.capture(c.loose, RELAXED, UNSUPPORTED, BROKEN, [&] { return cudaStreamQuery(c.loose); });
+    c.capture(c.loose, RELAXED, UNSUPPORTED, BROKEN, [&] { return cudaDeviceSynchronize(); });
+    c.capture(c.loose, RELAXED, cudaSuccess, cudaSuccess, [&] { return cudaStreamSynchronize(c.side); });
+    CHECK(std::string(cudaGetErrorName(BROKEN)) == "cudaErrorStreamCaptureInvalidated");
+}
+TEST_CASE("graphs: the legacy stream and events from outside break a capture") {
+    Captures c;
+    auto legacy_launch = [&] { return launch(fill, 1, 32, 0, nullptr, c.x, 1.0f); };
+    auto legacy_copy = [&] { return cudaMemcpy(c.host, c.x, 128, cudaMemcpyDeviceToHost); };
+    c.capture(c.s, RELAXED, cudaErrorStreamCaptureImplicit, BROKEN, legacy_launch);
+    c.capture(c.s, RELAXED, cudaErrorStreamCaptureImplicit, BROKEN, legacy_copy);
+    c.capture(c.loose, RELAXED, cudaSuccess, cudaSuccess, legacy_launch);
+    c.capture(c.loose, GLOBAL, UNSUPPORTED, BROKEN, legacy_copy);
+    c.capture(c.loose, GLOBAL, cudaErrorStreamCaptureIsolation, BROKEN,
+              [&] { return cudaStreamWaitEvent(c.loose, c.before, 0); });
+    c.capture(c.loose, GLOBAL, cudaErrorCapturedEvent, BROKEN, [&] {
+        cudaEventRecord(c.e, c.loose);
+        return cudaEventSynchronize(c.e);
     });
-    capture(loose, global, cudaSuccess, cudaErrorStreamCaptureUnjoined, [&] {
-        cudaEventRecord(e, loose), cudaStreamWaitEvent(side, e, 0);
-        return launch(fill, 1, 32, 0, side, x, 1.0f);
+}
+TEST_CASE("graphs: a capture must join its branches, and end in its own stream and thread") {
+    Captures c;
+    c.capture(c.loose, GLOBAL, cudaSuccess, cudaErrorStreamCaptureUnjoined, [&] {
+        cudaEventRecord(c.e, c.loose), cudaStreamWaitEvent(c.side, c.e, 0);
+        return launch(fill, 1, 32, 0, c.side, c.x, 1.0f);
     });
-    capture(loose, global, cudaErrorStreamCaptureUnmatched, broken, [&] {
-        cudaEventRecord(e, loose), cudaStreamWaitEvent(side, e, 0);
-        return cudaStreamEndCapture(side, &graph);
+    c.capture(c.loose, GLOBAL, cudaErrorStreamCaptureUnmatched, BROKEN, [&] {
+        cudaEventRecord(c.e, c.loose), cudaStreamWaitEvent(c.side, c.e, 0);
+        return cudaStreamEndCapture(c.side, &c.graph);
     });
-    capture(loose, global, cudaErrorStreamCaptureWrongThread, broken,
-            [&] { return in_thread([&] { return cudaStreamEndCapture(loose, &graph); }); });
-    CHECK(cudaStreamEndCapture(s, &graph) == cudaErrorIllegalState);
-    CHECK(cudaStreamBeginCapture(nullptr, global) == unsupported);
-    REQUIRE(cudaStreamBeginCapture(s, global) == cudaSuccess);
-    REQUIRE(cudaStreamBeginCapture(side, global) == cudaSuccess);
-    cudaEventRecord(e, side);
-    CHECK(cudaStreamWaitEvent(s, e, 0) == cudaErrorStreamCaptureMerge);
-    CHECK(cudaStreamEndCapture(s, &graph) == broken);
-    CHECK(cudaStreamEndCapture(side, &graph) == cudaSuccess);
-    CHECK(cudaGraphDestroy(graph) == cudaSuccess);
-    CHECK(std::string(cudaGetErrorName(broken)) == "cudaErrorStreamCaptureInvalidated");
+    c.capture(c.loose, GLOBAL, cudaErrorStreamCaptureWrongThread, BROKEN,
+              [&] { return in_thread([&] { return cudaStreamEndCapture(c.loose, &c.graph); }); });
+    CHECK(cudaStreamEndCapture(c.s, &c.graph) == cudaErrorIllegalState);
+    CHECK(cudaStreamBeginCapture(nullptr, GLOBAL) == UNSUPPORTED);
+    REQUIRE(cudaStreamBeginCapture(c.s, GLOBAL) == cudaSuccess);
+    REQUIRE(cudaStreamBeginCapture(c.side, GLOBAL) == cudaSuccess);
+    cudaEventRecord(c.e, c.side);
+    CHECK(cudaStreamWaitEvent(c.s, c.e, 0) == cudaErrorStreamCaptureMerge);
+    CHECK(cudaStreamEndCapture(c.s, &c.graph) == BROKEN);
+    CHECK(cudaStreamEndCapture(c.side, &c.graph) == cudaSuccess);
+    CHECK(cudaGraphDestroy(c.graph) == cudaSuccess);
 }
 
 // ---------------------------------------------------------------------------------------------
 // cuBLASLt
 
-// One product as cuBLASLt takes it; op(A) (m,k), op(B) (k,n), D (m,n), with something between the columns and
-// batches.
+// The parameters of a product: op(A) (m,k), op(B) (k,n), D (m,n), with `pad` values between
+// columns and batches.
 struct Matmul {
     size_t m, n, k;
     bool trans_a, trans_b;
@@ -1247,8 +1248,9 @@ struct Matmul {
     int batches = 1;
     size_t pad = 8;
 };
+// A column-ordered matrix for each batch, with random values on the host and on the device.
 template <class T>
-struct Columns {  // a column-ordered matrix for each batch, and its copy on the device
+struct Columns {
     size_t rows, cols, ld, stride;
     std::vector<T> host;
     Device<T> device;
@@ -1270,6 +1272,7 @@ struct Columns {  // a column-ordered matrix for each batch, and its copy on the
 double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 double gelu_derivative(double x) { return (gelu(x + 1e-5) - gelu(x - 1e-5)) / 2e-5; }
 
+// cuBLASLt's objects for a product: layout[0] is A's, [1] B's, [2] C's and D's.
 struct Handles {
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t desc;
@@ -1317,15 +1320,25 @@ struct Handles {
     }
 };
 
-// Runs f and compares everything that it writes with plain loops in double precision.
+// A product's operands.
 template <class In, class Out>
-void check_matmul(const Matmul& f) {
+struct Operands {
+    Columns<In> a, b;
+    Columns<Out> d, aux, bias;
+    explicit Operands(const Matmul& f)
+        : a(f.trans_a ? f.k : f.m, f.trans_a ? f.m : f.k, f.batches, f.pad, 1),
+          b(f.trans_b ? f.n : f.k, f.trans_b ? f.k : f.n, f.batches, f.pad, 2),
+          d(f.m, f.n, f.batches, f.pad, 3),
+          aux(f.m, f.n, f.batches, f.pad, 4),
+          bias(std::max(f.m, f.n), 1, f.batches, 0, 5) {}
+};
+
+// Computes the product on the device.
+template <class In, class Out>
+void multiply(const Matmul& f, const Operands<In, Out>& o) {
     const cudaDataType_t in = sizeof(In) == 2 ? CUDA_R_16BF : CUDA_R_32F,
                          out = sizeof(Out) == 2 ? CUDA_R_16BF : CUDA_R_32F;
-    Columns<In> a(f.trans_a ? f.k : f.m, f.trans_a ? f.m : f.k, f.batches, f.pad, 1);
-    Columns<In> b(f.trans_b ? f.n : f.k, f.trans_b ? f.k : f.n, f.batches, f.pad, 2);
-    Columns<Out> d(f.m, f.n, f.batches, f.pad, 3), aux(f.m, f.n, f.batches, f.pad, 4);
-    Columns<Out> bias(std::max(f.m, f.n), 1, f.batches, 0, 5);
+    const auto& [a, b, d, aux, bias] = o;
     Handles h;
     h.set(CUBLASLT_MATMUL_DESC_TRANSA, f.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
     h.set(CUBLASLT_MATMUL_DESC_TRANSB, f.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -1341,15 +1354,24 @@ void check_matmul(const Matmul& f) {
     cublasLtMatmulHeuristicResult_t result;
     REQUIRE(h.heuristic(&result, 1) == 1);
     REQUIRE(h.multiply(f.alpha, a.device, b.device, f.beta, d.device, &result.algo) == CUBLAS_STATUS_SUCCESS);
+}
 
+// What D, aux and bias must contain afterwards, including the values between the columns.
+struct Expected {
+    std::vector<double> d, aux, bias;
+};
+template <class In, class Out>
+Expected expected(const Matmul& f, const Operands<In, Out>& o) {
+    const auto& [a_, b_, d, aux, bias] = o;
+    const Columns<In>&a = a_, &b = b_;  // names that lambdas can capture
     const cublasLtEpilogue_t e = f.epilogue;
     const bool dgelu = e == CUBLASLT_EPILOGUE_DGELU || e == CUBLASLT_EPILOGUE_DGELU_BGRAD;
-    std::vector<double> want_d(d.host.size()), want_aux(aux.host.size()), want_bias(bias.host.size());
-    for (size_t i = 0; i < want_d.size(); i++)
-        want_d[i] = (double)number(d.host[i]), want_aux[i] = (double)number(aux.host[i]);
-    for (size_t i = 0; i < want_bias.size(); i++) want_bias[i] = (double)number(bias.host[i]);
+    Expected want;
+    for (Out v : d.host) want.d.push_back((double)number(v));
+    for (Out v : aux.host) want.aux.push_back((double)number(v));
+    for (Out v : bias.host) want.bias.push_back((double)number(v));
     for (size_t batch = 0; batch < (size_t)f.batches; batch++) {
-        double* bias_gradient = &want_bias[batch * bias.stride];
+        double* bias_gradient = &want.bias[batch * bias.stride];
         auto A = [&](size_t i, size_t k) { return f.trans_a ? a.at(batch, k, i) : a.at(batch, i, k); };
         auto B = [&](size_t k, size_t j) { return f.trans_b ? b.at(batch, j, k) : b.at(batch, k, j); };
         if (e == CUBLASLT_EPILOGUE_BGRADA || e == CUBLASLT_EPILOGUE_DGELU_BGRAD)
@@ -1366,13 +1388,23 @@ void check_matmul(const Matmul& f) {
                 v = f.alpha * v + f.beta * d.at(batch, i, j);
                 if (e & CUBLASLT_EPILOGUE_BIAS) v += bias.at(batch, i, 0);
                 if (e == CUBLASLT_EPILOGUE_GELU_AUX || e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS)
-                    want_aux[batch * aux.stride + j * aux.ld + i] = v;
+                    want.aux[batch * aux.stride + j * aux.ld + i] = v;
                 if (e & CUBLASLT_EPILOGUE_GELU) v = gelu(v);
                 if (dgelu) v *= gelu_derivative(aux.at(batch, i, j));
                 if (e == CUBLASLT_EPILOGUE_DGELU_BGRAD) bias_gradient[i] += v;
-                want_d[batch * d.stride + j * d.ld + i] = v;
+                want.d[batch * d.stride + j * d.ld + i] = v;
             }
     }
+    return want;
+}
+
+// Computes the product on the device and compares everything that it writes with `expected`.
+template <class In, class Out>
+void check_matmul(const Matmul& f) {
+    const Operands<In, Out> o(f);
+    multiply(f, o);
+    const Expected want = expected(f, o);
+    const cublasLtEpilogue_t e = f.epilogue;
     auto compare = [&](const char* what, const Device<Out>& got, const std::vector<double>& want) {
         Floats x;
         for (Out v : got.get()) x.push_back(number(v));
@@ -1382,8 +1414,8 @@ void check_matmul(const Matmul& f) {
                     x, want, sizeof(Out) == 2 ? 3e-3 : 2e-6);
     };
     CAPTURE(e);
-    compare("D", d.device, want_d), compare("aux", aux.device, want_aux),
-        compare("bias", bias.device, want_bias);
+    compare("D", o.d.device, want.d), compare("aux", o.aux.device, want.aux);
+    compare("bias", o.bias.device, want.bias);
 }
 
 const cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT,  CUBLASLT_EPILOGUE_BIAS,
@@ -1391,9 +1423,7 @@ const cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT,  CUBLASLT_EPI
                                         CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
                                         CUBLASLT_EPILOGUE_DGELU,    CUBLASLT_EPILOGUE_DGELU_BGRAD,
                                         CUBLASLT_EPILOGUE_BGRADA,   CUBLASLT_EPILOGUE_BGRADB};
-TEST_CASE(
-    "cublasLtMatmul: both transpositions, batches, beta and every epilogue agree with plain loops, bf16 and "
-    "fp32") {
+TEST_CASE("cublasLtMatmul agrees with plain loops for all transpositions, epilogues and types") {
     for (int trans = 0; trans < 4; trans++) {
         Matmul f = {40, 26, 33, trans / 2 == 1, trans % 2 == 1};
         check_matmul<float, float>(f);
@@ -1409,13 +1439,10 @@ TEST_CASE(
     check_matmul<float, float>({1, 1, 1, false, false});
     check_matmul<float, float>({64, 12, 16, false, true, CUBLASLT_EPILOGUE_BIAS, 1, 1, 1, 0});
 }
-TEST_CASE(
-    "cublasLtMatmul refuses what the documentation forbids, and operands beyond their memory, with the "
-    "reason") {
+TEST_CASE("cublasLtMatmul refuses invalid calls and operands beyond their memory, with the reason") {
     Options options;
     Device<float> a(Floats(64, 1)), b(Floats(64, 1)), d(Floats(64, 0)), bias(8);
     Handles h;
-    cublasLtMatmulHeuristicResult_t results[4];
     auto fresh = [&] {
         for (int i = 0; i < 3; i++) h.set_layout(i, CUDA_R_32F, 8, 8, 8);
         h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_DEFAULT);
@@ -1464,10 +1491,13 @@ TEST_CASE(
     CHECK(h.multiply(1, host, b, 0, d) == CUBLAS_STATUS_EXECUTION_FAILED);
     CHECK_CONTAINS(emu::last_report(), "cublasLtMatmul: A: 0x");
     CHECK(cudaDeviceSynchronize() == cudaErrorIllegalAddress);
-    fresh();
-
-    // The heuristic: more algorithms with more workspace, which is theirs; alignment as promised; epilogues
-    // switched off
+}
+TEST_CASE("cublasLt's heuristic offers algorithms that need workspace and rely on alignments") {
+    Options options;
+    Device<float> a(Floats(64, 1)), b(Floats(64, 1)), d(Floats(64, 0));
+    Handles h;
+    for (int i = 0; i < 3; i++) h.set_layout(i, CUDA_R_32F, 8, 8, 8);
+    cublasLtMatmulHeuristicResult_t results[4];
     CHECK(h.heuristic(results, 4) == 1);
     uint64_t workspace = 32 << 20;
     CHECK(cublasLtMatmulPreferenceSetAttribute(h.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
@@ -1499,7 +1529,7 @@ TEST_CASE(
     cudaMemset(space, 0, 4 << 20);
     CHECK(h.multiply(1, a, b, 0, d, &results[2].algo, space, (4 << 20) - 1) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK(h.multiply(1, a, b, 0, d, &results[2].algo, space, 4 << 20) == CUBLAS_STATUS_SUCCESS);
-    CHECK(space.get()[77] == -1);
+    CHECK(space.get()[77] == -1);  // overwritten
     h.set_layout(2, CUDA_R_32F, 8, 1, 8), h.set_layout(1, CUDA_R_32F, 8, 1, 8);
     CHECK(h.multiply(1, a, b + 1, 0, d, &results[0].algo) == CUBLAS_STATUS_INVALID_VALUE);
     CHECK_CONTAINS(emu::last_report(), "not aligned to 16 bytes as the preference promised");
@@ -1515,7 +1545,7 @@ TEST_CASE(
     h.set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
     CHECK(h.heuristic(results, 1) == 1);
 }
-TEST_CASE("cublasLtMatmul runs in its stream: in order, lazily, and as a node of a graph") {
+TEST_CASE("cublasLtMatmul runs in its stream: in order, lazily, or as a node of a graph") {
     Options options;
     options->lazy_streams = true;
     Stream s;
@@ -1563,7 +1593,7 @@ __global__ void many_mma(float* out, int n) {
     for (int i = 0; i < n; i++) emu::mma_m16n8k16_bf16(d, a, b, d);
     out[blockIdx.x * blockDim.x + threadIdx.x] = d[0];
 }
-TEST_CASE("speed: launches, threads, switches, mma, matrix products" * doctest::skip()) {
+TEST_CASE("speed: prints how fast launches, threads, switches and products are" * doctest::skip()) {
     const size_t n = 1 << 22;
     Device<float> x(n), y(n);
     auto time = [](const char* what, double count, const char* unit, auto f) {

@@ -1,9 +1,16 @@
 // threads.cpp - workers, and the threads of a block: fibers that wait at barriers and warp collectives.
 //
-// A worker is an operating system thread that runs one block at a time. Each CUDA thread is a fiber; one that
-// has to wait switches straight to the next that can run. A thread that ends hands its stack to the next new
-// one, so kernels without barriers cost no switches. Kernels run on workers only: the worker's copy of the
-// program's thread-local storage is its block's shared memory, filled with NaN before each block.
+// A worker is an operating system thread that runs one block at a time. Each CUDA thread runs on a fiber.
+// When it must wait, it switches directly to another thread that can run; the schedule chooses which. A
+// thread that ends leaves its fiber to the next thread that has not started, so kernels without barriers
+// need no switches.
+//
+// Shared memory is the worker's copy of the program's thread-local storage, so kernels run on workers only.
+// It is filled with NaN before each block, which makes a missing initialisation show in the results.
+//
+// Races: threads of a block never run at the same time, so a race shows in two ways. Different schedules give
+// different results; and TSan, which sees each CUDA thread as a thread, reports it if no barrier, collective
+// or atomic orders the two accesses. acquire() and release() tell TSan what each of these orders.
 #include <link.h>
 
 #include <algorithm>
@@ -11,6 +18,7 @@
 #include <condition_variable>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 
@@ -37,17 +45,18 @@ struct Thread {
     Fiber* fiber = nullptr;
     uint3 index;
     State state;
-    Site site;          // where it waits, or waited last
-    const char* waits;  // in what
+    Site site;          // the place where it waits, or waited last
+    const char* waits;  // the function in which it waits
     std::vector<PendingCopy> copies;
     int copy_groups;
 };
 
 struct Warp {
-    uint32_t arrived, exited;
-    int generation;  // which of TSan's objects is in use: two in turn, so that a late reader of one
-                     // collective does not see
-    char order[2];   // the arrivals at the next
+    uint32_t arrived, exited;  // bit masks of lanes
+    // The number of collectives so far, and the objects that tell TSan their order. Two objects alternate, so
+    // that a lane that continues late from one collective is not ordered after arrivals at the next.
+    int generation;
+    char order[2];
     void* data[32];
     WarpFunction function[32];
     uint32_t mask[32];
@@ -58,29 +67,26 @@ struct Warp {
 struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
-    uint64_t ready[16],
-        at_barrier[16];  // a bit for each thread that can run; that waits at the block's barrier
-    int count, exited, current, arrived;
+    uint64_t ready[16], at_barrier[16];   // a bit per thread: it can run; it waits at the block's barrier
+    int count, exited, current, arrived;  // threads; exited; the running one; how many are at the barrier
     BarrierKind barrier;
-    int first, sum,
-        result;  // at the barrier: the first to arrive, the predicates so far; the last barrier's result
-    int generation;
-    char order[2], started, ended;  // TSan's objects
+    int first, sum, result;  // the barrier's first thread, its number of true predicates; the last result
+    int generation;          // the number of barriers so far, as in Warp
+    char order[2], started, ended;  // objects for TSan
     Schedule schedule;
     const std::function<void()>* body;
     const void* kernel;
     bool failed;
     std::mt19937 random;
-    Fiber main;
+    Fiber main;  // the worker's stack, which starts the block and continues at its end
     std::vector<std::unique_ptr<Fiber>> fibers;
-    std::vector<Fiber*> idle;  // those that wait for a thread
-    char *shared,
-        *dynamic;  // the worker's copy of the program's thread-local storage, and the dynamic part of it
+    std::vector<Fiber*> idle;  // fibers that no thread uses
+    char *shared, *dynamic;    // the worker's copy of the thread-local storage, and dynamic_smem in it
     size_t shared_bytes, dynamic_bytes, dynamic_used;
     uint64_t switches;
-    alignas(16) char emergency[64 << 10];
+    alignas(16) char emergency[64 << 10];  // the stack on which a memory fault is reported
 };
-static thread_local Block* block = nullptr;  // this worker's
+static thread_local Block* block = nullptr;  // this worker's block
 
 static std::atomic<uint64_t> launches, cuda_threads, fiber_switches;
 static const bool tsan = __tsan_create_fiber != nullptr;
@@ -100,7 +106,8 @@ bool on_fiber_guard(const void* p) {
 
 static std::string place(Site s) { return s.file ? format("%s:%d", s.file, s.line) : "?"; }
 
-// Gives up the block: back to run_block, which never resumes these fibers.
+// Reports a fault of the running thread and abandons the block: switches back to run_block, which never
+// continues these fibers.
 [[noreturn]] static void abandon(cudaError_t code, const std::string& text) {
     Block& b = *block;
     report(code, text + format(" [kernel %s, block (%u,%u,%u), thread (%u,%u,%u)]", name_of(b.kernel).c_str(),
@@ -122,7 +129,7 @@ void fault_at_address(const std::string& what, const void* instruction) {
     abandon(cudaErrorIllegalAddress, what + " in " + source_of(instruction));
 }
 [[noreturn]] static void deadlock(Block& b) {
-    std::map<std::string, std::pair<int, int>> groups;  // where -> how many, the first
+    std::map<std::string, std::pair<int, int>> groups;  // what they do -> how many threads, the first of them
     for (int i = 0; i < b.count; i++) {
         const Thread& t = b.threads[(size_t)i];
         auto& g = groups[t.state == EXITED ? "have exited"
@@ -135,11 +142,11 @@ void fault_at_address(const std::string& what, const void* instruction) {
     abandon(cudaErrorLaunchFailure, "deadlock: " + text.substr(2));
 }
 
-// --- who runs next
+// --- which thread runs next
 
 static void set_ready(Block& b, int thread) { b.ready[thread / 64] |= 1ull << thread % 64; }
 
-// The next thread by the schedule; -1 where none is ready.
+// Removes the next thread from the ready ones, as the schedule chooses, and returns it; -1 if there is none.
 static int take_ready(Block& b) {
     const int words = (b.count + 63) / 64;
     int w = b.schedule == DESCENDING ? words - 1 : 0, bit = 0;
@@ -147,7 +154,7 @@ static int take_ready(Block& b) {
         while (w < words && !b.ready[w]) w++;
     } else if (b.schedule == DESCENDING) {
         while (w >= 0 && !b.ready[w]) w--;
-    } else {  // the first word, from a random one on, that has any
+    } else {  // the first word with a ready thread, searched from a random word on
         const int start = (int)(b.random() % (unsigned)words);
         while (w < words && !b.ready[(start + w) % words]) w++;
         if (w < words) w = (start + w) % words;
@@ -161,7 +168,7 @@ static int take_ready(Block& b) {
     return w * 64 + bit;
 }
 
-// Makes `next` the running thread; returns the fiber to switch to.
+// Makes `next` the running thread and returns its fiber, to which the caller must switch.
 static Fiber& begin(Block& b, int next) {
     Thread& t = b.threads[(size_t)next];
     if (!t.fiber) t.fiber = b.idle.back(), b.idle.pop_back();
@@ -171,7 +178,7 @@ static Fiber& begin(Block& b, int next) {
     return *t.fiber;
 }
 
-// The running thread, which waits, lets another one run; returns when its own turn comes.
+// Called by the running thread when it must wait: runs other threads, and returns when it may continue.
 static void let_others_run(Block& b) {
     Fiber& self = *b.threads[(size_t)b.current].fiber;
     const int next = take_ready(b);
@@ -182,8 +189,8 @@ static void let_others_run(Block& b) {
     self.switch_to(other);
 }
 
-// The end of a wait that the running thread itself has brought about, as the last to arrive. It goes on at
-// once only under the ascending schedule: under the others it must not always be the first behind a barrier.
+// Called by the running thread when it was the last to arrive, so no thread needs to wait. It continues at
+// once under the ascending schedule; under the others it must not always be the first one after a barrier.
 static void go_on(Block& b) {
     b.threads[(size_t)b.current].state = NOT_WAITING;
     if (b.schedule == ASCENDING) return;
@@ -197,8 +204,8 @@ static bool same_place(Site a, Site b) {
 
 // --- warp collectives
 
-// Runs the collective in which the lane waits, if all lanes of its mask that have not exited are there. All
-// but `last`, which is running, become ready.
+// If all lanes of the mask of `lane` that have not exited have arrived at its collective, runs the
+// collective. These lanes become ready, except `last`, which is running (-1: none is).
 static void try_warp(Block& b, int warp, int lane, int last) {
     Warp& w = b.warps[(size_t)warp];
     const uint32_t needed = w.mask[lane] & ~w.exited;
@@ -241,6 +248,8 @@ void warp_collective(uint32_t mask, void* data, WarpFunction f, const char* name
 
 // --- the block's barrier
 
+// Opens the barrier if all threads that have not exited have arrived. They become ready, except `last`, which
+// is running (-1: none is).
 static void try_barrier(Block& b, int last) {
     if (!b.arrived || b.arrived < b.count - b.exited) return;
     b.result = b.barrier == BARRIER_COUNT ? b.sum : b.barrier == BARRIER_AND ? b.sum == b.arrived : b.sum > 0;
@@ -305,7 +314,7 @@ static void end_thread(Block& b) {
                      t.copies.size()),
               t.copies[0].site);
     release(&b.ended);
-    release(&b.order[b.generation & 1]);  // who exits counts as arrived
+    release(&b.order[b.generation & 1]);  // a thread that has exited counts as arrived
     t.state = EXITED;
     b.exited++;
     Warp& w = b.warps[(size_t)warp];
@@ -315,7 +324,8 @@ static void end_thread(Block& b) {
     try_barrier(b, -1);
 }
 
-// What every fiber does: runs threads of the block, one after the other, until another fiber has to continue.
+// The function of every fiber: runs threads of the block, one after the other. When the next thread to run
+// has a fiber already, it switches to that one, and continues here when a new thread uses this fiber again.
 static void fiber_main() {
     Fiber::entered();
     for (;;) {
@@ -326,7 +336,7 @@ static void fiber_main() {
         end_thread(b);
         const int next = take_ready(b);
         if (next < 0 && b.exited < b.count) deadlock(b);
-        if (!tsan) b.idle.push_back(&self);  // a new thread would take this very stack
+        if (!tsan) b.idle.push_back(&self);  // so that a new thread takes this stack first
         Fiber& other = next < 0 ? b.main : begin(b, next);
         if (&other == &self) continue;
         b.switches++;
@@ -334,7 +344,7 @@ static void fiber_main() {
     }
 }
 
-// Bytes behind the dynamic shared memory that a launch asked for, watched for writes.
+// How many bytes behind a launch's dynamic shared memory are watched for writes.
 constexpr size_t BEHIND = 1024;
 
 static void prepare_block(Block& b, dim3 size) {
@@ -352,18 +362,17 @@ static void prepare_block(Block& b, dim3 size) {
             b.idle.push_back(b.fibers.back().get());
         }
         Thread& t = b.threads[(size_t)i];
-        t.fiber =
-            tsan ? b.fibers[(size_t)i].get() : nullptr;  // under TSan each thread keeps to a fiber of its own
+        t.fiber = tsan ? b.fibers[(size_t)i].get() : nullptr;  // TSan needs a separate fiber for each thread
         t.index = {(unsigned)i % size.x, (unsigned)i / size.x % size.y, (unsigned)i / size.x / size.y};
         t.site = {nullptr, 0}, t.copies.clear(), t.copy_groups = 0;
         set_ready(b, i);
     }
 }
 
-// Runs one block to its end; false when it failed.
+// Runs one block to its end; false if it failed.
 static bool run_block(Block& b, uint3 index, dim3 size) {
     prepare_block(b, size);
-    // NaN everywhere; of the dynamic part, only as far as it was asked for and a little behind
+    // All shared memory becomes NaN; of the dynamic part, only what the launch uses and the bytes behind it.
     const size_t behind = std::min(BEHIND, b.dynamic_bytes - b.dynamic_used);
     char *used_end = b.dynamic + b.dynamic_used, *dynamic_end = b.dynamic + b.dynamic_bytes;
     memset(b.shared, 0xff, (size_t)(b.dynamic - b.shared));
@@ -387,7 +396,7 @@ static bool run_block(Block& b, uint3 index, dim3 size) {
                       name_of(b.kernel).c_str(), index.x, index.y, index.z, i, b.dynamic_used));
     }
     if (!b.failed) return true;
-    for (char& object : b.order) acquire(&object);  // what the waiting threads did came before what follows
+    for (char& object : b.order) acquire(&object);  // threads that still wait will not run again
     for (Warp& w : b.warps)
         for (char& object : w.order) acquire(&object);
     b.idle.clear();
@@ -398,13 +407,14 @@ static bool run_block(Block& b, uint3 index, dim3 size) {
 // ---------------------------------------------------------------------------------------------
 // Workers
 
+// The calling worker's block. It finds the worker's copy of the program's thread-local storage.
 static Block* new_block() {
-    dl_phdr_info program;  // the first in the list
+    dl_phdr_info program;  // the first in the list of loaded objects
     dl_iterate_phdr([](dl_phdr_info* info, size_t, void* out) { return *(dl_phdr_info*)out = *info, 1; },
                     &program);
     Block* b = new Block;
     b->current = -1;
-    b->shared = (char*)program.dlpi_tls_data, b->shared_bytes = 0;  // this thread's copy
+    b->shared = (char*)program.dlpi_tls_data, b->shared_bytes = 0;  // of the calling thread
     for (int i = 0; i < program.dlpi_phnum; i++)
         if (program.dlpi_phdr[i].p_type == PT_TLS) b->shared_bytes = program.dlpi_phdr[i].p_memsz;
     b->dynamic = b->shared + b->shared_bytes, b->dynamic_bytes = 0;
@@ -413,7 +423,7 @@ static Block* new_block() {
     return b;
 }
 
-// Never destroyed: its threads outlive main.
+// The pool of workers. It is never destroyed, because its threads outlive main.
 struct Workers {
     std::mutex lock;
     std::vector<std::condition_variable> wake;
@@ -438,8 +448,8 @@ struct Workers {
             if (--busy == 0) done.notify_one();
         }
     }
-    // As many workers as can be of use for n pieces of work run the job; returns when all are done. One
-    // caller at a time.
+    // Runs the job on all workers, but on at most n, and returns when they are done. Must not be called by
+    // two threads at the same time.
     void run(size_t n, const std::function<void()>& j) {
         std::unique_lock<std::mutex> hold(lock);
         job = j;

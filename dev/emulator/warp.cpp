@@ -1,5 +1,5 @@
-// warp.cpp - what the lanes of a warp do together: shuffles, reductions, ldmatrix, mma. Each is one function
-// that the last lane to arrive runs for all (warp_collective in threads.cpp).
+// warp.cpp - what the lanes of a warp do together: shuffles, reductions, ldmatrix, mma. Each is a function
+// that the last lane to arrive runs for all lanes (warp_collective in threads.cpp).
 #include "runtime.h"
 
 namespace emu {
@@ -13,15 +13,14 @@ static void shuffle_lanes(void* const* lanes, uint32_t mask, Site s) {
     for (int i = 0; i < 32; i++) {
         if (!(mask >> i & 1)) continue;
         ShuffleLane& me = *(ShuffleLane*)lanes[i];
-        const int low = i & ~(me.width - 1), high = low + me.width;  // lanes of one's own segment
+        const int low = i & ~(me.width - 1), high = low + me.width;  // the lane's segment of `width` lanes
         int from = me.kind == SHUFFLE_INDEX  ? low + (me.argument & (me.width - 1))
                    : me.kind == SHUFFLE_XOR  ? i ^ me.argument
                    : me.kind == SHUFFLE_DOWN ? i + me.argument
                                              : i - me.argument;
         if (me.kind == SHUFFLE_UP ? from < low : from >= high) from = i;
         if (from < 0 || from > 31 || !(mask >> from & 1))
-            fault(format("shuffle: lane %d reads lane %d, which is not there (exited, or not in the mask)", i,
-                         from),
+            fault(format("shuffle: lane %d reads lane %d, which has exited or is not in the mask", i, from),
                   s);
         me.received = ((ShuffleLane*)lanes[from])->sent;
     }
@@ -134,7 +133,7 @@ static void mma_lanes(void* const* lanes, uint32_t mask, Site s) {
         Row d, b;
         memcpy(&d, D[m], 32);
         for (int k = 0; k < 16; k++)
-            memcpy(&b, B[k], 32), d += A[m][k] * b;  // the product of two bf16 is exact in fp32
+            memcpy(&b, B[k], 32), d += A[m][k] * b;  // exact products: that of two bf16 fits into fp32
         memcpy(D[m], &d, 32);
     }
     for (int l = 0; l < 32; l++)

@@ -2,26 +2,28 @@
 //
 //     Golden g = read_golden("dev/golden/golden.bin", "grover_erf");   // or "gpt2", "grover_tanh"
 //
-// The file: int32 magic, format, number of tensors, bytes of text; one line of text (which script and
-// versions); then per tensor a TensorHeader and its float32 or int32 data. golden.py's header lists the
-// tensors.
+// The file: four int32 (magic number, format, number of tensors, bytes of text), a line of text with the
+// script and the versions that wrote it, then for each tensor a TensorHeader and its data. The head of
+// golden.py lists the tensors.
 #pragma once
 
 #include <map>
 
 #include "lib/gpt2.h"
 
+// One case of the file.
 struct Golden {
-    std::string text;  // which script and versions wrote the file
+    std::string text;  // the script and the versions that wrote the file
     Config cfg;
     size_t B, T;
-    std::vector<int32_t> tokens, targets;  // (B,T); target -1 is left out of the loss
-    std::vector<float> params, grads;      // all 16 tensors, in gpt2.h's order
+    std::vector<int32_t> tokens, targets;  // (B,T); the loss leaves out targets of -1
+    std::vector<float> params, grads;      // all 16 tensors, in the order of lib/gpt2.h
     std::vector<float> logits;             // (B,T,V)
     float loss;                            // mean over the targets
     std::vector<float> losses;             // before each of ten AdamW steps, and after the last
     std::vector<float> norms;              // of the gradients, before each step's clipping
 
+    // The number of targets in the loss.
     size_t counted() const {
         size_t n = 0;
         for (int32_t t : targets) n += t >= 0;
@@ -29,9 +31,10 @@ struct Golden {
     }
 };
 
+// A golden file in memory. Anything wrong with the file, or a tensor that it does not have, is an Error.
 class GoldenFile {
   public:
-    std::string text;
+    std::string text;  // the script and the versions that wrote the file
 
     explicit GoldenFile(const std::string& path) : path_(path) {
         Reader r(path);
@@ -50,14 +53,14 @@ class GoldenFile {
         for (int32_t i = 0; i < head[2]; i++) read_tensor(r);
         r.expect_size(r.pos);
     }
-    // The data of a tensor that must exist with this shape.
+    // The data of the tensor, which must have this type and shape.
     const std::vector<float>& floats(const std::string& name, std::vector<size_t> shape) const {
         return get(name, shape, FLOAT32).f;
     }
     const std::vector<int32_t>& ints(const std::string& name, std::vector<size_t> shape) const {
         return get(name, shape, INT32).i;
     }
-    // For shapes that the caller cannot know.
+    // The tensor's shape.
     std::vector<size_t> shape(const std::string& name) const { return find(name).shape; }
 
   private:
@@ -126,7 +129,7 @@ class GoldenFile {
     std::map<std::string, Tensor> tensors_;
 };
 
-// One case of the file, all of it checked: shapes, ranges of tokens and targets, zero rows where V is padded.
+// Reads one case and checks all of it: shapes, ranges of tokens and targets, zeros in wte's rows from V on.
 inline Golden read_golden(const std::string& path, const std::string& name) {
     GoldenFile file(path);
     Golden g;

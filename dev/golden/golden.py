@@ -1,31 +1,40 @@
 #!/usr/bin/env python3
-"""Writes golden.bin: what PyTorch computes for small models, for test_golden.cpp to hold the C++ trainers against.
+"""Writes golden.bin: PyTorch's values for small models, with which test_golden.cpp compares the C++ trainers.
 
     python3 -m venv venv && venv/bin/pip install -r dev/golden/requirements.txt
     venv/bin/python dev/golden/golden.py --out dev/golden/golden.bin
 
-Three cases share one set of weights, tokens and targets:
-    gpt2         transformers' own GPT2LMHeadModel (tanh GELU)
-    grover_erf   GROVER, as AraGPT2-large and -mega, written below from its definition
+Three cases share the same weights, tokens and targets:
+    gpt2         transformers' GPT2LMHeadModel (tanh GELU)
+    grover_erf   GROVER, the architecture of AraGPT2-large and -mega, implemented below from its definition
     grover_tanh  the same with the tanh GELU
-Everything is computed in float64 by one thread and stored as float32; running it twice gives the same bytes. It needs
-torch 2.0 or newer (torch.func) and a transformers that accepts it; Debian 12's python3-torch, 1.13, is too old.
+Everything is computed in float64 by one thread and stored as float32, so every run writes the same bytes. It
+needs torch 2.0 or newer (torch.func) and a transformers that accepts it; Debian 12's python3-torch 1.13 is
+too old.
 
-The sizes are odd on purpose: T < maxT, V < Vp, and no two of B, T, L, NH, hs, C, V alike, so that a swapped pair
-shows. Weights are far larger than GPT-2's initial ones, biases are not zero and LayerNorm weights not one, so that
-every term matters; embedding rows differ in size, so that some variances come near LayerNorm's eps; some targets
-are -1, which the loss leaves out.
+The sizes are chosen to reveal mistakes. T < maxT and V < Vp, and no two of B, T, L, NH, hs, C and V are
+equal, so that swapped sizes are noticed. Weights are far larger than GPT-2's initial ones, biases are not
+zero and LayerNorm weights are not one, so that every term matters. Embedding rows differ in size, so that
+some variances come near LayerNorm's eps. Some targets are -1, which the loss leaves out.
 
-The file, little-endian:
+The file is little-endian:
     int32  0x444c4f47 ("GOLD"), 1 (format), number of tensors, number of bytes of the text
-    text   one line: which script and versions wrote it
-    then per tensor: name, 24 bytes, zero-padded; int32 type (0 = float32, 1 = int32); int32 number of dimensions,
-    1 to 4; 4 int32 dimensions, unused ones 1; the data
-Tensors: config (8) = maxT V L NH C Vp arch activation as in gpt2.h's header, of the case "gpt2"; tokens, targets (B,T);
-the 16 parameters under gpt2.h's names and shapes, wte padded with zero rows to Vp. Then per case CASE/switches (2) =
-arch, activation; CASE/logits (B,T,V); CASE/loss (1), the mean over the targets; CASE/PARAMETER, its gradient;
-CASE/losses (11), before each of ten AdamW steps on the same batch and after the last; CASE/norms (10), the gradients'
-norms before clipping.
+    text   one line: the script and the versions that wrote the file
+    and for each tensor:
+    name   24 bytes, zero-padded
+    int32  type (0 = float32, 1 = int32), number of dimensions (1 to 4), 4 dimensions (unused ones are 1)
+    data
+Its tensors:
+    config (8)       maxT V L NH C Vp arch activation of the case "gpt2", as in lib/gpt2.h's header
+    tokens, targets  (B,T)
+    PARAMETER        each of the 16, with lib/gpt2.h's names and shapes; wte is padded with zero rows to Vp
+and for each CASE:
+    CASE/switches    (2), arch and activation
+    CASE/logits      (B,T,V)
+    CASE/loss        (1), the mean over the targets
+    CASE/PARAMETER   its gradient
+    CASE/losses      (11), before each of ten AdamW steps on the same batch and after the last
+    CASE/norms       (10), the gradients' norms before clipping
 """
 
 import argparse
@@ -55,7 +64,7 @@ DECAYED = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 
 
 def draw(seed):
-    """Weights, tokens and targets. RandomState's streams are frozen: every numpy draws the same."""
+    """Weights, tokens and targets. RandomState yields the same numbers in every version of numpy."""
     rng = np.random.RandomState(seed)
     weights = {}
     for name, shape in SHAPES.items():
@@ -75,10 +84,10 @@ def draw(seed):
 
 
 def definition(p, tokens, arch, activation):
-    """Logits of either architecture, from p in the project's layout.
+    """Logits of either architecture. p has the layout of this project's model files.
 
-    GROVER normalises the embedding and ends each block with a LayerNorm, whose output is the next block's residual.
-    Counted from the front these are ln1[0], ln1[1], ..., lnf: GPT-2's own tensors, one for one."""
+    GROVER normalises the embedding and ends each block with a LayerNorm, whose output is the next block's
+    residual. In order these LayerNorms are ln1[0], ln1[1], ..., lnf: the same tensors as GPT-2's."""
     def norm(x, weight, bias):
         return F.layer_norm(x, (C,), weight, bias, EPS)
 
@@ -98,7 +107,7 @@ def definition(p, tokens, arch, activation):
 
 
 class Published:
-    """transformers' GPT-2, called with p in the project's layout. Its Conv1D holds matrices as (in, out)."""
+    """transformers' GPT-2, called with p in this project's layout. Its Conv1D has matrices (in, out)."""
 
     def __init__(self):
         config = transformers.GPT2Config(
@@ -108,22 +117,23 @@ class Published:
         self.model = transformers.GPT2LMHeadModel(config).double()
 
     def __call__(self, p, tokens):
-        state = {"wte.weight": p["wte"], "wpe.weight": p["wpe"], "ln_f.weight": p["lnfw"], "ln_f.bias": p["lnfb"]}
+        state = {"wte.weight": p["wte"], "wpe.weight": p["wpe"],
+                 "ln_f.weight": p["lnfw"], "ln_f.bias": p["lnfb"]}
         for i in range(L):
-            for theirs, ours in (("ln_1", "ln1"), ("attn.c_attn", "qkv"), ("attn.c_proj", "attproj"), ("ln_2", "ln2"),
-                                 ("mlp.c_fc", "fc"), ("mlp.c_proj", "fcproj")):
+            for theirs, ours in (("ln_1", "ln1"), ("attn.c_attn", "qkv"), ("attn.c_proj", "attproj"),
+                                 ("ln_2", "ln2"), ("mlp.c_fc", "fc"), ("mlp.c_proj", "fcproj")):
                 weight = p[ours + "w"][i]
                 state[f"h.{i}.{theirs}.weight"] = weight.t() if weight.dim() == 2 else weight
                 state[f"h.{i}.{theirs}.bias"] = p[ours + "b"][i]
         state = {"transformer." + name: value for name, value in state.items()}
         state["lm_head.weight"] = p["wte"]
         missing = set(dict(self.model.named_parameters(remove_duplicate=False))) ^ set(state)
-        assert not missing, f"transformers' parameters are named otherwise: {missing}"
+        assert not missing, f"transformers' parameters have other names: {missing}"
         return torch.func.functional_call(self.model, state, (tokens,)).logits
 
 
 def train(model, weights, tokens, targets):
-    """The case's tensors: logits, loss and gradients at the start, then ten steps of AdamW on the same batch."""
+    """The case's tensors: the initial logits, loss and gradients; the losses and norms of ten AdamW steps."""
     p = {name: torch.tensor(w, dtype=torch.float64, requires_grad=True) for name, w in weights.items()}
     optimizer = torch.optim.AdamW(
         [{"params": [p[n] for n in p if n in DECAYED], "weight_decay": 0.1},
@@ -159,7 +169,8 @@ def write(path, text, tensors):
         is_int = x.dtype.kind == "i"
         dims = list(x.shape) + [1] * (4 - x.ndim)
         assert len(name) < 24
-        blob += [struct.pack("<24s6i", name.encode(), is_int, x.ndim, *dims), x.astype("<i4" if is_int else "<f4").tobytes()]
+        blob += [struct.pack("<24s6i", name.encode(), is_int, x.ndim, *dims),
+                 x.astype("<i4" if is_int else "<f4").tobytes()]
     with open(path + ".tmp", "wb") as f:
         f.write(b"".join(blob))
     os.replace(path + ".tmp", path)
@@ -167,8 +178,10 @@ def write(path, text, tensors):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Writes PyTorch's values for small models, for test_golden.cpp.")
-    parser.add_argument("--out", default="dev/golden/golden.bin", help="the file to write (default: %(default)s)")
+    about = "Writes PyTorch's values for small models, for test_golden.cpp."
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", default="dev/golden/golden.bin",
+                        help="the file to write (default: %(default)s)")
     out = parser.parse_args().out
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -182,7 +195,7 @@ def main():
     published = Published()
     p = {name: torch.tensor(w, dtype=torch.float64) for name, w in weights.items()}
     gap = (published(p, tokens) - definition(p, tokens, GPT2, TANH)).abs().max().item()
-    assert gap < 1e-12, f"the definition below and transformers' GPT-2 differ by {gap}"
+    assert gap < 1e-12, f"definition() and transformers' GPT-2 differ by {gap}"
 
     cases = {
         "gpt2": (GPT2, TANH, published),
@@ -195,7 +208,8 @@ def main():
         tensors.update((f"{case}/{name}", x) for name, x in result.items())
         print(f"{case}: losses {result['losses'][0]:.6f} to {result['losses'][-1]:.6f}, "
               f"gradient norms {min(result['norms']):.3f} to {max(result['norms']):.3f}")
-    text = f"dev/golden/golden.py, torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
+    text = (f"dev/golden/golden.py, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, numpy {np.__version__}")
     write(out, text, tensors)
 
 

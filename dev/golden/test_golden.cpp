@@ -1,8 +1,6 @@
-// test_golden.cpp - the CPU trainer against PyTorch: logits, loss, every gradient, ten AdamW steps, and the
-// decoder.
-//
-// Runs in the repository's root; golden.bin comes from golden.py. The measured errors are printed, since a
-// bound that is nearly reached deserves a look before it is broken.
+// test_golden.cpp - compares the CPU trainer with PyTorch: logits, loss, gradients, ten AdamW steps, and the
+// decoder. Must be run in the root of the repository; golden.py writes golden.bin. Prints the measured
+// errors, to show how close they are to the bounds.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -18,7 +16,7 @@ namespace {
 const char* const PATH = "dev/golden/golden.bin";
 const char* const CASES[] = {"gpt2", "grover_erf", "grover_tanh"};
 
-// Largest absolute difference; NaN where any is.
+// The largest absolute difference; NaN if there is one.
 double max_abs(const float* a, const float* b, size_t n) {
     double worst = 0;
     for (size_t i = 0; i < n; i++) {
@@ -52,8 +50,7 @@ double forward(cpu::GPT2& model, const Golden& g, const Pass& pass) {
 
 }  // namespace
 
-TEST_CASE(
-    "logits are PyTorch's within 1e-4 and the loss within 1e-5, when training and when only evaluating") {
+TEST_CASE("logits agree with PyTorch's to 1e-4 and the loss to 1e-5, in training and evaluation") {
     for (const std::string name : CASES)
         for (bool train : {true, false}) {
             CAPTURE(name);
@@ -73,9 +70,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE(
-    "every gradient is PyTorch's within a relative L2 error of 1e-4, also summed over micro-batches and "
-    "recomputing") {
+TEST_CASE("gradients agree with PyTorch's to 1e-4, with micro-batches and recomputation, too") {
     for (const std::string name : CASES) {
         CAPTURE(name);
         Golden g = read_golden(PATH, name);
@@ -97,8 +92,8 @@ TEST_CASE(
                 }
                 std::vector<float> grads = test::piece(model, GRADS);
                 for (int i = 0; i < NUM_PARAMS; i++)
-                    for (size_t layer = 0; layer < table[i].layers;
-                         layer++) {  // by layer, so that a loud one hides no other
+                    // Layer by layer, so that a layer with large gradients does not hide another's error.
+                    for (size_t layer = 0; layer < table[i].layers; layer++) {
                         std::string tensor = table[i].name;
                         size_t n = table[i].per_layer(), at = off[i] + layer * n;
                         double error = relative_l2(&grads[at], &g.grads[at], n);
@@ -114,7 +109,7 @@ TEST_CASE(
     }
 }
 
-TEST_CASE("ten AdamW steps with decay and clipping follow PyTorch's losses within 1e-4") {
+TEST_CASE("the losses of ten AdamW steps with decay and clipping agree with PyTorch's to 1e-4") {
     for (const std::string name : CASES) {
         CAPTURE(name);
         Golden g = read_golden(PATH, name);
@@ -142,7 +137,7 @@ TEST_CASE("ten AdamW steps with decay and clipping follow PyTorch's losses withi
     }
 }
 
-TEST_CASE("the key/value cache gives PyTorch's logits at every position, token by token and in pieces") {
+TEST_CASE("the decoder's logits agree with PyTorch's to 1e-4, token by token and in pieces") {
     for (const std::string name : CASES) {
         CAPTURE(name);
         Golden g = read_golden(PATH, name);
@@ -171,7 +166,7 @@ TEST_CASE("the key/value cache gives PyTorch's logits at every position, token b
     }
 }
 
-TEST_CASE("a damaged golden file is refused with a line that names it") {
+TEST_CASE("a damaged golden file is refused with an error that names it") {
     TempDir dir;
     std::string whole = read_file(PATH), path = dir / "golden.bin";
     auto refused = [&](const std::string& bytes) {

@@ -1,12 +1,11 @@
-// export_run.cpp - what ./train_gpt2 would start from: its initial weights and its batches, for
-// check_torch.py.
+// export_run.cpp - writes the initial weights and the batches of a run of ./train_gpt2, for check_torch.py.
 //
 //     ./export_run --data out/data --preset char --batch_size 4 --steps 100 -o out/check
 //
-// writes OUT/init.bin, a model file as in gpt2.h, and OUT/batches.bin, a token file as in data/dataloader.h
-// that holds STEPS x B windows of T + 1 tokens: a window's first T tokens are inputs, its last T the targets.
-// With the same data, sizes and seed, ./train_gpt2 begins with these weights and meets these windows in this
-// order.
+// writes OUT/init.bin, a model file as in lib/gpt2.h, and OUT/batches.bin, a token file as in
+// data/dataloader.h with STEPS x B windows of T + 1 tokens: a window's first T tokens are the inputs, its
+// last T the targets. With the same data, sizes and seed, ./train_gpt2 starts with these weights and trains
+// on these windows in this order.
 #define ARAPOET_NO_MAIN
 #include "train_gpt2.cpp"
 #include "lib/trainer.h"
@@ -27,8 +26,8 @@ int main(int argc, char** argv) {
         f.add("seq_len", "t", &seq_len, "T", "tokens of context, instead of the preset's")
             .range(1, 1 << 20)
             .unset(0);
-        f.add("batch_size", "b", &batch_size, "B", "sequences of a step").range(1, 1 << 24);
-        f.add("steps", "", &steps, "N", "how many batches").range(1, INFINITY);
+        f.add("batch_size", "b", &batch_size, "B", "sequences per step").range(1, 1 << 24);
+        f.add("steps", "", &steps, "N", "number of batches").range(1, INFINITY);
         f.add("seed", "", &seed, "N", "as for ./train_gpt2");
         f.parse(argc, argv);
         Config c = preset_config(preset);

@@ -1,14 +1,15 @@
-// ladder.cpp - from a bigram table to GPT-2's block, rung by rung: the experiments this project began with.
+// ladder.cpp - from a bigram table to GPT-2's block in eight steps, the rungs of a ladder. "The post" is the
+// blog post whose experiments this repeats (README.md).
 //
-// Each row of RUNGS is the row before with one thing more, and the model below reads like the story:
-// forward() from the embedding to the logits, backward() the same lines from the end to the start. The layers
-// are train_gpt2.cpp's; only what GPT-2 does not have stands here, the bigram table and ReLU, and the pieces
-// that a rung can leave out. Rung 8 is the trainer itself (rung8.sh) and rung 9 is fine-tuning (rung9.sh).
+// Each row of RUNGS adds one idea to the row before. forward() computes from the embedding to the logits;
+// backward() has the same steps in reverse order. The layers are train_gpt2.cpp's. Added here are the bigram
+// table and ReLU, which GPT-2 does not have, and code to leave out what a rung does not have yet. Rung 8 is
+// the trainer itself (rung8.sh), rung 9 is fine-tuning (rung9.sh).
 //
 //     ./ladder --data out/data --rung 0-7 --seeds 3
 //
-// Shapes as in train_gpt2.cpp: B sequences of T tokens, M = B*T rows, C channels, H = hidden * C, V
-// vocabulary.
+// Sizes as in train_gpt2.cpp: B sequences of T tokens, M = B*T rows, C channels, vocabulary V; H = hidden * C
+// is the width of the feed-forward layer.
 #include <sys/wait.h>
 
 #include <chrono>
@@ -32,15 +33,15 @@ namespace ladder {
 // The rungs
 
 struct Rung {
-    const char* name;             // what it adds
-    int heads;                    // attention heads; 0: the bigram table alone
-    int blocks;                   // of attention and feed-forward, one behind the other
+    const char* name;             // what this rung adds
+    int heads;                    // attention heads; 0: only the bigram table
+    int blocks;                   // blocks of attention and feed-forward, one after the other
     int hidden;                   // width of the feed-forward layer in multiples of C; 0: none
-    bool residual;                // a part's result is added to what it read, instead of replacing it
+    bool residual;                // each part's result is added to its input instead of replacing it
     bool projection;              // each part ends in a linear layer
-    bool layernorm;               // before each part, and at the end
-    float dropout;                // of attention weights and of each part's result
-    double post_train, post_val;  // the original post's losses, on its own corpus; 0: not given
+    bool layernorm;               // before each part and at the end
+    float dropout;                // of the attention weights and of each part's result
+    double post_train, post_val;  // the post's losses, on another corpus; 0: not given
 };
 
 constexpr Rung RUNGS[] = {
@@ -59,11 +60,11 @@ constexpr int NUM_RUNGS = (int)std::size(RUNGS);
 // ---------------------------------------------------------------------------------------------
 // What GPT-2 does not have
 
-// logits (M,V) = the table's row of each token: a guess at the next token from this one alone.
+// logits (M,V) = the table's row of each token: a prediction of the next token from this one alone.
 inline void bigram_forward(float* logits, const int* tokens, const float* table, size_t M, size_t V) {
     for (size_t m = 0; m < M; m++) memcpy(logits + m * V, table + (size_t)tokens[m] * V, V * sizeof(float));
 }
-// dtable (V,V): each row += the gradients dlogits (M,V) of the tokens that read it.
+// Adds to each row of dtable (V,V) the gradients dlogits (M,V) of the tokens that read it.
 inline void bigram_backward(float* dtable, const float* dlogits, const int* tokens, size_t M, size_t V) {
     for (size_t m = 0; m < M; m++)
         for (size_t v = 0; v < V; v++) dtable[(size_t)tokens[m] * V + v] += dlogits[m * V + v];
@@ -73,7 +74,7 @@ inline void bigram_backward(float* dtable, const float* dlogits, const int* toke
 inline void relu_forward(float* y, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = y[i] > 0 ? y[i] : 0;
 }
-// d = 0 where ReLU gave 0.
+// Sets the gradient d to 0 wherever ReLU's output y is 0, n values.
 inline void relu_backward(float* d, const float* y, size_t n) {
     for (size_t i = 0; i < n; i++) d[i] = y[i] > 0 ? d[i] : 0;
 }
@@ -86,16 +87,16 @@ struct Weights {
         *fcprojb, *lnfw, *lnfb, *headw, *headb;
 };
 
-// A parameter tensor: all blocks' matrices (out, in), one behind the other. Initialised as PyTorch does,
-// which the post relied on: embeddings from a standard normal, linear layers (weight and bias) uniform within
-// 1/sqrt(in).
+// A parameter tensor: the matrices (out, in) of all blocks, one after the other. The initialisation is
+// PyTorch's default, as in the post: embeddings are standard normal, a linear layer's weight and bias are
+// uniform in -1/sqrt(in) to 1/sqrt(in).
 struct Tensor {
     enum Init { NORMAL, UNIFORM, ONES, ZEROS };
     const char* name;
     float* Weights::*at;
     size_t blocks, rows, cols;
     Init init;
-    size_t in = 0;
+    size_t in = 0;  // inputs of the linear layer; 0 for other tensors
     size_t size() const { return blocks * rows * cols; }
 };
 
@@ -126,8 +127,7 @@ inline std::vector<Tensor> tensors(const Rung& r, size_t V, size_t C, size_t T) 
     return list;
 }
 
-// The gradients of a linear layer Y (M,N) = X (M,K) W^T + b: dX (M,K) is written, dW (N,K) and db (N) are
-// added to.
+// The gradients of a linear layer Y (M,N) = X (M,K) W^T + b. Writes dX (M,K); adds to dW (N,K) and db (N).
 inline void linear_backward(float* dX, float* dW, float* db, const float* dY, const float* X, const float* W,
                             size_t M, size_t K, size_t N) {
     gemm::weight_gradient(dW, db, dY, X, M, K, N, true);
@@ -139,7 +139,7 @@ class Model {
     const Rung r;
     const size_t V, C, T, rows;  // T: the context; rows: the largest B*T
     const std::vector<Tensor> list;
-    uint64_t seed = 1337;  // of weights and dropout
+    uint64_t seed = 1337;  // for weights and dropout
 
     Model(const Rung& rung, size_t V_, size_t C_, size_t T_, size_t B)
         : r(rung), V(V_), C(C_), T(T_), rows(B * T_), list(tensors(rung, V_, C_, T_)) {
@@ -206,8 +206,8 @@ class Model {
         return logits_;
     }
 
-    // Mean loss in nats; in a training pass the logits become the loss's gradient, which backward() starts
-    // from.
+    // The mean loss in nats. In a training pass it replaces the logits by the loss's gradient, with
+    // which backward() starts.
     double forward(const int* tokens, const int* targets, size_t B, size_t T_, const Pass& pass) {
         logits(tokens, B, T_, pass);
         cpu::cross_entropy(losses_, logits_, V, targets, B * T_, V,
@@ -217,8 +217,9 @@ class Model {
         return sum / (double)(B * T_);
     }
 
-    // Adds the gradients of the last forward() to grad(). d_ is the gradient of what flows from part to part,
-    // from the last one's result back to the embedding; dread_ that of what a part has read.
+    // Adds the gradients of the last forward() to grad(). A part is an attention or feed-forward layer. d_ is
+    // the gradient of a part's output and then of its input, from the last part back to the embedding; dread_
+    // is the gradient of what the part reads, which from rung 6 on is its LayerNorm's output.
     void backward() {
         size_t M = B_ * t_, H = hidden();
         if (!r.heads) return bigram_backward(g_.table, logits_, tokens_, M, V);
@@ -254,8 +255,8 @@ class Model {
         cpu::embedding_backward(g_.wte, g_.wpe, d_, tokens_, B_, t_, C, {}, 0);
     }
 
-    // One step of AdamW, number t from 1, with decay on every tensor, PyTorch's default and so the post's.
-    // Leaves the gradients zero.
+    // Step t = 1, 2, ... of AdamW. All tensors decay, as by PyTorch's default, which the post used. Sets the
+    // gradients to zero.
     void update(const AdamW& a, uint32_t t) {
         float c1 = (float)(1 / (1 - std::pow((double)a.beta1, t))),
               c2 = (float)(1 / (1 - std::pow((double)a.beta2, t)));
@@ -271,11 +272,12 @@ class Model {
     }
 
   private:
-    // What forward keeps of a block for backward.
+    // A block's activations, which forward() keeps for backward().
     struct Block {
         float *x, *ln1, *mean1, *rstd1, *qkv, *lse, *att, *mid, *ln2, *mean2, *rstd2, *fc, *out;
     };
 
+    // Takes all memory from the arena, which the constructor first uses to count the bytes.
     void place(Arena& a) {
         size_t L = (size_t)r.blocks, H = hidden(), M = rows;
         auto weights = [&](Weights& w) {
@@ -313,14 +315,14 @@ class Model {
         return {pass_.train ? r.dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
     }
 
-    // What a part reads: x, or from rung 6 on its LayerNorm.
+    // What a part reads: x, or from rung 6 on LayerNorm of x.
     const float* normed(float* y, float* mean, float* rstd, const float* x, const float* w, const float* b,
                         size_t l) {
         if (!r.layernorm) return x;
         cpu::layernorm_forward(y, mean, rstd, x, w + l * C, b + l * C, B_ * t_, C);
         return y;
     }
-    // What a part leaves: its result, dropped out from rung 7 on; from rung 5 on added to what it read.
+    // A part's output y: its result, with dropout from rung 7 on, plus its input x from rung 5 on.
     void join_forward(float* y, const float* x, const float* result, const cpu::Dropout& drop) {
         size_t n = B_ * t_ * C;
         if (drop.p > 0) drop.apply(y, result, 0, n);
@@ -328,14 +330,14 @@ class Model {
         if (r.residual)
             for (size_t i = 0; i < n; i++) y[i] += x[i];
     }
-    // The gradient of a part's result: d under its dropout mask.
+    // The gradient of a part's result before dropout: d under the dropout mask.
     const float* masked(const float* d, const cpu::Dropout& drop) {
         if (drop.p == 0) return d;
         drop.apply(dmasked_, d, 0, B_ * t_ * C);
         return dmasked_;
     }
-    // d_ passes a part: dread_ through the LayerNorm before it replaces d_, or is added to it where a
-    // residual connection goes around.
+    // Turns d_ from the gradient of a part's output into that of its input x: dread_, passed back through the
+    // part's LayerNorm if it has one, replaces d_, or is added to it if there is a residual connection.
     void join_backward(float* dw, float* db, const float* x, const float* mean, const float* rstd,
                        const float* w, size_t l) {
         size_t M = B_ * t_;
@@ -357,8 +359,8 @@ class Model {
     Pass pass_;
 };
 
-// Writes with a model that sees the last T tokens: the window slides, and all of it is computed anew each
-// time.
+// Generates text with a model that sees the last T tokens. The window slides, so nothing can be cached: each
+// token computes the whole window.
 class Decoder final : public ::Decoder {
   public:
     explicit Decoder(Model& m) : m_(m) {}
@@ -386,8 +388,8 @@ struct Options {
     uint64_t seed = 1337;
     int seeds = 1, jobs = 0, eval_every = 500, eval_batches = 200, poems = 5, poem_tokens = 300;
     float temperature = 0.8f;
-    int heads = -1, blocks = -1, hidden = -1, residual = -1, projection = -1,
-        layernorm = -1;  // -1: as the rung says
+    // Changes to the rungs; -1: as in RUNGS
+    int heads = -1, blocks = -1, hidden = -1, residual = -1, projection = -1, layernorm = -1;
     float dropout = -1;
 };
 
@@ -402,10 +404,10 @@ struct Data {
     }
 };
 
-// Which rungs to climb: "5", "0-7", "0,4-6".
+// The rungs to run, from a list such as "5", "0-7" or "0,4-6".
 inline std::vector<int> parse_rungs(const std::string& text) {
     auto bad = [&] {
-        return UsageError(strf("--rung: '%s' is not a rung, wanted 0 to %d, as in 5 or 0-7 or 4,5",
+        return UsageError(strf("--rung: '%s' is not valid, wanted rungs from 0 to %d, as in 5 or 0-7 or 4,5",
                                text.c_str(), NUM_RUNGS - 1));
     };
     std::vector<int> rungs;
@@ -429,7 +431,7 @@ inline std::vector<int> parse_rungs(const std::string& text) {
     return rungs;
 }
 
-// The rung with what the command line changes about it, and how that reads: "projection 0, hidden 1".
+// Rung k with the command line's changes, and these changes as text: "projection 0, hidden 1".
 inline Rung rung_of(const Options& o, int k, std::string* changes = nullptr) {
     Rung r = RUNGS[k];
     std::string text;
@@ -448,16 +450,16 @@ inline Rung rung_of(const Options& o, int k, std::string* changes = nullptr) {
             strf("--channels is %d, wanted a multiple of rung %d's %d heads", o.channels, k, r.heads));
     if (r.hidden > 1 && !r.projection)
         throw UsageError(
-            strf("rung %d: a feed-forward layer of %d times the width needs --projection 1 to come back to "
-                 "it, or --hidden 1",
+            strf("rung %d: a feed-forward layer %d times as wide needs --projection 1 to return to the "
+                 "model's width, or --hidden 1",
                  k, r.hidden));
     return r;
 }
 
-// What a batch is drawn for; the layer of its random numbers' key.
+// What a batch is used for. It selects the stream of random numbers, so that each use has its own batches.
 enum Purpose : uint32_t { TRAINING = 1, TRAIN_LOSS, VAL_LOSS };
 
-// B windows from random places of the file: inputs x (B,T), and targets y, each the token after.
+// B windows from random places of the file: inputs x (B,T), and targets y (B,T), the tokens after them.
 inline void random_batch(const TokenFile& file, const rng::Key& key, size_t B, size_t T, int* x, int* y) {
     for (size_t b = 0; b < B; b++) {
         size_t at = (size_t)(key.uniform(b) * (double)(file.size() - T));
@@ -465,8 +467,8 @@ inline void random_batch(const TokenFile& file, const rng::Key& key, size_t B, s
     }
 }
 
-// The post's estimate of a split's loss: the mean over random batches. All rungs of a seed meet the same
-// batches.
+// The post's estimate of a split's loss: the mean over random batches. With the same seed, all rungs see
+// the same batches.
 inline double estimate_loss(Model& m, const TokenFile& file, Purpose purpose, int step, const Options& o,
                             uint64_t seed, std::vector<int>& x, std::vector<int>& y) {
     double sum = 0;
@@ -479,7 +481,7 @@ inline double estimate_loss(Model& m, const TokenFile& file, Purpose purpose, in
     return sum / o.eval_batches;
 }
 
-// Trains for o.steps steps; report(step, train loss, val loss) every o.eval_every and at the end.
+// Trains for o.steps steps. Calls report(step, train loss, val loss) every o.eval_every steps and at the end.
 template <class Report>
 void train(Model& m, const Data& data, const Options& o, Report report) {
     size_t B = (size_t)o.batch_size, T = (size_t)o.context;
@@ -502,7 +504,8 @@ void train(Model& m, const Data& data, const Options& o, Report report) {
     }
 }
 
-// A poem of at most o.poem_tokens characters, without empty lines, which part the poems in a file.
+// Generates a poem of at most o.poem_tokens characters. It has no empty lines, because these separate the
+// poems in a file.
 inline std::string write_poem(Model& m, const Tokenizer& tokenizer, const Options& o, uint64_t seed) {
     Decoder decoder(m);
     SampleOptions so;
@@ -518,8 +521,8 @@ inline std::string write_poem(Model& m, const Tokenizer& tokenizer, const Option
 }
 
 // ---------------------------------------------------------------------------------------------
-// Many runs at once. The networks are far too small for several threads to help one of them, so each run is a
-// process with one thread, as many side by side as there are cores.
+// Running many jobs. These networks are too small to be trained faster by several threads, so each run is a
+// process with one thread, and as many run at the same time as there are cores.
 
 struct Point {
     int step;
@@ -529,13 +532,13 @@ struct Job {
     int rung;
     uint64_t seed;
 };
-// A run's result, in memory that parent and child share.
+// A run's result, in memory that the parent and the child process share.
 struct Result {
-    char error[512];
+    char error[512];  // empty if the run succeeded
     size_t params;
     double seconds;
     int points;
-    Point curve[];  // o.steps / o.eval_every + 2 of them fit
+    Point curve[];  // has room for o.steps / o.eval_every + 2 points
     const Point& end() const { return curve[points - 1]; }
 };
 
@@ -561,7 +564,7 @@ class Results {
 
 inline std::string poems_path(const Options& o, int rung) { return o.out + strf("/rung%d_poems.txt", rung); }
 
-// One run, in the process it is called in; the first seed's also writes poems, blank lines between them.
+// Trains one job in the current process. The first seed's job also writes poems, separated by blank lines.
 inline void run_job(const Job& job, const Data& data, const Options& o, Result& result) {
     auto t0 = std::chrono::steady_clock::now();
     Model m(rung_of(o, job.rung), (size_t)data.tokenizer.vocab_size(), (size_t)o.channels, (size_t)o.context,
@@ -583,8 +586,8 @@ inline void run_job(const Job& job, const Data& data, const Options& o, Result& 
     result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - t0).count();
 }
 
-// Runs all jobs, each in a process of its own; done(i) as each ends. Call it before any parallel region of
-// this process.
+// Runs each job in a separate process and calls done(i) when job i has ended. Must be called before this
+// process starts an OpenMP region, because the threads of one do not survive fork().
 template <class Done>
 void run_jobs(const std::vector<Job>& jobs, const Data& data, const Options& o, Results& results, Done done) {
     size_t most = o.jobs ? (size_t)o.jobs : (size_t)omp_get_num_procs(), next = 0, ended = 0;
@@ -622,7 +625,7 @@ void run_jobs(const std::vector<Job>& jobs, const Data& data, const Options& o, 
 // ---------------------------------------------------------------------------------------------
 // The table
 
-// Mean, and the standard deviation over the seeds (0 for one).
+// The mean and the standard deviation over the seeds (0 for a single one).
 struct Spread {
     double mean = 0, sd = 0;
     explicit Spread(const std::vector<double>& x) {
@@ -633,7 +636,8 @@ struct Spread {
     std::string text() const { return sd > 0 ? strf("%.4f ± %.4f", mean, sd) : strf("%.4f", mean); }
 };
 
-// Markdown; and losses.csv and curves.csv for the plots. Rung by rung, jobs of one rung side by side.
+// Returns the table of all rungs in Markdown. Writes it to ladder.md, and losses.csv and curves.csv for the
+// plots. The jobs are in the order of the rungs, o.seeds for each.
 inline std::string tabulate(const std::vector<Job>& jobs, const Results& results, const Options& o) {
     std::string table = strf(
         "%d steps of %d x %d tokens, %d channels, learning rate %g, seed%s %llu%s; losses in nats per "
@@ -684,75 +688,92 @@ inline std::string tabulate(const std::vector<Job>& jobs, const Results& results
     return table;
 }
 
-inline int ladder_main(int argc, char** argv) {
-    Options o;
-    Flags f("ladder", "climbs from a bigram table to GPT-2's block, one idea at a time");
+constexpr const char* EPILOGUE =
+    "The rungs\n"
+    "  0  a table of how likely each character is after the current one\n"
+    "  1  attention: the model sees the last T characters and their positions, and weighs which of them "
+    "matter\n"
+    "  2  several heads: each can attend to something else, such as the word's first letter or the last "
+    "space\n"
+    "  3  feed-forward: each position processes what attention has gathered\n"
+    "  4  blocks: attention and feed-forward three times. Deeper, but not better: each block replaces what "
+    "it\n"
+    "     reads, so later blocks see only what earlier ones pass on\n"
+    "  5  residual connections: each part adds to its input, so that gradients reach every layer directly; "
+    "a\n"
+    "     projection lets the part choose what to add\n"
+    "  6  LayerNorm: each part reads numbers of the same scale, however large the sums become\n"
+    "  7  dropout: parts learn not to rely on each other, which costs a network this small some of its "
+    "capacity\n"
+    "  8  the same, larger: ./train_gpt2 --preset char (dev/ladder/rung8.sh)\n"
+    "  9  fine-tuning a model that was trained on other verse (dev/ladder/rung9.sh)\n"
+    "\nExamples\n"
+    "  ./ladder --rung 5 --steps 5000\n"
+    "  ./ladder --rung 0-7 --seeds 3\n"
+    "  ./ladder --rung 5 --projection 0 --hidden 1     is the projection worth its parameters?\n"
+    "  ./ladder --rung 4 --blocks 6                    does more depth help without residual connections?\n";
+
+inline void add_flags(Flags& f, Options& o) {
     f.add("rung", "", &o.rungs, "K", "which rungs: 5, 0-7, or 4,5");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data");
     f.add("out", "o", &o.out, "DIR", "folder for the table, the losses and the poems");
-    f.section("Training: what the post took");
+    f.section("Training (the defaults are the post's)");
     f.add("steps", "", &o.steps, "N", "updates").range(0, 1e8);
-    f.add("batch_size", "b", &o.batch_size, "B", "windows of text in one update").range(1, 1 << 16);
+    f.add("batch_size", "b", &o.batch_size, "B", "windows of text per update").range(1, 1 << 16);
     f.add("context", "t", &o.context, "T", "characters that the model sees").range(1, 4096);
-    f.add("channels", "", &o.channels, "C", "numbers that describe a character").range(1, 4096);
-    f.add("learning_rate", "l", &o.learning_rate, "LR", "of AdamW, constant").range(0, 1e3);
-    f.add("seed", "", &o.seed, "N", "weights, batches and poems follow from it");
+    f.add("channels", "", &o.channels, "C", "numbers that represent a character").range(1, 4096);
+    f.add("learning_rate", "l", &o.learning_rate, "LR", "constant learning rate of AdamW").range(0, 1e3);
+    f.add("seed", "", &o.seed, "N", "determines weights, batches and poems");
     f.add("seeds", "", &o.seeds, "N",
-          "runs of each rung, from seeds --seed, --seed + 1, ...: is a gain larger than luck?")
+          "runs per rung, with seeds --seed, --seed + 1, ..., to see whether a gain is more than luck")
         .range(1, 1000);
     f.add("jobs", "", &o.jobs, "N",
-          "runs side by side, one thread each; 0: one a core. The results do not depend on it")
+          "runs at the same time, one thread each; 0: one per core. It does not change the results")
         .range(0, 4096);
     f.add("eval_every", "", &o.eval_every, "N", "steps between estimates of the losses").range(1, 1e8);
-    f.add("eval_batches", "", &o.eval_batches, "N", "random batches of each split in an estimate")
+    f.add("eval_batches", "", &o.eval_batches, "N", "random batches of each split per estimate")
         .range(1, 1 << 20);
     f.section("Poems");
     f.add("poems", "", &o.poems, "N",
-          "poems that each rung writes to OUT/rung*_poems.txt; the longest is shown")
+          "poems that each rung writes to OUT/rung*_poems.txt; the longest is printed")
         .range(0, 1 << 20);
-    f.add("poem_tokens", "", &o.poem_tokens, "N", "longest poem, in characters").range(1, 1 << 20);
+    f.add("poem_tokens", "", &o.poem_tokens, "N", "maximum length of a poem in characters").range(1, 1 << 20);
     f.add("temperature", "", &o.temperature, "X", "below 1 is safer, above 1 is wilder").range(0, 1e6);
-    f.section("Experiments: change a rung; -1 leaves it as it is");
+    f.section("Experiments: change a rung; -1 keeps the rung's value");
     f.add("heads", "", &o.heads, "N", "attention heads").range(1, 4096).unset(-1);
-    f.add("blocks", "", &o.blocks, "N", "blocks one behind the other").range(1, 256).unset(-1);
-    f.add("hidden", "", &o.hidden, "N", "width of the feed-forward layer, in channels; 0: no such layer")
+    f.add("blocks", "", &o.blocks, "N", "blocks, one after the other").range(1, 256).unset(-1);
+    f.add("hidden", "", &o.hidden, "N", "width of the feed-forward layer in multiples of C; 0: no such layer")
         .range(0, 64)
         .unset(-1);
-    f.add("residual", "", &o.residual, "0|1", "is a part's result added to what it read?")
+    f.add("residual", "", &o.residual, "0|1", "whether a part's result is added to its input")
         .range(0, 1)
         .unset(-1);
-    f.add("projection", "", &o.projection, "0|1", "does each part end in a linear layer?")
+    f.add("projection", "", &o.projection, "0|1", "whether each part ends in a linear layer")
         .range(0, 1)
         .unset(-1);
     f.add("layernorm", "", &o.layernorm, "0|1", "LayerNorm before each part").range(0, 1).unset(-1);
     f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training")
         .range(0, 0.99)
         .unset(-1);
-    f.epilogue(
-        "The rungs\n"
-        "  0  a table: how likely is each character after this one? It sees one character and learns its "
-        "successors.\n"
-        "  1  attention: the model sees the last T characters and where they stand, and chooses which to "
-        "listen to.\n"
-        "  2  several heads: one can look for the start of the word while another counts letters since the "
-        "last space.\n"
-        "  3  feed-forward: having listened, each position thinks for itself.\n"
-        "  4  blocks: listen and think three times. Deeper, and yet no better: what one block garbles, the "
-        "next must repair.\n"
-        "  5  residual connections: a part adds to what is there, so that its gradient reaches every layer "
-        "undiminished;\n"
-        "     a projection lets it choose what to add.\n"
-        "  6  LayerNorm: each part reads numbers of one size, however large the sum has grown.\n"
-        "  7  dropout: parts learn not to rely on each other. A network this small has nothing to spare, and "
-        "suffers.\n"
-        "  8  the same, larger: ./train_gpt2 --preset char (dev/ladder/rung8.sh)\n"
-        "  9  fine-tuning a model that has read other verse (dev/ladder/rung9.sh)\n"
-        "\nExamples\n"
-        "  ./ladder --rung 5 --steps 5000\n"
-        "  ./ladder --rung 0-7 --seeds 3\n"
-        "  ./ladder --rung 5 --projection 0 --hidden 1         is the projection worth its parameters?\n"
-        "  ./ladder --rung 4 --blocks 6 --residual 0           and deeper still, without residual "
-        "connections?\n");
+    f.epilogue(EPILOGUE);
+}
+
+// Prints the longest poem of each rung.
+inline void print_poems(const std::vector<Job>& jobs, const Options& o) {
+    for (size_t i = 0; i < jobs.size(); i += (size_t)o.seeds) {
+        std::string text = Reader(poems_path(o, jobs[i].rung)).rest(), longest;
+        for (size_t at = 0, end; at < text.size(); at = end + 2) {
+            end = std::min(text.find("\n\n", at), text.size());
+            if (end - at > longest.size()) longest = text.substr(at, end - at);
+        }
+        printf("\n--- rung %d: %s ---\n%s\n", jobs[i].rung, RUNGS[jobs[i].rung].name, longest.c_str());
+    }
+}
+
+inline int ladder_main(int argc, char** argv) {
+    Options o;
+    Flags f("ladder", "trains models from a bigram table to GPT-2's block, adding one idea at a time");
+    add_flags(f, o);
     f.parse(argc, argv);
     std::vector<Job> jobs;
     for (int k : parse_rungs(o.rungs)) {
@@ -766,7 +787,7 @@ inline int ladder_main(int argc, char** argv) {
     Data data(o.data);
     for (const TokenFile* t : {&data.train, &data.val})
         if (t->size() <= (size_t)o.context)
-            fail("%s: has %zu tokens, a window takes --context + 1 = %d", t->path.c_str(), t->size(),
+            fail("%s: has %zu tokens, but a window needs --context + 1 = %d", t->path.c_str(), t->size(),
                  o.context + 1);
     make_dirs(o.out);
     printf("%s: %s training and %s validation characters, %d different\n\n", o.data.c_str(),
@@ -780,14 +801,7 @@ inline int ladder_main(int argc, char** argv) {
         fflush(stdout);
     });
     printf("\n%s", tabulate(jobs, results, o).c_str());
-    for (size_t i = 0; o.poems && i < jobs.size(); i += (size_t)o.seeds) {
-        std::string text = Reader(poems_path(o, jobs[i].rung)).rest(), longest;
-        for (size_t at = 0, end; at < text.size(); at = end + 2) {
-            end = std::min(text.find("\n\n", at), text.size());
-            if (end - at > longest.size()) longest = text.substr(at, end - at);
-        }
-        printf("\n--- rung %d: %s ---\n%s\n", jobs[i].rung, RUNGS[jobs[i].rung].name, longest.c_str());
-    }
+    if (o.poems) print_poems(jobs, o);
     printf("\nwrote %s/{ladder.md, losses.csv, curves.csv%s}\n", o.out.c_str(),
            o.poems ? ", rung*_poems.txt" : "");
     return 0;

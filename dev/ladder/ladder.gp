@@ -1,10 +1,11 @@
-# Draws what ./ladder wrote: gnuplot -c dev/ladder/ladder.gp out/ladder gives out/ladder/{bars,curves}.png
+# Draws the losses that ./ladder wrote to DIR/losses.csv and DIR/curves.csv:
+#     gnuplot -c dev/ladder/ladder.gp DIR         writes DIR/bars.png and DIR/curves.png
 set datafile separator ","
 set terminal pngcairo size 1100,650 font "sans,12"
 set grid y
 dir = ARG1
 
-# Losses at the end, a pair of bars for each rung, with the spread over seeds and the original post's losses.
+# The final losses: two bars for each rung, with the spread over seeds and the original post's losses.
 losses = dir . "/losses.csv"
 set output dir . "/bars.png"
 set title "Each rung's loss (the axis begins at 1.5)"
@@ -23,7 +24,7 @@ plot losses skip 1 using ($1 - 0.2):2 with boxes lc rgb "#2b6cb0" title "train",
      "" skip 1 using ($1 - 0.2):6 with points pt 6 lc rgb "black" title "the post, train", \
      "" skip 1 using ($1 + 0.2):7 with points pt 7 lc rgb "black" title "the post, validation"
 
-# Validation losses as the rungs learn, the first seed of each.
+# The validation losses during training, for the first seed of each rung.
 curves = dir . "/curves.csv"
 set output dir . "/curves.png"
 set title "Validation loss as the rungs learn"
@@ -33,4 +34,5 @@ set yrange [*:3.2]
 set xtics auto
 seed = real(system(sprintf("sed -n 2p '%s' | cut -d, -f2", curves)))
 rungs = system(sprintf("tail -n +2 '%s' | cut -d, -f1 | uniq", curves))
-plot for [k in rungs] sprintf("<awk -F, '$1 == %s && $2 == %.0f' '%s'", k, seed, curves) using 3:5 with lines lw 2 title "rung " . k
+plot for [k in rungs] sprintf("<awk -F, '$1 == %s && $2 == %.0f' '%s'", k, seed, curves) \
+     using 3:5 with lines lw 2 title "rung " . k

@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Writes dev/ladder/golden.bin: what PyTorch computes for a small model of each rung, for test_ladder.cpp.
+"""Writes dev/ladder/golden.bin: PyTorch's values for a small model of each rung, for test_ladder.cpp.
 
     venv/bin/python dev/ladder/ladder_golden.py
 
-Written from the rungs' definitions, in float64, with PyTorch's own layers and autograd; only the dropout masks are not
-PyTorch's: both sides must drop the same elements, so Philox4x32-10 (rng.h) is written here once more. The file's form
-is dev/golden/golden.py's. Tensors: sizes (6) = V C T B blocks heads; tokens, targets (B,T); then per case CASE =
-rung0 ... rung7, and two variants: CASE/p/NAME, each parameter under ladder.cpp's names; CASE/g/NAME, its gradient;
-CASE/logits (B,T,V); CASE/losses (6), before each of five AdamW steps and after the last.
+The rungs are implemented from their definitions in float64 with PyTorch's layers and autograd. Only the
+dropout masks are not PyTorch's: both sides must drop the same elements, so Philox4x32-10 (lib/rng.h) is
+implemented here again. The file's format is that of dev/golden/golden.py. Its tensors are:
+    sizes (6) = V C T B blocks heads
+    tokens, targets (B,T)
+and for each CASE, rung0 ... rung7 and two variants:
+    CASE/p/NAME     a parameter with its name in ladder.cpp
+    CASE/g/NAME     its gradient
+    CASE/logits     (B,T,V)
+    CASE/losses     (6), the losses before each of five AdamW steps and after the last
 """
 
 import os
@@ -40,14 +45,15 @@ CASES = {
 
 
 def keep(p, n, step, site, layer):
-    """Dropout's factors of elements 0 to n-1: Philox4x32-10 with key SEED and counter (element / 4, step, site | layer)."""
+    """Dropout's factors of elements 0 to n-1, from Philox4x32-10 with the key SEED and the counter
+    (element / 4, step, site | layer). Each counter gives the random numbers of four elements."""
     blocks = np.arange((n + 3) // 4, dtype=np.uint64)
-    mask = np.uint64(0xFFFFFFFF)
-    c = [blocks & mask, blocks >> np.uint64(32), np.full_like(blocks, step), np.full_like(blocks, site << 16 | layer)]
+    mask, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c = [blocks & mask, blocks >> high, np.full_like(blocks, step), np.full_like(blocks, site << 16 | layer)]
     k0, k1 = SEED & 0xFFFFFFFF, SEED >> 32
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
-        c = [(p1 >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), p1 & mask, (p0 >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), p0 & mask]
+        c = [(p1 >> high) ^ c[1] ^ np.uint64(k0), p1 & mask, (p0 >> high) ^ c[3] ^ np.uint64(k1), p0 & mask]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     draws = np.stack(c, axis=1).reshape(-1)[:n]
     return torch.tensor((draws >= int(float(np.float32(p)) * 2**32)) / (1 - p))
@@ -84,7 +90,8 @@ def logits(case, p, tokens, step):
     x = p["wte"][tokens] + p["wpe"]
     for i in range(blocks):
         h = F.layer_norm(x, (C,), p["ln1w"][i], p["ln1b"][i]) if norm else x
-        q, k, v = (y.view(B, T, heads, C // heads).transpose(1, 2) for y in F.linear(h, p["qkvw"][i], p["qkvb"][i]).split(C, dim=2))
+        qkv = F.linear(h, p["qkvw"][i], p["qkvb"][i]).split(C, dim=2)
+        q, k, v = (y.view(B, T, heads, C // heads).transpose(1, 2) for y in qkv)
         weights = (q @ k.transpose(2, 3) / (C // heads) ** 0.5).masked_fill(future, -torch.inf).softmax(dim=3)
         y = (drop(weights, ATT_DROPOUT, i) @ v).transpose(1, 2).reshape(B, T, C)
         if projection:
@@ -104,7 +111,7 @@ def logits(case, p, tokens, step):
 
 def main():
     torch.set_num_threads(1)
-    rng = np.random.RandomState(6)  # its streams are frozen: every numpy draws the same
+    rng = np.random.RandomState(6)  # a legacy generator, which yields the same numbers in every numpy version
     tokens, targets = rng.randint(0, V, (B, T)).astype(np.int32), rng.randint(0, V, (B, T)).astype(np.int32)
     tensors = {"sizes": [V, C, T, B, BLOCKS, HEADS], "tokens": tokens, "targets": targets}
     tokens, targets = torch.tensor(tokens).long(), torch.tensor(targets).long()
@@ -131,7 +138,8 @@ def main():
             optimizer.step()
         tensors[f"{name}/losses"] = losses
         print(f"{name}: losses {losses[0]:.4f} to {losses[-1]:.4f}")
-    write("dev/ladder/golden.bin", f"dev/ladder/ladder_golden.py, torch {torch.__version__}, numpy {np.__version__}", tensors)
+    origin = f"dev/ladder/ladder_golden.py, torch {torch.__version__}, numpy {np.__version__}"
+    write("dev/ladder/golden.bin", origin, tensors)
 
 
 if __name__ == "__main__":

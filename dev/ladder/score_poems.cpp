@@ -1,38 +1,38 @@
-// score_poems.cpp - what a program can tell about a poem without knowing its vowels.
+// score_poems.cpp - measures how well generated poems imitate real ones, as far as letters without vowel
+// signs show it.
 //
 //     ./score_poems poems.txt out/data/val.bin --data out/data
 //
-// Compares poems with the training text they were learnt from (--data: train.bin and tokenizer.bin, decoded)
-// and prints a Markdown table with a column for each file. A file is text with blank lines between poems
-// (what ./sample_gpt2 and
-// ./ladder write), a CSV, or a token file, whose poems stand between end-of-text tokens: val.bin holds real
-// poems that no model has seen. A line is a verse (bayt), a TAB parts its two hemistichs.
+// Compares poems with the training text (--data: train.bin, decoded with tokenizer.bin) and prints a Markdown
+// table with a column for each file. A file is text with blank lines between poems (what ./sample_gpt2 and
+// ./ladder write), a CSV, or a token file with poems between end-of-text tokens; val.bin has real poems that
+// the model has not seen. A line is a verse (bayt), and a TAB separates its two hemistichs.
 //
 // The measures:
-//   words known       share of the words that occur in the training text. Real poems miss some: Arabic joins
-//                     articles, prepositions and pronouns to the word. "of 5 letters and more": short ones
-//                     exist by chance.
-//   last letter       share of the verses, of poems with two and more, that end in the letter most frequent
-//                     at the end of their poem's verses. Round ة counts as ه, which it sounds like there, and
-//                     ى as ا.
-//   rhyme             the same for the whole rhyme: from the last letter that is no vowel or pronoun ending
-//                     (ا و ي ه may follow the rhyme letter proper) to the end, at most three letters: بها,
-//                     سيرا, ع. This is stricter than the art: ه and the long vowels can be rhyme letters
-//                     themselves.
-//   by chance         what share that measure would give if the verse endings of all poems of the file were
-//                     shuffled
-//   two hemistichs    share of the verses that have exactly two
-//   letters           in a verse and in a hemistich (spaces do not count), mean and standard deviation
-//   usual length      share of the hemistichs as long as the middle 95% of those in the training text
-//   distance          earth mover's distance of the hemistichs' lengths from the training text's: by how many
-//                     letters, on average, one would have to change a hemistich to turn one distribution into
-//                     the other
+//   words known       share of the words that occur in the training text. Even real poems have unknown words,
+//                     because Arabic joins articles, prepositions and pronouns to the word. It is also given
+//                     for words of at least 5 letters, because random short ones often exist by chance.
+//   last letter       share of the verses that end in the most frequent last letter of their poem, in poems
+//                     of at least two verses. ة counts as ه, which it sounds like in this place, and ى as ا.
+//   rhyme             the same for the whole rhyme. An Arabic rhyme is built on one consonant, which a long
+//                     vowel or a pronoun ending may follow. So the rhyme is taken to begin at the last letter
+//                     other than ا و ي ه, and to have three letters at most: كتابها rhymes in بها, سيرا in
+//                     را, تسرع in ع. This is stricter than the real rules, in which ه and the long vowels can
+//                     be rhyme letters, too.
+//   by chance         the same measure after the verse endings of all poems in the file have been shuffled
+//   two hemistichs    share of the verses that have exactly two hemistichs
+//   letters           letters in a verse and in a hemistich, without spaces: mean and standard deviation
+//   usual length      share of the hemistichs whose length is in the middle 95% of the training text's
+//   distance          earth mover's distance between the hemistichs' lengths and the training text's: how
+//   many
+//                     letters per hemistich would have to be added or removed, on average, to turn one
+//                     distribution into the other
 //   evenness          standard deviation of the hemistichs' lengths within a poem; metre keeps it small
-//   repeated          share of the verses that stand earlier in the same file
-//   copied            share of the verses that occur, whole, in the training text
-//   longest run       longest run of characters that also occurs in the training text, spaces and line ends
-//                     included: the mean over the verses (a verse's run ends in it and lies in its poem), and
-//                     the longest of all
+//   repeated          share of the verses that also occur earlier in the file
+//   copied            share of the verses that also occur in the training text
+//   longest run       longest run of characters, including spaces and line ends, that also occurs in the
+//                     training text: the longest of all, and the mean over the verses of the longest run that
+//                     ends in the verse and begins in the same verse
 #include <map>
 #include <unordered_set>
 
@@ -47,9 +47,9 @@ namespace score {
 using Poems = std::vector<std::string>;
 
 // ---------------------------------------------------------------------------------------------
-// Text into verses, hemistichs, words, letters
+// Dividing text into verses, hemistichs, words and letters
 
-// Calls f(piece) for each non-empty piece between the characters of `at`.
+// Splits the text at each character of `at` and calls f(piece) for each piece that is not empty.
 template <class F>
 void for_each_piece(std::string_view text, const char* at, F f) {
     for (size_t i = 0; (i = text.find_first_not_of(at, i)) != text.npos;) {
@@ -63,8 +63,8 @@ inline size_t letters(std::string_view text) {
     return utf8::count(text) - (size_t)std::count_if(text.begin(), text.end(), is_space);
 }
 
-// The letters of a verse's rhyme, from the end backwards; see the top of the file. Empty for a verse without
-// letters.
+// The letters of a verse's rhyme, the last one first, as the head of this file defines them. Empty for a
+// verse without letters.
 inline std::u32string rhyme(std::string_view verse, bool last_letter_only) {
     std::u32string all, found;
     utf8::for_each(verse, [&](uint32_t c, size_t) {
@@ -82,11 +82,14 @@ inline std::u32string rhyme(std::string_view verse, bool last_letter_only) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Runs that two texts share
+// Runs of characters that two texts share
 
-// The suffix automaton (Blumer et al. 1985) of one text, over bytes below `alphabet`: its states are the
-// classes of substrings that end at the same places. The other text is read through it once, so that the work
-// grows with the sum of the two lengths and the memory with this one's.
+// The suffix automaton (Blumer et al. 1985) of a text over the bytes below `alphabet`. Every substring of the
+// text, and nothing else, spells a path from state 0. A state stands for all substrings that end at the same
+// places of the text; each of them is a suffix of the longest. A state's link leads to the state of the
+// longest suffix that ends at other places, too. The automaton has at most two states per character and is
+// built in one pass. Another text can then be read through it in one pass, so that the time is linear in the
+// sum of both lengths and the memory in this text's length.
 class SuffixAutomaton {
   public:
     SuffixAutomaton(const std::string& text, size_t alphabet) : A_(alphabet) {
@@ -101,8 +104,9 @@ class SuffixAutomaton {
                 int q = next(p, c);
                 if (states_[q].length == states_[p].length + 1) {
                     states_[cur].link = q;
-                } else {  // q's longer strings end at fewer places: the shorter ones become a state of their
-                          // own
+                } else {
+                    // With this character, only the shorter strings of state q end at a new place. They
+                    // become a separate state.
                     int clone = add({states_[p].length + 1, states_[q].link, 0});
                     std::copy_n(&next(q, 0), A_, &next(clone, 0));
                     for (; p >= 0 && next(p, c) == q; p = states_[p].link) next(p, c) = clone;
@@ -112,7 +116,7 @@ class SuffixAutomaton {
             last = cur;
         }
     }
-    // Notes which substrings occur in `other`.
+    // Reads another text and notes for each state the longest of its strings that occurs there.
     void read(const std::string& other) {
         int s = 0, length = 0;
         for (char ch : other) {
@@ -122,11 +126,11 @@ class SuffixAutomaton {
             states_[s].seen = std::max(states_[s].seen, length);
         }
     }
-    // For each place of the automaton's text: the length of the longest run that ends there and occurs in
-    // what was read.
+    // For each place of the automaton's text, the length of the longest run that ends there and that
+    // read() has seen.
     std::vector<int> longest_runs(const std::string& text) {
-        // What was seen of a state holds its link's strings whole, and what was not seen of it may be seen of
-        // its link.
+        // If a string of a state was seen, then all strings of its link, which are suffixes of it, were seen,
+        // too. And the longest suffix that was seen of an unseen state's string is that of its link.
         std::vector<int> order(states_.size());
         std::iota(order.begin(), order.end(), 0);
         std::sort(order.begin(), order.end(),
@@ -145,8 +149,9 @@ class SuffixAutomaton {
 
   private:
     struct State {
-        int length, link,
-            seen;  // longest string; the class of its longest suffix that is in another; longest string read
+        int length;  // of the state's longest string
+        int link;    // the state of its longest suffix that belongs to another state
+        int seen;    // length of the longest string that read() has seen; 0: none
     };
     int add(State s) {
         states_.push_back(s), next_.resize(next_.size() + A_, -1);
@@ -159,14 +164,13 @@ class SuffixAutomaton {
     std::vector<int> next_;
 };
 
-// For each character of each poem, the longest run that ends there, lies in the poem, and occurs in a
-// training poem.
+// For each character of each poem, the longest run that ends there, lies in the poem, and occurs in
+// a training poem.
 inline std::vector<std::vector<int>> shared_runs(const Poems& poems, const Poems& training) {
-    constexpr char TRAINING_END = 0,
-                   POEM_END = 1;  // two signs, so that no run reaches over the end of a poem
+    constexpr char TRAINING_END = 0, POEM_END = 1;  // different, so that no shared run crosses a poem's end
     constexpr size_t BATCH =
-        50000;  // bytes of poems in one automaton, which stays small however many there are
-    std::map<uint32_t, unsigned char> byte_of;  // characters, numbered from 2
+        50000;  // bytes of poems per automaton, so that its memory does not grow with them
+    std::map<uint32_t, unsigned char> byte_of;  // the characters, numbered from 2
     auto encode = [&](const std::string& poem, std::string& bytes) {
         utf8::for_each(poem, [&](uint32_t c, size_t) {
             auto [at, is_new] = byte_of.insert({c, (unsigned char)(byte_of.size() + 2)});
@@ -196,7 +200,7 @@ inline std::vector<std::vector<int>> shared_runs(const Poems& poems, const Poems
 // ---------------------------------------------------------------------------------------------
 // Measuring
 
-// How often each number of letters occurs.
+// A distribution of lengths: how often each number of letters occurs.
 struct Lengths {
     std::map<size_t, size_t> times;
     size_t n = 0;
@@ -211,7 +215,7 @@ struct Lengths {
         for (auto [l, k] : times) sum += ((double)l - m) * ((double)l - m) * (double)k;
         return std::sqrt(sum / (double)std::max<size_t>(n, 1));
     }
-    // The smallest length that at least the share q does not exceed.
+    // The smallest length that a share of at least q does not exceed.
     size_t quantile(double q) const {
         size_t sum = 0;
         for (auto [l, k] : times)
@@ -233,7 +237,7 @@ struct Lengths {
     }
 };
 
-// What the training text is asked for.
+// The training text and its words, verses and lengths, to compare with.
 struct Reference {
     Poems poems;
     std::unordered_set<std::string> words, verses;
@@ -249,8 +253,8 @@ struct Reference {
 
 struct Scores {
     size_t poems = 0, verses = 0, words = 0, long_words = 0;
-    double known = 0, long_known = 0, last_letter = 0, last_letter_chance = 0, rhyme = 0,
-           rhyme_chance = 0;  // shares
+    // Shares from 0 to 1, or NaN if there is nothing to count
+    double known = 0, long_known = 0, last_letter = 0, last_letter_chance = 0, rhyme = 0, rhyme_chance = 0;
     double two_hemistichs = 0, usual_length = 0, repeated = 0, copied = 0;
     Lengths verse, hemistich;
     double distance = 0, evenness = 0, mean_run = 0;
@@ -258,7 +262,7 @@ struct Scores {
     std::string longest_text;
 };
 
-// Share of the verses that have their poem's most frequent rhyme, in poems of two verses and more.
+// Share of the verses that have their poem's most frequent rhyme, in poems of at least two verses.
 inline double agreement(const std::vector<std::vector<std::u32string>>& poems) {
     size_t agree = 0, all = 0;
     for (const auto& rhymes : poems) {
@@ -270,7 +274,7 @@ inline double agreement(const std::vector<std::vector<std::u32string>>& poems) {
     }
     return all ? (double)agree / (double)all : NAN;
 }
-// The same when the verses' ends change places at random among all poems; the mean of 20 times.
+// The same after the verses' rhymes have been shuffled among all poems; the mean of 20 times.
 inline double agreement_by_chance(std::vector<std::vector<std::u32string>> poems) {
     std::vector<std::u32string> all;
     for (const auto& rhymes : poems)
@@ -287,6 +291,7 @@ inline double agreement_by_chance(std::vector<std::vector<std::u32string>> poems
     return sum;
 }
 
+// All measures of the poems, compared with the training text.
 inline Scores measure(const Poems& poems, const Reference& ref) {
     Scores s;
     auto share = [](size_t part, size_t all) { return all ? (double)part / (double)all : NAN; };
@@ -305,7 +310,7 @@ inline Scores measure(const Poems& poems, const Reference& ref) {
         });
         Lengths here;
         last.emplace_back(), rhymes.emplace_back();
-        size_t at = 0;  // the verse's first character within the poem
+        size_t at = 0;  // the position of the verse's first character in the poem
         for (size_t begin = 0, end; begin <= poem.size(); begin = end + 1) {
             end = std::min(poem.find('\n', begin), poem.size());
             std::string_view v(poem.data() + begin, end - begin);
@@ -368,7 +373,7 @@ inline Poems decode_tokens(const std::string& path, const Tokenizer& tokenizer) 
     if (poems.back().empty()) poems.pop_back();
     return poems;
 }
-// Poems from any of the three kinds of file, cleaned as ./prepare_data does.
+// Poems from any of the three kinds of file. Text and CSV are cleaned as by ./prepare_data.
 inline Poems read_poems(const std::string& path, const Tokenizer& tokenizer) {
     if (is_token_file(path)) return decode_tokens(path, tokenizer);
     prep::Options o;
@@ -377,7 +382,8 @@ inline Poems read_poems(const std::string& path, const Tokenizer& tokenizer) {
     prep::Collector collector(o, report);
     collector.read_file(path);
     if (report.duplicates)
-        printf("%s: %zu poems equal an earlier one and count once\n", path.c_str(), report.duplicates);
+        printf("%s: %zu poems are equal to an earlier one and are not counted\n", path.c_str(),
+               report.duplicates);
     Poems poems;
     for (const prep::Poem& p : collector.poems) poems.push_back(p.text);
     return poems;
@@ -422,26 +428,26 @@ inline int score_main(int argc, char** argv) {
     std::string data = "out/data";
     int most = 0;
     bool skip_last = false;
-    Flags f("score_poems", "measures poems against the text they were learnt from");
+    Flags f("score_poems", "compares poems with the text that their model was trained on");
     f.positional(&files, "poems.txt [more files]");
     f.add("data", "", &data, "DIR",
-          "folder made by ./prepare_data: train.bin, to compare with, and tokenizer.bin");
+          "folder made by ./prepare_data, with the training text train.bin and with tokenizer.bin");
     f.add("poems", "", &most, "N", "only the first N poems of each file; 0: all").range(0, INFINITY);
     f.add("skip_last", "", &skip_last,
-          "leave out each poem's last verse, which a limit on the length may have cut");
+          "leave out each poem's last verse, which a limit on the length may have truncated");
     f.epilogue(
-        "A file is text with blank lines between poems, a CSV, or a token file such as DIR/val.bin, the real "
-        "poems that were\n"
-        "held out. A line is a verse; a TAB parts its hemistichs. The head of dev/ladder/score_poems.cpp "
-        "explains each measure.\n\n"
+        "A file is text with blank lines between poems, a CSV, or a token file such as DIR/val.bin, which "
+        "has the\n"
+        "real poems that were held out. A line is a verse, and a TAB separates its hemistichs. The head of\n"
+        "dev/ladder/score_poems.cpp explains the measures.\n\n"
         "Example\n"
-        "  ./sample_gpt2 -e out/model.bin --num 50 > poems.txt && ./score_poems poems.txt out/data/val.bin "
-        "--data out/data --skip_last\n");
+        "  ./sample_gpt2 -e out/model.bin --num 50 > poems.txt\n"
+        "  ./score_poems poems.txt out/data/val.bin --data out/data --skip_last\n");
     f.parse(argc, argv);
-    if (files.empty()) throw UsageError("which poems? ./score_poems poems.txt --data DIR; --help tells more");
+    if (files.empty()) throw UsageError("no poems are given: ./score_poems poems.txt --data DIR; see --help");
     for (const char* name : {"train.bin", "tokenizer.bin"})
         if (std::string path = data + "/" + name; !file_exists(path))
-            fail("%s: not found; --data names the folder that ./prepare_data made", path.c_str());
+            fail("%s: not found; --data is the folder that ./prepare_data made", path.c_str());
     Tokenizer tokenizer = Tokenizer::load(data + "/tokenizer.bin");
     Reference ref(decode_tokens(data + "/train.bin", tokenizer));
     printf(
@@ -459,8 +465,8 @@ inline int score_main(int argc, char** argv) {
             for (std::string& p : poems) p.resize(p.find('\n') == p.npos ? 0 : p.rfind('\n'));
         poems.erase(std::remove(poems.begin(), poems.end(), ""), poems.end());
         if (poems.empty())
-            fail("%s: holds no poem%s", path.c_str(),
-                 skip_last ? " of two verses, and --skip_last leaves out the last" : "");
+            fail("%s: has no poem%s", path.c_str(),
+                 skip_last ? " of two verses, and --skip_last leaves out the last verse" : "");
         columns.push_back({path, measure(poems, ref)});
         std::string text = columns.back().second.longest_text;
         for (char& c : text)

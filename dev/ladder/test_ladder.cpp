@@ -1,7 +1,5 @@
-// test_ladder.cpp - every rung against PyTorch and finite differences, and what the ladder promises about its
-// runs.
-//
-// Runs in the repository's root; golden.bin comes from ladder_golden.py.
+// test_ladder.cpp - compares every rung with PyTorch and with finite differences, and tests the ladder's
+// runs. Must be run in the root of the repository; ladder_golden.py writes golden.bin.
 #include <doctest/doctest.h>
 
 #ifndef ARAPOET_NO_MAIN
@@ -16,7 +14,7 @@ namespace {
 
 const char* const GOLDEN = "dev/ladder/golden.bin";
 
-// A case of golden.bin: the rung it is made of, batch, and a model with its parameters.
+// A case of golden.bin: the rung, the batch, PyTorch's values, and a model with the case's parameters.
 struct Case {
     std::string name;
     ladder::Rung rung;
@@ -72,7 +70,7 @@ double relative_error(const float* a, const float* want, size_t n) {
     return std::sqrt(diff) / std::max(std::sqrt(norm), 1e-30);
 }
 
-// A folder with the data of a few made-up verses.
+// Writes the files of a small made-up data set.
 void write_data(const std::string& dir) {
     std::string text;
     for (int i = 0; i < 300; i++) text += "abcd"[i * i % 7 % 4], text += "xy z"[i % 4];
@@ -92,7 +90,7 @@ std::string usage_error(std::vector<const char*> words) {
 
 }  // namespace
 
-TEST_CASE("each rung's logits and loss are PyTorch's within 1e-4, with the same elements dropped") {
+TEST_CASE("each rung's logits agree with PyTorch's to 1e-4 and its loss to 1e-5") {
     for (const std::string name : CASES) {
         CAPTURE(name);
         Case c = read_case(name);
@@ -105,7 +103,7 @@ TEST_CASE("each rung's logits and loss are PyTorch's within 1e-4, with the same 
     }
 }
 
-TEST_CASE("each rung's gradients are PyTorch's within a relative L2 error of 1e-4, tensor by tensor") {
+TEST_CASE("each tensor's gradient agrees with PyTorch's to a relative L2 error of 1e-4") {
     for (const std::string name : CASES) {
         CAPTURE(name);
         Case c = read_case(name);
@@ -117,8 +115,8 @@ TEST_CASE("each rung's gradients are PyTorch's within a relative L2 error of 1e-
             std::string tensor = t.name;
             size_t n = t.size();
             if (tensor == "qkvb") {
-                // A constant added to all keys does not change the softmax: its gradient is 0 but for
-                // rounding.
+                // A constant added to all keys does not change the softmax, so the gradient of the keys' bias
+                // is 0 except for rounding.
                 std::vector<float>& want = c.grads[k];
                 float* got = c.model->grad(t);
                 for (size_t i = 0; i < n; i++)
@@ -145,7 +143,7 @@ TEST_CASE("each rung's gradients agree with finite differences") {
         for (const ladder::Tensor& t : c.model->list) {
             std::string tensor = t.name;
             CAPTURE(tensor);
-            // Along a random direction, and along the gradient itself, where the slope is its norm.
+            // Along the gradient, where the slope is the gradient's norm, and along a random direction.
             std::vector<float> grad(c.model->grad(t), c.model->grad(t) + t.size()),
                 start(c.model->param(t), c.model->param(t) + t.size());
             double norm = 0;
@@ -160,7 +158,7 @@ TEST_CASE("each rung's gradients agree with finite differences") {
                     direction[i] = along ? grad[i] : key.normal(i), length += direction[i] * direction[i];
                 length = std::sqrt(length);
                 for (size_t i = 0; i < t.size(); i++) direction[i] /= length, slope += direction[i] * grad[i];
-                const double h = 5e-4;  // short, so that no ReLU turns between the two sides
+                const double h = 5e-4;  // so small that no ReLU switches between the two sides
                 double sides[2];
                 for (int side : {0, 1}) {
                     for (size_t i = 0; i < t.size(); i++)
@@ -175,7 +173,7 @@ TEST_CASE("each rung's gradients agree with finite differences") {
     }
 }
 
-TEST_CASE("five AdamW steps of each rung follow PyTorch's losses within 1e-4") {
+TEST_CASE("the losses of five AdamW steps of each rung agree with PyTorch's to 1e-4") {
     for (const std::string name : CASES) {
         CAPTURE(name);
         Case c = read_case(name);
@@ -190,9 +188,9 @@ TEST_CASE("five AdamW steps of each rung follow PyTorch's losses within 1e-4") {
     }
 }
 
-TEST_CASE("each rung is the one before with one idea more") {
-    // Heads, blocks, feed-forward, residual connections with projections, LayerNorm and dropout: what
-    // differs?
+TEST_CASE("each rung adds exactly one idea to the rung before") {
+    // How many differ of: heads, blocks, feed-forward, residual connections with
+    // projections, LayerNorm, dropout
     auto ideas = [](const ladder::Rung& a, const ladder::Rung& b) {
         return (a.heads != b.heads) + (a.blocks != b.blocks && a.blocks) + (!a.hidden != !b.hidden) +
                (a.residual != b.residual || a.projection != b.projection) + (a.layernorm != b.layernorm) +
@@ -204,7 +202,7 @@ TEST_CASE("each rung is the one before with one idea more") {
     }
 }
 
-TEST_CASE("a rung's losses do not depend on the number of threads, nor on how many runs go side by side") {
+TEST_CASE("a rung's losses do not depend on the number of threads or of simultaneous runs") {
     TempDir dir;
     write_data(dir.path);
     ladder::Options o;
@@ -237,7 +235,7 @@ TEST_CASE("a rung's losses do not depend on the number of threads, nor on how ma
     CHECK(results[2].end().val != one.back());  // another seed
 }
 
-TEST_CASE("batches are windows of the file and their targets the tokens after, up to its last token") {
+TEST_CASE("batches are windows from all places of the file, with the tokens after as targets") {
     TempDir dir;
     std::vector<uint16_t> tokens(20);
     for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (uint16_t)(i * i % 97);
@@ -262,11 +260,9 @@ TEST_CASE("batches are windows of the file and their targets the tokens after, u
     CHECK(std::count(starts.begin(), starts.end(), 14) == 0);
 }
 
-TEST_CASE(
-    "the bigram table learns the text's conditional entropy, and no rung does better than that on what one "
-    "character tells") {
+TEST_CASE("the bigram table's loss converges to the text's conditional entropy") {
     TempDir dir;
-    // After a and b anything may follow, after c only a: H = 2/3 ... measured from the counts below.
+    // Any letter may follow a and b, only a follows c. The entropy is computed from the counts below.
     std::string text;
     rng::Key key(11, 0, rng::SAMPLE);
     while (text.size() < 4000) text += "abc"[(size_t)(key.uniform(text.size()) * 3)];
@@ -294,7 +290,7 @@ TEST_CASE(
     CHECK(last == doctest::Approx(entropy).epsilon(0.02));
 }
 
-TEST_CASE("poems are drawn from the last T tokens that a rung has written") {
+TEST_CASE("a decoder's logits depend on exactly the last T tokens") {
     ladder::Model m(ladder::RUNGS[6], 9, 16, 4, 1);
     m.init_weights();
     ladder::Decoder decoder(m);
@@ -307,9 +303,7 @@ TEST_CASE("poems are drawn from the last T tokens that a rung has written") {
     CHECK(std::equal(stepwise.begin(), stepwise.end(), whole));
 }
 
-TEST_CASE(
-    "weights start as PyTorch's do: embeddings normal, linear layers uniform within 1/sqrt(in), LayerNorm at "
-    "one and zero") {
+TEST_CASE("weights are initialised with PyTorch's default distributions") {
     ladder::Model m(ladder::RUNGS[7], 40, 32, 8, 1);
     m.init_weights();
     for (const ladder::Tensor& t : m.list) {
@@ -335,7 +329,7 @@ TEST_CASE(
     CHECK(m.num_params() == 41032);
 }
 
-TEST_CASE("the ladder's table, losses and poems stand in its folder, with the mean and spread over seeds") {
+TEST_CASE("ladder writes its table, losses, curves and poems, with mean and spread over the seeds") {
     TempDir dir;
     write_data(dir.path);
     std::string out = dir / "out";
@@ -372,7 +366,7 @@ TEST_CASE("the ladder's table, losses and poems stand in its folder, with the me
     CHECK(s.sd == doctest::Approx(std::sqrt(7.0)));
 }
 
-TEST_CASE("a ladder that cannot stand says which flag or file is wrong") {
+TEST_CASE("a wrong flag or file of ladder is an error that names it") {
     CHECK(usage_error({"--rung", "8"}) ==
           "--rung: rung 8 is the trainer itself; dev/ladder/rung8.sh runs it");
     CHECK(contains(usage_error({"--rung", "0-9"}), "rung 9 is fine-tuning"));

@@ -1,4 +1,4 @@
-// test_score.cpp - the measures of score_poems on cases small enough to count by hand.
+// test_score.cpp - tests the measures of score_poems on cases that are small enough to count by hand.
 #include <doctest/doctest.h>
 
 #ifndef ARAPOET_NO_MAIN
@@ -16,7 +16,7 @@ std::string rhyme(const char* verse, bool last_letter = false) {
     return text;
 }
 
-// The longest run that ends at each character, by trying every pair of places.
+// The longest shared run that ends at each character, found by trying all substrings.
 std::vector<int> runs_by_trying(const std::string& poem, const score::Poems& training) {
     std::vector<int> runs(poem.size());
     for (size_t end = 0; end < poem.size(); end++)
@@ -33,9 +33,9 @@ std::string score_error(std::vector<const char*> words) {
 
 }  // namespace
 
-TEST_CASE("a verse's rhyme goes from its end back to the rhyme letter, over vowels and pronoun endings") {
+TEST_CASE("a rhyme is the rhyme letter and the vowels or pronoun endings after it") {
     CHECK(rhyme("يا ليل طلت\tفهل تسرع") == "ع");
-    CHECK(rhyme("سيرا") == "ار");  // read from the end: a long vowel after the rhyme letter
+    CHECK(rhyme("سيرا") == "ار");  // the last letter first: a long vowel after the rhyme letter
     CHECK(rhyme("كتابها") == "اهب");
     CHECK(rhyme("كتابه ") == "هب");
     CHECK(rhyme("مدينة") == rhyme("يمينه"));  // sounds the same at the end of a verse
@@ -46,21 +46,19 @@ TEST_CASE("a verse's rhyme goes from its end back to the rhyme letter, over vowe
     CHECK(rhyme("\t ") == "");
 }
 
-TEST_CASE(
-    "agreement counts the verses with their poem's most frequent rhyme; a lone verse has none to agree "
-    "with") {
+TEST_CASE("agreement is the share of verses with their poem's main rhyme, without lone verses") {
     CHECK(score::agreement({{U"a", U"a", U"b", U"a"}, {U"c", U"d"}, {U"e"}}) == doctest::Approx(4.0 / 6));
     CHECK(std::isnan(score::agreement({{U"a"}, {}})));
     CHECK(score::agreement_by_chance({{U"a", U"a"}, {U"a", U"a"}}) == doctest::Approx(1));
-    // Two rhymes, equally frequent, at random: of two verses both agree half of the time, and else one of
-    // them.
+    // With two equally frequent rhymes, shuffled, the two verses of a poem rhyme half of the time. Then both
+    // agree with the poem's main rhyme, otherwise one of them does: (1 + 1/2) / 2 on average.
     std::vector<std::vector<std::u32string>> poems;
     for (int i = 0; i < 300; i++) poems.push_back({U"a", U"a"}), poems.push_back({U"b", U"b"});
     CHECK(score::agreement(poems) == 1);
     CHECK(score::agreement_by_chance(poems) == doctest::Approx(0.75).epsilon(0.02));
 }
 
-TEST_CASE("lengths know their mean, spread, quantiles and distance") {
+TEST_CASE("mean, deviation, quantiles and distance of lengths are those counted by hand") {
     score::Lengths a, b, c;
     for (size_t l : {3, 3, 5, 9}) a.add(l);
     for (size_t l : {4, 4, 6, 10}) b.add(l);
@@ -71,14 +69,12 @@ TEST_CASE("lengths know their mean, spread, quantiles and distance") {
     CHECK(a.quantile(0.51) == 5);
     CHECK(a.quantile(1) == 9);
     CHECK(a.distance(a) == 0);
-    CHECK(a.distance(b) == doctest::Approx(1));  // every one of them a letter longer
+    CHECK(a.distance(b) == doctest::Approx(1));  // each length in b is one more than in a
     CHECK(a.distance(c) == doctest::Approx((6 + 6 + 4 + 0) / 4.0));
     CHECK(c.distance(a) == doctest::Approx(4));
 }
 
-TEST_CASE(
-    "the longest shared run at each place is what trying every pair of places finds, and none reaches over a "
-    "poem's end") {
+TEST_CASE("the longest shared runs are those that trying all substrings finds, within one poem") {
     rng::Key key(5, 0, rng::SAMPLE);
     uint64_t draw = 0;
     auto text = [&](size_t n, size_t letters) {
@@ -102,21 +98,21 @@ TEST_CASE(
     CHECK(score::shared_runs({"ab", "cd"}, {"abcd"})[1] == std::vector<int>{1, 2});
 }
 
-TEST_CASE("shared runs of a million characters take moments, however repetitive they are") {
+TEST_CASE("the longest shared runs of long and very repetitive texts are found") {
     std::string a(100000, 'a');
     auto runs = score::shared_runs({a, a + "b"}, {std::string(400000, 'a') + "b", a});
     CHECK(runs[0].back() == 100000);
     CHECK(runs[1].back() == 100001);
 }
 
-TEST_CASE("a file's scores are what a hand counts") {
+TEST_CASE("a file's scores are those counted by hand") {
     score::Reference ref({"قفا نبك\tمن ذكرى\nحبيب\tومنزل", "قفا"});
     score::Scores s = score::measure({"قفا نبك\tمن ذكرى\nحبيبان\tغريبان بلا\nقفا نبك\tمن ذكرى", "منزل"}, ref);
     CHECK(s.poems == 2);
     CHECK(s.verses == 4);
     CHECK(s.words == 12);
-    CHECK(s.known ==
-          doctest::Approx(8.0 / 12));  // not حبيبان غريبان بلا منزل, which the text has with و alone
+    // All words but حبيبان غريبان بلا منزل; the training text has only ومنزل.
+    CHECK(s.known == doctest::Approx(8.0 / 12));
     CHECK(s.long_words == 2);  // حبيبان غريبان
     CHECK(s.long_known == 0);
     CHECK(s.last_letter == 1);                   // ى, ا, ى; the lone verse does not count
@@ -129,15 +125,15 @@ TEST_CASE("a file's scores are what a hand counts") {
     CHECK(ref.hemistich.quantile(0.025) == 3);
     CHECK(ref.hemistich.quantile(0.975) == 6);
     CHECK(s.usual_length == doctest::Approx(6.0 / 7));  // all but غريبان بلا
-    // Runs: the two copied verses whole, 15 signs with spaces and TAB; حبيب of the second; منزل of the last.
+    // Runs: the two copied verses, 15 characters with spaces and TAB; حبيب of the second; منزل of the last.
     CHECK(s.mean_run == doctest::Approx((15 + 4 + 15 + 4) / 4.0));
     CHECK(s.longest_run == 20);  // the first verse, the line end, and حبيب
     CHECK(s.longest_text == "قفا نبك\tمن ذكرى\nحبيب");
-    // Within the poems: 6 6 6 9 6 6, mean 6.5, and one of 4.
+    // The first poem has hemistichs of 6 6 6 9 6 6 letters, mean 6.5; the second one of 4.
     CHECK(s.evenness == doctest::Approx(std::sqrt((5 * 0.25 + 6.25) / 7)));
 }
 
-TEST_CASE("poems are read from what sample_gpt2 and the ladder write, and from token files") {
+TEST_CASE("poems are read from the output of sample_gpt2 and ladder, and from token files") {
     TempDir dir;
     Tokenizer t = Tokenizer::characters("قفا نبك\n\t");
     write_file(dir / "samples.txt", "--- 1 ---\nقفا نبك\tقفا\nنبك\n\n--- 2 ---\nنبك\n");
@@ -155,9 +151,9 @@ TEST_CASE("poems are read from what sample_gpt2 and the ladder write, and from t
     }
 }
 
-TEST_CASE("score_poems names the file or flag that is wrong") {
+TEST_CASE("a wrong flag or file of score_poems is an error that names it") {
     TempDir dir;
-    CHECK(contains(score_error({}), "which poems?"));
+    CHECK(contains(score_error({}), "no poems are given"));
     CHECK(contains(score_error({"x.txt", "--data", dir.path.c_str()}), dir / "train.bin: not found"));
     Tokenizer t = Tokenizer::characters("قفا\n");
     t.save(dir / "tokenizer.bin");
@@ -168,7 +164,7 @@ TEST_CASE("score_poems names the file or flag that is wrong") {
     std::string poems = dir / "poems.txt", bad = dir / "bad.txt", tokens = dir / "tokens.bin";
     write_file(poems, "قفا نبك\n"), write_file(bad, "\xff\xfe\n"), write_tokens(tokens, {99});
     CHECK(contains(score_error({poems.c_str(), "--skip_last", "--data", dir.path.c_str()}),
-                   poems + ": holds no poem of two verses"));
+                   poems + ": has no poem of two verses"));
     CHECK(contains(score_error({bad.c_str(), "--data", dir.path.c_str()}), bad + ": is UTF-16"));
     CHECK(contains(score_error({tokens.c_str(), "--data", dir.path.c_str()}), tokens + ": token 99"));
 }
