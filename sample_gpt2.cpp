@@ -1,4 +1,4 @@
-// sample_gpt2.cpp - writes poems from a checkpoint. It links train_gpt2.o, which defines open_decoder().
+// sample_gpt2.cpp - writes poems with a trained model. It links train_gpt2.o, which defines open_decoder().
 #include "lib/flags.h"
 #include "lib/machine.h"
 #include "lib/sampler.h"
@@ -18,7 +18,7 @@ int main(int argc, char** argv) {
               "its tokenizer; by default tokenizer.bin in the model's folder");
         f.add("prompt", "p", &prompt, "TEXT", "how the poems begin");
         f.add("tokens", "n", &tokens, "N", "longest poem, in tokens").range(1, INFINITY);
-        f.add("num", "", &num, "N", "how many poems; they are written side by side").range(1, 4096);
+        f.add("num", "", &num, "N", "how many poems; they are written in parallel").range(1, 4096);
         f.add("temperature", "", &so.temperature, "X",
               "below 1 is safer, above 1 is wilder, 0 always takes the likeliest")
             .range(0, 1e6);
@@ -53,7 +53,7 @@ int main(int argc, char** argv) {
                  start.size() - 1, checkpoint.c_str(), reader.cfg.maxT - 1);
 
         auto decoder = open_decoder(reader, (size_t)num, dtype == "bf16" ? BF16 : FP32);
-        // The first poem streams; the others are printed once all are done.
+        // The first poem is printed as it is written; the others once all are finished.
         std::vector<std::string> rest((size_t)num);
         Utf8Stream stream;
         auto title = [&](int i) {

@@ -1,15 +1,21 @@
-// train_gpt2.cpp - GPT-2 on the CPU, forward and backward by hand, and the reference for every GPU kernel.
+// train_gpt2.cpp - GPT-2 on the CPU, with forward and backward written out by hand. It is also the reference
+// that the GPU kernels of train_gpt2.cu are tested against.
 //
-// Read it from top to bottom: layers (each a forward and a backward), AdamW, the model, the decoder with its
-// key/value cache, and a main that hands the model to the trainer in lib/trainer.h. Matrix products are those
-// of lib/gemm.h.
+// Read it from top to bottom: the layers, each with its forward and its backward function; AdamW; the model,
+// which calls the layers in order; the decoder, which generates text with cached keys and values; and a main
+// that hands the model to the trainer in lib/trainer.h. Matrix products are in lib/gemm.h, vectors of floats
+// in lib/vec.h, the tiles of attention in lib/attention_tiles.h.
 //
-// Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary.
-// Every result is independent of the number of threads, bit for bit: a sum is made by one thread in one
-// order, or in blocks whose size is fixed. Tests include this file, with ARAPOET_NO_MAIN defined.
+// Shapes: B sequences of T tokens, M = B*T rows (one for each token), C channels, NH heads of hs = C/NH
+// channels, V tokens in the vocabulary. Matrices are row-major. For a value x, dx is the gradient of the loss
+// with respect to x.
+//
+// Results are the same bits with any number of threads: a sum is computed by one thread in a fixed order, or
+// in blocks of a fixed size. Tests include this file, with ARAPOET_NO_MAIN defined.
 #ifndef TRAIN_GPT2_CPP
 #define TRAIN_GPT2_CPP
 
+#include "lib/attention_tiles.h"
 #include "lib/gemm.h"
 #include "lib/gpt2.h"
 #include "lib/machine.h"
@@ -26,48 +32,20 @@ namespace cpu {
 using simd::at_least;
 using simd::bf16;
 using simd::exp_approx;
-using simd::ivec;
 using simd::load;
 using simd::store;
 using simd::vec;
 using simd::VL;
 
-// Dropout (Srivastava et al. 2014): an element is kept with probability 1-p and then scaled by 1/(1-p).
-// The draw depends on (seed, step, site, layer, element); elements are counted over the whole batch.
-struct Dropout {
-    float p = 0;
-    rng::Key key{0, 0, rng::EMB_DROPOUT, 0};
-    static constexpr size_t CHUNK = 1024;
-
-    // The factors, 0 or 1/(1-p), of elements [e, e + n), n <= CHUNK; buf holds CHUNK + 8.
-    const float* factors(float* buf, uint64_t e, size_t n) const {
-        uint32_t threshold = rng::drop_threshold(p);
-        float scale = 1.0f / (1.0f - p);
-        uint64_t first = e / 4;
-        size_t blocks = (size_t)((e + n + 3) / 4 - first);
-#pragma omp simd
-        for (size_t i = 0; i < blocks; i++) {
-            rng::Block b = key.block(first + i);
-            for (int w = 0; w < 4; w++) buf[4 * i + w] = b.w[w] >= threshold ? scale : 0.0f;
-        }
-        return buf + e % 4;
-    }
-    // y = x * factors, elements [e, e + n); y may be x.
-    void apply(float* y, const float* x, uint64_t e, size_t n) const {
-        float buf[CHUNK + 8];
-        for (size_t i = 0; i < n; i += CHUNK) {
-            size_t k = std::min(CHUNK, n - i);
-            const float* f = factors(buf, e + i, k);
-            for (size_t j = 0; j < k; j++) y[i + j] = x[i + j] * f[j];
-        }
-    }
-};
-
 // ---------------------------------------------------------------------------------------------
-// Layers. Forward functions overwrite their output. Backward functions add to parameter gradients, or
-// overwrite them where a flag says so.
+// Layers. Forward functions overwrite their outputs. Backward functions add to the gradients of parameters,
+// since a step may consist of several micro-batches, or overwrite them where a flag says so. A template
+// parameter A is the type of what matrix products read: float, or bf16 where they multiply bf16 numbers.
 
-// out (B,T,C) = wte[token] + wpe[t], then dropout. e0: the batch's first element within the whole batch.
+using rng::Dropout;  // a layer without parameters; see lib/rng.h
+
+// The embedding: out (B,T,C) = wte[token] + wpe[t], what the token means plus where in the sequence it is;
+// then dropout. e0: number of the first element within the whole batch.
 inline void embedding_forward(float* out, const int* tokens, const float* wte, const float* wpe, size_t B,
                               size_t T, size_t C, const Dropout& drop, uint64_t e0) {
 #pragma omp parallel for schedule(static)
@@ -79,8 +57,9 @@ inline void embedding_forward(float* out, const int* tokens, const float* wte, c
     }
 }
 
-// dwte[token] += dout, dwpe[t] += dout; dout (B,T,C) is masked in place. Each thread owns some channels, so
-// that a token that occurs twice is summed in one order.
+// dwte[token] += dout, dwpe[t] += dout, after dropout's mask was applied to dout (B,T,C) in place. A token
+// that occurs twice receives two gradients. Each thread works on channels of its own, over all rows in order,
+// so that no two threads add to one element and the order of each sum is fixed.
 inline void embedding_backward(float* dwte, float* dwpe, float* dout, const int* tokens, size_t B, size_t T,
                                size_t C, const Dropout& drop, uint64_t e0) {
     constexpr size_t STRIP = 64;
@@ -99,8 +78,9 @@ inline void embedding_backward(float* dwte, float* dwpe, float* dout, const int*
     }
 }
 
-// One row of C values: y = (x - mean) * rstd * w + b (Ba et al. 2016). If copy is not null it receives y in
-// floats too.
+// LayerNorm (Ba et al. 2016) of one row of C values:
+//     n = (x - mean) rstd,  rstd = 1 / sqrt(variance + eps),  y = n w + b
+// If copy is not null, y is also written there, in floats.
 template <class A>
 inline void layernorm_row(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b,
                           size_t C, float eps, float* copy) {
@@ -120,8 +100,8 @@ inline void layernorm_row(A* y, float* mean, float* rstd, const float* x, const 
     *mean = mu, *rstd = rs;
 }
 
-// y (M,C) = LayerNorm(x), in floats or rounded to bf16; mean, rstd (M) are kept for backward; copy (M,C) or
-// null takes y in floats, and may be x.
+// y (M,C) = LayerNorm(x), in floats or rounded to bf16. mean and rstd (M) are kept for backward. copy (M,C),
+// or null, also receives y, in floats, and may be x.
 template <class A>
 inline void layernorm_forward(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b,
                               size_t M, size_t C, float eps = LAYERNORM_EPS, float* copy = nullptr) {
@@ -131,8 +111,9 @@ inline void layernorm_forward(A* y, float* mean, float* rstd, const float* x, co
 }
 
 // The residual connection and the LayerNorm that follows it, in one pass over memory:
-// sum (M,C) = skip + dropout(branch); y = LayerNorm(sum), and copy as above. branch is masked in place; sum
-// or copy may be skip.
+//     sum (M,C) = skip + dropout(branch),  y = LayerNorm(sum)
+// y, mean, rstd and copy are as in layernorm_forward(). Dropout's mask is applied to branch in place. sum or
+// copy may be skip.
 template <class A>
 inline void residual_layernorm_forward(float* sum, A* y, float* mean, float* rstd, const float* skip,
                                        float* branch, const float* w, const float* b, size_t M, size_t C,
@@ -148,10 +129,15 @@ inline void residual_layernorm_forward(float* sum, A* y, float* mean, float* rst
     }
 }
 
-// dx (M,C) = the gradient of x, or += where accumulate; it must not be dy. dw, db (C): added to, or
-// overwritten unless accumulate_weights. masked (M,C) or null: dx times drop's factors, the gradient of the
-// branch that was added to the residual stream just before. e0: number of the first element within the whole
-// batch.
+// Backward through y = n w + b, n = (x - mean) rstd. Of the parameters (C), summed over rows:
+//     db = sum of dy,  dw = sum of dy n
+// Of the input, row by row, with g = dy w. mean and rstd depend on x too; that takes from g its mean, and its
+// part along n:
+//     dx = rstd (g - mean(g) - n mean(g n))
+// dx (M,C) is overwritten, or added to where accumulate; it must not be dy. dw and db are added to, or
+// overwritten unless accumulate_weights. masked (M,C), or null, receives dx times drop's factors: the
+// gradient of the branch whose output was added to the residual stream just before this LayerNorm. e0: number
+// of the first element within the whole batch.
 inline void layernorm_backward(float* dx, float* masked, float* dw, float* db, const float* dy,
                                const float* x, const float* mean, const float* rstd, const float* w, size_t M,
                                size_t C, bool accumulate, const Dropout& drop = {}, uint64_t e0 = 0,
@@ -159,13 +145,14 @@ inline void layernorm_backward(float* dx, float* masked, float* dw, float* db, c
     constexpr size_t STRIP = 4 * VL;
 #pragma omp parallel
     {
+        // dw and db: a thread sums a strip of channels over all rows, in registers.
 #pragma omp for schedule(static) nowait
         for (size_t c0 = 0; c0 < C; c0 += STRIP) {
             float sw[STRIP] = {}, sb[STRIP] = {};
             size_t n = std::min(STRIP, C - c0);
             for (size_t m = 0; m < M; m++) {
                 const float *d = dy + m * C + c0, *xm = x + m * C + c0, mu = mean[m], rs = rstd[m];
-                if (n == STRIP)
+                if (n == STRIP)  // a length that the compiler knows
                     for (size_t c = 0; c < STRIP; c++) sw[c] += d[c] * ((xm[c] - mu) * rs), sb[c] += d[c];
                 else
                     for (size_t c = 0; c < n; c++) sw[c] += d[c] * ((xm[c] - mu) * rs), sb[c] += d[c];
@@ -175,6 +162,7 @@ inline void layernorm_backward(float* dx, float* masked, float* dw, float* db, c
                 db[c0 + c] = (accumulate_weights ? db[c0 + c] : 0.0f) + sb[c];
             }
         }
+        // dx: a thread takes a row. sum becomes mean(g), dot becomes mean(g n).
 #pragma omp for schedule(static)
         for (size_t m = 0; m < M; m++) {
             const float *d = dy + m * C, *xm = x + m * C, mu = mean[m], rs = rstd[m];
@@ -182,8 +170,8 @@ inline void layernorm_backward(float* dx, float* masked, float* dw, float* db, c
             float sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
             for (size_t c = 0; c < C; c++) {
-                float dn = d[c] * w[c];
-                sum += dn, dot += dn * ((xm[c] - mu) * rs);
+                float g = d[c] * w[c];
+                sum += g, dot += g * ((xm[c] - mu) * rs);
             }
             sum /= (float)C, dot /= (float)C;
             if (accumulate)
@@ -195,280 +183,246 @@ inline void layernorm_backward(float* dx, float* masked, float* dw, float* db, c
     }
 }
 
-// Causal self-attention, softmax(Q K^T / sqrt(hs)) V per head (Vaswani et al. 2017). qkv (B,T,3C) holds Q, K
-// and V side by side. One thread works on one (sequence, head) at a time, and on tiles of TQ queries and TK
-// keys whose scores stay in its first cache (Dao, "FlashAttention-2", 2023): forward takes for each block of
-// queries all keys and corrects the sum where the maximum grows; backward takes for each block of keys all
-// queries. Scores are held transposed, (keys, TQ): a lane of a vector is a query, so that the softmax needs
-// no sum across lanes, and the probabilities are packed operands of the products that follow. The log-sum-exp
-// of each row, lse (B,NH,T), lets backward rebuild them.
+// y = gelu(x), n values; see simd::gelu for the formulas.
+template <class A>
+inline void gelu_forward(A* y, const float* x, size_t n, int activation) {
+    constexpr size_t BLOCK = 1024;
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i += BLOCK)
+        simd::gelu_forward(y + i, x + i, std::min(BLOCK, n - i), activation);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Attention
+
+// Causal self-attention (Vaswani et al. 2017). qkv (B,T,3C) holds in each row the token's query, key and
+// value, C numbers each, hs for each head. For one head of one sequence, Q, K, V and out are (T,hs):
+//     S = Q K^T                             the scores (T,T); query i sees only keys 0 to i
+//     P_ij = e^(S_ij / sqrt(hs)) / Z_i      the softmax of each row; Z_i is the sum of row i's exponentials
+//     out = (F P) V                         F: dropout's factors, one for each element of P
+// Backward, from dout (F times a matrix is element by element):
+//     dV = (F P)^T dout                     dP = F (dout V^T)
+//     dS_ij = P_ij (dP_ij - D_i) / sqrt(hs) the softmax's gradient; D_i is the sum over j of P_ij dP_ij
+//     dQ = dS K                             dK = dS^T Q
+//
+// S, P and their gradients are T x T. Written to memory they would take more time than the products, so they
+// exist only tile by tile, in the L1 cache (FlashAttention-2, Dao 2023). Forward takes a block of queries and
+// goes through the keys, with a running maximum and sum of each row's softmax. It keeps lse_i = log Z_i, from
+// which backward computes P again, as e^(S_ij / sqrt(hs) - lse_i). Backward takes a block of keys and goes
+// through the queries that see them.
+//
+// A thread works on one head of one sequence at a time. Tiles are transposed: see lib/attention_tiles.h.
 struct Attention {
-    static constexpr size_t TQ = gemm::SCORES, PANELS = 112 / gemm::MR,
-                            TK = PANELS * gemm::MR;  // keys: whole row panels of K
-    static_assert(TQ % gemm::NR == 0 && TK % 2 == 0, "tiles begin with a panel and with a pair");
     size_t B, T, C, NH;
 
     size_t hs() const { return C / NH; }
-    size_t key_blocks() const { return ceil_div(gemm::row_panels(T), PANELS); }
-    // Floats of scratch that one thread needs, the larger case: backward.
-    static size_t scratch(size_t T, size_t hs) {
-        size_t wide = round_up(hs, gemm::NR), even = round_up(hs, 16), t = round_up(T, TQ);
-        return 2 * t * (even + wide) + t * even + t + 4 * TK * even + TK * wide + 4 * TQ * TK;
-    }
+    // Floats of scratch memory that one thread needs.
+    static size_t scratch(size_t T, size_t hs) { return tiles::scratch_floats(T, hs); }
 
-    // Queries [q0, q0 + n) and those of a block's keys that any of them sees: panels [first, last), keys
-    // [k0, k0 + keys).
-    struct Tile {
-        size_t q0, n, first, last, k0, keys, block_keys;
-        // The causal mask. blind(k): how many of the first queries may not see key k0 + k. seen(q): how many
-        // of the first keys query q0 + q sees.
-        size_t blind(size_t k) const { return k0 + k > q0 ? k0 + k - q0 : 0; }
-        size_t seen(size_t q) const { return q0 + q < k0 ? 0 : std::min(keys, q0 + q - k0 + 1); }
-    };
-    Tile tile_at(size_t q0, size_t block) const {
-        size_t first = block * PANELS, end = std::min(first + PANELS, gemm::row_panels(T)),
-               k0 = gemm::panel_row(T, first);
-        Tile t = {q0, std::min(TQ, T - q0), first, first, k0, 0, gemm::panel_row(T, end) - k0};
-        while (t.last < end && k0 + t.keys < q0 + t.n) t.keys = gemm::panel_row(T, ++t.last) - k0;
-        return t;
-    }
-    // Calls f(r, height) for the tile's panels of keys; r counts from k0.
-    template <class F>
-    void each_panel(const Tile& t, F f) const {
-        for (size_t i = t.first; i < t.last; i++)
-            f(gemm::panel_row(T, i) - t.k0, gemm::panel_row(T, i + 1) - gemm::panel_row(T, i));
-    }
-
-    // A tile's keys or values, (keys,hs) with row stride ld from the first on, packed as rows; or (K,N)
-    // packed as the second factor of a product.
-    void pack_rows(Dtype dtype, float* dst, const float* src, size_t ld, const Tile& t) const {
-        size_t units = gemm::units(dtype, hs());
-        each_panel(t, [&](size_t r, size_t height) {
-            gemm::pack(dtype, dst + r * units, height, src + r * ld, ld, 1, height, hs());
-        });
-    }
-    static void pack_second(Dtype dtype, float* dst, const float* src, size_t sk, size_t sn, size_t K,
-                            size_t N) {
-        for (size_t n = 0; n < N; n += gemm::NR)
-            gemm::pack(dtype, dst + n * gemm::units(dtype, K), gemm::NR, src + n * sn, sn, sk,
-                       std::min(gemm::NR, N - n), K);
-    }
-
-    // S (keys,TQ) = packed keys or values times packed queries; where no query sees a panel's key S stays as
-    // it is.
-    void scores(Dtype dtype, float* S, const float* rows, const float* queries, const Tile& t) const {
-        size_t units = gemm::units(dtype, hs());
-        each_panel(t, [&](size_t r, size_t height) {
-            for (size_t j = t.blind(r) / gemm::NR * gemm::NR; j < t.n; j += gemm::NR)
-                gemm::tile(dtype, gemm::PANEL, height, gemm::NR, units, rows + r * units, queries + j * units,
-                           S + r * TQ + j, TQ, false);
-        });
-    }
-    // out (n queries, hs; row stride ld) += S^T (keys,TQ) times packed (keys,hs); buf holds TQ*TK.
-    void add_over_keys(Dtype dtype, float* out, size_t ld, const float* S, const float* second, const Tile& t,
-                       float* buf) const {
-        size_t all = gemm::units(dtype, t.block_keys);
-        if (dtype == BF16) gemm::pack(dtype, buf, TQ, S, 1, TQ, TQ, t.keys), S = buf;
-        for (size_t i = 0; i < gemm::row_panels(t.n); i++) {
-            size_t r = gemm::panel_row(t.n, i), end = gemm::panel_row(t.n, i + 1),
-                   units = gemm::units(dtype, t.seen(end - 1));
-            for (size_t c = 0; c < hs() && units; c += gemm::NR)
-                gemm::tile(dtype, gemm::SCORE_COLUMNS, end - r, std::min(gemm::NR, hs() - c), units, S + r,
-                           second + c * all, out + r * ld + c, ld, true);
-        }
-    }
-    // out (keys, hs; row stride ld) += S (keys,TQ) times n packed queries (n,hs); buf holds TQ*TK.
-    void add_over_queries(Dtype dtype, float* out, size_t ld, const float* S, const float* second,
-                          const Tile& t, float* buf) const {
-        size_t per_unit = gemm::per_unit(dtype), units = gemm::units(dtype, t.n);
-        if (dtype == BF16) gemm::to_units(dtype, buf, S, t.keys * TQ), S = buf;
-        each_panel(t, [&](size_t r, size_t height) {
-            size_t u = t.blind(r) / per_unit;
-            for (size_t c = 0; c < hs(); c += gemm::NR)
-                gemm::tile(dtype, gemm::SCORE_ROWS, height, std::min(gemm::NR, hs() - c), units - u,
-                           S + r * TQ / per_unit + u, second + c * units + u * gemm::NR, out + r * ld + c, ld,
-                           true);
-        });
-    }
-
-    // F (keys,TQ) = dropout's factors of the tile; buf holds TQ*TK. e: the number of the first query's row
-    // among all rows of probabilities, by sequence, head and query, of the whole batch.
-    void dropout_factors(float* F, const Dropout& drop, uint64_t e, const Tile& t, float* buf) const {
-        float ones[TK];
-        std::fill(ones, ones + TK, 1.0f);
-        for (size_t i = 0; i < TQ; i++) {
-            size_t seen = i < t.n ? t.seen(i) : 0;
-            drop.apply(buf + i * t.keys, ones, (e + i) * T + t.k0, seen);
-            std::fill(buf + i * t.keys + seen, buf + (i + 1) * t.keys, 0.0f);
-        }
-        gemm::pack(FP32, F, TQ, buf, t.keys, 1, TQ, t.keys);
-    }
-
-    // Calls f(v, seen, last) for each vector of queries, [v, v + VL): key k0 + k is seen by the lanes with
-    // last >= k, and by none of them from k = seen on.
-    template <class F>
-    static void each_vector(const Tile& t, F f) {
-        ivec lane;
-        for (size_t i = 0; i < VL; i++) lane[i] = (int)i;
-        for (size_t v = 0; v < TQ; v += VL) {
-            ivec last = lane + ((int)(t.q0 + v) - (int)t.k0);
-            f(v, v < t.n ? t.seen(v + VL - 1) : 0, lane < (int)t.n - (int)v ? last : -1);
-        }
-    }
-
-    // out (B,T,C), lse (B,NH,T) from qkv (B,T,3C); seq0: the first sequence's number within the whole batch.
-    // out, and dqkv below, are floats or bf16 numbers, and the products are of such numbers.
+    // out (B,T,C) and lse (B,NH,T) from qkv. seq0: number of the first sequence within the whole batch.
+    // out, and backward's dqkv, are of type A; the products are of such numbers.
     template <class A>
     void forward(A* out, float* lse, const float* qkv, const Dropout& drop, uint64_t seq0,
                  float* scratch_mem) const {
-        size_t h_size = hs(), ld = 3 * C, even = round_up(h_size, 16), wide = round_up(h_size, gemm::NR);
-        const Dtype dtype = std::is_same<A, float>::value ? FP32 : BF16;
-        float scale = 1.0f / std::sqrt((float)h_size);
 #pragma omp parallel for schedule(dynamic, 1)
-        for (size_t bh = 0; bh < B * NH; bh++) {
-            const float *q = qkv + bh / NH * T * ld + bh % NH * h_size, *k = q + C, *v = k + C;
-            A* o = out + bh / NH * T * C + bh % NH * h_size;
-            float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
-            auto take = [&](size_t n) { return mem += n, mem - n; };
-            float *kp = take(T * even), *vp = take(key_blocks() * TK * wide), *qp = take(TQ * even),
-                  *O = take(TQ * even);
-            float *S = take(TQ * TK), *F = take(TQ * TK), *buf = take(TQ * TK);
-            for (size_t b = 0; b < key_blocks(); b++) {
-                Tile t = tile_at((T - 1) / TQ * TQ, b);
-                pack_rows(dtype, kp + t.k0 * even, k + t.k0 * ld, ld, t);
-                pack_second(dtype, vp + b * TK * wide, v + t.k0 * ld, ld, 1, t.keys, h_size);
-            }
-            for (size_t q0 = 0; q0 < T; q0 += TQ) {
-                alignas(64) float max[TQ], sum[TQ] = {}, shrink[TQ];
-                std::fill(max, max + TQ, -INFINITY), std::fill(O, O + TQ * h_size, 0.0f);
-                size_t n = std::min(TQ, T - q0);
-                pack_second(dtype, qp, q + q0 * ld, 1, ld, h_size, n);
-                for (size_t b = 0; b < key_blocks(); b++) {
-                    Tile t = tile_at(q0, b);
-                    if (!t.keys) break;
-                    scores(dtype, S, kp + t.k0 * even, qp, t);
-                    if (drop.p > 0) dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
-                    each_vector(t, [&](size_t lane, size_t seen, ivec last) {
-                        vec before = load(max + lane), m = before;
-                        for (size_t key = 0; key < seen; key++)
-                            m = at_least(last >= (int)key ? load(S + key * TQ + lane) : before, m);
-                        vec factor = exp_approx((before - m) * scale), total = load(sum + lane) * factor;
-                        for (size_t key = 0; key < seen; key++) {
-                            float* s = S + key * TQ + lane;
-                            vec e = exp_approx((load(s) - m) * scale);
-                            e = last >= (int)key ? e : 0.0f;
-                            total += e;
-                            store(s, drop.p > 0 ? e * load(F + key * TQ + lane) : e);
-                        }
-                        for (size_t key = seen; key < t.keys; key++) store(S + key * TQ + lane, vec{});
-                        store(max + lane, m), store(sum + lane, total), store(shrink + lane, factor);
-                    });
-                    for (size_t i = 0; i < n && b; i++)
-                        for (size_t c = 0; c < h_size; c++) O[i * h_size + c] *= shrink[i];
-                    add_over_keys(dtype, O, h_size, S, vp + b * TK * wide, t, buf);
-                }
-                for (size_t i = 0; i < n; i++) {
-                    float inv = 1.0f / sum[i];
-                    for (size_t c = 0; c < h_size; c += VL)
-                        store(o + (q0 + i) * C + c, load(O + i * h_size + c, h_size - c) * inv, h_size - c);
-                    lse[bh * T + q0 + i] = max[i] * scale + std::log(sum[i]);
-                }
-            }
+        for (size_t head = 0; head < B * NH; head++) {
+            float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, hs());
+            head_forward(out + start(head, C), lse + head * T, qkv + start(head, 3 * C), drop,
+                         (seq0 * NH + head) * T, tiles::scratch_in<ForwardScratch>(mem, T, hs()));
         }
     }
 
-    // dqkv (B,T,3C) from dout (B,T,C) and what forward left; probabilities and dropout masks are computed
-    // again.
+    // dqkv (B,T,3C) from dout (B,T,C), from what forward has read and written, and the same drop and seq0.
     template <class A>
     void backward(A* dqkv, const float* dout, const A* out, const float* qkv, const float* lse,
                   const Dropout& drop, uint64_t seq0, float* scratch_mem) const {
-        size_t h_size = hs(), ld = 3 * C, even = round_up(h_size, 16), wide = round_up(h_size, gemm::NR),
-               t64 = round_up(T, TQ);
-        const Dtype dtype = std::is_same<A, float>::value ? FP32 : BF16;
-        size_t units = gemm::units(dtype, h_size);
-        float scale = 1.0f / std::sqrt((float)h_size);
 #pragma omp parallel for schedule(dynamic, 1)
-        for (size_t bh = 0; bh < B * NH; bh++) {
-            size_t first = bh / NH * T * ld + bh % NH * h_size,
-                   first_out = bh / NH * T * C + bh % NH * h_size;
-            const float *q = qkv + first, *k = q + C, *v = k + C, *d_o = dout + first_out;
-            const A* o = out + first_out;
-            float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, h_size);
-            auto take = [&](size_t n) { return mem += n, mem - n; };
-            float *qp = take(t64 * even), *op = take(t64 * even), *q2 = take(t64 * wide),
-                  *o2 = take(t64 * wide), *dq = take(t64 * even), *dot = take(t64);
-            float *kp = take(TK * even), *vp = take(TK * even), *k2 = take(TK * wide), *dk = take(TK * even),
-                  *dv = take(TK * even);
-            float *S = take(TQ * TK), *D = take(TQ * TK), *F = take(TQ * TK), *buf = take(TQ * TK);
-            auto put_rows = [&](A* to, const float* from, size_t rows) {
-                for (size_t i = 0; i < rows; i++)
-                    for (size_t c = 0; c < h_size; c += VL)
-                        store(to + i * ld + c, load(from + i * h_size + c, h_size - c), h_size - c);
-            };
-            pack_second(dtype, qp, q, 1, ld, h_size, T), pack_second(dtype, op, d_o, 1, C, h_size, T);
-            for (size_t q0 = 0; q0 < T; q0 += TQ) {
-                size_t n = std::min(TQ, T - q0);
-                pack_second(dtype, q2 + q0 * wide, q + q0 * ld, ld, 1, n, h_size),
-                    pack_second(dtype, o2 + q0 * wide, d_o + q0 * C, C, 1, n, h_size);
-            }
-            // The softmax's gradient needs each query's sum over keys of P dP. It is the dot product of the
-            // query's output and its gradient (FlashAttention-2's D).
-            for (size_t i = 0; i < T; i++) {
-                vec sum = {};
-                for (size_t c = 0; c < h_size; c += VL)
-                    sum += load(d_o + i * C + c, h_size - c) * load(o + i * C + c, h_size - c);
-                dot[i] = simd::sum(sum);
-            }
-            std::fill(dq, dq + T * h_size, 0.0f);
-            for (size_t b = 0; b < key_blocks(); b++) {
-                Tile all = tile_at((T - 1) / TQ * TQ, b);
-                pack_rows(dtype, kp, k + all.k0 * ld, ld, all),
-                    pack_rows(dtype, vp, v + all.k0 * ld, ld, all);
-                pack_second(dtype, k2, k + all.k0 * ld, ld, 1, all.keys, h_size);
-                std::fill(dk, dk + all.keys * h_size, 0.0f), std::fill(dv, dv + all.keys * h_size, 0.0f);
-                for (size_t q0 = all.k0 / TQ * TQ; q0 < T; q0 += TQ) {
-                    Tile t = tile_at(q0, b);
-                    scores(dtype, S, kp, qp + q0 * units, t), scores(dtype, D, vp, op + q0 * units, t);
-                    if (drop.p > 0) dropout_factors(F, drop, (seq0 * NH + bh) * T + q0, t, buf);
-                    each_vector(t, [&](size_t lane, size_t seen, ivec last) {
-                        vec l = {}, p_dp = {};
-                        if (seen)
-                            l = load(lse + bh * T + q0 + lane, t.n - lane),
-                            p_dp = load(dot + q0 + lane, t.n - lane);
-                        for (size_t key = 0; key < seen;
-                             key++) {  // dS = P (dP - sum over keys of P dP) / sqrt(hs)
-                            float *s = S + key * TQ + lane, *d = D + key * TQ + lane;
-                            vec p = exp_approx(load(s) * scale - l), dp = load(d), kept = p;
-                            if (drop.p > 0)
-                                dp *= load(F + key * TQ + lane), kept *= load(F + key * TQ + lane);
-                            vec ds = p * (dp - p_dp) * scale;
-                            store(s, last >= (int)key ? kept : 0.0f), store(d, last >= (int)key ? ds : 0.0f);
-                        }
-                        for (size_t key = seen; key < t.keys; key++)
-                            store(S + key * TQ + lane, vec{}), store(D + key * TQ + lane, vec{});
-                    });
-                    add_over_queries(dtype, dv, h_size, S, o2 + q0 * wide, t, buf);
-                    add_over_queries(dtype, dk, h_size, D, q2 + q0 * wide, t, buf);
-                    add_over_keys(dtype, dq + q0 * h_size, h_size, D, k2, t, buf);
-                }
-                A* to = dqkv + first + all.k0 * ld + C;
-                put_rows(to, dk, all.keys), put_rows(to + C, dv, all.keys);
-            }
-            put_rows(dqkv + first, dq, T);
+        for (size_t head = 0; head < B * NH; head++) {
+            float* mem = scratch_mem + (size_t)omp_get_thread_num() * scratch(T, hs());
+            auto s = tiles::scratch_in<BackwardScratch>(mem, T, hs());
+            row_dots(s.D, dout + start(head, C), out + start(head, C));
+            head_backward(dqkv + start(head, 3 * C), dout + start(head, C), qkv + start(head, 3 * C),
+                          lse + head * T, drop, (seq0 * NH + head) * T, s);
         }
+    }
+
+  private:
+    using Tile = tiles::Tile;
+    using Lanes = tiles::Lanes;
+    using ForwardScratch = tiles::ForwardScratch;
+    using BackwardScratch = tiles::BackwardScratch;
+    static constexpr size_t QUERIES = tiles::QUERIES, KEYS = tiles::KEYS;
+
+    // Where head number `head`, of all sequences' heads, starts in rows of `width` values.
+    size_t start(size_t head, size_t width) const { return head / NH * T * width + head % NH * hs(); }
+    template <class A>
+    tiles::Head tiles_of() const {
+        return {T, hs(), std::is_same<A, float>::value ? FP32 : BF16};
+    }
+    float scale() const { return 1.0f / std::sqrt((float)hs()); }
+
+    // The softmax of a block of queries over the keys so far: each row's largest score, and the sum of
+    // e^((S - max) / sqrt(hs)). Subtracting max keeps e^x within a float's range.
+    struct RunningSoftmax {
+        alignas(64) float max[QUERIES], sum[QUERIES] = {};
+        alignas(64) float shrink[QUERIES];  // factor for sums from before max has grown
+        RunningSoftmax() { std::fill(max, max + QUERIES, -INFINITY); }
+    };
+
+    // One head. q is its first query; its keys and values are C and 2C values further on. row0: number of
+    // its first row of probabilities among those of all heads of the whole batch.
+    template <class A>
+    void head_forward(A* out, float* lse, const float* q, const Dropout& drop, uint64_t row0,
+                      const ForwardScratch& s) const {
+        const tiles::Head head = tiles_of<A>();
+        const size_t ld = 3 * C, left = head.summed_floats(), right = head.right_floats();
+        const float *k = q + C, *v = k + C;
+        for (size_t b = 0; b < head.key_blocks(); b++) {
+            Tile t = head.whole_block(b);
+            head.pack_left(s.k_left + t.k0 * left, k + t.k0 * ld, ld, t);
+            head.pack_right(s.v_right + b * KEYS * right, v + t.k0 * ld, ld, t.keys);
+        }
+        for (size_t q0 = 0; q0 < T; q0 += QUERIES) {
+            size_t queries = std::min(QUERIES, T - q0);
+            RunningSoftmax softmax;
+            std::fill(s.out, s.out + QUERIES * head.hs, 0.0f);
+            head.pack_transposed(s.q_transposed, q + q0 * ld, ld, queries);
+            for (size_t b = 0; b < head.key_blocks(); b++) {
+                Tile t = head.tile(q0, b);
+                if (!t.keys) break;
+                head.scores(s.S, s.k_left + t.k0 * left, s.q_transposed, t);
+                if (drop.p > 0) head.dropout_factors(s.F, drop, row0 + q0, t, s.spare);
+                add_to_softmax(softmax, s.S, drop.p > 0 ? s.F : nullptr, t);
+                for (size_t i = 0; i < queries && b; i++)  // in block 0 there is nothing to shrink yet
+                    for (size_t c = 0; c < head.hs; c++) s.out[i * head.hs + c] *= softmax.shrink[i];
+                head.add_over_keys(s.out, s.S, s.v_right + b * KEYS * right, t, s.spare);
+            }
+            finish_forward(out + q0 * C, lse + q0, s.out, softmax, queries);
+        }
+    }
+
+    // Adds a tile of scores to the running softmax, and replaces them by F e^((S - max) / sqrt(hs)). These
+    // are the probabilities before the division by the row's sum, which comes last, in finish_forward().
+    void add_to_softmax(RunningSoftmax& softmax, float* S, const float* F, const Tile& t) const {
+        const float scale = this->scale();
+        for (size_t q = 0; q < QUERIES; q += VL) {
+            Lanes lanes(t, q);
+            vec before = load(softmax.max + q), max = before;
+            for (size_t key = 0; key < lanes.keys; key++)
+                max = at_least(lanes.where_seen(key, load(S + key * QUERIES + q), before), max);
+            vec shrink = exp_approx((before - max) * scale), sum = load(softmax.sum + q) * shrink;
+            for (size_t key = 0; key < lanes.keys; key++) {
+                float* s = S + key * QUERIES + q;
+                vec e = lanes.where_seen(key, exp_approx((load(s) - max) * scale));
+                sum += e;
+                store(s, F ? e * load(F + key * QUERIES + q) : e);
+            }
+            for (size_t key = lanes.keys; key < t.keys; key++) store(S + key * QUERIES + q, vec{});
+            store(softmax.max + q, max), store(softmax.sum + q, sum), store(softmax.shrink + q, shrink);
+        }
+    }
+
+    // out and lse of a block of queries: `sums` are those of exponentials times V, not yet divided by Z.
+    template <class A>
+    void finish_forward(A* out, float* lse, const float* sums, const RunningSoftmax& softmax,
+                        size_t queries) const {
+        const size_t hs = this->hs();
+        const float scale = this->scale();
+        for (size_t i = 0; i < queries; i++) {
+            float inv = 1.0f / softmax.sum[i];
+            for (size_t c = 0; c < hs; c += VL)
+                store(out + i * C + c, load(sums + i * hs + c, hs - c) * inv, hs - c);
+            lse[i] = softmax.max[i] * scale + std::log(softmax.sum[i]);
+        }
+    }
+
+    // One head, as in head_forward(); s.D holds D.
+    template <class A>
+    void head_backward(A* dqkv, const float* dout, const float* q, const float* lse, const Dropout& drop,
+                       uint64_t row0, const BackwardScratch& s) const {
+        const tiles::Head head = tiles_of<A>();
+        const size_t ld = 3 * C, right = head.right_floats();
+        const float *k = q + C, *v = k + C;
+        head.pack_transposed(s.q_transposed, q, ld, T), head.pack_transposed(s.dout_transposed, dout, C, T);
+        for (size_t q0 = 0; q0 < T; q0 += QUERIES) {
+            size_t queries = std::min(QUERIES, T - q0);
+            head.pack_right(s.q_right + q0 * right, q + q0 * ld, ld, queries);
+            head.pack_right(s.dout_right + q0 * right, dout + q0 * C, C, queries);
+        }
+        std::fill(s.dq, s.dq + T * head.hs, 0.0f);
+        for (size_t b = 0; b < head.key_blocks(); b++) {
+            Tile block = head.whole_block(b);
+            head.pack_left(s.k_left, k + block.k0 * ld, ld, block);
+            head.pack_left(s.v_left, v + block.k0 * ld, ld, block);
+            head.pack_right(s.k_right, k + block.k0 * ld, ld, block.keys);
+            for (float* sums : {s.dk, s.dv}) std::fill(sums, sums + block.keys * head.hs, 0.0f);
+            for (size_t q0 = block.k0 / QUERIES * QUERIES; q0 < T; q0 += QUERIES) {
+                Tile t = head.tile(q0, b);
+                head.scores(s.S, s.k_left, s.q_transposed + q0 * head.units(), t);
+                head.scores(s.dS, s.v_left, s.dout_transposed + q0 * head.units(), t);  // dout V^T
+                if (drop.p > 0) head.dropout_factors(s.F, drop, row0 + q0, t, s.spare);
+                softmax_backward(s.S, s.dS, drop.p > 0 ? s.F : nullptr, lse + q0, s.D + q0, t);
+                head.add_over_queries(s.dv, s.S, s.dout_right + q0 * right, t, s.spare);
+                head.add_over_queries(s.dk, s.dS, s.q_right + q0 * right, t, s.spare);
+                head.add_over_keys(s.dq + q0 * head.hs, s.dS, s.k_right, t, s.spare);
+            }
+            A* dk = dqkv + block.k0 * ld + C;
+            store_rows(dk, s.dk, block.keys), store_rows(dk + C, s.dv, block.keys);
+        }
+        store_rows(dqkv, s.dq, T);
+    }
+
+    // D (T): each query's sum over keys of P dP. Since out = (F P) V, it is the dot product of the query's
+    // rows of dout and out, so that no tile is needed for it (FlashAttention-2).
+    template <class A>
+    void row_dots(float* D, const float* dout, const A* out) const {
+        const size_t hs = this->hs();
+        for (size_t i = 0; i < T; i++) {
+            vec sum = {};
+            for (size_t c = 0; c < hs; c += VL)
+                sum += load(dout + i * C + c, hs - c) * load(out + i * C + c, hs - c);
+            D[i] = simd::sum(sum);
+        }
+    }
+
+    // A tile's S becomes F P, and its dS, which holds dout V^T, becomes dS.
+    void softmax_backward(float* S, float* dS, const float* F, const float* lse, const float* D,
+                          const Tile& t) const {
+        const float scale = this->scale();
+        for (size_t q = 0; q < QUERIES; q += VL) {
+            Lanes lanes(t, q);
+            vec l = {}, d = {};
+            if (lanes.keys) l = load(lse + q, t.queries - q), d = load(D + q, t.queries - q);
+            for (size_t key = 0; key < lanes.keys; key++) {
+                size_t at = key * QUERIES + q;
+                vec p = exp_approx(load(S + at) * scale - l), dp = load(dS + at), kept = p;
+                if (F) dp *= load(F + at), kept *= load(F + at);
+                vec ds = p * (dp - d) * scale;
+                store(S + at, lanes.where_seen(key, kept)), store(dS + at, lanes.where_seen(key, ds));
+            }
+            for (size_t key = lanes.keys; key < t.keys; key++)
+                store(S + key * QUERIES + q, vec{}), store(dS + key * QUERIES + q, vec{});
+        }
+    }
+
+    // Rows of hs values to rows of dqkv.
+    template <class A>
+    void store_rows(A* to, const float* from, size_t rows) const {
+        const size_t hs = this->hs();
+        for (size_t i = 0; i < rows; i++)
+            for (size_t c = 0; c < hs; c += VL)
+                store(to + i * 3 * C + c, load(from + i * hs + c, hs - c), hs - c);
     }
 };
 
-// The largest of n values.
-inline float row_max(const float* x, size_t n) {
-    vec most = load(x, n, -INFINITY);
-    for (size_t i = VL; i < n; i += VL) most = at_least(load(x + i, n - i, -INFINITY), most);
-    return simd::max(most);
-}
+// ---------------------------------------------------------------------------------------------
+// The loss
 
-// Softmax cross-entropy of logits (M,V), row stride ld: losses (M) = -log p[target], 0 where target < 0.
-// Where dscale is not 0, each row of logits is replaced by its gradient (p - onehot) * dscale: as floats, or
-// as bf16 numbers in the first half of the row.
+// Softmax and cross-entropy of logits z (M,V), whose rows are ld values apart:
+//     p = e^z / sum of e^z,  losses (M) = -log p[target],  dz = (p - onehot(target)) dscale
+// A row with target < 0 has loss and gradient 0. If dscale is not 0, each row of logits is replaced by its
+// gradient, as floats, or as bf16 numbers from the start of the row on. The row's maximum is subtracted from
+// z first, which changes nothing in p but keeps e^z within a float's range.
 template <class G = float>
 inline void cross_entropy(float* losses, float* logits, size_t ld, const int* targets, size_t M, size_t V,
                           float dscale) {
@@ -482,10 +436,10 @@ inline void cross_entropy(float* losses, float* logits, size_t ld, const int* ta
             continue;
         }
         vec total = {};
-        float max = row_max(x, V), at_target = x[target] - max;
+        float max = simd::max(x, V), at_target = x[target] - max;
         for (size_t v = 0; v < V; v += VL) {
-            vec e = exp_approx(load(x + v, V - v, -INFINITY) -
-                               max);  // beyond the last: e^-87, which no sum feels
+            // Lanes past the row's end add e^-87, too little to change the sum.
+            vec e = exp_approx(load(x + v, V - v, -INFINITY) - max);
             total += e;
             if (dscale != 0) store(x + v, e, V - v);
         }
@@ -504,22 +458,23 @@ inline void cross_entropy(float* losses, float* logits, size_t ld, const int* ta
 // ---------------------------------------------------------------------------------------------
 // AdamW
 
-// One step of AdamW (Loshchilov and Hutter 2019) on n parameters w, with gradients g times `scale` and
-// moments m and v:
+// One step of AdamW (Loshchilov and Hutter 2019) on n parameters w, with gradients g = scale times grad,
+// their running mean m and that of their squares v:
 //     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
-//     w = w (1 - lr decay) - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
-// correct1 and correct2 are 1 / (1 - beta^t).
+//     w = w (1 - lr decay) - lr m correct1 / (sqrt(v correct2) + eps)
+// correct1 and correct2 are 1 / (1 - beta^t) in step t: m and v begin with 0 and would be too small at first.
 struct AdamWStep {
     float beta1, beta2, lr, eps, correct1, correct2, scale;
 };
-inline void adamw(float* w, float* m, float* v, const float* g, size_t n, const AdamWStep& s, float decay) {
+inline void adamw(float* w, float* m, float* v, const float* grad, size_t n, const AdamWStep& s,
+                  float decay) {
     constexpr size_t BLOCK = 1 << 14;
     float shrink = 1.0f - s.lr * decay;
 #pragma omp parallel for schedule(static) if (n > BLOCK)
     for (size_t block = 0; block < n; block += BLOCK) {
         auto step = [=](size_t i, size_t count) {
             auto at = [=](const float* p) { return load(p + i, count); };
-            vec gi = at(g) * s.scale, mi = s.beta1 * at(m) + (1 - s.beta1) * gi,
+            vec gi = at(grad) * s.scale, mi = s.beta1 * at(m) + (1 - s.beta1) * gi,
                 vi = s.beta2 * at(v) + (1 - s.beta2) * gi * gi;
             store(m + i, mi, count), store(v + i, vi, count);
             store(w + i, at(w) * shrink - s.lr * (mi * s.correct1) / (simd::sqrt(vi * s.correct2) + s.eps),
@@ -533,42 +488,25 @@ inline void adamw(float* w, float* m, float* v, const float* g, size_t n, const 
 
 // ---------------------------------------------------------------------------------------------
 // The model
+//
+// Of GPT-2's block, with x the residual stream and LN a LayerNorm (for GROVER see lib/gpt2.h):
+//     qkv = LN1(x) qkvw^T + qkvb                 ln1, qkv
+//     x = x + attention(qkv) attprojw^T + b      atty, resid2
+//     h = gelu(LN2(x) fcw^T + fcb)               ln2, fch, fch_gelu
+//     x = x + h fcprojw^T + b                    resid3
+// On the right are the activations that forward keeps for backward; see Activations in lib/memory.h.
 
-// Buffers that every layer uses again: gradients of activations, the logits of some rows, scratch. A, float
-// or bf16, is the type of the products' operands.
-template <class A>
-struct Workspace {
-    float *dresid, *dbranch, *dln, *dfch_gelu, *branch, *logits, *attention;
-    A *dqkv, *dfch;
-
-    void place(Arena& a, const Config& c, size_t B, size_t T, size_t head_rows, bool trains) {
-        size_t M = B * T, C = c.C;
-        if (!M) return;
-        // branch and dln share memory: a branch's output is added to the residual stream at once, and dln
-        // lives from head_loss to the end of backward (recomputation writes branch after dln was read). dqkv
-        // and dfch share too: dfch is last read before dqkv is written.
-        branch = dln = a.take<float>(M, C);
-        logits = a.take<float>(head_rows, round_up(c.V, 16));
-        attention = a.take<float>((size_t)omp_get_max_threads(), Attention::scratch(T, c.hs()));
-        if (!trains) return;
-        dresid = a.take<float>(M, C), dbranch = a.take<float>(M, C);
-        dqkv = dfch = a.take<A>(M, 4 * C);
-        dfch_gelu = std::is_same<A, float>::value ? (float*)dfch : a.take<float>(M, 4 * C);
-    }
-};
-
-// The LayerNorm after a block: the next block's first, or the final one.
+// One LayerNorm of the model.
 template <class A>
 struct Norm {
     const float *w, *b;
-    float *dw, *db;
-    A* y;         // its output (M,C)
-    float* copy;  // the same in floats, where GROVER's residual connection begins; else null
-    float *mean, *rstd;
-    bool final;
+    float *dw, *db, *mean, *rstd;
+    A* y;                   // its output (M,C)
+    float* copy = nullptr;  // the same in floats, or null
 };
 
-struct GPT2 {
+// States (lib/memory.h) holds the parameters, gradients and moments, with init_weights() and each_piece().
+struct GPT2 : States {
     const Config cfg;
     const size_t B, T;  // largest batch; both 0 for a model that only generates
     const bool trains;
@@ -576,29 +514,22 @@ struct GPT2 {
     const Precision precision;
     float dropout = 0;
     uint64_t seed = 1337;
-    Params<float> params, grads;
-    Params<bf16> params_bf16;  // instead of params in a model that only generates, with bf16
 
+    // What lib/model.h requires, in its order.
     static constexpr const char* PROGRAM = "train_gpt2";
     static constexpr Dtype DEFAULT_DTYPE = FP32;
-    static constexpr size_t HEAD_FLOATS = 32 << 20;  // logits held at once: 128 MiB
-
-    static bool in_bf16(size_t B, Precision p) { return !B && p.dtype == BF16; }
-    static size_t head_rows(const Config& c, size_t M) {
-        return std::min(M, std::max<size_t>(64, HEAD_FLOATS / round_up(c.V, 16)));
-    }
     static void require_device() {}
     static void set_threads(int n) { machine::set_threads(n); }
-    static size_t memory_available() { return machine::memory_available(); }
-    static Peak peak_flops(Precision p) { return {gemm::measure_peak_flops(p.dtype), "measured"}; }
     static std::string device() {
         return strf("CPU, %d threads, %zu-bit vectors, bf16 %s", omp_get_max_threads(), VL * 32,
                     gemm::BF16_DOT_PRODUCT ? "dot products" : "emulated");
     }
+    static Peak peak_flops(Precision p) { return {gemm::measure_peak_flops(p.dtype), "measured"}; }
     static void check_precision(Precision p) {
         if (p.dtype == BF16 && !p.master_weights)
             throw UsageError("--master_weights: the CPU trainer keeps its weights in fp32, 0 is for the GPU");
     }
+    static size_t memory_available() { return machine::memory_available(); }
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
                                   Precision precision = {}) {
         MemoryNeed n;
@@ -606,9 +537,10 @@ struct GPT2 {
         n.grads = trains ? n.params : 0;
         n.optimizer = 2 * n.grads;
         Arena activations, scratch;
-        if (precision.dtype == BF16) Tensors<bf16>().place(activations, scratch, c, B, T, trains, recompute);
-        else Tensors<float>().place(activations, scratch, c, B, T, trains, recompute);
-        n.activations = activations.used,
+        with_operands(precision, [&](auto operand) {
+            Tensors<decltype(operand)>().place(activations, scratch, c, B, T, trains, recompute);
+        });
+        n.activations = activations.used;
         n.scratch = scratch.used + gemm::workspace_bytes(omp_get_max_threads());
         return n;
     }
@@ -617,73 +549,76 @@ struct GPT2 {
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), precision(precision_) {
         check_config(c, "model"), check_precision(precision);
-        need_ = memory_need(c, B, T, trains, recompute, precision);
+        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
         threads_ = omp_get_max_threads();
-        scratch_bytes_ = need_.scratch - gemm::workspace_bytes(threads_);
-        void* memory = machine::allocate(need_.params, "parameters");
-        if (in_bf16(B, precision)) params_bf16 = {params_bf16_mem_ = (bf16*)memory, c};
-        else params = {params_mem_ = (float*)memory, c};
-        if (trains) {
-            grads = {grads_mem_ = (float*)machine::allocate(need_.grads, "gradients"), c};
-            moments_ = (float*)machine::allocate(need_.optimizer, "optimizer state");
-            size_t sums = 0;
-            for (const ParamPiece& t : pieces_) sums += ceil_div(t.size, gemm::SQUARES);
-            squares_.resize(sums);
-        }
+        States::allocate(c, need, in_bf16(B, precision));
+        size_t sums = 0;
+        for (const ParamPiece& t : pieces_) sums += ceil_div(t.size, gemm::SQUARES);
+        if (trains) squares_.resize(sums);
+        activations_mem_ = {need.activations, "activations"};
+        scratch_mem_ = {need.scratch - gemm::workspace_bytes(threads_), "scratch memory"};
         Arena activations, scratch;
-        activations.base = activations_mem_ = (char*)machine::allocate(need_.activations, "activations");
-        scratch.base = scratch_mem_ = (char*)machine::allocate(scratch_bytes_, "scratch memory");
-        if (precision.dtype == BF16) tensors<bf16>().place(activations, scratch, c, B, T, trains, recompute);
-        else tensors<float>().place(activations, scratch, c, B, T, trains, recompute);
+        activations.base = activations_mem_.as<char>(), scratch.base = scratch_mem_.as<char>();
+        with_operands(precision, [&](auto operand) {
+            tensors<decltype(operand)>().place(activations, scratch, c, B, T, trains, recompute);
+        });
         gemm::reserve(threads_);
     }
-    ~GPT2() {
-        machine::release(params_mem_ ? (void*)params_mem_ : params_bf16_mem_, need_.params);
-        machine::release(grads_mem_, need_.grads), machine::release(moments_, need_.optimizer);
-        machine::release(activations_mem_, need_.activations), machine::release(scratch_mem_, scratch_bytes_);
-    }
-    GPT2(const GPT2&) = delete;
-    GPT2& operator=(const GPT2&) = delete;
 
-    void init_weights(uint64_t from_seed) {
-        for (const ParamPiece& t : pieces_)
-            initial_weights(params_mem_ + t.memory, cfg, t.id, t.layer * t.size, t.size, from_seed);
-    }
-
-    // Mean loss in nats over the targets >= 0 of tokens and targets (B_,T_), B_ <= B, T_ <= T; counted()
-    // tells how many. Tokens are in [0, V), targets in [0, V) or negative to be skipped; the caller has
-    // checked them. Of a training pass it is the loss with dropout, and backward() may follow; until then
-    // tokens and targets must stay valid.
+    // The mean loss. After a training pass it includes dropout, and backward() may follow; until then tokens
+    // and targets must stay valid.
     double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
         begin_pass(tokens, targets, B_, T_, pass);
-        return precision.dtype == BF16 ? evaluate<bf16>() : evaluate<float>();
+        return with_operands(precision, [&](auto operand) {
+            forward_pass<decltype(operand)>();
+            return head<decltype(operand), false>();
+        });
     }
     size_t counted() const { return counted_; }
 
-    // The logits (M,V) of the last forward pass, for tests and for small models.
-    void logits(float* out) {
-        size_t M = b_ * t_;
-        if (precision.dtype == BF16)
-            gemm::forward(out, tensors<bf16>().act.lnf, params.wte, nullptr, M, cfg.C, cfg.V);
-        else gemm::forward(out, tensors<float>().act.lnf, params.wte, nullptr, M, cfg.C, cfg.V);
+    void accumulate(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
+        begin_pass(tokens, targets, B_, T_, pass);
+        double loss = with_operands(precision, [&](auto operand) {
+            forward_pass<decltype(operand)>();
+            return backward_pass<decltype(operand)>();
+        });
+        step_loss_ += loss * (double)counted_ * pass.grad_scale;
     }
+    StepResult step(const AdamW& a, uint32_t t) {
+        StepResult r = {step_loss_, grad_norm(), t};
+        step_loss_ = 0;
+        if (r.finite())
+            update(a, t, a.grad_clip > 0 && r.norm > a.grad_clip ? (float)(a.grad_clip / r.norm) : 1.0f);
+        grads_are_zero_ = true;
+        return last_ = r;
+    }
+    StepResult last_result() const { return last_; }
 
-    // Adds the gradients of the last training pass (of its mean loss times grad_scale times its token count),
-    // or begins with them if nothing was added since the last update. Returns the mean loss.
+    template <class F>
+    void each_piece(State s, F f) {
+        if (s == GRADS) squared_ = false;  // f may write
+        States::each_piece(s, f);
+    }
+    void resumed(uint32_t) {}
+
+    // The parts of accumulate() and step(), which tests also call one by one.
+
+    // Adds the gradients of the last training pass (of its mean loss times grad_scale times its token count)
+    // to those since the last update. Returns the mean loss.
     double backward() {
         if (!pass_.train) throw std::logic_error("backward: the last forward pass was not a training pass");
-        return precision.dtype == BF16 ? backward_pass<bf16>() : backward_pass<float>();
+        return with_operands(precision, [&](auto operand) { return backward_pass<decltype(operand)>(); });
     }
 
-    // The gradients' global L2 norm. What the products have not summed is summed now, all in the file's
-    // order.
+    // The gradients' global L2 norm. Sums of squares that the products have not made are made here. All are
+    // added in the file's order, so that the norm has the same bits however they were made.
     double grad_norm() {
-        if (no_grads_) return 0;
+        if (grads_are_zero_) return 0;
         gemm::finish_squares();
         double* sums = squares_.data();
         for (const ParamPiece& t : pieces_) {
             if (!squared_ || !squared_by_products(t.id))
-                gemm::sum_squares(sums, grads_mem_ + t.memory, t.size);
+                gemm::sum_squares(sums, grads.tensor(t.id, t.layer), t.size);
             sums += ceil_div(t.size, gemm::SQUARES);
         }
         double sum = 0;
@@ -691,52 +626,39 @@ struct GPT2 {
         return std::sqrt(sum);
     }
 
-    // AdamW on all parameters, step number t from 1, with gradients times grad_scale; weight decay where the
-    // table says so. Afterwards the gradients count as zero.
+    // AdamW on all parameters, step number t from 1, with gradients times grad_scale; weight decay where
+    // param_table() says so. Afterwards the gradients count as zero.
     void update(const AdamW& a, uint32_t t, float grad_scale) {
-        array(GRADS);  // zeroes gradients that only count as zero
+        float *w = array(PARAMS), *g = array(GRADS), *m = array(ADAM_M), *v = array(ADAM_V);
         auto correct = [t](double beta) { return (float)(1 / (1 - std::pow(beta, t))); };
         AdamWStep s = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2), grad_scale};
-        for (const ParamPiece& p : pieces_) {
-            size_t at = p.memory;
-            adamw(params_mem_ + at, array(ADAM_M) + at, array(ADAM_V) + at, grads_mem_ + at, p.size, s,
+        for (const ParamPiece& p : pieces_)
+            adamw(w + p.memory, m + p.memory, v + p.memory, g + p.memory, p.size, s,
                   p.decay ? a.weight_decay : 0.0f);
-        }
-        no_grads_ = true;
+        grads_are_zero_ = true;
     }
 
-    // What a trainer calls: a micro-batch's gradients and loss are added to the step's; then the step is
-    // taken.
-    void accumulate(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
-        begin_pass(tokens, targets, B_, T_, pass);
-        double loss = precision.dtype == BF16 ? (forward_pass<bf16>(), backward_pass<bf16>())
-                                              : (forward_pass<float>(), backward_pass<float>());
-        step_loss_ += loss * (double)counted_ * pass.grad_scale;
+    // For tests: the logits (M,V) of the last forward pass, all at once; and how many rows of a batch of M
+    // the head computes at once, so that their logits fit in 128 MiB.
+    void logits(float* out) {
+        with_operands(precision, [&](auto operand) {
+            gemm::forward(out, tensors<decltype(operand)>().act.lnf, params.wte, nullptr, rows(), cfg.C,
+                          cfg.V);
+        });
     }
-    // One AdamW step, number t from 1, with the gradient clipped. Where loss or norm is not finite,
-    // parameters and moments stay as they are and the gradients are discarded.
-    StepResult step(const AdamW& a, uint32_t t) {
-        StepResult r = {step_loss_, grad_norm()};
-        step_loss_ = 0;
-        if (r.finite())
-            update(a, t, a.grad_clip > 0 && r.norm > a.grad_clip ? (float)(a.grad_clip / r.norm) : 1.0f);
-        no_grads_ = true;
-        return r;
+    static size_t head_rows(const Config& c, size_t M) {
+        constexpr size_t HEAD_FLOATS = 32 << 20;
+        return std::min(M, std::max<size_t>(64, HEAD_FLOATS / round_up(c.V, 16)));
     }
-
-    // A whole state out or in, in the file's order, piece by piece: f(pointer, number of floats). f may
-    // write. A model that does not train has only PARAMS.
-    template <class F>
-    void each_piece(State s, F f) {
-        if (s == PARAMS && params_bf16_mem_) return each_piece_of_bf16(f);
-        float* p = array(s);
-        if (s == GRADS) squared_ = false;  // f may write
-        for (const ParamPiece& t : pieces_) f(p + t.memory, t.size);
-    }
-    // Says that the state just loaded is that after update number t.
-    void resumed(uint32_t) {}
 
   private:
+    // Whether parameters are kept in bf16: in a model that only generates.
+    static bool in_bf16(size_t B, Precision p) { return !B && p.dtype == BF16; }
+    // Calls f with a value of the type A of the products' operands, float or bf16.
+    template <class F>
+    static auto with_operands(Precision p, F f) -> decltype(f(float())) {
+        return p.dtype == BF16 ? f(bf16()) : f(float());
+    }
     template <class A>
     struct Tensors {
         Activations<float, A> act;
@@ -746,7 +668,8 @@ struct GPT2 {
             size_t M = checked_mul(B, T, "batch size x sequence length");
             if (!M) return;
             act.place(activations, c, M, trains, recompute);
-            work.place(scratch, c, B, T, head_rows(c, M), trains);
+            size_t threads = (size_t)omp_get_max_threads();
+            work.place(scratch, c, M, head_rows(c, M), threads * Attention::scratch(T, c.hs()), trains);
         }
     };
     template <class A>
@@ -754,32 +677,12 @@ struct GPT2 {
         return std::get<Tensors<A>>(tensors_);
     }
 
-    // A state's array, laid out as ParamLayout says. Gradients that only count as zero are zeroed first.
-    float* array(State s) {
-        size_t n = num_params(cfg);
-        if (s == GRADS && std::exchange(no_grads_, false)) memset(grads_mem_, 0, need_.grads);
-        return s == PARAMS ? params_mem_ : s == GRADS ? grads_mem_ : s == ADAM_M ? moments_ : moments_ + n;
-    }
-    // Parameters that are kept in bf16, as floats and back.
-    template <class F>
-    void each_piece_of_bf16(F f) {
-        constexpr size_t PIECE = 1 << 20;
-        std::vector<float> buf(PIECE);
-        for (const ParamPiece& t : pieces_)
-            for (size_t i = 0; i < t.size; i += PIECE) {
-                size_t n = std::min(PIECE, t.size - i);
-                bf16* p = params_bf16_mem_ + t.memory + i;
-                for (size_t j = 0; j < n; j++) buf[j] = bf16_to_float(p[j]);
-                f(buf.data(), n);
-                for (size_t j = 0; j < n; j++) p[j] = float_to_bf16(buf[j]);
-            }
-    }
-
-    // Products sum the squares of the gradients of the blocks' matrices while they are at it.
+    // The gradient's norm needs the sum of squares of every gradient. For the blocks' matrices, most of the
+    // model, the matrix products make these sums, while the gradients are still in the cache.
     static bool squared_by_products(int id) {
         return id == QKVW || id == ATTPROJW || id == FCW || id == FCPROJW;
     }
-    // Where those sums go for tensor id of block l.
+    // Where the sums of tensor id of block l are kept.
     double* squares(int id, size_t l) {
         double* at = squares_.data();
         for (const ParamPiece& t : pieces_) {
@@ -789,13 +692,7 @@ struct GPT2 {
         return at;
     }
 
-    Attention attention() const { return {b_, t_, (size_t)cfg.C, (size_t)cfg.NH}; }
-    Dropout drop(rng::Stream site, size_t layer) const {
-        return {pass_.train ? dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
-    }
-    // Number of the batch's first element within the whole batch.
-    uint64_t first_element() const { return pass_.seq0 * t_ * (size_t)cfg.C; }
-    bool grover() const { return cfg.arch == GROVER_ARCH; }
+    // ---- one pass
 
     void begin_pass(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass) {
         if (B_ > B || T_ > T || (pass.train && !trains))
@@ -804,243 +701,230 @@ struct GPT2 {
             throw std::logic_error("forward: more threads than the model was built for");
         pass_ = pass, tokens_ = tokens, targets_ = targets, b_ = B_, t_ = T_;
     }
+    size_t rows() const { return b_ * t_; }
+    Attention attention() const { return {b_, t_, (size_t)cfg.C, (size_t)cfg.NH}; }
+    Dropout drop(rng::Stream site, size_t layer) const {
+        return {pass_.train ? dropout : 0.0f, rng::Key(seed, pass_.step, site, (uint32_t)layer)};
+    }
+    // Number of the micro-batch's first element within the whole batch.
+    uint64_t first_element() const { return pass_.seq0 * t_ * (size_t)cfg.C; }
+    bool grover() const { return cfg.arch == GROVER_ARCH; }
 
+    // All that a block's functions need: activations, weights, gradients, its two LayerNorms, and sizes. In
+    // GROVER the output of the first LayerNorm is the new residual stream; the copy of it goes to resid2,
+    // where attention's output is then added to it.
+    template <class A>
+    struct Block {
+        typename Activations<float, A>::Block a;
+        Layer<float> w, g;
+        Norm<A> norm1, norm2;
+        size_t C, M;
+    };
+    template <class A>
+    Block<A> block(size_t l) {
+        auto a = tensors<A>().act.block(l, cfg, rows());
+        Layer<float> w = params.layer(l), g = grads.layer(l);
+        Norm<A> norm1 = {w.ln1w, w.ln1b, g.ln1w, g.ln1b, a.ln1_mean, a.ln1_rstd, a.ln1};
+        Norm<A> norm2 = {w.ln2w, w.ln2b, g.ln2w, g.ln2b, a.ln2_mean, a.ln2_rstd, a.ln2};
+        if (grover()) norm1.copy = a.resid2;
+        return {a, w, g, norm1, norm2, (size_t)cfg.C, rows()};
+    }
+    // The LayerNorm after block l: the next block's first, or the final one.
     template <class A>
     Norm<A> norm_after(size_t l) {
-        const Activations<float, A>& act = tensors<A>().act;
-        if (l + 1 == (size_t)cfg.L)
-            return {params.lnfw, params.lnfb,  grads.lnfw,   grads.lnfb, act.lnf,
-                    nullptr,     act.lnf_mean, act.lnf_rstd, true};
-        auto a = act.block(l + 1, cfg, b_ * t_);
-        Layer<float> w = params.layer(l + 1), g = grads.layer(l + 1);
-        return {w.ln1w,     w.ln1b,     g.ln1w, g.ln1b, a.ln1, grover() ? a.resid2 : nullptr,
-                a.ln1_mean, a.ln1_rstd, false};
+        if (l + 1 < (size_t)cfg.L) return block<A>(l + 1).norm1;
+        const auto& act = tensors<A>().act;
+        return {params.lnfw, params.lnfb, grads.lnfw, grads.lnfb, act.lnf_mean, act.lnf_rstd, act.lnf};
     }
+    // n.y = LN(x)
+    template <class A>
+    void norm_forward(const Norm<A>& n, const float* x) {
+        layernorm_forward(n.y, n.mean, n.rstd, x, n.w, n.b, rows(), cfg.C, cfg.eps, n.copy);
+    }
+    // sum = skip + dropout(branch), n.y = LN(sum)
+    template <class A>
+    void residual_norm_forward(float* sum, const Norm<A>& n, const float* skip, const Dropout& mask) {
+        residual_layernorm_forward(sum, n.y, n.mean, n.rstd, skip, tensors<A>().work.branch, n.w, n.b, rows(),
+                                   cfg.C, mask, first_element(), cfg.eps, n.copy);
+    }
+    // dresid = LN'(dln), or dresid += LN'(dln); x is what the LayerNorm has read. Returns the gradient of the
+    // branch that was added to the residual stream just before: dresid under the branch's dropout mask.
+    enum Result { OVERWRITE, ADD };
+    template <class A>
+    const float* norm_backward(const Norm<A>& n, const float* x, Result result, const Dropout& mask) {
+        auto& work = tensors<A>().work;
+        float* masked = mask.p > 0 ? work.dbranch : nullptr;
+        layernorm_backward(work.dresid, masked, n.dw, n.db, work.dln, x, n.mean, n.rstd, n.w, rows(), cfg.C,
+                           result == ADD, mask, first_element(), accumulates_);
+        return masked ? masked : work.dresid;
+    }
+
+    // ---- forward
 
     // From the tokens to the final LayerNorm.
     template <class A>
     void forward_pass() {
         auto& act = tensors<A>().act;
-        auto first = act.block(0, cfg, b_ * t_);
-        Layer<float> w = params.layer(0);
-        size_t C = cfg.C, M = b_ * t_, L = cfg.L;
-        embedding_forward(act.embedded, tokens_, params.wte, params.wpe, b_, t_, C, drop(rng::EMB_DROPOUT, 0),
-                          first_element());
-        layernorm_forward(first.ln1, first.ln1_mean, first.ln1_rstd, act.embedded, w.ln1w, w.ln1b, M, C,
-                          cfg.eps, grover() ? first.resid2 : nullptr);
-        for (size_t l = 0; l < L; l++) {
-            Norm<A> after = norm_after<A>(l);
-            block_forward<A>(l, &after);
+        embedding_forward(act.embedded, tokens_, params.wte, params.wpe, b_, t_, cfg.C,
+                          drop(rng::EMB_DROPOUT, 0), first_element());
+        norm_forward(block<A>(0).norm1, act.embedded);
+        for (size_t l = 0; l < (size_t)cfg.L; l++) {
+            block_to_gelu<A>(l);
+            auto [a, w, g, norm1, norm2, C, M] = block<A>(l);
+            gemm::forward(tensors<A>().work.branch, a.fch_gelu, w.fcprojw, w.fcprojb, M, 4 * C, C);
+            residual_norm_forward(a.resid3, norm_after<A>(l), a.resid2, drop(rng::FCPROJ_DROPOUT, l));
         }
     }
-
-    // Block l and the LayerNorm after it. Without that (null) it ends at the GELU: what backward computes
-    // again.
+    // Block l from qkv to the GELU, which is also what backward computes again with recompute = 3.
     template <class A>
-    void block_forward(size_t l, const Norm<A>* after) {
+    void block_to_gelu(size_t l) {
+        auto [a, w, g, norm1, norm2, C, M] = block<A>(l);
         auto& work = tensors<A>().work;
-        auto a = tensors<A>().act.block(l, cfg, b_ * t_);
-        Layer<float> w = params.layer(l);
-        size_t C = cfg.C, M = b_ * t_;
-        // In GROVER the LayerNorm's output is the residual stream; `copy` has left it in resid2.
-        const float* skip = grover() ? a.resid2 : a.resid;
         gemm::forward(a.qkv, a.ln1, w.qkvw, w.qkvb, M, C, 3 * C);
         attention().forward(a.atty, a.lse, a.qkv, drop(rng::ATT_DROPOUT, l), pass_.seq0, work.attention);
         gemm::forward(work.branch, a.atty, w.attprojw, w.attprojb, M, C, C);
-        residual_layernorm_forward(a.resid2, a.ln2, a.ln2_mean, a.ln2_rstd, skip, work.branch, w.ln2w, w.ln2b,
-                                   M, C, drop(rng::ATTPROJ_DROPOUT, l), first_element(), cfg.eps);
+        const float* skip = grover() ? a.resid2 : a.resid;  // GROVER's norm1 has copied its output to resid2
+        residual_norm_forward(a.resid2, norm2, skip, drop(rng::ATTPROJ_DROPOUT, l));
         gemm::forward_gelu(a.fch_gelu, a.fch, a.ln2, w.fcw, w.fcb, M, C, 4 * C, cfg.activation);
-        if (!after) return;
-        gemm::forward(work.branch, a.fch_gelu, w.fcprojw, w.fcprojb, M, 4 * C, C);
-        residual_layernorm_forward(a.resid3, after->y, after->mean, after->rstd, a.resid2, work.branch,
-                                   after->w, after->b, M, C, drop(rng::FCPROJ_DROPOUT, l), first_element(),
-                                   cfg.eps, after->copy);
     }
 
-    // The head's forward half for rows [m, m + n): logits and losses. Where dscale is not 0 the logits become
-    // their gradient, in A from the start of each row on.
-    template <class A>
-    void head_forward(size_t m, size_t n, float dscale) {
+    // The head: logits = lnf wte^T, and the mean of their losses. In a backward pass (BACKWARD) also
+    //     dln = dlogits wte, the gradient of lnf,  dwte = (or +=) dlogits^T lnf
+    // It works on a chunk of rows at a time, so that the logits of the whole batch, M x V numbers, never
+    // exist at once. Their gradients, of type A, overwrite them from the start of each row on.
+    template <class A, bool BACKWARD>
+    double head() {
         auto& [act, work] = tensors<A>();
-        size_t C = cfg.C, V = cfg.V, ld = round_up(V, 16);
-        gemm::forward(work.logits, act.lnf + m * C, params.wte, nullptr, n, C, V, ld);
-        cross_entropy<A>(act.losses + m, work.logits, ld, targets_ + m, n, V, dscale);
-    }
-    // The mean of the losses that head_forward left for all rows.
-    double mean_loss(const float* losses) {
-        double sum = 0;
-        counted_ = 0;
-        for (size_t m = 0; m < b_ * t_; m++) sum += losses[m], counted_ += targets_[m] >= 0;
-        return counted_ ? sum / (double)counted_ : 0;
-    }
-    template <class A>
-    double evaluate() {
-        forward_pass<A>();
-        for (size_t m = 0, M = b_ * t_, R = head_rows(cfg, M); m < M; m += R)
-            head_forward<A>(m, std::min(R, M - m), 0);
-        return mean_loss(tensors<A>().act.losses);
-    }
-
-    // The output layer: its loss, dln = dlogits wte and dwte = dlogits^T lnf (or +=), a chunk of rows at a
-    // time, so that the logits of the whole batch never exist at once.
-    template <class A>
-    double head_loss(bool accumulate) {
-        auto& [act, work] = tensors<A>();
-        size_t C = cfg.C, V = cfg.V, M = b_ * t_, R = head_rows(cfg, M),
-               ld = round_up(V, 16) * sizeof(float) / sizeof(A);
-        const A* dlogits = (const A*)work.logits;
+        size_t C = cfg.C, V = cfg.V, M = rows(), R = head_rows(cfg, M), ld = round_up(V, 16);
         for (size_t m = 0; m < M; m += R) {
             size_t n = std::min(R, M - m);
-            head_forward<A>(m, n, pass_.grad_scale);
-            gemm::weight_gradient(grads.wte, nullptr, dlogits, act.lnf + m * C, n, C, V, accumulate || m,
-                                  nullptr, ld);
-            gemm::input_gradient(work.dln + m * C, dlogits, params.wte, n, C, V, nullptr, ld);
+            const A *lnf = act.lnf + m * C, *dlogits = (const A*)work.logits;
+            gemm::forward(work.logits, lnf, params.wte, nullptr, n, C, V, ld);
+            cross_entropy<A>(act.losses + m, work.logits, ld, targets_ + m, n, V,
+                             BACKWARD ? pass_.grad_scale : 0.0f);
+            if (!BACKWARD) continue;
+            const size_t ldd = ld * sizeof(float) / sizeof(A);
+            gemm::weight_gradient(grads.wte, nullptr, dlogits, lnf, n, C, V, accumulates_ || m, nullptr, ldd);
+            gemm::input_gradient(work.dln + m * C, dlogits, params.wte, n, C, V, nullptr, ldd);
         }
-        return mean_loss(act.losses);
+        double sum = 0;
+        counted_ = 0;
+        for (size_t m = 0; m < M; m++) sum += act.losses[m], counted_ += targets_[m] >= 0;
+        return counted_ ? sum / (double)counted_ : 0;
     }
+
+    // ---- backward
 
     // From the loss, which it returns, back to the embeddings.
     template <class A>
     double backward_pass() {
         auto& [act, work] = tensors<A>();
-        bool accumulate = !std::exchange(no_grads_, false);
-        double loss = head_loss<A>(accumulate);
-        for (size_t l = cfg.L; l-- > 0;) block_backward<A>(l, norm_after<A>(l), accumulate);
-        size_t C = cfg.C, M = b_ * t_;
-        auto first = act.block(0, cfg, M);
-        Layer<float> w = params.layer(0), g = grads.layer(0);
-        layernorm_backward(work.dresid, nullptr, g.ln1w, g.ln1b, work.dln, first.resid, first.ln1_mean,
-                           first.ln1_rstd, w.ln1w, M, C, !grover(), {}, 0, accumulate);
-        if (!accumulate)
-            memset(grads.wpe, 0, (size_t)cfg.maxT * C * sizeof(float));  // head_loss has overwritten wte's
-        embedding_backward(grads.wte, grads.wpe, work.dresid, tokens_, b_, t_, C, drop(rng::EMB_DROPOUT, 0),
-                           first_element());
+        accumulates_ = !std::exchange(grads_are_zero_, false);
+        double loss = head<A, true>();
+        for (size_t l = cfg.L; l-- > 0;) block_backward<A>(l);
+        norm_backward(block<A>(0).norm1, act.embedded, grover() ? OVERWRITE : ADD, {});
+        // wte is the output layer's matrix too: head() has already begun its gradient.
+        if (!accumulates_) memset(grads.wpe, 0, (size_t)cfg.maxT * cfg.C * sizeof(float));
+        embedding_backward(grads.wte, grads.wpe, work.dresid, tokens_, b_, t_, cfg.C,
+                           drop(rng::EMB_DROPOUT, 0), first_element());
         squared_ = true;
         return loss;
     }
 
-    // Backward through the LayerNorm after block l, then through the block. It begins with dln, the gradient
-    // of that LayerNorm's output, and dresid, that of the residual stream after it (nothing after the final
-    // one); it leaves both for the LayerNorm before the block. LN' is a LayerNorm's backward, masked() a
-    // dropout mask:
-    //     dresid += LN'(dln)                          the gradient of resid3
-    //     dfch = (masked(dresid) fcprojw) gelu'(fch)  dln = dfch fcw, of ln2's output
-    //     dresid += LN'(dln)                          of resid2
-    //     datty = masked(dresid) attprojw             of attention's output
-    //     dqkv = attention'(datty)                    dln = dqkv qkvw, of ln1's output
+    // Backward through the LayerNorm after block l, then through the block. On entry dln is the gradient of
+    // that LayerNorm's output, and dresid that of the residual stream it has read, along the connection that
+    // skips it. On return they are so for the LayerNorm at the block's start. LN' is a LayerNorm's backward,
+    // mask a dropout mask:
+    //     dresid += LN'(dln)                      of resid3
+    //     dfch = (mask(dresid) fcprojw) gelu'(fch)
+    //     dln = dfch fcw                          of ln2
+    //     dresid += LN'(dln)                      of resid2
+    //     datty = mask(dresid) attprojw           of attention's output
+    //     dqkv = attention'(datty)
+    //     dln = dqkv qkvw                         of ln1
+    // After the last block nothing skips the final LayerNorm, and dresid is overwritten. In GROVER nothing
+    // skips a block's first LayerNorm: attention's skip connection begins at its output, and so adds to dln.
     template <class A>
-    void block_backward(size_t l, const Norm<A>& after, bool accumulate) {
+    void block_backward(size_t l) {
+        auto [a, w, g, norm1, norm2, C, M] = block<A>(l);
         auto& work = tensors<A>().work;
-        auto a = tensors<A>().act.block(l, cfg, b_ * t_);
-        Layer<float> w = params.layer(l), g = grads.layer(l);
-        size_t C = cfg.C, M = b_ * t_;
-        uint64_t e0 = first_element();
-        float* datty = work.dln;  // in the same memory
-        // LayerNorm's backward also writes the gradient of the branch before it: dresid under that branch's
-        // dropout mask.
-        float* masked = dropout > 0 ? work.dbranch : nullptr;
-        const float* dbranch = masked ? masked : work.dresid;
-        // In GROVER the LayerNorm's output is the residual stream: its whole gradient is in dln, so that
-        // dresid is overwritten.
-        layernorm_backward(work.dresid, masked, after.dw, after.db, work.dln, a.resid3, after.mean,
-                           after.rstd, after.w, M, C, !after.final && !grover(), drop(rng::FCPROJ_DROPOUT, l),
-                           e0, accumulate);
-        if (recompute && l + 1 < (size_t)cfg.L)
-            recompute_block<A>(l);  // the last block's activations are still there
+        const bool last = l + 1 == (size_t)cfg.L, add = accumulates_;
+        const float* dbranch = norm_backward(norm_after<A>(l), a.resid3, last || grover() ? OVERWRITE : ADD,
+                                             drop(rng::FCPROJ_DROPOUT, l));
+        if (recompute && !last)
+            recompute_block<A>(l);  // the last block's activations have just been computed
 
-        gemm::weight_gradient(g.fcprojw, g.fcprojb, dbranch, a.fch_gelu, M, 4 * C, C, accumulate,
+        gemm::weight_gradient(g.fcprojw, g.fcprojb, dbranch, a.fch_gelu, M, 4 * C, C, add,
                               squares(FCPROJW, l));
         gemm::input_gradient_gelu(work.dfch, work.dfch_gelu, dbranch, w.fcprojw, a.fch, M, 4 * C, C,
                                   cfg.activation);
-        gemm::weight_gradient(g.fcw, g.fcb, work.dfch, a.ln2, M, C, 4 * C, accumulate, squares(FCW, l));
+        gemm::weight_gradient(g.fcw, g.fcb, work.dfch, a.ln2, M, C, 4 * C, add, squares(FCW, l));
         gemm::input_gradient(work.dln, work.dfch, w.fcw, M, C, 4 * C);
-        layernorm_backward(work.dresid, masked, g.ln2w, g.ln2b, work.dln, a.resid2, a.ln2_mean, a.ln2_rstd,
-                           w.ln2w, M, C, true, drop(rng::ATTPROJ_DROPOUT, l), e0, accumulate);
+        dbranch = norm_backward(norm2, a.resid2, ADD, drop(rng::ATTPROJ_DROPOUT, l));
 
-        gemm::weight_gradient(g.attprojw, g.attprojb, dbranch, a.atty, M, C, C, accumulate,
-                              squares(ATTPROJW, l));
-        gemm::input_gradient(datty, as_operand(work.dfch, dbranch, M * C), w.attprojw, M, C, C);
+        gemm::weight_gradient(g.attprojw, g.attprojb, dbranch, a.atty, M, C, C, add, squares(ATTPROJW, l));
+        float* datty = work.dln;  // dln has been read, and its memory is free until the last line
+        gemm::input_gradient(datty, simd::rounded(work.dfch, dbranch, M * C), w.attprojw, M, C, C);
         attention().backward(work.dqkv, datty, a.atty, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0,
                              work.attention);
-        gemm::weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, accumulate, squares(QKVW, l));
+        gemm::weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, add, squares(QKVW, l));
         gemm::input_gradient(work.dln, work.dqkv, w.qkvw, M, C, 3 * C, grover() ? work.dresid : nullptr);
     }
 
-    // What backward needs of block l and forward did not keep; see Activations::place.
+    // Computes again what backward needs of block l and forward did not keep; see Activations::place.
     template <class A>
     void recompute_block(size_t l) {
-        auto a = tensors<A>().act.block(l, cfg, b_ * t_);
-        Layer<float> w = params.layer(l);
-        size_t C = cfg.C, M = b_ * t_;
-        if (recompute >= 2)
-            layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, a.resid, w.ln1w, w.ln1b, M, C, cfg.eps,
-                              recompute == 3 && grover() ? a.resid2 : nullptr);
-        if (recompute == 3) return block_forward<A>(l, nullptr);
-        if (recompute == 2)
-            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.resid2, w.ln2w, w.ln2b, M, C, cfg.eps);
-#pragma omp parallel for schedule(static)
-        for (size_t m = 0; m < M; m++)
-            simd::gelu_forward(a.fch_gelu + m * 4 * C, a.fch + m * 4 * C, 4 * C, cfg.activation);
+        auto [a, w, g, norm1, norm2, C, M] = block<A>(l);
+        if (recompute >= 2) {
+            if (recompute == 2) norm1.copy = nullptr;  // resid2 was kept, attention's branch included
+            norm_forward(norm1, a.resid);
+        }
+        if (recompute == 3) return block_to_gelu<A>(l);
+        if (recompute == 2) norm_forward(norm2, a.resid2);
+        gelu_forward(a.fch_gelu, a.fch, M * 4 * C, cfg.activation);
     }
 
-    // n values as products take them: with bf16 rounded into buf.
-    static const float* as_operand(float*, const float* x, size_t) { return x; }
-    static const bf16* as_operand(bf16* buf, const float* x, size_t n) {
-#pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < n; i += VL) store(buf + i, load(x + i, n - i), n - i);
-        return buf;
-    }
-
-    MemoryNeed need_;
     int threads_ = 0;
-    size_t scratch_bytes_ = 0;
-    const std::vector<ParamPiece> pieces_ = param_pieces(cfg);
-    bf16* params_bf16_mem_ = nullptr;
-    float *params_mem_ = nullptr, *grads_mem_ = nullptr, *moments_ = nullptr;
-    char *activations_mem_ = nullptr, *scratch_mem_ = nullptr;
+    machine::Memory activations_mem_, scratch_mem_;
     std::tuple<Tensors<float>, Tensors<bf16>> tensors_{};  // those of the model's precision are in use
     Pass pass_;
     double step_loss_ = 0;
+    StepResult last_;
     const int *tokens_ = nullptr, *targets_ = nullptr;
     size_t b_ = 0, t_ = 0, counted_ = 0;
-    std::vector<double> squares_;  // sums of squares of the gradients, in the file's order: see squares()
-    bool squared_ = false;         // those that products make are up to date
-    bool no_grads_ = false;  // all gradients count as zero, whatever memory holds: backward overwrites them
+    bool accumulates_ = false;     // backward adds to the gradients, else it overwrites them
+    std::vector<double> squares_;  // sums of squares of the gradients, in the file's order
+    bool squared_ = false;         // whether the sums that products make are those of the current gradients
 };
 
 // ---------------------------------------------------------------------------------------------
-// Generation: keys and values of past tokens are kept, so that a new token costs the same each time.
+// Generation. The keys and values of past tokens are kept in a cache, so that a new token passes through the
+// model alone, instead of the whole text once more for each token.
 
 class Decoder final : public ::Decoder {
   public:
     // N sequences at once, contexts of up to `context` tokens (at most maxT).
     Decoder(GPT2& model, size_t N, size_t context)
         : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
-        Arena a;
-        place(a);
-        bytes_ = a.used;
-        if (size_t have = GPT2::memory_available(); bytes_ > have)
-            fail(
-                "%zu texts side by side need %s of memory for keys and values, %s are free; write fewer at "
-                "once",
-                N, human_bytes((double)bytes_).c_str(), human_bytes((double)have).c_str());
-        Arena placed;
-        placed.base = mem_ = (char*)machine::allocate(bytes_, "key/value cache");
+        Arena count, placed;
+        place(count);
+        if (size_t have = GPT2::memory_available(); count.used > have)
+            fail("%zu texts need %s of memory for keys and values, %s are free; write fewer at once", N,
+                 human_bytes((double)count.used).c_str(), human_bytes((double)have).c_str());
+        memory_ = {count.used, "key/value cache"}, placed.base = memory_.as<char>();
         place(placed);
     }
-    // The same with a model of its own.
+    // The same with a model that the decoder owns.
     Decoder(std::unique_ptr<GPT2> model, size_t N, size_t context) : Decoder(*model, N, context) {
         owned_ = std::move(model);
     }
-    ~Decoder() override { machine::release(mem_, bytes_); }
-    Decoder(const Decoder&) = delete;
-    Decoder& operator=(const Decoder&) = delete;
 
     size_t length() const override { return pos_; }
     size_t capacity() const override { return T_; }
     void reset() override { pos_ = 0; }
 
-    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one.
+    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one. A
+    // long prompt is processed in chunks, which bounds the memory for activations.
     const float* append(const int* tokens, size_t n) override {
         if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
         if (omp_get_max_threads() > threads_)
@@ -1055,7 +939,7 @@ class Decoder final : public ::Decoder {
     }
 
   private:
-    static constexpr size_t CHUNK = 64;
+    static constexpr size_t CHUNK = 64;  // tokens
 
     void place(Arena& a) {
         const Config& c = m_.cfg;
@@ -1068,26 +952,24 @@ class Decoder final : public ::Decoder {
         logits_ = a.take<float>(N_, c.V), last_ = a.take<float>(N_, C);
         w_ = a.take<float>(C), b_ = a.take<float>(4 * C);
     }
-    // A single new token of each sequence is bound by reading W, so few_rows computes it; that also gives a
-    // sequence the same bits whatever the number of sequences.
+    // Y = X w^T + b. With one new token per sequence, nearly all the time is spent reading w from memory;
+    // few_rows reads it once. It also gives a sequence the same bits whatever the number of sequences.
     template <class W>
     static void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N,
                        bool one_token) {
         if (one_token) gemm::few_rows(Y, X, w, b, M, K, N);
         else gemm::forward(Y, X, w, b, M, K, N);
     }
-    static float value(float w) { return w; }
-    static float value(bf16 w) { return bf16_to_float(w); }
+    // A vector of n weights in floats; bf16 weights are converted into buf.
     static const float* floats(const float* w, size_t, float*) { return w; }
-    // A vector of n bf16 weights in floats, in buf.
     static const float* floats(const bf16* w, size_t n, float* buf) {
         for (size_t i = 0; i < n; i++) buf[i] = bf16_to_float(w[i]);
         return buf;
     }
 
-    // Attention of each sequence's n new tokens to all so far, att_ (N_*n,C) from qkv_ (N_*n,3C). cache, of
-    // one layer, holds keys (T_,hs), then values (T_,hs), of each sequence and head, so that both are read
-    // one line after the other.
+    // Attention of each sequence's n new tokens to all tokens so far, att_ (N_*n,C) from qkv_ (N_*n,3C).
+    // cache, of one layer, holds for each sequence and head the keys (T_,hs), then the values (T_,hs), so
+    // that both are read from memory in order.
     void attend(float* cache, size_t n) {
         size_t C = m_.cfg.C, NH = m_.cfg.NH, hs = m_.cfg.hs(), rows = N_ * n * NH;
         float scale = 1.0f / std::sqrt((float)hs);
@@ -1107,7 +989,7 @@ class Decoder final : public ::Decoder {
                 const float *q = qkv_ + r * 3 * C + h * hs, *k = keys(r, h), *v = k + T_ * hs;
                 float *s = scores_ + (size_t)omp_get_thread_num() * T_, *o = att_ + r * C + h * hs, sum = 0;
                 gemm::few_rows(s, q, k, nullptr, 1, hs, len);
-                float max = row_max(s, len);
+                float max = simd::max(s, len);
                 for (size_t j = 0; j < len; j += VL)
                     store(s + j, exp_approx((load(s + j, len - j) - max) * scale), len - j);
 #pragma omp simd reduction(+ : sum)
@@ -1121,16 +1003,18 @@ class Decoder final : public ::Decoder {
         }
     }
 
-    // One chunk: the first n of `stride` tokens of each sequence.
+    // One chunk: the first n of each sequence's `stride` tokens.
     template <class W>
     void run(const Params<W>& params, const int* tokens, size_t stride, size_t n, bool want_logits) {
         const Config& c = m_.cfg;
         size_t C = c.C, M = N_ * n;
         float *mean = stat_, *rstd = stat_ + M;
-        for (size_t r = 0; r < M; r++)
-            for (size_t i = 0; i < C; i++)
-                x_[r * C + i] = value(params.wte[(size_t)tokens[r / n * stride + r % n] * C + i]) +
-                                value(params.wpe[(pos_ + r % n) * C + i]);
+        for (size_t r = 0; r < M; r++) {
+            const W *e = params.wte + tokens[r / n * stride + r % n] * C,
+                    *p = params.wpe + (pos_ + r % n) * C;
+            for (size_t i = 0; i < C; i += VL)
+                store(x_ + r * C + i, load(e + i, C - i) + load(p + i, C - i), C - i);
+        }
         for (size_t l = 0; l < (size_t)c.L; l++) {
             Layer<W> p = params.layer(l);
             layernorm_forward(ln_, mean, rstd, x_, floats(p.ln1w, C, w_), floats(p.ln1b, C, b_), M, C, c.eps,
@@ -1141,9 +1025,7 @@ class Decoder final : public ::Decoder {
             residual_layernorm_forward(x_, ln_, mean, rstd, x_, br_, floats(p.ln2w, C, w_),
                                        floats(p.ln2b, C, b_), M, C, Dropout(), 0, c.eps);
             matmul(fc_, ln_, p.fcw, floats(p.fcb, 4 * C, b_), M, C, 4 * C, n == 1);
-#pragma omp parallel for schedule(static)
-            for (size_t r = 0; r < M; r++)
-                simd::gelu_forward(fc_ + r * 4 * C, fc_ + r * 4 * C, 4 * C, c.activation);
+            gelu_forward(fc_, fc_, M * 4 * C, c.activation);
             matmul(br_, fc_, p.fcprojw, floats(p.fcprojb, C, b_), M, 4 * C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
         }
@@ -1157,9 +1039,9 @@ class Decoder final : public ::Decoder {
 
     std::unique_ptr<GPT2> owned_;
     GPT2& m_;
-    size_t N_, T_, rows_, pos_ = 0, bytes_ = 0;
+    size_t N_, T_, rows_, pos_ = 0;
     int threads_ = omp_get_max_threads();
-    char* mem_;
+    machine::Memory memory_;
     float *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_, *w_, *b_;
 };
 

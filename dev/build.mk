@@ -24,6 +24,7 @@ help-dev:
 	@echo "make test-emulator-asan        the emulated CUDA code with AddressSanitizer and UBSan"
 	@echo "make test-emulator-tsan        the same with ThreadSanitizer, which finds races between CUDA threads"
 	@echo "make fuzz                      fuzz each reader of files for a minute (needs clang)"
+	@echo "make soak                      kill and break the programs while they write, for a minute (SOAK_SECONDS=)"
 	@echo "make check-fuzzers             check that the fuzzers compile"
 	@echo "make format, format-check      format the sources as .clang-format says, or check that they are"
 	@echo "make gpu-check                 on a machine with a GPU: run the tests on it, and measure speeds"
@@ -73,6 +74,8 @@ probe = $(shell $(CXX) -Werror $1 -E -x c++ /dev/null >/dev/null 2>&1 && echo $1
 # When tuned for some processors, g++ does not fuse multiply-adds in a loop that computes a single sum.
 # Results would then depend on an element's position in the vector.
 FUSE := $(call probe,--param=avoid-fma-max-bits=0)
+# The products' loops begin on a cache line: else their speed depends on what is linked before them.
+ALIGN := $(call probe,-falign-functions=64 -falign-loops=64)
 # $(call command,OPTIMISATION,PROCESSOR)
 command = $(CXX) -std=c++17 $1 -ffp-contract=fast $(FUSE) -fno-math-errno -fno-trapping-math $(OPENMP) \
 	-Wall -Wextra -I. $2
@@ -89,7 +92,8 @@ $1/%.o: %.cpp $1/flags | $$(COMPILER)
 	$$(call compile,$1)
 $(GEMM:%=$1/%): lib/gemm.cpp $1/flags | $$(COMPILER)
 	$$(call compile,$1)
-$1/lib/gemm_bf16.o: DEFINE = -DGEMM_BF16
+$1/lib/gemm_fp32.o: DEFINE = $(ALIGN)
+$1/lib/gemm_bf16.o: DEFINE = $(ALIGN) -DGEMM_BF16
 $1/lib/version.o: DEFINE = -DARAPOET_COMMIT='"$(COMMIT)"'
 $1/lib/version.o: build/commit/flags
 endef

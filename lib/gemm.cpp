@@ -1,22 +1,30 @@
-// gemm.cpp - how the matrix products of lib/gemm.h keep the processor busy.
+// gemm.cpp - the matrix products of lib/gemm.h, which also explains the words used here.
 //
-// The scheme is GotoBLAS's (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication",
-// 2008):
-//   - One side of C, rows or columns, is divided among tasks, which the threads take. The operand of the
-//     other side is shared by all threads: it is packed in panels that stay in the last-level cache, each by
-//     whichever thread needs it first.
-//   - A task packs its own operand for its L2 cache, KC units of k at a time. Often the first tile that reads
-//     a panel packs it while it computes.
-//   - A micro-kernel holds a tile of C, up to MR x NR, in registers, and walks along k through a panel of
-//     each operand. While it computes, it prefetches what comes next.
-//   - Where the rows of A are already what the micro-kernel reads, A is used unpacked ("direct"). If the
-//     columns of C are divided, tiles then have half the rows and twice the columns on AVX-512, which needs
-//     fewer loads.
-// Each element of C is summed over k in one fixed order, whatever the number of threads and its place in C.
+// A processor multiplies far faster than it loads from memory, so each value that is loaded must be used many
+// times. The scheme is GotoBLAS's (Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication", 2008), with one level for each kind of memory:
 //
-// This file is compiled twice: as it is, for products of floats and the public functions; with GEMM_BF16, for
-// products of bf16 numbers. The widths follow the compiler's target (-march): AVX-512, AVX2, NEON, or other
-// 128-bit vectors.
+// Registers: the micro-kernel keeps a tile of C, up to MR x NR, in registers. For each k it loads MR + NR
+// values and does MR x NR multiplications. Packed panels make these loads contiguous.
+//
+// L2 cache: a task is a range of C's rows, or of its columns. Its "own" operand, packed for KC units of k at
+// a time, stays in the L2 cache of the thread that computes the task.
+//
+// Last-level cache: the other operand is "shared". Each of its panels is packed once, by the first thread
+// that needs it, and then read by all tasks of all threads.
+//
+// Threads take tasks until none is left, so that a slow thread does not hold up the others. Three refinements
+// save time. First, while the micro-kernel computes, it prefetches what is read next, and often also packs:
+// the first tile that reads a panel of its own operand packs that panel for the tiles after it. Second, if
+// A's rows already have the layout of a panel, A is used unpacked ("direct"); with AVX-512, where columns are
+// divided, tiles then have half the rows and twice the columns, which takes fewer loads. Third, the epilogue
+// and sums of squares left over from the product before are computed between tiles.
+//
+// Each element of C is summed over k in a fixed order that depends on K alone.
+//
+// This file is compiled twice: without GEMM_BF16 for products of floats and the public functions; with
+// GEMM_BF16 for products of bf16 numbers. The width of vectors follows the compiler's target (-march):
+// AVX-512, AVX2, NEON, or other 128-bit vectors.
 #include "lib/gemm_internal.h"
 
 #include <chrono>
@@ -24,15 +32,15 @@
 
 namespace gemm {
 
-// What each of the two objects provides.
+// The functions that the two objects of this file provide.
 struct Kernels {
     void (*multiply)(const Product&);
     void (*few_rows)(float* Y, const float* X, const void* W, const float* b, size_t M, size_t K, size_t N,
                      size_t ldy);
     void (*pack)(float* dst, size_t ld, const float* src, size_t row, size_t col, size_t n, size_t K);
     void (*to_units)(float* dst, const float* src, size_t n);
-    void (*tile)(TileOf of, size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c,
-                 size_t ldc, bool accumulate);
+    void (*tile)(LayoutOfA layout, size_t rows, size_t cols, size_t units, const float* a, const float* b,
+                 float* c, size_t ldc, bool accumulate);
     double (*measure_peak_flops)();
 };
 extern const Kernels fp32_kernels, bf16_kernels;
@@ -45,8 +53,10 @@ using simd::store;
 using simd::vec;
 
 // ---------------------------------------------------------------------------------------------
-// The numbers that are multiplied. A unit fills one lane of a vector: PER_UNIT consecutive values of k. Where
-// READY<T>, consecutive values of T in memory are units already.
+// The numbers that are multiplied
+//
+// Numbers::PER_UNIT consecutive values of k make a unit, which fills one lane of a vector. READY<T> tells
+// whether consecutive values of type T in memory are units already.
 
 #ifndef GEMM_BF16
 struct Numbers {
@@ -55,12 +65,12 @@ struct Numbers {
     static constexpr bool READY = std::is_same<T, float>::value;
     static vec add_product(vec c, float a, vec b) { return c + a * b; }
     static vec add_products(vec c, vec a, vec b) { return c + a * b; }  // lane by lane
-    // VL units of one row: n values along k.
+    // VL units of one row, n consecutive values along k, zeros beyond.
     template <class T>
     static vec along(const T* s, size_t n) {
         return load(s, n);
     }
-    // One unit of n neighbouring rows; next is the following k, or null after the last.
+    // One unit of n contiguous rows, from their values for one k. next: their values for k + 1, or null.
     template <class T>
     static vec across(const T* s, const T*, size_t n) {
         return load(s, n);
@@ -68,7 +78,7 @@ struct Numbers {
 };
 using Weight = float;  // of few_rows
 #elif defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-// bf16 in pairs: one instruction adds the products of two pairs to a float.
+// bf16 in pairs: one instruction adds to each float of a vector the two products of a pair with a pair.
 struct Numbers {
     static constexpr size_t PER_UNIT = 2;
     template <class T>
@@ -97,15 +107,16 @@ struct Numbers {
     }
 
   private:
-    static __m512i in_pairs(int distance) {  // lane i, then lane distance + i, then i + 1 ...
+    // The indices that interleave two groups of 16-bit lanes: 0, distance, 1, distance + 1, ...
+    static __m512i in_pairs(int distance) {
         ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         return (__m512i)(lane * 0x10001 + (distance << 16));
     }
 };
 using Weight = bf16;
 #else
-// Without such an instruction: values rounded to bf16, multiplied as floats. The same but for a sum's order
-// and for subnormal numbers, which the instruction takes as 0.
+// Without such an instruction, values are rounded to bf16 and multiplied as floats. Results differ from the
+// instruction's only in the order of sums, and for subnormal numbers, which the instruction takes as 0.
 struct Numbers {
     static constexpr size_t PER_UNIT = 1;
     template <class T>
@@ -128,9 +139,9 @@ alignas(64) const float ZEROS[2 * NR] = {};
 // ---------------------------------------------------------------------------------------------
 // Packing
 
-// dst[u * ld + r] = unit u of row r < w, for w <= VL rows `row` apart, of K values that follow each other, as
-// far as whole blocks of VL units go; returns how many values that were. A block is transposed in registers.
-// w is VL where FULL, ld is LD where that is not 0.
+// Packs w <= VL rows, `row` apart, of K consecutive values each: dst[u * ld + r] = unit u of row r. It packs
+// whole blocks of VL units only, which it transposes in registers, and returns how many values of each row
+// these were. w is VL if FULL; ld is LD if that is not 0.
 template <bool FULL, size_t LD, class T>
 __attribute__((noinline)) size_t pack_blocks(float* dst, size_t ld, const T* src, size_t row, size_t w,
                                              size_t K) {
@@ -138,25 +149,25 @@ __attribute__((noinline)) size_t pack_blocks(float* dst, size_t ld, const T* src
     if (LD) ld = LD;
     const T* start[VL];
     for (size_t i = 0; i < VL; i++)
-        start[i] = src + std::min(i, w - 1) * row;  // the last row fills up missing ones
-    size_t k = 0, some = std::min(w, VL - 1);
+        start[i] = src + std::min(i, w - 1) * row;  // the last row takes the place of missing ones
+    size_t k = 0, rows = std::min(w, VL - 1);
     for (; k + STEP <= K; k += STEP, dst += VL * ld) {
         vec v[VL];
         UNROLL(16)
         for (size_t i = 0; i < VL; i++) v[i] = Numbers::along((FULL ? src + i * row : start[i]) + k, STEP);
         simd::transpose(v);
         UNROLL(16)
-        for (size_t u = 0; u < VL; u++) store(dst + u * ld, v[u], FULL ? VL : some);
+        for (size_t u = 0; u < VL; u++) store(dst + u * ld, v[u], FULL ? VL : rows);
     }
     return k;
 }
 
-// See gemm.h.
+// See gemm.h. Contiguous rows are packed vector by vector; other rows are transposed.
 template <class T>
 void pack(float* dst, size_t ld, const T* src, size_t row, size_t col, size_t n, size_t K) {
     constexpr size_t STEP = U * VL;
-    if (row == 1) {  // neighbouring rows follow each other in memory: whole vectors, k by k
-        if (n == NR && ld == NR)
+    if (row == 1) {
+        if (n == NR && ld == NR)  // the usual panel of B, with sizes that the compiler knows
             for (; K >= U; K -= U, src += U * col, dst += NR)
                 for (size_t r = 0; r < NR; r += VL)
                     store(dst + r, Numbers::across(src + r, src + (U - 1) * col + r, VL));
@@ -175,7 +186,7 @@ void pack(float* dst, size_t ld, const T* src, size_t row, size_t col, size_t n,
             else if (ld == NR) k = pack_blocks<true, NR>(dst + r, ld, s, row, w, K);
             else k = pack_blocks<true, 0>(dst + r, ld, s, row, w, K);
         }
-        for (float* d = dst + r + k / U * ld; k < K; k += STEP) {  // what is left, by any strides
+        for (float* d = dst + r + k / U * ld; k < K; k += STEP) {  // the rest, with any strides
             size_t values = std::min(STEP, K - k);
             vec v[VL] = {};
             for (size_t i = 0; i < w; i++) {
@@ -193,7 +204,7 @@ void pack(float* dst, size_t ld, const T* src, size_t row, size_t col, size_t n,
     }
 }
 
-// dst = the units of n values that follow each other.
+// See gemm.h.
 void to_units(float* dst, const float* src, size_t n) {
     for (size_t k = 0; k < n; k += U * VL)
         store(dst + k / U, Numbers::along(src + k, n - k), ceil_div(n - k, U));
@@ -202,12 +213,12 @@ void to_units(float* dst, const float* src, size_t n) {
 // ---------------------------------------------------------------------------------------------
 // Prefetching
 
-// A matrix that the epilogue reads or writes at the same elements as C.
-struct Touched {
+// The matrix beside C that the epilogue reads, or else writes, at the same elements as C.
+struct EpilogueMatrix {
     const char* first = nullptr;
     size_t row = 0, value = 0;  // bytes from row to row, and of a value
-    Touched() = default;
-    explicit Touched(const Epilogue& e) {
+    EpilogueMatrix() = default;
+    explicit EpilogueMatrix(const Epilogue& e) {
         if (e.kind == Epilogue::NONE) return;
         value = e.kind == Epilogue::GELU && e.out_bf16 ? sizeof(bf16) : sizeof(float), row = e.ld * value;
         first = e.kind != Epilogue::GELU ? (const char*)e.in
@@ -216,57 +227,60 @@ struct Touched {
     }
 };
 
-// The cache lines that a micro-kernel prefetches while it computes; asked for all at once they would come
-// late. Every `every` units it prefetches a row: first of what the epilogue touches, then of C. At every
-// `rarely`-th of these calls it prefetches one line of what is packed next, one of where that goes, and one
-// of the gradients to be squared.
-struct Fetch {
+// What a micro-kernel prefetches while it computes. Memory serves only some requests at a time, so the
+// prefetches are spread over the units of k instead of being issued together. Every `every` units the
+// micro-kernel prefetches one row: first the rows that the epilogue will use, then those of C (see
+// micro_kernel). At every `rarely`-th of these points it also prefetches one line of the panel that is packed
+// next, one of the memory that this panel is packed to, and one of the gradients to be squared.
+struct Prefetch {
     static constexpr size_t BYTES = LINE * sizeof(float);
+    // The panel that is packed next, line by line:
     const char* at = nullptr;
-    size_t lines = 0, left = 1, row = 1;  // lines in all, to the end of this row, and in a row
-    size_t jump = 0;                      // bytes from a row's end to the next row
-    const char* into = nullptr;     // where the lines are packed to, or null for memory that is in the cache
-    size_t packed = 0;              // bytes there for each line
-    const char* touched = nullptr;  // the next row that the epilogue touches
-    size_t touched_lines = 0, touched_row = 0;  // in a row, and bytes from row to row
-    const char* squares = nullptr;              // gradients, or null
-    size_t every = SIZE_MAX, rarely = 1, calls = 0;
+    size_t lines = 0, left = 1, row = 1;  // lines in all, to the end of the current row, and in a row
+    size_t jump = 0;                      // bytes from the end of a row to the next row
+    const char* to = nullptr;             // where the next line is packed to, or null if that is in the cache
+    size_t to_bytes = 0;                  // bytes there for each line
+    // The epilogue's next row:
+    const char* epilogue = nullptr;
+    size_t epilogue_lines = 0, epilogue_row = 0;  // lines in a row, and bytes from row to row
+    const char* squares = nullptr;                // gradients, or null
+    size_t every = SIZE_MAX, rarely = 1, points = 0;
 
-    // Values (i, k) of i < width, k < depth at p[i * si + k * sk]; nothing where neither side is contiguous.
+    // For a panel: values (i, k), i < width, k < depth, at p[i * si + k * sk]. None unless si or sk is 1.
     template <class T>
-    static Fetch of(const T* p, size_t width, size_t depth, size_t si, size_t sk) {
+    static Prefetch of(const T* p, size_t width, size_t depth, size_t si, size_t sk) {
         size_t inner = sk == 1 ? depth : width, outer = sk == 1 ? width : depth;
         size_t stride = (sk == 1 ? si : sk) * sizeof(T);
-        Fetch f;
+        Prefetch f;
         if (!inner || !outer || (sk != 1 && si != 1)) return f;
         f.at = (const char*)p, f.left = f.row = ceil_div(inner * sizeof(T), BYTES);
         f.lines = f.row * outer, f.jump = stride - f.row * BYTES;
         return f;
     }
-    // Packed, the lines become this many values from p on.
-    void pack_into(const float* p, size_t values) {
-        if (lines) into = (const char*)p, packed = values * sizeof(float) / lines;
+    // The panel will be packed to `values` values from p on.
+    void packed_to(const float* p, size_t values) {
+        if (lines) to = (const char*)p, to_bytes = values * sizeof(float) / lines;
     }
-    // Units from one line to the next, and at most from row to row.
-    void set_pace(size_t line, size_t most) {
-        rarely = line / most + 1, every = std::max<size_t>(1, line / rarely);
+    // Lines are prefetched about `line_units` units apart, rows at most `row_units` apart.
+    void set_pace(size_t line_units, size_t row_units) {
+        rarely = line_units / row_units + 1, every = std::max<size_t>(1, line_units / rarely);
     }
-    // The epilogue will touch n columns of m from (i, j) on.
-    void touch(const Touched& m, size_t i, size_t j, size_t n) {
-        touched = m.first + i * m.row + j * m.value, touched_lines = ceil_div(n * m.value, BYTES),
-        touched_row = m.row;
+    // The epilogue will use n columns of m from (i, j) on.
+    void before_epilogue(const EpilogueMatrix& m, size_t i, size_t j, size_t n) {
+        epilogue = m.first + i * m.row + j * m.value, epilogue_lines = ceil_div(n * m.value, BYTES),
+        epilogue_row = m.row;
     }
-    // Both are always inlined: around a call the micro-kernel would have to save its accumulators.
-    __attribute__((always_inline)) void one_row() {
-        for (size_t i = 0; i < touched_lines; i++) __builtin_prefetch(touched + i * BYTES);
-        touched += touched_row;
+    // Both are always inlined: around a call, the micro-kernel would have to save its registers.
+    __attribute__((always_inline)) void next_epilogue_row() {
+        for (size_t i = 0; i < epilogue_lines; i++) __builtin_prefetch(epilogue + i * BYTES);
+        epilogue += epilogue_row;
     }
-    __attribute__((always_inline)) void one() {
-        if (++calls < rarely) return;
-        calls = 0;
+    __attribute__((always_inline)) void next_line() {
+        if (++points < rarely) return;
+        points = 0;
         if (lines) {
             __builtin_prefetch(at);
-            if (into) __builtin_prefetch(into, 1), into += packed;
+            if (to) __builtin_prefetch(to, 1), to += to_bytes;
             lines--, at += BYTES;
             if (!--left) at += jump, left = row;
         }
@@ -277,23 +291,25 @@ struct Fetch {
 // ---------------------------------------------------------------------------------------------
 // The micro-kernel
 
-// A micro-kernel can pack the operand that it reads, for the tiles after it, if the values of one k are
-// consecutive in memory: it waits for its multiplications, not for loads and stores. Vectors of B are stored
-// as they are used. Those of A are stored AHEAD units before, since a load of part of what was just stored
-// has to wait for the store.
+// A micro-kernel can pack one of the panels that it reads, for the tiles after it, if the panel's values for
+// one k are contiguous in memory. The packing costs almost no time, since the multiplications are what the
+// micro-kernel waits for. A vector of B is stored as it is used. A's are stored AHEAD units before they are
+// used, because A is loaded value by value, and a load from a vector that was only just stored has to wait
+// for that store.
 enum Packs { PACKS_NOTHING, PACKS_A, PACKS_B };
 constexpr size_t AHEAD = 8;
 
-// A policy says how a micro-kernel reads its operands. Strides are constants, so that addresses cost no
-// instructions. Both operands packed, a's panel with a stride of its own rows:
+// A policy says how a micro-kernel reads its operands. Strides are constants, so that computing addresses
+// takes no instructions. Packed is the basic one: both operands are packed, and a unit of A's panel has as
+// many rows as the tile.
 struct Packed {
-    static constexpr size_t A_ROW = 1;   // from row to row of a; 0: lda, known only when it runs
+    static constexpr size_t A_ROW = 1;   // from row to row of a; 0: lda, not known to the compiler
     static constexpr size_t A_UNIT = 0;  // from unit to unit of a; 0: the number of rows
     static constexpr size_t B_UNIT = NR;
     static constexpr Packs PACKS = PACKS_NOTHING;
-    using Source = float;  // type of what it packs
+    using Source = float;  // the type of what it packs
 };
-// A used where it stands.
+// A is used unpacked.
 struct Direct : Packed {
     static constexpr size_t A_ROW = 0, A_UNIT = 1;
 };
@@ -312,8 +328,7 @@ struct DirectPackingB : Direct {
     static constexpr Packs PACKS = PACKS_B;
     using Source = T;
 };
-// Attention: A is columns, or rows, of a tile of scores (gemm.h, TileOf). Rows are multiplied with packed
-// queries.
+// For attention: A is columns, or rows, of a tile of scores (see LayoutOfA in lib/gemm.h).
 struct ScoreColumns : Packed {
     static constexpr size_t A_UNIT = SCORES;
 };
@@ -321,26 +336,28 @@ struct ScoreRows : Packed {
     static constexpr size_t A_ROW = SCORES / U, A_UNIT = 1;
 };
 
-// c (ROWS, VECS * VL; row stride ldc) = init (row stride ldi) + the sum over units u of a's unit (row, u)
-// times b's (u, column). Where VECS > NV, columns from NR on are in b's next panel, NR * units values
-// further on. With PACKS_A or PACKS_B that operand is written first: value i of unit u, or the first of its
-// two, is source[u * PER_UNIT * stride + i], a's only from unit AHEAD on. With STREAM init counts as 0, and
-// c, aligned to a vector, does not enter the caches. Not inlined: among a caller's variables the compiler
-// would run out of registers and spill the accumulators.
+// Computes a tile: c (ROWS, VECS * VL; row stride ldc) = init (row stride ldi) plus the sum over units u of
+// a's unit (row, u) times b's unit (u, column). If VECS > NV, columns from NR on are in b's next panel, NR *
+// units values after the first one. With PACKS_A or PACKS_B it packs that operand from `source`, in which
+// values of neighbouring k are `stride` apart; a's first AHEAD units must be packed already. With STREAM,
+// init counts as 0, and c, which must be aligned to a vector, is written past the caches. It is one long
+// function and not inlined: divided, or among a caller's variables, the compiler would run out of registers
+// and keep sums in memory.
 template <class Policy, size_t ROWS, size_t VECS, bool STREAM>
 __attribute__((noinline)) void micro_kernel(size_t units, const float* __restrict a, size_t lda,
                                             const float* __restrict b, float* c, size_t ldc,
-                                            const float* init, size_t ldi, Fetch& fetch, const void* source,
-                                            size_t stride) {
+                                            const float* init, size_t ldi, Prefetch& prefetch,
+                                            const void* source, size_t stride) {
     using T = typename Policy::Source;
     constexpr size_t R = ROWS, V = VECS, AR = Policy::A_ROW, AU = Policy::A_UNIT ? Policy::A_UNIT : ROWS;
     constexpr Packs PACKS = Policy::PACKS;
     const size_t panel = NR * units;
     vec acc[R][V] = {};
-    const float* third[(R + 2) / 3];  // rows 0, 3, 6, ...: an address reaches two more rows from each
+    // Pointers to rows 0, 3, 6, ...: an instruction's address can add one or two strides to each.
+    const float* third[(R + 2) / 3];
     for (size_t i = 0; i < (R + 2) / 3; i++) third[i] = a + 3 * i * lda;
     auto value = [&](size_t i) {
-        float unit;  // perhaps two bf16 numbers
+        float unit;  // copied as bytes, since it may be two bf16 numbers
         memcpy(&unit, AR ? a + i * AR : third[i / 3] + i % 3 * lda, sizeof unit);
         return unit;
     };
@@ -349,14 +366,14 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
         return Numbers::across(from + i, from + (U - 1) * stride + i, n);
     };
     const float* c_row = c;
-    for (size_t u = 0, call = 0; u < units; call++) {
-        fetch.one();
-        if (call < R) fetch.one_row();
-        else if (call < 2 * R && !STREAM) {
+    for (size_t u = 0, point = 0; u < units; point++) {
+        prefetch.next_line();
+        if (point < R) prefetch.next_epilogue_row();
+        else if (point < 2 * R && !STREAM) {
             for (size_t j = 0; j < V; j++) __builtin_prefetch(c_row + j * VL, 1);
             c_row += ldc;
         }
-        for (size_t n = std::min(fetch.every, units - u); n; n--, u++, a += AU, b += Policy::B_UNIT) {
+        for (size_t n = std::min(prefetch.every, units - u); n; n--, u++, a += AU, b += Policy::B_UNIT) {
             if (PACKS == PACKS_A && u + AHEAD < units) {
                 float* to = const_cast<float*>(a) + AHEAD * AU;
                 UNROLL(8)
@@ -388,14 +405,15 @@ __attribute__((noinline)) void micro_kernel(size_t units, const float* __restric
 }
 
 using Kernel = void (*)(size_t, const float*, size_t, const float*, float*, size_t, const float*, size_t,
-                        Fetch&, const void*, size_t);
+                        Prefetch&, const void*, size_t);
 template <class Policy, size_t VECS, bool STREAM, size_t... I>
 Kernel kernel_of(size_t rows, std::index_sequence<I...>) {
     static constexpr Kernel kernels[sizeof...(I)] = {micro_kernel<Policy, I + 1, VECS, STREAM>...};
     return kernels[rows - 1];
 }
-// The micro-kernel for a tile of rows x cols: up to MR x NR; with Direct also up to MR / 2 rows and exactly 2
-// NR columns. What packs B is NR or 2 NR wide. Only tiles of NR columns stream, and only of packed A.
+// The micro-kernel for a tile of rows x cols: up to MR x NR, or, with an unpacked A, up to MR / 2 rows by
+// exactly 2 NR columns. One that packs B computes NR or 2 NR columns. Only tiles of NR columns, of a packed
+// A, can be streamed.
 template <class Policy>
 Kernel kernel(size_t rows, size_t cols, bool streams = false) {
     auto any_rows = std::make_index_sequence<MR>();
@@ -408,30 +426,32 @@ Kernel kernel(size_t rows, size_t cols, bool streams = false) {
     return kernel_of<Policy, NV, false>(rows, any_rows);
 }
 
-// c (rows, cols) of a tile by such a micro-kernel; the other arguments are the micro-kernel's.
+// Computes a tile c (rows, cols) with this micro-kernel, which itself writes whole vectors; `whole` takes
+// those of a tile that ends within a vector. The other arguments are the micro-kernel's.
 void run(Kernel kernel, size_t rows, size_t cols, size_t units, const float* a, size_t lda, const float* b,
-         float* c, size_t ldc, const float* init, size_t ldi, Fetch& fetch, const void* source = nullptr,
-         size_t stride = 0) {
-    if (cols % VL == 0) return kernel(units, a, lda, b, c, ldc, init, ldi, fetch, source, stride);
+         float* c, size_t ldc, const float* init, size_t ldi, Prefetch& prefetch,
+         const void* source = nullptr, size_t stride = 0) {
+    if (cols % VL == 0) return kernel(units, a, lda, b, c, ldc, init, ldi, prefetch, source, stride);
     alignas(64) float whole[MR * NR];
-    kernel(units, a, lda, b, whole, NR, ZEROS, 0, fetch, nullptr, 0);
+    kernel(units, a, lda, b, whole, NR, ZEROS, 0, prefetch, nullptr, 0);
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols; j++) c[i * ldc + j] = init[i * ldi + j] + whole[i * NR + j];
 }
 
-void tile(TileOf of, size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c,
+// See gemm.h.
+void tile(LayoutOfA layout, size_t rows, size_t cols, size_t units, const float* a, const float* b, float* c,
           size_t ldc, bool accumulate) {
-    Kernel k = of == PANEL        ? kernel<Packed>(rows, cols)
-               : of == SCORE_ROWS ? kernel<ScoreRows>(rows, cols)
-                                  : kernel<ScoreColumns>(rows, cols);
-    Fetch nothing;
+    Kernel k = layout == PANEL        ? kernel<Packed>(rows, cols)
+               : layout == SCORE_ROWS ? kernel<ScoreRows>(rows, cols)
+                                      : kernel<ScoreColumns>(rows, cols);
+    Prefetch nothing;
     run(k, rows, cols, units, a, 0, b, c, ldc, accumulate ? c : ZEROS, accumulate ? ldc : 0, nothing);
 }
 
 // ---------------------------------------------------------------------------------------------
 // The product by all threads
 
-// rows x cols finished values of C from (row, col) on.
+// Applies the epilogue to a finished tile of C, rows x cols values from (row, col) on.
 void apply(const Epilogue& e, size_t row, size_t col, size_t rows, size_t cols, float* c, size_t ldc) {
     auto each_row = [&](auto f) {
         for (size_t i = 0; i < rows; i++) f((row + i) * e.ld + col, c + i * ldc);
@@ -460,8 +480,8 @@ void apply(const Epilogue& e, size_t row, size_t col, size_t rows, size_t cols, 
     }
 }
 
-// A thread's share of the left-over sums of squares: a slice after each tile, whose lines were prefetched
-// during it.
+// A thread's share of the sums of squares that the product before has left: one slice after each tile. The
+// slice was prefetched while the tile was computed.
 class SquaresShare {
   public:
     SquaresShare(const Squares& s, size_t thread, size_t team, size_t tiles)
@@ -470,23 +490,25 @@ class SquaresShare {
         at_ = std::min(s.n, thread * share), end_ = std::min(s.n, at_ + share);
     }
     size_t lines_per_tile() const { return at_ < end_ ? slice_ / LINE : 0; }
-    // Lets f prefetch the slice after the one that is made next.
-    void prefetch(Fetch& f) const {
-        f.squares = at_ + slice_ < end_ ? (const char*)(squares_.g + at_ + slice_) : nullptr;
+    // Lets p prefetch the slice after the one that is computed next.
+    void prefetch_with(Prefetch& p) const {
+        p.squares = at_ + slice_ < end_ ? (const char*)(squares_.g + at_ + slice_) : nullptr;
     }
-    void make_slice() { make(std::min(slice_, end_ - at_)); }
-    void make_rest() { make(end_ - at_); }
+    void compute_slice() { compute(std::min(slice_, end_ - at_)); }
+    void compute_rest() { compute(end_ - at_); }
 
   private:
-    void make(size_t n) {
-        if (n) squares_.make(at_, n), at_ += n;
+    void compute(size_t n) {
+        if (n) squares_.compute(at_, n), at_ += n;
     }
     const Squares& squares_;
     size_t slice_, at_, end_;
 };
 
-// One product. "Own" is the operand whose side of C is divided among tasks, "shared" the other one; with
-// by_columns own is B, else A. Both are cut into panels: of A at most mr rows, of B NR columns.
+// One product. Either C's columns are divided among tasks (by_columns_), then B is the tasks' own operand and
+// A the shared one; or C's rows are, then A is their own and B is shared. Both are cut into panels: A's of at
+// most mr_ rows, B's of NR columns. "The strip" is the part of the shared operand's rows or columns that the
+// shared memory holds at a time, a "chunk" the part of k.
 template <class TA, class TB>
 class Multiplication {
   public:
@@ -495,90 +517,90 @@ class Multiplication {
           A_((const TA*)p.A.data),
           B_((const TB*)p.B.data),
           squares_(std::exchange(ws_.squares, {})),
-          touched_(p.epilogue) {}
+          epilogue_matrix_(p.epilogue) {}
 
     void run() {
-        if (!p_.M || !p_.N || !p_.K) return squares_.make(0, squares_.n);
+        if (!p_.M || !p_.N || !p_.K) return squares_.compute(0, squares_.n);
         threads_ = p_.M * p_.N * p_.K < WORTH_WAKING ? 1 : (size_t)omp_get_max_threads();
         ws_.reserve((int)threads_);
         plan();
-        first_operand_ = ws_.operands;
-        ws_.operands += ceil_div(shared_side_, strip_) * ceil_div(chunks_, at_once_);
+        first_fill_ = ws_.fills;
+        ws_.fills += ceil_div(shared_side_, strip_) * ceil_div(chunks_, at_once_);
         if (threads_ == 1) return work(0, 1);
 #pragma omp parallel num_threads((int)threads_)
         work((size_t)omp_get_thread_num(), (size_t)omp_get_num_threads());
     }
 
   private:
-    // ---- the plan: made once
+    // ---- the plan, made once for all threads
 
     void plan() {
         const size_t M = p_.M, N = p_.N, K = p_.K, am = p_.A.row;
-        // A is used unpacked where its rows are units; but a tile's rows must fit the L1 cache, where rows a
-        // multiple of L1_WAY apart share their sets.
-        bool units_stand = Numbers::READY<TA> && p_.A.col == 1 && K % U == 0 && am % U == 0;
-        wide_ = WIDE_TILES && units_stand && 2 * N >= M;
+        // A can be used unpacked if its rows consist of units. But then rows a multiple of L1_WAY apart share
+        // sets of the L1 cache, and all rows of a tile must fit in a set.
+        bool rows_are_units = Numbers::READY<TA> && p_.A.col == 1 && K % U == 0 && am % U == 0;
+        wide_ = WIDE_TILES && rows_are_units && 2 * N >= M;
         mr_ = wide_ ? MR / 2 : MR, nr_ = wide_ ? 2 * NR : NR;
-        direct_ = units_stand && (am * sizeof(TA) % L1_WAY || mr_ <= L1_WAYS);
-        // Chunks depend on K alone, since they fix the order of the sums.
+        direct_ = rows_are_units && (am * sizeof(TA) % L1_WAY || mr_ <= L1_WAYS);
+        // Chunks fix the order of the sums, and so must depend on K alone.
         kc_ = round_up(ceil_div(K, ceil_div(K, KC * U)), U);
         chunks_ = ceil_div(K, kc_);
         by_columns_ = direct_ ? 2 * N >= M : N > M;
         if (by_columns_) divide_by_columns();
         else divide_by_rows();
+        // C can be streamed if it is finished in one chunk, and written in whole, aligned vectors.
         streams_ = p_.start == FOR_LATER && chunks_ == 1 && M * N >= STREAMED && p_.ldc % VL == 0 &&
                    !direct_ && (uintptr_t)p_.C % sizeof(vec) == 0 && !p_.bias &&
                    p_.epilogue.kind == Epilogue::NONE;
         all_tiles_ = row_panels(M, mr_) * ceil_div(N, nr_) * chunks_;  // or a few more
         plan_shared();
     }
-    // Tasks end where panels of columns do; with wide tiles at every other panel, unless they are few.
+    // A task ends where a panel of B ends: with wide tiles at every other panel, unless there are few panels.
     void divide_by_columns() {
         divided_side_ = p_.N, shared_side_ = p_.M, packs_own_ = true, packs_shared_ = !direct_;
         step_ = p_.N >= 2 * threads_ * nr_ ? nr_ : NR, steps_ = ceil_div(p_.N, step_);
-        blocks_ = std::min(steps_, round_up(ceil_div(p_.N, NB), threads_));
-        // The first tile packs B where the values of one k are consecutive and a unit takes no more memory
-        // than when packed: twice as many lines, perhaps from memory, would hold a tile up for longer than
-        // packing.
+        tasks_ = std::min(steps_, round_up(ceil_div(p_.N, NB), threads_));
+        // The first tile packs B if B's values for one k are contiguous, and no larger than when packed:
+        // floats that are rounded to bf16 are twice as many lines, and waiting for them would cost the tile
+        // more time than the packing.
         if (p_.K % U == 0 && p_.B.col == 1) tile_packs_ = PACKS_B;
         before_tile_ = tile_packs_ == PACKS_B ? 0 : kc_;
     }
-    // Tasks end between any two rows.
+    // A task can end after any row.
     void divide_by_rows() {
         divided_side_ = p_.M, shared_side_ = p_.N, packs_own_ = !direct_, packs_shared_ = true;
-        step_ = 1, steps_ = p_.M, blocks_ = std::min(steps_, round_up(ceil_div(p_.M, MB), threads_));
+        step_ = 1, steps_ = p_.M, tasks_ = std::min(steps_, round_up(ceil_div(p_.M, MB), threads_));
         if (p_.K % U == 0 && p_.A.row == 1 && TILES_PACK_A) tile_packs_ = PACKS_A;
         before_tile_ = tile_packs_ == PACKS_A ? AHEAD * U : kc_;
     }
-    // How much of the shared operand is at hand at a time: a strip of its rows or columns, and so many chunks
-    // of k.
+    // Chooses how many rows or columns (strip_) and chunks of k (at_once_) the shared memory holds.
     void plan_shared() {
         strip_ = std::min(shared_side_, SHARED_WIDTH);
         size_t room = SHARED_UNITS / (round_up(strip_, NR) * (kc_ / U)),
                most = Workspace::MOST_PANELS / panels(strip_, by_columns_);
         at_once_ = packs_shared_ ? std::max<size_t>(1, std::min(room, most)) : chunks_;
-        // Unpacked rows of A are read by each task. What the cache does not keep that long is read in chunks
-        // of k, each for all tasks; by one thread only, as several would have to wait for each other after
-        // each chunk.
+        // An unpacked A is read again by each task. If it is too large to stay in the cache meanwhile, all
+        // tasks compute one chunk of k before any computes the next. Several threads would have to wait for
+        // each other after each chunk, so only a single thread does this.
         if (!packs_shared_ && threads_ == 1 && strip_ * p_.K * sizeof(TA) > SHARED_UNITS * sizeof(float))
             at_once_ = 1;
     }
 
-    size_t block_begin(size_t b) const {
-        return std::min(divided_side_, steps_ * std::min(b, blocks_) / blocks_ * step_);
+    size_t task_begin(size_t b) const {
+        return std::min(divided_side_, steps_ * std::min(b, tasks_) / tasks_ * step_);
     }
-    // Panels of n rows of A or columns of B, and which row or column panel i begins with.
+    // How many panels n rows of A or columns of B are, and which row or column panel i starts with.
     size_t panels(size_t n, bool of_a) const { return of_a ? row_panels(n, mr_) : ceil_div(n, NR); }
     size_t begin(size_t n, size_t i, bool of_a) const {
         return of_a ? panel_row(n, i, mr_) : std::min(n, i * NR);
     }
 
-    Fetch fetch_of(size_t at, size_t width, size_t k, size_t n, bool of_a) const {
+    Prefetch prefetch_of(size_t at, size_t width, size_t k, size_t n, bool of_a) const {
         const Operand &a = p_.A, &b = p_.B;
-        return of_a ? Fetch::of(A_ + at * a.row + k * a.col, width, n, a.row, a.col)
-                    : Fetch::of(B_ + k * b.row + at * b.col, width, n, b.col, b.row);
+        return of_a ? Prefetch::of(A_ + at * a.row + k * a.col, width, n, a.row, a.col)
+                    : Prefetch::of(B_ + k * b.row + at * b.col, width, n, b.col, b.row);
     }
-    // The panel of `width` rows or columns from `at` on, n values from k on.
+    // Packs a panel: `width` rows or columns from `at` on, n values from k on.
     void pack_panel(float* dst, size_t at, size_t width, size_t k, size_t n, bool of_a) const {
         const Operand &a = p_.A, &b = p_.B;
         if (of_a) pack(dst, width, A_ + at * a.row + k * a.col, a.row, a.col, width, n);
@@ -587,7 +609,7 @@ class Multiplication {
     Kernel kernel_for(Packs packs, size_t rows, size_t cols) const {
         if constexpr (TILES_PACK_A)
             if (packs == PACKS_A) return kernel<PackingA<TA>>(rows, cols, streams_);
-        if constexpr (Numbers::READY<TA>)  // else direct_ is false
+        if constexpr (Numbers::READY<TA>)  // otherwise direct_ is false
             if (direct_)
                 return packs == PACKS_B ? kernel<DirectPackingB<TB>>(rows, cols) : kernel<Direct>(rows, cols);
         if (packs == PACKS_B) return kernel<PackingB<TB>>(rows, cols, streams_);
@@ -600,29 +622,29 @@ class Multiplication {
         size_t id, team;
         float* own;  // its packed operand
         SquaresShare squares;
-        uint64_t operand;  // the number of the shared operand at hand
+        uint64_t fill;  // the current content of the shared memory, see Workspace
     };
-    // What a thread multiplies at a time: its task's rows or columns [d0, d0 + d) with those of the strip,
-    // [s0, s0 + s), over n values of k.
+    // What a thread multiplies at a time: its task's rows or columns [d0, d0 + d) and those of the strip,
+    // [s0, s0 + s), over n values of k from k on.
     struct Chunk {
         size_t d0, d, s0, s, k, n, units;
         size_t own_panels, own_tiles, shared_panels;
-        size_t first_panel;  // the shared panel that this thread begins with
+        size_t first_panel;  // the shared panel that this thread starts with
         size_t state;        // number of the chunk's first shared panel in Workspace::state
         float* shared;       // the packed shared operand
-        Fetch next_own;
+        Prefetch next_own;
     };
 
     void work(size_t id, size_t team) {
         Thread t = {id, team, ws_.private_ + id * Workspace::PRIVATE_UNITS,
-                    SquaresShare(squares_, id, team, all_tiles_), first_operand_};
+                    SquaresShare(squares_, id, team, all_tiles_), first_fill_};
         for (size_t s0 = 0; s0 < shared_side_; s0 += strip_)
-            for (size_t c0 = 0; c0 < chunks_; c0 += at_once_, t.operand++) {
+            for (size_t c0 = 0; c0 < chunks_; c0 += at_once_, t.fill++) {
                 size_t s = std::min(strip_, shared_side_ - s0), count = std::min(at_once_, chunks_ - c0);
-                if (t.operand != first_operand_ && team > 1) {
+                if (t.fill != first_fill_ && team > 1) {
 #pragma omp barrier
                 }
-                for (size_t b; (b = ws_.take_task(id, team, t.operand, blocks_)) < blocks_;) {
+                for (size_t b; (b = ws_.take_task(id, team, t.fill, tasks_)) < tasks_;) {
                     for (size_t q = 0; q < count; q++) {
                         Chunk c = chunk_of(t, b, s0, s, c0, q, count);
                         if (packs_own_) pack_own(t, c);
@@ -631,28 +653,28 @@ class Multiplication {
                     if (streams_) simd::finish_streams();
                 }
             }
-        t.squares.make_rest();
+        t.squares.compute_rest();
     }
 
     // Chunk q of the `count` from chunk c0 on, in task b.
     Chunk chunk_of(const Thread& t, size_t b, size_t s0, size_t s, size_t c0, size_t q, size_t count) const {
         Chunk c;
-        c.d0 = block_begin(b), c.d = block_begin(b + 1) - c.d0, c.s0 = s0, c.s = s;
+        c.d0 = task_begin(b), c.d = task_begin(b + 1) - c.d0, c.s0 = s0, c.s = s;
         c.k = (c0 + q) * kc_, c.n = std::min(kc_, p_.K - c.k), c.units = ceil_div(c.n, U);
         c.own_panels = panels(c.d, !by_columns_),
         c.own_tiles = wide_ ? ceil_div(c.own_panels, 2) : c.own_panels;
         c.shared_panels = panels(s, by_columns_), c.first_panel = t.id * c.shared_panels / t.team;
         c.state = q * c.shared_panels, c.shared = ws_.shared + q * round_up(s, NR) * (kc_ / U);
-        // Most likely this thread's own operand is packed next: its next chunk of k, or the first of the next
-        // block.
+        // What this thread will most likely pack next is its own operand: the next chunk of k, or else the
+        // first chunk of the next task.
         bool more = q + 1 < count;
-        size_t next_b = more ? b : b + 1, next_k = more ? c.k + kc_ : c0 * kc_, next_d = block_begin(next_b);
-        c.next_own = fetch_of(next_d, block_begin(next_b + 1) - next_d, next_k, std::min(kc_, p_.K - next_k),
-                              !by_columns_);
+        size_t next_b = more ? b : b + 1, next_k = more ? c.k + kc_ : c0 * kc_, next_d = task_begin(next_b);
+        c.next_own = prefetch_of(next_d, task_begin(next_b + 1) - next_d, next_k,
+                                 std::min(kc_, p_.K - next_k), !by_columns_);
         return c;
     }
 
-    // Packs the task's own operand, of panels that the first tile packs only the beginning.
+    // Packs the task's own operand; of panels that the first tile packs, only their beginning.
     void pack_own(const Thread& t, const Chunk& c) const {
         for (size_t y = 0; y < c.own_panels; y++) {
             size_t r = begin(c.d, y, !by_columns_), width = begin(c.d, y + 1, !by_columns_) - r;
@@ -662,37 +684,38 @@ class Multiplication {
             pack_panel(t.own + r * c.units, c.d0 + r, width, c.k, n, !by_columns_);
         }
     }
-    // Makes sure that shared panel x is packed. If nobody has begun the one after it, `next` prefetches that.
-    bool pack_shared(const Thread& t, const Chunk& c, size_t x, Fetch* next) const {
+    // Packs shared panel x, unless it is packed already. If no thread has begun the panel after it, `next`
+    // becomes the prefetching of that panel, and the result is true.
+    bool pack_shared(const Thread& t, const Chunk& c, size_t x, Prefetch* next) const {
         size_t r = begin(c.s, x, by_columns_), width = begin(c.s, x + 1, by_columns_) - r;
-        ws_.once(c.state + x, t.operand,
-                 [&] { pack_panel(c.shared + r * c.units, c.s0 + r, width, c.k, c.n, by_columns_); });
+        ws_.pack_once(c.state + x, t.fill,
+                      [&] { pack_panel(c.shared + r * c.units, c.s0 + r, width, c.k, c.n, by_columns_); });
         size_t after = x + 1 < c.shared_panels ? x + 1 : 0, at = begin(c.s, after, by_columns_);
-        if (!ws_.untouched(c.state + after, t.operand)) return false;
+        if (!ws_.not_begun(c.state + after, t.fill)) return false;
         size_t after_width = begin(c.s, after + 1, by_columns_) - at;
-        *next = fetch_of(c.s0 + at, after_width, c.k, c.n, by_columns_);
-        next->pack_into(c.shared + at * c.units, after_width * c.units);
+        *next = prefetch_of(c.s0 + at, after_width, c.k, c.n, by_columns_);
+        next->packed_to(c.shared + at * c.units, after_width * c.units);
         return true;
     }
 
-    // All tiles of a chunk: each shared panel with all own panels. Each thread begins with shared panels of
-    // its own.
+    // Computes all tiles of a chunk: each shared panel with all own panels. Each thread starts with another
+    // shared panel, so that at first they all pack different ones.
     void multiply_chunk(Thread& t, Chunk& c) const {
         for (size_t turn = 0, x = c.first_panel; turn < c.shared_panels;
              turn++, x = x + 1 < c.shared_panels ? x + 1 : 0) {
-            Fetch next_shared, *fetch = &c.next_own;
+            Prefetch next_shared, *prefetch = &c.next_own;
             size_t tiles = (c.shared_panels - turn) * c.own_tiles;
             if (packs_shared_ && pack_shared(t, c, x, &next_shared))
-                fetch = &next_shared, tiles = c.own_tiles;
-            size_t most = std::max(fetch->lines, t.squares.lines_per_tile() * tiles);
-            fetch->set_pace(c.units * tiles / std::max<size_t>(1, most),
-                            std::max<size_t>(1, c.units / (2 * mr_ + 1)));
-            for (size_t y = 0; y < c.own_panels;) y = run_tile(t, c, x, y, !turn, *fetch);
+                prefetch = &next_shared, tiles = c.own_tiles;
+            size_t most = std::max(prefetch->lines, t.squares.lines_per_tile() * tiles);
+            prefetch->set_pace(c.units * tiles / std::max<size_t>(1, most),
+                               std::max<size_t>(1, c.units / (2 * mr_ + 1)));
+            for (size_t y = 0; y < c.own_panels;) y = run_tile(t, c, x, y, !turn, *prefetch);
         }
     }
-    // The tile of shared panel x and own panel y, and with wide tiles the own panel after it. Returns the
-    // next own panel.
-    size_t run_tile(Thread& t, const Chunk& c, size_t x, size_t y, bool first, Fetch& fetch) const {
+    // Computes the tile of shared panel x and own panel y, or with wide tiles own panels y and y + 1. Returns
+    // the next own panel.
+    size_t run_tile(Thread& t, const Chunk& c, size_t x, size_t y, bool first, Prefetch& prefetch) const {
         const Operand &A = p_.A, &B = p_.B;
         size_t shared_r = begin(c.s, x, by_columns_),
                shared_width = begin(c.s, x + 1, by_columns_) - shared_r;
@@ -708,14 +731,14 @@ class Multiplication {
         float* to = p_.C + row * p_.ldc + col;
         bool adds = c.k || p_.start == ACCUMULATE, finished = c.k + c.n == p_.K;
         const float* init = adds ? to : p_.bias ? p_.bias + col : ZEROS;
-        t.squares.prefetch(fetch);
-        fetch.touch(finished ? touched_ : Touched(), row, col, cols);
+        t.squares.prefetch_with(prefetch);
+        prefetch.before_epilogue(finished ? epilogue_matrix_ : EpilogueMatrix(), row, col, cols);
         Packs packs = packs_own_ && first && cols >= NR ? tile_packs_ : PACKS_NOTHING;
         const void* source = by_columns_ ? (const void*)(B_ + c.k * B.row + col) : A_ + row + c.k * A.col;
         gemm::run(kernel_for(packs, rows, cols), rows, cols, c.units, a, direct_ ? A.row / U : 0, b, to,
-                  p_.ldc, init, adds ? p_.ldc : 0, fetch, source, by_columns_ ? B.row : A.col);
+                  p_.ldc, init, adds ? p_.ldc : 0, prefetch, source, by_columns_ ? B.row : A.col);
         if (finished) apply(p_.epilogue, row, col, rows, cols, to, p_.ldc);
-        t.squares.make_slice();
+        t.squares.compute_slice();
         return end;
     }
 
@@ -726,18 +749,18 @@ class Multiplication {
     const TA* A_;
     const TB* B_;
     const Squares squares_;
-    const Touched touched_;
+    const EpilogueMatrix epilogue_matrix_;
     size_t threads_ = 1;
     // the plan
     bool wide_, direct_, by_columns_, packs_own_, packs_shared_, streams_;
     size_t mr_, nr_;                     // largest tile
-    size_t kc_, chunks_;                 // values of k in a chunk, and chunks in all
+    size_t kc_, chunks_;                 // values of k in a chunk, and the number of chunks
     size_t divided_side_, shared_side_;  // M and N, or N and M
-    size_t step_, steps_, blocks_;       // tasks end at multiples of step_
+    size_t step_, steps_, tasks_;        // tasks_ tasks, which end at multiples of step_; steps_ steps in all
     Packs tile_packs_ = PACKS_NOTHING;
-    size_t before_tile_;  // values of k that are packed before the first tile packs the rest
+    size_t before_tile_;  // values of k that are packed before the first tile, which packs the rest
     size_t strip_, at_once_, all_tiles_;
-    uint64_t first_operand_;
+    uint64_t first_fill_;  // number of this product's first content of the shared memory
 };
 
 void run_product(const Product& p) {
@@ -757,10 +780,11 @@ void run_product(const Product& p) {
 // ---------------------------------------------------------------------------------------------
 // Few rows: generation
 
-// The dot products of M rows of units X with R rows of W, AT_ONCE at a time: each summed lane by lane and
-// then across the lanes, whatever M and R. One row of X reads W as fast as memory gives it, one line after
-// the other. More rows keep the processor too busy to look far enough ahead, so lines are prefetched, to L2,
-// which takes more requests than L1.
+// Y = the dot products of M rows of units X with R rows of W, computed for AT_ONCE rows of W at a time. Each
+// is summed lane by lane and then across the lanes, in the same order whatever M and R. With one row of X, W
+// is read as fast as memory delivers it, since the processor itself looks ahead. With more rows it has too
+// many instructions in between to look far enough, so lines are prefetched, into the L2 cache, which takes
+// more requests at a time than L1.
 template <size_t M, size_t R, size_t AT_ONCE>
 void few_dots(float* Y, const float* X, const Weight* W, const float* b, size_t K, size_t ldy) {
     constexpr size_t STEP = U * VL, AHEAD_BYTES = 8192;
@@ -794,7 +818,7 @@ void few_dots(float* Y, const float* X, const Weight* W, const float* b, size_t 
     }
 }
 
-// N outputs of all rows, by one thread.
+// N outputs of all rows, on the calling thread.
 void few_columns(float* Y, const float* X, const Weight* W, const float* b, size_t M, size_t K, size_t N,
                  size_t ldy) {
     size_t m = 0;
@@ -821,7 +845,8 @@ void few_rows(float* Y, const float* X, const void* weights, const float* b, siz
     if (!K) throw std::logic_error("few_rows: K is 0");
     if (omp_in_parallel() && std::is_same<Weight, float>::value) return few_columns(Y, X, W, b, M, K, N, ldy);
     size_t at_once = M;
-    if (!std::is_same<Weight, float>::value) {  // rows are rounded into the workspace, as many as it holds
+    if (!std::is_same<Weight,
+                      float>::value) {  // rows are rounded into the workspace, as many at a time as it holds
         workspace().reserve(1);
         at_once = std::max<size_t>(1, SHARED_UNITS / ceil_div(K, U));
     }
@@ -842,7 +867,7 @@ void few_rows(float* Y, const float* X, const void* weights, const float* b, siz
 
 // ---------------------------------------------------------------------------------------------
 
-// The micro-kernel on operands in L1, all threads at once, best of 5.
+// See gemm.h.
 double measure_peak_flops() {
     double best = 0;
     size_t threads = (size_t)omp_get_max_threads();
@@ -852,7 +877,7 @@ double measure_peak_flops() {
 #pragma omp parallel reduction(max : t)
         {
             alignas(64) float a[MR * units] = {}, b[NR * units] = {}, c[MR * NR];
-            Fetch nothing;
+            Prefetch nothing;
 #pragma omp barrier
             auto t0 = std::chrono::steady_clock::now();
             for (size_t r = 0; r < reps; r++) {
@@ -891,7 +916,7 @@ static const Kernels& kernels(Dtype dtype) { return dtype == BF16 ? bf16_kernels
 void multiply(Dtype dtype, const Product& product) { kernels(dtype).multiply(product); }
 
 static size_t or_dense(size_t ld, size_t dense) { return ld ? ld : dense; }
-// A product is one of bf16 numbers as soon as an operand is.
+// bf16 numbers are multiplied as soon as one operand is bf16.
 static void multiply(const Product& p) { multiply(p.A.type == BF16 || p.B.type == BF16 ? BF16 : FP32, p); }
 
 template <class TX, class TW>
@@ -987,7 +1012,7 @@ static void bias_gradient_of(float* db, const TY* dY, size_t M, size_t N, bool a
     for (size_t n0 = 0; n0 < N; n0 += STRIP) {
         vec sum[VECS] = {};
         const TY* d = dY + n0;
-        if (N - n0 >= STRIP)  // with a length the compiler knows
+        if (N - n0 >= STRIP)  // a length that the compiler knows
             for (size_t m = 0; m < M; m++, d += ldy)
                 for (size_t i = 0; i < VECS; i++) sum[i] += load(d + i * VL);
         else
@@ -1007,7 +1032,7 @@ void bias_gradient(float* db, const bf16* dY, size_t M, size_t N, bool accumulat
 void sum_squares(double* sums, const float* g, size_t n) {
     const Squares squares = {g, sums, n};
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i += SQUARES) squares.make(i, std::min(SQUARES, n - i));
+    for (size_t i = 0; i < n; i += SQUARES) squares.compute(i, std::min(SQUARES, n - i));
 }
 void finish_squares() {
     const Squares left = std::exchange(workspace().squares, {});
@@ -1027,9 +1052,9 @@ void pack(Dtype dtype, float* dst, size_t ld, const float* src, size_t row, size
     kernels(dtype).pack(dst, ld, src, row, col, n, K);
 }
 void to_units(Dtype dtype, float* dst, const float* src, size_t n) { kernels(dtype).to_units(dst, src, n); }
-void tile(Dtype dtype, TileOf of, size_t rows, size_t cols, size_t units, const float* a, const float* b,
-          float* c, size_t ldc, bool accumulate) {
-    kernels(dtype).tile(of, rows, cols, units, a, b, c, ldc, accumulate);
+void tile(Dtype dtype, LayoutOfA layout, size_t rows, size_t cols, size_t units, const float* a,
+          const float* b, float* c, size_t ldc, bool accumulate) {
+    kernels(dtype).tile(layout, rows, cols, units, a, b, c, ldc, accumulate);
 }
 double measure_peak_flops(Dtype dtype) { return kernels(dtype).measure_peak_flops(); }
 

@@ -1,17 +1,27 @@
-// gemm.h - the CPU's matrix products: the five of a linear layer, products of few rows for generation, and
-// the tiles of which attention is made. How they keep the processor busy is lib/gemm.cpp's business.
+// gemm.h - matrix products on the CPU: those of a linear layer, products of few rows for text generation, and
+// small products of packed matrices for attention.
 //
-// Matrices are row-major. `ld...` is the distance from row to row in values; 0 means that rows follow each
-// other without a gap. M rows (tokens), K inputs, N outputs of a layer: X (M,K), W (N,K), Y (M,N).
+// The words used here and in lib/gemm.cpp, for a product C (M,N) = A (M,K) B (K,N):
+//     tile          a rectangle of C, up to MR rows by NR columns, that is computed in registers
+//     micro-kernel  the innermost loop: computes one tile, going along k
+//     panel         what a tile needs of an operand: up to MR rows of A, or NR columns of B
+//     packing       copying a panel to contiguous memory, in the order in which the micro-kernel reads it
+//     unit          4 bytes of a packed panel: a float, or in bf16 two consecutive values of k, where the
+//                   processor multiplies bf16 numbers in pairs
+//     epilogue      work on a finished tile of C while it is in the cache, such as the GELU
 //
-// Where all operands are floats, products are made of floats (fp32). Where any is bf16, all are rounded to
-// bf16 (nearest, ties to even) and multiplied as such. Sums are always fp32: each element is summed over k in
-// one fixed order, whatever the number of threads and its place in the matrix. All threads work.
-// M, K and N are at least 1. All products share one workspace: call them from one thread at a time, outside
-// parallel regions (few_rows excepted).
+// Matrices are row-major. ld, ldy etc. are distances from row to row in values; 0 means that rows follow each
+// other without a gap. In a linear layer M counts rows (tokens), K inputs, N outputs: X (M,K), W (N,K), Y
+// (M,N). M, K and N are at least 1.
 //
-// What is not promised: the order of a sum on another processor, or speed for fewer than 8 rows (see
-// few_rows).
+// If all operands are floats, floats are multiplied. If any is bf16, all are rounded to bf16 (to nearest,
+// ties to even) and then multiplied. Sums are always fp32. Each element of a result is summed over k in an
+// order that depends on K alone, not on the number of threads, on M and N, or on the element's place. Another
+// processor may sum in another order.
+//
+// All products use all threads and share one workspace: call them from one thread at a time, outside parallel
+// regions. Exceptions are few_rows() of floats, and pack(), to_units() and tile(), which work on the calling
+// thread. A product of fewer than 8 rows is slow; few_rows() is made for it.
 #pragma once
 
 #include "lib/gpt2.h"
@@ -44,16 +54,17 @@ void input_gradient(float* dX, const float* dY, const float* W, size_t M, size_t
 void input_gradient(float* dX, const bf16* dY, const float* W, size_t M, size_t K, size_t N,
                     const float* add = nullptr, size_t ldy = 0);
 
-// dX (M,K) = (dY W) gelu'(pre), the gradient of what the GELU read, pre (M,K). sums (M,K) receives dY W; it
-// may be dX. With dX in bf16 the product is one of bf16 numbers too.
+// The same through a GELU before the layer, whose input was pre (M,K): dX (M,K) = (dY W) gelu'(pre). sums
+// (M,K) receives dY W; it may be dX. If dX is bf16, the product is one of bf16 numbers too.
 void input_gradient_gelu(float* dX, float* sums, const float* dY, const float* W, const float* pre, size_t M,
                          size_t K, size_t N, int activation);
 void input_gradient_gelu(bf16* dX, float* sums, const float* dY, const float* W, const float* pre, size_t M,
                          size_t K, size_t N, int activation);
 
-// dW (N,K) = dY^T X, or += where accumulate; db (N) likewise the column sums of dY, unless null.
-// squares, unless null, receives the sums of squares of dW, as sum_squares() makes them. They cost little
-// because the next product makes them while it computes: they are there after it, or after finish_squares().
+// dW (N,K) = dY^T X, or += if accumulate; db (N) likewise the column sums of dY, unless null.
+// squares, unless null, receives the sums of squares of dW, as from sum_squares(). They are not computed at
+// once: the next product computes them in between its tiles, while it waits for memory anyway. They are
+// complete after that product, or after finish_squares(); until then dW must not change.
 void weight_gradient(float* dW, float* db, const float* dY, const float* X, size_t M, size_t K, size_t N,
                      bool accumulate, double* squares = nullptr, size_t ldy = 0);
 void weight_gradient(float* dW, float* db, const float* dY, const bf16* X, size_t M, size_t K, size_t N,
@@ -61,82 +72,82 @@ void weight_gradient(float* dW, float* db, const float* dY, const bf16* X, size_
 void weight_gradient(float* dW, float* db, const bf16* dY, const bf16* X, size_t M, size_t K, size_t N,
                      bool accumulate, double* squares = nullptr, size_t ldy = 0);
 
-// db (N) = column sums of dY (M,N), or += where accumulate.
+// db (N) = column sums of dY (M,N), or += if accumulate.
 void bias_gradient(float* db, const float* dY, size_t M, size_t N, bool accumulate = true, size_t ldy = 0);
 void bias_gradient(float* db, const bf16* dY, size_t M, size_t N, bool accumulate = true, size_t ldy = 0);
 
 // sums[i] = the sum of squares of g[i * SQUARES] to g[(i + 1) * SQUARES - 1], for n values g in all; sums has
-// ceil(n / SQUARES).
+// ceil(n / SQUARES) elements.
 constexpr size_t SQUARES = 1024;
 void sum_squares(double* sums, const float* g, size_t n);
-// Makes the sums that the last weight_gradient() left to the next product. Until then dW and squares must
-// stay.
+// Computes the sums that the last weight_gradient() has left for the next product, if none has followed.
 void finish_squares();
 
 // ---------------------------------------------------------------------------------------------
 // Generation
 
-// Y (M,N) = X (M,K) W^T + b for few rows, where the time goes into reading W: each row of W is read once. A
-// row's result does not depend on M; its order of summation is not forward()'s. Inside a parallel region the
-// fp32 form works on the calling thread, and all threads may call it at once; the bf16 form rounds X into the
-// shared workspace and must be called by one thread, outside parallel regions.
+// Y (M,N) = X (M,K) W^T + b for few rows. Reading W from memory takes most of the time, so each row of W is
+// read only once. A row's result does not depend on M; it is summed in another order than forward()'s. Inside
+// a parallel region the fp32 form works on the calling thread, and all threads may call it at once. The bf16
+// form rounds X into the shared workspace and must be called outside parallel regions.
 void few_rows(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N,
               size_t ldy = 0);
 void few_rows(float* Y, const float* X, const bf16* W, const float* b, size_t M, size_t K, size_t N,
               size_t ldy = 0);
 
 // ---------------------------------------------------------------------------------------------
-// Tiles, for attention: one thread multiplies small matrices that it has packed
-//
-// A packed operand is a sequence of panels: of A up to MR rows each, of B NR columns. A unit is 4 bytes: one
-// float, or with the AVX-512 bf16 dot product two consecutive values of k in bf16. K values make
-// units(dtype, K) units. A panel holds, unit after unit, that unit of all its rows (or columns).
+// Packing and tiles, for attention: one thread multiplies small matrices that it has packed itself
 
+// Rows of a panel of A. A tile's sums take MR x 2 vector registers; two or three more hold operands.
 #if defined(__AVX512F__)
-constexpr size_t MR = 14;
-#elif defined(__aarch64__)  // NEON: 32 registers
-constexpr size_t MR = 12;
+constexpr size_t MR = 14;  // 32 registers of 16 floats
+#elif defined(__aarch64__)
+constexpr size_t MR = 12;                 // 32 registers of 4 floats
 #else
-constexpr size_t MR = 6;
+constexpr size_t MR = 6;  // 16 registers
 #endif
-constexpr size_t NR = 2 * simd::VL;
-constexpr size_t SCORES = 64;  // columns of attention's tile of scores
+constexpr size_t NR = 2 * simd::VL;  // columns of a panel of B
+constexpr size_t SCORES = 64;        // columns of attention's tiles of scores
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-constexpr bool BF16_DOT_PRODUCT = true;  // bf16 numbers are multiplied in pairs; else rounded ones as floats
+constexpr bool BF16_DOT_PRODUCT = true;  // the processor multiplies bf16 numbers in pairs
 #else
-constexpr bool BF16_DOT_PRODUCT = false;
+constexpr bool BF16_DOT_PRODUCT = false;  // numbers rounded to bf16 are multiplied as floats
 #endif
+// Values of k in a unit, and the units of K values.
 inline size_t per_unit(Dtype dtype) { return dtype == BF16 && BF16_DOT_PRODUCT ? 2 : 1; }
 inline size_t units(Dtype dtype, size_t K) { return ceil_div(K, per_unit(dtype)); }
 
-// Rows are dealt out evenly to panels of at most `most`; panel i begins at row panel_row(i).
+// Rows are divided evenly among panels of at most `most` rows, as even as whole rows allow. This is how many
+// panels there are, and the row that panel i starts with.
 inline size_t row_panels(size_t rows, size_t most = MR) { return ceil_div(rows, most); }
 inline size_t panel_row(size_t rows, size_t i, size_t most = MR) { return rows * i / row_panels(rows, most); }
 
-// Packs n rows of K values, value (r, k) at src[r * row + k * col]: dst[u * ld + r] = unit u of row r. ld is
-// n, or a multiple of VL; then what lies beyond n in a row's last vector is set to 0.
+// Packs a panel of n rows of K values, value (r, k) at src[r * row + k * col]: dst[u * ld + r] = unit u of
+// row r. For a panel of B, the "rows" are its columns. ld is n, or a multiple of VL; in the latter case, what
+// lies beyond n in a row's last vector is set to 0.
 void pack(Dtype dtype, float* dst, size_t ld, const float* src, size_t row, size_t col, size_t n, size_t K);
-// dst = the units(dtype, n) units of n consecutive values.
+// dst = n consecutive values converted to units(dtype, n) units.
 void to_units(Dtype dtype, float* dst, const float* src, size_t n);
 
-// Where a tile's A comes from. PANEL: packed by pack(). SCORE_COLUMNS: element (i, u) is a[u * SCORES + i],
-// columns of a tile of scores. SCORE_ROWS: a[i * SCORES / per_unit(dtype) + u], rows of one.
-enum TileOf { PANEL, SCORE_COLUMNS, SCORE_ROWS };
-// c (rows, cols; row stride ldc) = A B, or += where accumulate; rows <= MR, cols <= NR. b: a packed panel.
-void tile(Dtype dtype, TileOf of, size_t rows, size_t cols, size_t units, const float* a, const float* b,
-          float* c, size_t ldc, bool accumulate);
+// The layout of a tile's A. PANEL: packed by pack(). SCORE_COLUMNS: unit (i, u) is a[u * SCORES + i], columns
+// of a tile of scores. SCORE_ROWS: unit (i, u) is a[i * SCORES / per_unit(dtype) + u], rows of one.
+enum LayoutOfA { PANEL, SCORE_COLUMNS, SCORE_ROWS };
+// One tile: c (rows, cols; row stride ldc) = A B, or += if accumulate, summed over `units` units; rows <= MR,
+// cols <= NR. b is a packed panel.
+void tile(Dtype dtype, LayoutOfA layout, size_t rows, size_t cols, size_t units, const float* a,
+          const float* b, float* c, size_t ldc, bool accumulate);
 
 // ---------------------------------------------------------------------------------------------
 // The workspace that all products share
 
-// Its bytes for that many threads. reserve() allocates it, and throws Error where memory is short; without it
-// the first product does.
+// Its size in bytes for that many threads. reserve() allocates it, and throws Error if memory is short; if it
+// was not called, the first product allocates it.
 size_t workspace_bytes(int threads);
 void reserve(int threads);
 
-// FLOP/s of the micro-kernel on all threads with operands in the first cache: the practical peak, measured
-// now (best of 5 trials).
+// FLOP/s of the micro-kernel on all threads with operands in the L1 cache (best of 5 trials): the most that a
+// product can reach on this machine.
 double measure_peak_flops(Dtype dtype);
 
 }  // namespace gemm

@@ -1,13 +1,11 @@
-// gemm_internal.h - what lib/gemm.cpp is made of, for itself, its tests and its benchmark; no program
-// includes it.
+// gemm_internal.h - the parts of lib/gemm.cpp that its tests and its benchmark use too, but no program.
 //
-//     C (M,N) = A (M,K) B (K,N) (+ bias, or + C), then an epilogue while C is in cache
+//     C (M,N) = A (M,K) B (K,N) (+ bias, or + C), then an epilogue while C is in the cache
 //
-// A and B are read through two strides each, so that one routine serves the three products of a linear layer:
-// Y = X W^T + b, dX = dY W, dW += dY^T X.
+// A and B are each described by two strides, so that one routine computes the three products of a linear
+// layer: Y = X W^T + b, dX = dY W, dW += dY^T X. The words are explained in lib/gemm.h.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <memory>
 #include <thread>
@@ -24,30 +22,31 @@ using simd::VL;
 
 constexpr size_t NV = 2;                   // vectors in a row of a tile: NR = NV * VL columns
 constexpr bool MANY_REGISTERS = MR >= 12;  // 32 vector registers, else 16
-constexpr bool WIDE_TILES = VL == 16;      // there are also tiles of up to MR / 2 rows and 2 NR columns
-constexpr size_t KC = 512;                 // units of k in one packed block
-constexpr size_t MB = 8 * MR,
-                 NB = 128;  // largest task: rows or columns; with KC at most a quarter of a 1 MiB L2
-constexpr size_t SHARED_UNITS = 2 << 20;     // the packed operand of all threads: 8 MiB of last-level cache
-constexpr size_t SHARED_WIDTH = 1344;        // its most rows or columns; a multiple of every panel's width
-constexpr size_t WORTH_WAKING = 1 << 17;     // multiplications from which all threads make a product
+constexpr bool WIDE_TILES = VL == 16;      // there are also tiles of up to MR / 2 rows by 2 NR columns
+constexpr size_t KC = 512;                 // units of k that are packed at a time
+// The most rows or columns of a task. Times KC units this takes at most a quarter of an L2 cache of 1 MiB.
+constexpr size_t MB = 8 * MR, NB = 128;
+constexpr size_t SHARED_UNITS = 2 << 20;  // the operand shared by all threads: 8 MiB of the last-level cache
+constexpr size_t SHARED_WIDTH = 1344;     // its most rows or columns; a multiple of every panel's width
+constexpr size_t WORTH_WAKING = 1 << 17;  // multiplications from which all threads compute a product
 constexpr size_t LINE = 64 / sizeof(float);  // floats in a cache line
-constexpr size_t L1_WAY = 4096;  // addresses this far apart share a set of the L1 cache, which holds
+// Addresses this many bytes apart share a set of the L1 cache, and at least L1_WAYS lines fit in a set.
+constexpr size_t L1_WAY = 4096;
 #if defined(__aarch64__)
-constexpr size_t L1_WAYS = 4;  // this many lines, or more
+constexpr size_t L1_WAYS = 4;
 #else
-constexpr size_t L1_WAYS = 8;  // this many lines, or more
+constexpr size_t L1_WAYS = 8;
 #endif
 constexpr size_t STREAMED = 1 << 20;  // values of C from which FOR_LATER writes past the caches
 
 // ---------------------------------------------------------------------------------------------
 // A product
 
-// How C begins: overwritten (or from the bias), or added to. FOR_LATER is OVERWRITE where C is not read again
-// soon: if it is large it need not enter the caches.
+// What happens to the old C: it is overwritten, or the product is added to it. FOR_LATER overwrites a C that
+// is not read again soon; a large one is written to memory past the caches, where it would evict useful data.
 enum Start { OVERWRITE, ACCUMULATE, FOR_LATER };
 
-// Element (r, c) of an operand is data[r * row + c * col].
+// A matrix whose element (r, c) is data[r * row + c * col].
 struct Operand {
     const void* data;
     Dtype type;
@@ -56,7 +55,7 @@ struct Operand {
     Operand(const bf16* p, size_t row_, size_t col_) : data(p), type(BF16), row(row_), col(col_) {}
 };
 
-// What is done with each finished piece of C, by element, while it is in cache.
+// What is done with each finished tile of C, element by element, while it is in the cache.
 struct Epilogue {
     enum Kind { NONE, GELU, GELU_GRADIENT, ADD } kind = NONE;
     // GELU:           out = gelu(C)
@@ -79,21 +78,21 @@ struct Product {
     Epilogue epilogue{};
 };
 
-// Makes the product, of floats or of numbers rounded to bf16. With FP32 both operands are floats. By all
-// threads.
+// Computes the product with all threads, of floats, or of numbers rounded to bf16. With FP32 both operands
+// must be floats.
 void multiply(Dtype dtype, const Product& product);
 
 // ---------------------------------------------------------------------------------------------
 // Scratch memory and the division of work
 
-// The sums of squares of gradients that weight_gradient() left to the next product.
+// The sums of squares of gradients that weight_gradient() has left for the next product to compute.
 struct Squares {
     const float* g = nullptr;
     double* sums = nullptr;
     size_t n = 0;
 
-    // Makes those of values [i, i + count), i a multiple of SQUARES.
-    void make(size_t i, size_t count) const {
+    // Computes the sums for values [i, i + count), i a multiple of SQUARES.
+    void compute(size_t i, size_t count) const {
         for (size_t end = i + count; i < end; i += SQUARES) {
             const float* x = g + i;
             size_t k = std::min(SQUARES, end - i);
@@ -105,18 +104,22 @@ struct Squares {
     }
 };
 
-// Made once for the largest number of threads seen. It also holds how far the panels of the shared operand
-// are packed: operands are counted from 0, and for operand e a panel's state is 2e + 1 during and 2e + 2
-// after packing.
+// The memory that all products use, allocated for the largest number of threads so far, and the counters by
+// which threads divide a product's work without locks.
+//
+// The shared memory holds the packed panels of one operand, or of part of it if it is large. Each content is
+// a "fill". Fills are numbered through all products, so that the counters need no reset between products: a
+// value that belongs to an earlier fill counts as "not begun".
 struct Workspace {
     static constexpr size_t PRIVATE_UNITS = std::max(round_up(MB, MR), NB) * KC, MOST_PANELS = 2048,
                             TASK_BITS = 24;
     float *shared = nullptr, *private_ = nullptr;
     int threads = 0;
-    Squares squares;  // left over
-    uint64_t operands = 0;
+    Squares squares;     // not yet computed
+    uint64_t fills = 0;  // so far
+    // For each panel of the shared memory: 2f + 1 while a thread packs it for fill f, then 2f + 2.
     std::atomic<uint64_t> state[MOST_PANELS] = {};
-    // Of each thread's tasks for operand e: e << TASK_BITS plus the first that nobody has begun.
+    // For each thread: f << TASK_BITS plus the first of its tasks for fill f that no thread has begun.
     std::unique_ptr<std::atomic<uint64_t>[]> next;
 
     static size_t bytes(int threads) {
@@ -130,36 +133,37 @@ struct Workspace {
         private_ = shared + SHARED_UNITS, threads = n;
         next.reset(new std::atomic<uint64_t>[n]());
     }
-    // Which of operand e's tasks, of [0, tasks), a thread of the team begins next: first its own, which are
-    // neighbours, so that what they read stays in its processor's caches from product to product; then
-    // another thread's. Returns `tasks` when all are begun.
-    size_t take_task(size_t thread, size_t team, uint64_t e, size_t tasks) {
+    // The next task for a thread of the team, of fill f's tasks [0, tasks), or `tasks` if all are begun. A
+    // thread first takes its share, which is contiguous and the same in each product of these sizes: what its
+    // tasks read is likely still in its processor's caches. Then it helps the other threads.
+    size_t take_task(size_t thread, size_t team, uint64_t f, size_t tasks) {
         for (size_t i = 0; i < team; i++) {
-            size_t of = (thread + i) % team;
-            uint64_t all = e << TASK_BITS, first = all + tasks * of / team,
-                     end = all + tasks * (of + 1) / team;
-            uint64_t s = next[of].load();
+            size_t owner = (thread + i) % team;
+            uint64_t all = f << TASK_BITS, first = all + tasks * owner / team,
+                     end = all + tasks * (owner + 1) / team;
+            uint64_t s = next[owner].load();
             for (uint64_t t; (t = std::max(s, first)) < end;)
-                if (next[of].compare_exchange_weak(s, t + 1)) return t - all;
+                if (next[owner].compare_exchange_weak(s, t + 1)) return t - all;
         }
         return tasks;
     }
-    bool untouched(size_t panel, uint64_t e) const {
-        return state[panel].load(std::memory_order_relaxed) < 2 * e + 1;
+    // Whether no thread has begun to pack the panel for fill f.
+    bool not_begun(size_t panel, uint64_t f) const {
+        return state[panel].load(std::memory_order_relaxed) < 2 * f + 1;
     }
-    // Packs panel i of operand e, or waits for the thread that does.
+    // Packs the panel for fill f, or waits for the thread that does.
     template <class Pack>
-    void once(size_t i, uint64_t e, Pack pack) {
-        uint64_t s = state[i].load(std::memory_order_acquire);
-        if (s < 2 * e + 1 && state[i].compare_exchange_strong(s, 2 * e + 1)) {
+    void pack_once(size_t panel, uint64_t f, Pack pack) {
+        uint64_t s = state[panel].load(std::memory_order_acquire);
+        if (s < 2 * f + 1 && state[panel].compare_exchange_strong(s, 2 * f + 1)) {
             pack();
-            state[i].store(2 * e + 2, std::memory_order_release);
+            state[panel].store(2 * f + 2, std::memory_order_release);
         } else {
-            while (state[i].load(std::memory_order_acquire) != 2 * e + 2) std::this_thread::yield();
+            while (state[panel].load(std::memory_order_acquire) != 2 * f + 2) std::this_thread::yield();
         }
     }
 };
-// The one of this program.
+// The only workspace of a program.
 Workspace& workspace();
 
 }  // namespace gemm

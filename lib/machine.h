@@ -1,6 +1,6 @@
-// machine.h - what a program asks of the machine: large blocks of memory, how much memory is free, threads.
+// machine.h - what a program needs of the machine: large blocks of memory, how much memory is free, threads.
 //
-// What only Linux has (huge pages, /proc, control groups) stands here alone, each with a fallback, so that
+// Only this file uses what only Linux has (huge pages, /proc, control groups), each with a fallback, so that
 // macOS needs nothing but a compiler with OpenMP (there: libomp). The fallbacks have not been run on macOS.
 #pragma once
 
@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "lib/io.h"
 
@@ -16,8 +17,8 @@ namespace machine {
 
 constexpr size_t HUGE_PAGE = 2 << 20;
 
-// `bytes` of zeroed memory, on huge pages where the system grants them, aligned to a page. `what` names its
-// purpose in the error. Never returns null.
+// Allocates `bytes` of zeroed memory, aligned to a page, on huge pages if the system grants them. `what`
+// names the purpose in the error message. Never returns null.
 inline void* allocate(size_t bytes, const char* what) {
     size_t n = round_up(std::max<size_t>(bytes, 1), HUGE_PAGE);
 #ifdef MAP_NORESERVE
@@ -32,47 +33,88 @@ inline void* allocate(size_t bytes, const char* what) {
 #endif
     return p;
 }
-// Gives back what allocate() returned for the same number of bytes; null is allowed.
+// Releases memory that allocate() returned for the same number of bytes; null is allowed.
 inline void release(void* p, size_t bytes) {
     if (p) munmap(p, round_up(std::max<size_t>(bytes, 1), HUGE_PAGE));
 }
 
-// Bytes that this process may still take: the machine's, or its control group's if that is less. Where the
-// system does not say, all of its memory counts as free.
+// Memory from allocate() that is released together with its owner. as<T>() is null before it is allocated.
+class Memory {
+  public:
+    Memory() = default;
+    Memory(size_t bytes, const char* what) : at_(allocate(bytes, what)), bytes_(bytes) {}
+    Memory(Memory&& other) noexcept { *this = std::move(other); }
+    Memory& operator=(Memory&& other) noexcept {
+        std::swap(at_, other.at_), std::swap(bytes_, other.bytes_);
+        return *this;
+    }
+    ~Memory() { release(at_, bytes_); }
+    template <class T>
+    T* as() const {
+        return (T*)at_;
+    }
+
+  private:
+    void* at_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+// The number in a file, or after `name` at the start of one of its lines; false where there is none.
+inline bool read_number(const std::string& file, const char* name, size_t* number) {
+    FILE* f = fopen(file.c_str(), "r");
+    if (!f) return false;
+    char line[256];
+    bool found = false;
+    const size_t n = strlen(name);
+    while (!found && fgets(line, sizeof line, f))
+        found = !strncmp(line, name, n) && sscanf(line + n, "%zu", number) == 1;
+    fclose(f);
+    return found;
+}
+// What a container may still take, given the folder of its control group (version 2, else 1); SIZE_MAX
+// without a limit. Files that the system can drop from its cache (inactive_file) count as used there, but are
+// free.
+inline size_t control_group_available(const std::string& root) {
+    struct {
+        const char *limit, *used, *stat, *cache;
+    } versions[] = {{"/memory.max", "/memory.current", "/memory.stat", "inactive_file"},
+                    {"/memory/memory.limit_in_bytes", "/memory/memory.usage_in_bytes", "/memory/memory.stat",
+                     "total_inactive_file"}};
+    for (auto& v : versions) {
+        size_t limit, used, cache = 0;
+        if (!read_number(root + v.limit, "", &limit) || !read_number(root + v.used, "", &used)) continue;
+        read_number(root + v.stat, v.cache, &cache);
+        used -= std::min(used, cache);
+        return limit > used ? limit - used : 0;
+    }
+    return SIZE_MAX;
+}
+
+// Bytes that this process may still take: the machine's free memory, or its control group's if that is less.
+// If the system does not tell, all of the machine's memory counts as free.
 inline size_t memory_available() {
-    size_t best = SIZE_MAX, limit, used;
+    size_t best = SIZE_MAX;
 #ifdef _SC_PHYS_PAGES
     if (long pages = sysconf(_SC_PHYS_PAGES); pages > 0) best = (size_t)pages * (size_t)sysconf(_SC_PAGESIZE);
 #endif
-    if (FILE* f = fopen("/proc/meminfo", "r")) {
-        char line[128];
-        size_t kib;
-        while (fgets(line, sizeof line, f))
-            if (sscanf(line, "MemAvailable: %zu", &kib) == 1) best = kib * 1024;
-        fclose(f);
-    }
-    FILE *m = fopen("/sys/fs/cgroup/memory.max", "r"), *c = fopen("/sys/fs/cgroup/memory.current", "r");
-    if (m && c && fscanf(m, "%zu", &limit) == 1 && fscanf(c, "%zu", &used) == 1)
-        best = std::min(best, limit > used ? limit - used : 0);
-    if (m) fclose(m);
-    if (c) fclose(c);
-    return best;
+    if (size_t kib; read_number("/proc/meminfo", "MemAvailable:", &kib)) best = kib * 1024;
+    return std::min(best, control_group_available("/sys/fs/cgroup"));
 }
 
-// The most threads that a parallel region has from now on.
+// Sets the number of threads of parallel regions from now on.
 inline void set_threads(int n) { omp_set_num_threads(n); }
 
-// Starts the program again with threads that wait asleep after a short spin, unless the user chose otherwise.
-// By default they spin for milliseconds, which on a busy machine takes the time from the thread they wait
-// for. GNU's OpenMP library reads the setting before main() begins, hence the second start. Call it first in
-// main(). Does nothing where there is no /proc/self/exe.
+// Starts the program again with a setting that lets waiting threads sleep after a short spin, unless the user
+// chose otherwise. By default they spin for milliseconds, which on a busy machine takes time from the thread
+// that they wait for. GNU's OpenMP library reads the setting before main() begins; hence the second start.
+// Call it first in main(). It does nothing where there is no /proc/self/exe.
 inline void spin_less(char** argv) {
     char self[4096];
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     if (n <= 0 || getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     self[n] = 0;
     setenv("GOMP_SPINCOUNT", "2000", 1);
-    execv(self, argv);  // should it fail, all goes on as it is
+    execv(self, argv);  // if it fails, the program continues with the default
 }
 
 }  // namespace machine

@@ -1,20 +1,25 @@
-// memory.h - an arena that divides one allocation into tensors, and the activations of a model, on the CPU
-// and the GPU.
+// memory.h - an arena that divides one block of memory into tensors, the activations of a model (on the CPU
+// and the GPU), and the CPU's buffers and parameters.
 #pragma once
 
-#include "lib/gpt2.h"
+#include <type_traits>
+#include <utility>
+#include <vector>
 
-// Hands out pieces of one block of memory, one after the other. With no block (base null) it only counts, so
-// that the function that places tensors also tells beforehand what memory they need.
+#include "lib/gpt2.h"
+#include "lib/machine.h"
+#include "lib/model.h"
+
+// Hands out pieces of one block of memory, one after the other. Without a block (base null) it only counts:
+// the same function that places tensors then tells beforehand how much memory they need.
 struct Arena {
     static constexpr size_t MOST = (size_t)1 << 60;  // bytes
     char* base = nullptr;
     size_t used = 0;  // bytes so far
-    // Where the next piece may begin, given the end of the last one (bytes from base): on a line of the
-    // cache.
+    // Where the next piece may begin (bytes from base), given the last one's end: at a cache line.
     size_t (*next)(char* base, size_t end) = [](char*, size_t end) { return round_up(end, 64); };
 
-    // Room for a x b x c elements. Fails where that is too large to address.
+    // Room for a x b x c elements. Fails if that is too large to address.
     template <class E>
     E* take(size_t a, size_t b = 1, size_t c = 1) {
         E* p = base ? (E*)(base + used) : nullptr;
@@ -28,10 +33,10 @@ struct Arena {
     }
 };
 
-// What forward keeps for backward; M = B*T rows. F is the type of the residual stream and of what only this
-// layer reads (float on the CPU), A that of what products multiply (float or bf16). Each tensor has one slot
-// a layer, or a single one that is used again: by every layer of a model that does not train, and in training
-// by what is recomputed.
+// The activations that forward keeps for backward; M = B*T rows. F is the type of the residual stream and of
+// values that only one layer reads (float on the CPU), A the type of what matrix products multiply (float or
+// bf16). A tensor has one slot for each layer, or a single slot that all layers use: in a model that does not
+// train, and in training for what backward computes again.
 template <class F, class A>
 struct Activations {
     F *embedded, *qkv, *resid2, *fch, *resid3;
@@ -39,8 +44,9 @@ struct Activations {
     float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd, *lnf_mean, *lnf_rstd, *losses;
     size_t gelu_slots, ln_slots, block_slots, resid_slots;
 
-    // recompute: what backward computes again instead of keeping it. Of 16C values per token and layer 0
-    // keeps all; 1 drops GELU's output, 4C; 2 that and the LayerNorms', 6C; 3 whole blocks, all but C.
+    // recompute: what backward computes again, to save memory. Of 16C values per token and layer, 0 keeps
+    // all; 1 drops the GELU's output (4C); 2 also drops the LayerNorms' outputs (6C in all); 3 drops whole
+    // blocks, all but C.
     void place(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
         size_t C = c.C, L = c.L;
         auto kept_below = [&](int level) { return trains && recompute < level ? L : 1; };
@@ -56,17 +62,17 @@ struct Activations {
         lnf_mean = a.take<float>(M), lnf_rstd = a.take<float>(M), losses = a.take<float>(M);
     }
 
-    // Those of one block.
+    // The activations of one block.
     struct Block {
-        const F* resid;  // (M,C), what the block reads: the embedding, or the block before's resid3
+        const F* resid;  // (M,C), what the block reads: the embedding, or the previous block's resid3
         F* qkv;          // (M,3C)
         F* resid2;       // (M,C), after attention
         F* fch;          // (M,4C), before GELU
-        F* resid3;       // (M,C), what the block leaves
+        F* resid3;       // (M,C), the block's output
         A *ln1, *atty, *ln2, *fch_gelu;                          // (M,C), (M,C), (M,C), (M,4C)
         float *ln1_mean, *ln1_rstd, *lse, *ln2_mean, *ln2_rstd;  // (M) each; lse (B,NH,T)
     };
-    // Block l's, in a batch of M rows.
+    // Block l's, for a batch of M rows.
     Block block(size_t l, const Config& c, size_t M) const {
         size_t C = c.C, gelu = l % gelu_slots * M, ln = l % ln_slots * M, blk = l % block_slots * M;
         const F* resid = l ? resid3 + (l - 1) % resid_slots * M * C : embedded;
@@ -86,3 +92,101 @@ struct Activations {
                 ln2_rstd + blk};
     }
 };
+
+// ---------------------------------------------------------------------------------------------
+// What only the CPU uses
+
+namespace cpu {
+
+// Buffers that all layers share: gradients of activations, the logits of some rows, scratch
+// memory. A is the type of the products' operands.
+template <class A>
+struct Workspace {
+    float* branch;     // (M,C), what attention or the MLP adds to the residual stream
+    float* logits;     // (head_rows, V padded to 16)
+    float* attention;  // each thread's scratch memory
+    float* dresid;     // (M,C), gradient of the residual stream
+    float* dbranch;    // (M,C), the same under the dropout mask of the branch
+    float* dln;        // (M,C), gradient of a LayerNorm's output
+    float* dfch_gelu;  // (M,4C), gradient of the GELU's output
+    A *dqkv, *dfch;    // (M,3C), gradient of qkv; (M,4C), gradient of the GELU's input
+
+    void place(Arena& a, const Config& c, size_t M, size_t head_rows, size_t attention_floats, bool trains) {
+        size_t C = c.C;
+        // branch and dln share memory: branch is added to the residual stream as soon as it is computed, and
+        // dln is in use only from the head's backward pass on. When backward computes a block again, and so
+        // writes branch, it has already read dln. dqkv and dfch share memory too: the last read of dfch comes
+        // before the first write of dqkv.
+        branch = dln = a.take<float>(M, C);
+        logits = a.take<float>(head_rows, round_up(c.V, 16));
+        attention = a.take<float>(attention_floats);
+        if (!trains) return;
+        dresid = a.take<float>(M, C), dbranch = a.take<float>(M, C);
+        dqkv = dfch = a.take<A>(M, 4 * C);
+        dfch_gelu = std::is_same<A, float>::value ? (float*)dfch : a.take<float>(M, 4 * C);
+    }
+};
+
+// A model's states: its parameters and, if it trains, their gradients and AdamW's two moments.
+struct States {
+    Params<float> params, grads;
+    Params<uint16_t> params_bf16;  // instead of params where parameters are kept in bf16
+
+    void init_weights(uint64_t seed) {
+        for (const ParamPiece& t : pieces_)
+            initial_weights(params.tensor(t.id, t.layer), cfg_, t.id, t.layer * t.size, t.size, seed);
+    }
+    // Passes a whole state to f, in the file's order, piece by piece: f(pointer, number of floats). f may
+    // write. A model that does not train has only PARAMS.
+    template <class F>
+    void each_piece(State s, F f) {
+        if (s == PARAMS && params_bf16.wte) return each_piece_of_bf16(f);
+        float* p = array(s);
+        for (const ParamPiece& t : pieces_) f(p + t.memory, t.size);
+    }
+
+  protected:
+    void allocate(const Config& c, const MemoryNeed& need, bool in_bf16) {
+        cfg_ = c, pieces_ = param_pieces(c);
+        params_mem_ = {need.params, "parameters"};
+        if (in_bf16) params_bf16 = {params_mem_.as<uint16_t>(), c};
+        else params = {params_mem_.as<float>(), c};
+        if (!need.grads) return;
+        grads_mem_ = {need.grads, "gradients"}, moments_ = {need.optimizer, "optimizer state"};
+        grads = {grads_mem_.as<float>(), c};
+    }
+    // A state's array, laid out as ParamLayout says. Gradients that only count as zero are set to zero first.
+    float* array(State s) {
+        size_t n = num_params(cfg_);
+        if (s == GRADS && std::exchange(grads_are_zero_, false)) memset(grads.wte, 0, n * sizeof(float));
+        return s == PARAMS  ? params.wte
+               : s == GRADS ? grads.wte
+                            : moments_.as<float>() + (s == ADAM_V ? n : 0);
+    }
+
+    std::vector<ParamPiece> pieces_;
+    // After a step the gradients only count as zero, whatever memory holds: the next backward pass overwrites
+    // them, which is cheaper than setting them to zero and adding to them.
+    bool grads_are_zero_ = false;
+
+  private:
+    // The parameters are converted to floats for f, and back.
+    template <class F>
+    void each_piece_of_bf16(F f) {
+        constexpr size_t PIECE = 1 << 20;
+        std::vector<float> buf(PIECE);
+        for (const ParamPiece& t : pieces_)
+            for (size_t i = 0; i < t.size; i += PIECE) {
+                size_t n = std::min(PIECE, t.size - i);
+                uint16_t* p = params_bf16.tensor(t.id, t.layer) + i;
+                for (size_t j = 0; j < n; j++) buf[j] = bf16_to_float(p[j]);
+                f(buf.data(), n);
+                for (size_t j = 0; j < n; j++) p[j] = float_to_bf16(buf[j]);
+            }
+    }
+
+    Config cfg_;
+    machine::Memory params_mem_, grads_mem_, moments_;
+};
+
+}  // namespace cpu

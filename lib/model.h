@@ -1,47 +1,48 @@
-// model.h - the contract: what lib/trainer.h asks of a model. cpu::GPT2 (train_gpt2.cpp) and gpu::GPT2
-// (train_gpt2.cu) satisfy it; check_model() below proves it when a trainer is compiled.
+// model.h - the contract between the trainer in lib/trainer.h and a model. cpu::GPT2 (train_gpt2.cpp) and
+// gpu::GPT2 (train_gpt2.cu) fulfil it; check_model() below checks that when a trainer is compiled.
 //
-// B sequences of T tokens, V vocabulary. tokens and targets (B,T) are int, sequence after sequence; tokens
-// are in [0, V), targets in [0, V) or negative to be left out of the loss. The caller checks them, and keeps
-// both in place until the call returns. Losses are in nats per token. Nothing may be called from two threads
-// at once.
+// B sequences of T tokens, V vocabulary. tokens and targets (B,T) are int, sequence after sequence. Tokens
+// are in [0, V), targets in [0, V), or negative to be left out of the loss. The caller checks them, and keeps
+// both in place until the call returns. Losses are in nats per token. Functions must not be called from two
+// threads at once.
 //
-// Of the program and the machine:
-//     PROGRAM, DEFAULT_DTYPE       the program's name; the numbers it computes with unless told otherwise
-//     require_device()             throws Error where this machine cannot run it
-//     set_threads(n)               threads of the CPU from now on; a GPU ignores it
-//     device()                     one line on the machine, for people
-//     peak_flops(precision)        what the machine can do at most
-//     check_precision(precision)   throws UsageError, naming the flag, where it does not compute so
-//     memory_available()           bytes that may still be taken
-//     memory_need(config, B, T, trains, recompute, precision)
-//                                  bytes that a model takes, by purpose; throws Error where sizes cannot be
+// Static functions, about the program and the machine:
+//     PROGRAM, DEFAULT_DTYPE       the program's name; the numbers it computes with by default
+//     require_device()             throws Error if the program cannot run on this machine
+//     set_threads(n)               the CPU's threads from now on; a GPU ignores it
+//     device()                     one line about the machine, for people
+//     peak_flops(precision)        the most operations a second that the machine can do
+//     check_precision(precision)   throws UsageError, naming the flag, if it cannot compute with that
+//     precision memory_available()           bytes of memory that are free memory_need(config, B, T, trains,
+//     recompute, precision)
+//                                  bytes that a model needs, by purpose; throws Error if sizes cannot be
 //                                  addressed
 //
-// Of a model M(config, B, T, trains, recompute, precision): B x T is its largest batch, B = T = 0 a model
-// that only generates; recompute is explained at Activations::place. The constructor takes all memory that
-// memory_need says and throws Error where it cannot; afterwards a step allocates nothing.
-//     dropout, seed                may be set between steps; they key the dropout masks
+// A model M(config, B, T, trains, recompute, precision): B x T is its largest batch; B = T = 0 makes a model
+// that only generates. recompute is explained at Activations::place. The constructor takes all memory that
+// memory_need() says, and throws Error if it cannot. After that, a step allocates nothing.
+//     dropout, seed                may be set between steps; they determine the dropout masks
 //     init_weights(seed)           initial_weights() of every tensor
 //     forward(tokens, targets, B, T, pass)
 //                                  the mean loss over the targets >= 0, without dropout (pass.train is
-//                                  false); counted() tells how many there were. Not between accumulate() and
-//                                  step().
+//                                  false). counted() tells how many targets that were. Not between
+//                                  accumulate() and step().
 //     accumulate(tokens, targets, B, T, pass)
-//                                  adds the gradients and the loss of one micro-batch, both times
-//                                  pass.grad_scale for each token, to those of the step; may return before
-//                                  they are computed
-//     step(adamw, t)               step number t, from 1, on what was accumulated. Where its loss or the
-//                                  gradient's norm is not finite, parameters and moments stay as they are:
-//                                  the model decides that where it computes the two. Returns the result of
-//                                  step t, or of step t - 1 if step t is still being computed on a device;
-//                                  StepResult::step says which. The next accumulate() begins a new step.
+//                                  adds the gradients and the loss of one micro-batch to those of the step,
+//                                  both times pass.grad_scale for each token. It may return before they are
+//                                  computed.
+//     step(adamw, t)               takes step number t, from 1, with what was accumulated. If the loss or the
+//                                  gradient's norm is not finite, parameters and moments do not change; the
+//                                  model decides that where it computes the two. Returns the result of step
+//                                  t, or of step t - 1 while a device still computes step t; StepResult::step
+//                                  tells which. The next accumulate() begins a new step.
 //     last_result()                waits for the step that was started last, and returns its result. The
-//                                  trainer calls it before it reads the state, validates or generates.
-//     each_piece(state, f)         a whole state out or in, in the model file's order, piece by piece:
-//                                  f(pointer, number of floats). An f that takes const float* reads, one that
+//     trainer
+//                                  calls it before it reads the state, validates or generates.
+//     each_piece(state, f)         passes a whole state to f, in the model file's order, piece by piece:
+//                                  f(pointer, number of floats). An f that takes const float* reads; one that
 //                                  takes float* writes. The pointer is valid only during the call.
-//     resumed(t)                   says that the state just loaded is that after step t
+//     resumed(t)                   says that the state just loaded is the one after step t
 #pragma once
 
 #include <type_traits>
@@ -56,29 +57,28 @@ struct Pass {
     float grad_scale = 1;  // 1 / (tokens of the whole batch)
 };
 
-// AdamW's settings for one step. A gradient whose global norm exceeds grad_clip is scaled down to it; 0: no
-// limit.
+// AdamW's settings for one step. If the gradient's global norm exceeds grad_clip, the gradient is scaled down
+// to that norm; 0: no limit.
 struct AdamW {
     float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
 };
 
-// What step number `step` found (0: no step yet): the mean loss of its batches, and the gradient's norm
-// before clipping.
+// The result of step number `step` (0: no step yet): its mean loss, and the gradient's norm before clipping.
 struct StepResult {
     double loss = 0, norm = 0;
     uint32_t step = 0;
     bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
 };
 
-// What numbers a model computes with. On a GPU bf16 keeps fp32 master weights along with its bf16 parameters,
-// unless told not to. On the CPU parameters stay fp32 and products round them, except in a model that only
-// generates.
+// The numbers that a model computes with. On a GPU, bf16 parameters are accompanied by fp32 master weights,
+// unless master_weights is false. On the CPU parameters stay fp32 and products round them to bf16, except in
+// a model that only generates, which keeps them in bf16.
 struct Precision {
     Dtype dtype = FP32;
     bool master_weights = true;
 };
 
-// Floating-point operations a second that a machine can do, and how that is known.
+// The most floating-point operations a second that a machine can do, and how that number is known.
 struct Peak {
     double flops;
     const char* source;
@@ -90,7 +90,7 @@ struct MemoryNeed {
     size_t total() const { return params + grads + optimizer + activations + scratch; }
 };
 
-// Compiles only where M satisfies the contract.
+// Compiles only if M fulfils the contract.
 template <class M>
 constexpr void check_model() {
     using std::declval;

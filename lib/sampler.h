@@ -1,4 +1,4 @@
-// sampler.h - from logits to text: choosing a token, and writing poems with any model's decoder.
+// sampler.h - from logits to text: choosing tokens, and continuing texts with the decoder of any model.
 #pragma once
 
 #include <algorithm>
@@ -12,19 +12,19 @@
 #include "lib/utf8.h"
 
 struct SampleOptions {
-    float temperature = 0.8f;  // logits are divided by it; 0 takes the most likely token
+    float temperature = 0.8f;  // logits are divided by it; 0: always the most likely token
     int top_k = 0;             // only the k most likely tokens; 0: all
-    float top_p =
-        1.0f;  // only the most likely tokens that together reach this probability (Holtzman et al. 2020)
+    // Only the most likely tokens that together reach this probability (Holtzman et al. 2020).
+    float top_p = 1.0f;
 };
 
 class Sampler {
   public:
-    // Has memory for a vocabulary of V from the start.
+    // Allocates memory for a vocabulary of V, so that pick() need not.
     explicit Sampler(int V = 0) : candidates_((size_t)V) {}
 
-    // Draws from softmax(logits / temperature) cut to top_k, then to top_p, by u, uniform in [0,1). logits
-    // (V).
+    // Draws a token from softmax(logits / temperature), logits (V), restricted to the top_k, then to the
+    // top_p most likely tokens: the one whose part of the cumulative distribution contains u, in [0,1).
     int pick(const float* logits, int V, const SampleOptions& o, double u) {
         if (o.temperature <= 0) return (int)(std::max_element(logits, logits + V) - logits);
         size_t n = (size_t)V;
@@ -32,7 +32,7 @@ class Sampler {
         candidates_.resize(n);
         for (size_t v = 0; v < n; v++) candidates_[v] = {logits[v], (int)v, 0};
         auto at = [&](size_t i) { return candidates_.begin() + (ptrdiff_t)i; };
-        // Candidates [from, to) become the likeliest that are left, in order.
+        // Partial sort: candidates [from, to) become the most likely of those from `from` on, in order.
         auto sort = [&](size_t from, size_t to) {
             auto more_likely = [](const Candidate& a, const Candidate& b) {
                 return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
@@ -45,7 +45,7 @@ class Sampler {
         double sum = 0;
         for (size_t i = 0; i < n; i++)
             sum += candidates_[i].weight = std::exp((candidates_[i].logit - max) / o.temperature);
-        if (o.top_p < 1) {  // few tokens, as a rule, reach it: they are sorted part by part until they do
+        if (o.top_p < 1) {  // a few tokens usually reach it, so only as many are sorted as are needed
             double reached = 0, wanted = o.top_p * sum;
             size_t k = 0;
             for (; k < n && (!k || reached < wanted); reached += candidates_[k++].weight)
@@ -67,7 +67,7 @@ class Sampler {
     std::vector<Candidate> candidates_;
 };
 
-// Holds back the bytes of a character that is not yet whole.
+// A character may be divided among tokens: feed() returns bytes only once their characters are complete.
 class Utf8Stream {
   public:
     std::string feed(const std::string& bytes) {
@@ -82,26 +82,26 @@ class Utf8Stream {
     std::string pending_;
 };
 
-// A model that continues N sequences at once, and remembers what it has seen of them.
+// A model that continues N sequences at once, and keeps what it needs to remember of their tokens.
 struct Decoder {
     virtual ~Decoder() = default;
     virtual size_t length() const = 0;    // tokens of each sequence seen so far
     virtual size_t capacity() const = 0;  // the most it can hold
-    virtual void reset() = 0;             // forgets them all
+    virtual void reset() = 0;             // forgets all tokens
     // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one,
     // valid until the next call. length() + n is at most capacity().
     virtual const float* append(const int* tokens, size_t n) = 0;
 };
 
-// A decoder with the parameters of `file`, which it reads to the end, for N sequences as long as the model's
-// context; dtype is how weights are kept and multiplied. train_gpt2.cpp defines it. Fails where memory is
-// short.
+// A decoder for N sequences, as long as the model's context, with the parameters of `file`, which it reads to
+// the end. dtype is the type that weights are kept in and multiplied as. Fails if memory is short.
+// train_gpt2.cpp defines it.
 std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype);
 
 // Continues the prompt in all N sequences of the decoder by up to max_tokens tokens each. Sequence s draws
-// its i-th token by rng::Key(seed, s, SAMPLE).uniform(i) and ends at end-of-text; emit(s, token) sees every
-// new token but that one. A full context goes on with its second half. V: vocabulary; eot: end-of-text, or
-// -1.
+// its i-th token with rng::Key(seed, s, SAMPLE).uniform(i), and ends when it draws end-of-text (eot; -1:
+// never). emit(s, token) is called with every other new token. When the context is full, the text continues
+// with the second half of it as its context. V: vocabulary.
 template <class Emit>
 void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V, int eot, int max_tokens,
               uint64_t seed, const SampleOptions& o, Emit emit) {
@@ -110,9 +110,10 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
     std::vector<std::vector<int>> text(N, prompt);
     std::vector<bool> ended(N, false);
     std::vector<int> next;
-    size_t alive = N, shown = 0;  // `shown`: tokens of each text that the decoder holds or has forgotten
-    std::vector<Sampler> samplers(std::min<size_t>(N, 16),
-                                  Sampler(V));  // of parts of the texts, which draw side by side
+    size_t alive = N,
+           shown = 0;  // shown: tokens of each text that the decoder has seen, forgotten ones included
+    // Samplers work in parallel, each on a part of the texts.
+    std::vector<Sampler> samplers(std::min<size_t>(N, 16), Sampler(V));
     std::vector<int> picked(N, eot);
     decoder.reset();
     for (int i = 0; i < max_tokens && alive; i++) {

@@ -1,4 +1,4 @@
-// test_gemm.cpp - the matrix products of lib/gemm.h and their parts, held against sums in double precision.
+// test_gemm.cpp - the matrix products of lib/gemm.h and their parts, compared with sums in double precision.
 #include <doctest/doctest.h>
 
 #include "dev/test_util.h"
@@ -20,7 +20,7 @@ std::vector<T> typed(const Floats& x) {
     return y;
 }
 
-// A matrix of which element (r, c) stands at r*sr + c*sc; between them there is NaN.
+// A matrix whose element (r, c) is at r*sr + c*sc; all values between its elements are NaN.
 struct Strided {
     size_t sr, sc;
     Floats data;
@@ -36,7 +36,7 @@ struct Strided {
     double at(size_t r, size_t c) const { return data[r * sr + c * sc]; }
 };
 
-// Of two matrices with row stride ld, the elements of the first N columns that differ, and of the others.
+// How many elements of two matrices with row stride ld differ: in the first N columns, and beside them.
 struct Differences {
     size_t inside = 0, beside = 0;
 };
@@ -48,7 +48,7 @@ Differences differences(const std::vector<T>& a, const std::vector<T>& b, size_t
     return d;
 }
 
-// Runs one product, checks it and what lies beside it, and that each epilogue sees every final value once.
+// Runs one product and checks it, the memory beside it, and that an epilogue gets each finished value once.
 void check_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form, gemm::Start start,
                    bool with_bias, size_t extra) {
     INFO("M ", M, " N ", N, " K ", K, ", forms of A and B ", a_form, " ", b_form);
@@ -81,8 +81,8 @@ void check_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_
     note("gemm", error, 2e-6);
     CHECK_MESSAGE(error <= 2e-6, "relative L2 error ", error);
 
-    // What each epilogue must make of the finished C, bit for bit. ADD, and GELU_GRADIENT in C's place,
-    // change what they read: a second time would show.
+    // What each epilogue must compute from the finished C, bit for bit. ADD, and GELU_GRADIENT in place,
+    // change what they read, so that applying them twice would be found.
     using gemm::Epilogue;
     const int activation = r.below(2) ? GELU_TANH : GELU_ERF;
     const size_t ld = N + r.below(3);
@@ -136,7 +136,7 @@ void check_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_
 
 }  // namespace
 
-TEST_CASE("gemm: any strides, odd sizes, bias or accumulation; epilogues see each element once, finished") {
+TEST_CASE("gemm multiplies any sizes and strides; an epilogue gets each finished element once") {
     Random r(2);
     for (size_t trial = 0; trial < 500; trial++) {
         size_t M = r.among({1, 2, 3, 5, 6, 7, 12, 13, 25});
@@ -148,7 +148,7 @@ TEST_CASE("gemm: any strides, odd sizes, bias or accumulation; epilogues see eac
     }
 }
 
-TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memory in both directions") {
+TEST_CASE("gemm multiplies sizes just beyond a task, a chunk of k and the shared memory") {
     Random r(3);
     constexpr size_t MB = gemm::MB, NB = gemm::NB, NR = gemm::NR, KC = gemm::KC, WIDTH = gemm::SHARED_WIDTH;
     const gemm::Start overwrite = gemm::OVERWRITE, accumulate = gemm::ACCUMULATE;
@@ -156,22 +156,22 @@ TEST_CASE("gemm: past the borders of a row block, of KC, and of the shared memor
     check_product(r, 3 * MB + 5, 17, 2 * KC + 3, 1, 0, accumulate, false, 1);
     check_product(r, 7, 3 * NB + 4, 2 * KC + 9, 0, 1, overwrite, true, 0);
     check_product(r, 5, 3 * NB + 4, 2 * KC + 9, 0, 0, accumulate, false, 3);
-    // The shared operand in two pieces of rows or columns, and in two pieces of k.
+    // The shared operand does not fit in one fill: two strips of rows or columns, and two parts of k.
     check_product(r, WIDTH + 9, WIDTH + 17, 3, 0, 1, overwrite, true, 0);
     check_product(r, WIDTH + 9, WIDTH + 5, 2, 1, 0, accumulate, false, 0);
     check_product(r, WIDTH + 7, WIDTH + 18, 2 * KC + 7, 1, 1, overwrite, true, 0);
     check_product(r, WIDTH, WIDTH + 1, 2 * KC + 7, 0, 1, overwrite, true, 0);
-    // Rows of A that fall on the same sets of the L1 cache, in a high and in a wide product.
+    // Rows of A that share sets of the L1 cache, in a high and in a wide product.
     check_product(r, 200, 50, 1024, 0, 0, accumulate, false, 0);
     check_product(r, 50, 200, 1024, 0, 1, overwrite, true, 0);
-    // Columns for wide tiles, one of half the width, and six more; the first packed by tiles or beforehand.
+    // Columns for wide tiles, one of half the width, and six more; B packed by tiles or beforehand.
     check_product(r, 50, 10 * NR + NR + 6, KC + 9, 0, 0, overwrite, true, 0);
     check_product(r, 50, 10 * NR + NR + 6, KC + 9, 0, 1, accumulate, false, 0);
     check_product(r, 250, 1, 1, 0, 0, overwrite, true, 0);
     check_product(r, 1, 250, 1, 0, 0, overwrite, true, 0);
 }
 
-TEST_CASE("gemm: an element's bits depend neither on its place, nor on how A lies, nor on the threads") {
+TEST_CASE("gemm: bits depend neither on an element's place, A's layout nor the threads") {
     Random r(4);
     const size_t sizes[][3] = {{203, 71, 300},  {71, 203, 1100}, {71, 203, 1024},
                                {450, 150, 600}, {77, 358, 130},  {77, 145, 32000}};
@@ -203,22 +203,22 @@ TEST_CASE("gemm: an element's bits depend neither on its place, nor on how A lie
     }
 }
 
-TEST_CASE("gemm: a thread takes its own tasks, then what others have not begun; each once an operand") {
+TEST_CASE("gemm: a thread takes its own tasks, then those that others have not begun") {
     gemm::Workspace w;
     w.reserve(3);
-    for (uint64_t operand : {1, 2, 7}) {  // 10 tasks: 0 to 2, 3 to 5 and 6 to 9
+    for (uint64_t fill : {1, 2, 7}) {  // 10 tasks: 0 to 2, 3 to 5 and 6 to 9
         std::vector<size_t> taken;
-        auto take = [&](size_t thread) { taken.push_back(w.take_task(thread, 3, operand, 10)); };
+        auto take = [&](size_t thread) { taken.push_back(w.take_task(thread, 3, fill, 10)); };
         take(2), take(0);
         for (int i = 0; i < 8; i++) take(1);
         CHECK(taken == std::vector<size_t>{6, 0, 3, 4, 5, 7, 8, 9, 1, 2});
-        for (size_t thread : {0, 1, 2}) CHECK(w.take_task(thread, 3, operand, 10) == 10);
+        for (size_t thread : {0, 1, 2}) CHECK(w.take_task(thread, 3, fill, 10) == 10);
     }
     for (size_t want : {3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 10}) CHECK(w.take_task(1, 3, 8, 10) == want);  // alone
     machine::release(w.shared, gemm::Workspace::bytes(3));
 }
 
-TEST_CASE("gemm: a product for later has the same bits, aligned or not, and keeps what stands beside it") {
+TEST_CASE("gemm: FOR_LATER gives the same bits, aligned or not, and writes nothing else") {
     Random r(7);
     const size_t M = 1061, K = 21, LD = 1040;
     Floats A = r.floats(M * K), B = r.floats(K * LD), want(M * LD, 7.0f), memory(M * LD + 32);
@@ -239,7 +239,7 @@ TEST_CASE("gemm: a product for later has the same bits, aligned or not, and keep
 
 namespace {
 
-// Runs one product of bf16 numbers and checks it against the rounded operands' product in double precision.
+// Runs one product of bf16 numbers, and checks it against that of the rounded operands in double precision.
 template <class TA, class TB>
 void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, size_t b_form) {
     INFO("M ", M, " N ", N, " K ", K, ", forms of A and B ", a_form, " ", b_form);
@@ -263,7 +263,7 @@ void check_bf16_product(Random& r, size_t M, size_t N, size_t K, size_t a_form, 
 
 }  // namespace
 
-TEST_CASE("gemm of bf16 numbers: operands are rounded to nearest, floats or bf16, any strides and sizes") {
+TEST_CASE("gemm of bf16 numbers rounds its operands to nearest, at any sizes and strides") {
     Random r(6);
     for (size_t trial = 0; trial < 240; trial++) {
         size_t M = r.among({1, 2, 5, 13, 14, 15, 29}), N = r.among({1, 3, 15, 16, 17, 31, 33, 70});
@@ -286,7 +286,7 @@ TEST_CASE("gemm of bf16 numbers: operands are rounded to nearest, floats or bf16
 
 namespace {
 
-// A matrix of T with row stride ld, and NaN beside it. `values` are those that a product multiplies.
+// A matrix of T with row stride ld, and NaN beside it. `values` are the numbers that a product multiplies.
 template <class T>
 struct Matrix {
     size_t rows, cols, ld;
@@ -304,7 +304,7 @@ struct Matrix {
     double at(size_t r, size_t c) const { return values[r * cols + c]; }
 };
 
-// The largest sizes take all threads and several blocks of k.
+// The largest sizes use all threads and several chunks of k.
 struct LayerSize {
     size_t M, K, N;
 };
@@ -320,7 +320,7 @@ Doubles sums(size_t rows, size_t cols, size_t K, Term term) {
             for (size_t k = 0; k < K; k++) s[r * cols + c] += term(r, c, k);
     return s;
 }
-// As check_product measures: against the terms where sums cancel.
+// Measures as check_product does: relative to the terms where sums cancel.
 void check_sums(const char* what, const Floats& got, const Doubles& want, size_t K) {
     REQUIRE(got.size() == want.size());
     double diff = 0, norm = 0;
@@ -333,7 +333,7 @@ std::string text(const LayerSize& s) { return strf("M %zu K %zu N %zu", s.M, s.K
 
 }  // namespace
 
-TEST_CASE("linear layer, forward and backward, at odd sizes") {
+TEST_CASE("a linear layer's three products agree with sums in double precision") {
     Random r(6);
     for (size_t trial = 0; trial < 12; trial++) {
         size_t M = r.among({1, 5, 111}), K = r.among({1, 3, 48, 97}), N = r.among({1, 7, 48, 145});
@@ -416,7 +416,7 @@ void check_input_gradient(Random& r, const LayerSize& s, size_t extra) {
     CHECK(same_bits(added, want_added));
 }
 
-// dX may be where the sums go if it holds floats.
+// If dX holds floats, it may be the memory of the sums.
 template <class A>
 void check_input_gradient_gelu(Random& r, const LayerSize& s, int activation) {
     auto [M, K, N] = s;
@@ -453,7 +453,7 @@ void check_weight_gradient(Random& r, const LayerSize& s, bool accumulate, bool 
     for (size_t i = 0; i < want.size() && accumulate; i++) want[i] += before[i];
     check_sums("weight_gradient", dW, want, M);
     if (!with_db) return;
-    // db sums what stands in dY: only the product rounds floats to bf16.
+    // db sums dY's values as they are: only the product rounds floats to bf16.
     Doubles want_db(N);
     for (size_t n = 0; n < N; n++) {
         if (accumulate) want_db[n] = db_before[n];
@@ -468,7 +468,7 @@ void check_weight_gradient(Random& r, const LayerSize& s, bool accumulate, bool 
 
 }  // namespace
 
-TEST_CASE("forward: Y = X W^T + b, all types of operands, with a row stride, with and without b") {
+TEST_CASE("forward computes Y = X W^T + b for all types, with or without row stride and b") {
     Random r(10);
     for (const LayerSize& s : LAYERS)
         for (size_t extra : {0, 3})
@@ -479,7 +479,7 @@ TEST_CASE("forward: Y = X W^T + b, all types of operands, with a row stride, wit
             }
 }
 
-TEST_CASE("forward_gelu leaves forward's sums and their gelu, bit for bit, in fp32 and bf16") {
+TEST_CASE("forward_gelu gives forward's sums and their gelu, bit for bit, fp32 and bf16") {
     Random r(11);
     for (const LayerSize& s : LAYERS)
         for (int activation : {GELU_TANH, GELU_ERF})
@@ -489,7 +489,7 @@ TEST_CASE("forward_gelu leaves forward's sums and their gelu, bit for bit, in fp
             }
 }
 
-TEST_CASE("input_gradient: dX = dY W, or plus a matrix, from rows with a stride, fp32 and bf16") {
+TEST_CASE("input_gradient computes dX = dY W, or adds a matrix to it, fp32 and bf16") {
     Random r(12);
     for (const LayerSize& s : LAYERS)
         for (size_t extra : {0, 2, 5}) {
@@ -498,7 +498,7 @@ TEST_CASE("input_gradient: dX = dY W, or plus a matrix, from rows with a stride,
         }
 }
 
-TEST_CASE("input_gradient_gelu: the sums dY W and their gradient through gelu, apart or in one place") {
+TEST_CASE("input_gradient_gelu gives dY W and its gradient through gelu, also in place") {
     Random r(13);
     for (const LayerSize& s : LAYERS)
         for (int activation : {GELU_TANH, GELU_ERF}) {
@@ -507,7 +507,7 @@ TEST_CASE("input_gradient_gelu: the sums dY W and their gradient through gelu, a
         }
 }
 
-TEST_CASE("weight_gradient: dW = dY^T X and db, overwritten or added to, from rows with a stride") {
+TEST_CASE("weight_gradient overwrites dW and db, or adds to them, from rows with a stride") {
     Random r(14);
     for (const LayerSize& s : LAYERS)
         for (bool accumulate : {false, true})
@@ -519,7 +519,7 @@ TEST_CASE("weight_gradient: dW = dY^T X and db, overwritten or added to, from ro
                 }
 }
 
-TEST_CASE("bias_gradient: dY's column sums, overwritten or added to, fp32 and bf16; relative L2 1e-6") {
+TEST_CASE("bias_gradient sums the columns of dY, overwriting or adding, fp32 and bf16") {
     Random r(15);
     for (size_t N : {1, 7, 8, 15, 16, 17, 63, 64, 65, 200})
         for (size_t M : {1, 2, 111})
@@ -550,7 +550,7 @@ TEST_CASE("bias_gradient: dY's column sums, overwritten or added to, fp32 and bf
 // ---------------------------------------------------------------------------------------------
 // Sums of squares
 
-TEST_CASE("sum_squares sums blocks of 1024 squares, with the same bits by any number of threads") {
+TEST_CASE("sum_squares sums blocks of 1024 squares, the same bits with any number of threads") {
     Random r(16);
     for (size_t n : {1, 7, 1023, 1024, 1025, 100003}) {
         INFO("n ", n);
@@ -569,7 +569,7 @@ TEST_CASE("sum_squares sums blocks of 1024 squares, with the same bits by any nu
     }
 }
 
-TEST_CASE("weight_gradient's squares: there after finish_squares or the next product, which is the same") {
+TEST_CASE("weight_gradient's squares are complete after the next product or finish_squares") {
     Random r(8);
     const size_t sizes[][3] = {{203, 71, 300}, {71, 203, 1100}, {3, 5, 2}, {40, 1500, 30}, {0, 5, 3}};
     for (auto& size : sizes) {
@@ -597,7 +597,7 @@ TEST_CASE("weight_gradient's squares: there after finish_squares or the next pro
                 next_product(C);
                 CHECK(same_bits(C, want));
                 CHECK((sums == want_sums));
-                sums = none;  // once they are there, nobody makes them again
+                sums = none;  // once complete, they are not computed again
                 next_product(C), gemm::finish_squares();
                 CHECK((sums == none));
 
@@ -608,7 +608,7 @@ TEST_CASE("weight_gradient's squares: there after finish_squares or the next pro
                 next_product(C), gemm::finish_squares();
                 CHECK((sums == none));
 
-                // A weight gradient is a product, too; and its own squares come after it.
+                // The next product may be a weight gradient too; its squares then come after it.
                 gradient(dW, sums.data()), gradient(other, later.data());
                 CHECK((sums == want_sums));
                 gemm::finish_squares();
@@ -622,7 +622,7 @@ TEST_CASE("weight_gradient's squares: there after finish_squares or the next pro
 
 namespace {
 
-// Checks a trial of few_rows against sums in double precision, of operands rounded as T says.
+// Checks one call of few_rows against sums in double precision, with operands rounded if T is bf16.
 template <class T>
 void check_few(Random& r) {
     const Dtype dtype = sizeof(T) == 2 ? BF16 : FP32;
@@ -659,7 +659,7 @@ void check_few(Random& r) {
 
 }  // namespace
 
-TEST_CASE("few_rows: X W^T + b, fp32 and bf16, any width; a row does not depend on the others") {
+TEST_CASE("few_rows computes X W^T + b, fp32 and bf16; a row does not depend on others") {
     Random r(5);
     for (size_t trial = 0; trial < 80; trial++) {
         check_few<float>(r);
@@ -667,7 +667,7 @@ TEST_CASE("few_rows: X W^T + b, fp32 and bf16, any width; a row does not depend 
     }
 }
 
-TEST_CASE("few_rows of floats may be called by all threads at once, and then has the same bits") {
+TEST_CASE("few_rows of floats gives the same bits when all threads call it at once") {
     Random r(17);
     const size_t M = 5, K = 300, N = 130, TIMES = 300;
     for (size_t threads : {1, 2, 3}) {
@@ -697,25 +697,26 @@ TEST_CASE("few_rows of floats may be called by all threads at once, and then has
 
 namespace {
 
-// c (rows,cols) = A B, or +=, of one tile whose A stands as `of` says, against sums in double precision.
-void check_tile(Random& r, Dtype dtype, gemm::TileOf of, bool accumulate) {
+// Checks one tile, c (rows,cols) = A B, or +=, for a layout of A, against sums in double precision.
+void check_tile(Random& r, Dtype dtype, gemm::LayoutOfA layout, bool accumulate) {
     constexpr size_t LD = gemm::SCORES;
     const size_t rows = 1 + r.below(gemm::MR), cols = 1 + r.below(gemm::NR), ldc = cols + r.below(3);
-    const size_t K = of == gemm::SCORE_ROWS ? 2 * (1 + r.below(LD / 2)) : 1 + r.below(100);  // whole units
+    const size_t K =
+        layout == gemm::SCORE_ROWS ? 2 * (1 + r.below(LD / 2)) : 1 + r.below(100);  // whole units
     const size_t units = gemm::units(dtype, K);
-    const size_t first = of == gemm::SCORE_COLUMNS ? r.below(LD - rows + 1) : 0;
-    INFO("dtype ", (int)dtype, ", A ", (int)of, ", rows ", rows, " cols ", cols, " K ", K);
+    const size_t first = layout == gemm::SCORE_COLUMNS ? r.below(LD - rows + 1) : 0;
+    INFO("dtype ", (int)dtype, ", A ", (int)layout, ", rows ", rows, " cols ", cols, " K ", K);
     // Element (i, k) of A, in memory and packed.
     size_t row = K, col = 1;
-    if (of == gemm::SCORE_ROWS) row = LD;
-    if (of == gemm::SCORE_COLUMNS) row = 1, col = LD;
+    if (layout == gemm::SCORE_ROWS) row = LD;
+    if (layout == gemm::SCORE_COLUMNS) row = 1, col = LD;
     Floats A = r.floats(std::max(rows, K) * std::max(K, LD)), B = r.floats(K * cols);
     Floats c = r.floats(rows * ldc), a(A.size(), NAN), b(gemm::NR * units, NAN), before = c;
-    if (of == gemm::PANEL) gemm::pack(dtype, a.data(), rows, A.data(), row, col, rows, K);
-    if (of == gemm::SCORE_ROWS) gemm::to_units(dtype, a.data(), A.data(), rows * LD);
-    if (of == gemm::SCORE_COLUMNS) gemm::pack(dtype, a.data(), LD, A.data(), row, col, LD, K);
+    if (layout == gemm::PANEL) gemm::pack(dtype, a.data(), rows, A.data(), row, col, rows, K);
+    if (layout == gemm::SCORE_ROWS) gemm::to_units(dtype, a.data(), A.data(), rows * LD);
+    if (layout == gemm::SCORE_COLUMNS) gemm::pack(dtype, a.data(), LD, A.data(), row, col, LD, K);
     gemm::pack(dtype, b.data(), gemm::NR, B.data(), 1, cols, cols, K);
-    gemm::tile(dtype, of, rows, cols, units, &a[first], b.data(), c.data(), ldc, accumulate);
+    gemm::tile(dtype, layout, rows, cols, units, &a[first], b.data(), c.data(), ldc, accumulate);
     auto operand = [&](float x) { return (double)(dtype == BF16 ? rounded(x) : x); };
     double diff = 0;
     for (size_t i = 0; i < rows; i++)
@@ -733,15 +734,15 @@ void check_tile(Random& r, Dtype dtype, gemm::TileOf of, bool accumulate) {
 
 }  // namespace
 
-TEST_CASE("a tile is packed columns times packed rows, or rows or columns of scores") {
+TEST_CASE("tile multiplies a packed panel, or rows or columns of scores, by a packed panel") {
     Random r(18);
     for (size_t trial = 0; trial < 60; trial++)
         for (Dtype dtype : {FP32, BF16})
-            for (gemm::TileOf of : {gemm::PANEL, gemm::SCORE_COLUMNS, gemm::SCORE_ROWS})
-                check_tile(r, dtype, of, trial % 2);
+            for (gemm::LayoutOfA layout : {gemm::PANEL, gemm::SCORE_COLUMNS, gemm::SCORE_ROWS})
+                check_tile(r, dtype, layout, trial % 2);
 }
 
-TEST_CASE("pack puts each row's units in place, zeros beyond the rows, and writes nothing else") {
+TEST_CASE("pack writes each row's units, zeros beyond the rows, and nothing else") {
     Random r(19);
     for (size_t trial = 0; trial < 200; trial++) {
         const size_t VL = simd::VL, n = 1 + r.below(2 * VL + 3), K = 1 + r.below(6 * VL), form = trial % 4;
@@ -750,7 +751,7 @@ TEST_CASE("pack puts each row's units in place, zeros beyond the rows, and write
         INFO("rows ", n, " K ", K, " ld ", ld, " form ", form);
         Strided A(r, n, K, form);
         for (Dtype dtype : {FP32, BF16}) {
-            // Of two bf16 numbers in a unit the later one has the upper half, and so has a single one.
+            // In a unit of two bf16 numbers the later one is the upper half, and so is a single one.
             const size_t per_unit = gemm::per_unit(dtype), units = gemm::units(dtype, K);
             Floats packed(units * ld, 7.0f);
             gemm::pack(dtype, packed.data(), ld, A.data.data(), A.sr, A.sc, n, K);

@@ -1,10 +1,10 @@
-// vec.h - vectors of floats as wide as the compiler's target has them, and the functions that layers need of
-// them.
+// vec.h - vectors of floats, as wide as the processor's registers, and the functions of them in layers.
 //
-// A vec holds VL floats: 16 with AVX-512, 8 with AVX, else 4. Loads and stores take the first n values of a
-// row, so that a row's end needs no code of its own; arrays may hold floats or bf16 numbers, vectors always
-// hold floats. Compile with the Makefile's -ffp-contract=fast, and g++ with its --param=avoid-fma-max-bits=0:
-// otherwise an element's bits may depend on its place in the vector.
+// A vec holds VL floats: 16 with AVX-512, 8 with AVX, else 4. Loads and stores take a number n and handle
+// only the first n values, so that the end of a row needs no code of its own. Arrays may hold floats or bf16
+// numbers; vectors always hold floats. Compile with the Makefile's -ffp-contract=fast, and with g++ also
+// --param=avoid-fma-max-bits=0. Otherwise the compiler may fuse a product and a sum in some loops and not in
+// others, and results would depend on an element's position in the vector.
 #pragma once
 
 #if defined(__SSE__)
@@ -44,7 +44,7 @@ typedef uint16_t bf16;
 // ---------------------------------------------------------------------------------------------
 // Loads, stores, bounds, sums
 
-// The first n of VL values, the rest `beyond`.
+// The first n of VL values; the other lanes become `beyond`.
 inline vec load(const float* p, size_t n = VL, float beyond = 0) {
     vec v = vec{} + beyond;
     if (n >= VL) memcpy(&v, p, sizeof v);
@@ -63,8 +63,8 @@ inline void store(float* p, vec v, size_t n = VL) {
     else memcpy(p, &v, n * sizeof(float));
 #endif
 }
-// The same past the caches, for what is not read again soon; p aligned to a vector. finish_streams() makes it
-// visible.
+// A store past the caches, for values that are not read again soon. p must be aligned to a vector. Other
+// threads see the values after finish_streams().
 #if defined(__AVX512F__)
 inline void stream(float* p, vec v) { _mm512_stream_ps(p, (__m512)v); }
 #elif defined(__AVX__)
@@ -79,7 +79,7 @@ inline void finish_streams() {
     _mm_sfence();
 #endif
 }
-// The larger, or the smaller, of x and a bound; NaN in x stays NaN.
+// The larger, or the smaller, of x and a bound. NaN in x stays NaN, which is why the operands' order matters.
 inline vec at_least(vec x, vec low) {
 #if defined(__AVX512F__)
     return (vec)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x);
@@ -114,13 +114,14 @@ inline vec sqrt(vec x) {
     return x;
 #endif
 }
-// Across the lanes, halves at a time.
+// The sum across the lanes: the upper half is added to the lower half, until one lane is left.
 inline float sum(vec v) {
     for (size_t h = VL / 2; h; h /= 2)
         for (size_t i = 0; i < h; i++) v[i] += v[i + h];
     return v[0];
 }
-// Lane j is lane Index::at(j) of a followed by b; Index is a type with a constexpr function `at`.
+// Lane j of the result is lane Index::at(j) of a and b, counted through: b's first lane is number VL. Index
+// is a type with a constexpr function `at`, since the compiler must know the lanes.
 template <class Index, size_t... J>
 inline __attribute__((always_inline)) vec shuffle_lanes(vec a, vec b, std::index_sequence<J...>) {
 #if defined(__clang__)
@@ -134,14 +135,15 @@ inline __attribute__((always_inline)) vec shuffle(vec a, vec b) {
     return shuffle_lanes<Index>(a, b, std::make_index_sequence<VL>());
 }
 
-// Which lanes sum_each adds: of each 2H lanes, the lower (or upper) H of the first vector and of the second.
+// The lanes that sum_each() adds: of each 2H lanes the lower H (UPPER = 0) or the upper H (UPPER = 1), from
+// the first vector and then from the second.
 template <size_t H, size_t UPPER>
 struct HalvesOf {
     static constexpr int at(size_t j) {
         return (int)(j / (2 * H) * 2 * H + j % H + j / H % 2 * VL + UPPER * H);
     }
 };
-// Of VL vectors at once: lane i of v[0] becomes the sum across v[i], summed in the same order as sum() does.
+// Sums VL vectors at once: lane i of v[0] becomes the sum across v[i], in the same order as sum() adds it.
 template <size_t H = VL / 2>
 inline __attribute__((always_inline)) void sum_each(vec* v) {
     UNROLL(16)
@@ -154,7 +156,13 @@ inline float max(vec v) {
         for (size_t i = 0; i < h; i++) v[i] = std::max(v[i], v[i + h]);
     return v[0];
 }
-// bf16 to float: the bits become the upper half.
+// The largest of n values, n at least 1.
+inline float max(const float* x, size_t n) {
+    vec most = load(x, n, -INFINITY);
+    for (size_t i = VL; i < n; i += VL) most = at_least(load(x + i, n - i, -INFINITY), most);
+    return max(most);
+}
+// bf16 numbers as floats: their bits become the upper half of a float's, exactly.
 inline vec load(const bf16* p, size_t n = VL) {
     ivec v;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -185,8 +193,16 @@ inline void store(bf16* p, vec v, size_t n = VL) {
 #endif
 }
 
-// Which lanes one round of transpose() takes, for the row (SECOND = 0) or the one H further on: 4 x 4 blocks
-// are turned by single values, H = 2 and 1; then the blocks change places, four lanes at a time, H = 4 and 8.
+// The n values x as matrix products read them: x itself as floats, or buf, to which they are rounded as bf16.
+inline const float* rounded(float*, const float* x, size_t) { return x; }
+inline const bf16* rounded(bf16* buf, const float* x, size_t n) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i += VL) store(buf + i, load(x + i, n - i), n - i);
+    return buf;
+}
+
+// The lanes that one round of transpose() takes for a row (SECOND = 0), and for the row H after it (SECOND =
+// 1). Rounds H = 2 and 1 transpose within blocks of 4 x 4 values; rounds H = 4 and 8 exchange these blocks.
 template <size_t H, size_t SECOND>
 struct Interleaved {
     static constexpr int at(size_t j) {
@@ -196,7 +212,7 @@ struct Interleaved {
         return (int)(lane + SECOND * (H < 4 ? 2 : 4));
     }
 };
-// Turns a VL x VL block: value j of v[i] changes place with value i of v[j].
+// Transposes a VL x VL block: value j of v[i] changes places with value i of v[j].
 template <size_t H = 2>
 inline __attribute__((always_inline)) void transpose(vec* v) {
     UNROLL(16)
@@ -212,10 +228,13 @@ inline __attribute__((always_inline)) void transpose(vec* v) {
 // ---------------------------------------------------------------------------------------------
 // Functions of a vector
 
-// e^x to 1 ulp or so for x in [-87, 88], clamped outside: x = n ln2 + r, Taylor series of e^r, |r| <= ln2/2.
+// e^x with an error of about 1 ulp for x in [-87, 88]; x is clamped to that range. With x = n ln2 + r, n a
+// whole number and |r| <= ln2/2, it is 2^n, written directly to the exponent's bits, times the Taylor series
+// of e^r. ln2 is split in two parts, so that n ln2 is subtracted with more digits than a float holds.
 inline vec exp_approx(vec x) {
     x = at_most(at_least(x, vec{} - 87.0f), vec{} + 88.0f);
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
+    const float magic =
+        12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, in the sum's lowest bits
     vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = r * (1.0f / 5040) + 1.0f / 720;
@@ -225,8 +244,8 @@ inline vec exp_approx(vec x) {
 }
 inline float exp_approx(float x) { return exp_approx(vec{} + x)[0]; }
 
-// The normal distribution function, 0.5 erfc(-x/sqrt2), to 3e-7 (Abramowitz and Stegun 7.1.26, in floats),
-// and its density.
+// The normal distribution function, 0.5 erfc(-x/sqrt2), with an error of at most 3e-7 (Abramowitz and
+// Stegun 7.1.26, computed in floats), and its density.
 inline vec normal_cdf(vec x, vec* density) {
     vec a = (vec)((ivec)x & 0x7fffffff) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a),
         e = exp_approx(-a * a);
@@ -237,8 +256,9 @@ inline vec normal_cdf(vec x, vec* density) {
     return x < 0 ? tail : 1.0f - tail;
 }
 
-// GELU (Hendrycks and Gimpel 2016) and its derivative. The tanh form is x sigmoid(2u),
-// u = sqrt(2/pi) (x + 0.044715 x^3), which is the published 0.5 x (1 + tanh u) without cancellation.
+// GELU (Hendrycks and Gimpel 2016), x times the normal distribution function of x, and its derivative. GPT-2
+// uses the approximation 0.5 x (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3). It is computed as x
+// sigmoid(2u), which is the same but does not lose digits for negative x, where tanh u is near -1.
 inline vec gelu_tanh(vec x, vec* derivative) {
     vec u2 = 1.59576912f * (x + 0.044715f * x * x * x), s = 1.0f / (1.0f + exp_approx(-u2));
     *derivative = s + x * s * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
