@@ -15,7 +15,10 @@ PORTABLE ?=
 POEMS ?= data/sample_poems.csv
 PRESET ?= tiny
 OUT ?= out
-DATA ?= $(OUT)/data
+# A new run is written here, data included, and takes the place of an earlier one in OUT when it has a model
+# (lib/run_folder.h).
+NEW = $(OUT)/.new
+DATA ?= $(NEW)/data
 TRAIN_FLAGS ?=
 PREPARE_FLAGS ?=
 # What `make finetune` starts from: HF, a folder as Hugging Face publishes it, with config.json,
@@ -54,41 +57,48 @@ include dev/build.mk
 # --- targets that run programs. All write to OUT, so if several are given on one command line, each waits for
 # those that are listed before it here.
 
+# One file, whose name may have spaces, or several without
+poems = $(if $(shell test -e $(call quote,$(POEMS)) && echo one),$(call quote,$(POEMS)),$(POEMS))
 train: $(PROGRAMS)
-	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
-	./train_gpt2 --data $(DATA) --preset $(PRESET) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+	./prepare_data $(poems) -o $(call quote,$(DATA)) $(PREPARE_FLAGS)
+	./train_gpt2 --data $(call quote,$(DATA)) --preset $(PRESET) -o $(call quote,$(OUT)) --overwrite $(TRAIN_FLAGS)
 
 # The program is linked in BUILD and copied, because `make ladder` is the target that runs it.
 ladder: prepare_data $(BUILD)/ladder | need-plot $(call named,train)
 	cp $(BUILD)/ladder ladder
-	./prepare_data $(POEMS) -o $(DATA) $(PREPARE_FLAGS)
-	./ladder --data $(DATA) --rung 0-7 -o $(LADDER) $(LADDER_FLAGS)
-	gnuplot -c dev/ladder/ladder.gp $(LADDER)
+	./prepare_data $(poems) -o $(call quote,$(LADDER)/data) $(PREPARE_FLAGS)
+	./ladder --data $(call quote,$(LADDER)/data) --rung 0-7 -o $(call quote,$(LADDER)) $(LADDER_FLAGS)
+	gnuplot -c dev/ladder/ladder.gp $(call quote,$(LADDER))
 	@echo "plots: $(LADDER)/bars.png, $(LADDER)/curves.png"
 
 finetune: $(PROGRAMS) $(if $(FROM),,convert_gpt2 export_tokenizer) | $(call named,train ladder)
 	@test -n "$(HF)$(FROM)" || { echo "make finetune: name the checkpoint: make finetune HF=DIR POEMS=poems.csv," \
 	  "or FROM=out/model.bin" >&2; exit 2; }
-	@mkdir -p $(OUT)
+	@mkdir -p $(call quote,$(NEW))
 ifeq ($(FROM),)
-	./convert_gpt2 from-hf $(HF) $(OUT)/pretrained.bin
-	./export_tokenizer $(HF) $(OUT)/pretrained_tokenizer.bin
-	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(OUT)/pretrained_tokenizer.bin $(PREPARE_FLAGS)
-	./train_gpt2 -e $(OUT)/pretrained.bin --data $(DATA) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+	./convert_gpt2 from-hf $(call quote,$(HF)) $(call quote,$(NEW)/pretrained.bin)
+	./export_tokenizer $(call quote,$(HF)) $(call quote,$(NEW)/pretrained_tokenizer.bin)
+	./prepare_data $(poems) -o $(call quote,$(DATA)) --tokenizer $(call quote,$(NEW)/pretrained_tokenizer.bin) \
+	  $(PREPARE_FLAGS)
+	./train_gpt2 -e $(call quote,$(NEW)/pretrained.bin) --data $(call quote,$(DATA)) -o $(call quote,$(OUT)) \
+	  --overwrite $(TRAIN_FLAGS)
 else
-	./prepare_data $(POEMS) -o $(DATA) --tokenizer $(dir $(FROM))tokenizer.bin $(PREPARE_FLAGS)
-	./train_gpt2 -e $(FROM) --data $(DATA) -o $(OUT) --overwrite $(TRAIN_FLAGS)
+	./prepare_data $(poems) -o $(call quote,$(DATA)) --tokenizer "$$(dirname $(call quote,$(FROM)))"/tokenizer.bin \
+	  $(PREPARE_FLAGS)
+	./train_gpt2 -e $(call quote,$(FROM)) --data $(call quote,$(DATA)) -o $(call quote,$(OUT)) --overwrite \
+	  $(TRAIN_FLAGS)
 endif
-	./sample_gpt2 -e $(OUT)/model.bin
+	./sample_gpt2 -e $(call quote,$(OUT)/model.bin)
 
 export: convert_gpt2 | $(call named,train ladder finetune)
 	@test -n "$(HF)" || { echo "make export: name the folder whose tokenizer goes along:" \
 	  "make export HF=DIR OUT=$(OUT)" >&2; exit 2; }
-	./convert_gpt2 to-hf $(OUT)/model.bin $(OUT)/hf --tokenizer_dir $(HF)
+	./convert_gpt2 to-hf $(call quote,$(OUT)/model.bin) $(call quote,$(OUT)/hf) --tokenizer_dir $(call quote,$(HF))
 
 plot: | need-plot $(call named,train ladder finetune export)
-	@test -s $(OUT)/log.csv || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
-	gnuplot -c dev/plot/loss.gp $(OUT)/log.csv $(OUT)/loss.png
+	@test -s $(call quote,$(OUT)/log.csv) || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; \
+	  exit 1; }
+	gnuplot -c dev/plot/loss.gp $(call quote,$(OUT)/log.csv) $(call quote,$(OUT)/loss.png)
 
 # --- the programs. They are in the root, whichever BUILD they come from, and are relinked when BUILD changes.
 ifeq ($(portable),)

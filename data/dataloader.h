@@ -9,6 +9,11 @@
 //     loader.next(B, inputs, targets);      // int[B * T] each; a target is the token after its input
 #pragma once
 
+#include <glob.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -33,38 +38,100 @@ inline void write_tokens(const std::string& path, const std::vector<uint16_t>& t
     out.commit();
 }
 
-// A token file, read into memory. The constructor throws an Error if the header is wrong or the file's size
-// is not what the header says.
+// A token file, or several as one stream: "data/train_*.bin" is the files that match, in name order (llm.c's
+// shards). One file is read into memory; several are mapped, so that only what is read takes room. The
+// constructor throws an Error if a header is wrong or a file's size is not what its header says.
 class TokenFile {
   public:
     const std::string path;
 
     explicit TokenFile(const std::string& p) : path(p) {
-        Reader in(p);
-        std::vector<int32_t> h = in.header(TOKEN_FILE_MAGIC, "token");
-        if (h[1] != TOKEN_FILE_VERSION)
-            fail("%s: version is %d, wanted %d", p.c_str(), h[1], TOKEN_FILE_VERSION);
-        if (h[2] < 1) fail("%s: token count is %d, wanted at least 1", p.c_str(), h[2]);
-        in.expect_size(1024 + sizeof(uint16_t) * (uint64_t)h[2]);
-        tokens_.resize((size_t)h[2]);
-        in.read(tokens_.data(), tokens_.size() * sizeof(uint16_t), "tokens");
+        if (p.find('*') == std::string::npos) {
+            add(p, false);
+            return;
+        }
+        glob_t found;
+        if (!glob(p.c_str(), 0, nullptr, &found))
+            for (size_t i = 0; i < found.gl_pathc; i++) add(found.gl_pathv[i], true);
+        globfree(&found);
+        if (shards_.empty()) fail("%s: no file matches", p.c_str());
     }
+    ~TokenFile() {
+        for (Shard& s : shards_)
+            if (s.mapped) munmap(s.mapped, s.bytes);
+    }
+    TokenFile(const TokenFile&) = delete;
+    TokenFile& operator=(const TokenFile&) = delete;
 
-    size_t size() const { return tokens_.size(); }
-    uint16_t operator[](size_t i) const { return tokens_[i]; }
-    uint64_t checksum() const { return checksum_of(tokens_.data(), tokens_.size() * sizeof(uint16_t)); }
+    size_t size() const { return size_; }
+    uint16_t operator[](size_t i) const {
+        const Shard* s = &shards_[0];
+        if (shards_.size() > 1)
+            s = &*std::prev(std::upper_bound(shards_.begin(), shards_.end(), i,
+                                             [](size_t at, const Shard& shard) { return at < shard.first; }));
+        return s->tokens[i - s->first];
+    }
+    uint64_t checksum() const {
+        Checksum sum;
+        for (const Shard& s : shards_) sum.add(s.tokens, s.count * sizeof(uint16_t));
+        sum.end_section();
+        return sum.value();
+    }
 
     // Throws an Error that names the first token outside a vocabulary of V tokens.
     void check_vocab(int V) const {
-        for (size_t i = 0; i < tokens_.size(); i++)
-            if (tokens_[i] >= V)
-                fail("%s: token %d at position %zu, wanted tokens below the vocabulary size %d", path.c_str(),
-                     tokens_[i], i, V);
+        for (const Shard& s : shards_)
+            for (size_t i = 0; i < s.count; i++)
+                if (s.tokens[i] >= V)
+                    fail("%s: token %d at position %zu, wanted tokens below the vocabulary size %d",
+                         s.path.c_str(), s.tokens[i], i, V);
     }
 
   private:
-    std::vector<uint16_t> tokens_;
+    struct Shard {
+        std::string path;
+        size_t first, count;     // the number of its first token in the stream, and how many it has
+        const uint16_t* tokens;  // in `mapped`, of `bytes`, or in `memory`
+        void* mapped;
+        size_t bytes;
+        std::vector<uint16_t> memory;
+    };
+    void add(const std::string& file, bool map) {
+        Reader in(file);
+        std::vector<int32_t> h = in.header(TOKEN_FILE_MAGIC, "token");
+        if (h[1] != TOKEN_FILE_VERSION)
+            fail("%s: version is %d, wanted %d", file.c_str(), h[1], TOKEN_FILE_VERSION);
+        if (h[2] < 1) fail("%s: token count is %d, wanted at least 1", file.c_str(), h[2]);
+        in.expect_size(1024 + sizeof(uint16_t) * (uint64_t)h[2]);
+        Shard s = {file, size_, (size_t)h[2], nullptr, nullptr, (size_t)in.size, {}};
+        if (map) {
+            s.mapped = in.map();
+            s.tokens = (const uint16_t*)((const char*)s.mapped + 1024);
+        } else {
+            s.memory.resize(s.count);
+            in.read(s.memory.data(), s.count * sizeof(uint16_t), "tokens");
+            s.tokens = s.memory.data();
+        }
+        size_ += s.count;
+        shards_.push_back(std::move(s));
+    }
+
+    std::vector<Shard> shards_;
+    size_t size_ = 0;
 };
+
+// Fails because the data folder lacks one of its files. The hint never replaces files that are there.
+[[noreturn]] inline void fail_without_data(const std::string& dir, const std::string& name,
+                                           const char* program) {
+    const std::string path = dir + "/" + name;
+    for (const char* other : {"train.bin", "val.bin", "tokenizer.bin"})
+        if (file_exists(dir + "/" + other))
+            fail("%s: not found; prepare the poems into another folder and name that one: %s OTHER%s",
+                 path.c_str(), program,
+                 name == "val.bin" ? " (few poems make no validation part: see --val_fraction)" : "");
+    fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", path.c_str(),
+         shell_quoted(dir).c_str());
+}
 
 // Training batches. The file's n tokens are treated as a ring: the first follows the last. Each epoch cuts
 // the ring at a fresh random offset into floor(n / T) windows of T inputs, so that windows do not always

@@ -20,6 +20,7 @@
 #include "data/dataloader.h"
 #include "lib/flags.h"
 #include "lib/io.h"
+#include "lib/run_folder.h"
 #include "lib/rng.h"
 #include "tokenizer/tokenizer.h"
 
@@ -616,6 +617,7 @@ inline void write_data_set(const std::string& dir, const Tokenizer& tok, const s
 // The whole program except for its command line. Writes nothing until everything has succeeded.
 inline Report prepare(const Options& o) {
     check_options(o);
+    trainer::before_writing(o.out);
     Report r;
     Collector collector(o, r);
     for (const std::string& path : o.files) collector.read_file(path);
@@ -707,7 +709,7 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
             (r.byte_bpe ? strf(": byte-level BPE, %.2f characters per token", chars / text_tokens) : ""));
     row("wrote", strf("%s/{train.bin, %stokenizer.bin}", o.out.c_str(), r.no_val.empty() ? "val.bin, " : ""));
     if (!r.no_val.empty()) row("", "no val.bin: " + r.no_val);
-    row("next", "./train_gpt2 --data " + o.out);
+    row("next", "./train_gpt2 --data " + shell_quoted(o.out));
 }
 
 inline int prepare_main(int argc, char** argv) {

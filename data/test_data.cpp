@@ -250,6 +250,42 @@ TEST_CASE("a token file has llm.c's layout and reads back the same tokens") {
     CHECK(f[2] == 0);
 }
 
+TEST_CASE("shards are one stream in name order, and the same windows as one file") {
+    TempDir dir;
+    std::vector<uint16_t> all;
+    for (int i = 0; i < 1000; i++) all.push_back((uint16_t)(i * 37 % 500));
+    write_tokens(dir / "all.bin", all);
+    size_t at = 0;
+    for (auto [name, n] : {std::pair<const char*, size_t>{"t_0.bin", 1},
+                           {"t_1.bin", 600},
+                           {"t_10.bin", 7},
+                           {"t_2.bin", 392}}) {
+        write_tokens(dir / name,
+                     std::vector<uint16_t>(all.begin() + (ptrdiff_t)at, all.begin() + (ptrdiff_t)(at + n)));
+        at += n;
+    }
+    TokenFile one(dir / "all.bin"), many(dir / "t_*.bin");
+    REQUIRE(many.size() == 1000);
+    size_t wrong = 0;
+    for (size_t i = 0; i < 1000; i++) wrong += one[i] != many[i];
+    CHECK(wrong == 0);
+    for (bool shuffle : {true, false}) {
+        TrainLoader a(one, 9, 5, shuffle), b(many, 9, 5, shuffle);
+        std::vector<int> xa(27), ya(27), xb(27), yb(27);
+        for (int i = 0; i < 100; i++) {
+            a.next(3, xa.data(), ya.data()), b.next(3, xb.data(), yb.data());
+            CHECK((xa == xb && ya == yb));
+            if (!shuffle && i == 0)  // the file's order, as llm.c reads it
+                for (int k = 0; k < 27; k++)
+                    CHECK((xa[(size_t)k] == all[(size_t)k] && ya[(size_t)k] == all[(size_t)k + 1]));
+        }
+    }
+    CHECK(contains(error_of([&] { many.check_vocab(499); }), "t_"));
+    CHECK(error_of([&] { TokenFile none(dir / "x_*.bin"); }) == (dir / "x_*.bin") + ": no file matches");
+    write_file(dir / "t_3.bin", "short");
+    CHECK(contains(error_of([&] { TokenFile damaged(dir / "t_*.bin"); }), "t_3.bin: is not a token file"));
+}
+
 TEST_CASE("a token file with a wrong header field or a wrong size is refused") {
     TempDir dir;
     write_tokens(dir / "t.bin", {1, 2, 3});

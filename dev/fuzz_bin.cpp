@@ -1,8 +1,8 @@
 // Feeds mutated .bin files to their readers under libFuzzer, AddressSanitizer and UBSan (make fuzz): model
-// files, token files and training states; tokenizer files have their turn in tokenizer/fuzz_tokenizer.cpp.
+// files, token files and training states. tokenizer/fuzz_tokenizer.cpp does the same with tokenizer files.
 //
-// The first byte of an input chooses the kind, the rest is the file. Whatever comes must be refused with an
-// Error of one line, or be read; a model and a state that were read must come back from what is written.
+// The first byte of an input chooses the kind of file; the rest is the file. Each file must be read, or
+// refused with an Error of one line. A model or state that was read, written and read again must be the same.
 // Anything else is a finding.
 #include "dev/fuzz.h"
 #include "lib/trainer.h"
@@ -13,10 +13,10 @@ using fuzz::read, fuzz::require, fuzz::write;
 
 enum Mode { MODEL, TOKENS, STATE, NUM_MODES };
 
-// Numbers without a computation: all that files need of a model.
+// A model's parameters, gradients and moments without a model, which is all that the files need.
 struct Numbers {
     Config cfg;
-    std::vector<float> x[4];  // by State
+    std::vector<float> x[4];  // indexed by State
     explicit Numbers(const Config& c) : cfg(c) {
         for (auto& v : x)
             for (size_t i = 0; i < num_params(c); i++) v.push_back((float)i);
@@ -40,7 +40,7 @@ std::string settings() {
     return f.values();
 }
 
-// A folder in memory, and valid files.
+// A temporary folder, and the contents of valid files.
 struct Valid : fuzz::Folder {
     std::string content[NUM_MODES];
     Valid() {
@@ -56,7 +56,7 @@ const Valid& valid() {
     return v;
 }
 
-// Numbers in two pieces; what was read is written, and read again, without a change.
+// Reads a model in two pieces, writes it, and reads it again.
 void read_model(const std::string& path) {
     ModelReader r(path);
     size_t n = num_params(r.cfg), half = n / 2;
@@ -71,7 +71,7 @@ void read_model(const std::string& path) {
             !memcmp(x.data(), again.data(), n * 4));
 }
 
-// Training windows from any position on, and every batch of an evaluation.
+// Reads all evaluation batches, and training batches from any position.
 void read_tokens(const std::string& path) {
     TokenFile file(path);
     uint64_t seed = file[0],
@@ -92,7 +92,7 @@ void read_tokens(const std::string& path) {
     file.check_vocab(50257);
 }
 
-// The settings become flags as on --resume; then the moments and the checksum.
+// Restores the flags and the moments as --resume does, writes the state, and reads it again.
 void read_state(const std::string& path) {
     trainer::StateReader r(path);
     trainer::Options o;
@@ -125,9 +125,9 @@ void sign_state(uint8_t* data, size_t size) {
         if (s.element > 64 || s.count > size || s.offset > size || s.bytes() > size - s.offset) continue;
         const uint64_t check = trainer::model_checksum(model);
         if (s.is("model_checksum") && s.bytes() == 8) memcpy(data + s.offset, &check, 8);
-        s.checksum = trainer::checksum_of(data + s.offset, s.bytes());
+        s.checksum = checksum_of(data + s.offset, s.bytes());
     }
-    const uint64_t check = trainer::checksum_of(table.data(), bytes);
+    const uint64_t check = checksum_of(table.data(), bytes);
     memcpy(data + 1024, table.data(), bytes), memcpy(data + 16, &check, 8);
 }
 

@@ -162,6 +162,13 @@ std::map<std::string, std::string> contents_of(const std::string& folder) {
     for (const std::string& name : files_in(folder)) all[name] = read_file(folder + "/" + name);
     return all;
 }
+// The same without the folders in it.
+std::map<std::string, std::string> contents_of_files(const std::string& folder) {
+    std::map<std::string, std::string> all;
+    for (const std::string& name : files_in(folder))
+        if (!std::filesystem::is_directory(folder + "/" + name)) all[name] = read_file(folder + "/" + name);
+    return all;
+}
 Strings with_prefix(const std::string& folder, const std::string& prefix) {
     Strings found;
     for (const std::string& name : files_in(folder))
@@ -535,7 +542,9 @@ TEST_CASE("cli: training is the same to the bit when repeated, and on 1, 2 or 3 
         check_success(train(flags + (d / "b") + " --overwrite" + how));
         CHECK(Log(d / "b").losses() == Log(d / "a").losses());
         CHECK(read_file((d / "b") + "/main.log") == read_file((d / "a") + "/main.log"));
-        CHECK(files_in(d / "b") == files_in(d / "a"));
+        std::set<std::string> files = files_in(d / "b");
+        files.erase("previous");  // the run before
+        CHECK(files == files_in(d / "a"));
         for (const std::string& name : with_prefix(d / "a", "model"))
             CHECK(read_file((d / "b") + "/" + name) == read_file((d / "a") + "/" + name));
         CHECK(moments_in(read_file((d / "b") + "/state_00000012.bin")) ==
@@ -751,6 +760,217 @@ TEST_CASE("cli: a folder that holds a run is not overwritten without --overwrite
     check_success(train(flags + " --max_steps 4 --overwrite"));
     CHECK(with_prefix(d / "run", "state_").back() == "state_00000004.bin");  // none of the old run's is left
     CHECK(Log(d / "run").rows.size() == 5);
+}
+
+TEST_CASE("cli: a new run that fails leaves the earlier one, and one that has a model moves it to previous") {
+    TempDir d;
+    std::string out = d / "run", flags = tiny().flags() + "--val_every 0 --save_every 0 -o " + out + " -e " +
+                                         out + "/model.bin ";
+    check_success(train(tiny().flags() + "--max_steps 6 --save_every 3 -o " + out));
+    auto before = contents_of(out);
+    // Its source is the model that it replaces; it diverges before its first model.
+    Result r =
+        train(flags +
+              "--overwrite --max_steps 30 --learning_rate 1000 --warmup_steps 0 --grad_clip 0 --dtype fp32");
+    check_failure(r, "train_gpt2", 1, {"training stops before it spoils a checkpoint"});
+    auto after = contents_of_files(out);
+    after.erase("lock");
+    CHECK(after == before);
+    // The data of a resumed run are still found.
+    check_success(train("--resume --max_steps 8 -o " + out));
+    before = contents_of_files(out);
+    r = train(flags + "--overwrite --max_steps 2");
+    check_success(r);
+    CHECK(contains(r.out, "the run that is there moves to previous/ when this one has a model"));
+    CHECK(contains(r.out, "the earlier run is now in " + out + "/previous/1/ ("));
+    CHECK(contents_of_files(out + "/previous/1") == before);
+    CHECK(Log(out).rows.size() == 2);
+    CHECK(with_prefix(out, "state_") == Strings{"state_00000002.bin"});
+    check_success(train("--resume --max_steps 3 -o " + out));
+}
+
+TEST_CASE("cli: a prompt that cannot be written is refused at the start; output that closes ends nothing") {
+    const Fixture& f = tiny();
+    TempDir d;
+    std::string flags =
+        "--data " + f.data + " --depth 1 --heads 2 --channels 16 --seq_len 16 --batch_size 4 --max_steps 4";
+    check_failure(train(flags + " --prompt xyz -o " + (d / "a")), "train_gpt2", 2,
+                  {"--prompt: character", "is not among the tokenizer's"});
+    Strings w = words("./train_gpt2 " + flags + " -o " + (d / "a"));
+    w.push_back("--prompt"), w.push_back("قفا نبك من ذكرى حبيب");
+    check_failure(run(w), "train_gpt2", 2, {"--prompt has 21 tokens", "the context takes 16"});
+    CHECK(!file_exists(d / "a"));
+    for (const char* to : {" >/dev/full", " | head -n 1", " | true"}) {
+        INFO(std::string(to));
+        std::string out = d / "closed";
+        std::filesystem::remove_all(out);
+        Result r = run(
+            {"/bin/bash", "-c", "set -o pipefail; ./train_gpt2 " + flags + " --log_every 1 -o " + out + to});
+        CHECK(r.code == 0);
+        CHECK(loads_and_is_finite(out + "/model_00000004.bin"));
+        CHECK(contains(read_file(out + "/main.log"), "s:3 trl:"));
+        if (contains(to, "full")) CHECK(contains(r.err, "training goes on, see " + out + "/main.log"));
+    }
+}
+
+TEST_CASE("cli: SIGHUP saves and says how to go on, but not under nohup") {
+    TempDir d;
+    std::string flags = tiny().flags() + "--max_steps 400 --val_every 0 --save_every 0 -o ";
+    How how;
+    how.until = "step  15/400 |", how.signal = SIGHUP;
+    Result r = train(flags + (d / "a"), how);
+    check_success(r);
+    CHECK(contains(r.out, "stopped by SIGHUP after step "));
+    CHECK(with_prefix(d / "a", "state_").size() == 1);
+    r = run({"/bin/sh", "-c", "trap '' HUP; exec ./train_gpt2 " + flags + (d / "b")}, how);
+    check_success(r);
+    CHECK(contains(r.out, "400 steps in "));
+}
+
+TEST_CASE("cli: a resumed run hears its flags: what may change does, the rest is a usage error") {
+    const Fixture& f = tiny();
+    TempDir d;
+    std::string out = d / "run", again = "--resume -o " + out + " ";
+    std::filesystem::copy(f.data, d / "data");
+    check_success(train("--data " + (d / "data") + MODEL + "--max_steps 4 --lr_schedule cosine -o " + out));
+    check_failure(train(again + "-e " + f.model), "train_gpt2", 2, {"--init_from does not go with --resume"});
+    check_failure(train(again + "--overwrite"), "train_gpt2", 2, {"--overwrite does not go with --resume"});
+    check_failure(train(again + "--preset char"), "train_gpt2", 2, {"--preset is char, the run has tiny"});
+    check_failure(train(again + "--depth 2"), "train_gpt2", 2, {"--depth is 2, the run has 1"});
+    check_failure(train(again + "--seq_len 8"), "train_gpt2", 2, {"--seq_len is 8, the run has 16"});
+    Result r = train(again + "--max_steps 8 --depth 1");
+    check_success(r);
+    CHECK(contains(r.out, "changed          --max_steps 8 (the run had 4)\n"));
+    CHECK(contains(r.out, "the learning rate was 0.000"));  // cosine now ends later
+    CHECK(!contains(r.out, "--depth"));
+    // The data have moved, and the new place is named; other data are said.
+    std::filesystem::rename(d / "data", d / "moved");
+    check_failure(train(again + "--max_steps 9"), "train_gpt2", 1,
+                  {(d / "data") + "/train.bin: not found", "--data DIR"});
+    r = train(again + "--max_steps 9 --data " + (d / "moved"));
+    check_success(r);
+    CHECK(contains(r.out, "training data    " + (d / "moved") + "/train.bin"));
+    CHECK(!contains(r.out, "are not those of the run"));
+    check_failure(train(again + "--max_steps 10 --data " + f.other), "train_gpt2", 1,
+                  {f.other + "/tokenizer.bin: is not the tokenizer of the run"});
+    write_file((d / "moved") + "/val.bin", read_file((d / "moved") + "/train.bin"));
+    r = train(again + "--max_steps 10");
+    check_success(r);
+    CHECK(contains(r.out,
+                   "the validation data are not those of the run, so the best loss so far counts no more"));
+    // From another folder, with nothing but the run's folder.
+    r = run({"/bin/sh", "-c", "here=$PWD; cd / && $here/train_gpt2 --resume --max_steps 11 -o " + out});
+    check_success(r);
+    CHECK(contains(r.out, "11 steps in "));
+}
+
+TEST_CASE(
+    "cli: a tokenizer that was only a default is left out where it does not fit; a named one is refused") {
+    const Fixture& f = tiny();
+    TempDir d;
+    make_dirs(d / "alone"), make_dirs(d / "out/data");
+    for (const char* name : {"train.bin", "val.bin"})
+        std::filesystem::copy(f.data + "/" + name, (d / "alone/") + name);
+    std::filesystem::copy(f.model, d / "alone/model.bin");
+    std::filesystem::copy(f.other + "/tokenizer.bin", d / "out/data/tokenizer.bin");
+    auto evaluate = [&](const std::string& more) {
+        return run({"/bin/sh", "-c",
+                    "here=$PWD; cd " + d.path +
+                        " && $here/train_gpt2 --max_steps 0 -e alone/model.bin "
+                        "-j alone/val.bin " +
+                        more});
+    };
+    Result r = evaluate("");
+    check_success(r);
+    CHECK(contains(r.out, "out/data/tokenizer.bin is left out: it has "));
+    CHECK(contains(r.out, "validation loss "));
+    r = evaluate("--tokenizer out/data/tokenizer.bin");
+    check_failure(r, "train_gpt2", 1, {"out/data/tokenizer.bin: has ", "has a vocabulary of "});
+    std::filesystem::copy(f.data + "/tokenizer.bin", d / "alone/tokenizer.bin");
+    r = evaluate("");
+    check_success(r);
+    CHECK(contains(r.out, "bits per character"));
+    CHECK(!contains(r.out, "left out"));
+}
+
+TEST_CASE("cli: fine-tuning never leaves a model worse than the one it started from") {
+    const Fixture& f = tiny();
+    TempDir d;
+    Result r =
+        train("-e " + f.model + " --data " + f.data +
+              " -b 4 -s 0 --max_steps 3 --learning_rate 1 --warmup_steps 0 --val_every 1 -o " + (d / "run"));
+    check_success(r);
+    CHECK(contains(r.out, "Best validation loss"));
+    CHECK(contains(r.out, "at step 0, kept in"));
+    CHECK((read_file(d / "run/model.bin") == read_file(f.model)));
+}
+
+TEST_CASE("cli: a validation predicts --val_tokens tokens, the same ones for any batch size, and says so") {
+    const Fixture& f = tiny();
+    TempDir d;
+    auto first_loss = [&](const std::string& more) {
+        Result r =
+            train("--data " + f.data + " --depth 1 --heads 2 --channels 16 --seq_len 16 -s 0 --max_steps 1 " +
+                  more + " --overwrite -o " + (d / "run"));
+        check_success(r);
+        return std::make_pair(Log(d / "run").column("val_loss").at(0), r.out);
+    };
+    auto [whole, said] = first_loss("-b 4");
+    CHECK(!contains(said, "of which a validation predicts"));
+    auto [part, said_part] = first_loss("-b 4 --val_tokens 50");
+    CHECK(contains(said_part, "of which a validation predicts the first 50 ("));
+    CHECK(part != whole);
+    CHECK(std::stod(first_loss("-b 3 --val_tokens 50").first) ==
+          doctest::Approx(std::stod(part)).epsilon(1e-8));
+    CHECK(first_loss("-b 4 -m 1").first == first_loss("-b 4 --val_tokens 64").first);
+}
+
+TEST_CASE(
+    "cli: --epochs counts passes over the tokens; --patience ends after validations without a better one") {
+    const Fixture& f = tiny();
+    TempDir d;
+    TokenFile tokens(f.data + "/train.bin");
+    int steps = (int)std::ceil(0.5 * (double)tokens.size() / 64);
+    Result r = train("--data " + f.data + MODEL + "--epochs 0.5 -o " + (d / "a"));
+    check_success(r);
+    CHECK(contains(r.out, strf("%d steps in ", steps)));
+    CHECK(contains(r.out, "0.5 epochs in this run"));
+    check_failure(train("--data " + f.data + MODEL + "--epochs 1 --max_steps 5 -o " + (d / "b")),
+                  "train_gpt2", 2, {"--epochs and --max_steps", "leave one of them out"});
+    // A learning rate at which the loss only grows after a few steps
+    std::string flags =
+        "--data " + f.data + MODEL + "--max_steps 200 --learning_rate 0.5 --warmup_steps 0 --val_every 2 ";
+    r = train(flags + "--patience 3 -o " + (d / "c"));
+    check_success(r);
+    CHECK(contains(r.out, "ended by --patience 3: no better validation since step "));
+    Log log(d / "c");
+    int last = std::stoi(log.column("step").back()),
+        best = (int)number_after(r.out, "better validation since step ");
+    CHECK(last == best + 6);
+    CHECK(loads_and_is_finite((d / "c") + strf("/model_%08d.bin", last)));
+    CHECK(contains(r.out, strf("Best validation loss")));
+}
+
+TEST_CASE("cli: llm.c's -e d6 is a new model of that depth; shards and --shuffle 0 read the file in order") {
+    const Fixture& f = tiny();
+    TempDir d;
+    Result r = train("-e d6 --data " + f.data + " -t 32 -b 2 -s 0 --max_steps 1 -o " + (d / "a"));
+    check_success(r);
+    CHECK(contains(r.out, "6 layers, 6 heads, 384 channels, context 32"));
+    CHECK(contains(r.out, "(random, seed 1337)"));
+    check_failure(train("-e d12 --preset char --data " + f.data + " -o " + (d / "b")), "train_gpt2", 2,
+                  {"--init_from d12 and --preset char"});
+    TokenFile all(f.data + "/train.bin");
+    std::vector<uint16_t> half[2];
+    for (size_t i = 0; i < all.size(); i++) half[i >= all.size() / 2].push_back(all[i]);
+    write_tokens(d / "train_0.bin", half[0]), write_tokens(d / "train_1.bin", half[1]);
+    std::string flags =
+        " -j " + f.data + "/val.bin --tokenizer " + f.data + "/tokenizer.bin" + MODEL + "--max_steps 3 -o ";
+    check_success(train("-i " + f.data + "/train.bin --shuffle 0" + flags + (d / "one")));
+    check_success(train("-i " + (d / "train_*.bin") + " --shuffle 0" + flags + (d / "two")));
+    check_same_run(d / "one", d / "two", 3);
+    check_success(train("-i " + f.data + "/train.bin" + flags + (d / "shuffled")));
+    CHECK(Log(d / "shuffled").losses() != Log(d / "one").losses());
 }
 
 TEST_CASE("cli: fine-tuning starts from the checkpoint's weights and shape") {

@@ -9,13 +9,12 @@
 // has the bytes.
 #pragma once
 
-#include <dirent.h>
-
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
 
 #include "lib/gpt2.h"
+#include "lib/run_folder.h"
 
 namespace trainer {
 
@@ -26,14 +25,9 @@ inline std::string numbered(const std::string& dir, const char* kind, int step) 
 // Steps with a checkpoint, a model and a state, in dir; ascending.
 inline std::vector<int> checkpoints_in(const std::string& dir) {
     std::vector<int> steps;
-    if (DIR* d = opendir(dir.c_str())) {
-        while (dirent* e = readdir(d)) {
-            int step, used = 0;
-            if (sscanf(e->d_name, "state_%8d.bin%n", &step, &used) == 1 && used && !e->d_name[used] &&
-                step >= 0 && file_exists(numbered(dir, "model", step)))
-                steps.push_back(step);
-        }
-        closedir(d);
+    for (const std::string& name : names_in(dir)) {
+        int step = number_of(name, "state");
+        if (step >= 0 && file_exists(numbered(dir, "model", step))) steps.push_back(step);
     }
     std::sort(steps.begin(), steps.end());
     return steps;
@@ -77,15 +71,24 @@ struct Progress {
     }
 };
 
-// Progress as lines name=value, with doubles to their last bit.
-struct ProgressWriter {
+// Checksums of what a run was trained on; 0: not recorded, or none.
+struct Fingerprints {
+    uint64_t train = 0, val = 0, tokenizer = 0;
+    template <class F>
+    void each_field(F&& f) {
+        f("train", train), f("val", val), f("tokenizer", tokenizer);
+    }
+};
+
+// Fields as lines name=value, with doubles to their last bit.
+struct FieldWriter {
     std::string text;
     void operator()(const char* name, int v) { text += strf("%s=%d\n", name, v); }
     void operator()(const char* name, uint64_t v) { text += strf("%s=%" PRIu64 "\n", name, v); }
     void operator()(const char* name, double v) { text += strf("%s=%.17g\n", name, v); }
 };
 // And back. A name that the text lacks was not recorded: its variable stays as it is.
-struct ProgressReader {
+struct FieldReader {
     const std::string text;
     // The value after "name=" at the start of a line, or null.
     const char* value(const char* name) const {
@@ -106,43 +109,6 @@ struct ProgressReader {
     }
 };
 
-// A 64-bit checksum, word by word: it changes with any changed, missing or swapped bytes. How the data is cut
-// into pieces does not matter; end_section() fills the last word up with zeros.
-class Checksum {
-  public:
-    void add(const void* data, size_t bytes) {
-        const char* d = (const char*)data;
-        for (; bytes; d++, bytes--) {
-            if (!filled_)
-                for (; bytes >= 8; d += 8, bytes -= 8) {
-                    uint64_t w;
-                    memcpy(&w, d, 8);
-                    mix(w);
-                }
-            if (!bytes) return;
-            word_[filled_++] = *d;
-            if (filled_ == 8) end_section();
-        }
-    }
-    void end_section() {
-        if (!filled_) return;
-        uint64_t w = 0;
-        memcpy(&w, word_, filled_);
-        mix(w), filled_ = 0;
-    }
-    uint64_t value() const { return h_; }
-
-  private:
-    void mix(uint64_t w) { h_ = (h_ ^ w) * 0x9E3779B97F4A7C15u, h_ ^= h_ >> 29; }
-    uint64_t h_ = 0x243F6A8885A308D3u;
-    char word_[8];
-    size_t filled_ = 0;
-};
-inline uint64_t checksum_of(const void* data, size_t bytes) {
-    Checksum sum;
-    sum.add(data, bytes), sum.end_section();
-    return sum.value();
-}
 // The checksum of a model's parameters, in the model file's order.
 template <class Model>
 uint64_t model_checksum(Model& model) {
@@ -224,22 +190,25 @@ class StateWriter {
     uint64_t written_ = 0;
 };
 
-// Saves settings (lines name=value), progress and moments; `program` is what wrote it, for people.
+// Saves settings (lines name=value), progress, fingerprints and moments; `program` is what wrote it, for
+// people.
 template <class Model>
 void save_state(Model& model, Progress progress, const std::string& settings, const std::string& path,
-                const std::string& program = "") {
-    ProgressWriter lines;
-    progress.each_field(lines);
+                const std::string& program = "", Fingerprints fingerprints = {}) {
+    FieldWriter lines, prints;
+    progress.each_field(lines), fingerprints.each_field(prints);
     const uint64_t n = num_params(model.cfg), check = model_checksum(model);
     StateWriter out(path, {{"program", TEXT, program.size(), false},
                            {"settings", TEXT, settings.size()},
                            {"progress", TEXT, lines.text.size()},
+                           {"fingerprints", TEXT, prints.text.size(), false},
                            {"model_checksum", UINT64, 1},
                            {"adam_m", FLOAT32, n},
                            {"adam_v", FLOAT32, n}});
     out.add(program.data(), program.size());
     out.add(settings.data(), settings.size());
     out.add(lines.text.data(), lines.text.size());
+    out.add(prints.text.data(), prints.text.size());
     out.add(&check, 8);
     for (State s : {ADAM_M, ADAM_V}) {
         model.each_piece(s, [&](const float* x, size_t count) { out.write(x, count * sizeof(float)); });
@@ -252,6 +221,7 @@ void save_state(Model& model, Progress progress, const std::string& settings, co
 class StateReader {
   public:
     Progress progress;
+    Fingerprints fingerprints;
     std::string settings, program;  // "": not recorded
 
     explicit StateReader(const std::string& path) : file_(path) {
@@ -268,7 +238,8 @@ class StateReader {
                 fail("%s: needs section '%s', which this program does not know; a newer one wrote it",
                      path.c_str(), s.name);
         settings = text("settings", true), program = text("program", false);
-        progress.each_field(ProgressReader{text("progress", true)});
+        progress.each_field(FieldReader{text("progress", true)});
+        fingerprints.each_field(FieldReader{text("fingerprints", false)});
         if (progress.step < 0) fail("%s: step is %d, wanted at least 0", path.c_str(), progress.step);
         count_ = find("adam_m", FLOAT32, true)->count;
         if (find("adam_v", FLOAT32, true)->count != count_)
@@ -290,20 +261,13 @@ class StateReader {
         read(*find("model_checksum", UINT64, true), &check);
         if (check != model_checksum(model))
             fail("%s: checksum does not match: this file or its model file is damaged", path);
-        for (auto [state, name] : {std::pair<State, const char*>{ADAM_M, "adam_m"}, {ADAM_V, "adam_v"}}) {
-            const Section& s = *find(name, FLOAT32, true);
-            Checksum sum;
-            file_.seek(s.offset);
-            model.each_piece(state, [&](float* x, size_t n) {
-                file_.read(x, n * sizeof(float), name), sum.add(x, n * sizeof(float));
-            });
-            sum.end_section(), finish(s, sum.value());
-        }
+        read_moments(model, ADAM_M, "adam_m"), read_moments(model, ADAM_V, "adam_v");
     }
 
   private:
     static bool known(const Section& s) {
-        for (const char* name : {"program", "settings", "progress", "model_checksum", "adam_m", "adam_v"})
+        for (const char* name :
+             {"program", "settings", "progress", "fingerprints", "model_checksum", "adam_m", "adam_v"})
             if (s.is(name)) return true;
         return false;
     }
@@ -354,6 +318,16 @@ class StateReader {
         if (checksum != s.checksum || memcmp(padding, zeros, n))
             fail("%s: the checksum of section '%s' does not match: the file is damaged", file_.path.c_str(),
                  s.name);
+    }
+    template <class Model>
+    void read_moments(Model& model, State state, const char* name) {
+        const Section& s = *find(name, FLOAT32, true);
+        Checksum sum;
+        file_.seek(s.offset);
+        model.each_piece(state, [&](float* x, size_t n) {
+            file_.read(x, n * sizeof(float), name), sum.add(x, n * sizeof(float));
+        });
+        sum.end_section(), finish(s, sum.value());
     }
     std::string text(const char* name, bool required) {
         const Section* s = find(name, TEXT, required);

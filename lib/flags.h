@@ -46,8 +46,8 @@ class Flags {
         std::string name_, alias_, arg_, help_, fallback_;
         std::function<std::string()> get_;
         std::function<double(const std::string&, const char*)> set_;  // returns the number, for the range
-        bool is_section_ = false, is_bool_ = false, is_float_ = false, given_ = false, has_range_ = false,
-             has_unset_ = false;
+        bool is_section_ = false, is_bool_ = false, is_float_ = false, given_ = false, typed_ = false,
+             has_range_ = false, has_unset_ = false;
         double lo_ = 0, hi_ = 0, unset_ = 0;
         std::vector<std::string> choices_;
         OnResume on_resume_ = KEPT;
@@ -61,6 +61,10 @@ class Flags {
             double v = set_(value, flag);
             if (has_range_ && !(has_unset_ && v == unset_) && !in_range(v))
                 throw UsageError(strf("%s is %s, wanted %s", flag, value.c_str(), limits().c_str()));
+        }
+        // Does this value mean "not given"?
+        bool is_unset(const std::string& value) const {
+            return value.empty() || (has_unset_ && strtod(value.c_str(), nullptr) == unset_);
         }
         // A float is compared with the limits as floats: 0.99f is more than the double 0.99.
         bool in_range(double v) const {
@@ -166,7 +170,7 @@ class Flags {
                 else throw UsageError(strf("%s needs a value: %s %s", a.c_str(), a.c_str(), f->arg_.c_str()));
             }
             f->take(value, a.c_str());
-            f->given_ = true;
+            f->given_ = f->typed_ = true;
         }
     }
     // Was the flag on the command line, or in restore()?
@@ -174,6 +178,17 @@ class Flags {
         for (const Flag& f : flags_)
             if (!f.is_section_ && f.name_ == name) return f.given_;
         return false;
+    }
+    // Was it on this command line?
+    bool on_command_line(const char* name) const {
+        for (const Flag& f : flags_)
+            if (!f.is_section_ && f.name_ == name) return f.typed_;
+        return false;
+    }
+    // Makes a flag one that was not given.
+    void forget(const char* name) {
+        for (Flag& f : flags_)
+            if (!f.is_section_ && f.name_ == name) f.given_ = f.typed_ = false;
     }
     // The values of a run, for a file: lines name=value. A line break within a value is kept as character 31,
     // "unit separator".
@@ -187,8 +202,11 @@ class Flags {
         }
         return s;
     }
-    // Sets the flags that this command line did not give to a resumed run's values().
-    void restore(const std::string& values) {
+    // Sets the flags that this command line did not give to a resumed run's values(). Returns those that it
+    // did give and that differ: "--max_steps 20 (the run had 10)". Throws UsageError where that may not be,
+    // and Error where a value of the run is impossible.
+    std::vector<std::string> restore(const std::string& values) {
+        std::vector<std::string> changed;
         for (size_t i = 0, end; i < values.size() && (end = values.find('\n', i)) != std::string::npos;
              i = end + 1) {
             std::string line = values.substr(i, end - i);
@@ -198,16 +216,24 @@ class Flags {
             std::string v = line.substr(eq + 1);
             if (f->is_bool_ && v.empty()) v = "0";  // as earlier versions wrote it
             std::replace(v.begin(), v.end(), '\x1f', '\n');
-            if (f->given_) {
-                if (f->on_resume_ == FIXED && f->get_() != v)
-                    throw UsageError(
-                        strf("--%s is %s, the run has %s; it cannot change when a run is resumed",
-                             f->name_.c_str(), f->get_().c_str(), v.c_str()));
+            if (!f->typed_) {
+                try {
+                    f->take(v, ("--" + f->name_).c_str());
+                } catch (const UsageError& e) {  // it is not this command line's
+                    fail("settings: %s", e.what());
+                }
+                f->given_ = true;
                 continue;
             }
-            f->take(v, ("--" + f->name_).c_str());
-            f->given_ = true;
+            std::string now = f->is_bool_ && f->get_().empty() ? "0" : f->get_();
+            if (now == v || (f->on_resume_ == FIXED && f->is_unset(v))) continue;
+            if (f->on_resume_ == FIXED)
+                throw UsageError(strf("--%s is %s, the run has %s; it cannot change when a run is resumed",
+                                      f->name_.c_str(), now.c_str(), v.c_str()));
+            changed.push_back(strf("--%s %s (the run had %s)", f->name_.c_str(), now.c_str(),
+                                   v.empty() ? "none" : v.c_str()));
         }
+        return changed;
     }
 
     void help(FILE* to) const {

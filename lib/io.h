@@ -8,9 +8,11 @@
 #pragma once
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cctype>
 #include <cerrno>
 #include <cstdarg>
 #include <cstdint>
@@ -106,6 +108,16 @@ inline size_t checked_mul(size_t a, size_t b, const char* what) {
     return r;
 }
 
+// A word as a shell reads it: in single quotes where it has characters that a shell takes for its own.
+inline std::string shell_quoted(const std::string& word) {
+    bool plain = !word.empty();
+    for (unsigned char c : word) plain = plain && (isalnum(c) || c >= 0x80 || strchr("_./=:@%+-,", c));
+    if (plain) return word;
+    std::string quoted = "'";
+    for (char c : word) quoted += c == '\'' ? std::string("'\\''") : std::string(1, c);
+    return quoted + "'";
+}
+
 inline bool file_exists(const std::string& path) {
     struct stat st;
     return stat(path.c_str(), &st) == 0;
@@ -126,6 +138,53 @@ inline void make_dirs(const std::string& path) {
     if (stat(path.c_str(), &st) || !S_ISDIR(st.st_mode)) fail("%s: is not a folder", path.c_str());
 }
 
+// Makes the renames in a folder durable.
+inline void sync_folder(const std::string& path) {
+    int dir = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dir >= 0) fsync(dir), close(dir);
+}
+inline void rename_file(const std::string& from, const std::string& to) {
+    if (rename(from.c_str(), to.c_str()))
+        fail("%s: cannot move it to %s: %s", from.c_str(), to.c_str(), strerror(errno));
+}
+
+// A 64-bit checksum, word by word: it changes with any changed, missing or swapped bytes. How the data is cut
+// into pieces does not matter; end_section() fills the last word up with zeros.
+class Checksum {
+  public:
+    void add(const void* data, size_t bytes) {
+        const char* d = (const char*)data;
+        for (; bytes; d++, bytes--) {
+            if (!filled_)
+                for (; bytes >= 8; d += 8, bytes -= 8) {
+                    uint64_t w;
+                    memcpy(&w, d, 8);
+                    mix(w);
+                }
+            if (!bytes) return;
+            word_[filled_++] = *d;
+            if (filled_ == 8) end_section();
+        }
+    }
+    void end_section() {
+        if (!filled_) return;
+        uint64_t w = 0;
+        memcpy(&w, word_, filled_);
+        mix(w), filled_ = 0;
+    }
+    uint64_t value() const { return h_; }
+
+  private:
+    void mix(uint64_t w) { h_ = (h_ ^ w) * 0x9E3779B97F4A7C15u, h_ ^= h_ >> 29; }
+    uint64_t h_ = 0x243F6A8885A308D3u;
+    char word_[8];
+    size_t filled_ = 0;
+};
+inline uint64_t checksum_of(const void* data, size_t bytes) {
+    Checksum sum;
+    sum.add(data, bytes), sum.end_section();
+    return sum.value();
+}
 // A file read from front to back, with its length known.
 class Reader {
   public:
@@ -182,6 +241,13 @@ class Reader {
             fail("%s: has %llu bytes, its header asks for %llu (%s)", path.c_str(), (unsigned long long)size,
                  (unsigned long long)want, size < want ? "truncated" : "trailing data");
     }
+    // The whole file in memory, read only; the caller unmaps `size` bytes. Later changes of the file may
+    // show.
+    void* map() const {
+        void* p = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd_, 0);
+        if (p == MAP_FAILED) fail("%s: cannot map it into memory: %s", path.c_str(), strerror(errno));
+        return p;
+    }
     std::string rest() {
         std::string s(size - pos, '\0');
         read(&s[0], s.size(), "text");
@@ -226,12 +292,13 @@ class AtomicFile {
         }
     }
     void commit() {
-        if (fsync(fd_) && errno != EINVAL && errno != EROFS) cannot_write();
+        while (fsync(fd_))
+            if (errno == EINVAL || errno == EROFS) break;  // not a file that can be synced
+            else if (errno != EINTR) cannot_write();
         if (rename(tmp_.c_str(), path_.c_str()))
             fail("%s: cannot rename into place: %s", path_.c_str(), strerror(errno));
         close(fd_), fd_ = -1;
-        int dir = open(dirname_of(path_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-        if (dir >= 0) fsync(dir), close(dir);  // makes the rename itself durable
+        sync_folder(dirname_of(path_));
     }
 
   private:

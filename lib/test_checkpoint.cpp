@@ -23,7 +23,7 @@ trainer::Progress some_progress() {
     return p;
 }
 void check_same(trainer::Progress got, trainer::Progress want) {
-    trainer::ProgressWriter a, b;
+    trainer::FieldWriter a, b;
     got.each_field(a), want.each_field(b);
     CHECK(a.text == b.text);
     CHECK(got.step == want.step);
@@ -76,10 +76,12 @@ TEST_CASE("a training state comes back as it was: progress, settings, program, m
     set_piece(back, PARAMS, parameters(m));
     const std::string settings = "batch_size=4\nprompt=قفا نبك\n";
     for (trainer::Progress p : {some_progress(), trainer::Progress()}) {
-        trainer::save_state(m, p, settings, dir / "state.bin", "train_gpt2 7");
+        trainer::save_state(m, p, settings, dir / "state.bin", "train_gpt2 7", {1, ~(uint64_t)0, 3});
         trainer::StateReader reader(dir / "state.bin");
         CHECK(reader.settings == settings);
         CHECK(reader.program == "train_gpt2 7");
+        CHECK((reader.fingerprints.train == 1 && reader.fingerprints.val == ~(uint64_t)0 &&
+               reader.fingerprints.tokenizer == 3));
         check_same(reader.progress, p);
         reader.load_moments(back);
         CHECK(same_bits(piece(m, ADAM_M), piece(back, ADAM_M)));
@@ -95,7 +97,7 @@ TEST_CASE("a state file is a header, a table of sections, and the sections, each
     const std::string file = read_file(dir / "state.bin");
     int32_t header[256];
     memcpy(header, file.data(), 1024);
-    CHECK((header[0] == 20261123 && header[1] == 2 && header[2] == 6));
+    CHECK((header[0] == 20261123 && header[1] == 2 && header[2] == 7));
     std::map<std::string, std::string> sections;
     for (int i = 0; i < header[2]; i++) {
         const char* row = file.data() + 1024 + 64 * i;
@@ -103,7 +105,7 @@ TEST_CASE("a state file is a header, a table of sections, and the sections, each
         memcpy(number, row + 32, sizeof number);
         CHECK(number[2] % 64 == 0);
         sections[row] = file.substr(number[2], number[0] * number[1]);
-        CHECK(trainer::checksum_of(sections[row].data(), sections[row].size()) == number[3]);
+        CHECK(checksum_of(sections[row].data(), sections[row].size()) == number[3]);
     }
     CHECK(sections["program"] == "me");
     CHECK(sections["settings"] == settings);
@@ -112,7 +114,7 @@ TEST_CASE("a state file is a header, a table of sections, and the sections, each
     CHECK((sections["adam_m"] == bytes(piece(m, ADAM_M))));
     CHECK((sections["adam_v"] == bytes(piece(m, ADAM_V))));
     std::string params = bytes(parameters(m));
-    uint64_t check = trainer::checksum_of(params.data(), params.size());
+    uint64_t check = checksum_of(params.data(), params.size());
     CHECK((sections["model_checksum"] == std::string((const char*)&check, 8)));
 }
 
@@ -129,7 +131,7 @@ TEST_CASE("the checksum is the same however its data is cut into pieces, and dif
     };
     Random r(92);
     for (int trial = 0; trial < 200; trial++) {
-        trainer::Checksum sum;
+        Checksum sum;
         std::string data;
         for (size_t n = r.below(70); n; n--) data += (char)r.below(256);
         for (size_t i = 0, n; i < data.size(); i += n) {
@@ -141,7 +143,7 @@ TEST_CASE("the checksum is the same however its data is cut into pieces, and dif
         if (data.empty()) continue;
         std::string other = data;
         other[r.below(data.size())] ^= (char)(1 << r.below(8));
-        CHECK(trainer::checksum_of(other.data(), other.size()) != sum.value());
+        CHECK(checksum_of(other.data(), other.size()) != sum.value());
     }
 }
 
@@ -186,7 +188,7 @@ namespace {
 // A state file of these sections, each with its bytes; those that save_state writes unless `without` them.
 void write_sections(const std::string& path, PlainModel& m, const std::string& without,
                     std::vector<std::pair<trainer::Section, std::string>> more) {
-    trainer::ProgressWriter progress;
+    trainer::FieldWriter progress;
     some_progress().each_field(progress);
     uint64_t check = trainer::model_checksum(m), n = num_params(m.cfg);
     auto bytes = [](const Floats& x) { return std::string((const char*)x.data(), x.size() * 4); };
@@ -213,9 +215,9 @@ TEST_CASE("a section that a program does not know is skipped, or refused by name
     PlainModel m = random_model(small_config(), 94), back(m.cfg);
     const std::string path = dir / "state.bin";
     set_piece(back, PARAMS, parameters(m));
-    trainer::Section fingerprints("fingerprints", trainer::TEXT, 5, false);
-    fingerprints.type = 99, fingerprints.element = 3;  // a type of its own
-    write_sections(path, m, "", {{fingerprints, std::string(15, 'f')}});
+    trainer::Section unknown("curriculum", trainer::TEXT, 5, false);
+    unknown.type = 99, unknown.element = 3;  // a type of its own
+    write_sections(path, m, "", {{unknown, std::string(15, 'f')}});
     CHECK(reading_error(path, back) == "");
     CHECK(same_bits(piece(m, ADAM_M), piece(back, ADAM_M)));
     CHECK(trainer::StateReader(path).program == "");  // not recorded

@@ -114,7 +114,8 @@ TEST_CASE("flags: a resumed run keeps its settings, takes new ones, and refuses 
     std::string settings = before.f.values();
     Program after;
     after.parse({"--steps", "9", "-o", "second", "--layers", "3"});
-    after.f.restore(settings);
+    CHECK(after.f.restore(settings) == std::vector<std::string>{"--steps 9 (the run had 7)"});
+    CHECK((after.f.on_command_line("steps") && !after.f.on_command_line("schedule")));
     CHECK(after.o.steps == 9);            // given anew
     CHECK(after.o.schedule == "cosine");  // the run's
     CHECK(after.o.fast);
@@ -124,8 +125,15 @@ TEST_CASE("flags: a resumed run keeps its settings, takes new ones, and refuses 
     other.parse({"--layers", "4"});
     CHECK(error_of([&] { other.f.restore(settings); }) ==
           "--layers is 4, the run has 3; it cannot change when a run is resumed");
+    Program unset;
+    unset.parse({"--layers", "4"});
+    unset.f.restore("layers=0\n");  // the run left it open; what it became then, the program checks
+    CHECK(unset.o.layers == 4);
+    unset.f.forget("layers");
+    CHECK(!unset.f.given("layers"));
     Program damaged;
-    CHECK(error_of([&] { damaged.f.restore("steps=1000\n"); }) == "--steps is 1000, wanted 0 to 100");
+    CHECK(error_of([&] { damaged.f.restore("steps=1000\n"); }) ==
+          "settings: --steps is 1000, wanted 0 to 100");
     Program poem, same;
     poem.parse({"--title", "two\nlines=2"});
     same.f.restore(poem.f.values());

@@ -77,7 +77,16 @@ TEST_CASE("evaluation counts every token of a file once, and every character of 
     check_close("evaluation: nats per token", e.nats, sum / 99, 1e-6);
     check_close("evaluation: nats per character", e.nats_per_char, sum / (double)chars, 1e-6);
     CHECK(std::isnan(trainer::evaluate(m, loader, B, T, 1, nullptr, x, y).nats_per_char));
-    CHECK(trainer::evaluate(m, loader, B, T, 2, nullptr, x, y).tokens == 2 * B * T);
+    for (size_t tokens : {1, 5, 14, 15, 28, 99, 1000}) {  // the file's first targets, whatever the batch size
+        CAPTURE(tokens);
+        e = trainer::evaluate(m, loader, B, T, tokens, &tokenizer, x, y);
+        CHECK(e.tokens == std::min<size_t>(tokens, 99));
+        EvalLoader one_by_one(file, 1, (int)T);
+        trainer::Evaluation same = trainer::evaluate(m, one_by_one, 1, T, tokens, &tokenizer, x, y);
+        CHECK(same.tokens == e.tokens);
+        check_close("evaluation: other batch", same.nats, e.nats, 1e-12);
+        check_close("evaluation: other batch", same.nats_per_char, e.nats_per_char, 1e-12);
+    }
 }
 
 namespace {

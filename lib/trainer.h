@@ -11,6 +11,7 @@
 
 #include <csignal>
 #include <chrono>
+#include <filesystem>
 #include <sys/ioctl.h>
 #include <memory>
 
@@ -35,7 +36,9 @@ struct Options {
     int depth = 0, heads = 0, channels = 0, seq_len = 0;
     float dropout = -1;
     // optimisation
-    int batch_size = 0, total_batch_size = 0, max_steps = -1, warmup_steps = -1;
+    int batch_size = 0, total_batch_size = 0, max_steps = -1, warmup_steps = -1, patience = 0;
+    float epochs = 0;
+    bool shuffle = true;
     float learning_rate = 0, final_lr_fraction = -1, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
           eps = 1e-8f, grad_clip = 1;
     std::string lr_schedule;
@@ -44,7 +47,8 @@ struct Options {
     std::string dtype;
     bool master_weights = true;
     // watching
-    int val_every = -1, val_batches = 20, sample_every = -1, sample_tokens = 200, log_every = 1;
+    int val_every = -1, val_tokens = 100000, val_batches = -1, sample_every = -1, sample_tokens = 200,
+        log_every = 1;
     float temperature = 0.8f;
     std::string prompt;
     // keeping
@@ -57,23 +61,37 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     const double MOST = INFINITY;
     f.section("Data");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
-    f.add("train_data", "i", &o.train_data, "FILE", "training tokens, instead of DIR/train.bin");
+    f.add("train_data", "i", &o.train_data, "FILE",
+          "training tokens, instead of DIR/train.bin; 'DIR/train_*.bin' takes many files, in name order");
+    f.add("shuffle", "", &o.shuffle, "draw the windows of an epoch in random order; 0: in file order");
     f.add("val_data", "j", &o.val_data, "FILE", "validation tokens, instead of DIR/val.bin");
     f.add("tokenizer", "", &o.tokenizer, "FILE", "tokenizer, instead of DIR/tokenizer.bin");
     f.section("Model");
-    f.add("init_from", "e", &o.init_from, "FILE", "start from this checkpoint instead of random weights")
+    f.add("init_from", "e", &o.init_from, "FILE",
+          "start from this checkpoint; d6, d12, d24, d36, d48: random weights of GPT-2 with as many layers")
         .on_resume(Flags::NOT_KEPT);
     f.add("preset", "", &o.preset, "NAME", "sizes and defaults")
         .choices(preset_names())
         .on_resume(Flags::FIXED);
-    f.add("depth", "", &o.depth, "L", "layers, instead of the preset's").range(1, 4096).unset(0);
-    f.add("heads", "", &o.heads, "NH", "attention heads, instead of the preset's").range(1, 4096).unset(0);
+    f.add("depth", "", &o.depth, "L", "layers, instead of the preset's")
+        .range(1, 4096)
+        .unset(0)
+        .on_resume(Flags::FIXED);
+    f.add("heads", "", &o.heads, "NH", "attention heads, instead of the preset's")
+        .range(1, 4096)
+        .unset(0)
+        .on_resume(Flags::FIXED);
     f.add("channels", "", &o.channels, "C", "width, instead of the preset's; a multiple of the heads")
         .range(1, 1 << 17)
-        .unset(0);
-    f.add("seq_len", "t", &o.seq_len, "T", "tokens of context; 0: the preset's").range(1, 1 << 20).unset(0);
+        .unset(0)
+        .on_resume(Flags::FIXED);
+    f.add("seq_len", "t", &o.seq_len, "T", "tokens of context; 0: the preset's")
+        .range(1, 1 << 20)
+        .unset(0)
+        .on_resume(Flags::FIXED);
     f.add("activation", "", &o.activation, "NAME", "GPT-2's GELU (tanh), or the exact one (erf)")
-        .choices({"gelu_new", "gelu"});
+        .choices({"gelu_new", "gelu"})
+        .on_resume(Flags::FIXED);
     f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training; -1: the preset's")
         .range(0, 0.99)
         .unset(-1);
@@ -87,6 +105,12 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's")
         .range(0, MOST)
         .unset(-1);
+    f.add("epochs", "", &o.epochs, "E",
+          "passes over the training tokens, instead of --max_steps; 0: --max_steps")
+        .range(0, 1e9);
+    f.add("patience", "", &o.patience, "N",
+          "end after N validations without a better one; 0: never before --max_steps")
+        .range(0, MOST);
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's").range(0, 1e3);
     f.add("lr_schedule", "k", &o.lr_schedule, "NAME",
           "how the learning rate falls; wsd: constant, then a fast decay")
@@ -120,8 +144,12 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("val_every", "v", &o.val_every, "N", "steps between validations; 0: never; -1: 20 times a run")
         .range(0, MOST)
         .unset(-1);
-    f.add("val_batches", "m", &o.val_batches, "N", "batches of a validation; 0: the whole file")
+    f.add("val_tokens", "", &o.val_tokens, "N",
+          "tokens that a validation predicts, from the file's start; 0: the whole file")
         .range(0, MOST);
+    f.add("val_batches", "m", &o.val_batches, "N", "the same in batches of B x T tokens; -1: --val_tokens")
+        .range(0, MOST)
+        .unset(-1);
     f.add("sample_every", "s", &o.sample_every, "N",
           "steps between sample poems; 0: never; -1: 4 times a run")
         .range(0, MOST)
@@ -141,7 +169,8 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("keep", "nk", &o.keep, "N", "checkpoints to keep, beside the best model").range(1, 1 << 20);
     f.add("resume", "y", &o.resume, "go on from the last checkpoint in --out, with its settings")
         .on_resume(Flags::NOT_KEPT);
-    f.add("overwrite", "", &o.overwrite, "start anew in a folder that already holds a run")
+    f.add("overwrite", "", &o.overwrite,
+          "start anew in a folder that holds a run, which moves to DIR/previous")
         .on_resume(Flags::NOT_KEPT);
     f.epilogue(
         "Examples:\n"
@@ -195,11 +224,36 @@ inline double learning_rate(const std::string& schedule, double peak, int step, 
 // ---------------------------------------------------------------------------------------------
 // Small parts of the loop
 
-inline volatile sig_atomic_t g_stop = 0;  // the signal that asked for an end
-inline void on_signal(int s) {
+inline volatile sig_atomic_t g_stop = 0;       // the signal that asked for an end
+inline volatile sig_atomic_t g_continued = 0;  // the process was stopped (Ctrl-Z) and goes on
+inline void on_stop(int s) {
     g_stop = s;
     signal(s, SIG_DFL);  // a second one ends at once
 }
+inline void on_continue(int) { g_continued = 1; }
+
+// While it exists, SIGINT, SIGTERM and SIGHUP end training after the current step, except where they were
+// ignored from the start (nohup).
+class Signals {
+  public:
+    Signals() {
+        g_stop = g_continued = 0;
+        set(SIGCONT, on_continue);
+        for (int s : {SIGINT, SIGTERM, SIGHUP}) set(s, on_stop);
+    }
+    ~Signals() {
+        for (auto& [s, handler] : before_) signal(s, handler);
+    }
+
+  private:
+    void set(int s, void (*handler)(int)) {
+        auto before = signal(s, handler);
+        if (before == SIG_IGN) signal(s, before);
+        before_.push_back({s, before});
+    }
+    std::vector<std::pair<int, void (*)(int)>> before_;
+};
+inline const char* signal_name(int s) { return s == SIGINT ? "Ctrl-C" : s == SIGHUP ? "SIGHUP" : "SIGTERM"; }
 
 inline double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -241,9 +295,14 @@ class LogFile {
     }
     LogFile(const LogFile&) = delete;
     LogFile& operator=(const LogFile&) = delete;
+    // The file has moved; it stays open.
+    void moved(const std::string& path) { path_ = path; }
+    struct Full : Error {
+        using Error::Error;
+    };
     void line(const std::string& s) {
         if (fprintf(file_, "%s\n", s.c_str()) < 0 || fflush(file_))
-            fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
+            throw Full(strf("%s: cannot write: %s", path_.c_str(), strerror(errno)));
     }
 
   private:
@@ -262,15 +321,17 @@ struct Evaluation {
     }
 };
 
-// Mean loss over the first `batches` batches (0: all).
+// Mean loss over the first `tokens` targets of the file (0: all), whatever the batch size.
 template <class Model>
-Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t batches,
+Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t tokens,
                     const Tokenizer* tokenizer, std::vector<int>& x, std::vector<int>& y) {
     Evaluation e;
     double sum = 0;
-    size_t chars = 0, n = batches ? std::min(batches, loader.batches()) : loader.batches();
-    for (size_t i = 0; i < n && !g_stop; i++) {
+    size_t chars = 0, end = tokens ? tokens : SIZE_MAX;
+    for (size_t i = 0; i < loader.batches() && i * B * T < end && !g_stop; i++) {
         loader.get(i, x.data(), y.data());
+        for (size_t k = 0; k < B * T; k++)
+            if (i * B * T + k >= end) y[k] = -1;
         double loss = model.forward(x.data(), y.data(), B, T, Pass{});
         sum += loss * (double)model.counted(), e.tokens += model.counted();
         if (tokenizer)
@@ -296,53 +357,77 @@ class Run {
     }
 
     int main() {
+        signal(SIGPIPE, SIG_IGN);  // output that nobody reads any more ends nothing: see show()
         Model::require_device();
-        if (o_.resume) {
-            std::vector<int> steps = checkpoints_in(o_.out);
-            if (steps.empty())
-                fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
-            int step = steps.back();
-            try {
-                prepare_run(numbered(o_.out, "model", step), numbered(o_.out, "state", step));
-            } catch (const UsageError&) {
-                throw;
-            } catch (const Error& e) {
-                std::string what = e.what(), pair = strf("_%08d.bin", step);
-                if (what.find(o_.out) != 0 || what.find(pair) == std::string::npos) throw;
-                fail("%s; to resume from the checkpoint before, delete model%s and state%s", e.what(),
-                     pair.c_str(), pair.c_str());
-            }
-        } else {
-            prepare_run("", "");
-        }
+        while (o_.out.size() > 1 && o_.out.back() == '/') o_.out.pop_back();
+        if (o_.resume) resume();
+        else prepare_run("", "");
         if (o_.max_steps == 0) return only_evaluate();
-        settings_text_ = flags_.values();
-        open_folder();
-        signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
-        train();
-        signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
+        settings_text_ = settings_to_keep();
+        Signals signals;
+        open_logs();
+        try {
+            train();
+        } catch (const LogFile::Full&) {  // what has been learnt is saved, if it can be
+            if (progress_.step == started_ && progress_.step) save();
+            throw;
+        }
+        folder_.close();
         return 0;
     }
 
   private:
+    // Goes on from the last checkpoint in --out.
+    void resume() {
+        for (const char* flag : {"init_from", "overwrite"})
+            if (flags_.on_command_line(flag))
+                throw UsageError(
+                    strf("--%s does not go with --resume, which goes on from the last checkpoint in "
+                         "--out; leave one of them out",
+                         flag));
+        if (file_exists(o_.out)) folder_.open(o_.out);
+        std::vector<int> steps = checkpoints_in(o_.out);
+        if (steps.empty())
+            fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
+        int step = steps.back();
+        try {
+            prepare_run(numbered(o_.out, "model", step), numbered(o_.out, "state", step));
+        } catch (const UsageError&) {
+            throw;
+        } catch (const Error& e) {
+            std::string what = e.what(), pair = strf("_%08d.bin", step);
+            if (what.find(o_.out) != 0 || what.find(pair) == std::string::npos) throw;
+            fail("%s; to resume from the checkpoint before, delete model%s and state%s", e.what(),
+                 pair.c_str(), pair.c_str());
+        }
+    }
+
     // Everything up to a model in memory. Given the files of a checkpoint, the run is as it was there.
     void prepare_run(const std::string& model_path, const std::string& state_path) {
         std::unique_ptr<StateReader> state;
         if (!state_path.empty()) {
             state = std::make_unique<StateReader>(state_path);
             try {
-                flags_.restore(state->settings);
-            } catch (const UsageError& e) {  // not of this command line
-                fail("%s: settings: %s", state_path.c_str(), e.what());
+                changed_ = flags_.restore(state->settings);
+            } catch (const UsageError&) {
+                throw;
+            } catch (const Error& e) {
+                fail("%s: %s", state_path.c_str(), e.what());
             }
             progress_ = state->progress;
             o_.init_from = model_path;
+            // --data names a new folder for all that no flag names by itself.
+            for (const char* flag : {"train_data", "val_data"})
+                if (flags_.on_command_line("data") && !flags_.on_command_line(flag)) {
+                    flags_.forget(flag);
+                    (flag[0] == 't' ? o_.train_data : o_.val_data).clear();
+                }
         }
         settle_settings();
         fit_memory(o_.max_steps > 0);
         load_data();
-        if (o_.max_steps > 0)
-            check_folder(), print_table();  // says what memory is needed before any is taken
+        if (state) compare_data(state->fingerprints);
+        if (o_.max_steps > 0) open_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
     }
 
@@ -350,35 +435,127 @@ class Run {
     void settle_settings() {
         if (o_.threads > 0) Model::set_threads(o_.threads);
         precision_ = precision();
-        find_files();
-        load_tokenizer();
+        take_depth_names();
+        find_data();
+        if (!o_.init_from.empty()) take_checkpoint_sizes();
+        find_tokenizer();
         if (o_.init_from.empty()) take_preset_sizes();
-        else take_checkpoint_sizes();
         if (!o_.seq_len) o_.seq_len = cfg_.maxT;
+        count_epochs();
         apply_preset_defaults(o_, cfg_, fine_tunes());
         settle_batch();
+        check_prompt();
     }
     bool fine_tunes() const { return !o_.init_from.empty() && !o_.resume; }
 
-    // The files of the data folder, where flags name no others. A tokenizer that is not there may be beside
-    // the checkpoint.
-    void find_files() {
-        if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
-        if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
-        if (o_.tokenizer.empty()) o_.tokenizer = o_.data + "/tokenizer.bin";
-        if (!file_exists(o_.tokenizer) && !flags_.given("tokenizer") && !o_.init_from.empty())
-            o_.tokenizer = dirname_of(o_.init_from) + "/tokenizer.bin";
-        if (o_.max_steps && !file_exists(o_.train_data) && !flags_.given("train_data"))
-            fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s",
-                 o_.train_data.c_str(), o_.data.c_str());
+    // llm.c's -e d12: random weights of the published size with 12 layers, unless there is a file of that
+    // name.
+    void take_depth_names() {
+        struct {
+            const char *name, *preset;
+        } sizes[] = {{"d6", "char"},
+                     {"d12", "gpt2"},
+                     {"d24", "gpt2-medium"},
+                     {"d36", "gpt2-large"},
+                     {"d48", "gpt2-xl"}};
+        for (auto& size : sizes) {
+            if (o_.init_from != size.name || file_exists(o_.init_from)) continue;
+            if (flags_.on_command_line("preset"))
+                throw UsageError(strf("--init_from %s and --preset %s both name sizes; leave one of them out",
+                                      size.name, o_.preset.c_str()));
+            o_.init_from.clear(), o_.preset = size.preset;
+            if (!o_.seq_len) o_.seq_len = 1024;
+            return;
+        }
     }
 
-    // A new model needs it for the size of its vocabulary; one from a checkpoint can do without.
-    void load_tokenizer() {
-        if (file_exists(o_.tokenizer))
-            tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(o_.tokenizer));
-        else if (flags_.given("tokenizer") || o_.init_from.empty())
-            fail("%s: tokenizer not found", o_.tokenizer.c_str());
+    // --epochs as a number of steps. Needs the batch, which the preset may decide.
+    void count_epochs() {
+        if (!(o_.epochs > 0) || !o_.max_steps) return;
+        if (flags_.on_command_line("max_steps") && flags_.on_command_line("epochs"))
+            throw UsageError("--epochs and --max_steps both say how long to train; leave one of them out");
+        if (o_.resume && flags_.on_command_line("max_steps")) return;
+        Options sizes = o_;
+        apply_preset_defaults(sizes, cfg_, fine_tunes());
+        double tokens = o_.total_batch_size
+                            ? o_.total_batch_size
+                            : (double)sizes.batch_size * o_.seq_len * micro_steps_by_default();
+        double steps = std::ceil((double)o_.epochs * (double)train_file_->size() / tokens);
+        if (steps > INT32_MAX)
+            throw UsageError(
+                strf("--epochs %g is %.3g steps, wanted at most %d", o_.epochs, steps, INT32_MAX));
+        o_.max_steps = (int)steps;
+    }
+    size_t micro_steps_by_default() const { return fine_tunes() && cfg_.C > 512 ? 32 : 1; }
+
+    // The files of the data folder, where flags name no others.
+    void find_data() {
+        if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
+        if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
+        const bool many = o_.train_data.find('*') != std::string::npos;
+        if (o_.max_steps && !many && !file_exists(o_.train_data) && !flags_.on_command_line("train_data")) {
+            if (o_.resume)
+                fail("%s: not found; if the data have moved, name the folder: --data DIR",
+                     o_.train_data.c_str());
+            fail_without_data(o_.data, "train.bin", (std::string("./") + Model::PROGRAM + " --data").c_str());
+        }
+        if (o_.max_steps) train_file_ = std::make_unique<TokenFile>(o_.train_data);
+    }
+
+    // The tokenizer: that of the run, if one is resumed; the one that --tokenizer names; else the one beside
+    // the data or the checkpoint. A new model needs it for the size of its vocabulary; one from a checkpoint
+    // can do without. One that was not named and has another size is none of the model's: it is left out, and
+    // said.
+    void find_tokenizer() {
+        const std::string own = o_.out + "/tokenizer.bin";
+        std::vector<std::string> places;
+        bool named = flags_.on_command_line("tokenizer");
+        if (named) places = {o_.tokenizer};
+        else if (o_.resume && file_exists(own)) places = {own};
+        else {
+            if (flags_.on_command_line("data")) places.push_back(o_.data + "/tokenizer.bin"), named = true;
+            if (flags_.on_command_line("train_data"))
+                places.push_back(dirname_of(o_.train_data) + "/tokenizer.bin");
+            if (flags_.on_command_line("val_data"))
+                places.push_back(dirname_of(o_.val_data) + "/tokenizer.bin");
+            if (!o_.init_from.empty()) places.push_back(dirname_of(o_.init_from) + "/tokenizer.bin");
+            if (places.empty() || !flags_.on_command_line("data"))
+                places.push_back(o_.data + "/tokenizer.bin");
+        }
+        const bool sized = !o_.init_from.empty();
+        std::string left_out;
+        for (size_t i = 0; i < places.size() && !tokenizer_; i++) {
+            if (!file_exists(places[i])) continue;
+            Tokenizer t = Tokenizer::load(places[i]);
+            if (!sized || t.vocab_size() == cfg_.V) {
+                tokenizer_ = std::make_unique<Tokenizer>(std::move(t)), o_.tokenizer = places[i];
+            } else if (named && i == 0) {
+                fail("%s: has %d tokens, %s has a vocabulary of %d", places[i].c_str(), t.vocab_size(),
+                     o_.init_from.c_str(), cfg_.V);
+            } else if (left_out.empty()) {
+                left_out = strf("%s is left out: it has %d tokens, the model %d", places[i].c_str(),
+                                t.vocab_size(), cfg_.V);
+            }
+        }
+        if (!tokenizer_ && (flags_.on_command_line("tokenizer") || !sized))
+            fail("%s: tokenizer not found", places[0].c_str());
+        if (!tokenizer_ && !left_out.empty())
+            printf("%s, so there are no poems and no losses per character\n", left_out.c_str());
+        if (!tokenizer_) o_.tokenizer.clear();
+    }
+
+    // A prompt that cannot be written fails now, not at the first poem.
+    void check_prompt() {
+        if (!tokenizer_ || !o_.sample_every || !o_.max_steps) return;
+        size_t tokens;
+        try {
+            tokens = 1 + tokenizer_->encode(o_.prompt).size();  // end-of-text comes first
+        } catch (const Error& e) {
+            throw UsageError(strf("--prompt: %s", e.what()));
+        }
+        if (tokens > T_)
+            throw UsageError(strf(
+                "--prompt has %zu tokens with the end-of-text before it, the context takes %zu", tokens, T_));
     }
 
     // The checkpoint's sizes are used; a flag that asks for another one is refused.
@@ -400,9 +577,6 @@ class Run {
         if (!o_.activation.empty() && activation() != cfg_.activation)
             fail("%s: has activation %s, --activation asks for %s", file,
                  cfg_.activation == GELU_ERF ? "gelu" : "gelu_new", o_.activation.c_str());
-        if (tokenizer_ && tokenizer_->vocab_size() != cfg_.V)
-            fail("%s: has %d tokens, %s has a vocabulary of %d", o_.tokenizer.c_str(),
-                 tokenizer_->vocab_size(), file, cfg_.V);
         if (o_.seq_len > cfg_.maxT)
             fail("%s: takes at most %d tokens of context, --seq_len asks for %d", file, cfg_.maxT,
                  o_.seq_len);
@@ -430,14 +604,16 @@ class Run {
             throw UsageError(strf("--batch_size %zu x --seq_len %zu is %zu tokens, wanted at most %d", B_, T_,
                                   tokens, INT32_MAX));
         if (!o_.total_batch_size) {
-            size_t micro_steps = fine_tunes() && cfg_.C > 512 ? 32 : 1;
-            o_.total_batch_size = (int)std::min<size_t>(tokens * micro_steps, INT32_MAX);
+            o_.total_batch_size = (int)std::min<size_t>(tokens * micro_steps_by_default(), INT32_MAX);
         }
         if ((size_t)o_.total_batch_size % tokens)
             throw UsageError(
                 strf("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu",
                      o_.total_batch_size, B_, T_, tokens));
         micro_steps_ = (size_t)o_.total_batch_size / tokens;
+        if (o_.val_batches >= 0)
+            o_.val_tokens = (int)std::min<size_t>((size_t)o_.val_batches * tokens, INT32_MAX),
+            o_.val_batches = -1;
     }
 
     Precision precision() const {
@@ -456,9 +632,8 @@ class Run {
 
     void load_data() {
         if (o_.max_steps > 0) {
-            train_file_ = std::make_unique<TokenFile>(o_.train_data);
             train_file_->check_vocab(cfg_.V);
-            train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, true);
+            train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, o_.shuffle);
             train_loader_->seek(progress_.position);
         }
         if (file_exists(o_.val_data)) {
@@ -518,8 +693,11 @@ class Run {
     int only_evaluate() {
         if (o_.init_from.empty()) fail("--max_steps 0 evaluates a checkpoint: name one with -e FILE");
         double t0 = now();
-        Evaluation e = evaluate(*model_, *val_loader_, B_, T_, 0, tokenizer_.get(), x_, y_);
-        printf("%s on the whole of %s: %s tokens in %.1f s\n", o_.init_from.c_str(), o_.val_data.c_str(),
+        const bool some = flags_.on_command_line("val_tokens") || flags_.on_command_line("val_batches");
+        Evaluation e = evaluate(*model_, *val_loader_, B_, T_, some ? (size_t)o_.val_tokens : 0,
+                                tokenizer_.get(), x_, y_);
+        printf("%s on %s of %s: %s tokens in %.1f s\n", o_.init_from.c_str(),
+               e.tokens + 1 == val_file_->size() ? "the whole" : "the beginning", o_.val_data.c_str(),
                commas(e.tokens).c_str(), now() - t0);
         printf("validation loss %.6f nats per token, perplexity %.3f\n", e.nats, std::exp(e.nats));
         if (e.nats_per_char == e.nats_per_char)
@@ -528,23 +706,61 @@ class Run {
         return 0;
     }
 
-    // Makes the output folder. Refuses to replace a run without --overwrite.
-    void check_folder() const {
-        bool holds_run = !checkpoints_in(o_.out).empty() || file_exists(o_.out + "/model.bin");
-        if (holds_run && !o_.resume && !o_.overwrite)
+    // Checksums of the data; what changed under a resumed run is said, or refused.
+    void compare_data(Fingerprints saved) {
+        auto differs = [](uint64_t was, uint64_t is) { return was && is && was != is; };
+        fingerprints_.train = train_file_ ? train_file_->checksum() : saved.train;
+        fingerprints_.val = val_file_ ? val_file_->checksum() : 0;
+        std::string theirs = dirname_of(o_.train_data) + "/tokenizer.bin";
+        for (const std::string& file : {o_.tokenizer, theirs}) {
+            if (!file_exists(file) || !tokenizer_) continue;
+            if (uint64_t is = file_checksum(file); differs(saved.tokenizer, is))
+                fail(
+                    "%s: is not the tokenizer of the run in %s: a model reads only the tokens that it "
+                    "learnt; name "
+                    "the run's data, or train a new model",
+                    file.c_str(), o_.out.c_str());
+            else fingerprints_.tokenizer = is;
+        }
+        if (differs(saved.train, fingerprints_.train))
+            printf("the training data are not those of the run: %s\n", o_.train_data.c_str());
+        if (differs(saved.val, fingerprints_.val)) {
+            printf(
+                "the validation data are not those of the run, so the best loss so far counts no more: %s\n",
+                o_.val_data.c_str());
+            progress_.best_val = INFINITY, progress_.best_step = -1;
+        }
+    }
+    static uint64_t file_checksum(const std::string& path) {
+        std::string bytes = Reader(path).rest();
+        return checksum_of(bytes.data(), bytes.size());
+    }
+
+    // Makes the output folder, and locks it. Refuses to replace a run without --overwrite.
+    void open_folder() {
+        make_dirs(o_.out);
+        if (o_.resume) return;  // has been opened
+        if (holds_run(o_.out) && !o_.overwrite)
             fail(
                 "%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes "
                 "another folder",
                 o_.out.c_str());
-        make_dirs(o_.out);
+        folder_.open(o_.out);
+        folder_.begin();
     }
 
-    void open_folder() {
-        if (!o_.resume) {
-            for (int step : checkpoints_in(o_.out)) remove_checkpoint(step);
-            unlink((o_.out + "/model.bin").c_str());
-        }
-        remove_leftovers();
+    // The run's flags for the state file: sizes as they are now, paths that hold from any folder, and data in
+    // OUT/.new as they will be found.
+    std::string settings_to_keep() {
+        o_.depth = cfg_.L, o_.heads = cfg_.NH, o_.channels = cfg_.C;
+        o_.activation = cfg_.activation == GELU_ERF ? "gelu" : "gelu_new";
+        for (std::string* path : {&o_.data, &o_.train_data, &o_.val_data, &o_.tokenizer})
+            if (!path->empty())
+                *path = std::filesystem::absolute(folder_.final_place(*path)).lexically_normal();
+        return flags_.values();
+    }
+
+    void open_logs() {
         int at = progress_.step;
         auto keep_csv = [at](const std::string& line) {
             char* end;
@@ -557,23 +773,22 @@ class Run {
             return sscanf(line.c_str(), "s:%d %3s", &s, kind) == 2 &&
                    (strcmp(kind, "trl") ? s <= at : s < at);
         };
-        csv_ = std::make_unique<LogFile>(o_.out + "/log.csv", CSV_HEADER,
+        const std::string dir = folder_.dir();
+        csv_ = std::make_unique<LogFile>(dir + "/log.csv", CSV_HEADER,
                                          o_.resume ? keep_csv : std::function<bool(const std::string&)>());
-        log_ = std::make_unique<LogFile>(o_.out + "/main.log", "",
+        log_ = std::make_unique<LogFile>(dir + "/main.log", "",
                                          o_.resume ? keep_main : std::function<bool(const std::string&)>());
-        if (tokenizer_) tokenizer_->save(o_.out + "/tokenizer.bin");
+        if (tokenizer_) tokenizer_->save(dir + "/tokenizer.bin");
     }
 
-    // Temporary files of a run that was killed while it wrote them: NAME.tmpPID, where no such process lives.
-    void remove_leftovers() {
-        DIR* d = opendir(o_.out.c_str());
-        while (dirent* e = d ? readdir(d) : nullptr) {
-            std::string name = e->d_name;
-            size_t at = name.rfind(".tmp");
-            int pid = at == std::string::npos ? 0 : atoi(name.c_str() + at + 4);
-            if (pid > 0 && kill(pid, 0) && errno == ESRCH) unlink((o_.out + "/" + name).c_str());
-        }
-        if (d) closedir(d);
+    // A model was written: from now on this is the run in --out.
+    void take_place() {
+        if (!folder_.aside()) return;
+        std::string what = folder_.take_place();
+        csv_->moved(o_.out + "/log.csv"), log_->moved(o_.out + "/main.log");
+        if (what.empty()) return;
+        end_line();
+        printf("%s\n", what.c_str());
     }
 
     void print_table() {
@@ -592,9 +807,7 @@ class Run {
         row("training data", strf("%s: %s tokens, %.1f epochs in this run", o_.train_data.c_str(),
                                   commas(train_file_->size()).c_str(),
                                   (double)o_.max_steps * o_.total_batch_size / (double)train_file_->size()));
-        row("validation data",
-            val_file_ ? strf("%s: %s tokens", o_.val_data.c_str(), commas(val_file_->size()).c_str())
-                      : "none");
+        row("validation data", val_file_ ? o_.val_data + ": " + validated() : "none");
         row("batch",
             strf("%zu x %zu tokens%s", B_, T_,
                  micro_steps_ > 1
@@ -613,9 +826,34 @@ class Run {
                            size(need_.total()).c_str(), size(need_.params).c_str(), size(need_.grads).c_str(),
                            size(need_.optimizer).c_str(), size(need_.activations).c_str(),
                            size(need_.scratch).c_str()));
-        row("output", o_.out + "/");
+        row("output", o_.out + "/" +
+                          (folder_.aside() && holds_run(o_.out)
+                               ? "; the run that is there moves to previous/ when this one has a model"
+                               : ""));
+        for (const std::string& c : changed_) row("changed", c);
+        if (o_.resume && progress_.step && progress_.step < o_.max_steps && !changed_.empty() &&
+            std::fabs(lr_of(progress_.step) - progress_.last.lr) > 0.05 * progress_.last.lr)
+            row("", strf("the learning rate was %.3g in the last step and goes on with %.3g",
+                         progress_.last.lr, lr_of(progress_.step)));
         printf("\n");
-        fflush(stdout);
+        show();
+    }
+    // "1,157 tokens", or "2,000,000 tokens, of which a validation predicts the first 100,000 (5.0%)".
+    std::string validated() const {
+        std::string s = commas(val_file_->size()) + " tokens";
+        size_t all = val_file_->size() - 1, n = (size_t)o_.val_tokens;
+        if (!n || n >= all) return s;
+        return s + strf(", of which a validation predicts the first %s (%.1f%%)", commas(n).c_str(),
+                        100.0 * (double)n / (double)all);
+    }
+
+    // Shows what was printed. Output that cannot be written, closed by `head` or a tee that died, ends
+    // nothing: the logs in the run's folder go on.
+    void show() {
+        if (!fflush(stdout) && !ferror(stdout)) return;
+        fprintf(stderr, "%s: standard output: cannot write: %s; training goes on, see %s/main.log\n",
+                Model::PROGRAM, strerror(errno ? errno : EIO), folder_.dir().c_str());
+        if (!freopen("/dev/null", "w", stdout)) clearerr(stdout);
     }
 
     // The loop. A step that was started may still be computed on a device, so what follows it is done before
@@ -625,15 +863,16 @@ class Run {
         bool done_before = o_.resume && !progress_.pending;  // validated and saved before the run was resumed
         for (;; done_before = false) {
             const int step = started_;
-            const bool last = step >= o_.max_steps, validate_now = validation_due(step),
-                       sample_now = sample_due(step), save_now = step && (last || due(o_.save_every, step));
-            bool stop = g_stop;
+            const bool validate_now = validation_due(step), sample_now = sample_due(step);
+            bool last = step >= o_.max_steps, save_now = step && (last || due(o_.save_every, step)),
+                 stop = g_stop;
             if (!done_before && (last || stop || validate_now || sample_now || save_now)) {
                 drain();
                 Evaluation e;
                 progress_.pending = validate_now && (stop || !validate(&e));
                 if (validate_now && !progress_.pending) write_row(&e);
                 stop = stop || g_stop;
+                if (patience_ends()) last = save_now = true;
                 if (sample_now && !stop) sample();
                 if (step && (save_now || stop)) save();
             }
@@ -642,10 +881,15 @@ class Run {
             one_step();
         }
         end_line();
-        if (!val_loader_ || !o_.val_every) save_model(*model_, o_.out + "/model.bin");
+        if (!val_loader_ || !o_.val_every) save_model(*model_, folder_.dir() + "/model.bin"), take_place();
         say_finished();
     }
     static bool due(int every, int step) { return every && step % every == 0; }
+    // Have --patience validations passed since the best one?
+    bool patience_ends() const {
+        if (!o_.patience || !val_loader_ || !due(o_.val_every, progress_.step)) return false;
+        return (progress_.step - std::max(progress_.best_step, 0)) / o_.val_every >= o_.patience;
+    }
     bool validation_due(int step) const {
         return val_loader_ && o_.val_every && (step >= o_.max_steps || due(o_.val_every, step));
     }
@@ -656,23 +900,27 @@ class Run {
     void say_stopped(int step) {
         end_line();
         if (step)
-            printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n",
-                   g_stop == SIGINT ? "Ctrl-C" : "SIGTERM", step, Model::PROGRAM, o_.out.c_str());
+            printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n", signal_name(g_stop),
+                   step, Model::PROGRAM, shell_quoted(o_.out).c_str());
         else printf("stopped before the first step; nothing to resume\n");
+        show();
     }
     void say_finished() {
         if (!session_steps_)
             printf("nothing to do: %d steps are done, --max_steps is %d; a larger --max_steps goes on\n",
                    progress_.step, o_.max_steps);
+        if (progress_.step < o_.max_steps && patience_ends())
+            printf("ended by --patience %d: no better validation since step %d\n", o_.patience,
+                   std::max(progress_.best_step, 0));
         printf("\n%d steps in %s of training. ", progress_.step, clock_text(progress_.seconds).c_str());
         if (progress_.best_step >= 0)
             printf("Best validation loss %.4f at step %d, kept in %s/model.bin\n", progress_.best_val,
                    progress_.best_step, o_.out.c_str());
         else printf("The model is %s/model.bin\n", o_.out.c_str());
         printf(
-            "loss curve: %s/log.csv (make plot draws it to %s/loss.png)\nmore poems: ./sample_gpt2 -e "
-            "%s/model.bin\n",
-            o_.out.c_str(), o_.out.c_str(), o_.out.c_str());
+            "loss curve: %s/log.csv (make plot draws it to %s/loss.png)\nmore poems: ./sample_gpt2 -e %s\n",
+            o_.out.c_str(), o_.out.c_str(), shell_quoted(o_.out + "/model.bin").c_str());
+        show();
     }
 
     // Starts the next step, and records what is known by then: its result, or the result of the one before.
@@ -708,17 +956,19 @@ class Run {
         if ((int)r.step <= progress_.step) return;  // nothing new: the step is still being computed
         const int step = progress_.step;
         if (!r.finite()) {
-            std::vector<int> kept = checkpoints_in(o_.out);
+            std::vector<int> kept = checkpoints_in(folder_.dir());
             fail(
                 "step %d: the %s is %s; training stops before it spoils a checkpoint (%s). Try a lower "
                 "--learning_rate or --grad_clip",
                 step + 1, std::isfinite(r.loss) ? "gradient norm" : "loss",
                 std::isnan(std::isfinite(r.loss) ? r.norm : r.loss) ? "NaN" : "infinite",
-                kept.empty() ? "none written yet"
-                             : ("the last good one is " + numbered(o_.out, "model", kept.back())).c_str());
+                kept.empty()
+                    ? "none written yet"
+                    : ("the last good one is " + numbered(folder_.dir(), "model", kept.back())).c_str());
         }
-        const double time = now(), s = time - clock_;
-        clock_ = time;
+        // A step during which the process was stopped (Ctrl-Z) counts as long as the one before.
+        const double time = now(), s = g_continued && session_steps_ ? progress_.last.seconds : time - clock_;
+        clock_ = time, g_continued = 0;
         progress_.step++, progress_.seconds += s;
         progress_.smoothed = 0.95 * progress_.smoothed + 0.05 * r.loss;
         progress_.smoothed_weight = 0.95 * progress_.smoothed_weight + 0.05;
@@ -761,30 +1011,34 @@ class Run {
         }
         printf(terminal ? "\r%s\x1b[K" : "%s\n", line.c_str());
         open_line_ = terminal;
-        fflush(stdout);
+        show();
     }
     void end_line() {
         if (open_line_) printf("\n");
         open_line_ = false;
     }
 
-    // False when a signal cut it short.
+    // False when a signal cut it short. The best model so far is kept; in fine-tuning the one that it starts
+    // from counts too, so that model.bin is never worse.
     bool validate(Evaluation* e) {
-        *e = evaluate(*model_, *val_loader_, B_, T_, (size_t)o_.val_batches, tokenizer_.get(), x_, y_);
+        *e = evaluate(*model_, *val_loader_, B_, T_, (size_t)o_.val_tokens, tokenizer_.get(), x_, y_);
         if (g_stop) return false;
-        if (!std::isfinite(e->nats))
-            fail("step %d: the validation loss is not a number; no checkpoint was overwritten",
-                 progress_.step);
         end_line();
-        bool best = progress_.step && e->nats < progress_.best_val;
+        bool best = (progress_.step || fine_tunes()) && e->nats < progress_.best_val;
         if (best) {
-            save_model(*model_, o_.out + "/model.bin");
+            save_model(*model_, folder_.dir() + "/model.bin");
+            take_place();
             progress_.best_val = e->nats, progress_.best_step = progress_.step;
         }
-        printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(),
-               best ? strf(" (best so far: %s/model.bin)", o_.out.c_str()).c_str() : "");
-        fflush(stdout);
-        log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
+        if (std::isfinite(e->nats)) {
+            printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(),
+                   best ? strf(" (best so far: %s/model.bin)", folder_.dir().c_str()).c_str() : "");
+            log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
+        } else {
+            printf("validation after step %d: the loss is not a number; model.bin stays as it is\n",
+                   progress_.step);
+        }
+        show();
         return true;
     }
 
@@ -793,7 +1047,7 @@ class Run {
         const auto& r = progress_.last;
         if (progress_.step) s += strf(",%.9g,%.9g", r.loss, r.smoothed);
         else s += ",,";
-        s += e ? strf(",%.9g", e->nats) : ",";
+        s += e && std::isfinite(e->nats) ? strf(",%.9g", e->nats) : ",";
         s += e && e->nats_per_char == e->nats_per_char ? strf(",%.9g", e->nats_per_char / M_LN2) : ",";
         if (progress_.step)
             s += strf(",%.9g,%.9g,%.2f,%.1f", r.norm, r.lr, r.seconds * 1e3, o_.total_batch_size / r.seconds);
@@ -802,15 +1056,10 @@ class Run {
         first_row_ = false;
     }
 
-    void sample() {
+    // Writes a poem. One that cannot be written, since memory is short by now, does not end training.
+    void sample() try {
         end_line();
-        try {
-            if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
-        } catch (const Error&
-                     e) {  // memory that was free at the start is not any more: no reason to end the training
-            printf("\nno poem after step %d: %s\n", progress_.step, e.what());
-            return;
-        }
+        if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
         std::vector<int> prompt = tokenizer_->encode(o_.prompt);
         prompt.insert(prompt.begin(), tokenizer_->eot());
         SampleOptions so;
@@ -819,28 +1068,34 @@ class Run {
         printf("\n--- a poem after step %d ---\n%s", progress_.step, o_.prompt.c_str());
         generate(*decoder_, 1, prompt, cfg_.V, tokenizer_->eot(), o_.sample_tokens,
                  o_.seed + (uint64_t)progress_.step, so, [&](size_t, int token) {
-                     fputs(stream.feed(tokenizer_->bytes(token)).c_str(), stdout), fflush(stdout);
+                     fputs(stream.feed(tokenizer_->bytes(token)).c_str(), stdout);
+                     show();
                  });
         printf("\n---\n");
-        fflush(stdout);
+        show();
+    } catch (const Error& e) {
+        printf("\nno poem after step %d: %s\n", progress_.step, e.what());
+        show();
     }
 
     void save() {
-        int step = progress_.step;
+        const int step = progress_.step;
+        const std::string dir = folder_.dir();
         progress_.position = train_loader_->position();
-        save_model(*model_, numbered(o_.out, "model", step));
+        save_model(*model_, numbered(dir, "model", step));
         try {
-            save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", step), program_);
+            save_state(*model_, progress_, settings_text_, numbered(dir, "state", step), program_,
+                       fingerprints_);
         } catch (...) {
-            unlink(numbered(o_.out, "model", step).c_str());  // half a checkpoint is none
+            unlink(numbered(dir, "model", step).c_str());  // half a checkpoint is none
             throw;
         }
+        take_place();
         std::vector<int> steps = checkpoints_in(o_.out);
-        for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) remove_checkpoint(steps[i]);
-    }
-    void remove_checkpoint(int step) {
-        unlink(numbered(o_.out, "state", step).c_str());  // first: a model without its state is no checkpoint
-        unlink(numbered(o_.out, "model", step).c_str());
+        for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) {
+            unlink(numbered(o_.out, "state", steps[i]).c_str());  // first: a model without its state is none
+            unlink(numbered(o_.out, "model", steps[i]).c_str());
+        }
     }
 
     static constexpr const char* CSV_HEADER =
@@ -873,6 +1128,9 @@ class Run {
     std::unique_ptr<LogFile> csv_, log_;
     std::vector<int> x_, y_;
     Progress progress_;
+    RunFolder folder_;
+    Fingerprints fingerprints_;
+    std::vector<std::string> changed_;  // flags of this command line that differ from the resumed run's
     std::string settings_text_;
     double peak_ = 1, session_seconds_ = 0, clock_ = 0;
     int session_steps_ = 0, started_ = 0;  // steps that were started; progress_.step of them are recorded

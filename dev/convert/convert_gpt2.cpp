@@ -212,15 +212,6 @@ inline std::vector<Tensor> parse_header(const std::string& text, uint64_t data_b
     return tensors;
 }
 
-// The text, quoted if necessary as one word of a shell command.
-inline std::string shell_word(const std::string& text) {
-    const char* plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./+:@%-";
-    if (!text.empty() && text.find_first_not_of(plain) == std::string::npos) return text;
-    std::string s = "'";
-    for (char c : text) s += c == '\'' ? std::string("'\\''") : std::string(1, c);
-    return s + "'";
-}
-
 // Converts pytorch_model.bin, or its shards, to model.safetensors. clone() because save_file refuses tensors
 // that share memory, as tied matrices do.
 constexpr const char* FROM_PYTORCH =
@@ -243,7 +234,7 @@ class Safetensors {
         else if (file_exists(dir + "/pytorch_model.bin") ||
                  file_exists(dir + "/pytorch_model.bin.index.json"))
             fail("%s: is missing; make it from pytorch_model.bin with: cd %s && %s", path.c_str(),
-                 shell_word(dir).c_str(), FROM_PYTORCH);
+                 shell_quoted(dir).c_str(), FROM_PYTORCH);
         else fail("%s: is missing, and so is model.safetensors.index.json", path.c_str());
     }
     size_t num_files() const { return files_.size(); }
@@ -686,7 +677,7 @@ inline Summary from_hf(const std::string& dir, const std::string& out, std::stri
     double bytes = 1024 + (double)num_params(c) * (bf16 ? 2 : 4);
     return {c, strf("%s%s, %zu tensors, %s", st.path.c_str(), shards.c_str(), slots.size(), kinds.c_str()),
             strf("%s, %s, %s", out.c_str(), dtype.c_str(), human_bytes(bytes).c_str()),
-            strf("./train_gpt2 -e %s --data DIR", shell_word(out).c_str())};
+            strf("./train_gpt2 -e %s --data DIR", shell_quoted(out).c_str())};
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -781,9 +781,7 @@ inline int ladder_main(int argc, char** argv) {
         for (int s = 0; s < o.seeds; s++) jobs.push_back({k, o.seed + (uint64_t)s});
     }
     for (const char* name : {"train.bin", "val.bin", "tokenizer.bin"})
-        if (std::string path = o.data + "/" + name; !file_exists(path))
-            fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", path.c_str(),
-                 o.data.c_str());
+        if (!file_exists(o.data + "/" + name)) fail_without_data(o.data, name, "./ladder --data");
     Data data(o.data);
     for (const TokenFile* t : {&data.train, &data.val})
         if (t->size() <= (size_t)o.context)

@@ -1,0 +1,128 @@
+// test_run_folder.cpp - who works in a run's folder, and how a new run takes an earlier one's place.
+#include <doctest/doctest.h>
+#include <sys/wait.h>
+
+#include "dev/test_util.h"
+#include "lib/run_folder.h"
+
+namespace {
+
+void write_all(const std::string& dir, const std::vector<std::string>& names, const std::string& content) {
+    for (const std::string& name : names) {
+        make_dirs(dirname_of(dir + "/" + name));
+        write_file(dir + "/" + name, content + " " + name);
+    }
+}
+std::string what_is(const std::string& path) { return file_exists(path) ? read_file(path) : "nothing"; }
+
+}  // namespace
+
+TEST_CASE("run folder: a second trainer is refused with the first one's process and host") {
+    TempDir dir;
+    trainer::RunFolder first;
+    first.open(dir.path);
+    std::string e = error_of([&] {
+        trainer::RunFolder second;
+        second.open(dir.path);
+    });
+    CHECK(contains(e, dir.path + ": process " + std::to_string(getpid()) + " on "));
+    CHECK(contains(e, "is training in it; wait for it, or take another folder with -o"));
+    first.close();
+    trainer::RunFolder third;
+    third.open(dir.path);
+    // A process that was killed holds no lock, though its file is there.
+    third.close();
+    pid_t pid = fork();
+    if (pid == 0) {
+        trainer::RunFolder killed;
+        killed.open(dir.path);
+        kill(getpid(), SIGKILL);
+    }
+    int status;
+    waitpid(pid, &status, 0);
+    CHECK(file_exists(dir / "lock"));
+    CHECK(error_of([&] { third.open(dir.path); }) == "");
+}
+
+TEST_CASE("run folder: an earlier run moves to previous/N with its data; the user's other files stay") {
+    TempDir dir;
+    const std::vector<std::string> run = {"model.bin", "model_00000010.bin", "state_00000010.bin", "log.csv",
+                                          "main.log",  "tokenizer.bin",      "data/train.bin"};
+    for (int n = 1; n <= 3; n++) {
+        CAPTURE(n);
+        if (n == 1)
+            write_all(dir.path, run, "run 0"), write_all(dir.path, {"notes.txt", "mine/model.bin"}, "user's");
+        write_all(dir / ".new", run, strf("run %d", n));
+        unlink((dir / ".new/model_00000010.bin").c_str()), unlink((dir / ".new/model.bin").c_str());
+        trainer::RunFolder folder;
+        folder.open(dir.path);
+        CHECK(what_is(dir / "model.bin") == strf("run %d model.bin", n - 1));  // nothing has moved yet
+        folder.begin();
+        CHECK(folder.dir() == dir / ".new");
+        CHECK(folder.final_place(dir / ".new/data/train.bin") == dir / "data/train.bin");
+        CHECK(folder.final_place(dir / "other/train.bin") == dir / "other/train.bin");
+        write_all(folder.dir(), {"model.bin", "model_00000010.bin"}, strf("run %d", n));
+        std::string said = folder.take_place();
+        CHECK(contains(said, strf("the earlier run is now in %s/previous/%d/ (", dir.path.c_str(), n)));
+        CHECK(folder.dir() == dir.path);
+        for (const std::string& name : run) {
+            CHECK(what_is(dir / name) == strf("run %d %s", n, name.c_str()));
+            CHECK(what_is(dir / strf("previous/%d/%s", n, name.c_str())) ==
+                  strf("run %d %s", n - 1, name.c_str()));
+        }
+        CHECK(!file_exists(dir / ".new"));
+        CHECK(what_is(dir / "notes.txt") == "user's notes.txt");
+        CHECK(what_is(dir / "mine/model.bin") == "user's mine/model.bin");
+    }
+}
+
+TEST_CASE("run folder: without an earlier run the new one begins in its place") {
+    TempDir dir;
+    trainer::RunFolder folder;
+    folder.open(dir.path), folder.begin();
+    CHECK(folder.dir() == dir.path);
+    CHECK(folder.take_place() == "");
+    folder.close();
+    write_all(dir / ".new", {"data/train.bin"}, "new");  // data that were prepared for it come along
+    folder.open(dir.path), folder.begin();
+    CHECK(folder.take_place() == "");
+    CHECK(what_is(dir / "data/train.bin") == "new data/train.bin");
+}
+
+TEST_CASE("run folder: a new run that wrote a model before it was killed takes its place at the next start") {
+    TempDir dir;
+    write_all(dir.path, {"model.bin"}, "old"),
+        write_all(dir / ".new", {"model_00000005.bin", "log.csv"}, "new");
+    trainer::before_writing(dir / ".new/data");  // as prepare_data does before it writes there
+    CHECK(what_is(dir / "previous/1/model.bin") == "old model.bin");
+    CHECK(what_is(dir / "model_00000005.bin") == "new model_00000005.bin");
+    trainer::RunFolder folder;
+    folder.open(dir.path);
+    CHECK(contains(error_of([&] { trainer::before_writing(dir / ".new/data"); }), "is training in it"));
+    trainer::before_writing(dir / "data");  // any other folder is the user's
+}
+
+// dev/soak.py stops the move at each of its system calls; here its two states as they are found on disk.
+TEST_CASE("run folder: a move that was stopped goes on where it stopped") {
+    for (int moved = 0; moved <= 4; moved++) {
+        CAPTURE(moved);
+        TempDir dir;
+        write_all(dir.path, {"model.bin", "log.csv"}, "old"),
+            write_all(dir / ".new", {"model.bin", "log.csv"}, "new");
+        auto leave = [&](const char* name) {
+            make_dirs(dir / "previous/1");
+            rename_file(dir / name, dir / (std::string("previous/1/") + name));
+        };
+        write_file(dir / (moved < 3 ? ".new/leaving" : ".new/arriving"), "1\nlog.csv\nmodel.bin\n");
+        if (moved >= 1) leave("log.csv");
+        if (moved >= 2) leave("model.bin");
+        if (moved >= 4) rename_file(dir / ".new/log.csv", dir / "log.csv");
+        trainer::RunFolder folder;
+        folder.open(dir.path);
+        for (const char* name : {"model.bin", "log.csv"}) {
+            CHECK(what_is(dir / name) == std::string("new ") + name);
+            CHECK(what_is(dir / (std::string("previous/1/") + name)) == std::string("old ") + name);
+        }
+        CHECK(!file_exists(dir / ".new"));
+    }
+}
