@@ -1,5 +1,5 @@
 # Tests. A test program's last line is "N passed, N failed[, N skipped]"; dev/run_tests.sh prints the sums.
-.PHONY: format format-check test test-layers test-asan test-emulator-asan test-emulator-tsan
+.PHONY: format format-check test soak test-layers test-asan test-emulator-asan test-emulator-tsan
 .PHONY: fuzz check-fuzzers
 
 # test_gpt2 tests what depends on the set of instructions: layers, products, vectors, random numbers.
@@ -74,6 +74,15 @@ fuzz: $(FUZZERS:%.cpp=$(FUZZ)/%)
 check-fuzzers: $(FUZZERS:%=check-%)
 $(FUZZERS:%=check-%): check-%: | need-convert
 	$(flags.$(BUILD)) -fsyntax-only $*
+
+# Programs killed and broken while they write: SOAK_SECONDS of random cases, or SOAK_FLAGS=--all
+SOAK_SECONDS ?= 60
+SOAK_FLAGS ?= --seconds $(SOAK_SECONDS)
+$(BUILD)/soak/faults.so: dev/soak/faults.cpp
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -fPIC -shared -Wall -Wextra $< -o $@ -ldl
+soak: $(BUILD)/soak/faults.so $(PROGRAMS) | need-python $(call named,test test-layers test-asan)
+	$(PYTHON) dev/soak/soak.py --faults $< $(SOAK_FLAGS)
 
 # The sources are formatted as .clang-format says; `make format` applies it. unicode_tables.h is generated.
 SOURCES = $(filter-out tokenizer/unicode_tables.h,$(shell git ls-files '*.cpp' '*.h' '*.cu'))
