@@ -976,6 +976,28 @@ TEST_CASE("after a step all views of a model are updated: tensors, pieces, logit
     }
 }
 
+TEST_CASE("a step whose loss or norm is above its limit, or not finite, changes nothing") {
+    Config c = config(1, 2, 8, 11, 5);
+    cpu::GPT2 m(c, 1, 5, true);
+    randomise(m, 57);
+    Random r(57);
+    Batch batch(r, 1, 5, c.V);
+    auto take = [&](double max_loss, double max_norm) {
+        AdamW a;
+        a.max_loss = max_loss, a.max_norm = max_norm;
+        m.accumulate(batch.tokens.data(), batch.targets.data(), 1, 5, training_pass(batch.counted()));
+        return m.step(a, 1);
+    };
+    const Floats before = parameters(m);
+    StepResult found = take(0, INFINITY);
+    CHECK(same_bits(parameters(m), before));
+    take(INFINITY, found.norm * 0.999), take(found.loss * 0.999, INFINITY);
+    CHECK(same_bits(parameters(m), before));
+    CHECK(same_bits(piece(m, ADAM_M), Floats(num_params(c))));
+    CHECK(take(found.loss, found.norm).loss == found.loss);  // and the next one is not affected
+    CHECK(!same_bits(parameters(m), before));
+}
+
 TEST_CASE("the gradients' norm is that of all parameters, past the borders of its blocks; relative 1e-12") {
     Config c = config(2, 3, 96, 300, 40);
     cpu::GPT2 m(c, 1, 1, true);

@@ -587,7 +587,7 @@ struct GPT2 : States {
     StepResult step(const AdamW& a, uint32_t t) {
         StepResult r = {step_loss_, grad_norm(), t};
         step_loss_ = 0;
-        if (r.finite())
+        if (a.takes(r))
             update(a, t, a.grad_clip > 0 && r.norm > a.grad_clip ? (float)(a.grad_clip / r.norm) : 1.0f);
         grads_are_zero_ = true;
         return last_ = r;

@@ -1910,6 +1910,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
 struct AdamWStep {
     float beta1, beta2, lr, eps, correct1, correct2;
     float grad_clip = 0, weight_decay = 0;
+    double max_loss = 0, max_norm = 0;
     uint32_t t = 0;     // the step's number
     uint64_t seed = 0;  // with t the key of the rounding to bf16
 };
@@ -1933,9 +1934,9 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(AdamWArrays arrays
     group_sum(sum, blockDim.x / WARP);
     double norm = sqrt(sum[0]), loss = *arrays.loss;
     if (blockIdx.x == 0 && threadIdx.x == 0) arrays.report->loss = loss, arrays.report->norm = norm;
-    // StepResult::finite(), where cpu::GPT2::step checks it before update(). Here it is the only check: the
-    // host reads loss and norm after this kernel.
-    if (!isfinite(loss) || !isfinite(norm)) return;
+    // AdamW::takes(), which cpu::GPT2::step asks before update(). Here it is the only check: the host reads
+    // loss and norm after this kernel.
+    if (!isfinite(loss) || !isfinite(norm) || loss > s.max_loss || norm > s.max_norm) return;
 
     float scale = s.grad_clip > 0 && norm > s.grad_clip ? (float)(s.grad_clip / norm) : 1.0f;
     rng::Key key(s.seed, s.t, rng::ROUNDING);
@@ -1964,7 +1965,7 @@ inline int grad_norm_blocks() { return 8 * multiprocessors(); }
 // Doubles of scratch that update() needs.
 inline size_t adamw_scratch() { return grad_norm_blocks(); }
 
-// cpu::GPT2::step. Computes the gradients' norm. Then, where loss and norm are finite, takes one step of
+// cpu::GPT2::step. Computes the gradients' norm. Then, if AdamW::takes() loss and norm, takes one step of
 // AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a model. Gradients whose norm
 // exceeds grad_clip are scaled down to it; weight decay applies where param_table says so. bf16 parameters
 // are rounded stochastically, keyed by seed and t. (cpu::GPT2::update takes the gradients' factor as an
@@ -1973,6 +1974,7 @@ inline void update(const AdamWArrays& arrays, const AdamW& a, uint32_t t, uint64
     auto correct = [t](float beta) { return (float)(1 / (1 - std::pow((double)beta, t))); };
     AdamWStep step = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2)};
     step.grad_clip = a.grad_clip, step.weight_decay = a.weight_decay, step.t = t, step.seed = seed;
+    step.max_loss = a.max_loss, step.max_norm = a.max_norm;
     int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(arrays.map.n, ADAMW_THREADS * 4));
     launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, arrays.scratch, arrays.grads,
            arrays.map);

@@ -637,6 +637,25 @@ TEST_CASE("AdamW with a norm or loss that is not finite changes nothing but the 
         }
 }
 
+TEST_CASE("AdamW skips a step whose norm or loss is above its limit, and takes one that is not") {
+    Optimizer o(true);
+    o.set(o.grads, normals(o.n, 9, 0.1)), o.loss.set({2.5});
+    AdamW a = SETTINGS[0];
+    Values before[] = {o.params.values(), o.master.values(), o.m.values(), o.v.values()};
+    a.max_loss = 2.4;
+    o.step(a, 1, 5);
+    const double norm = o.report.get()[0].norm;
+    a.max_loss = INFINITY, a.max_norm = norm * 0.999;
+    o.step(a, 1, 5);
+    CHECK(same_bits(o.params.values(), before[0]));
+    CHECK(same_bits(o.master.values(), before[1]));
+    CHECK(same_bits(o.m.values(), before[2]));
+    CHECK(same_bits(o.v.values(), before[3]));
+    a.max_loss = 2.5, a.max_norm = norm;
+    o.step(a, 1, 5);
+    CHECK(!same_bits(o.master.values(), before[1]));
+}
+
 #if !defined(PRECISION_FP32)
 // Whether x is one of the two bf16 values around w, or w itself where w is a bf16 value.
 bool is_neighbour(float x, float w) {

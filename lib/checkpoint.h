@@ -57,6 +57,7 @@ struct Progress {
     double smoothed = 0, smoothed_weight = 0;  // exponential mean of the training loss, its bias correction
     double seconds = 0;                        // of training so far
     bool pending = false;                      // a stop came before this step was validated and logged
+    std::string losses, norms;                 // of the last steps, "2.5 2.25 ...": see Outliers in trainer.h
     struct {
         double loss = 0, smoothed = 0, norm = 0, lr = 0, seconds = 0;
     } last;  // the last step, for its row in the log
@@ -68,6 +69,7 @@ struct Progress {
         f("smoothed", smoothed), f("smoothed_weight", smoothed_weight), f("seconds", seconds);
         f("pending", pending), f("last_loss", last.loss), f("last_smoothed", last.smoothed);
         f("last_norm", last.norm), f("last_lr", last.lr), f("last_seconds", last.seconds);
+        f("losses", losses), f("norms", norms);
     }
 };
 
@@ -86,6 +88,7 @@ struct FieldWriter {
     void operator()(const char* name, int v) { text += strf("%s=%d\n", name, v); }
     void operator()(const char* name, uint64_t v) { text += strf("%s=%" PRIu64 "\n", name, v); }
     void operator()(const char* name, double v) { text += strf("%s=%.17g\n", name, v); }
+    void operator()(const char* name, const std::string& v) { text += strf("%s=%s\n", name, v.c_str()); }
 };
 // And back. A name that the text lacks was not recorded: its variable stays as it is.
 struct FieldReader {
@@ -106,6 +109,9 @@ struct FieldReader {
     }
     void operator()(const char* name, double& v) const {
         if (const char* s = value(name)) v = strtod(s, nullptr);
+    }
+    void operator()(const char* name, std::string& v) const {
+        if (const char* s = value(name)) v.assign(s, strcspn(s, "\n"));
     }
 };
 

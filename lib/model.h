@@ -12,9 +12,9 @@
 //     set_threads(n)               the CPU's threads from now on; a GPU ignores it
 //     device()                     one line about the machine, for people
 //     peak_flops(precision)        the most operations a second that the machine can do
-//     check_precision(precision)   throws UsageError, naming the flag, if it cannot compute with that
-//     precision memory_available()           bytes of memory that are free memory_need(config, B, T, trains,
-//     recompute, precision)
+//     check_precision(precision)   throws UsageError, naming the flag, if it cannot compute so
+//     memory_available()           bytes of memory that are free
+//     memory_need(config, B, T, trains, recompute, precision)
 //                                  bytes that a model needs, by purpose; throws Error if sizes cannot be
 //                                  addressed
 //
@@ -31,14 +31,13 @@
 //                                  adds the gradients and the loss of one micro-batch to those of the step,
 //                                  both times pass.grad_scale for each token. It may return before they are
 //                                  computed.
-//     step(adamw, t)               takes step number t, from 1, with what was accumulated. If the loss or the
-//                                  gradient's norm is not finite, parameters and moments do not change; the
-//                                  model decides that where it computes the two. Returns the result of step
-//                                  t, or of step t - 1 while a device still computes step t; StepResult::step
-//                                  tells which. The next accumulate() begins a new step.
-//     last_result()                waits for the step that was started last, and returns its result. The
-//     trainer
-//                                  calls it before it reads the state, validates or generates.
+//     step(adamw, t)               takes step number t, from 1, with what was accumulated. If adamw.takes()
+//                                  refuses its loss and norm, parameters and moments do not change; the
+//                                  model decides that where it computes the two. Returns the result of
+//                                  step t, or of step t - 1 while a device still computes step t;
+//                                  StepResult::step tells which. The next accumulate() begins a new step.
+//     last_result()                waits for the step that was started last, and returns its result. It is
+//                                  called before the state is read, and before forward() and generating.
 //     each_piece(state, f)         passes a whole state to f, in the model file's order, piece by piece:
 //                                  f(pointer, number of floats). An f that takes const float* reads; one that
 //                                  takes float* writes. The pointer is valid only during the call.
@@ -57,17 +56,20 @@ struct Pass {
     float grad_scale = 1;  // 1 / (tokens of the whole batch)
 };
 
-// AdamW's settings for one step. If the gradient's global norm exceeds grad_clip, the gradient is scaled down
-// to that norm; 0: no limit.
-struct AdamW {
-    float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
-};
-
 // The result of step number `step` (0: no step yet): its mean loss, and the gradient's norm before clipping.
 struct StepResult {
     double loss = 0, norm = 0;
     uint32_t step = 0;
     bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
+};
+
+// AdamW's settings for one step. If the gradient's global norm exceeds grad_clip, the gradient is scaled down
+// to that norm; 0: no limit. A step whose loss or norm is not finite, or exceeds max_loss or max_norm, is
+// skipped.
+struct AdamW {
+    float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
+    double max_loss = INFINITY, max_norm = INFINITY;
+    bool takes(const StepResult& r) const { return r.finite() && r.loss <= max_loss && r.norm <= max_norm; }
 };
 
 // The numbers that a model computes with. On a GPU, bf16 parameters are accompanied by fp32 master weights,

@@ -47,6 +47,31 @@ TEST_CASE(
     }
 }
 
+TEST_CASE("an outlier is a value whose z-score among the last 128 is too high, itself counted") {
+    Random r(95);
+    trainer::Outliers outliers, restored;
+    Doubles all;
+    for (int i = 0; i < 300; i++) {
+        double limit = outliers.limit(3);
+        if (i < 127) {
+            CHECK(limit == INFINITY);  // too few to tell
+        } else {
+            for (double value : {limit - 1e-6, limit + 1e-6}) {  // the definition
+                Doubles window(all.end() - 127, all.end());
+                window.push_back(value);
+                double mean = 0, variance = 0;
+                for (double x : window) mean += x / 128;
+                for (double x : window) variance += (x - mean) * (x - mean) / 128;
+                CHECK(((value - mean) / std::sqrt(variance) > 3) == (value > limit));
+            }
+        }
+        CHECK(outliers.limit(0) == INFINITY);
+        all.push_back(2 + 0.1 * r.normal()), outliers.add(all.back());
+        restored.restore(outliers.text());
+        CHECK(restored.limit(2.5) == outliers.limit(2.5));
+    }
+}
+
 TEST_CASE("evaluation counts every token of a file once, and every character of its targets") {
     TempDir dir;
     Tokenizer tokenizer = Tokenizer::characters("abcdefg");
@@ -244,6 +269,18 @@ TEST_CASE("a model that tells of a step one step late trains, logs, saves and re
         for (const char* kind : {"model", "state"}) unlink(trainer::numbered(b, kind, step).c_str());
     run_trainer<LateModel>({"-o", b, "--resume"});
     check_same();
+    // Steps that are skipped, too
+    for (bool late : {false, true}) {
+        std::string said =
+            run(late, dir / "skip",
+                {"--overwrite", "--max_steps", "160", "--skip_norm_z", "1.5", "--val_every", "0"});
+        size_t skipped = 0;
+        for (size_t at = 0; (at = said.find("was skipped: its gradient norm is ", at)) != std::string::npos;
+             at++)
+            skipped++;
+        CHECK(skipped > 0);
+        CHECK(skipped < 20);
+    }
     // The step that diverges is named, and no checkpoint after it is written.
     std::string diverged = run(true, dir / "c",
                                {"--learning_rate", "1000", "--grad_clip", "0", "--warmup_steps", "0",

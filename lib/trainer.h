@@ -40,7 +40,7 @@ struct Options {
     float epochs = 0;
     bool shuffle = true;
     float learning_rate = 0, final_lr_fraction = -1, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
-          eps = 1e-8f, grad_clip = 1;
+          eps = 1e-8f, grad_clip = 1, skip_loss_z = 0, skip_norm_z = 0;
     std::string lr_schedule;
     uint64_t seed = 1337;
     int threads = 0, recompute = 0;
@@ -130,6 +130,10 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("eps", "", &o.eps, "X", "AdamW's epsilon").range(1e-12, 1);
     f.add("grad_clip", "", &o.grad_clip, "X", "largest global norm of the gradient; 0: no limit")
         .range(0, 1e30);
+    f.add("skip_loss_z", "sl", &o.skip_loss_z, "Z",
+          "skip a step whose loss is Z standard deviations above the mean of 128; 0: never")
+        .range(0, 11);
+    f.add("skip_norm_z", "sg", &o.skip_norm_z, "Z", "the same for the gradient's norm").range(0, 11);
     f.add("seed", "", &o.seed, "N", "weights, shuffling, dropout and samples follow from it");
     f.add("threads", "", &o.threads, "N", "threads of the CPU; 0: all cores")
         .range(0, 4096)
@@ -308,6 +312,47 @@ class LogFile {
   private:
     std::string path_;
     FILE* file_ = nullptr;
+};
+
+// The last 128 losses, or norms, by which an outlier is told (llm.c's -sl, -sg): a value whose z-score among
+// them, (value - mean) / standard deviation, is above z, the value itself counted among the 128.
+class Outliers {
+  public:
+    static constexpr size_t WINDOW = 128;
+
+    // The largest value that is none; infinite while there are too few. From d = value - mean of the others,
+    // whose variance is v, mean and variance of all n = 128 are mean + d/n and (n-1)/n v + (n-1)/n^2 d^2. So
+    // the z-score is z where d^2 = z^2 n v / (n - 1 - z^2).
+    double limit(double z) const {
+        if (z <= 0 || values_.size() < WINDOW - 1) return INFINITY;
+        double n = WINDOW, mean = 0, variance = 0;
+        for (size_t i = values_.size() - (WINDOW - 1); i < values_.size(); i++) mean += values_[i] / (n - 1);
+        for (size_t i = values_.size() - (WINDOW - 1); i < values_.size(); i++)
+            variance += (values_[i] - mean) * (values_[i] - mean) / (n - 1);
+        return mean + z * std::sqrt(n * variance / (n - 1 - z * z));
+    }
+    void add(double value) {
+        values_.push_back(value);
+        if (values_.size() > WINDOW) values_.erase(values_.begin());
+    }
+    // For the state file, to the last bit.
+    std::string text() const {
+        std::string s;
+        for (double v : values_) s += strf("%s%.17g", s.empty() ? "" : " ", v);
+        return s;
+    }
+    void restore(const std::string& text) {
+        values_.clear();
+        char* end;
+        for (const char* at = text.c_str(); *at; at = end) {
+            double v = strtod(at, &end);
+            if (end == at) break;
+            add(v);
+        }
+    }
+
+  private:
+    std::vector<double> values_;
 };
 
 struct Evaluation {
@@ -860,6 +905,7 @@ class Run {
     // it is known how it went; validating, saving and sampling wait for it (drain).
     void train() {
         started_ = progress_.step;
+        losses_.restore(progress_.losses), norms_.restore(progress_.norms);
         bool done_before = o_.resume && !progress_.pending;  // validated and saved before the run was resumed
         for (;; done_before = false) {
             const int step = started_;
@@ -940,6 +986,8 @@ class Run {
         a.lr = lr_of(step);
         a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay,
         a.grad_clip = o_.grad_clip;
+        a.max_loss = losses_.limit(o_.skip_loss_z), a.max_norm = norms_.limit(o_.skip_norm_z);
+        adamw_[started_ % 2] = a;
         record(model_->step(a, (uint32_t)started_));
     }
     // Waits for the step that was started last, and records it.
@@ -976,8 +1024,18 @@ class Run {
         auto& last = progress_.last;
         last.loss = r.loss, last.smoothed = progress_.smoothed / progress_.smoothed_weight;
         last.norm = r.norm, last.lr = (double)lr_of(step), last.seconds = s;
+        if (o_.skip_loss_z > 0) losses_.add(r.loss);
+        if (o_.skip_norm_z > 0) norms_.add(r.norm);
         log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, last.loss, last.lr, last.norm));
         report();
+        if (const AdamW& a = adamw_[r.step % 2]; !a.takes(r)) {
+            end_line();
+            bool loss = r.loss > a.max_loss;
+            printf("step %u was skipped: its %s is %.4f, wanted at most %.4f (--skip_%s_z)\n", r.step,
+                   loss ? "loss" : "gradient norm", loss ? r.loss : r.norm, loss ? a.max_loss : a.max_norm,
+                   loss ? "loss" : "norm");
+            show();
+        }
         if (!validation_due(progress_.step)) write_row(nullptr);  // else validation writes it
     }
 
@@ -1082,6 +1140,7 @@ class Run {
         const int step = progress_.step;
         const std::string dir = folder_.dir();
         progress_.position = train_loader_->position();
+        progress_.losses = losses_.text(), progress_.norms = norms_.text();
         save_model(*model_, numbered(dir, "model", step));
         try {
             save_state(*model_, progress_, settings_text_, numbered(dir, "state", step), program_,
@@ -1128,6 +1187,8 @@ class Run {
     std::unique_ptr<LogFile> csv_, log_;
     std::vector<int> x_, y_;
     Progress progress_;
+    Outliers losses_, norms_;
+    AdamW adamw_[2];  // of the last two steps that were started
     RunFolder folder_;
     Fingerprints fingerprints_;
     std::vector<std::string> changed_;  // flags of this command line that differ from the resumed run's
