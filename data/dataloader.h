@@ -38,6 +38,57 @@ inline void write_tokens(const std::string& path, const std::vector<uint16_t>& t
     out.commit();
 }
 
+// A data folder has train.bin, val.bin (or not) and tokenizer.bin, which belong together. A new set of them
+// is written to DIR/.writing, which is then renamed to DIR/.arriving; from there the files move to DIR. So a
+// crash at any moment leaves the whole old set, or a move that finish_data_set() completes.
+constexpr const char* DATA_FILES[] = {"train.bin", "val.bin", "tokenizer.bin"};
+
+// Completes the move, if one was stopped. Programs that read a data folder call it first.
+inline void finish_data_set(const std::string& dir) {
+    const std::string from = dir + "/.arriving";
+    if (!file_exists(from)) return;
+    for (const char* name : DATA_FILES)
+        if (file_exists(from + "/" + name)) rename_file(from + "/" + name, dir + "/" + name);
+    if (file_exists(from + "/no_val.bin")) {
+        unlink((dir + "/val.bin").c_str());  // of the old set, in another vocabulary
+        unlink((from + "/no_val.bin").c_str());
+    }
+    sync_folder(dir);
+    rmdir(from.c_str());
+}
+
+class DataSetWriter {
+  public:
+    explicit DataSetWriter(const std::string& dir) : dir_(dir) {
+        make_dirs(dir);
+        finish_data_set(dir);
+        clear();  // what a program that was killed has left
+        make_dirs(writing());
+    }
+    ~DataSetWriter() { clear(); }
+    DataSetWriter(const DataSetWriter&) = delete;
+    DataSetWriter& operator=(const DataSetWriter&) = delete;
+
+    // Where to write a file of the set.
+    std::string path(const char* name) const { return writing() + "/" + name; }
+    void commit() {
+        if (!file_exists(path("val.bin"))) AtomicFile(path("no_val.bin")).commit();
+        sync_folder(writing());
+        rename_file(writing(), dir_ + "/.arriving");
+        sync_folder(dir_);
+        finish_data_set(dir_);
+    }
+
+  private:
+    std::string writing() const { return dir_ + "/.writing"; }
+    void clear() {
+        for (const char* name : DATA_FILES) unlink(path(name).c_str());
+        unlink(path("no_val.bin").c_str());
+        rmdir(writing().c_str());
+    }
+    std::string dir_;
+};
+
 // A token file, or several as one stream: "data/train_*.bin" is the files that match, in name order (llm.c's
 // shards). One file is read into memory; several are mapped, so that only what is read takes room. The
 // constructor throws an Error if a header is wrong or a file's size is not what its header says.
@@ -124,7 +175,7 @@ class TokenFile {
 [[noreturn]] inline void fail_without_data(const std::string& dir, const std::string& name,
                                            const char* program) {
     const std::string path = dir + "/" + name;
-    for (const char* other : {"train.bin", "val.bin", "tokenizer.bin"})
+    for (const char* other : DATA_FILES)
         if (file_exists(dir + "/" + other))
             fail("%s: not found; prepare the poems into another folder and name that one: %s OTHER%s",
                  path.c_str(), program,

@@ -591,27 +591,13 @@ inline void check_options(const Options& o) {
             throw UsageError(strf("%s: '%s' is not a condition, wanted COLUMN=VALUE", flag, text->c_str()));
 }
 
-// Writes the files of a data set. All are complete under temporary names before the first is renamed to its
-// final name, so that a full disk leaves the old set unchanged.
 inline void write_data_set(const std::string& dir, const Tokenizer& tok, const std::vector<uint16_t>& train,
                            const std::vector<uint16_t>& val) {
-    make_dirs(dir);
-    const std::string train_path = dir + "/train.bin", val_path = dir + "/val.bin",
-                      tok_path = dir + "/tokenizer.bin";
-    AtomicFile tok_file(tok_path), train_file(train_path);
-    std::unique_ptr<AtomicFile> val_file;
-    tok.write(tok_file);
-    write_tokens(train_file, train_path, train);
-    if (!val.empty()) {
-        val_file = std::make_unique<AtomicFile>(val_path);
-        write_tokens(*val_file, val_path, val);
-        val_file->commit();
-    } else if (unlink(val_path.c_str()) && errno != ENOENT) {
-        // An older val.bin would be in another vocabulary, so it must not stay.
-        fail("%s: cannot remove the old file: %s", val_path.c_str(), strerror(errno));
-    }
-    train_file.commit();
-    tok_file.commit();
+    DataSetWriter set(dir);
+    tok.save(set.path("tokenizer.bin"));
+    write_tokens(set.path("train.bin"), train);
+    if (!val.empty()) write_tokens(set.path("val.bin"), val);
+    set.commit();
 }
 
 // The whole program except for its command line. Writes nothing until everything has succeeded.

@@ -535,6 +535,7 @@ class Run {
 
     // The files of the data folder, where flags name no others.
     void find_data() {
+        finish_data_set(o_.data);
         if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
         if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
         const bool many = o_.train_data.find('*') != std::string::npos;

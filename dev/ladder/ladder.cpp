@@ -780,7 +780,8 @@ inline int ladder_main(int argc, char** argv) {
         rung_of(o, k);
         for (int s = 0; s < o.seeds; s++) jobs.push_back({k, o.seed + (uint64_t)s});
     }
-    for (const char* name : {"train.bin", "val.bin", "tokenizer.bin"})
+    finish_data_set(o.data);
+    for (const char* name : DATA_FILES)
         if (!file_exists(o.data + "/" + name)) fail_without_data(o.data, name, "./ladder --data");
     Data data(o.data);
     for (const TokenFile* t : {&data.train, &data.val})

@@ -30,8 +30,8 @@ KINDS = ["KILL", "ENOSPC", "EIO", "EINTR", "SHORT"]
 class Scenario:
     """A folder as it is before, the command, and what must be true afterwards."""
 
-    def __init__(self, name, before, command, unbroken):
-        self.name, self.before, self.command, self.unbroken = name, before, command, unbroken
+    def __init__(self, name, before, command, unbroken, result=None):
+        self.name, self.before, self.command, self.unbroken, self.result = name, before, command, unbroken, result
 
 
 def run(command, **more):
@@ -64,14 +64,16 @@ def make_scenarios(work):
             (half / f"{kind}_{step:08d}.bin").unlink()
     must(run(train(data, other, "--seed", 7)).returncode == 0, "train")
     final = (whole / f"model_{STEPS:08d}.bin").read_bytes()
+    recipe = ["./prepare_data", "data/sample_poems.csv", "--normalize_alef", "--val_fraction", 0, "-o"]
+    must(run([*recipe, work / "normalized"]).returncode == 0, "prepare_data")
     empty = work / "empty"
     empty.mkdir()
     return [
         Scenario("a new run", empty, lambda out: train(data, out), final),
         Scenario("a resumed run", half, lambda out: ["./train_gpt2", "--resume", "-o", out], final),
         Scenario("a run in place of another", other, lambda out: train(data, out, "--overwrite"), final),
-        Scenario("prepare_data over other data", data,
-                 lambda out: ["./prepare_data", "data/sample_poems.csv", "--normalize_alef", "-o", out], None),
+        Scenario("prepare_data over other data", data, lambda out: [*recipe, out], None,
+                 files_of(work / "normalized")),
     ]
 
 
@@ -83,7 +85,12 @@ def check_after(s, out, result, kind, struck):
     elif struck and kind in ("EINTR", "SHORT"):
         must(result.returncode == 0, f"an interrupted or short call failed: {result.stderr}")
     if s.unbroken is None:
+        # A reader completes the move; then the set is all old or all new.
+        run(["./train_gpt2", "--data", out, "--max_steps", 1, "--prompt", "no such letter", "-o", out / "none"])
+        must(files_of(out) in (files_of(s.before), s.result), "the data set is neither the old nor the new one")
         must(run(s.command(out)).returncode == 0, "the command fails when it is repeated")
+        must(files_of(out) == s.result, "the data set is not what an unbroken command writes")
+        must(not list(out.glob(".*")), "files are left over")
         return
     if s.name == "a run in place of another":
         there = files_of(out)
