@@ -1,8 +1,10 @@
-// faults.cpp - makes the n-th call that changes files fail, in an unchanged program (LD_PRELOAD; dev/soak/soak.py).
+// faults.cpp - makes the n-th call that changes files fail, in an unchanged program (LD_PRELOAD;
+// dev/soak/soak.py).
 //
-// Counted are write, pwrite, fsync, rename, mkdir, unlink, and open for writing, of paths below FAULT_DIR. Call
-// number FAULT_AT fails as FAULT_KIND says: ENOSPC, EIO, EINTR (writing and syncing only); SHORT: a write takes half
-// of its bytes; KILL: the process ends as by kill -9 just before the call. Then the file FAULT_MARK is made.
+// Counted are write, pwrite, fsync, rename, mkdir, unlink, and open for writing, of paths below FAULT_DIR.
+// Call number FAULT_AT fails as FAULT_KIND says: ENOSPC, EIO, EINTR (writing and syncing only); SHORT: a
+// write takes half of its bytes; KILL: the process ends as by kill -9 just before the call. Then the file
+// FAULT_MARK is made.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -84,7 +86,9 @@ int fsync(int fd) { return fails(path_of(fd), true) ? -1 : real(&::fsync, "fsync
 int rename(const char* from, const char* to) {
     return fails(to, false) ? -1 : real(&::rename, "rename")(from, to);
 }
-int mkdir(const char* path, mode_t mode) { return fails(path, false) ? -1 : real(&::mkdir, "mkdir")(path, mode); }
+int mkdir(const char* path, mode_t mode) {
+    return fails(path, false) ? -1 : real(&::mkdir, "mkdir")(path, mode);
+}
 int unlink(const char* path) { return fails(path, false) ? -1 : real(&::unlink, "unlink")(path); }
 int open(const char* path, int flags, ...) {
     va_list more;
