@@ -755,7 +755,7 @@ TEST_CASE(
     for (int i = 0; i < NUM_PARAMS; i++) {
         INFO(table[i].name);
         bool matrix = i == WTE || i == WPE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW;
-        bool residual = i == ATTPROJW || i == FCPROJW, weight = i == LN1W || i == LN2W || i == LNFW;
+        bool residual = i == ATTPROJW || i == FCPROJW, weight = table[i].init == ONES;
         const float* w = &all[off[i]];
         if (!matrix) {
             CHECK(std::all_of(w, w + table[i].size(), [=](float f) { return f == (weight ? 1.0f : 0.0f); }));

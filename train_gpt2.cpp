@@ -372,8 +372,8 @@ struct Attention {
         store_rows(dqkv, s.dq, T);
     }
 
-    // D (T): each query's sum over keys of P dP. Since out = (F P) V, it is the dot product of the query's
-    // rows of dout and out, so that no tile is needed for it (FlashAttention-2).
+    // D (T): each query's sum over keys of P dP, which needs no tile (FlashAttention-2): the sum over j of
+    // P_ij dP_ij = P_ij F_ij (dout_i . v_j) is dout_i . out_i, because out_i is the sum of P_ij F_ij v_j.
     template <class A>
     void row_dots(float* D, const float* dout, const A* out) const {
         const size_t hs = this->hs();
@@ -449,7 +449,8 @@ inline void cross_entropy(float* losses, float* logits, size_t ld, const int* ta
         float scale = dscale / sum;
         for (size_t v = 0; v < V; v += VL) {
             vec d = load(x + v, V - v) * scale;
-            if (size_t at = (size_t)target - v; at < VL) d[at] -= dscale;
+            if (size_t at = (size_t)target - v; at < VL)
+                d[at] -= dscale;  // before v it wraps to a large number
             store((G*)x + v, d, V - v);
         }
     }
@@ -565,8 +566,8 @@ struct GPT2 : States {
         gemm::reserve(threads_);
     }
 
-    // The mean loss. After a training pass it includes dropout, and backward() may follow; until then tokens
-    // and targets must stay valid.
+    // The mean loss. For tests it may be a training pass, with dropout, which backward() may follow; until
+    // then tokens and targets must stay valid.
     double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
         begin_pass(tokens, targets, B_, T_, pass);
         return with_operands(precision, [&](auto operand) {
@@ -603,8 +604,8 @@ struct GPT2 : States {
 
     // The parts of accumulate() and step(), which tests also call one by one.
 
-    // Adds the gradients of the last training pass (of its mean loss times grad_scale times its token count)
-    // to those since the last update. Returns the mean loss.
+    // Adds the gradients of the last training pass, of the sum of its losses times grad_scale, to those since
+    // the last update. Returns the mean loss.
     double backward() {
         if (!pass_.train) throw std::logic_error("backward: the last forward pass was not a training pass");
         return with_operands(precision, [&](auto operand) { return backward_pass<decltype(operand)>(); });
@@ -775,7 +776,8 @@ struct GPT2 : States {
             residual_norm_forward(a.resid3, norm_after<A>(l), a.resid2, drop(rng::FCPROJ_DROPOUT, l));
         }
     }
-    // Block l from qkv to the GELU, which is also what backward computes again with recompute = 3.
+    // Block l from qkv to the GELU, which is also what backward computes again with recompute = 3. Its ln1 is
+    // there already: a block's first LayerNorm is computed together with the residual sum before it.
     template <class A>
     void block_to_gelu(size_t l) {
         auto [a, w, g, norm1, norm2, C, M] = block<A>(l);
@@ -831,19 +833,21 @@ struct GPT2 : States {
         return loss;
     }
 
-    // Backward through the LayerNorm after block l, then through the block. On entry dln is the gradient of
-    // that LayerNorm's output, and dresid that of the residual stream it has read, along the connection that
-    // skips it. On return they are so for the LayerNorm at the block's start. LN' is a LayerNorm's backward,
-    // mask a dropout mask:
-    //     dresid += LN'(dln)                      of resid3
-    //     dfch = (mask(dresid) fcprojw) gelu'(fch)
-    //     dln = dfch fcw                          of ln2
-    //     dresid += LN'(dln)                      of resid2
-    //     datty = mask(dresid) attprojw           of attention's output
+    // Backward through the LayerNorm after block l, then through the block. On entry dln holds the gradient
+    // of that LayerNorm's output, and dresid the part of its input's gradient that does not come through the
+    // LayerNorm but along the skip connection past it. On return the same holds for the LayerNorm at the
+    // block's start. LN' is a LayerNorm's backward, mask a dropout mask:
+    //     dresid += LN'(dln)                         of resid3
+    //     dfcprojw = mask(dresid)^T fch_gelu         dfch = (mask(dresid) fcprojw) gelu'(fch)
+    //     dfcw = dfch^T ln2                          dln = dfch fcw, of ln2
+    //     dresid += LN'(dln)                         of resid2
+    //     dattprojw = mask(dresid)^T atty            datty = mask(dresid) attprojw
     //     dqkv = attention'(datty)
-    //     dln = dqkv qkvw                         of ln1
-    // After the last block nothing skips the final LayerNorm, and dresid is overwritten. In GROVER nothing
-    // skips a block's first LayerNorm: attention's skip connection begins at its output, and so adds to dln.
+    //     dqkvw = dqkv^T ln1                         dln = dqkv qkvw, of ln1
+    // A weight's gradient is overwritten, or added to if accumulates_; squares() says where the product
+    // leaves its part of the gradient's norm. After the last block nothing skips the final LayerNorm, and
+    // dresid is overwritten. In GROVER nothing skips a block's first LayerNorm: attention's skip connection
+    // begins at its output, and so adds to dln.
     template <class A>
     void block_backward(size_t l) {
         auto [a, w, g, norm1, norm2, C, M] = block<A>(l);
@@ -864,6 +868,7 @@ struct GPT2 : States {
 
         gemm::weight_gradient(g.attprojw, g.attprojb, dbranch, a.atty, M, C, C, add, squares(ATTPROJW, l));
         float* datty = work.dln;  // dln has been read, and its memory is free until the last line
+        // dfch, read for the last time above, takes dbranch in bf16; then dqkv overwrites it.
         gemm::input_gradient(datty, simd::rounded(work.dfch, dbranch, M * C), w.attprojw, M, C, C);
         attention().backward(work.dqkv, datty, a.atty, a.qkv, a.lse, drop(rng::ATT_DROPOUT, l), pass_.seq0,
                              work.attention);

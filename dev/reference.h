@@ -5,10 +5,11 @@
 // it: test_gpt2.cpp compares train_gpt2.cpp with this file, layer by layer and as a whole, and checks this
 // file itself against finite differences.
 //
-// A layer is two functions. Forward computes its output from its inputs. Backward receives the derivative of
-// the loss with respect to the output, y.d, and adds to x.d, w.d and b.d what the chain rule says: for each
-// input i, the sum over all outputs j of y.d[j] times the derivative of output j by input i. It adds because
-// a value that is used in two places (a residual connection, the tied embedding) has a term from each.
+// A layer is two functions. Forward computes its output y from its inputs, such as x and w; the values of a
+// tensor are x.v. Backward receives the derivative of the loss with respect to the output, y.d, and adds to
+// x.d, w.d and b.d what the chain rule says: for each input i, the sum over all outputs j of y.d[j] times the
+// derivative of output j by input i. It adds because a value that is used in two places (a residual
+// connection, the tied embedding) has a term from each.
 //
 // Shapes: B sequences of T tokens, M = B*T rows (one a token), C channels, NH heads of hs = C/NH channels,
 // V vocabulary. Row m of a tensor (M,C) begins at element m*C; matrices are (out, in).
@@ -56,8 +57,10 @@ inline void embedding_backward(const Tensor& y, Tensor& wte, Tensor& wpe, const 
         }
 }
 
-// y (M,N) = x (M,K) w^T + b, w (N,K) or its first N rows, b (N) or null. One output is a sum over k of
-// x[m,k] w[n,k], so x gets y.d w, and w gets y.d x.
+// y (M,N) = x (M,K) w^T + b. w (N,K), or its first N rows: the output layer uses V of wte's Vp. b (N) or
+// null.
+//     y[m,n] = b[n] + sum over k of x[m,k] w[n,k],  so
+//     x.d[m,k] gets the sum over n of y.d[m,n] w[n,k],  w.d[n,k] the sum over m of y.d[m,n] x[m,k]
 inline void linear_forward(Tensor& y, const Tensor& x, const Tensor& w, const Tensor* b, size_t K, size_t N) {
     for (size_t m = 0; m < x.size() / K; m++)
         for (size_t n = 0; n < N; n++) {
@@ -160,11 +163,11 @@ inline void add_backward(const Tensor& y, Tensor& a, Tensor& b) {
     }
 }
 
-// Causal self-attention (Vaswani et al. 2017). Each token has a query, a key and a value in each head; row m
-// of qkv (M,3C) holds the C of all its queries, then keys, then values. Within a head,
+// Causal self-attention (Vaswani et al. 2017). Each token has a query, a key and a value in each head. Row m
+// of qkv (M,3C) holds C numbers of queries, head after head, then C of keys, then C of values. Within a head,
 //     score[t,j] = q[t] k[j] / sqrt(hs)  for j <= t        p[t,.] = softmax over j of score[t,.]
 //     y[t]       = sum over j of p[t,j] factor[t,j] v[j]    factor: dropout of the probabilities
-// factors, prob (B,NH,T,T); lse (B,NH,T), the logarithm of the softmax's sum.
+// factors, prob (B,NH,T,T); lse (B,NH,T): the logarithm of the sum of a row's exponentials.
 struct Attention {
     size_t B, T, C, NH;
     Doubles factors = {};  // empty: no dropout
@@ -208,7 +211,7 @@ struct Attention {
         });
     }
 
-    // The derivative of p[i] by score[j] is p[i] ((i == j) - p[j]).
+    // The derivative of p[key] by score[j] is p[key] ((key == j) - p[j]).
     void backward(const Tensor& y, Tensor& qkv) const {
         each_query([&](size_t b, size_t h, size_t t) {
             const double *p = &prob[row(b, h, t)], *dy = &y.d[out_at(b, t, h)];
@@ -222,7 +225,7 @@ struct Attention {
             }
             for (size_t j = 0; j <= t; j++) {
                 double dscore = 0;
-                for (size_t i = 0; i <= t; i++) dscore += dp[i] * p[i] * ((i == j) - p[j]);
+                for (size_t key = 0; key <= t; key++) dscore += dp[key] * p[key] * ((key == j) - p[j]);
                 for (size_t i = 0; i < hs(); i++) {
                     double scaled = dscore / std::sqrt((double)hs());
                     qkv.d[at(b, t, h, 0) + i] += scaled * qkv.v[at(b, j, h, 1) + i];
@@ -259,7 +262,8 @@ inline void cross_entropy_backward(const Tensor& losses, Tensor& logits, const T
 }
 
 // ---------------------------------------------------------------------------------------------
-// The model
+// The model. Config, ParamId and param_table are in lib/gpt2.h, Pass in lib/model.h. The trainers have other
+// names for x (resid), r (resid2) and y (resid3); branch for dropped1 and dropped2; rstd for 1/sigma.
 
 // One block, from x to y. GPT-2's residual connections skip the LayerNorms,
 //     r = x + dropout(attention(LN1(x)))        y = r + dropout(MLP(LN2(r)))
@@ -293,7 +297,8 @@ class GPT2 {
     }
 
     // The mean loss of B sequences of T tokens over the targets >= 0. A training pass applies dropout.
-    // backward: also adds to each w[id][l].d the gradient of the sum of the losses times pass.grad_scale.
+    // backward: also adds to each w[id][l].d the gradient of the sum of the losses times pass.grad_scale,
+    // which is 1 / (the targets of the whole step): together, the gradient of the step's mean loss.
     double loss(const Tokens& tokens, const Tokens& targets, size_t B, size_t T, const Pass& pass,
                 bool backward) {
         const size_t C = (size_t)cfg.C, L = (size_t)cfg.L, V = (size_t)cfg.V, M = B * T;

@@ -833,6 +833,13 @@ TEST_CASE("cli: a resumed run hears its flags: what may change does, the rest is
     std::string out = d / "run", again = "--resume -o " + out + " ";
     std::filesystem::copy(f.data, d / "data");
     check_success(train("--data " + (d / "data") + MODEL + "--max_steps 4 --lr_schedule cosine -o " + out));
+    std::filesystem::copy(out, d / "copy");
+    std::string changed = read_file(d / "data/val.bin");
+    changed.back() = changed[1024];
+    std::filesystem::rename(d / "data/val.bin", d / "val.bin"), write_file(d / "data/val.bin", changed);
+    CHECK(contains(train("--resume --max_steps 5 -o " + (d / "copy")).out,
+                   "the validation data are not those"));
+    std::filesystem::rename(d / "val.bin", d / "data/val.bin");
     check_failure(train(again + "-e " + f.model), "train_gpt2", 2, {"--init_from does not go with --resume"});
     check_failure(train(again + "--overwrite"), "train_gpt2", 2, {"--overwrite does not go with --resume"});
     check_failure(train(again + "--preset char"), "train_gpt2", 2, {"--preset is char, the run has tiny"});

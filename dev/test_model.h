@@ -25,15 +25,16 @@ inline std::string variant(const Config& c, float dropout) {
                 c.activation == GELU_TANH ? "tanh" : "erf", dropout);
 }
 
-// Weights as if trained: none is zero or one, so that every gradient matters. Padded rows stay zero.
+// Weights as if trained: none is zero or one, so that every gradient matters. Padded rows stay zero. Each
+// tensor has random numbers of its own, so that another tensor does not change it.
 template <class Model>
 void randomise(Model& m, uint64_t seed) {
-    Random r(seed);
     ParamTable table = param_table(m.cfg);
     auto off = param_offsets(m.cfg);
     Floats all = piece(m, PARAMS);
     for (int i = 0; i < NUM_PARAMS; i++) {
-        bool weight = i == LN1W || i == LN2W || i == LNFW, embedding = i == WTE || i == WPE;
+        Random r(seed * NUM_PARAMS + (uint64_t)i);
+        bool weight = table[i].init == ONES, embedding = i == WTE || i == WPE;
         double scale = !table[i].decay ? 0.3
                        : embedding     ? 0.4
                                        : (i == QKVW ? 1.5 : 1) / std::sqrt((double)m.cfg.C);

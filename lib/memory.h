@@ -34,9 +34,9 @@ struct Arena {
 };
 
 // The activations that forward keeps for backward; M = B*T rows. F is the type of the residual stream and of
-// values that only one layer reads (float on the CPU), A the type of what matrix products multiply (float or
-// bf16). A tensor has one slot for each layer, or a single slot that all layers use: in a model that does not
-// train, and in training for what backward computes again.
+// qkv and fch, which one layer reads (float on the CPU), A the type of what matrix products multiply (float
+// or bf16). A tensor has one slot for each layer, or a single slot that all layers use: in a model that does
+// not train, and in training for what backward computes again.
 template <class F, class A>
 struct Activations {
     F *embedded, *qkv, *resid2, *fch, *resid3;

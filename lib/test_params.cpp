@@ -1,6 +1,8 @@
 // test_params.cpp - the table of the parameter tensors, where each lies in file and memory, and the presets.
 #include <doctest/doctest.h>
 
+#include <set>
+
 #include "dev/test_model.h"
 
 using namespace test;
@@ -30,6 +32,15 @@ TEST_CASE("the parameter table has GPT-2's tensors, and presets have the publish
     // 6 per parameter and token, and the attention: 12 L C T per token.
     double per_token = 6.0 * (double)(num_params(c) - 40 * 48 - (128 - 97) * 48) + 12.0 * 2 * 48 * 37;
     check_close("step_flops", step_flops(c, 3, 37), per_token * 3 * 37, 1e-12);
+}
+
+TEST_CASE("every row of the parameter table is there, and no two have one name") {
+    std::set<std::string> names;
+    for (const ParamInfo& p : param_table(config(2, 3, 48, 97, 40))) {
+        REQUIRE(p.name);  // a forgotten row would compile
+        names.insert(p.name);
+    }
+    CHECK(names.size() == NUM_PARAMS);
 }
 
 TEST_CASE("the pieces cover every element of file and memory exactly once, in the file's order") {
@@ -87,6 +98,7 @@ TEST_CASE("a model's tensors, by name, by number and layer, and as pieces, are t
         const float* named[] = {p.wte,  p.wpe,  b.ln1w, b.ln1b, b.qkvw,    b.qkvb,    b.attprojw, b.attprojb,
                                 b.ln2w, b.ln2b, b.fcw,  b.fcb,  b.fcprojw, b.fcprojb, p.lnfw,     p.lnfb};
         CHECK(p.tensor(t.id, t.layer) == &memory[t.memory]);
+        REQUIRE((size_t)t.id < std::size(named));
         CHECK(named[t.id] == &memory[t.memory]);
     }
 }

@@ -471,7 +471,7 @@ class Run {
         settle_settings();
         fit_memory(o_.max_steps > 0);
         load_data();
-        if (state) compare_data(state->fingerprints);
+        compare_data(state ? state->fingerprints : Fingerprints());
         if (o_.max_steps > 0) open_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
     }
@@ -752,22 +752,21 @@ class Run {
         return 0;
     }
 
-    // Checksums of the data; what changed under a resumed run is said, or refused.
+    // Checksums of the data; what changed under a resumed run is said, or refused. `saved` is 0 in a new run.
     void compare_data(Fingerprints saved) {
         auto differs = [](uint64_t was, uint64_t is) { return was && is && was != is; };
         fingerprints_.train = train_file_ ? train_file_->checksum() : saved.train;
         fingerprints_.val = val_file_ ? val_file_->checksum() : 0;
-        std::string theirs = dirname_of(o_.train_data) + "/tokenizer.bin";
-        for (const std::string& file : {o_.tokenizer, theirs}) {
-            if (!file_exists(file) || !tokenizer_) continue;
-            if (uint64_t is = file_checksum(file); differs(saved.tokenizer, is))
+        fingerprints_.tokenizer = tokenizer_ ? file_checksum(o_.tokenizer) : saved.tokenizer;
+        // The tokens may have been made with another tokenizer than the run's, which is in --out.
+        const std::string of_data = dirname_of(o_.train_data) + "/tokenizer.bin";
+        for (const std::string& file : {o_.tokenizer, of_data})
+            if (tokenizer_ && file_exists(file) && differs(saved.tokenizer, file_checksum(file)))
                 fail(
                     "%s: is not the tokenizer of the run in %s: a model reads only the tokens that it "
-                    "learnt; name "
-                    "the run's data, or train a new model",
+                    "learnt; "
+                    "name the run's data, or train a new model",
                     file.c_str(), o_.out.c_str());
-            else fingerprints_.tokenizer = is;
-        }
         if (differs(saved.train, fingerprints_.train))
             printf("the training data are not those of the run: %s\n", o_.train_data.c_str());
         if (differs(saved.val, fingerprints_.val)) {

@@ -356,7 +356,7 @@ struct Name {
     const char *gpt2, *grover;
     int grover_shift;
 };
-constexpr Name NAMES[NUM_PARAMS] = {
+constexpr Name NAMES[] = {
     {WTE, TABLE, "wte.weight", "wte.weight", 0},
     {WPE, TABLE, "wpe.weight", "wpe.weight", 0},
     {LN1W, VECTOR, "h.#.ln_1.weight", "h.#.ln_2.weight", -1},
@@ -374,6 +374,7 @@ constexpr Name NAMES[NUM_PARAMS] = {
     {LNFW, VECTOR, "ln_f.weight", "h.#.ln_2.weight", -1},
     {LNFB, VECTOR, "ln_f.bias", "h.#.ln_2.bias", -1},
 };
+static_assert(std::size(NAMES) == NUM_PARAMS, "a name for each tensor");
 
 // One published tensor. (rows, cols) is its shape in the model file.
 struct Slot {
