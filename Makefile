@@ -59,8 +59,11 @@ include dev/build.mk
 
 # One file, whose name may have spaces, or several without
 poems = $(if $(shell test -e $(call quote,$(POEMS)) && echo one),$(call quote,$(POEMS)),$(POEMS))
+# DATA=DIR alone trains on token files that are there; with POEMS= they are made anew.
+own_data = $(and $(filter command environment,$(word 1,$(origin DATA))),$(filter file,$(origin POEMS)),\
+	$(shell test -e $(call quote,$(DATA)/train.bin) && echo there))
 train: $(PROGRAMS)
-	./prepare_data $(poems) -o $(call quote,$(DATA)) $(PREPARE_FLAGS)
+	$(if $(own_data),,./prepare_data $(poems) -o $(call quote,$(DATA)) $(PREPARE_FLAGS))
 	./train_gpt2 --data $(call quote,$(DATA)) --preset $(PRESET) -o $(call quote,$(OUT)) --overwrite $(TRAIN_FLAGS)
 
 # The program is linked in BUILD and copied, because `make ladder` is the target that runs it.
@@ -125,7 +128,9 @@ $(BUILD)/ladder: $(BUILD)/dev/ladder/ladder.o $(GEMM:%=$(BUILD)/%)
 flags.build/programs = $(flags.$(BUILD)) $(BUILD) $(portable)
 
 clean:
-	rm -rf $(PROGRAMS) $(TOOLS) train_gpt2cu ladder build $(if $(wildcard $(BUILD)/flags),$(BUILD))
+	rm -f $(PROGRAMS) $(TOOLS) train_gpt2cu
+	test -d ladder || rm -f ladder
+	rm -rf build $(if $(wildcard $(BUILD)/flags),$(BUILD))
 
 include dev/emulator.mk dev/test.mk dev/portable.mk dev/gpu.mk dev/bench.mk
 # The dependencies that the compiler found

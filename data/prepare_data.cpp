@@ -595,6 +595,11 @@ inline void write_data_set(const std::string& dir, const Tokenizer& tok, const s
                            const std::vector<uint16_t>& val) {
     DataSetWriter set(dir);
     tok.save(set.path("tokenizer.bin"));
+    const std::string old = dir + "/tokenizer.bin";
+    if (trainer::holds_run(dir) && file_exists(old) &&
+        Reader(old).rest() != Reader(set.path("tokenizer.bin")).rest())
+        fail("%s: holds a run whose tokenizer would be replaced by another one; take another folder with -o",
+             dir.c_str());
     write_tokens(set.path("train.bin"), train);
     if (!val.empty()) write_tokens(set.path("val.bin"), val);
     set.commit();
@@ -603,7 +608,7 @@ inline void write_data_set(const std::string& dir, const Tokenizer& tok, const s
 // The whole program except for its command line. Writes nothing until everything has succeeded.
 inline Report prepare(const Options& o) {
     check_options(o);
-    trainer::before_writing(o.out);
+    trainer::BeforeTraining lock(o.out);
     Report r;
     Collector collector(o, r);
     for (const std::string& path : o.files) collector.read_file(path);
@@ -748,6 +753,7 @@ inline int prepare_main(int argc, char** argv) {
 
 #ifndef ARAPOET_NO_MAIN
 int main(int argc, char** argv) {
+    signal(SIGPIPE, SIG_IGN);  // the data are written also if nobody reads the report (| head)
     return run_main("prepare_data", [&] { return prep::prepare_main(argc, argv); });
 }
 #endif

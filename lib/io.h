@@ -61,7 +61,7 @@ int run_main(const char* program, F body) {
     try {
         int code = body();
         errno = 0;
-        if (fflush(stdout) || ferror(stdout))
+        if ((fflush(stdout) || ferror(stdout)) && errno != EPIPE)  // nobody reads it any more: no error
             fail("standard output: cannot write: %s", strerror(errno ? errno : EIO));
         return code;
     } catch (const UsageError& e) {

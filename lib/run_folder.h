@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <csignal>
+#include <filesystem>
 
 #include "lib/io.h"
 
@@ -41,16 +42,6 @@ inline uint64_t bytes_in(const std::string& path) {
     return sum;
 }
 
-// Removes the temporary files of programs that were killed while they wrote: NAME.tmpPID, where no such
-// process lives.
-inline void remove_leftovers(const std::string& dir) {
-    for (const std::string& name : names_in(dir)) {
-        size_t at = name.rfind(".tmp");
-        int pid = at == std::string::npos ? 0 : atoi(name.c_str() + at + 4);
-        if (pid > 0 && kill(pid, 0) && errno == ESRCH) unlink((dir + "/" + name).c_str());
-    }
-}
-
 // Only one trainer works in a folder. The lock ends with its process, however that ends.
 class FolderLock {
   public:
@@ -62,7 +53,7 @@ class FolderLock {
     // Locks dir, or fails with the process that has the lock. A file system without locks is taken as
     // unlocked.
     void take(const std::string& dir) {
-        path_ = dir + "/lock";
+        path_ = dir + "/.arapoet.lock";
         for (;;) {
             fd_ = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
             if (fd_ < 0) fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
@@ -111,9 +102,38 @@ inline bool is_run_file(const std::string& name) {
         if (name == n) return true;
     return is_model_file(name) || number_of(name, "state") >= 0;
 }
+inline bool holds_run_files(const std::string& dir) {
+    std::vector<std::string> names = names_in(dir);
+    return std::any_of(names.begin(), names.end(), is_run_file);
+}
 inline bool holds_run(const std::string& dir) {
     std::vector<std::string> names = names_in(dir);
     return std::any_of(names.begin(), names.end(), is_model_file);
+}
+
+// Removes the temporary files of trainers that were killed while they wrote: NAME.tmpPID, where no such
+// process lives.
+inline void remove_leftovers(const std::string& dir) {
+    for (const std::string& name : names_in(dir)) {
+        size_t at = name.rfind(".tmp");
+        if (at == std::string::npos || name.find_first_not_of("0123456789", at + 4) != std::string::npos)
+            continue;
+        const std::string stem = name.substr(0, at);
+        int pid = atoi(name.c_str() + at + 4);
+        if (!is_run_file(stem) && stem != "leaving") continue;
+        if (pid > 0 && kill(pid, 0) && errno == ESRCH) unlink((dir + "/" + name).c_str());
+    }
+}
+// Is this what a run may move: a folder of token files, or what `make finetune` converted?
+inline bool is_run_data(const std::string& path) {
+    const std::string name = path.substr(path.rfind('/') + 1);
+    if (name == "pretrained.bin" || name == "pretrained_tokenizer.bin") return true;
+    struct stat st;
+    if (lstat(path.c_str(), &st) || !S_ISDIR(st.st_mode)) return false;
+    for (const std::string& file : names_in(path))
+        if (file != "train.bin" && file != "val.bin" && file != "tokenizer.bin" && file[0] != '.')
+            return false;
+    return true;
 }
 
 class RunFolder {
@@ -125,19 +145,49 @@ class RunFolder {
         for (const std::string& dir : {out, out + "/.new"}) remove_leftovers(dir);
         recover();
     }
-    // A new run begins: in OUT/.new where there is an earlier run, or where its data have been put there.
-    void begin() {
-        if (!holds_run(out_) && !file_exists(out_ + "/.new")) return;
-        dir_ = out_ + "/.new";
+    // A new run begins: in OUT/.new where there is an earlier run, or where its data have been put there
+    // (data_there). Data that an aborted run has left in OUT/.new move to OUT/previous. Fails where the move
+    // that comes later cannot succeed.
+    void begin(bool data_there) {
+        const std::string aside = out_ + "/.new";
+        std::vector<std::string> left = names_in(aside);
+        if (!data_there && !std::all_of(left.begin(), left.end(), is_run_file)) {
+            make_dirs(out_ + "/previous");
+            rename_file(aside, previous(next_number()));
+        }
+        if (!holds_run_files(out_) && !file_exists(aside)) return;
+        for (const std::string& name : names_in(aside))
+            if (!is_run_file(name) && file_exists(out_ + "/" + name) && !is_run_data(out_ + "/" + name))
+                fail(
+                    "%s/%s: is in the way of the new run's %s, and does not look like a run's; take another "
+                    "folder "
+                    "with -o",
+                    out_.c_str(), name.c_str(), name.c_str());
+        if (holds_run_files(out_)) {
+            make_dirs(out_ + "/previous");
+            struct stat here, there;
+            if (!stat(out_.c_str(), &here) && !stat((out_ + "/previous").c_str(), &there) &&
+                here.st_dev != there.st_dev)
+                fail(
+                    "%s/previous: is on another disk, an earlier run cannot move there; take another folder "
+                    "with "
+                    "-o",
+                    out_.c_str());
+        }
+        dir_ = aside;
         make_dirs(dir_);
     }
+    bool is_open() const { return lock_.held(); }
     // Where the run's files are now.
     const std::string& dir() const { return dir_; }
     bool aside() const { return dir_ != out_; }
     // Where a file that is now in OUT/.new will be when the run has taken its place.
     std::string final_place(const std::string& path) const {
-        std::string from = out_ + "/.new/";
-        return path.compare(0, from.size(), from) ? path : out_ + "/" + path.substr(from.size());
+        auto normal = [](const std::string& p) {
+            return std::filesystem::path(p).lexically_normal().string();
+        };
+        std::string from = normal(out_ + "/.new/"), p = normal(path);
+        return p.compare(0, from.size(), from) ? path : out_ + "/" + p.substr(from.size());
     }
     // Takes the earlier run's place, if that has not happened yet. Returns what to tell the user, or "".
     std::string take_place() {
@@ -157,14 +207,13 @@ class RunFolder {
         else if (holds_run(out_ + "/.new")) move();
     }
     std::string move() {
-        int n = 1;
-        while (file_exists(previous(n))) n++;
+        const int n = next_number();
         std::vector<std::string> coming = names_in(out_ + "/.new");
         std::string list = std::to_string(n) + "\n";
         bool any = false;
         for (const std::string& name : names_in(out_)) {
-            if (name == ".new" || name == "previous" || name == "lock") continue;
-            if (!is_run_file(name) && !std::binary_search(coming.begin(), coming.end(), name)) continue;
+            bool replaced = std::binary_search(coming.begin(), coming.end(), name);
+            if (!is_run_file(name) && !(replaced && is_run_data(out_ + "/" + name))) continue;
             list += name + "\n", any = true;
         }
         AtomicFile file(leaving());
@@ -191,11 +240,23 @@ class RunFolder {
         sync_folder(out_ + "/.new");
     }
     void arrive() {
-        for (const std::string& name : names_in(out_ + "/.new"))
-            if (name != "arriving") rename_file(out_ + "/.new/" + name, out_ + "/" + name);
+        for (const std::string& name : names_in(out_ + "/.new")) {
+            if (name == "arriving") continue;
+            const std::string to = out_ + "/" + name;
+            if (file_exists(to)) {  // came there after the earlier run had left
+                const std::string aside = previous(next_number());
+                make_dirs(aside), rename_file(to, aside + "/" + name);
+            }
+            rename_file(out_ + "/.new/" + name, to);
+        }
         sync_folder(out_);
         unlink(arriving().c_str());
         rmdir((out_ + "/.new").c_str());
+    }
+    int next_number() const {
+        int n = 1;
+        while (file_exists(previous(n))) n++;
+        return n;
     }
     std::string previous(int n) const { return out_ + "/previous/" + std::to_string(n); }
 
@@ -203,14 +264,18 @@ class RunFolder {
     FolderLock lock_;
 };
 
-// For a program that writes to OUT/.new before the trainer does (prepare_data, by `make train`): fails where
-// a trainer works in OUT, and ends a move that was stopped, so that what is written is not taken for the
-// files of that run.
-inline void before_writing(const std::string& dir) {
-    size_t at = dir.rfind("/.new/");
-    if (at == std::string::npos || !file_exists(dir.substr(0, at))) return;
-    RunFolder folder;
-    folder.open(dir.substr(0, at));
-}
+// For a program that writes to OUT/.new before the trainer does (prepare_data, by `make train`): locks OUT
+// while it exists, fails where a trainer works there, and ends a move that was stopped, so that what is
+// written is not taken for the files of that run.
+class BeforeTraining {
+  public:
+    explicit BeforeTraining(const std::string& dir) {
+        size_t at = dir.rfind("/.new/");
+        if (at != std::string::npos && file_exists(dir.substr(0, at))) folder_.open(dir.substr(0, at));
+    }
+
+  private:
+    RunFolder folder_;
+};
 
 }  // namespace trainer

@@ -40,7 +40,7 @@ TEST_CASE("run folder: a second trainer is refused with the first one's process 
     }
     int status;
     waitpid(pid, &status, 0);
-    CHECK(file_exists(dir / "lock"));
+    CHECK(file_exists(dir / ".arapoet.lock"));
     CHECK(error_of([&] { third.open(dir.path); }) == "");
 }
 
@@ -57,7 +57,7 @@ TEST_CASE("run folder: an earlier run moves to previous/N with its data; the use
         trainer::RunFolder folder;
         folder.open(dir.path);
         CHECK(what_is(dir / "model.bin") == strf("run %d model.bin", n - 1));  // nothing has moved yet
-        folder.begin();
+        folder.begin(true);
         CHECK(folder.dir() == dir / ".new");
         CHECK(folder.final_place(dir / ".new/data/train.bin") == dir / "data/train.bin");
         CHECK(folder.final_place(dir / "other/train.bin") == dir / "other/train.bin");
@@ -79,12 +79,12 @@ TEST_CASE("run folder: an earlier run moves to previous/N with its data; the use
 TEST_CASE("run folder: without an earlier run the new one begins in its place") {
     TempDir dir;
     trainer::RunFolder folder;
-    folder.open(dir.path), folder.begin();
+    folder.open(dir.path), folder.begin(true);
     CHECK(folder.dir() == dir.path);
     CHECK(folder.take_place() == "");
     folder.close();
     write_all(dir / ".new", {"data/train.bin"}, "new");  // data that were prepared for it come along
-    folder.open(dir.path), folder.begin();
+    folder.open(dir.path), folder.begin(true);
     CHECK(folder.take_place() == "");
     CHECK(what_is(dir / "data/train.bin") == "new data/train.bin");
 }
@@ -93,13 +93,13 @@ TEST_CASE("run folder: a new run that wrote a model before it was killed takes i
     TempDir dir;
     write_all(dir.path, {"model.bin"}, "old"),
         write_all(dir / ".new", {"model_00000005.bin", "log.csv"}, "new");
-    trainer::before_writing(dir / ".new/data");  // as prepare_data does before it writes there
+    { trainer::BeforeTraining lock(dir / ".new/data"); }  // as prepare_data does before it writes there
     CHECK(what_is(dir / "previous/1/model.bin") == "old model.bin");
     CHECK(what_is(dir / "model_00000005.bin") == "new model_00000005.bin");
     trainer::RunFolder folder;
     folder.open(dir.path);
-    CHECK(contains(error_of([&] { trainer::before_writing(dir / ".new/data"); }), "is training in it"));
-    trainer::before_writing(dir / "data");  // any other folder is the user's
+    CHECK(contains(error_of([&] { trainer::BeforeTraining lock(dir / ".new/data"); }), "is training in it"));
+    trainer::BeforeTraining lock(dir / "data");  // any other folder is the user's
 }
 
 // dev/soak.py stops the move at each of its system calls; here its two states as they are found on disk.

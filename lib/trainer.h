@@ -230,9 +230,14 @@ inline double learning_rate(const std::string& schedule, double peak, int step, 
 
 inline volatile sig_atomic_t g_stop = 0;       // the signal that asked for an end
 inline volatile sig_atomic_t g_continued = 0;  // the process was stopped (Ctrl-Z) and goes on
+inline volatile sig_atomic_t g_stop_time = 0;
+// A second signal ends at once, unless it is the first one's echo: make passes on what its whole group was
+// sent.
 inline void on_stop(int s) {
+    const sig_atomic_t time_now = (sig_atomic_t)time(nullptr);
+    if (g_stop && time_now - g_stop_time >= 2) signal(s, SIG_DFL), raise(s);
+    if (!g_stop) g_stop_time = time_now;
     g_stop = s;
-    signal(s, SIG_DFL);  // a second one ends at once
 }
 inline void on_continue(int) { g_continued = 1; }
 
@@ -430,7 +435,7 @@ class Run {
                     strf("--%s does not go with --resume, which goes on from the last checkpoint in "
                          "--out; leave one of them out",
                          flag));
-        if (file_exists(o_.out)) folder_.open(o_.out);
+        if (!checkpoints_in(o_.out).empty() || file_exists(o_.out + "/.new")) folder_.open(o_.out);
         std::vector<int> steps = checkpoints_in(o_.out);
         if (steps.empty())
             fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
@@ -467,6 +472,12 @@ class Run {
                     flags_.forget(flag);
                     (flag[0] == 't' ? o_.train_data : o_.val_data).clear();
                 }
+            if (!flags_.on_command_line("data")) {
+                find_own(o_.train_data, "train_data", state->fingerprints.train);
+                find_own(o_.val_data, "val_data", state->fingerprints.val);
+            }
+        } else if (o_.max_steps && file_exists(o_.out + "/.")) {
+            folder_.open(o_.out);
         }
         settle_settings();
         fit_memory(o_.max_steps > 0);
@@ -474,6 +485,16 @@ class Run {
         compare_data(state ? state->fingerprints : Fingerprints());
         if (o_.max_steps > 0) open_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
+    }
+
+    // The data of a run that was moved or copied with its folder are in OUT/data.
+    void find_own(std::string& path, const char* flag, uint64_t checksum) {
+        const std::string own = o_.out + "/data/" + path.substr(path.rfind('/') + 1);
+        if (path.empty() || flags_.on_command_line(flag) || path.find('*') != std::string::npos ||
+            !file_exists(own))
+            return;
+        auto is_it = [&](const std::string& file) { return TokenFile(file).checksum() == checksum; };
+        if (!file_exists(path) || (checksum && !is_it(path) && is_it(own))) path = own;
     }
 
     // Fills in what the command line left open.
@@ -519,7 +540,10 @@ class Run {
         if (!(o_.epochs > 0) || !o_.max_steps) return;
         if (flags_.on_command_line("max_steps") && flags_.on_command_line("epochs"))
             throw UsageError("--epochs and --max_steps both say how long to train; leave one of them out");
-        if (o_.resume && flags_.on_command_line("max_steps")) return;
+        if (o_.resume && flags_.on_command_line("max_steps")) {
+            o_.epochs = 0;
+            return;
+        }
         Options sizes = o_;
         apply_preset_defaults(sizes, cfg_, fine_tunes());
         double tokens = o_.total_batch_size
@@ -537,7 +561,10 @@ class Run {
     void find_data() {
         finish_data_set(o_.data);
         if (o_.train_data.empty()) o_.train_data = o_.data + "/train.bin";
-        if (o_.val_data.empty()) o_.val_data = o_.data + "/val.bin";
+        if (o_.val_data.empty()) {
+            bool beside = flags_.on_command_line("train_data") && !flags_.on_command_line("data");
+            o_.val_data = (beside ? dirname_of(o_.train_data) : o_.data) + "/val.bin";
+        }
         const bool many = o_.train_data.find('*') != std::string::npos;
         if (o_.max_steps && !many && !file_exists(o_.train_data) && !flags_.on_command_line("train_data")) {
             if (o_.resume)
@@ -588,6 +615,11 @@ class Run {
         if (!tokenizer_ && !left_out.empty())
             printf("%s, so there are no poems and no losses per character\n", left_out.c_str());
         if (!tokenizer_) o_.tokenizer.clear();
+        const std::string theirs = dirname_of(o_.init_from) + "/tokenizer.bin";
+        if (tokenizer_ && sized && !o_.resume && !flags_.on_command_line("tokenizer") &&
+            file_exists(theirs) && Reader(theirs).rest() != Reader(o_.tokenizer).rest())
+            fail("%s: is not the tokenizer of %s, which is %s: prepare the poems with --tokenizer %s",
+                 o_.tokenizer.c_str(), o_.init_from.c_str(), theirs.c_str(), shell_quoted(theirs).c_str());
     }
 
     // A prompt that cannot be written fails now, not at the first poem.
@@ -686,7 +718,7 @@ class Run {
             val_file_ = std::make_unique<TokenFile>(o_.val_data);
             val_file_->check_vocab(cfg_.V);
             val_loader_ = std::make_unique<EvalLoader>(*val_file_, (int)B_, (int)T_);
-        } else if (flags_.given("val_data") || o_.max_steps == 0) {
+        } else if (flags_.on_command_line("val_data") || o_.max_steps == 0) {
             fail("%s: validation tokens not found", o_.val_data.c_str());
         }
     }
@@ -769,12 +801,19 @@ class Run {
                     file.c_str(), o_.out.c_str());
         if (differs(saved.train, fingerprints_.train))
             printf("the training data are not those of the run: %s\n", o_.train_data.c_str());
-        if (differs(saved.val, fingerprints_.val)) {
+        const bool other_tokens = std::any_of(changed_.begin(), changed_.end(), [](const std::string& c) {
+            return c.compare(0, 6, "--val_") == 0 && c.compare(0, 11, "--val_every") != 0 &&
+                   c.compare(0, 10, "--val_data") != 0;
+        });
+        if (differs(saved.val, fingerprints_.val))
             printf(
                 "the validation data are not those of the run, so the best loss so far counts no more: %s\n",
                 o_.val_data.c_str());
-            progress_.best_val = INFINITY, progress_.best_step = -1;
-        }
+        else if (other_tokens)
+            printf("a validation takes other tokens now, so the best loss so far counts no more\n");
+        else return;
+        best_before_ = progress_.best_step;
+        progress_.best_val = INFINITY, progress_.best_step = -1;
     }
     static uint64_t file_checksum(const std::string& path) {
         std::string bytes = Reader(path).rest();
@@ -784,14 +823,22 @@ class Run {
     // Makes the output folder, and locks it. Refuses to replace a run without --overwrite.
     void open_folder() {
         make_dirs(o_.out);
-        if (o_.resume) return;  // has been opened
+        if (o_.resume) {
+            // The best model by another measure is kept when a new one takes its name.
+            if (best_before_ >= 0 && file_exists(o_.out + "/model.bin")) {
+                const std::string kept = o_.out + strf("/best_%08d.bin", best_before_);
+                rename_file(o_.out + "/model.bin", kept);
+                printf("model.bin, the best until now, is kept as %s\n", kept.c_str());
+            }
+            return;  // has been opened
+        }
         if (holds_run(o_.out) && !o_.overwrite)
             fail(
                 "%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes "
                 "another folder",
                 o_.out.c_str());
-        folder_.open(o_.out);
-        folder_.begin();
+        if (!folder_.is_open()) folder_.open(o_.out);
+        folder_.begin(folder_.final_place(o_.train_data) != o_.train_data);
     }
 
     // The run's flags for the state file: sizes as they are now, paths that hold from any folder, and data in
@@ -799,9 +846,9 @@ class Run {
     std::string settings_to_keep() {
         o_.depth = cfg_.L, o_.heads = cfg_.NH, o_.channels = cfg_.C;
         o_.activation = cfg_.activation == GELU_ERF ? "gelu" : "gelu_new";
+        if (!val_file_) o_.val_data.clear();
         for (std::string* path : {&o_.data, &o_.train_data, &o_.val_data, &o_.tokenizer})
-            if (!path->empty())
-                *path = std::filesystem::absolute(folder_.final_place(*path)).lexically_normal();
+            if (!path->empty()) *path = std::filesystem::weakly_canonical(folder_.final_place(*path));
         return flags_.values();
     }
 
@@ -910,8 +957,8 @@ class Run {
         for (;; done_before = false) {
             const int step = started_;
             const bool validate_now = validation_due(step), sample_now = sample_due(step);
-            bool last = step >= o_.max_steps, save_now = step && (last || due(o_.save_every, step)),
-                 stop = g_stop;
+            bool last = step >= o_.max_steps || (done_before && patience_ends()),
+                 save_now = step && (last || due(o_.save_every, step)), stop = g_stop;
             if (!done_before && (last || stop || validate_now || sample_now || save_now)) {
                 drain();
                 Evaluation e;
@@ -927,7 +974,9 @@ class Run {
             one_step();
         }
         end_line();
-        if (!val_loader_ || !o_.val_every) save_model(*model_, folder_.dir() + "/model.bin"), take_place();
+        // Without validations the last model is the best known; but it never replaces one that was measured.
+        if ((!val_loader_ || !o_.val_every) && progress_.best_step < 0 && session_steps_)
+            save_model(*model_, folder_.dir() + "/model.bin"), take_place();
         say_finished();
     }
     static bool due(int every, int step) { return every && step % every == 0; }
@@ -1149,6 +1198,8 @@ class Run {
             unlink(numbered(dir, "model", step).c_str());  // half a checkpoint is none
             throw;
         }
+        if (!file_exists(dir + "/model.bin"))
+            save_model(*model_, dir + "/model.bin");  // none was validated yet
         take_place();
         std::vector<int> steps = checkpoints_in(o_.out);
         for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) {
@@ -1191,6 +1242,7 @@ class Run {
     AdamW adamw_[2];  // of the last two steps that were started
     RunFolder folder_;
     Fingerprints fingerprints_;
+    int best_before_ = -1;              // step of model.bin where its loss counts no more
     std::vector<std::string> changed_;  // flags of this command line that differ from the resumed run's
     std::string settings_text_;
     double peak_ = 1, session_seconds_ = 0, clock_ = 0;

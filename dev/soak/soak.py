@@ -50,7 +50,7 @@ def train(data, out, *more):
 def files_of(folder):
     """The files of a run, by name, with their contents."""
     return {p.name: p.read_bytes() for p in pathlib.Path(folder).glob("*")
-            if p.is_file() and p.name not in ("lock", "log.csv", "main.log")}
+            if p.is_file() and p.name not in (".arapoet.lock", "log.csv", "main.log")}
 
 
 def make_scenarios(work):
