@@ -49,8 +49,7 @@ TEST_CASE("dropout keeps exactly the elements that the random numbers keep, wher
             }
 }
 
-TEST_CASE(
-    "dropout keeps a share of 1-p, leaves the mean as it was, and differs by seed, step, site and layer") {
+TEST_CASE("dropout keeps a share of 1-p, keeps the mean, and differs by seed, step, site, layer") {
     const size_t n = 400000;
     for (float p : {0.1f, 0.5f, 0.9f}) {
         Floats x(n, 1.0f);
@@ -76,8 +75,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE(
-    "embedding, forward and backward: repeated tokens, dropout, an offset in the batch; relative L2 1e-6") {
+TEST_CASE("embedding, forward and backward: repeated tokens, dropout, offsets: relative L2 1e-6") {
     Random r(8);
     for (float p : {0.0f, 0.2f})
         for (size_t C : {1, 48, 67, 130}) {
@@ -198,9 +196,7 @@ TEST_CASE("residual with layernorm: skip + dropout(branch), then the norm; relat
         }
 }
 
-TEST_CASE(
-    "attention, forward and backward: T around its block of queries and around KC, with and without dropout; "
-    "relative L2 5e-6") {
+TEST_CASE("attention, forward and backward, for T around its blocks, with dropout: relative L2 5e-6") {
     Random r(12);
     struct {
         size_t B, T, NH, hs;
@@ -243,9 +239,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE(
-    "attention in bf16: from rounded queries, keys and values, over all tiles, with and without dropout; "
-    "relative L2 6e-3") {
+TEST_CASE("attention in bf16, over all tiles, with and without dropout: relative L2 6e-3") {
     Random r(15);
     struct {
         size_t B, T, NH, hs;
@@ -303,9 +297,7 @@ TEST_CASE("cross-entropy can leave the same gradient rounded to bf16, from the s
     }
 }
 
-TEST_CASE(
-    "cross-entropy: loss and gradient with ignored targets, logits of any size, and nothing beside them "
-    "touched; relative L2 1e-6") {
+TEST_CASE("cross-entropy: loss and gradient, ignored targets, logits of any size: relative L2 1e-6") {
     Random r(13);
     for (size_t V : {1, 2, 3, 16, 97, 500}) {
         const size_t M = 23, ld = V + 5;
@@ -347,9 +339,7 @@ TEST_CASE(
 // ---------------------------------------------------------------------------------------------
 // The reference against finite differences, so that it can be trusted
 
-TEST_CASE(
-    "the reference's gradients are its loss's central differences, 40 parameters of each tensor, relative L2 "
-    "1e-6") {
+TEST_CASE("the reference's gradients are its loss's central differences: relative L2 1e-6") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF})
             for (float dropout : {0.0f, 0.2f}) {
@@ -389,9 +379,7 @@ TEST_CASE(
 
 // fp32 rounds the loss, so a single parameter's difference says little. Along a tensor's gradient the loss
 // changes most; and along a random direction it must change as the gradient says.
-TEST_CASE(
-    "the fp32 model's gradients are its own loss's central differences along two directions of each tensor, "
-    "within 1e-3") {
+TEST_CASE("the fp32 model's gradients are its loss's central differences, within 1e-3") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         Config c = config(2, 3, 48, 97, 40, arch, arch == GPT2_ARCH ? GELU_TANH : GELU_ERF);
         cpu::GPT2 m(c, 3, 37, true);
@@ -488,27 +476,21 @@ void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t se
 
 }  // namespace
 
-TEST_CASE(
-    "the whole model: loss, logits and all 16 gradients, GPT-2 and GROVER, both GELUs, dropout on and off; "
-    "relative L2 1e-5") {
+TEST_CASE("the whole model: loss, logits, all gradients, GPT-2 and GROVER: relative L2 1e-5") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF})
             for (float dropout : {0.0f, 0.2f})
                 check_model(config(2, 3, 48, 97, 40, arch, activation), 3, 37, dropout, 30, 6);
 }
 
-TEST_CASE(
-    "the whole model at other odd sizes: one token, one head, a head of one channel, several blocks of "
-    "queries; relative L2 1e-5") {
+TEST_CASE("the whole model at odd sizes, one token, one head, one channel: relative L2 1e-5") {
     check_model(config(1, 5, 20, 2, 1), 2, 1, 0.0f, 31, 0);
     check_model(config(3, 1, 36, 300, 101), 1, 101, 0.2f, 32, 0);
     check_model(config(1, 9, 9, 131, 20, GROVER_ARCH), 5, 13, 0.2f, 33, 1000);
     check_model(config(2, 7, 77, 33, 99, GROVER_ARCH, GELU_ERF), 2, 99, 0.0f, 34, 0);
 }
 
-TEST_CASE(
-    "the whole model with LayerNorm's epsilon at 1e-12, 1e-3 and 0.1, whatever backward computes again; "
-    "relative L2 1e-5") {
+TEST_CASE("the whole model at other LayerNorm epsilons, and recomputed: relative L2 1e-5") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (float eps : {1e-12f, 1e-3f, 0.1f})
             for (int recompute : {0, 1, 2, 3}) {
@@ -596,8 +578,7 @@ TEST_CASE("four micro-batches have the gradient of one big batch, dropout and al
         }
 }
 
-TEST_CASE(
-    "what backward computes again instead of keeping it changes no loss and no gradient; relative L2 1e-6") {
+TEST_CASE("what backward computes again changes no loss and no gradient: relative L2 1e-6") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF}) {
             Config c = config(3, 3, 51, 97, 40, arch, activation);
@@ -660,9 +641,7 @@ TEST_CASE("the head in several chunks of rows equals the head in one; relative L
                     1e-5);
 }
 
-TEST_CASE(
-    "losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, over training steps "
-    "with dropout") {
+TEST_CASE("losses, norms and weights have the same bits with 1, 2, 3 and 4 threads") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         struct {
             Floats params, moments;
@@ -737,9 +716,7 @@ TEST_CASE("a model's parameters and gradients are reached by name, by number and
     CHECK(wrong == 0);
 }
 
-TEST_CASE(
-    "initial weights: N(0, 0.02), residual projections N(0, 0.02/sqrt(2L)), biases 0, LayerNorm 1, padding "
-    "0") {
+TEST_CASE("initial weights have GPT-2's distributions; biases 0, LayerNorm 1, padding 0") {
     Config c = config(3, 4, 96, 200, 64);
     cpu::GPT2 m(c, 0, 0, false), same(c, 0, 0, false), other(c, 0, 0, false);
     {
@@ -778,9 +755,7 @@ TEST_CASE(
 
 // bf16 keeps 8 bits: operands are off by up to 1/256, 1/600 in the mean, and errors of many terms average
 // out.
-TEST_CASE(
-    "bf16: loss, logits and gradients are fp32's within rounding: 1e-3, and relative L2 1e-2 of each "
-    "tensor") {
+TEST_CASE("bf16: loss, logits and gradients are fp32's within rounding: relative L2 1e-2") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (float dropout : {0.0f, 0.2f}) {
             Config c = config(2, 3, 51, 97, 70, arch, arch == GPT2_ARCH ? GELU_TANH : GELU_ERF);
@@ -807,9 +782,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE(
-    "bf16: losses, gradients' norms and weights have the same bits with 1, 2, 3 and 4 threads, and after "
-    "recomputation") {
+TEST_CASE("bf16: losses, norms and weights have the same bits on any threads, recomputed or not") {
     Floats first;
     for (int threads : {1, 2, 3, 4}) {
         Threads guard(threads);
@@ -839,9 +812,7 @@ TEST_CASE("bf16 without fp32 master weights is refused by the flag's name") {
     cpu::GPT2::check_precision(Precision{BF16, true}), cpu::GPT2::check_precision(Precision{FP32, false});
 }
 
-TEST_CASE(
-    "training on a small repetitive text: from ln V to a loss below 0.5 in 60 steps, GPT-2 and GROVER, fp32 "
-    "and bf16") {
+TEST_CASE("training on a repetitive text goes from ln V to a loss below 0.5 in 60 steps") {
     const int V = 12, T = 16, B = 4;
     const char* text = "abcabdabcabeffgahiabcjkl";
     Tokens ids;
@@ -876,9 +847,7 @@ TEST_CASE(
 // ---------------------------------------------------------------------------------------------
 // The optimizer
 
-TEST_CASE(
-    "AdamW follows its formulas over six steps; decays only matrices and embeddings; leaves gradients and "
-    "padding zero") {
+TEST_CASE("AdamW follows its formulas over six steps, and decays only matrices and embeddings") {
     Config c = config(2, 3, 12, 23, 9);
     auto decays = [](int i) {
         return i == WTE || i == WPE || i == QKVW || i == ATTPROJW || i == FCW || i == FCPROJW;
@@ -919,9 +888,7 @@ TEST_CASE(
     }
 }
 
-TEST_CASE(
-    "AdamW's first step is the learning rate in the gradient's direction, whatever its size: the bias is "
-    "corrected") {
+TEST_CASE("AdamW's first step is the learning rate against the gradient, whatever its size") {
     cpu::GPT2 m(config(1, 1, 4, 3, 2), 1, 1, true);
     size_t n = num_params(m.cfg);
     Floats g(n);
@@ -998,7 +965,7 @@ TEST_CASE("a step whose loss or norm is above its limit, or not finite, changes 
     CHECK(!same_bits(parameters(m), before));
 }
 
-TEST_CASE("the gradients' norm is that of all parameters, past the borders of its blocks; relative 1e-12") {
+TEST_CASE("the gradients' norm is that of all parameters, past its blocks' borders: 1e-12") {
     Config c = config(2, 3, 96, 300, 40);
     cpu::GPT2 m(c, 1, 1, true);
     REQUIRE(num_params(c) > 3 << 16);
@@ -1013,9 +980,7 @@ TEST_CASE("the gradients' norm is that of all parameters, past the borders of it
     CHECK(std::isnan(m.grad_norm()));
 }
 
-TEST_CASE(
-    "the norm that backward sums on its way is that of the gradients, after one batch, two, and a change by "
-    "hand; relative 1e-12") {
+TEST_CASE("the norm that backward's products sum is that of the gradients: relative 1e-12") {
     for (int L : {1, 3})
         for (Dtype dtype : {FP32, BF16}) {
             cpu::GPT2 m(config(L, 3, 69, 97, 40), 2, 40, true, 0, Precision{dtype, true});
@@ -1041,9 +1006,7 @@ TEST_CASE(
         }
 }
 
-TEST_CASE(
-    "clipping: a gradient longer than the limit counts as one of the limit's length, a shorter one as it "
-    "is") {
+TEST_CASE("clipping: a gradient longer than the limit counts as one of the limit's length") {
     for (double length : {5.0, 0.5}) {
         cpu::GPT2 m(config(1, 1, 4, 3, 2), 1, 1, true);
         size_t n = num_params(m.cfg);
@@ -1064,9 +1027,7 @@ TEST_CASE(
 // ---------------------------------------------------------------------------------------------
 // Generation
 
-TEST_CASE(
-    "the decoder's logits are the full forward pass's after every prefix, in chunks of any size; relative L2 "
-    "1e-5") {
+TEST_CASE("the decoder's logits are forward's after every prefix, chunks of any size: L2 1e-5") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF}) {
             const size_t N = 3, T = 140;
@@ -1105,9 +1066,7 @@ TEST_CASE(
 }
 
 // As for training in bf16: operands are off by up to 1/256, and the errors of many terms average out.
-TEST_CASE(
-    "a decoder in bf16 is the fp32 decoder with rounded weights, within the rounding of what they multiply; "
-    "relative L2 1e-2") {
+TEST_CASE("a bf16 decoder is the fp32 decoder with rounded weights: relative L2 1e-2") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         Config c = config(2, 3, 51, 97, 40, arch);
         cpu::GPT2 full(c, 0, 0, false), half(c, 0, 0, false, 0, Precision{BF16, true});
@@ -1168,9 +1127,7 @@ TEST_CASE("a decoder opened from a file is one of a model with the file's parame
     }
 }
 
-TEST_CASE(
-    "a sequence's logits have the same bits however many are written beside it, and with any number of "
-    "threads, fp32 and bf16") {
+TEST_CASE("a sequence's logits have the same bits however many are written, on any threads") {
     Config c = config(2, 3, 51, 97, 80);  // an odd width, so that no vector divides a row
     cpu::GPT2 full(c, 0, 0, false);
     randomise(full, 61);
@@ -1217,9 +1174,7 @@ TEST_CASE("texts of real draws end at different times, and say nothing after the
     CHECK(longest < 100);  // one in five tokens ends it
 }
 
-TEST_CASE(
-    "generated text is what the full forward pass would choose, past the context too, and depends neither on "
-    "its neighbours nor on the number of threads") {
+TEST_CASE("generated text is what forward would choose, whatever its neighbours and the threads") {
     for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
         const size_t capacity = 16;
         Config c = config(2, 3, 48, 40, (int)capacity, arch);

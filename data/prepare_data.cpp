@@ -620,8 +620,7 @@ inline Report prepare(const Options& o) {
     if (poems.empty())
         fail(
             "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged rows, %zu "
-            "with "
-            "invalid UTF-8%s",
+            "with invalid UTF-8%s",
             r.poems_read, r.empty, r.too_short, r.ragged, r.invalid,
             r.empty && o.keep == "letters" ? " (--keep all keeps more than Arabic letters)" : "");
 

@@ -681,8 +681,7 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
 // ---------------------------------------------------------------------------------------------
 // Evaluating and keeping
 
-TEST_CASE(
-    "cli: --max_steps 0 prints the loss of the whole validation file in every unit, and writes nothing") {
+TEST_CASE("cli: --max_steps 0 prints the loss of the whole validation file, and writes nothing") {
     const Fixture& f = tiny();
     TempDir d;
     check_success(train(f.flags() + "--max_steps 10 --val_batches 0 -o " + (d / "run")));
@@ -762,7 +761,7 @@ TEST_CASE("cli: a folder that holds a run is not overwritten without --overwrite
     CHECK(Log(d / "run").rows.size() == 5);
 }
 
-TEST_CASE("cli: a new run that fails leaves the earlier one, and one that has a model moves it to previous") {
+TEST_CASE("cli: a new run that fails leaves the earlier one; with a model it moves it to previous") {
     TempDir d;
     std::string out = d / "run", flags = tiny().flags() + "--val_every 0 --save_every 0 -o " + out + " -e " +
                                          out + "/model.bin ";
@@ -789,7 +788,7 @@ TEST_CASE("cli: a new run that fails leaves the earlier one, and one that has a 
     check_success(train("--resume --max_steps 3 -o " + out));
 }
 
-TEST_CASE("cli: a prompt that cannot be written is refused at the start; output that closes ends nothing") {
+TEST_CASE("cli: a prompt that cannot be used is refused at the start; closed output ends nothing") {
     const Fixture& f = tiny();
     TempDir d;
     std::string flags =
@@ -871,8 +870,7 @@ TEST_CASE("cli: a resumed run hears its flags: what may change does, the rest is
     CHECK(contains(r.out, "11 steps in "));
 }
 
-TEST_CASE(
-    "cli: a tokenizer that was only a default is left out where it does not fit; a named one is refused") {
+TEST_CASE("cli: a default tokenizer that does not fit is left out; a named one is refused") {
     const Fixture& f = tiny();
     TempDir d;
     make_dirs(d / "alone"), make_dirs(d / "out/data");
@@ -900,8 +898,7 @@ TEST_CASE(
     CHECK(!contains(r.out, "left out"));
 }
 
-TEST_CASE(
-    "cli: what is not a run's stays: the user's files, the best model, a run's tokenizer, data of DATA=") {
+TEST_CASE("cli: the user's files, the best model and a run's tokenizer are never replaced") {
     const Fixture& f = tiny();
     TempDir d;
     for (const char* name : {"lock", "thesis.tmp2024.docx", "notes.tmp99999"}) write_file(d / name, "mine");
@@ -949,7 +946,7 @@ TEST_CASE("cli: fine-tuning never leaves a model worse than the one it started f
     CHECK((read_file(d / "run/model.bin") == read_file(f.model)));
 }
 
-TEST_CASE("cli: a validation predicts --val_tokens tokens, the same ones for any batch size, and says so") {
+TEST_CASE("cli: a validation predicts --val_tokens tokens, the same for any batch size") {
     const Fixture& f = tiny();
     TempDir d;
     auto first_loss = [&](const std::string& more) {
@@ -969,8 +966,7 @@ TEST_CASE("cli: a validation predicts --val_tokens tokens, the same ones for any
     CHECK(first_loss("-b 4 -m 1").first == first_loss("-b 4 --val_tokens 64").first);
 }
 
-TEST_CASE(
-    "cli: --epochs counts passes over the tokens; --patience ends after validations without a better one") {
+TEST_CASE("cli: --epochs counts passes over the tokens; --patience ends without a better loss") {
     const Fixture& f = tiny();
     TempDir d;
     TokenFile tokens(f.data + "/train.bin");
@@ -995,7 +991,7 @@ TEST_CASE(
     CHECK(contains(r.out, strf("Best validation loss")));
 }
 
-TEST_CASE("cli: llm.c's -e d6 is a new model of that depth; shards and --shuffle 0 read the file in order") {
+TEST_CASE("cli: -e d6 is a new model of that depth; shards with --shuffle 0 are read in order") {
     const Fixture& f = tiny();
     TempDir d;
     Result r = train("-e d6 --data " + f.data + " -t 32 -b 2 -s 0 --max_steps 1 -o " + (d / "a"));
@@ -1029,9 +1025,7 @@ TEST_CASE("cli: fine-tuning starts from the checkpoint's weights and shape") {
     CHECK(ModelReader((d / "tuned") + "/model.bin").cfg.same_shape(ModelReader(f.model).cfg));
 }
 
-TEST_CASE(
-    "cli: fine-tuning keeps the learning rate at 3e-5 from the first step on; a large model accumulates 32 "
-    "batches of 4") {
+TEST_CASE("cli: fine-tuning has a constant rate of 3e-5; a large model accumulates 32 batches of 4") {
     const Fixture& f = tiny();
     TempDir d;
     Result small = train("--data " + f.data + " -e " + f.model + " -s 0 --max_steps 3 -o " + (d / "small"));
@@ -1083,7 +1077,7 @@ TEST_CASE("cli: no setting makes a run that claims success and leaves a model th
     }
 }
 
-TEST_CASE("cli: a disk that is full while saving leaves the old checkpoint whole, and the run can go on") {
+TEST_CASE("cli: a disk that is full while saving leaves the old checkpoint whole; the run goes on") {
     // 24 KB a model, 46 KB a state: the first limit stops model.bin, the second the state.
     for (rlim_t limit : {10000, 30000}) {
         CAPTURE(limit);
@@ -1327,9 +1321,7 @@ TEST_CASE("cli: a batch larger than the memory is refused with the largest that 
     CHECK(number_after(twice.err, "--batch_size ") < 1.5 * fits + 1);
 }
 
-TEST_CASE(
-    "cli: GPT-2 124M takes the memory it announces, within 5%, and with --recompute 3 trains 1024 tokens in "
-    "4 GB") {
+TEST_CASE("cli: GPT-2 124M takes the memory it announces, within 5%; 4 GB with --recompute 3") {
 #ifdef __SANITIZE_ADDRESS__
     return skip("a sanitizer takes memory of its own");
 #endif
@@ -1399,8 +1391,7 @@ TEST_CASE("cli: --num 3 writes three poems, the first as if alone") {
     CHECK(poems[1] != poems[2] + "\n");
 }
 
-TEST_CASE(
-    "cli: the poem begins with the prompt, is valid UTF-8 wherever it is cut, and as long as asked for") {
+TEST_CASE("cli: the poem begins with the prompt, is valid UTF-8, and as long as asked for") {
     std::string flags = "-e " + tiny().model + " --ignore_end --temperature 0.5 --tokens ",
                 longest = sample(flags + "60", "قفا نبك").out;
     for (int tokens : {1, 2, 3, 20, 59}) {  // the context has 16
@@ -1425,8 +1416,7 @@ TEST_CASE("cli: temperature 0 does not depend on the seed, and --top_k 1 is the 
     CHECK(sample(flags + " --top_p 1e-6 --seed 5", "نبك").out == a.out);
 }
 
-TEST_CASE(
-    "cli: a prompt, model or tokenizer that sample_gpt2 cannot use is named, and nothing else is printed") {
+TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is named") {
     const Fixture& f = tiny();
     TempDir d;
     write_file(d / "model.bin", read_file(f.model));
@@ -1536,7 +1526,7 @@ TEST_CASE("cli gpu: shows its machine, memory and poems") {
     CHECK(contains(r.out, "./train_gpt2cu -o out/poems --resume"));
 }
 
-TEST_CASE("cli gpu: bad input and a GPU that is missing, full or not fit are one line that says what to do") {
+TEST_CASE("cli gpu: bad input and a missing, full or unfit GPU are one line that says what to do") {
     if (gpu_trainers_missing()) return;
     TempDir d;
     std::string flags = "--data " + tiny().data + GPU_MODEL + "--max_steps 2 -o " + (d / "run") + " ";

@@ -160,8 +160,7 @@ class RunFolder {
             if (!is_run_file(name) && file_exists(out_ + "/" + name) && !is_run_data(out_ + "/" + name))
                 fail(
                     "%s/%s: is in the way of the new run's %s, and does not look like a run's; take another "
-                    "folder "
-                    "with -o",
+                    "folder with -o",
                     out_.c_str(), name.c_str(), name.c_str());
         if (holds_run_files(out_)) {
             make_dirs(out_ + "/previous");
@@ -170,8 +169,7 @@ class RunFolder {
                 here.st_dev != there.st_dev)
                 fail(
                     "%s/previous: is on another disk, an earlier run cannot move there; take another folder "
-                    "with "
-                    "-o",
+                    "with -o",
                     out_.c_str());
         }
         dir_ = aside;

@@ -147,7 +147,7 @@ TEST_CASE("the checksum is the same however its data is cut into pieces, and dif
     }
 }
 
-TEST_CASE("a state with any byte changed, cut short, prolonged, or of another model is refused by name") {
+TEST_CASE("a state with any byte changed, cut, prolonged, or of another model is refused by name") {
     TempDir dir;
     Config c = config(1, 1, 2, 3, 2);
     c.Vp = 3;
@@ -210,7 +210,7 @@ void write_sections(const std::string& path, PlainModel& m, const std::string& w
 
 }  // namespace
 
-TEST_CASE("a section that a program does not know is skipped, or refused by name where it is required") {
+TEST_CASE("an unknown section is skipped, or refused by name where it is required") {
     TempDir dir;
     PlainModel m = random_model(small_config(), 94), back(m.cfg);
     const std::string path = dir / "state.bin";

@@ -108,7 +108,7 @@ TEST_CASE("flags: --help prints defaults, limits and choices where each flag say
     CHECK(contains(help, "--fast hurry\n"));
 }
 
-TEST_CASE("flags: a resumed run keeps its settings, takes new ones, and refuses to change what is fixed") {
+TEST_CASE("flags: a resumed run keeps its settings, takes new ones, and refuses fixed ones") {
     Program before;
     before.parse({"--steps", "7", "--schedule", "cosine", "--layers", "3", "-o", "first", "--fast"});
     std::string settings = before.f.values();

@@ -19,7 +19,7 @@ std::string reading_error(const std::string& path) {
 
 }  // namespace
 
-TEST_CASE("bf16 keeps every bf16 number, rounds others to the nearest, ties to even, and NaN stays NaN") {
+TEST_CASE("bf16 keeps every bf16 number, rounds others to nearest even, and NaN stays NaN") {
     for (uint32_t h = 0; h < 65536; h++) {
         float f = bf16_to_float((uint16_t)h);
         if (std::isnan(f)) CHECK(std::isnan(bf16_to_float(float_to_bf16(f))));
@@ -121,9 +121,7 @@ TEST_CASE("a model file is a header and the tensors in order, and the same when 
     }
 }
 
-TEST_CASE(
-    "files as llm.c writes them, fp32 and bf16, load: seven header words, then its sixteen tensors in its "
-    "order") {
+TEST_CASE("model files as llm.c writes them, fp32 and bf16, load") {
     TempDir dir;
     const size_t T = 5, V = 11, Vp = 128, L = 3, C = 8;
     const size_t sizes[16] = {Vp * C,    T * C, L * C,         L * C,     L * 3 * C * C, L * 3 * C,
@@ -214,9 +212,7 @@ TEST_CASE("model files with any header field impossible are refused, by the name
     CHECK(contains(reading_error(path), "trailing data"));
 }
 
-TEST_CASE(
-    "LayerNorm's epsilon stands in the model file's header as a float's bits, 0 for 1e-5; impossible bits "
-    "are refused") {
+TEST_CASE("a model file's header has LayerNorm's epsilon as a float's bits; bad ones are refused") {
     TempDir dir;
     Config c = small_config();
     const std::string path = dir / "model.bin";
@@ -244,7 +240,7 @@ TEST_CASE(
     }
 }
 
-TEST_CASE("model files truncated anywhere, with trailing bytes, with NaN, or missing are refused by name") {
+TEST_CASE("model files that are truncated, too long, missing, or hold NaN are refused by name") {
     TempDir dir;
     Config c = small_config();
     PlainModel m(c);

@@ -7,7 +7,7 @@
 
 using namespace test;
 
-TEST_CASE("the parameter table has GPT-2's tensors, and presets have the published numbers of parameters") {
+TEST_CASE("the parameter table has GPT-2's tensors, and presets the published sizes") {
     struct {
         const char* name;
         size_t params;  // published, vocabulary of 50257

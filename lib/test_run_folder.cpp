@@ -89,7 +89,7 @@ TEST_CASE("run folder: without an earlier run the new one begins in its place") 
     CHECK(what_is(dir / "data/train.bin") == "new data/train.bin");
 }
 
-TEST_CASE("run folder: a new run that wrote a model before it was killed takes its place at the next start") {
+TEST_CASE("run folder: a killed new run that had a model takes its place at the next start") {
     TempDir dir;
     write_all(dir.path, {"model.bin"}, "old"),
         write_all(dir / ".new", {"model_00000005.bin", "log.csv"}, "new");

@@ -31,7 +31,7 @@ struct CountingDecoder : ::Decoder {
 
 }  // namespace
 
-TEST_CASE("generate goes on past the context with its second half, and computes each token once otherwise") {
+TEST_CASE("generate goes on past the context with its second half, else computes each token once") {
     CountingDecoder decoder(2, 8);
     std::vector<Tokens> out(2);
     SampleOptions greedy;
@@ -58,7 +58,7 @@ TEST_CASE("generate goes on past the context with its second half, and computes 
                    "the prompt has 0 tokens"));
 }
 
-TEST_CASE("generate ends a sequence at end-of-text, shows nothing of it, and stops when all have ended") {
+TEST_CASE("generate ends a sequence at end-of-text, and stops when all have ended") {
     CountingDecoder decoder(3, 64);
     SampleOptions greedy;
     greedy.temperature = 0;
@@ -108,9 +108,7 @@ TEST_CASE("the sampler draws from softmax(logits / temperature) cut to top_k, th
     }
 }
 
-TEST_CASE(
-    "the sampler: temperature 0 takes the most likely token; each token owns its share of u, after a cut by "
-    "likelihood") {
+TEST_CASE("the sampler: temperature 0 takes the most likely token; each token owns its share of u") {
     Sampler sampler;
     SampleOptions o;
     const float logits[5] = {std::log(0.2f), std::log(0.4f), std::log(0.1f), std::log(0.3f), -50};
@@ -142,8 +140,7 @@ TEST_CASE(
     CHECK(sampler.pick(far, 1, o, 0.5) == 0);  // a vocabulary of one
 }
 
-TEST_CASE(
-    "the sampler: of a large vocabulary top_p draws what it would from all tokens in order of likelihood") {
+TEST_CASE("the sampler: top_p on a large vocabulary draws what it would from all tokens in order") {
     const int V = 5000;
     for (double sd : {0.0, 1.0, 3.0, 5.0}) {  // from flat to peaked
         Floats logits = Random(73).floats(V, sd);

@@ -11,9 +11,7 @@
 
 using namespace test;
 
-TEST_CASE(
-    "learning-rate schedules: linear warm-up, then constant, cosine, linear or wsd to the end; unknown names "
-    "are refused") {
+TEST_CASE("schedules: linear warm-up, then constant, cosine, linear or wsd; others are refused") {
     auto lr = [](const char* schedule, int step) {
         return trainer::learning_rate(schedule, 2.0, step, 10, 110, 0.1);
     };
