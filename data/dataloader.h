@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <iterator>
 #include <string>
 #include <vector>
@@ -54,7 +55,8 @@ inline void finish_data_set(const std::string& dir) {
         unlink((from + "/no_val.bin").c_str());
     }
     sync_folder(dir);
-    rmdir(from.c_str());
+    std::error_code ignored;
+    std::filesystem::remove_all(from, ignored);
 }
 
 class DataSetWriter {
@@ -82,9 +84,8 @@ class DataSetWriter {
   private:
     std::string writing() const { return dir_ + "/.writing"; }
     void clear() {
-        for (const char* name : DATA_FILES) unlink(path(name).c_str());
-        unlink(path("no_val.bin").c_str());
-        rmdir(writing().c_str());
+        std::error_code ignored;
+        std::filesystem::remove_all(writing(), ignored);
     }
     std::string dir_;
 };
