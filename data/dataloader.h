@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -103,14 +104,12 @@ class TokenFile {
             return;
         }
         glob_t found;
+        std::vector<std::string> names;
         if (!glob(p.c_str(), 0, nullptr, &found))
-            for (size_t i = 0; i < found.gl_pathc; i++) add(found.gl_pathv[i], true);
+            names.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
         globfree(&found);
+        for (const std::string& name : names) add(name, true);
         if (shards_.empty()) fail("%s: no file matches", p.c_str());
-    }
-    ~TokenFile() {
-        for (Shard& s : shards_)
-            if (s.mapped) munmap(s.mapped, s.bytes);
     }
     TokenFile(const TokenFile&) = delete;
     TokenFile& operator=(const TokenFile&) = delete;
@@ -143,9 +142,8 @@ class TokenFile {
     struct Shard {
         std::string path;
         size_t first, count;     // the number of its first token in the stream, and how many it has
-        const uint16_t* tokens;  // in `mapped`, of `bytes`, or in `memory`
-        void* mapped;
-        size_t bytes;
+        const uint16_t* tokens;  // in `mapped` or in `memory`
+        std::shared_ptr<void> mapped;
         std::vector<uint16_t> memory;
     };
     void add(const std::string& file, bool map) {
@@ -155,10 +153,11 @@ class TokenFile {
             fail("%s: version is %d, wanted %d", file.c_str(), h[1], TOKEN_FILE_VERSION);
         if (h[2] < 1) fail("%s: token count is %d, wanted at least 1", file.c_str(), h[2]);
         in.expect_size(1024 + sizeof(uint16_t) * (uint64_t)h[2]);
-        Shard s = {file, size_, (size_t)h[2], nullptr, nullptr, (size_t)in.size, {}};
+        Shard s = {file, size_, (size_t)h[2], nullptr, nullptr, {}};
         if (map) {
-            s.mapped = in.map();
-            s.tokens = (const uint16_t*)((const char*)s.mapped + 1024);
+            const size_t bytes = in.size;
+            s.mapped = {in.map(), [bytes](void* p) { munmap(p, bytes); }};
+            s.tokens = (const uint16_t*)((const char*)s.mapped.get() + 1024);
         } else {
             s.memory.resize(s.count);
             in.read(s.memory.data(), s.count * sizeof(uint16_t), "tokens");
