@@ -64,7 +64,8 @@ own_data = $(and $(filter command environment,$(word 1,$(origin DATA))),$(filter
 	$(shell test -e $(call quote,$(DATA)/train.bin) && echo there))
 train: $(PROGRAMS)
 	$(if $(own_data),,./prepare_data $(poems) -o $(call quote,$(DATA)) $(PREPARE_FLAGS))
-	./train_gpt2 --data $(call quote,$(DATA)) --preset $(PRESET) -o $(call quote,$(OUT)) --overwrite $(TRAIN_FLAGS)
+	./train_gpt2 --data $(call quote,$(DATA)) --preset $(PRESET) -o $(call quote,$(OUT)) --overwrite \
+	  $(TRAIN_FLAGS)
 
 # The program is linked in BUILD and copied, because `make ladder` is the target that runs it.
 ladder: prepare_data $(BUILD)/ladder | need-plot $(call named,train)
@@ -86,8 +87,8 @@ ifeq ($(FROM),)
 	./train_gpt2 -e $(call quote,$(NEW)/pretrained.bin) --data $(call quote,$(DATA)) -o $(call quote,$(OUT)) \
 	  --overwrite $(TRAIN_FLAGS)
 else
-	./prepare_data $(poems) -o $(call quote,$(DATA)) --tokenizer "$$(dirname $(call quote,$(FROM)))"/tokenizer.bin \
-	  $(PREPARE_FLAGS)
+	./prepare_data $(poems) -o $(call quote,$(DATA)) \
+	  --tokenizer "$$(dirname $(call quote,$(FROM)))"/tokenizer.bin $(PREPARE_FLAGS)
 	./train_gpt2 -e $(call quote,$(FROM)) --data $(call quote,$(DATA)) -o $(call quote,$(OUT)) --overwrite \
 	  $(TRAIN_FLAGS)
 endif
@@ -96,11 +97,12 @@ endif
 export: convert_gpt2 | $(call named,train ladder finetune)
 	@test -n "$(HF)" || { echo "make export: name the folder whose tokenizer goes along:" \
 	  "make export HF=DIR OUT=$(OUT)" >&2; exit 2; }
-	./convert_gpt2 to-hf $(call quote,$(OUT)/model.bin) $(call quote,$(OUT)/hf) --tokenizer_dir $(call quote,$(HF))
+	./convert_gpt2 to-hf $(call quote,$(OUT)/model.bin) $(call quote,$(OUT)/hf) \
+	  --tokenizer_dir $(call quote,$(HF))
 
 plot: | need-plot $(call named,train ladder finetune export)
-	@test -s $(call quote,$(OUT)/log.csv) || { echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; \
-	  exit 1; }
+	@test -s $(call quote,$(OUT)/log.csv) || { \
+	  echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
 	gnuplot -c dev/plot/loss.gp $(call quote,$(OUT)/log.csv) $(call quote,$(OUT)/loss.png)
 
 # --- the programs. They are in the root, whichever BUILD they come from, and are relinked when BUILD changes.
