@@ -311,7 +311,7 @@ struct Packed {
 };
 // A is used unpacked.
 struct Direct : Packed {
-    static constexpr size_t A_ROW = 0, A_UNIT = 1;
+    [[maybe_unused]] static constexpr size_t A_ROW = 0, A_UNIT = 1;  // clang: unused for bf16
 };
 template <class T>
 struct PackingA : Packed {
