@@ -2,9 +2,9 @@
 // that the GPU kernels of train_gpt2.cu are tested against.
 //
 // Read it from top to bottom: the layers, each with its forward and its backward function; AdamW; the model,
-// which calls the layers in order; the decoder, which generates text with cached keys and values; and a main
-// that hands the model to the trainer in lib/trainer.h. Matrix products are in lib/gemm.h, vectors of floats
-// in lib/vec.h, the tiles of attention in lib/attention_tiles.h.
+// which calls the layers in order; and a main that hands the model to the trainer in lib/trainer.h. Matrix
+// products are in lib/gemm.h, vectors of floats in lib/vec.h, the tiles of attention in
+// lib/attention_tiles.h. The forward pass that generates text, one token at a time, is in lib/decoder.h.
 //
 // Shapes: B sequences of T tokens, M = B*T rows (one for each token), C channels, NH heads of hs = C/NH
 // channels, V tokens in the vocabulary. Matrices are row-major. For a value x, dx is the gradient of the loss
@@ -16,13 +16,13 @@
 #define TRAIN_GPT2_CPP
 
 #include "lib/attention_tiles.h"
+#include "lib/decoder.h"
 #include "lib/gemm.h"
 #include "lib/gpt2.h"
 #include "lib/machine.h"
 #include "lib/memory.h"
 #include "lib/model.h"
 #include "lib/rng.h"
-#include "lib/sampler.h"
 #include "lib/vec.h"
 
 #include <tuple>
@@ -78,36 +78,17 @@ inline void embedding_backward(float* dwte, float* dwpe, float* dout, const int*
     }
 }
 
-// LayerNorm (Ba et al. 2016) of one row of C values:
+// LayerNorm (Ba et al. 2016) of each row of x (M,C), with learned weights w and b (C):
 //     n = (x - mean) rstd,  rstd = 1 / sqrt(variance + eps),  y = n w + b
-// If copy is not null, y is also written there, in floats.
-template <class A>
-inline void layernorm_row(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b,
-                          size_t C, float eps, float* copy) {
-    float sum = 0, var = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t c = 0; c < C; c++) sum += x[c];
-    float mu = sum / (float)C;
-#pragma omp simd reduction(+ : var)
-    for (size_t c = 0; c < C; c++) var += (x[c] - mu) * (x[c] - mu);
-    float rs = 1.0f / std::sqrt(var / (float)C + eps);
-    for (size_t c = 0; c < C; c += VL) {
-        auto at = [=](const float* p) { return load(p + c, C - c); };
-        vec v = (at(x) - mu) * rs * at(w) + at(b);
-        store(y + c, v, C - c);
-        if (copy) store(copy + c, v, C - c);
-    }
-    *mean = mu, *rstd = rs;
-}
-
-// y (M,C) = LayerNorm(x), in floats or rounded to bf16. mean and rstd (M) are kept for backward. copy (M,C),
-// or null, also receives y, in floats, and may be x.
+// y (M,C) is in floats or rounded to bf16. mean and rstd (M) are kept for backward. copy (M,C), or null, also
+// receives y, in floats, and may be x.
 template <class A>
 inline void layernorm_forward(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b,
                               size_t M, size_t C, float eps = LAYERNORM_EPS, float* copy = nullptr) {
 #pragma omp parallel for schedule(static)
     for (size_t m = 0; m < M; m++)
-        layernorm_row(y + m * C, mean + m, rstd + m, x + m * C, w, b, C, eps, copy ? copy + m * C : nullptr);
+        simd::layernorm(y + m * C, mean + m, rstd + m, x + m * C, w, b, C, eps,
+                        copy ? copy + m * C : nullptr);
 }
 
 // The residual connection and the LayerNorm that follows it, in one pass over memory:
@@ -125,7 +106,7 @@ inline void residual_layernorm_forward(float* sum, A* y, float* mean, float* rst
         const float* a = skip + m * C;
         if (drop.p > 0) drop.apply(x, x, e0 + m * C, C);
         for (size_t c = 0; c < C; c++) s[c] = a[c] + x[c];
-        layernorm_row(y + m * C, mean + m, rstd + m, s, w, b, C, eps, copy ? copy + m * C : nullptr);
+        simd::layernorm(y + m * C, mean + m, rstd + m, s, w, b, C, eps, copy ? copy + m * C : nullptr);
     }
 }
 
@@ -506,9 +487,9 @@ struct Norm {
     float* copy = nullptr;  // the same in floats, or null
 };
 
-// States (lib/memory.h) holds the parameters, gradients and moments, with init_weights() and each_piece().
+// States (lib/memory.h) holds the sizes, parameters, gradients and moments, with init_weights() and
+// each_piece().
 struct GPT2 : States {
-    const Config cfg;
     const size_t B, T;  // largest batch; both 0 for a model that only generates
     const bool trains;
     const int recompute;
@@ -548,11 +529,11 @@ struct GPT2 : States {
 
     // recompute: see Activations::place.
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {})
-        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), precision(precision_) {
+        : States(c), B(B_), T(T_), trains(trains_), recompute(recompute_), precision(precision_) {
         check_config(c, "model"), check_precision(precision);
         MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
         threads_ = omp_get_max_threads();
-        States::allocate(c, need, in_bf16(B, precision));
+        States::allocate(need, in_bf16(B, precision));
         size_t sums = 0;
         for (const ParamPiece& t : pieces_) sums += ceil_div(t.size, gemm::SQUARES);
         if (trains) squares_.resize(sums);
@@ -900,154 +881,6 @@ struct GPT2 : States {
     bool accumulates_ = false;     // backward adds to the gradients, else it overwrites them
     std::vector<double> squares_;  // sums of squares of the gradients, in the file's order
     bool squared_ = false;         // whether the sums that products make are those of the current gradients
-};
-
-// ---------------------------------------------------------------------------------------------
-// Generation. The keys and values of past tokens are kept in a cache, so that a new token passes through the
-// model alone, instead of the whole text once more for each token.
-
-class Decoder final : public ::Decoder {
-  public:
-    // N sequences at once, contexts of up to `context` tokens (at most maxT).
-    Decoder(GPT2& model, size_t N, size_t context)
-        : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
-        Arena count, placed;
-        place(count);
-        if (size_t have = GPT2::memory_available(); count.used > have)
-            fail("%zu texts need %s of memory for keys and values, %s are free; write fewer at once", N,
-                 human_bytes((double)count.used).c_str(), human_bytes((double)have).c_str());
-        memory_ = {count.used, "key/value cache"}, placed.base = memory_.as<char>();
-        place(placed);
-    }
-    // The same with a model that the decoder owns.
-    Decoder(std::unique_ptr<GPT2> model, size_t N, size_t context) : Decoder(*model, N, context) {
-        owned_ = std::move(model);
-    }
-
-    size_t length() const override { return pos_; }
-    size_t capacity() const override { return T_; }
-    void reset() override { pos_ = 0; }
-
-    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one. A
-    // long prompt is processed in chunks, which bounds the memory for activations.
-    const float* append(const int* tokens, size_t n) override {
-        if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
-        if (omp_get_max_threads() > threads_)
-            throw std::logic_error("decoder: more threads than it was built for");
-        for (size_t i = 0; i < n; i += CHUNK) {
-            size_t count = std::min(CHUNK, n - i);
-            bool last = i + CHUNK >= n;
-            if (m_.params_bf16.wte) run(m_.params_bf16, tokens + i, n, count, last);
-            else run(m_.params, tokens + i, n, count, last);
-        }
-        return logits_;
-    }
-
-  private:
-    static constexpr size_t CHUNK = 64;  // tokens
-
-    void place(Arena& a) {
-        const Config& c = m_.cfg;
-        size_t C = c.C;
-        cache_ = a.take<float>(key_value_bytes(c, N_, T_) / sizeof(float));
-        x_ = a.take<float>(rows_, C), ln_ = a.take<float>(rows_, C), qkv_ = a.take<float>(rows_, 3 * C),
-        att_ = a.take<float>(rows_, C), br_ = a.take<float>(rows_, C);
-        fc_ = a.take<float>(rows_, 4 * C), stat_ = a.take<float>(rows_, 2),
-        scores_ = a.take<float>((size_t)threads_, T_);
-        logits_ = a.take<float>(N_, c.V), last_ = a.take<float>(N_, C);
-        w_ = a.take<float>(C), b_ = a.take<float>(4 * C);
-    }
-    // Y = X w^T + b. With one new token per sequence, nearly all the time is spent reading w from memory;
-    // few_rows reads it once. It also gives a sequence the same bits whatever the number of sequences.
-    template <class W>
-    static void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N,
-                       bool one_token) {
-        if (one_token) gemm::few_rows(Y, X, w, b, M, K, N);
-        else gemm::forward(Y, X, w, b, M, K, N);
-    }
-    // A vector of n weights in floats; bf16 weights are converted into buf.
-    static const float* floats(const float* w, size_t, float*) { return w; }
-    static const float* floats(const bf16* w, size_t n, float* buf) {
-        for (size_t i = 0; i < n; i++) buf[i] = bf16_to_float(w[i]);
-        return buf;
-    }
-
-    // Attention of each sequence's n new tokens to all tokens so far, att_ (N_*n,C) from qkv_ (N_*n,3C).
-    // cache, of one layer, holds for each sequence and head the keys (T_,hs), then the values (T_,hs), so
-    // that both are read from memory in order.
-    void attend(float* cache, size_t n) {
-        size_t C = m_.cfg.C, NH = m_.cfg.NH, hs = m_.cfg.hs(), rows = N_ * n * NH;
-        float scale = 1.0f / std::sqrt((float)hs);
-        auto keys = [&](size_t r, size_t h) { return cache + (r / n * NH + h) * 2 * T_ * hs; };
-#pragma omp parallel
-        {
-#pragma omp for schedule(static)
-            for (size_t rh = 0; rh < rows; rh++) {
-                size_t r = rh / NH, h = rh % NH;
-                const float* k = qkv_ + r * 3 * C + C + h * hs;
-                float* to = keys(r, h) + (pos_ + r % n) * hs;
-                memcpy(to, k, hs * sizeof(float)), memcpy(to + T_ * hs, k + C, hs * sizeof(float));
-            }
-#pragma omp for schedule(static)
-            for (size_t rh = 0; rh < rows; rh++) {
-                size_t r = rh / NH, h = rh % NH, len = pos_ + r % n + 1;
-                const float *q = qkv_ + r * 3 * C + h * hs, *k = keys(r, h), *v = k + T_ * hs;
-                float *s = scores_ + (size_t)omp_get_thread_num() * T_, *o = att_ + r * C + h * hs, sum = 0;
-                gemm::few_rows(s, q, k, nullptr, 1, hs, len);
-                float max = simd::max(s, len);
-                for (size_t j = 0; j < len; j += VL)
-                    store(s + j, exp_approx((load(s + j, len - j) - max) * scale), len - j);
-#pragma omp simd reduction(+ : sum)
-                for (size_t j = 0; j < len; j++) sum += s[j];
-                for (size_t i = 0; i < hs; i++) o[i] = 0;
-                for (size_t j = 0; j < len; j++, v += hs) {
-                    float share = s[j] / sum;
-                    for (size_t i = 0; i < hs; i++) o[i] += share * v[i];
-                }
-            }
-        }
-    }
-
-    // One chunk: the first n of each sequence's `stride` tokens.
-    template <class W>
-    void run(const Params<W>& params, const int* tokens, size_t stride, size_t n, bool want_logits) {
-        const Config& c = m_.cfg;
-        size_t C = c.C, M = N_ * n;
-        float *mean = stat_, *rstd = stat_ + M;
-        for (size_t r = 0; r < M; r++) {
-            const W *e = params.wte + tokens[r / n * stride + r % n] * C,
-                    *p = params.wpe + (pos_ + r % n) * C;
-            for (size_t i = 0; i < C; i += VL)
-                store(x_ + r * C + i, load(e + i, C - i) + load(p + i, C - i), C - i);
-        }
-        for (size_t l = 0; l < (size_t)c.L; l++) {
-            Layer<W> p = params.layer(l);
-            layernorm_forward(ln_, mean, rstd, x_, floats(p.ln1w, C, w_), floats(p.ln1b, C, b_), M, C, c.eps,
-                              c.arch == GROVER_ARCH ? x_ : nullptr);
-            matmul(qkv_, ln_, p.qkvw, floats(p.qkvb, 3 * C, b_), M, C, 3 * C, n == 1);
-            attend(cache_ + l * N_ * T_ * 2 * C, n);
-            matmul(br_, att_, p.attprojw, floats(p.attprojb, C, b_), M, C, C, n == 1);
-            residual_layernorm_forward(x_, ln_, mean, rstd, x_, br_, floats(p.ln2w, C, w_),
-                                       floats(p.ln2b, C, b_), M, C, Dropout(), 0, c.eps);
-            matmul(fc_, ln_, p.fcw, floats(p.fcb, 4 * C, b_), M, C, 4 * C, n == 1);
-            gelu_forward(fc_, fc_, M * 4 * C, c.activation);
-            matmul(br_, fc_, p.fcprojw, floats(p.fcprojb, C, b_), M, 4 * C, C, n == 1);
-            for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
-        }
-        pos_ += n;
-        if (!want_logits) return;
-        for (size_t s = 0; s < N_; s++) memcpy(last_ + s * C, x_ + (s * n + n - 1) * C, C * sizeof(float));
-        layernorm_forward(ln_, mean, rstd, last_, floats(params.lnfw, C, w_), floats(params.lnfb, C, b_), N_,
-                          C, c.eps);
-        matmul(logits_, ln_, params.wte, nullptr, N_, C, c.V, true);
-    }
-
-    std::unique_ptr<GPT2> owned_;
-    GPT2& m_;
-    size_t N_, T_, rows_, pos_ = 0;
-    int threads_ = omp_get_max_threads();
-    machine::Memory memory_;
-    float *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *stat_, *scores_, *logits_, *last_, *w_, *b_;
 };
 
 }  // namespace cpu

@@ -129,12 +129,13 @@ struct Workspace {
 
 // A model's states: its parameters and, if it trains, their gradients and AdamW's two moments.
 struct States {
+    const Config cfg;
     Params<float> params, grads;
     Params<uint16_t> params_bf16;  // instead of params where parameters are kept in bf16
 
     void init_weights(uint64_t seed) {
         for (const ParamPiece& t : pieces_)
-            initial_weights(params.tensor(t.id, t.layer), cfg_, t.id, t.layer * t.size, t.size, seed);
+            initial_weights(params.tensor(t.id, t.layer), cfg, t.id, t.layer * t.size, t.size, seed);
     }
     // Passes a whole state to f, in the file's order, piece by piece: f(pointer, number of floats). f may
     // write. A model that does not train has only PARAMS.
@@ -146,18 +147,19 @@ struct States {
     }
 
   protected:
-    void allocate(const Config& c, const MemoryNeed& need, bool in_bf16) {
-        cfg_ = c, pieces_ = param_pieces(c);
+    explicit States(const Config& c) : cfg(c) {}
+    void allocate(const MemoryNeed& need, bool in_bf16) {
+        pieces_ = param_pieces(cfg);
         params_mem_ = {need.params, "parameters"};
-        if (in_bf16) params_bf16 = {params_mem_.as<uint16_t>(), c};
-        else params = {params_mem_.as<float>(), c};
+        if (in_bf16) params_bf16 = {params_mem_.as<uint16_t>(), cfg};
+        else params = {params_mem_.as<float>(), cfg};
         if (!need.grads) return;
         grads_mem_ = {need.grads, "gradients"}, moments_ = {need.optimizer, "optimizer state"};
-        grads = {grads_mem_.as<float>(), c};
+        grads = {grads_mem_.as<float>(), cfg};
     }
     // A state's array, laid out as ParamLayout says. Gradients that only count as zero are set to zero first.
     float* array(State s) {
-        size_t n = num_params(cfg_);
+        size_t n = num_params(cfg);
         if (s == GRADS && std::exchange(grads_are_zero_, false)) memset(grads.wte, 0, n * sizeof(float));
         return s == PARAMS  ? params.wte
                : s == GRADS ? grads.wte
@@ -185,7 +187,6 @@ struct States {
             }
     }
 
-    Config cfg_;
     machine::Memory params_mem_, grads_mem_, moments_;
 };
 

@@ -12,6 +12,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -271,6 +272,30 @@ inline vec gelu_erf(vec x, vec* derivative) {
 }
 inline vec gelu(vec x, vec* derivative, int activation) {
     return activation == GELU_TANH ? gelu_tanh(x, derivative) : gelu_erf(x, derivative);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Functions of a row
+
+// y = (x - mean) rstd w + b, the LayerNorm of one row of C values, with rstd = 1 / sqrt(variance + eps); in
+// floats or rounded to bf16. If copy is not null, y is also written there, in floats. y or copy may be x.
+template <class A>
+inline void layernorm(A* y, float* mean, float* rstd, const float* x, const float* w, const float* b,
+                      size_t C, float eps, float* copy) {
+    float sum = 0, var = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t c = 0; c < C; c++) sum += x[c];
+    float mu = sum / (float)C;
+#pragma omp simd reduction(+ : var)
+    for (size_t c = 0; c < C; c++) var += (x[c] - mu) * (x[c] - mu);
+    float rs = 1.0f / std::sqrt(var / (float)C + eps);
+    for (size_t c = 0; c < C; c += VL) {
+        auto at = [=](const float* p) { return load(p + c, C - c); };
+        vec v = (at(x) - mu) * rs * at(w) + at(b);
+        store(y + c, v, C - c);
+        if (copy) store(copy + c, v, C - c);
+    }
+    *mean = mu, *rstd = rs;
 }
 
 // y = gelu(x), n values, in floats or rounded to bf16.
