@@ -17,6 +17,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -191,18 +192,80 @@ inline void cp_async_wait(int at_most_pending) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Launches: arguments are converted to the types of the kernel's parameters, and pointers must
-// be device memory
+// Launches: arguments are converted to the types of the kernel's parameters, and pointers in them must be
+// device memory
 
-// pointers has an entry for each argument: the argument if it is a pointer, else null.
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
-                   const std::vector<const void*>& pointers, std::function<void()> body);
+// A pointer in a kernel's arguments: argument `number` itself, or its member at byte `offset`.
+struct Pointer {
+    size_t number, offset;
+    bool is_member;
+    const void* value;
+};
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::vector<Pointer>& pointers,
+                   std::function<void()> body);
+
+// C++17 cannot list the members of a struct. But in T{AnyMember, AnyMember, ...} the compiler converts each
+// AnyMember to the type of the member that it initialises. So example<T>() makes a T whose pointers have the
+// value MARK and whose numbers are zero. Every T has its pointers where this one has MARK, so numbers and
+// padding that look like addresses are never taken for pointers. Not searched: unions, because only the
+// program knows which member is in use, and classes with constructors or private members.
+constexpr uintptr_t MARK = 0x9d8f3b6ac5e27141;
+constexpr size_t MOST_MEMBERS = 64;  // the rest are not searched; each element of an array counts
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmissing-braces"
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+template <class T, class... M>
+auto made_from(int) -> decltype(void(T{std::declval<M>()...}), std::true_type());
+template <class T, class... M>
+std::false_type made_from(...);
+template <class T, class... M>
+constexpr bool is_made_from = decltype(made_from<T, M...>(0))::value;
+template <class T>
+constexpr bool is_struct =
+    std::conjunction_v<std::is_class<T>, std::is_aggregate<T>, decltype(made_from<T>(0))>;
+
+template <class T, class... M>
+T example(size_t& pointers, M... members);
+struct AnyMember {
+    size_t& pointers;
+    template <class T, class = std::enable_if_t<is_made_from<T>>>
+    operator T() const {
+        return example<T>(pointers);
+    }
+};
+// Adds the number of pointers in T to `pointers`. Appends an AnyMember and calls itself while T has room.
+template <class T, class... M>
+T example(size_t& pointers, M... members) {
+    if constexpr (std::is_pointer<T>::value) return pointers++, (T)MARK;
+    else if constexpr (is_struct<T> && sizeof...(M) < MOST_MEMBERS && is_made_from<T, M..., AnyMember>)
+        return example<T>(pointers, members..., AnyMember{pointers});
+    else return T{members...};
+}
+#pragma GCC diagnostic pop
 
 template <class T>
-const void* pointer_in(const T& value) {
-    if constexpr (std::is_pointer<T>::value) return (const void*)value;
-    return (void)value, nullptr;
+std::vector<size_t> pointer_offsets() {
+    size_t pointers = 0, at = 0;
+    const T x = example<T>(pointers);
+    const std::string_view bytes((const char*)&x, sizeof x), mark((const char*)&MARK, sizeof MARK);
+    std::vector<size_t> offsets;
+    for (; (at = bytes.find(mark, at)) < sizeof x; at++) offsets.push_back(at);
+    if (offsets.size() != pointers) offsets.clear();  // an old MARK in x's padding: do not guess
+    return offsets;
 }
+template <class T>
+void find_pointers(std::vector<Pointer>& found, size_t number, const T& argument) {
+    if constexpr (std::is_pointer<T>::value || is_struct<T>) {
+        static const std::vector<size_t> offsets = pointer_offsets<T>();
+        for (size_t at : offsets) {
+            const void* value;
+            memcpy(&value, (const char*)&argument + at, sizeof value);
+            found.push_back({number, at, is_struct<T>, value});
+        }
+    }
+}
+
 template <class T>
 T implicitly(T value) {
     return value;
@@ -210,8 +273,9 @@ T implicitly(T value) {
 template <class... P, class... A>
 cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... args) {
     std::tuple<std::decay_t<P>...> values(implicitly<P>(std::forward<A>(args))...);
-    std::vector<const void*> pointers;
-    std::apply([&](const auto&... value) { (pointers.push_back(pointer_in(value)), ...); }, values);
+    std::vector<Pointer> pointers;
+    size_t number = 0;
+    std::apply([&](const auto&... value) { (find_pointers(pointers, number++, value), ...); }, values);
     return launch(*config, (const void*)kernel, pointers, [kernel, values] { std::apply(kernel, values); });
 }
 

@@ -23,14 +23,17 @@ static int dynamic_limit(const void* kernel) {
     return dynamic_limits.count(kernel) ? dynamic_limits[kernel] : SHARED_DEFAULT;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, const std::vector<const void*>& pointers,
+cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, const std::vector<Pointer>& pointers,
                    std::function<void()> body) {
     return api([&] {
-        for (size_t i = 0; i < pointers.size(); i++)
-            if (pointers[i] && !find_allocation(pointers[i]))
-                throw report(cudaErrorIllegalAddress,
-                             format("argument %zu of kernel %s, %p, is neither device memory nor null", i,
-                                    name_of(kernel).c_str(), pointers[i]));
+        for (const Pointer& p : pointers) {
+            // The end of an allocation is allowed: an empty array may begin there.
+            if (!p.value || find_allocation(p.value) || find_allocation((const char*)p.value - 1)) continue;
+            const std::string member = p.is_member ? format("the member at byte %zu of ", p.offset) : "";
+            throw report(cudaErrorIllegalAddress,
+                         member + format("argument %zu of kernel %s, %p, is neither device memory nor null",
+                                         p.number, name_of(kernel).c_str(), p.value));
+        }
         const dim3 g = c.gridDim, b = c.blockDim;
         want(b.x && b.y && b.z && b.z <= 64 && (size_t)b.x * b.y * b.z <= 1024,
              cudaErrorInvalidConfiguration);

@@ -516,7 +516,7 @@ TEST_CASE("an access to freed memory is reported") {
         stale = x;
     }
     CHECK_CONTAINS(report_of(write_at, 1, 32, 0, stale, 0), "neither device memory nor null");
-    struct Hidden {
+    union Hidden {  // in which the check of the arguments does not search
         float* p;
     };
     auto kernel = +[](Hidden h) { h.p[5] = 1; };
@@ -718,6 +718,50 @@ TEST_CASE("a host pointer as a kernel's argument is reported, but pinned memory 
     CHECK(report_of(write_at, 1, 32, 0, pinned, 7) == "");
     CHECK(pinned[7] == 1);
     CHECK(cudaFreeHost(pinned) == cudaSuccess);
+}
+struct View {
+    float* p;
+    long n;
+};
+struct Views {
+    char kind;  // seven bytes of padding
+    View in;
+    union {
+        const float* pointer;
+        uint64_t number;
+    } either;
+    double factor;
+    uint64_t number;
+    const float* list[2];
+};
+__global__ void set_through(View v) { v.p[threadIdx.x] = (float)v.n; }
+__global__ void set_through_views(Views v) { v.in.p[threadIdx.x] = (float)v.in.n; }
+TEST_CASE("a host pointer in a struct is reported, also in a struct or an array in it") {
+    float host[32];
+    Device<float> out(32);
+    CHECK(report_of(set_through, 1, 32, 0, View{out, 7}) == "");
+    CHECK(out.get()[31] == 7);
+    std::string report = report_of(set_through, 1, 32, 0, View{host, 7});
+    CHECK_CONTAINS(report, "the member at byte 0 of argument 0 of kernel ");
+    CHECK_CONTAINS(report, strf("set_through, %p, is neither device memory nor null", host));
+
+    Views v = {};
+    v.in = {out, 8}, v.list[0] = out;
+    CHECK(report_of(set_through_views, 1, 32, 0, v) == "");
+    v.in.p = host;
+    CHECK_CONTAINS(report_of(set_through_views, 1, 32, 0, v), "the member at byte 8 of argument 0 ");
+    v.in.p = out, v.list[1] = host;
+    CHECK_CONTAINS(report_of(set_through_views, 1, 32, 0, v), "the member at byte 56 of argument 0 ");
+}
+TEST_CASE("in a struct, numbers and padding that look like host pointers are not reported") {
+    float host[32], *address = host;
+    Device<float> out(32);
+    Views v;
+    static_assert(sizeof v == 8 * sizeof address, "");
+    for (int word = 0; word < 8; word++) memcpy((char*)&v + 8 * word, &address, 8);
+    v.in.p = out, v.list[0] = nullptr, v.list[1] = out + 32;  // where an empty array may begin
+    CHECK(v.in.n == (long)address);
+    CHECK(report_of(set_through_views, 1, 32, 0, v) == "");
 }
 
 // ---------------------------------------------------------------------------------------------
