@@ -24,19 +24,19 @@ help-dev:
 	@echo "make test-emulator-asan        the emulated CUDA code with AddressSanitizer and UBSan"
 	@echo "make test-emulator-tsan        the same with ThreadSanitizer, which finds races between CUDA threads"
 	@echo "make fuzz                      fuzz each reader of files for a minute (needs clang)"
-	@echo "make soak                      kill and break the programs while they write, for a minute (SOAK_SECONDS=)"
+	@echo "make soak                      kill and break the programs while they write (SOAK_SECONDS=60)"
 	@echo "make check-fuzzers             check that the fuzzers compile"
 	@echo "make format, format-check      format the sources as .clang-format says, or check that they are"
 	@echo "make gpu-check                 on a machine with a GPU: run the tests on it, and measure speeds"
 	@echo "                               (dev/bench/gpu-NAME.md)"
 	@echo "make device-programs           only build the programs of gpu-check"
-	@echo "make check-kernels             the kernels' registers, spills and tensor-core instructions (needs nvcc)"
+	@echo "make check-kernels             kernels' registers, spills, tensor-core instructions (needs nvcc)"
 	@echo "make roofline                  recompute the traffic budget, dev/bench/ROOFLINE.md"
 	@echo "make bench                     time training steps and sampling, and PyTorch and llm.c if installed"
-	@echo "  ROWS=char RUNS=5             fewer rows, more runs   PYTHON=python3   LLMC=path/to/llm.c   PATIENCE=60"
+	@echo "  ROWS=char RUNS=5             fewer rows, more runs  PYTHON=python3  LLMC=path/to/llm.c  PATIENCE=60"
 	@echo "make bench-gemm                time the matrix product, and oneDNN and OpenBLAS if installed"
 	@echo "                               (SHAPES=124m, char or small)"
-	@echo "make golden                    rewrite PyTorch's reference values (PYTHON= with torch and transformers)"
+	@echo "make golden                    rewrite PyTorch's values (PYTHON= with torch and transformers)"
 
 # --- what is needed in addition to a compiler and make: dev/setup.sh installs it if it can, or says how
 NEEDS = need-tests need-convert need-plot need-fuzz need-clang need-format
@@ -103,7 +103,8 @@ link = $(flags.$1) $(filter %.o %.so,$^) -o $@ $(LDLIBS)
 COMMIT := $(or $(shell git describe --always --dirty --abbrev=7 2>/dev/null),unknown)
 
 quote = '$(subst ','\'',$1)'
-changed = $(or $(call named,clean),$(shell printf '%s\n' $(call quote,$(flags.$1)) | cmp -s - $1/flags || echo FORCE))
+changed = $(or $(call named,clean),$(shell printf '%s\n' $(call quote,$(flags.$1)) \
+	| cmp -s - $1/flags || echo FORCE))
 %/flags: $$(call changed,$$*)
 	@mkdir -p $(@D); printf '%s\n' $(call quote,$(flags.$*)) >$@
 

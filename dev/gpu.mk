@@ -5,7 +5,8 @@ PRECISION ?= BF16
 NVCC ?= $(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
 	| sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p' | sort -u)
-ARCHS = $(or $(GPUS),$(patsubst sm_%,%,$(filter sm_80 sm_90 sm_100,$(if $(NVCC),$(shell $(NVCC) --list-gpu-code)))))
+ARCHS = $(or $(GPUS),$(patsubst sm_%,%,$(filter sm_80 sm_90 sm_100,\
+	$(if $(NVCC),$(shell $(NVCC) --list-gpu-code)))))
 CODE = $(foreach a,$1,-gencode arch=compute_$a,code=sm_$a) \
 	-gencode arch=compute_$(lastword $1),code=compute_$(lastword $1)
 nvcc = $(NVCC) -std=c++17 -O3 --threads 0 -I. -Xcompiler -fopenmp,-Wall,-Wextra $(call CODE,$(ARCHS))

@@ -7,8 +7,8 @@
 # the emulated trainers.
 LAYER_TESTS = test_gpt2.o lib/test_gemm.o lib/test_vec.o lib/test_rng.o
 LIB_TESTS = $(filter-out $(LAYER_TESTS),$(patsubst %.cpp,%.o,$(wildcard lib/test_*.cpp)))
-TOOL_TESTS = $(patsubst %.cpp,%,$(filter-out dev/test_main.cpp,$(wildcard data/test_*.cpp tokenizer/test_*.cpp \
-	dev/test_*.cpp dev/*/test_*.cpp)))
+TOOL_TESTS = $(patsubst %.cpp,%,$(filter-out dev/test_main.cpp,$(wildcard data/test_*.cpp \
+	tokenizer/test_*.cpp dev/test_*.cpp dev/*/test_*.cpp)))
 TESTS = test_gpt2 test_lib $(notdir $(TOOL_TESTS))
 
 # $(call tests,DIR): the test programs in DIR, a folder of objects

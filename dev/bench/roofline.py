@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Counts the memory traffic and the FLOPs of one GPU training step, on paper: make roofline
 
-For every kernel of train_gpt2.cu it counts the launches, the FLOPs and the bytes that must move to or from the
-GPU's memory. It counts the same for llm.c's train_gpt2.cu without cuDNN, which computes T x T attention with
-permute passes, holds all logits at once and keeps gradients in bf16. It writes dev/bench/ROOFLINE.md. With
---check it writes nothing, and fails if the committed file differs.
+For every kernel of train_gpt2.cu it counts the launches, the FLOPs and the bytes that must move to or from
+the GPU's memory. It counts the same for llm.c's train_gpt2.cu without cuDNN, which computes T x T attention
+with permute passes, holds all logits at once and keeps gradients in bf16. It writes dev/bench/ROOFLINE.md.
+With --check it writes nothing, and fails if the committed file differs.
 
 How it counts: A tensor that a kernel reads or writes counts once per kernel, in the type it is stored in,
 since repeated reads are served by a cache. A tensor that is updated in place counts twice. A product of (M,K)
-by (K,N) takes 2MKN FLOPs. Attention counts the causal half where tiles above the diagonal are skipped, and the
-full square in llm.c. A kernel's lower bound is the longer of two times: its FLOPs at the peak rate and its bytes
-at the peak bandwidth. A step's lower bound is the sum over its kernels, so no two kernels overlap.
+by (K,N) takes 2MKN FLOPs. Attention counts the causal half where tiles above the diagonal are skipped, and
+the full square in llm.c. A kernel's lower bound is the longer of two times: its FLOPs at the peak rate and
+its bytes at the peak bandwidth. A step's lower bound is the sum over its kernels, so no two kernels overlap.
 """
 import argparse, collections, os, sys, textwrap
 
@@ -35,19 +35,21 @@ class Step:
     adds = False  # whether a product adds to the parameter gradients in memory or overwrites them
 
     def __init__(self, m, B, T):
-        self.kernels, self.L, self.C, self.NH, self.B, self.T, self.M = [], m["L"], m["C"], m["NH"], B, T, B * T
+        self.kernels, self.L, self.C, self.NH = [], m["L"], m["C"], m["NH"]
+        self.B, self.T, self.M = B, T, B * T
         self.P, self.MC = parameters(m), B * T * m["C"] * BF16
 
     def add(self, name, bytes, flops=0, launches=1, times=1, gemm=False):
         self.kernels.append(Kernel(name, launches * times, flops * times, bytes * times, gemm))
 
     def product(self, name, M, K, N, out, extra=0, reads_out=False, times=1):
-        """out: bytes of one element of the result; extra: bytes that the epilogue reads or writes besides it."""
-        self.add(name, (M * K + K * N) * BF16 + M * N * out * (2 if reads_out else 1) + extra, 2 * M * K * N, times=times, gemm=True)
+        """out: bytes of one element of the result; extra: bytes of what else the epilogue reads or writes."""
+        moved = (M * K + K * N) * BF16 + M * N * out * (2 if reads_out else 1) + extra
+        self.add(name, moved, 2 * M * K * N, times=times, gemm=True)
 
     def linear_backward(self, name, K, N, gradient, extra=0):
-        """dX = dY W and dW = dY^T X for all layers. gradient: bytes of one parameter's gradient, which a step's
-        first batch overwrites."""
+        """dX = dY W and dW = dY^T X for all layers. gradient: bytes of one parameter's gradient, which a
+        step's first batch overwrites."""
         self.product(name + " dX", self.M, N, K, BF16, extra, times=self.L)
         self.product(name + " dW", N, self.M, K, gradient, reads_out=self.adds, times=self.L)
 
@@ -55,7 +57,8 @@ class Step:
 def arapoet(m, B, T):
     s = Step(m, B, T)
     L, C, M, MC, P = s.L, s.C, s.M, s.MC, s.P
-    stats, square = 2 * M * FP32, 2 * B * s.NH * T * T / 2 * (C // s.NH)  # FLOPs of one causal T x T x hs product
+    stats = 2 * M * FP32
+    square = 2 * B * s.NH * T * T / 2 * (C // s.NH)  # FLOPs of one causal T x T x hs product
     s.add("memset of accumulated gradients", (MAX_T * C + L * 13 * C + 2 * C) * FP32, launches=5)
     s.add("embedding_forward", 2 * MC)
     s.add("layernorm_forward", 2 * MC + stats)
@@ -89,8 +92,8 @@ def arapoet(m, B, T):
 
 
 def llmc(m, B, T):
-    """As read from llm.c's train_gpt2.cu and llmc/*.cuh: no cuDNN, nothing recomputed, fp32 master weights, GELU in
-    cuBLASLt's epilogues (llm.c's default on an H100; on an A100 it makes two more passes)."""
+    """As read from llm.c's train_gpt2.cu and llmc/*.cuh: no cuDNN, nothing recomputed, fp32 master weights,
+    GELU in cuBLASLt's epilogues (llm.c's default on an H100; on an A100 it makes two more passes)."""
     s = Step(m, B, T)
     s.adds = True
     L, C, M, MC, P = s.L, s.C, s.M, s.MC, s.P
@@ -131,8 +134,8 @@ def llmc(m, B, T):
 
 def totals(kernels):
     other = [k for k in kernels if not k.gemm]
-    return dict(launches=sum(k.launches for k in kernels), flops=sum(k.flops for k in kernels), gemm=sum(k.bytes for k in kernels if k.gemm),
-                other=sum(k.bytes for k in other),
+    return dict(launches=sum(k.launches for k in kernels), flops=sum(k.flops for k in kernels),
+                gemm=sum(k.bytes for k in kernels if k.gemm), other=sum(k.bytes for k in other),
                 bound={g: sum(max(k.flops / f, k.bytes / b) for k in kernels) for g, (f, b) in GPUS.items()})
 
 
@@ -140,11 +143,13 @@ def report():
     out = ["# The traffic budget of a GPU training step", ""]
     rules = " ".join(__doc__.split("\n\n")[2].split()).split(": ", 1)[1]
     peaks = ", ".join(f"{g} {f / 1e12:.0f} TFLOP/s and {b / 1e12:.2f} TB/s" for g, (f, b) in GPUS.items())
-    origin = ("Written by dev/bench/roofline.py (`make roofline`). Nothing on this page is measured: it is arithmetic on the "
-              "shapes, in bf16, at T = 1024, with one batch a step, dropout 0 and nothing recomputed. The peaks are the data "
-              f"sheets': {peaks}.")
+    origin = ("Written by dev/bench/roofline.py (`make roofline`). Nothing on this page is measured: it is "
+              "arithmetic on the shapes, in bf16, at T = 1024, with one batch a step, dropout 0 and nothing "
+              f"recomputed. The peaks are the data sheets': {peaks}.")
     out += [textwrap.fill(rules, 110), "", textwrap.fill(origin, 110), ""]
-    out += ["## Totals", "", "| model | B | | launches | TFLOP | product GB | other GB | other, share of llm.c's | lower bound, A100 | lower bound, H100 |",
+    out += ["## Totals", "",
+            "| model | B | | launches | TFLOP | product GB | other GB | other, share of llm.c's "
+            "| lower bound, A100 | lower bound, H100 |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     worst = 0
     for name, m in MODELS.items():
@@ -153,15 +158,20 @@ def report():
             share = ours["other"] / theirs["other"]
             worst = max(worst, share)
             for who, t, s in (("Arapoet", ours, f"{100 * share:.0f}%"), ("llm.c", theirs, "")):
-                out.append(f"| {name} | {B} | {who} | {t['launches']} | {t['flops'] / 1e12:.2f} | {t['gemm'] / 1e9:.1f} | {t['other'] / 1e9:.1f} | {s} | "
+                out.append(f"| {name} | {B} | {who} | {t['launches']} | {t['flops'] / 1e12:.2f} "
+                           f"| {t['gemm'] / 1e9:.1f} | {t['other'] / 1e9:.1f} | {s} | "
                            + " | ".join(f"{1e3 * t['bound'][g]:.1f} ms" for g in GPUS) + " |")
-    out += ["", f"\"Other\" is everything except matrix products. Its largest share of llm.c's is {100 * worst:.0f}%; the goal was at most 60%."]
+    out += ["", "\"Other\" is everything except matrix products. Its largest share of llm.c's is "
+            f"{100 * worst:.0f}%; the goal was at most 60%."]
     for name, m in MODELS.items():
         for who, kernels in (("Arapoet", arapoet(m, 8, 1024)), ("llm.c", llmc(m, 8, 1024))):
-            out += ["", f"## {name}, B = 8: {who}", "", "| kernel | launches | GFLOP | MB | lower bound, A100 | lower bound, H100 |", "| --- | --- | --- | --- | --- | --- |"]
+            out += ["", f"## {name}, B = 8: {who}", "",
+                    "| kernel | launches | GFLOP | MB | lower bound, A100 | lower bound, H100 |",
+                    "| --- | --- | --- | --- | --- | --- |"]
             for k in kernels:
                 bound = [1e6 * max(k.flops / f, k.bytes / b) for f, b in GPUS.values()]
-                out.append(f"| {k.name}{' (product)' if k.gemm else ''} | {k.launches} | {k.flops / 1e9:.1f} | {k.bytes / 1e6:.1f} | {bound[0]:.0f} us | {bound[1]:.0f} us |")
+                out.append(f"| {k.name}{' (product)' if k.gemm else ''} | {k.launches} | {k.flops / 1e9:.1f} "
+                           f"| {k.bytes / 1e6:.1f} | {bound[0]:.0f} us | {bound[1]:.0f} us |")
     return "\n".join(out) + "\n", worst
 
 
@@ -171,7 +181,8 @@ def main():
     a = p.parse_args()
     path, (text, worst) = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ROOFLINE.md"), report()
     if worst > 0.6:
-        sys.exit(f"roofline.py: {100 * worst:.0f}% of llm.c's bytes outside the products, at most 60% is allowed")
+        sys.exit(f"roofline.py: {100 * worst:.0f}% of llm.c's bytes outside the products, "
+                 "at most 60% is allowed")
     if a.check:
         if not os.path.exists(path) or open(path, encoding="utf-8").read() != text:
             sys.exit(f"roofline.py: {path} differs from what this script computes; run: make roofline")

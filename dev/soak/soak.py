@@ -4,11 +4,11 @@
     dev/soak/soak.py --faults build/soak/faults.so --seconds 60     random cases for a minute
     dev/soak/soak.py --faults build/soak/faults.so --all            every call of every scenario, every kind
 
-A scenario is a command that writes. Its calls that change files are made to fail one at a time (dev/soak/faults.cpp),
-or the process is killed there, or at a random moment. Afterwards must hold:
+A scenario is a command that writes. Its calls that change files are made to fail one at a time
+(dev/soak/faults.cpp), or the process is killed there, or at a random moment. Afterwards must hold:
   - an error is one line that names a file, with exit code 1; an interrupted or short write is no error;
-  - the folder holds a whole run: --resume, or the command once more, ends with the model of an unbroken run, byte for
-    byte, and with no step twice in log.csv;
+  - the folder holds a whole run: --resume, or the command once more, ends with the model of an unbroken run,
+    byte for byte, and with no step twice in log.csv;
   - an earlier run's files are all there, in the folder or in previous/1, unchanged.
 """
 import argparse
@@ -22,7 +22,8 @@ import sys
 import tempfile
 import time
 
-SMALL = "--depth 1 --heads 2 --channels 16 --seq_len 16 --batch_size 4 --sample_every 0 --val_every 4 --keep 2".split()
+SMALL = ("--depth 1 --heads 2 --channels 16 --seq_len 16 --batch_size 4 "
+         "--sample_every 0 --val_every 4 --keep 2").split()
 STEPS = 12
 KINDS = ["KILL", "ENOSPC", "EIO", "EINTR", "SHORT"]
 
@@ -31,7 +32,8 @@ class Scenario:
     """A folder as it is before, the command, and what must be true afterwards."""
 
     def __init__(self, name, before, command, unbroken, result=None):
-        self.name, self.before, self.command, self.unbroken, self.result = name, before, command, unbroken, result
+        self.name, self.before, self.command = name, before, command
+        self.unbroken, self.result = unbroken, result
 
 
 def run(command, **more):
@@ -86,8 +88,10 @@ def check_after(s, out, result, kind, struck):
         must(result.returncode == 0, f"an interrupted or short call failed: {result.stderr}")
     if s.unbroken is None:
         # A reader completes the move; then the set is all old or all new.
-        run(["./train_gpt2", "--data", out, "--max_steps", 1, "--prompt", "no such letter", "-o", out / "none"])
-        must(files_of(out) in (files_of(s.before), s.result), "the data set is neither the old nor the new one")
+        run(["./train_gpt2", "--data", out, "--max_steps", 1, "--prompt", "no such letter",
+             "-o", out / "none"])
+        must(files_of(out) in (files_of(s.before), s.result),
+             "the data set is neither the old nor the new one")
         must(run(s.command(out)).returncode == 0, "the command fails when it is repeated")
         must(files_of(out) == s.result, "the data set is not what an unbroken command writes")
         must(not list(out.glob(".*")), "files are left over")
@@ -103,7 +107,8 @@ def check_after(s, out, result, kind, struck):
         must(earlier or "holds no checkpoint" in again.stderr, f"it cannot be resumed: {again.stderr}")
         again = run([c for c in s.command(out) if c not in ("--resume", "--overwrite")] + ["--overwrite"])
         must(again.returncode == 0, f"it cannot be started anew: {again.stderr}")
-    must((out / f"model_{STEPS:08d}.bin").read_bytes() == s.unbroken, "the final model is not that of an unbroken run")
+    must((out / f"model_{STEPS:08d}.bin").read_bytes() == s.unbroken,
+         "the final model is not that of an unbroken run")
     steps = [line.split(",")[0] for line in (out / "log.csv").read_text().splitlines()[1:]]
     must(steps == [str(i) for i in range(STEPS + 1)], f"log.csv has steps {steps}")
     must(not list(out.glob("*.tmp*")) and not (out / ".new").exists(), "files are left over")
@@ -173,7 +178,8 @@ def main():
         print(f"soak: seed {seed}, {case}: {e}\nthe folder is kept: {work}", file=sys.stderr)
         return 1
     shutil.rmtree(work)
-    print(f"soak: nothing lost in {count['broken calls']} broken calls and {count['kills']} kills (seed {seed})")
+    print(f"soak: nothing lost in {count['broken calls']} broken calls and {count['kills']} kills "
+          f"(seed {seed})")
     return 0
 
 
