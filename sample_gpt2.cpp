@@ -47,10 +47,15 @@ int main(int argc, char** argv) {
             fail("%s: has %d tokens, %s has a vocabulary of %d", tokenizer_path.c_str(),
                  tokenizer.vocab_size(), checkpoint.c_str(), reader.cfg.V);
         std::vector<int> start = {tokenizer.eot()};
-        for (int t : tokenizer.encode(prompt)) start.push_back(t);
+        try {
+            for (int t : tokenizer.encode(prompt)) start.push_back(t);
+        } catch (const Error& e) {
+            throw UsageError(strf("--prompt: %s", e.what()));
+        }
         if (start.size() > (size_t)reader.cfg.maxT)
-            fail("the prompt has %zu tokens, %s takes at most %d after the one that begins a poem",
-                 start.size() - 1, checkpoint.c_str(), reader.cfg.maxT - 1);
+            throw UsageError(
+                strf("--prompt has %zu tokens, %s takes at most %d after the one that begins a poem",
+                     start.size() - 1, checkpoint.c_str(), reader.cfg.maxT - 1));
 
         auto decoder = open_decoder(reader, (size_t)num, dtype == "bf16" ? BF16 : FP32);
         // The first poem is printed as it is written; the others once all are finished.

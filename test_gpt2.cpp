@@ -439,8 +439,8 @@ TEST_CASE("the fp32 model's gradients are its loss's central differences, within
 namespace {
 
 // Loss, logits and all gradients of one training pass, layer by layer.
-void check_model(const Config& c, size_t B, size_t T, float dropout, uint64_t seed, uint64_t seq0,
-                 int recompute = 0) {
+void compare_model(const Config& c, size_t B, size_t T, float dropout, uint64_t seed, uint64_t seq0,
+                   int recompute = 0) {
     INFO(variant(c, dropout), ", L ", c.L, " NH ", c.NH, " C ", c.C, " V ", c.V, " B ", B, " T ", T, " eps ",
          c.eps, " recompute ", recompute);
     cpu::GPT2 m(c, B, T, true, recompute);
@@ -480,14 +480,14 @@ TEST_CASE("the whole model: loss, logits, all gradients, GPT-2 and GROVER: relat
     for (int arch : {GPT2_ARCH, GROVER_ARCH})
         for (int activation : {GELU_TANH, GELU_ERF})
             for (float dropout : {0.0f, 0.2f})
-                check_model(config(2, 3, 48, 97, 40, arch, activation), 3, 37, dropout, 30, 6);
+                compare_model(config(2, 3, 48, 97, 40, arch, activation), 3, 37, dropout, 30, 6);
 }
 
 TEST_CASE("the whole model at odd sizes, one token, one head, one channel: relative L2 1e-5") {
-    check_model(config(1, 5, 20, 2, 1), 2, 1, 0.0f, 31, 0);
-    check_model(config(3, 1, 36, 300, 101), 1, 101, 0.2f, 32, 0);
-    check_model(config(1, 9, 9, 131, 20, GROVER_ARCH), 5, 13, 0.2f, 33, 1000);
-    check_model(config(2, 7, 77, 33, 99, GROVER_ARCH, GELU_ERF), 2, 99, 0.0f, 34, 0);
+    compare_model(config(1, 5, 20, 2, 1), 2, 1, 0.0f, 31, 0);
+    compare_model(config(3, 1, 36, 300, 101), 1, 101, 0.2f, 32, 0);
+    compare_model(config(1, 9, 9, 131, 20, GROVER_ARCH), 5, 13, 0.2f, 33, 1000);
+    compare_model(config(2, 7, 77, 33, 99, GROVER_ARCH, GELU_ERF), 2, 99, 0.0f, 34, 0);
 }
 
 TEST_CASE("the whole model at other LayerNorm epsilons, and recomputed: relative L2 1e-5") {
@@ -496,7 +496,7 @@ TEST_CASE("the whole model at other LayerNorm epsilons, and recomputed: relative
             for (int recompute : {0, 1, 2, 3}) {
                 Config c = config(2, 3, 24, 97, 20, arch);
                 c.eps = eps;
-                check_model(c, 2, 17, 0.0f, 35, 0, recompute);
+                compare_model(c, 2, 17, 0.0f, 35, 0, recompute);
             }
 }
 

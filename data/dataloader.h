@@ -49,10 +49,12 @@ constexpr const char* DATA_FILES[] = {"train.bin", "val.bin", "tokenizer.bin"};
 inline void finish_data_set(const std::string& dir) {
     const std::string from = dir + "/.arriving";
     if (!file_exists(from)) return;
-    for (const char* name : DATA_FILES)
-        if (file_exists(from + "/" + name)) rename_file(from + "/" + name, dir + "/" + name);
+    for (const char* name : DATA_FILES)  // another program may move them at the same time
+        if (rename((from + "/" + name).c_str(), (dir + "/" + name).c_str()) && errno != ENOENT)
+            fail("%s/%s: cannot move it to %s: %s", from.c_str(), name, dir.c_str(), strerror(errno));
     if (file_exists(from + "/no_val.bin")) {
-        unlink((dir + "/val.bin").c_str());  // of the old set, in another vocabulary
+        if (unlink((dir + "/val.bin").c_str()) && errno != ENOENT)  // of the old set, in another vocabulary
+            fail("%s/val.bin: cannot remove it: %s", dir.c_str(), strerror(errno));
         unlink((from + "/no_val.bin").c_str());
     }
     sync_folder(dir);
@@ -177,11 +179,11 @@ class TokenFile {
     const std::string path = dir + "/" + name;
     for (const char* other : DATA_FILES)
         if (file_exists(dir + "/" + other))
-            fail("%s: not found; prepare the poems into another folder and name that one: %s OTHER%s",
-                 path.c_str(), program,
+            fail("%s: not found; prepare the poems into another folder and name that one: %s --data OTHER%s",
+                 path.c_str(), beside_program(program).c_str(),
                  name == "val.bin" ? " (few poems make no validation part: see --val_fraction)" : "");
-    fail("%s: not found; make it with: ./prepare_data data/sample_poems.csv -o %s", path.c_str(),
-         shell_quoted(dir).c_str());
+    fail("%s: not found; make it with: %s %s -o %s", path.c_str(), beside_program("prepare_data").c_str(),
+         beside_program("data/sample_poems.csv").c_str(), shell_quoted(dir).c_str());
 }
 
 // Training batches. The file's n tokens are treated as a ring: the first follows the last. Each epoch cuts

@@ -699,7 +699,7 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
             (r.byte_bpe ? strf(": byte-level BPE, %.2f characters per token", chars / text_tokens) : ""));
     row("wrote", strf("%s/{train.bin, %stokenizer.bin}", o.out.c_str(), r.no_val.empty() ? "val.bin, " : ""));
     if (!r.no_val.empty()) row("", "no val.bin: " + r.no_val);
-    row("next", "./train_gpt2 --data " + shell_quoted(o.out));
+    row("next", beside_program("train_gpt2") + " --data " + shell_quoted(o.out));
 }
 
 inline int prepare_main(int argc, char** argv) {

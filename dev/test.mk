@@ -81,7 +81,7 @@ SOAK_FLAGS ?= --seconds $(SOAK_SECONDS)
 $(BUILD)/soak/faults.so: dev/soak/faults.cpp
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -fPIC -shared -Wall -Wextra $< -o $@ -ldl
-soak: $(BUILD)/soak/faults.so $(PROGRAMS) | need-python $(call named,test test-layers test-asan)
+soak: $(BUILD)/soak/faults.so $(PROGRAMS) convert_gpt2 | need-python $(call named,test test-layers test-asan)
 	$(PYTHON) dev/soak/soak.py --faults $< $(SOAK_FLAGS)
 
 # The sources are formatted as .clang-format says; `make format` applies it. unicode_tables.h is generated.

@@ -669,7 +669,8 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
         auto before = contents_of(run);
         // One of the pair is named; the checksum cannot tell which of them is damaged.
         Result r = train("--resume --max_steps 10 -o " + run);
-        check_failure(r, "train_gpt2", 1, {run + "/", "_00000008.bin", "delete"});
+        check_failure(r, "train_gpt2", 1,
+                      {run + "/", "_00000008.bin elsewhere", "to resume from the checkpoint before"});
         CHECK(contents_of(run) == before);
         std::filesystem::remove(run + "/state_00000008.bin"),
             std::filesystem::remove(run + "/model_00000008.bin");
@@ -704,7 +705,7 @@ TEST_CASE("cli: --max_steps 0 prints the loss of the whole validation file, and 
         CHECK(lines(r.out).size() <= 4);
     }
     CHECK(!file_exists(d / "untouched"));
-    check_failure(train("--max_steps 0 --data " + f.data), "train_gpt2", 1, {"-e FILE"});
+    check_failure(train("--max_steps 0 --data " + f.data), "train_gpt2", 2, {"-e FILE"});
 }
 
 TEST_CASE("cli: evaluating needs no training data") {
@@ -747,6 +748,28 @@ TEST_CASE("cli: model.bin is the best by validation loss, also when training get
         train("--max_steps 0 --data " + f.data + " -e " + (d / "run") + "/model.bin").out, " nats per token");
     CHECK(std::abs(of_model - val[best]) < 2e-6 * (1 + val[best]));
     CHECK(val.back() > val[best] + 0.05);
+}
+
+TEST_CASE("cli: going back to an earlier checkpoint keeps a better model.bin of a later step") {
+    TempDir d;
+    std::string flags = "--lr_schedule constant --learning_rate 0.01 --val_every 1 --max_steps 6 -o ",
+                out = d / "run";
+    check_success(train(tiny().flags() + "--save_every 3 " + flags + out));
+    std::filesystem::copy(out, d / "same");
+    std::string best = read_file(out + "/model.bin");
+    REQUIRE((best == read_file(out + "/model_00000006.bin")));  // the loss falls in each step
+    for (const std::string& dir : {out, d / "same"})
+        for (const char* name : {"/model_00000006.bin", "/state_00000006.bin"})
+            std::filesystem::remove(dir + name);
+    Result r = train("--resume --learning_rate 1 -o " + out);
+    check_success(r);
+    CHECK(contains(r.out, "at step 6, kept in"));
+    CHECK((read_file(out + "/model.bin") == best));
+    CHECK((read_file(out + "/model_00000006.bin") != best));
+    // With the same flags the same step comes again.
+    check_success(train("--resume -o " + (d / "same")));
+    CHECK((read_file(d / "same/model.bin") == best));
+    CHECK((read_file(d / "same/model_00000006.bin") == best));
 }
 
 TEST_CASE("cli: a folder that holds a run is not overwritten without --overwrite") {
@@ -863,11 +886,15 @@ TEST_CASE("cli: a resumed run hears its flags: what may change does, the rest is
     r = train(again + "--max_steps 10");
     check_success(r);
     CHECK(contains(r.out,
-                   "the validation data are not those of the run, so the best loss so far counts no more"));
+                   "the validation data are not those of the run, so the best loss so far no longer counts"));
     // From another folder, with nothing but the run's folder.
     r = run({"/bin/sh", "-c", "here=$PWD; cd / && $here/train_gpt2 --resume --max_steps 11 -o " + out});
     check_success(r);
     CHECK(contains(r.out, "11 steps in "));
+    const std::string root = std::filesystem::current_path();
+    CHECK(contains(r.out, "more poems: " + root + "/sample_gpt2 -e " + out + "/model.bin\n"));
+    r = run({"/bin/sh", "-c", "cd " + d.path + " && " + root + "/train_gpt2 --data none"});
+    check_failure(r, "train_gpt2", 1, {root + "/prepare_data " + root + "/data/sample_poems.csv -o none"});
 }
 
 TEST_CASE("cli: a default tokenizer that does not fit is left out; a named one is refused") {
@@ -912,10 +939,9 @@ TEST_CASE("cli: the user's files, the best model and a run's tokenizer are never
     CHECK((read_file(d / "model.bin") == best));
     Result r = train("--resume --max_steps 12 --val_every 2 --val_tokens 20 -o " + d.path);
     check_success(r);
-    CHECK(contains(r.out, "a validation takes other tokens now"));
-    Strings kept = with_prefix(d.path, "best_");
-    REQUIRE(kept.size() == 1);
-    CHECK((read_file(d / kept[0]) == best));
+    CHECK(contains(r.out, "validation now uses other tokens"));
+    CHECK(contains(r.out, "model.bin was the best by the earlier validations: the earlier run is now in "));
+    CHECK((read_file(d / "previous/1/model.bin") == best));
     check_failure(prepare(f.other_csv + " -o " + d.path), "prepare_data", 1, {"holds a run whose tokenizer"});
 }
 
@@ -932,6 +958,23 @@ TEST_CASE("cli: a run whose folder was moved finds its own data, and not another
     Result r = train("--resume --max_steps 3 -o " + b);
     check_success(r);
     CHECK(contains(r.out, "training data    " + b + "/data/train.bin"));
+}
+
+TEST_CASE("cli: a run whose folder is renamed while it trains goes on in the renamed folder") {
+    TempDir d;
+    Result r =
+        run({"/bin/sh", "-c",
+             "./train_gpt2 " + tiny().flags() + "--max_steps 3000 --log_every 3000 --save_every 1500 -o " +
+                 (d / "run") + " & until grep -qs 's:20 trl' " + (d / "run/main.log") +
+                 "; do sleep 0.01; done; mv " + (d / "run") + " " + (d / "moved") + "; wait $!"});
+    check_success(r);
+    const std::string now = std::filesystem::canonical(d / "moved");
+    CHECK(contains(r.out, (d / "run") + " was moved; the run goes on in " + now + "\n"));
+    CHECK(files_in(d.path) == std::set<std::string>{"moved"});
+    CHECK(Log(d / "moved").rows.size() == 3001);
+    CHECK(with_prefix(d / "moved", "state_") == Strings{"state_00001500.bin", "state_00003000.bin"});
+    CHECK(!file_exists(d / "moved/.arapoet.lock"));
+    check_success(train("--resume --max_steps 3001 -o " + (d / "moved")));
 }
 
 TEST_CASE("cli: fine-tuning never leaves a model worse than the one it started from") {
@@ -977,6 +1020,16 @@ TEST_CASE("cli: --epochs counts passes over the tokens; --patience ends without 
     CHECK(contains(r.out, "0.5 epochs in this run"));
     check_failure(train("--data " + f.data + MODEL + "--epochs 1 --max_steps 5 -o " + (d / "b")),
                   "train_gpt2", 2, {"--epochs and --max_steps", "leave one of them out"});
+    check_failure(train("--data " + f.data + MODEL + "--patience 3 --val_every 0 -o " + (d / "b")),
+                  "train_gpt2", 2, {"--patience 3: there are no validations, --val_every is 0"});
+    check_failure(train("-i " + f.data + "/train.bin -j " + (d / "none.bin") + " --tokenizer " + f.data +
+                        "/tokenizer.bin" + MODEL + "--patience 3 -o " + (d / "b")),
+                  "train_gpt2", 1, {"none.bin: validation tokens not found"});
+    make_dirs(d / "alone");
+    for (const char* name : {"train.bin", "tokenizer.bin"})
+        std::filesystem::copy(f.data + "/" + name, (d / "alone/") + name);
+    check_failure(train("--data " + (d / "alone") + MODEL + "--patience 3 -o " + (d / "b")), "train_gpt2", 2,
+                  {"--patience 3: there are no validations, " + (d / "alone/val.bin is missing")});
     // A learning rate at which the loss only grows after a few steps
     std::string flags =
         "--data " + f.data + MODEL + "--max_steps 200 --learning_rate 0.5 --warmup_steps 0 --val_every 2 ";
@@ -1168,6 +1221,7 @@ TEST_CASE("cli: a mistake on the command line is named, with what was wanted, an
         {"--seq_len -5", {"--seq_len", "-5", "wanted 1 to"}},
         {"--channels 17", {"--channels", "17", "multiple of", "--heads", "2"}},
         {"--total_batch_size 100", {"--total_batch_size", "100", "multiple of", "64"}},
+        {"--val_batches 1 --val_tokens 9", {"--val_batches and --val_tokens", "leave one of them out"}},
         {"--batch_size 16777215 --seq_len 1000000", {"--batch_size", "--seq_len", "16777215", "1000000"}},
     };
     TempDir d;
@@ -1279,7 +1333,10 @@ TEST_CASE("cli: data and checkpoints that do not fit are named, with found and w
     for (auto& c : cases) {
         CAPTURE(std::string(c.flags));
         Result r = train(c.flags);
-        check_failure(r, "train_gpt2", 1, c.parts);
+        // A flag that the checkpoint contradicts is a mistake on the command line.
+        const bool size =
+            !c.parts.empty() && c.parts[0] == f.model && c.flags.find(" -e " + f.csv) == std::string::npos;
+        check_failure(r, "train_gpt2", size ? 2 : 1, c.parts);
         CHECK(r.out == "");
         CHECK(!file_exists(d / "run"));
     }
@@ -1443,7 +1500,7 @@ TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is name
     for (auto& c : cases) {
         CAPTURE(std::string(c.flags));
         Result r = sample(c.flags, c.prompt);
-        check_failure(r, "sample_gpt2", 1, c.parts);
+        check_failure(r, "sample_gpt2", c.prompt.empty() ? 1 : 2, c.parts);
         CHECK(r.out == "");
     }
 }

@@ -19,10 +19,10 @@
 namespace trainer {
 
 inline std::string numbered(const std::string& dir, const char* kind, int step) {
-    return dir + strf("/%s_%08d.bin", kind, step);
+    return dir + "/" + numbered(kind, step);
 }
 
-// Steps with a checkpoint, a model and a state, in dir; ascending.
+// The steps for which dir has both a model and a state, ascending.
 inline std::vector<int> checkpoints_in(const std::string& dir) {
     std::vector<int> steps;
     for (const std::string& name : names_in(dir)) {
@@ -90,7 +90,7 @@ struct FieldWriter {
     void operator()(const char* name, double v) { text += strf("%s=%.17g\n", name, v); }
     void operator()(const char* name, const std::string& v) { text += strf("%s=%s\n", name, v.c_str()); }
 };
-// And back. A name that the text lacks was not recorded: its variable stays as it is.
+// Reads such lines. A name that the text lacks was not recorded: its variable stays as it is.
 struct FieldReader {
     const std::string text;
     // The value after "name=" at the start of a line, or null.
@@ -152,8 +152,8 @@ static_assert(sizeof(Section) == 64, "a row of the table has 64 bytes");
 constexpr uint64_t SECTION_ALIGNMENT = 64;
 constexpr int MAX_SECTIONS = 4096;
 
-// Writes a state file whose sections are known beforehand: begin() each in the table's order, write() its
-// bytes.
+// Writes a state file whose sections are known beforehand. For each, in the table's order: add() all its
+// bytes, or write() them in pieces and then end(). Last, commit().
 class StateWriter {
   public:
     StateWriter(const std::string& path, std::vector<Section> table) : file_(path), table_(std::move(table)) {

@@ -149,8 +149,10 @@ class Flags {
     void parse(int argc, char** argv) {
         for (int i = 1; i < argc; i++) {
             std::string a = argv[i], value;
-            if (a == "--help" || a == "-h" || a == "-?") help(stdout), exit(0);
-            if (a == "--version") printf("%s\n", version_.c_str()), exit(0);
+            const bool help_asked = a == "--help" || a == "-h" || a == "-?";
+            if (help_asked) help(stdout);
+            if (a == "--version") printf("%s\n", version_.c_str());
+            if (help_asked || a == "--version") exit(fflush(stdout) && errno != EPIPE ? 1 : 0);
             if (a.size() < 2 || a[0] != '-') {
                 if (!pos_) throw UsageError(strf("'%s' is not a flag; --help lists them", a.c_str()));
                 pos_->push_back(a);

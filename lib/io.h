@@ -1,19 +1,23 @@
 // io.h - errors and files.
 //
-// Every program of this project reports a user's mistake as one line and exit code 1:
+// Every program of this project reports a user's mistake as one line and exit code 1 (2 for the command
+// line):
 //     throw through fail("out/model.bin: version is 7, wanted 3 or 5") and end main in run_main().
 // Files are little-endian. A Reader checks every length against the file's true size. An AtomicFile
 // is written under a temporary name, synced, and renamed, so that a crash or a full disk leaves the
 // old file whole.
 #pragma once
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cctype>
 #include <cerrno>
+#include <csignal>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -122,6 +126,18 @@ inline bool file_exists(const std::string& path) {
     struct stat st;
     return stat(path.c_str(), &st) == 0;
 }
+// For hints that users paste: how the shell finds `name`, a program or a file of the project. The programs
+// are in the project's folder, which need not be the current one.
+inline std::string beside_program(const std::string& name) {
+    std::string folder = ".";
+#ifdef __GLIBC__
+    const std::string self = program_invocation_name;
+    if (size_t slash = self.rfind('/');
+        slash != std::string::npos && file_exists(self.substr(0, slash + 1) + name))
+        folder = self.substr(0, slash);
+#endif
+    return shell_quoted(folder + "/" + name);
+}
 inline std::string dirname_of(const std::string& path) {
     size_t s = path.find_last_of('/');
     return s == std::string::npos ? "." : s == 0 ? "/" : path.substr(0, s);
@@ -148,8 +164,9 @@ inline void rename_file(const std::string& from, const std::string& to) {
         fail("%s: cannot move it to %s: %s", from.c_str(), to.c_str(), strerror(errno));
 }
 
-// A 64-bit checksum, word by word: it changes with any changed, missing or swapped bytes. How the data is cut
-// into pieces does not matter; end_section() fills the last word up with zeros.
+// A 64-bit checksum, word by word, that all but certainly changes with changed, missing or swapped bytes. How
+// the data is cut into pieces does not matter. end_section() fills the last word up with zeros, so lengths
+// are compared apart.
 class Checksum {
   public:
     void add(const void* data, size_t bytes) {
@@ -258,11 +275,36 @@ class Reader {
     int fd_ = -1;
 };
 
+// The names in a folder but for "." and "..", sorted; none where there is no folder.
+inline std::vector<std::string> names_in(const std::string& dir) {
+    std::vector<std::string> names;
+    DIR* d = opendir(dir.c_str());
+    if (!d && errno != ENOENT && errno != ENOTDIR) fail("%s: cannot read: %s", dir.c_str(), strerror(errno));
+    if (d) {
+        while (dirent* e = readdir(d))
+            if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) names.push_back(e->d_name);
+        closedir(d);
+    }
+    std::sort(names.begin(), names.end());
+    return names;
+}
+// An AtomicFile is written as NAME.tmpPID. Given such a name whose process is dead, returns NAME; else "".
+inline std::string abandoned(const std::string& name) {
+    const size_t at = name.rfind(".tmp");
+    if (at == std::string::npos || name.find_first_not_of("0123456789", at + 4) != std::string::npos)
+        return "";
+    const int pid = atoi(name.c_str() + at + 4);
+    return pid > 0 && kill(pid, 0) && errno == ESRCH ? name.substr(0, at) : "";
+}
+
 // A file that appears whole or not at all. Call commit(); without it the destructor discards.
 class AtomicFile {
   public:
     explicit AtomicFile(const std::string& path)
         : path_(path), tmp_(path + ".tmp" + std::to_string(getpid())) {
+        const std::string dir = dirname_of(path), name = path.substr(path.rfind('/') + 1);
+        for (const std::string& other : names_in(dir))  // what a program that was killed has left
+            if (abandoned(other) == name) unlink((dir + "/" + other).c_str());
         fd_ = open(tmp_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
         if (fd_ < 0) fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
     }

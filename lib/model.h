@@ -1,5 +1,6 @@
 // model.h - the contract between the trainer in lib/trainer.h and a model. cpu::GPT2 (train_gpt2.cpp) and
-// gpu::GPT2 (train_gpt2.cu) fulfil it; check_model() below checks that when a trainer is compiled.
+// gpu::GPT2 (train_gpt2.cu) fulfil it; check_model() below checks the functions' types when a trainer is
+// compiled. The trainer also asks for a Decoder(model, N, context), the interface in lib/sampler.h.
 //
 // B sequences of T tokens, V vocabulary. tokens and targets (B,T) are int, sequence after sequence. Tokens
 // are in [0, V), targets in [0, V), or negative to be left out of the loss. The caller checks them, and keeps
@@ -19,23 +20,26 @@
 //                                  addressed
 //
 // A model M(config, B, T, trains, recompute, precision): B x T is its largest batch; B = T = 0 makes a model
-// that only generates. recompute is explained at Activations::place. The constructor takes all memory that
-// memory_need() says, and throws Error if it cannot. After that, a step allocates nothing.
+// that only generates. recompute, 0 to 3, is how much backward computes again instead of keeping it. The
+// constructor takes all memory that memory_need() says, and throws Error if it cannot. After that, a step
+// allocates nothing.
+//     cfg                          the sizes
 //     dropout, seed                may be set between steps; they determine the dropout masks
 //     init_weights(seed)           initial_weights() of every tensor
 //     forward(tokens, targets, B, T, pass)
 //                                  the mean loss over the targets >= 0, without dropout (pass.train is
-//                                  false). counted() tells how many targets that were. Not between
-//                                  accumulate() and step().
+//                                  false). counted() tells how many targets that were. Must not be called
+//                                  between accumulate() and step().
 //     accumulate(tokens, targets, B, T, pass)
 //                                  adds the gradients and the loss of one micro-batch to those of the step,
-//                                  both times pass.grad_scale for each token. It may return before they are
-//                                  computed.
+//                                  each token's share multiplied by pass.grad_scale. It may return before
+//                                  they are computed.
 //     step(adamw, t)               takes step number t, from 1, with what was accumulated. If adamw.takes()
 //                                  refuses its loss and norm, parameters and moments do not change; the
 //                                  model decides that where it computes the two. Returns the result of
-//                                  step t, or of step t - 1 while a device still computes step t;
-//                                  StepResult::step tells which. The next accumulate() begins a new step.
+//                                  step t; or of step t - 1, if a device still computes step t and is not
+//                                  waited for. StepResult::step tells which. The next accumulate() begins a
+//                                  new step.
 //     last_result()                waits for the step that was started last, and returns its result. It is
 //                                  called before the state is read, and before forward() and generating.
 //     each_piece(state, f)         passes a whole state to f, in the model file's order, piece by piece:
@@ -64,8 +68,8 @@ struct StepResult {
 };
 
 // AdamW's settings for one step. If the gradient's global norm exceeds grad_clip, the gradient is scaled down
-// to that norm; 0: no limit. A step whose loss or norm is not finite, or exceeds max_loss or max_norm, is
-// skipped.
+// to that norm; 0: no limit. A step whose loss or norm is not finite, or exceeds max_loss or max_norm,
+// changes nothing. (Where it is not finite, the trainer ends the run.)
 struct AdamW {
     float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
     double max_loss = INFINITY, max_norm = INFINITY;
@@ -92,7 +96,7 @@ struct MemoryNeed {
     size_t total() const { return params + grads + optimizer + activations + scratch; }
 };
 
-// Compiles only if M fulfils the contract.
+// Compiles only if M has the members above, with these types.
 template <class M>
 constexpr void check_model() {
     using std::declval;
@@ -110,9 +114,9 @@ constexpr void check_model() {
     static_assert(is_same<decltype(M::memory_need(declval<const Config&>(), 0, 0, true, 0, Precision())),
                           MemoryNeed>::value,
                   "memory_need()");
-    static_assert(is_same<decltype(M::require_device(), M::set_threads(0), M::check_precision(Precision())),
-                          void>::value,
-                  "of the machine");
+    static_assert(is_same<decltype(M::require_device()), void>::value, "require_device()");
+    static_assert(is_same<decltype(M::set_threads(0)), void>::value, "set_threads()");
+    static_assert(is_same<decltype(M::check_precision(Precision())), void>::value, "check_precision()");
     static_assert(is_same<decltype(m->forward(tokens, tokens, 0, 0, Pass())), double>::value, "forward()");
     static_assert(is_same<decltype(m->counted()), size_t>::value, "counted()");
     static_assert(is_same<decltype(m->accumulate(tokens, tokens, 0, 0, Pass())), void>::value,
@@ -120,8 +124,9 @@ constexpr void check_model() {
     static_assert(is_same<decltype(m->step(AdamW(), 1)), StepResult>::value, "step()");
     static_assert(is_same<decltype(m->last_result()), StepResult>::value, "last_result()");
     static_assert(is_same<decltype(m->each_piece(PARAMS, Reads())), void>::value, "each_piece()");
-    static_assert(is_same<decltype(m->init_weights(0), m->resumed(0)), void>::value,
-                  "init_weights(), resumed()");
+    static_assert(is_same<decltype(m->init_weights(0)), void>::value, "init_weights()");
+    static_assert(is_same<decltype(m->resumed(0)), void>::value, "resumed()");
+    static_assert(is_same<decltype(M::cfg), const Config>::value, "cfg");
     static_assert(is_same<decltype(M::dropout), float>::value && is_same<decltype(M::seed), uint64_t>::value,
                   "settings");
     static_assert(is_same<decltype(M::DEFAULT_DTYPE), const Dtype>::value, "DEFAULT_DTYPE");

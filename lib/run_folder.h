@@ -1,16 +1,15 @@
 // run_folder.h - the folder of a run, --out: who works in it, and how a new run takes the place of an earlier
 // one.
 //
-// Nothing of an earlier run is lost. A new run (--overwrite) is written to OUT/.new. When it has its first
-// model it takes its place: the earlier run's files move to OUT/previous/N, and those of OUT/.new to OUT. A
-// run that stops before that leaves the earlier one as it was.
+// Nothing of an earlier run is lost. A new run (--overwrite) is written to OUT/.new. As soon as it has a
+// model, it replaces the earlier run: that run's files move to OUT/previous/N, and those of OUT/.new to OUT.
+// If the new run stops before that, the earlier one is unchanged.
 //
 // The move can be stopped at any moment, and goes on when a program next opens the folder. Before it begins,
 // OUT/.new/leaving is written: N, and the names of the files that leave OUT. When they have left, it is
 // renamed to OUT/.new/arriving, and what else is in OUT/.new moves to OUT. Each file is moved by one rename.
 #pragma once
 
-#include <dirent.h>
 #include <sys/file.h>
 
 #include <algorithm>
@@ -21,17 +20,6 @@
 
 namespace trainer {
 
-// The names in a folder but for "." and "..", sorted; none where there is no folder.
-inline std::vector<std::string> names_in(const std::string& dir) {
-    std::vector<std::string> names;
-    if (DIR* d = opendir(dir.c_str())) {
-        while (dirent* e = readdir(d))
-            if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) names.push_back(e->d_name);
-        closedir(d);
-    }
-    std::sort(names.begin(), names.end());
-    return names;
-}
 // All bytes in a file or folder.
 inline uint64_t bytes_in(const std::string& path) {
     struct stat st;
@@ -42,7 +30,8 @@ inline uint64_t bytes_in(const std::string& path) {
     return sum;
 }
 
-// Only one trainer works in a folder. The lock ends with its process, however that ends.
+// Only one program at a time writes a run's files in a folder. The lock ends with its process, however that
+// ends.
 class FolderLock {
   public:
     FolderLock() = default;
@@ -53,7 +42,7 @@ class FolderLock {
     // Locks dir, or fails with the process that has the lock. A file system without locks is taken as
     // unlocked.
     void take(const std::string& dir) {
-        path_ = dir + "/.arapoet.lock";
+        follow(dir);
         for (;;) {
             fd_ = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
             if (fd_ < 0) fail("%s: cannot write: %s", path_.c_str(), strerror(errno));
@@ -62,7 +51,7 @@ class FolderLock {
                 ssize_t n = pread(fd_, who, sizeof who - 1, 0);
                 close(fd_), fd_ = -1;
                 who[n > 0 ? n : 0] = 0;
-                fail("%s: %s is training in it; wait for it, or take another folder with -o", dir.c_str(),
+                fail("%s: %s is at work in it; wait for it, or take another folder with -o", dir.c_str(),
                      *who ? who : "another process");
             }
             // Another process may have removed the file between open and flock: then the lock is on nothing.
@@ -81,22 +70,37 @@ class FolderLock {
         close(fd_), fd_ = -1;
     }
     bool held() const { return fd_ >= 0; }
+    // Where the locked folder is, if it was moved since; else "".
+    std::string moved_to() const {
+        struct stat ours, there;
+        auto is_ours = [&](const std::string& path) {
+            return !stat(path.c_str(), &there) && there.st_ino == ours.st_ino && there.st_dev == ours.st_dev;
+        };
+        if (fd_ < 0 || fstat(fd_, &ours) || is_ours(path_)) return "";
+        std::error_code none;  // without /proc, which has a link to each open file, nothing is known
+        const std::string now = std::filesystem::read_symlink(strf("/proc/self/fd/%d", fd_), none);
+        return !none && is_ours(now) ? dirname_of(now) : "";
+    }
+    void follow(const std::string& dir) { path_ = dir + "/" + NAME; }
 
   private:
+    static constexpr const char* NAME = ".arapoet.lock";
     std::string path_;
     int fd_ = -1;
 };
 
-// The number of a file NAME_NUMBER.bin, eight digits; -1 where the name is another one.
+// The file of a run's step, "model_00000500.bin" or "state_00000500.bin", and the step of such a name; -1
+// where the name is another one.
+inline std::string numbered(const char* kind, int step) { return strf("%s_%08d.bin", kind, step); }
 inline int number_of(const std::string& name, const char* kind) {
-    int step, used = 0;
-    std::string format = std::string(kind) + "_%8d.bin%n";
-    return sscanf(name.c_str(), format.c_str(), &step, &used) == 1 && used == (int)name.size() ? step : -1;
+    const size_t at = strlen(kind) + 1;
+    const int step = name.size() > at ? atoi(name.c_str() + at) : -1;
+    return step >= 0 && name == numbered(kind, step) ? step : -1;
 }
 inline bool is_model_file(const std::string& name) {
     return name == "model.bin" || number_of(name, "model") >= 0;
 }
-// What a trainer writes to its folder. Other files there are the user's, and stay.
+// The files of a run, loss.png of `make plot` included. Other files in its folder are the user's, and stay.
 inline bool is_run_file(const std::string& name) {
     for (const char* n : {"tokenizer.bin", "log.csv", "main.log", "loss.png"})
         if (name == n) return true;
@@ -111,17 +115,11 @@ inline bool holds_run(const std::string& dir) {
     return std::any_of(names.begin(), names.end(), is_model_file);
 }
 
-// Removes the temporary files of trainers that were killed while they wrote: NAME.tmpPID, where no such
-// process lives.
+// Removes the temporary files of trainers that were killed while they wrote.
 inline void remove_leftovers(const std::string& dir) {
     for (const std::string& name : names_in(dir)) {
-        size_t at = name.rfind(".tmp");
-        if (at == std::string::npos || name.find_first_not_of("0123456789", at + 4) != std::string::npos)
-            continue;
-        const std::string stem = name.substr(0, at);
-        int pid = atoi(name.c_str() + at + 4);
-        if (!is_run_file(stem) && stem != "leaving") continue;
-        if (pid > 0 && kill(pid, 0) && errno == ESRCH) unlink((dir + "/" + name).c_str());
+        const std::string file = abandoned(name);
+        if (is_run_file(file) || file == "leaving") unlink((dir + "/" + name).c_str());
     }
 }
 // Is this what a run may move: a folder of token files, or what `make finetune` converted?
@@ -136,14 +134,41 @@ inline bool is_run_data(const std::string& path) {
     return true;
 }
 
+// Where the Nth of the earlier runs in dir is, and the first number that is free.
+inline std::string previous_folder(const std::string& dir, int n) {
+    return dir + "/previous/" + std::to_string(n);
+}
+inline int next_previous(const std::string& dir) {
+    int n = 1;
+    while (file_exists(previous_folder(dir, n))) n++;
+    return n;
+}
+// What to tell the user about a run that is now number n.
+inline std::string say_previous(const std::string& dir, int n) {
+    const std::string now = previous_folder(dir, n);
+    return strf("the earlier run is now in %s/ (%s)", now.c_str(),
+                human_bytes((double)bytes_in(now)).c_str());
+}
+// Moves those of the named files that are in dir to dir/previous/N. Returns what to tell the user, or "".
+inline std::string set_aside(const std::string& dir, const std::vector<std::string>& names) {
+    const int n = next_previous(dir);
+    bool any = false;
+    for (const std::string& name : names)
+        if (file_exists(dir + "/" + name)) {
+            make_dirs(previous_folder(dir, n)), any = true;
+            rename_file(dir + "/" + name, previous_folder(dir, n) + "/" + name);
+        }
+    return any ? say_previous(dir, n) : "";
+}
+
 class RunFolder {
   public:
-    // Locks the folder, which exists, and ends a move that was stopped.
-    void open(const std::string& out) {
+    // Locks the folder, which exists, and ends a move that was stopped. Returns what to tell the user, or "".
+    std::string open(const std::string& out) {
         out_ = dir_ = out;
         lock_.take(out);
         for (const std::string& dir : {out, out + "/.new"}) remove_leftovers(dir);
-        recover();
+        return recover();
     }
     // A new run begins: in OUT/.new where there is an earlier run, or where its data have been put there
     // (data_there). Data that an aborted run has left in OUT/.new move to OUT/previous. Fails where the move
@@ -194,15 +219,24 @@ class RunFolder {
         return move();
     }
     void close() { lock_.release(); }
+    // Returns where the folder is, if it was moved since it was opened, and goes on there; else "".
+    std::string follow() {
+        const std::string now = lock_.moved_to();
+        if (now.empty()) return "";
+        dir_ = now + dir_.substr(out_.size()), out_ = now;
+        lock_.follow(now);
+        return now;
+    }
 
   private:
     std::string leaving() const { return out_ + "/.new/leaving"; }
     std::string arriving() const { return out_ + "/.new/arriving"; }
 
-    void recover() {
+    std::string recover() {
         if (file_exists(leaving())) leave(), arrive();
         else if (file_exists(arriving())) arrive();
-        else if (holds_run(out_ + "/.new")) move();
+        else if (holds_run(out_ + "/.new")) return move();
+        return "";
     }
     std::string move() {
         const int n = next_number();
@@ -218,9 +252,7 @@ class RunFolder {
         file.write(list), file.commit();
         leave();
         arrive();
-        return any ? strf("the earlier run is now in %s/ (%s)", previous(n).c_str(),
-                          human_bytes((double)bytes_in(previous(n))).c_str())
-                   : "";
+        return any ? say_previous(out_, n) : "";
     }
     void leave() {
         Reader in(leaving());
@@ -251,25 +283,25 @@ class RunFolder {
         unlink(arriving().c_str());
         rmdir((out_ + "/.new").c_str());
     }
-    int next_number() const {
-        int n = 1;
-        while (file_exists(previous(n))) n++;
-        return n;
-    }
-    std::string previous(int n) const { return out_ + "/previous/" + std::to_string(n); }
+    int next_number() const { return next_previous(out_); }
+    std::string previous(int n) const { return previous_folder(out_, n); }
 
     std::string out_, dir_;
     FolderLock lock_;
 };
 
-// For a program that writes to OUT/.new before the trainer does (prepare_data, by `make train`): locks OUT
-// while it exists, fails where a trainer works there, and ends a move that was stopped, so that what is
-// written is not taken for the files of that run.
+// For a program that writes to OUT/.new before the trainer does: prepare_data, convert_gpt2 and
+// export_tokenizer, as `make train` and `make finetune` call them. Given the path that it will write, locks
+// OUT while this object lives, fails where a trainer works there, and ends a move that was stopped, so that
+// what is written is not taken for the files of that run.
 class BeforeTraining {
   public:
-    explicit BeforeTraining(const std::string& dir) {
-        size_t at = dir.rfind("/.new/");
-        if (at != std::string::npos && file_exists(dir.substr(0, at))) folder_.open(dir.substr(0, at));
+    explicit BeforeTraining(const std::string& path) {
+        size_t at = path.rfind("/.new/");
+        if (at == std::string::npos || !file_exists(path.substr(0, at))) return;
+        const std::string what = folder_.open(path.substr(0, at));
+        if (!what.empty()) printf("%s\n", what.c_str());
+        make_dirs(path.substr(0, at) + "/.new");
     }
 
   private:

@@ -26,7 +26,7 @@ TEST_CASE("run folder: a second trainer is refused with the first one's process 
         second.open(dir.path);
     });
     CHECK(contains(e, dir.path + ": process " + std::to_string(getpid()) + " on "));
-    CHECK(contains(e, "is training in it; wait for it, or take another folder with -o"));
+    CHECK(contains(e, "is at work in it; wait for it, or take another folder with -o"));
     first.close();
     trainer::RunFolder third;
     third.open(dir.path);
@@ -98,7 +98,7 @@ TEST_CASE("run folder: a killed new run that had a model takes its place at the 
     CHECK(what_is(dir / "model_00000005.bin") == "new model_00000005.bin");
     trainer::RunFolder folder;
     folder.open(dir.path);
-    CHECK(contains(error_of([&] { trainer::BeforeTraining lock(dir / ".new/data"); }), "is training in it"));
+    CHECK(contains(error_of([&] { trainer::BeforeTraining lock(dir / ".new/data"); }), "is at work in it"));
     trainer::BeforeTraining lock(dir / "data");  // any other folder is the user's
 }
 

@@ -207,9 +207,11 @@ TEST_CASE("short memory: recomputes more, then takes smaller batches, says so, a
     CHECK(contains(run(need(2, 0), {"--recompute", "0", "--total_batch_size", "1024"}),
                    "takes --recompute 0 --batch_size 2;"));
     std::string refused = run(need(8, 3) - 1, {"-b", "8"});
-    CHECK(contains(refused, "this run needs " + human_bytes((double)need(8, 0)) + " of memory, " +
-                                human_bytes((double)need(8, 3) - 1) +
-                                " are free; --batch_size 7 --recompute 3 would fit"));
+    CHECK(contains(refused,
+                   "this run needs " + human_bytes((double)need(8, 0)) + " of memory, " +
+                       human_bytes((double)need(8, 3) - 1) +
+                       " are free; --batch_size 4 --recompute 3 would fit"));  // 7 would not divide the step
+    CHECK(contains(run(need(8, 3) - 1, {"-b", "4", "--recompute", "3"}), "2 accumulated: 512 a step"));
     CHECK(contains(run(need(1, 3) - 1, rest), "not even --batch_size 1 would fit"));
     CHECK(!contains(run(need(8, 0) - poem, {"-b", "8", "--sample_every", "0"}), "memory is short"));
 }

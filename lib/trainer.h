@@ -7,6 +7,8 @@
 //     model_00000500.bin,           the model after 500 steps, and what else --resume needs
 //     state_00000500.bin            (lib/checkpoint.h); the last --keep pairs are kept
 //     main.log, log.csv             the losses, in llm.c's form and as a table
+//     data/                         what the run was trained on, where `make train` has prepared it
+//     previous/N/                   earlier runs and models that were replaced (lib/run_folder.h)
 #pragma once
 
 #include <csignal>
@@ -14,6 +16,7 @@
 #include <filesystem>
 #include <sys/ioctl.h>
 #include <memory>
+#include <sstream>
 
 #include "data/dataloader.h"
 #include "lib/checkpoint.h"
@@ -31,8 +34,9 @@ namespace trainer {
 struct Options {
     // data
     std::string data = "out/data", train_data, val_data, tokenizer;
-    // model: 0, -1 and "" mean "as the preset or the checkpoint says"
-    std::string init_from, preset = "tiny", activation;
+    // model; below, 0, -1 and "" mean "as the preset or the checkpoint says"
+    std::string init_from, preset = "tiny";
+    std::string activation;
     int depth = 0, heads = 0, channels = 0, seq_len = 0;
     float dropout = -1;
     // optimisation
@@ -57,8 +61,8 @@ struct Options {
     bool resume = false, overwrite = false;
 };
 
-inline void add_flags(Flags& f, Options& o, const std::string& program) {
-    const double MOST = INFINITY;
+constexpr double MOST = INFINITY;  // the limit of a flag that has none
+inline void add_data_and_model_flags(Flags& f, Options& o) {
     f.section("Data");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
     f.add("train_data", "i", &o.train_data, "FILE",
@@ -95,6 +99,8 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("dropout", "", &o.dropout, "P", "share of activations dropped in training; -1: the preset's")
         .range(0, 0.99)
         .unset(-1);
+}
+inline void add_optimisation_flags(Flags& f, Options& o) {
     f.section("Optimisation");
     f.add("batch_size", "b", &o.batch_size, "B", "sequences at once; 0: the preset's")
         .range(1, 1 << 24)
@@ -103,7 +109,7 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
           "tokens per step, accumulated over N/(B*T) batches; 0: B*T")
         .range(0, MOST);
     f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's")
-        .range(0, MOST)
+        .range(0, 99999999)  // files are numbered with eight digits
         .unset(-1);
     f.add("epochs", "", &o.epochs, "E",
           "passes over the training tokens, instead of --max_steps; 0: --max_steps")
@@ -131,8 +137,8 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("grad_clip", "", &o.grad_clip, "X", "largest global norm of the gradient; 0: no limit")
         .range(0, 1e30);
     f.add("skip_loss_z", "sl", &o.skip_loss_z, "Z",
-          "skip a step whose loss is Z standard deviations above the mean of 128; 0: never")
-        .range(0, 11);
+          "skip a step whose loss is Z standard deviations above the mean of the last 128; 0: never")
+        .range(0, 11);  // a value among 128 is never more than sqrt(127) from their mean
     f.add("skip_norm_z", "sg", &o.skip_norm_z, "Z", "the same for the gradient's norm").range(0, 11);
     f.add("seed", "", &o.seed, "N", "weights, shuffling, dropout and samples follow from it");
     f.add("threads", "", &o.threads, "N", "threads of the CPU; 0: all cores")
@@ -144,6 +150,8 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("dtype", "", &o.dtype, "NAME", "numbers to compute with: fp32 or bf16; \"\": this trainer's own");
     f.add("master_weights", "w", &o.master_weights,
           "with bf16 also keep the weights in fp32; 0 saves memory (GPU)");
+}
+inline void add_output_flags(Flags& f, Options& o) {
     f.section("Watching");
     f.add("val_every", "v", &o.val_every, "N", "steps between validations; 0: never; -1: 20 times a run")
         .range(0, MOST)
@@ -176,6 +184,9 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
     f.add("overwrite", "", &o.overwrite,
           "start anew in a folder that holds a run, which moves to DIR/previous")
         .on_resume(Flags::NOT_KEPT);
+}
+inline void add_flags(Flags& f, Options& o, const std::string& program) {
+    add_data_and_model_flags(f, o), add_optimisation_flags(f, o), add_output_flags(f, o);
     f.epilogue(
         "Examples:\n"
         "  ./prepare_data poems.csv -o data/poems && ./" +
@@ -231,8 +242,8 @@ inline double learning_rate(const std::string& schedule, double peak, int step, 
 inline volatile sig_atomic_t g_stop = 0;       // the signal that asked for an end
 inline volatile sig_atomic_t g_continued = 0;  // the process was stopped (Ctrl-Z) and goes on
 inline volatile sig_atomic_t g_stop_time = 0;
-// A second signal ends at once, unless it is the first one's echo: make passes on what its whole group was
-// sent.
+// A second signal ends the program at once, unless it comes within 2 seconds: under make, Ctrl-C reaches the
+// program twice, from the terminal and from make.
 inline void on_stop(int s) {
     const sig_atomic_t time_now = (sig_atomic_t)time(nullptr);
     if (g_stop && time_now - g_stop_time >= 2) signal(s, SIG_DFL), raise(s);
@@ -319,15 +330,15 @@ class LogFile {
     FILE* file_ = nullptr;
 };
 
-// The last 128 losses, or norms, by which an outlier is told (llm.c's -sl, -sg): a value whose z-score among
-// them, (value - mean) / standard deviation, is above z, the value itself counted among the 128.
+// The last 128 losses, or norms, which tell what is an outlier (llm.c's -sl, -sg): a value whose z-score
+// among them, (value - mean) / standard deviation, is above z. The value itself is one of the 128.
 class Outliers {
   public:
     static constexpr size_t WINDOW = 128;
 
-    // The largest value that is none; infinite while there are too few. From d = value - mean of the others,
-    // whose variance is v, mean and variance of all n = 128 are mean + d/n and (n-1)/n v + (n-1)/n^2 d^2. So
-    // the z-score is z where d^2 = z^2 n v / (n - 1 - z^2).
+    // The largest value that is not yet an outlier; infinite while there are too few. From d = value - mean
+    // of the others, whose variance is v, mean and variance of all n = 128 are mean + d/n and (n-1)/n v +
+    // (n-1)/n^2 d^2. So the z-score is z where d^2 = z^2 n v / (n - 1 - z^2).
     double limit(double z) const {
         if (z <= 0 || values_.size() < WINDOW - 1) return INFINITY;
         double n = WINDOW, mean = 0, variance = 0;
@@ -402,13 +413,14 @@ class Run {
     Run(int argc, char** argv) : flags_(Model::PROGRAM, "trains and fine-tunes GPT-2 on poems") {
         check_model<Model>();
         add_flags(flags_, o_, Model::PROGRAM);
-        flags_.version(program_);
+        flags_.version(version_);
         flags_.parse(argc, argv);
     }
 
     int main() {
         signal(SIGPIPE, SIG_IGN);  // output that nobody reads any more ends nothing: see show()
         Model::require_device();
+        if (o_.out.empty()) throw UsageError("--out is empty, wanted a folder");
         while (o_.out.size() > 1 && o_.out.back() == '/') o_.out.pop_back();
         if (o_.resume) resume();
         else prepare_run("", "");
@@ -419,7 +431,12 @@ class Run {
         try {
             train();
         } catch (const LogFile::Full&) {  // what has been learnt is saved, if it can be
+            end_line();
+            progress_.pending = validation_due(progress_.step);
             if (progress_.step == started_ && progress_.step) save();
+            throw;
+        } catch (...) {
+            end_line();
             throw;
         }
         folder_.close();
@@ -435,24 +452,30 @@ class Run {
                     strf("--%s does not go with --resume, which goes on from the last checkpoint in "
                          "--out; leave one of them out",
                          flag));
-        if (!checkpoints_in(o_.out).empty() || file_exists(o_.out + "/.new")) folder_.open(o_.out);
+        if (!checkpoints_in(o_.out).empty() || file_exists(o_.out + "/.new")) open_existing_folder();
         std::vector<int> steps = checkpoints_in(o_.out);
         if (steps.empty())
             fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
-        int step = steps.back();
+        const std::string model = numbered(o_.out, "model", steps.back()),
+                          state = numbered(o_.out, "state", steps.back());
         try {
-            prepare_run(numbered(o_.out, "model", step), numbered(o_.out, "state", step));
+            prepare_run(model, state);
         } catch (const UsageError&) {
             throw;
         } catch (const Error& e) {
-            std::string what = e.what(), pair = strf("_%08d.bin", step);
-            if (what.find(o_.out) != 0 || what.find(pair) == std::string::npos) throw;
-            fail("%s; to resume from the checkpoint before, delete model%s and state%s", e.what(),
-                 pair.c_str(), pair.c_str());
+            const std::string what = e.what();
+            const bool of_these = what.find(model + ": ") == 0 || what.find(state + ": ") == 0;
+            if (!of_these || steps.size() < 2 || contains_word(what, "cannot")) throw;
+            fail("%s; to resume from the checkpoint before, move %s and %s elsewhere", e.what(),
+                 model.c_str(), state.c_str());
         }
     }
 
-    // Everything up to a model in memory. Given the files of a checkpoint, the run is as it was there.
+    static bool contains_word(const std::string& text, const char* word) {
+        return text.find(word) != std::string::npos;
+    }
+
+    // Everything up to a model in memory. With a checkpoint's files, restores its settings and progress.
     void prepare_run(const std::string& model_path, const std::string& state_path) {
         std::unique_ptr<StateReader> state;
         if (!state_path.empty()) {
@@ -465,8 +488,9 @@ class Run {
                 fail("%s: %s", state_path.c_str(), e.what());
             }
             progress_ = state->progress;
+            FieldReader{state->settings}("val_tokens", val_tokens_before_);
             o_.init_from = model_path;
-            // --data names a new folder for all that no flag names by itself.
+            // --data also replaces the run's train_data and val_data, unless they are given too.
             for (const char* flag : {"train_data", "val_data"})
                 if (flags_.on_command_line("data") && !flags_.on_command_line(flag)) {
                     flags_.forget(flag);
@@ -477,7 +501,9 @@ class Run {
                 find_own(o_.val_data, "val_data", state->fingerprints.val);
             }
         } else if (o_.max_steps && file_exists(o_.out + "/.")) {
-            folder_.open(o_.out);
+            open_existing_folder();
+        } else if (!o_.max_steps && o_.init_from.empty()) {
+            throw UsageError("--max_steps 0 evaluates a checkpoint: name one with -e FILE");
         }
         settle_settings();
         fit_memory(o_.max_steps > 0);
@@ -485,6 +511,12 @@ class Run {
         compare_data(state ? state->fingerprints : Fingerprints());
         if (o_.max_steps > 0) open_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
+    }
+
+    // Locks --out, and finishes what an earlier run in it had begun.
+    void open_existing_folder() {
+        const std::string what = folder_.open(o_.out);
+        if (!what.empty()) printf("%s\n", what.c_str());
     }
 
     // The data of a run that was moved or copied with its folder are in OUT/data.
@@ -570,15 +602,15 @@ class Run {
             if (o_.resume)
                 fail("%s: not found; if the data have moved, name the folder: --data DIR",
                      o_.train_data.c_str());
-            fail_without_data(o_.data, "train.bin", (std::string("./") + Model::PROGRAM + " --data").c_str());
+            fail_without_data(o_.data, "train.bin", Model::PROGRAM);
         }
         if (o_.max_steps) train_file_ = std::make_unique<TokenFile>(o_.train_data);
     }
 
-    // The tokenizer: that of the run, if one is resumed; the one that --tokenizer names; else the one beside
-    // the data or the checkpoint. A new model needs it for the size of its vocabulary; one from a checkpoint
-    // can do without. One that was not named and has another size is none of the model's: it is left out, and
-    // said.
+    // The tokenizer: that of the run, if one is resumed; the one that --tokenizer names; else the one in the
+    // folder of the data or of the checkpoint. A new model needs it for the size of its vocabulary; one from
+    // a checkpoint can do without. One that no flag names and that has another size does not belong to the
+    // model: it is ignored, with a message.
     void find_tokenizer() {
         const std::string own = o_.out + "/tokenizer.bin";
         std::vector<std::string> places;
@@ -649,15 +681,17 @@ class Run {
                      {"channels", o_.channels, cfg_.C}};
         for (auto& s : shape)
             if (s.given && s.given != s.have)
-                fail("%s: has %s %d, --%s asks for %d", file, s.flag, s.have, s.flag, s.given);
+                throw UsageError(
+                    strf("%s: has %s %d, --%s asks for %d", file, s.flag, s.have, s.flag, s.given));
         if (flags_.given("preset") && !o_.resume)
-            fail("%s: has a shape of its own (%s); leave --preset out", file, cfg_.text().c_str());
+            throw UsageError(
+                strf("%s: has sizes of its own (%s); leave --preset out", file, cfg_.text().c_str()));
         if (!o_.activation.empty() && activation() != cfg_.activation)
-            fail("%s: has activation %s, --activation asks for %s", file,
-                 cfg_.activation == GELU_ERF ? "gelu" : "gelu_new", o_.activation.c_str());
+            throw UsageError(strf("%s: has activation %s, --activation asks for %s", file,
+                                  cfg_.activation == GELU_ERF ? "gelu" : "gelu_new", o_.activation.c_str()));
         if (o_.seq_len > cfg_.maxT)
-            fail("%s: takes at most %d tokens of context, --seq_len asks for %d", file, cfg_.maxT,
-                 o_.seq_len);
+            throw UsageError(strf("%s: takes at most %d tokens of context, --seq_len asks for %d", file,
+                                  cfg_.maxT, o_.seq_len));
     }
 
     void take_preset_sizes() {
@@ -689,6 +723,9 @@ class Run {
                 strf("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu",
                      o_.total_batch_size, B_, T_, tokens));
         micro_steps_ = (size_t)o_.total_batch_size / tokens;
+        if (flags_.on_command_line("val_batches") && flags_.on_command_line("val_tokens"))
+            throw UsageError(
+                "--val_batches and --val_tokens both say how much to validate; leave one of them out");
         if (o_.val_batches >= 0)
             o_.val_tokens = (int)std::min<size_t>((size_t)o_.val_batches * tokens, INT32_MAX),
             o_.val_batches = -1;
@@ -721,6 +758,9 @@ class Run {
         } else if (flags_.on_command_line("val_data") || o_.max_steps == 0) {
             fail("%s: validation tokens not found", o_.val_data.c_str());
         }
+        if (o_.patience && o_.max_steps && !validates())
+            throw UsageError(strf("--patience %d: there are no validations, %s", o_.patience,
+                                  val_loader_ ? "--val_every is 0" : (o_.val_data + " is missing").c_str()));
     }
 
     // Where memory is short: recomputes more, then accumulates over smaller batches; but never changes what a
@@ -739,6 +779,8 @@ class Run {
             size_t fits = 0;
             for (size_t bit = (size_t)1 << 24; bit; bit >>= 1)
                 if (fits + bit < B_ && need_of(fits + bit, r) <= have) fits += bit;
+            if (flags_.given("total_batch_size"))
+                while (fits && (size_t)o_.total_batch_size % (fits * T_)) fits--;
             std::string hint = fits ? strf("--batch_size %zu%s would fit", fits,
                                            r > o_.recompute ? strf(" --recompute %d", r).c_str() : "")
                                     : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
@@ -769,7 +811,6 @@ class Run {
     }
 
     int only_evaluate() {
-        if (o_.init_from.empty()) fail("--max_steps 0 evaluates a checkpoint: name one with -e FILE");
         double t0 = now();
         const bool some = flags_.on_command_line("val_tokens") || flags_.on_command_line("val_batches");
         Evaluation e = evaluate(*model_, *val_loader_, B_, T_, some ? (size_t)o_.val_tokens : 0,
@@ -784,11 +825,17 @@ class Run {
         return 0;
     }
 
-    // Checksums of the data; what changed under a resumed run is said, or refused. `saved` is 0 in a new run.
+    // Checksums of the data. Tells the user which data are not those of the resumed run, and refuses another
+    // tokenizer. `saved` is 0 in a new run.
     void compare_data(Fingerprints saved) {
         auto differs = [](uint64_t was, uint64_t is) { return was && is && was != is; };
         fingerprints_.train = train_file_ ? train_file_->checksum() : saved.train;
-        fingerprints_.val = val_file_ ? val_file_->checksum() : 0;
+        fingerprints_.val = val_file_ ? val_file_->checksum() : saved.val;
+        if (saved.val && !val_file_ && o_.val_every)
+            fail(
+                "%s: not found; if the data have moved, name the folder: --data DIR; --val_every 0 goes on "
+                "without validation",
+                o_.val_data.c_str());
         fingerprints_.tokenizer = tokenizer_ ? file_checksum(o_.tokenizer) : saved.tokenizer;
         // The tokens may have been made with another tokenizer than the run's, which is in --out.
         const std::string of_data = dirname_of(o_.train_data) + "/tokenizer.bin";
@@ -801,18 +848,15 @@ class Run {
                     file.c_str(), o_.out.c_str());
         if (differs(saved.train, fingerprints_.train))
             printf("the training data are not those of the run: %s\n", o_.train_data.c_str());
-        const bool other_tokens = std::any_of(changed_.begin(), changed_.end(), [](const std::string& c) {
-            return c.compare(0, 6, "--val_") == 0 && c.compare(0, 11, "--val_every") != 0 &&
-                   c.compare(0, 10, "--val_data") != 0;
-        });
         if (differs(saved.val, fingerprints_.val))
             printf(
-                "the validation data are not those of the run, so the best loss so far counts no more: %s\n",
+                "the validation data are not those of the run, so the best loss so far no longer counts: "
+                "%s\n",
                 o_.val_data.c_str());
-        else if (other_tokens)
-            printf("a validation takes other tokens now, so the best loss so far counts no more\n");
+        else if (val_tokens_before_ >= 0 && val_tokens_before_ != o_.val_tokens)
+            printf("validation now uses other tokens, so the best loss so far no longer counts\n");
         else return;
-        best_before_ = progress_.best_step;
+        other_measure_ = true;
         progress_.best_val = INFINITY, progress_.best_step = -1;
     }
     static uint64_t file_checksum(const std::string& path) {
@@ -823,21 +867,13 @@ class Run {
     // Makes the output folder, and locks it. Refuses to replace a run without --overwrite.
     void open_folder() {
         make_dirs(o_.out);
-        if (o_.resume) {
-            // The best model by another measure is kept when a new one takes its name.
-            if (best_before_ >= 0 && file_exists(o_.out + "/model.bin")) {
-                const std::string kept = o_.out + strf("/best_%08d.bin", best_before_);
-                rename_file(o_.out + "/model.bin", kept);
-                printf("model.bin, the best until now, is kept as %s\n", kept.c_str());
-            }
-            return;  // has been opened
-        }
+        if (o_.resume) return;  // has been opened
         if (holds_run(o_.out) && !o_.overwrite)
             fail(
                 "%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes "
                 "another folder",
                 o_.out.c_str());
-        if (!folder_.is_open()) folder_.open(o_.out);
+        if (!folder_.is_open()) open_existing_folder();
         folder_.begin(folder_.final_place(o_.train_data) != o_.train_data);
     }
 
@@ -846,31 +882,62 @@ class Run {
     std::string settings_to_keep() {
         o_.depth = cfg_.L, o_.heads = cfg_.NH, o_.channels = cfg_.C;
         o_.activation = cfg_.activation == GELU_ERF ? "gelu" : "gelu_new";
-        if (!val_file_) o_.val_data.clear();
+        if (!fingerprints_.val) o_.val_data.clear();
         for (std::string* path : {&o_.data, &o_.train_data, &o_.val_data, &o_.tokenizer})
             if (!path->empty()) *path = std::filesystem::weakly_canonical(folder_.final_place(*path));
         return flags_.values();
     }
 
     void open_logs() {
-        int at = progress_.step;
+        const int at = progress_.step;
+        const bool pending = progress_.pending;  // the validation after this step is made again
         auto keep_csv = [at](const std::string& line) {
-            char* end;
-            long s = strtol(line.c_str(), &end, 10);
-            return *end == ',' && end != line.c_str() && s <= at;
+            int s = step_of_row(line);
+            return s >= 0 && s <= at;
         };
-        auto keep_main = [at](const std::string& line) {
+        auto keep_main = [at, pending](const std::string& line) {
             int s;
             char kind[8] = "";
             return sscanf(line.c_str(), "s:%d %3s", &s, kind) == 2 &&
-                   (strcmp(kind, "trl") ? s <= at : s < at);
+                   (strcmp(kind, "trl") && !pending ? s <= at : s < at);
         };
+        if (o_.resume) keep_better_model();
         const std::string dir = folder_.dir();
         csv_ = std::make_unique<LogFile>(dir + "/log.csv", CSV_HEADER,
                                          o_.resume ? keep_csv : std::function<bool(const std::string&)>());
         log_ = std::make_unique<LogFile>(dir + "/main.log", "",
                                          o_.resume ? keep_main : std::function<bool(const std::string&)>());
         if (tokenizer_) tokenizer_->save(dir + "/tokenizer.bin");
+    }
+
+    // The step of a row of log.csv; -1 in the header.
+    static int step_of_row(const std::string& row) {
+        char* end;
+        long s = strtol(row.c_str(), &end, 10);
+        return *end == ',' && end != row.c_str() ? (int)s : -1;
+    }
+    // The run may have gone on after the checkpoint that it is resumed from. If it then had a better loss, as
+    // log.csv tells, model.bin holds that model, and stays the best until a better one comes.
+    void keep_better_model() {
+        if (other_measure_ || !file_exists(o_.out + "/model.bin") || !file_exists(o_.out + "/log.csv"))
+            return;
+        std::istringstream rows(Reader(o_.out + "/log.csv").rest());
+        for (std::string row; std::getline(rows, row);) {
+            double loss;
+            if (step_of_row(row) <= progress_.step || sscanf(row.c_str(), "%*d,%*f,%*f,%lf", &loss) != 1)
+                continue;
+            if (loss < progress_.best_val) progress_.best_val = loss, progress_.best_step = step_of_row(row);
+        }
+    }
+
+    // A run goes on in a folder that was moved or renamed.
+    void follow_folder() {
+        const std::string now = folder_.follow();
+        if (now.empty()) return;
+        end_line();
+        printf("%s was moved; the run goes on in %s\n", o_.out.c_str(), now.c_str());
+        o_.out = now;
+        csv_->moved(folder_.dir() + "/log.csv"), log_->moved(folder_.dir() + "/main.log");
     }
 
     // A model was written: from now on this is the run in --out.
@@ -889,7 +956,7 @@ class Run {
         auto row = [](const char* name, const std::string& value) {
             printf("%-16s %s\n", name, value.c_str());
         };
-        row("program", program_);
+        row("program", version_);
         auto size = [](size_t b) { return human_bytes((double)b); };
         row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
         row("model", cfg_.text());
@@ -905,9 +972,14 @@ class Run {
                  micro_steps_ > 1
                      ? strf(", %zu accumulated: %d a step", micro_steps_, o_.total_batch_size).c_str()
                      : ""));
-        row("steps", strf("%d%s, validation every %d, poem every %d, checkpoint every %d", o_.max_steps,
-                          progress_.step ? strf(" (%d done)", progress_.step).c_str() : "", o_.val_every,
-                          o_.sample_every, o_.save_every));
+        auto every = [](const char* what, int n) {
+            return n ? strf(", %s every %d", what, n) : strf(", no %s", what);
+        };
+        row("steps", std::to_string(o_.max_steps) +
+                         (progress_.step ? strf(" (%d done)", progress_.step) : std::string()) +
+                         every("validation", val_file_ ? o_.val_every : 0) +
+                         every("poem", tokenizer_ ? o_.sample_every : 0) +
+                         (o_.save_every ? every("checkpoint", o_.save_every) : ", a checkpoint at the end"));
         row("learning rate",
             strf("%g, %s to %g, warm-up %d steps", o_.learning_rate, o_.lr_schedule.c_str(),
                  o_.lr_schedule == "constant" ? o_.learning_rate : o_.learning_rate * o_.final_lr_fraction,
@@ -961,6 +1033,7 @@ class Run {
                  save_now = step && (last || due(o_.save_every, step)), stop = g_stop;
             if (!done_before && (last || stop || validate_now || sample_now || save_now)) {
                 drain();
+                follow_folder();
                 Evaluation e;
                 progress_.pending = validate_now && (stop || !validate(&e));
                 if (validate_now && !progress_.pending) write_row(&e);
@@ -974,19 +1047,18 @@ class Run {
             one_step();
         }
         end_line();
-        // Without validations the last model is the best known; but it never replaces one that was measured.
-        if ((!val_loader_ || !o_.val_every) && progress_.best_step < 0 && session_steps_)
-            save_model(*model_, folder_.dir() + "/model.bin"), take_place();
         say_finished();
     }
+    bool validates() const { return val_loader_ && o_.val_every; }
     static bool due(int every, int step) { return every && step % every == 0; }
     // Have --patience validations passed since the best one?
     bool patience_ends() const {
-        if (!o_.patience || !val_loader_ || !due(o_.val_every, progress_.step)) return false;
-        return (progress_.step - std::max(progress_.best_step, 0)) / o_.val_every >= o_.patience;
+        if (!o_.patience || !validates() || !due(o_.val_every, progress_.step) || progress_.best_step < 0)
+            return false;
+        return (progress_.step - progress_.best_step) / o_.val_every >= o_.patience;
     }
     bool validation_due(int step) const {
-        return val_loader_ && o_.val_every && (step >= o_.max_steps || due(o_.val_every, step));
+        return validates() && (step >= o_.max_steps || due(o_.val_every, step));
     }
     bool sample_due(int step) const {
         return o_.sample_every && tokenizer_ && step && (step >= o_.max_steps || due(o_.sample_every, step));
@@ -995,26 +1067,26 @@ class Run {
     void say_stopped(int step) {
         end_line();
         if (step)
-            printf("stopped by %s after step %d; go on with: ./%s -o %s --resume\n", signal_name(g_stop),
-                   step, Model::PROGRAM, shell_quoted(o_.out).c_str());
+            printf("stopped by %s after step %d; go on with: %s -o %s --resume\n", signal_name(g_stop), step,
+                   beside_program(Model::PROGRAM).c_str(), shell_quoted(o_.out).c_str());
         else printf("stopped before the first step; nothing to resume\n");
         show();
     }
     void say_finished() {
-        if (!session_steps_)
+        if (progress_.step < o_.max_steps)
+            printf("ended by --patience %d: no better validation since step %d; a larger one goes on\n",
+                   o_.patience, progress_.best_step);
+        else if (!session_steps_)
             printf("nothing to do: %d steps are done, --max_steps is %d; a larger --max_steps goes on\n",
                    progress_.step, o_.max_steps);
-        if (progress_.step < o_.max_steps && patience_ends())
-            printf("ended by --patience %d: no better validation since step %d\n", o_.patience,
-                   std::max(progress_.best_step, 0));
         printf("\n%d steps in %s of training. ", progress_.step, clock_text(progress_.seconds).c_str());
         if (progress_.best_step >= 0)
             printf("Best validation loss %.4f at step %d, kept in %s/model.bin\n", progress_.best_val,
                    progress_.best_step, o_.out.c_str());
         else printf("The model is %s/model.bin\n", o_.out.c_str());
-        printf(
-            "loss curve: %s/log.csv (make plot draws it to %s/loss.png)\nmore poems: ./sample_gpt2 -e %s\n",
-            o_.out.c_str(), o_.out.c_str(), shell_quoted(o_.out + "/model.bin").c_str());
+        printf("loss curve: %s/log.csv (make plot OUT=%s draws it)\nmore poems: %s -e %s\n", o_.out.c_str(),
+               shell_quoted(o_.out).c_str(), beside_program("sample_gpt2").c_str(),
+               shell_quoted(o_.out + "/model.bin").c_str());
         show();
     }
 
@@ -1131,9 +1203,12 @@ class Run {
         *e = evaluate(*model_, *val_loader_, B_, T_, (size_t)o_.val_tokens, tokenizer_.get(), x_, y_);
         if (g_stop) return false;
         end_line();
-        bool best = (progress_.step || fine_tunes()) && e->nats < progress_.best_val;
+        // The step of keep_better_model() comes again: the log has rounded the same loss.
+        const bool again = progress_.step && progress_.step == progress_.best_step &&
+                           strf("%.9g", e->nats) == strf("%.9g", progress_.best_val);
+        bool best = again || ((progress_.step || fine_tunes()) && e->nats < progress_.best_val);
         if (best) {
-            save_model(*model_, folder_.dir() + "/model.bin");
+            save_best();
             take_place();
             progress_.best_val = e->nats, progress_.best_step = progress_.step;
         }
@@ -1142,7 +1217,7 @@ class Run {
                    best ? strf(" (best so far: %s/model.bin)", folder_.dir().c_str()).c_str() : "");
             log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
         } else {
-            printf("validation after step %d: the loss is not a number; model.bin stays as it is\n",
+            printf("validation after step %d: the loss is not finite; this model is not kept\n",
                    progress_.step);
         }
         show();
@@ -1159,11 +1234,11 @@ class Run {
         if (progress_.step)
             s += strf(",%.9g,%.9g,%.2f,%.1f", r.norm, r.lr, r.seconds * 1e3, o_.total_batch_size / r.seconds);
         else s += ",,,,";
-        csv_->line(s + "," + (first_row_ ? program_ : ""));
+        csv_->line(s + "," + (first_row_ ? version_ : ""));
         first_row_ = false;
     }
 
-    // Writes a poem. One that cannot be written, since memory is short by now, does not end training.
+    // Writes a poem. If memory has become too short for it, training goes on.
     void sample() try {
         end_line();
         if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
@@ -1185,21 +1260,31 @@ class Run {
         show();
     }
 
+    // model.bin. A model that was the best by another measure moves to OUT/previous.
+    void save_best() {
+        if (std::exchange(other_measure_, false)) {
+            const std::string what = set_aside(o_.out, {"model.bin"});
+            if (!what.empty())
+                printf("model.bin was the best by the earlier validations: %s\n", what.c_str());
+        }
+        save_model(*model_, folder_.dir() + "/model.bin");
+    }
+
     void save() {
         const int step = progress_.step;
         const std::string dir = folder_.dir();
         progress_.position = train_loader_->position();
         progress_.losses = losses_.text(), progress_.norms = norms_.text();
-        save_model(*model_, numbered(dir, "model", step));
+        const std::string model = numbered(dir, "model", step), state = numbered(dir, "state", step);
+        save_model(*model_, model);
         try {
-            save_state(*model_, progress_, settings_text_, numbered(dir, "state", step), program_,
-                       fingerprints_);
+            save_state(*model_, progress_, settings_text_, state, version_, fingerprints_);
         } catch (...) {
-            unlink(numbered(dir, "model", step).c_str());  // half a checkpoint is none
+            if (!file_exists(state)) unlink(model.c_str());  // half a checkpoint is none
             throw;
         }
-        if (!file_exists(dir + "/model.bin"))
-            save_model(*model_, dir + "/model.bin");  // none was validated yet
+        // Without validations the last model is the best known; but it never replaces one that was measured.
+        if (!file_exists(dir + "/model.bin") || (!validates() && progress_.best_step < 0)) save_best();
         take_place();
         std::vector<int> steps = checkpoints_in(o_.out);
         for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) {
@@ -1221,7 +1306,7 @@ class Run {
         return s;
     }
 
-    const std::string program_ = version_text(Model::PROGRAM, numbers());
+    const std::string version_ = version_text(Model::PROGRAM, numbers());
     Flags flags_;
     Options o_;
     Config cfg_;
@@ -1242,7 +1327,8 @@ class Run {
     AdamW adamw_[2];  // of the last two steps that were started
     RunFolder folder_;
     Fingerprints fingerprints_;
-    int best_before_ = -1;              // step of model.bin where its loss counts no more
+    int val_tokens_before_ = -1;        // the resumed run's --val_tokens
+    bool other_measure_ = false;        // model.bin is the best by validations that no longer count
     std::vector<std::string> changed_;  // flags of this command line that differ from the resumed run's
     std::string settings_text_;
     double peak_ = 1, session_seconds_ = 0, clock_ = 0;

@@ -15,6 +15,7 @@
 
 #include "lib/flags.h"
 #include "lib/io.h"
+#include "lib/run_folder.h"
 #include "tokenizer/tokenizer.h"
 
 namespace exporter {
@@ -314,6 +315,7 @@ inline int export_main(int argc, char** argv) {
     if (words.size() != 2) throw UsageError("wanted two names: ./export_tokenizer DIR out.bin; see --help");
     const Published p = Folder(words[0]).read();
     const Tokenizer tok = make_tokenizer(p);
+    trainer::BeforeTraining lock(words[1]);
     tok.save(words[1]);
     printf("%s: %s tokens, %s merges, end-of-text %d %s%s\n", words[1].c_str(),
            commas((uint64_t)tok.vocab_size()).c_str(), commas(p.merges.size()).c_str(), tok.eot(),

@@ -17,6 +17,7 @@
 
 #include "lib/flags.h"
 #include "lib/gpt2.h"
+#include "lib/run_folder.h"
 
 namespace convert {
 
@@ -656,6 +657,7 @@ inline Summary from_hf(const std::string& dir, const std::string& out, std::stri
     if (dtype.empty()) dtype = dtypes == std::set<std::string>{"BF16"} ? "bf16" : "fp32";
     bool bf16 = dtype == "bf16";
 
+    trainer::BeforeTraining lock(out);
     ModelWriter writer(out, c, bf16 ? MODEL_BF16 : MODEL_FP32);
     for (const Slot& s : slots) {
         const Tensor& t = *st.find(s.name);
@@ -678,7 +680,7 @@ inline Summary from_hf(const std::string& dir, const std::string& out, std::stri
     double bytes = 1024 + (double)num_params(c) * (bf16 ? 2 : 4);
     return {c, strf("%s%s, %zu tensors, %s", st.path.c_str(), shards.c_str(), slots.size(), kinds.c_str()),
             strf("%s, %s, %s", out.c_str(), dtype.c_str(), human_bytes(bytes).c_str()),
-            strf("./train_gpt2 -e %s --data DIR", shell_quoted(out).c_str())};
+            beside_program("train_gpt2") + strf(" -e %s --data DIR", shell_quoted(out).c_str())};
 }
 
 // ---------------------------------------------------------------------------------------------

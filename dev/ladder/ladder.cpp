@@ -24,6 +24,7 @@
 
 #include "data/dataloader.h"
 #include "lib/flags.h"
+#include "lib/run_folder.h"
 #include "lib/sampler.h"
 #include "tokenizer/tokenizer.h"
 
@@ -562,7 +563,8 @@ class Results {
     void* mem_;
 };
 
-inline std::string poems_path(const Options& o, int rung) { return o.out + strf("/rung%d_poems.txt", rung); }
+inline std::string poems_name(int rung) { return strf("rung%d_poems.txt", rung); }
+inline std::string poems_path(const Options& o, int rung) { return o.out + "/" + poems_name(rung); }
 
 // Trains one job in the current process. The first seed's job also writes poems, separated by blank lines.
 inline void run_job(const Job& job, const Data& data, const Options& o, Result& result) {
@@ -770,6 +772,15 @@ inline void print_poems(const std::vector<Job>& jobs, const Options& o) {
     }
 }
 
+// Earlier results, which this run would replace, move to DIR/previous/N. Returns what to tell the user, or
+// "".
+inline std::string set_aside_results(const std::vector<Job>& jobs, const Options& o) {
+    std::vector<std::string> names = {"ladder.md", "losses.csv", "curves.csv", "bars.png", "curves.png"};
+    for (const Job& job : jobs)
+        if (o.poems && job.seed == o.seed) names.push_back(poems_name(job.rung));
+    return trainer::set_aside(o.out, names);
+}
+
 inline int ladder_main(int argc, char** argv) {
     Options o;
     Flags f("ladder", "trains models from a bigram table to GPT-2's block, adding one idea at a time");
@@ -782,13 +793,14 @@ inline int ladder_main(int argc, char** argv) {
     }
     finish_data_set(o.data);
     for (const char* name : DATA_FILES)
-        if (!file_exists(o.data + "/" + name)) fail_without_data(o.data, name, "./ladder --data");
+        if (!file_exists(o.data + "/" + name)) fail_without_data(o.data, name, "ladder");
     Data data(o.data);
     for (const TokenFile* t : {&data.train, &data.val})
         if (t->size() <= (size_t)o.context)
             fail("%s: has %zu tokens, but a window needs --context + 1 = %d", t->path.c_str(), t->size(),
                  o.context + 1);
     make_dirs(o.out);
+    if (std::string what = set_aside_results(jobs, o); !what.empty()) printf("%s\n", what.c_str());
     printf("%s: %s training and %s validation characters, %d different\n\n", o.data.c_str(),
            commas(data.train.size()).c_str(), commas(data.val.size()).c_str(), data.tokenizer.vocab_size());
     Results results(jobs.size(), o);

@@ -361,6 +361,15 @@ TEST_CASE("ladder writes its table, losses, curves and poems, with mean and spre
     CHECK(std::count(losses.begin(), losses.end(), '\n') == 1 + 3);
     CHECK(std::count(curves.begin(), curves.end(), '\n') == 1 + 3 * 2 * 3);  // rungs, seeds, steps 0 2 4
     for (const char* rung : {"0", "5", "6"}) CHECK(file_exists(out + "/rung" + rung + "_poems.txt"));
+    // A second run replaces nothing.
+    write_file(out + "/notes.txt", "mine");
+    words[6] = "5";
+    CHECK(ladder::ladder_main((int)words.size(), const_cast<char**>(words.data())) == 0);
+    CHECK(read_file(out + "/previous/1/ladder.md") == table);
+    CHECK(read_file(out + "/previous/1/losses.csv") == losses);
+    CHECK(file_exists(out + "/previous/1/rung5_poems.txt"));
+    for (const char* kept : {"/rung6_poems.txt", "/notes.txt", "/ladder.md"}) CHECK(file_exists(out + kept));
+    CHECK(!contains(read_file(out + "/ladder.md"), "| 6 |"));
     ladder::Spread s({1.0, 2.0, 6.0});
     CHECK(s.mean == 3);
     CHECK(s.sd == doctest::Approx(std::sqrt(7.0)));

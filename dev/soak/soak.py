@@ -52,7 +52,8 @@ def train(data, out, *more):
 def files_of(folder):
     """The files of a run, by name, with their contents."""
     return {p.name: p.read_bytes() for p in pathlib.Path(folder).glob("*")
-            if p.is_file() and p.name not in (".arapoet.lock", "log.csv", "main.log")}
+            if p.is_file() and ".tmp" not in p.name
+            and p.name not in (".arapoet.lock", "log.csv", "main.log")}
 
 
 def make_scenarios(work):
@@ -70,12 +71,24 @@ def make_scenarios(work):
     must(run([*recipe, work / "normalized"]).returncode == 0, "prepare_data")
     empty = work / "empty"
     empty.mkdir()
+    published = work / "published"
+    must(run(["./convert_gpt2", "to-hf", whole / "model.bin", published]).returncode == 0, "convert_gpt2")
+    convert = ["./convert_gpt2", "from-hf", published]
+    converted, exported = work / "converted", work / "exported"
+    converted.mkdir()
+    must(run([*convert, converted / "out.bin"]).returncode == 0, "convert_gpt2")
+    must(run(["./convert_gpt2", "to-hf", other / "model.bin", exported]).returncode == 0, "convert_gpt2")
     return [
         Scenario("a new run", empty, lambda out: train(data, out), final),
         Scenario("a resumed run", half, lambda out: ["./train_gpt2", "--resume", "-o", out], final),
         Scenario("a run in place of another", other, lambda out: train(data, out, "--overwrite"), final),
         Scenario("prepare_data over other data", data, lambda out: [*recipe, out], None,
                  files_of(work / "normalized")),
+        Scenario("convert_gpt2 from-hf", empty, lambda out: [*convert, out / "out.bin"], None,
+                 files_of(converted)),
+        Scenario("convert_gpt2 to-hf over another model", exported,
+                 lambda out: ["./convert_gpt2", "to-hf", whole / "model.bin", out], None,
+                 files_of(published)),
     ]
 
 
@@ -87,14 +100,14 @@ def check_after(s, out, result, kind, struck):
     elif struck and kind in ("EINTR", "SHORT"):
         must(result.returncode == 0, f"an interrupted or short call failed: {result.stderr}")
     if s.unbroken is None:
-        # A reader completes the move; then the set is all old or all new.
+        # A reader completes a data set's move; then the files are all old or all new.
         run(["./train_gpt2", "--data", out, "--max_steps", 1, "--prompt", "no such letter",
              "-o", out / "none"])
         must(files_of(out) in (files_of(s.before), s.result),
-             "the data set is neither the old nor the new one")
+             "the files are neither the old nor the new ones")
         must(run(s.command(out)).returncode == 0, "the command fails when it is repeated")
-        must(files_of(out) == s.result, "the data set is not what an unbroken command writes")
-        must(not list(out.glob(".*")), "files are left over")
+        must(files_of(out) == s.result, "the files are not what an unbroken command writes")
+        must(not list(out.glob(".*")) and not list(out.glob("*.tmp*")), "files are left over")
         return
     if s.name == "a run in place of another":
         there = files_of(out)
@@ -163,7 +176,7 @@ def main():
                         case = (s.name, kind, at)
                     print(f"{s.name}, {kind}: {at - 1} calls", flush=True)
             for i in range(o.kills):
-                s = scenarios[i % 3]
+                s = scenarios[i % len(scenarios)]
                 case = (s.name, "kill at a random moment", i)
                 attempt(s, work, o.faults, "KILL", 0)
                 count["kills"] += 1
