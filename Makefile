@@ -50,12 +50,12 @@ help:
 	@echo "make ladder                    from a bigram table to GPT-2's block, rung by rung (dev/ladder)"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make train_gpt2cu              the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
-	@echo "make clean                     remove programs and objects, never your data or models (make help-dev: more)"
+	@echo "make clean                     remove programs and objects, not data or models (make help-dev: more)"
 
 include dev/build.mk
 
-# --- targets that run programs. All write to OUT, so if several are given on one command line, each waits for
-# those that are listed before it here.
+# --- targets that run programs. They share the programs and OUT, so if several are given on one command line,
+# each waits for those that are listed before it here.
 
 # One file, whose name may have spaces, or several without
 poems = $(if $(shell test -e $(call quote,$(POEMS)) && echo one),$(call quote,$(POEMS)),$(POEMS))
@@ -75,9 +75,14 @@ ladder: prepare_data $(BUILD)/ladder | need-plot $(call named,train)
 	gnuplot -c dev/ladder/ladder.gp $(call quote,$(LADDER))
 	@echo "plots: $(LADDER)/bars.png, $(LADDER)/curves.png"
 
+# What these two targets must be told is asked for before anything is compiled.
+ifneq ($(and $(call named,finetune),$(if $(HF)$(FROM),,none)),)
+$(error make finetune: name the checkpoint: make finetune HF=DIR POEMS=poems.csv, or FROM=out/model.bin)
+endif
+ifneq ($(and $(call named,export),$(if $(HF),,none)),)
+$(error make export: name the folder whose tokenizer goes along: make export HF=DIR OUT=$(OUT))
+endif
 finetune: $(PROGRAMS) $(if $(FROM),,convert_gpt2 export_tokenizer) | $(call named,train ladder)
-	@test -n "$(HF)$(FROM)" || { echo "make finetune: name the checkpoint: make finetune HF=DIR POEMS=poems.csv," \
-	  "or FROM=out/model.bin" >&2; exit 2; }
 	@mkdir -p $(call quote,$(NEW))
 ifeq ($(FROM),)
 	./convert_gpt2 from-hf $(call quote,$(HF)) $(call quote,$(NEW)/pretrained.bin)
@@ -95,15 +100,13 @@ endif
 	./sample_gpt2 -e $(call quote,$(OUT)/model.bin)
 
 export: convert_gpt2 | $(call named,train ladder finetune)
-	@test -n "$(HF)" || { echo "make export: name the folder whose tokenizer goes along:" \
-	  "make export HF=DIR OUT=$(OUT)" >&2; exit 2; }
 	./convert_gpt2 to-hf $(call quote,$(OUT)/model.bin) $(call quote,$(OUT)/hf) \
 	  --tokenizer_dir $(call quote,$(HF))
 
 plot: | need-plot $(call named,train ladder finetune export)
 	@test -s $(call quote,$(OUT)/log.csv) || { \
 	  echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
-	gnuplot -c dev/plot/loss.gp $(call quote,$(OUT)/log.csv) $(call quote,$(OUT)/loss.png)
+	gnuplot -c dev/plot/loss.gp $(call quote,$(OUT))
 
 # --- the programs. They are in the root, whichever BUILD they come from, and are relinked when BUILD changes.
 ifeq ($(portable),)
