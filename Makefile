@@ -10,6 +10,12 @@ ARCH ?= native
 BUILD ?= build
 # PORTABLE=1 builds ./train_gpt2 and ./sample_gpt2 for any processor of this architecture (dev/portable.mk).
 PORTABLE ?=
+# MPI=1 builds a ./train_gpt2 that mpirun or srun can start on several machines (lib/comm_mpi.cpp).
+MPI ?=
+mpi = $(filter-out 0,$(MPI))
+ifneq ($(and $(mpi),$(filter-out 0,$(PORTABLE))),)
+$(error make: MPI=1 and PORTABLE=1 do not go together; leave one of them out)
+endif
 
 # What `make train` reads, and where it writes, e.g. make train POEMS=poems.csv PRESET=char OUT=out/mine
 POEMS ?= data/sample_poems.csv
@@ -111,7 +117,8 @@ plot: | need-plot $(call named,train ladder finetune export)
 # --- the programs. They are in the root, whichever BUILD they come from, and are relinked when BUILD changes.
 ifeq ($(portable),)
 # sample_gpt2.o has a main, which the linker prefers to the weak main of train_gpt2.o.
-train_gpt2: $(BUILD)/lib/gemm_bf16.o $(BUILD)/train_gpt2.o $(BUILD)/lib/gemm_fp32.o
+train_gpt2: $(BUILD)/lib/gemm_bf16.o $(BUILD)/train_gpt2.o $(BUILD)/lib/gemm_fp32.o $(mpi:%=$(BUILD)/lib/comm_mpi.o)
+train_gpt2: LDLIBS += $(if $(mpi),$(MPI_LIBS))
 sample_gpt2: $(BUILD)/sample_gpt2.o $(BUILD)/train_gpt2.o $(GEMM:%=$(BUILD)/%)
 train_gpt2 sample_gpt2: build/programs/flags
 	$(call link,$(BUILD))
@@ -130,7 +137,7 @@ $(PROGRAMS) $(TOOLS) $(BUILD)/ladder: $(BUILD)/lib/version.o
 $(BUILD)/dev/convert/convert_gpt2.o $(BUILD)/tokenizer/export_tokenizer.o: | need-convert
 $(BUILD)/ladder: $(BUILD)/dev/ladder/ladder.o $(GEMM:%=$(BUILD)/%)
 	$(call link,$(BUILD))
-flags.build/programs = $(flags.$(BUILD)) $(BUILD) $(portable)
+flags.build/programs = $(flags.$(BUILD)) $(BUILD) $(portable) $(mpi)
 
 clean:
 	rm -f $(PROGRAMS) $(TOOLS) train_gpt2cu

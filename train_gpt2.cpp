@@ -496,6 +496,7 @@ struct GPT2 : States {
     const Precision precision;
     float dropout = 0;
     uint64_t seed = 1337;
+    Comm* comm = nullptr;
 
     // What lib/model.h requires, in its order.
     static constexpr const char* PROGRAM = "train_gpt2";
@@ -511,6 +512,7 @@ struct GPT2 : States {
         if (p.dtype == BF16 && !p.master_weights)
             throw UsageError("--master_weights: the CPU trainer keeps its weights in fp32, 0 is for the GPU");
     }
+    static std::unique_ptr<Comm> open_ranks() { return open_comm(); }
     static size_t memory_available() { return machine::memory_available(); }
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
                                   Precision precision = {}) {
@@ -567,6 +569,7 @@ struct GPT2 : States {
         step_loss_ += loss * (double)counted_ * pass.grad_scale;
     }
     StepResult step(const AdamW& a, uint32_t t) {
+        if (ranks()) comm->finish(), comm->all_reduce(&step_loss_, 1);
         StepResult r = {step_loss_, grad_norm(), t};
         step_loss_ = 0;
         if (a.takes(r))
@@ -804,14 +807,29 @@ struct GPT2 : States {
         auto& [act, work] = tensors<A>();
         accumulates_ = !std::exchange(grads_are_zero_, false);
         double loss = head<A, true>();
-        for (size_t l = cfg.L; l-- > 0;) block_backward<A>(l);
+        for (size_t l = cfg.L; l-- > 0;) {
+            block_backward<A>(l);  // begins with the LayerNorm after block l, which block l + 1 still lacks
+            if (l + 1 < (size_t)cfg.L) add_up_ranks(BLOCK, l + 1);
+            else add_up_ranks(FINAL_NORM);
+        }
         norm_backward(block<A>(0).norm1, act.embedded, grover() ? OVERWRITE : ADD, {});
+        add_up_ranks(BLOCK, 0);
         // wte is the output layer's matrix too: head() has already begun its gradient.
         if (!accumulates_) memset(grads.wpe, 0, (size_t)cfg.maxT * cfg.C * sizeof(float));
         embedding_backward(grads.wte, grads.wpe, work.dresid, tokens_, b_, t_, cfg.C,
                            drop(rng::EMB_DROPOUT, 0), first_element());
-        squared_ = true;
+        add_up_ranks(EMBEDDINGS);
+        squared_ = !ranks();  // a sum over ranks has other squares
         return loss;
+    }
+
+    // In a step's last micro-batch, starts to add up the ranks' gradients of a part of the model that
+    // backward has finished, while it goes on with the part before.
+    bool ranks() const { return comm && comm->world > 1; }
+    void add_up_ranks(Part part, size_t l = 0) {
+        if (!ranks() || !pass_.last) return;
+        auto [at, n] = ParamLayout(cfg).range(part, l);
+        comm->start_all_reduce(array(GRADS) + at, n);
     }
 
     // Backward through the LayerNorm after block l, then through the block. On entry dln holds the gradient
@@ -885,7 +903,8 @@ struct GPT2 : States {
 
 }  // namespace cpu
 
-std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype) {
+// Weak, so that several test files that include this one can be linked together.
+__attribute__((weak)) std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype) {
     auto model = std::make_unique<cpu::GPT2>(file.cfg, 0, 0, false, 0, Precision{dtype, true});
     model->each_piece(PARAMS, [&](float* p, size_t n) { file.read(p, n); });
     return std::make_unique<cpu::Decoder>(std::move(model), N, (size_t)file.cfg.maxT);

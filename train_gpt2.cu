@@ -2435,6 +2435,7 @@ struct GPT2 {
     const int recompute;
     float dropout = 0;
     uint64_t seed = 1337;
+    Comm* comm = nullptr;
     bool use_graphs = true;  // false launches each kernel separately
     Params<floatX> params;
     Params<float> grads;  // empty in a model that does not train
@@ -2488,6 +2489,7 @@ struct GPT2 {
             BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
     }
     // Free bytes, less what CUDA itself will allocate for kernels and graphs.
+    static std::unique_ptr<Comm> open_ranks() { return one_rank("this trainer uses one GPU: start it once"); }
     static size_t memory_available() {
         size_t free_bytes, total;
         CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));

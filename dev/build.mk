@@ -15,10 +15,12 @@ help-dev:
 	@echo "make                           ./train_gpt2 ./sample_gpt2 ./prepare_data (each has --help)"
 	@echo "make PORTABLE=1                the same for any processor of this architecture; they choose the best"
 	@echo "                               instructions when they start, or ARAPOET_ISA=avx2 etc. chooses"
+	@echo "make MPI=1                     ./train_gpt2 for several machines: mpirun -n 4 ./train_gpt2 ..."
 	@echo "make NAME                      NAME: $(TOOLS)"
 	@echo "  CXX=clang++ ARCH=haswell     another compiler, another processor"
 	@echo "  BUILD=build/mine             another folder for objects"
 	@echo "make test-layers               only the tests of the model's layers and of the matrix product"
+	@echo "make test-mpi                  the CPU trainer on several ranks, over MPI"
 	@echo "make test-asan                 all tests with AddressSanitizer and UBSan"
 	@echo "make test-portable             the layers' tests for every set of instructions of make PORTABLE=1"
 	@echo "make test-emulator-asan        the emulated CUDA code with AddressSanitizer and UBSan"
@@ -39,7 +41,7 @@ help-dev:
 	@echo "make golden                    rewrite PyTorch's values (PYTHON= with torch and transformers)"
 
 # --- what is needed in addition to a compiler and make: dev/setup.sh installs it if it can, or says how
-NEEDS = need-tests need-convert need-plot need-fuzz need-clang need-format
+NEEDS = need-mpi need-tests need-convert need-plot need-fuzz need-clang need-format
 .PHONY: $(NEEDS) need-python
 $(NEEDS):
 	@CXX="$(CXX)" dev/setup.sh $(@:need-%=%)
@@ -96,8 +98,14 @@ $1/lib/gemm_fp32.o: DEFINE = $(ALIGN)
 $1/lib/gemm_bf16.o: DEFINE = $(ALIGN) -DGEMM_BF16
 $1/lib/version.o: DEFINE = -DARAPOET_COMMIT='"$(COMMIT)"'
 $1/lib/version.o: build/commit/flags
+$1/lib/comm_mpi.o: DEFINE = $$(MPI_FLAGS)
+$1/lib/comm_mpi.o: | need-mpi
 endef
 link = $(flags.$1) $(filter %.o %.so,$^) -o $@ $(LDLIBS)
+
+# How mpic++ (OpenMPI's) compiles and links
+MPI_FLAGS = $(shell mpic++ --showme:compile)
+MPI_LIBS = $(shell mpic++ --showme:link)
 
 # What --version names: the commit, in one small object that is made anew when it has changed.
 COMMIT := $(or $(shell git describe --always --dirty --abbrev=7 2>/dev/null),unknown)

@@ -1,5 +1,5 @@
 # Tests. A test program's last line is "N passed, N failed[, N skipped]"; dev/run_tests.sh prints the sums.
-.PHONY: format format-check test soak test-layers test-asan test-emulator-asan test-emulator-tsan
+.PHONY: format format-check test soak test-layers test-mpi test-asan test-emulator-asan test-emulator-tsan
 .PHONY: fuzz check-fuzzers
 
 # test_gpt2 tests what depends on the set of instructions: layers, products, vectors, random numbers.
@@ -35,6 +35,12 @@ test: $(CUDA_TESTS) $(TESTS:%=$(BUILD)/%) $(CUDA_TRAINERS) $(PROGRAMS) | $(call 
 	@dev/run_tests.sh $(TESTS:%=$(BUILD)/%) $(CUDA_TESTS) $(SKIPPED_TESTS)
 test-layers: $(BUILD)/test_gpt2 | $(call named,test)
 	@dev/run_tests.sh $<
+
+# The CPU trainer over MPI, on this machine
+$(BUILD)/train_gpt2_mpi: $(BUILD)/train_gpt2.o $(BUILD)/lib/comm_mpi.o $(BUILD)/lib/version.o $(GEMM:%=$(BUILD)/%)
+	$(call link,$(BUILD)) $(MPI_LIBS)
+test-mpi: $(BUILD)/train_gpt2_mpi $(PROGRAMS) | $(call named,test test-layers)
+	@dev/test_mpi.sh $<
 
 # Under AddressSanitizer and UBSan. test_cli starts programs without sanitizers.
 SANITIZE = -Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -142,6 +142,8 @@ inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
     return off;
 }
 
+enum Part { EMBEDDINGS, BLOCK, FINAL_NORM };
+
 // Where tensor `id` of a layer starts in memory (elements): the embeddings; block after block, in each first
 // the tensors that decay, then the others; the final LayerNorm. Nothing lies between them.
 class ParamLayout {
@@ -158,12 +160,19 @@ class ParamLayout {
             if (table[id].in_block) start_[id] += first_block_, stride_[id] = block_;
         size_t end = first_block_ + (size_t)c.L * block_;
         for (int id : {LNFW, LNFB}) start_[id] = end, end += table[id].size();
+        end_ = end;
     }
     size_t at(int id, size_t layer = 0) const { return start_[id] + layer * stride_[id]; }
+    // Where a part of the model lies, and its number of elements.
+    std::pair<size_t, size_t> range(Part part, size_t layer = 0) const {
+        if (part == EMBEDDINGS) return {0, first_block_};
+        if (part == BLOCK) return {first_block_ + layer * block_, block_};
+        return {start_[LNFW], end_ - start_[LNFW]};
+    }
 
   private:
     std::array<size_t, NUM_PARAMS> start_{}, stride_{};
-    size_t first_block_ = 0, block_ = 0;  // where block 0 starts, and the size of a block
+    size_t first_block_ = 0, block_ = 0, end_ = 0;  // where block 0 starts, the size of a block, of all
 };
 
 // One tensor of one layer, or one outside the blocks: where its elements are in the file and in memory.

@@ -101,6 +101,13 @@ inline size_t memory_available() {
     return std::min(best, control_group_available("/sys/fs/cgroup"));
 }
 
+// Threads for each of `processes` on this machine that compute at the same time; 0: as many as by default,
+// where the user or mpirun has already said which processors this one may use.
+inline int fair_threads(int processes) {
+    const int all = (int)sysconf(_SC_NPROCESSORS_ONLN), ours = omp_get_num_procs();
+    return processes > 1 && ours >= all && !getenv("OMP_NUM_THREADS") ? std::max(1, all / processes) : 0;
+}
+
 // Sets the number of threads of parallel regions from now on.
 inline void set_threads(int n) { omp_set_num_threads(n); }
 

@@ -14,6 +14,7 @@
 //     device()                     one line about the machine, for people
 //     peak_flops(precision)        the most operations a second that the machine can do
 //     check_precision(precision)   throws UsageError, naming the flag, if it cannot compute so
+//     open_ranks()                 the Comm (lib/comm.h) of the processes that train together
 //     memory_available()           bytes of memory that are free
 //     memory_need(config, B, T, trains, recompute, precision)
 //                                  bytes that a model needs, by purpose; throws Error if sizes cannot be
@@ -25,6 +26,7 @@
 // allocates nothing.
 //     cfg                          the sizes
 //     dropout, seed                may be set between steps; they determine the dropout masks
+//     comm                         the ranks, or null where there is one; set before the first step
 //     init_weights(seed)           initial_weights() of every tensor
 //     forward(tokens, targets, B, T, pass)
 //                                  the mean loss over the targets >= 0, without dropout (pass.train is
@@ -33,8 +35,10 @@
 //     accumulate(tokens, targets, B, T, pass)
 //                                  adds the gradients and the loss of one micro-batch to those of the step,
 //                                  each token's share multiplied by pass.grad_scale. It may return before
-//                                  they are computed.
-//     step(adamw, t)               takes step number t, from 1, with what was accumulated. If adamw.takes()
+//                                  they are computed. pass.last says that no other follows in this step:
+//                                  ranks then begin to add up their gradients.
+//     step(adamw, t)               takes step number t, from 1, with what all ranks accumulated. If
+//     adamw.takes()
 //                                  refuses its loss and norm, parameters and moments do not change; the
 //                                  model decides that where it computes the two. Returns the result of
 //                                  step t; or of step t - 1, if a device still computes step t and is not
@@ -50,6 +54,7 @@
 
 #include <type_traits>
 
+#include "lib/comm.h"
 #include "lib/gpt2.h"
 
 // What one forward pass is for. Training keeps activations and applies dropout.
@@ -58,6 +63,7 @@ struct Pass {
     uint32_t step = 0;     // keys the dropout masks
     uint64_t seq0 = 0;     // number of the first sequence within the step's whole batch
     float grad_scale = 1;  // 1 / (tokens of the whole batch)
+    bool last = true;      // the step's last micro-batch
 };
 
 // The result of step number `step` (0: no step yet): its mean loss, and the gradient's norm before clipping.
@@ -110,6 +116,8 @@ constexpr void check_model() {
                   "constructor");
     static_assert(is_same<decltype(M::device()), std::string>::value, "device()");
     static_assert(is_same<decltype(M::peak_flops(Precision())), Peak>::value, "peak_flops()");
+    static_assert(is_same<decltype(M::open_ranks()), std::unique_ptr<Comm>>::value, "open_ranks()");
+    static_assert(is_same<decltype(M::comm), Comm*>::value, "comm");
     static_assert(is_same<decltype(M::memory_available()), size_t>::value, "memory_available()");
     static_assert(is_same<decltype(M::memory_need(declval<const Config&>(), 0, 0, true, 0, Precision())),
                           MemoryNeed>::value,

@@ -163,6 +163,8 @@ inline std::string set_aside(const std::string& dir, const std::vector<std::stri
 
 class RunFolder {
   public:
+    // For a process that does not write to the folder: only names it.
+    void name(const std::string& out) { out_ = dir_ = out; }
     // Locks the folder, which exists, and ends a move that was stopped. Returns what to tell the user, or "".
     std::string open(const std::string& out) {
         out_ = dir_ = out;

@@ -22,6 +22,7 @@
 #include "lib/checkpoint.h"
 #include "lib/flags.h"
 #include "lib/gpt2.h"
+#include "lib/machine.h"
 #include "lib/model.h"
 #include "lib/sampler.h"
 #include "tokenizer/tokenizer.h"
@@ -382,14 +383,17 @@ struct Evaluation {
     }
 };
 
-// Mean loss over the first `tokens` targets of the file (0: all), whatever the batch size.
+// Mean loss over the first `tokens` targets of the file (0: all), whatever the batch size. Each rank
+// evaluates its share of the batches.
 template <class Model>
 Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t tokens,
                     const Tokenizer* tokenizer, std::vector<int>& x, std::vector<int>& y) {
     Evaluation e;
+    Comm alone, &comm = model.comm ? *model.comm : alone;
     double sum = 0;
     size_t chars = 0, end = tokens ? tokens : SIZE_MAX;
-    for (size_t i = 0; i < loader.batches() && i * B * T < end && !g_stop; i++) {
+    for (size_t i = (size_t)comm.rank; i < loader.batches() && i * B * T < end && !g_stop;
+         i += (size_t)comm.world) {
         loader.get(i, x.data(), y.data());
         for (size_t k = 0; k < B * T; k++)
             if (i * B * T + k >= end) y[k] = -1;
@@ -399,6 +403,9 @@ Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, 
             for (size_t k = 0; k < B * T; k++)
                 if (y[k] >= 0) chars += (size_t)tokenizer->chars(y[k]);
     }
+    double all[] = {sum, (double)e.tokens, (double)chars};
+    comm.all_reduce(all, 3);
+    sum = all[0], e.tokens = (size_t)all[1], chars = (size_t)all[2];
     e.nats = sum / (double)std::max<size_t>(e.tokens, 1);
     if (chars) e.nats_per_char = sum / (double)chars;
     return e;
@@ -419,15 +426,36 @@ class Run {
 
     int main() {
         signal(SIGPIPE, SIG_IGN);  // output that nobody reads any more ends nothing: see show()
+        comm_ = Model::open_ranks();
+        if (comm_->world == 1) return run();
+        try {
+            if (!comm_->leads() && !freopen("/dev/null", "w", stdout)) {}  // rank 0 prints
+            return run();
+        } catch (const Error& e) {
+            // What is wrong for all ranks is said by rank 0, which ends the others before they speak.
+            const int code = dynamic_cast<const UsageError*>(&e) ? 2 : 1;
+            if (!comm_->leads()) sleep(1);
+            fflush(stdout);
+            fprintf(stderr, "%s: rank %d: %s\n", Model::PROGRAM, comm_->rank, e.what());
+            comm_->abort(code);
+            return code;
+        }
+    }
+
+  private:
+    int run() {
         Model::require_device();
         if (o_.out.empty()) throw UsageError("--out is empty, wanted a folder");
         while (o_.out.size() > 1 && o_.out.back() == '/') o_.out.pop_back();
+        open_existing_folder();
         if (o_.resume) resume();
         else prepare_run("", "");
         if (o_.max_steps == 0) return only_evaluate();
         settings_text_ = settings_to_keep();
+        if (o_.resume) keep_better_model();
+        if (comm_->world > 1) check_ranks_agree();
         Signals signals;
-        open_logs();
+        if (comm_->leads()) open_logs();
         try {
             train();
         } catch (const LogFile::Full&) {  // what has been learnt is saved, if it can be
@@ -443,7 +471,6 @@ class Run {
         return 0;
     }
 
-  private:
     // Goes on from the last checkpoint in --out.
     void resume() {
         for (const char* flag : {"init_from", "overwrite"})
@@ -452,7 +479,6 @@ class Run {
                     strf("--%s does not go with --resume, which goes on from the last checkpoint in "
                          "--out; leave one of them out",
                          flag));
-        if (!checkpoints_in(o_.out).empty() || file_exists(o_.out + "/.new")) open_existing_folder();
         std::vector<int> steps = checkpoints_in(o_.out);
         if (steps.empty())
             fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
@@ -500,8 +526,6 @@ class Run {
                 find_own(o_.train_data, "train_data", state->fingerprints.train);
                 find_own(o_.val_data, "val_data", state->fingerprints.val);
             }
-        } else if (o_.max_steps && file_exists(o_.out + "/.")) {
-            open_existing_folder();
         } else if (!o_.max_steps && o_.init_from.empty()) {
             throw UsageError("--max_steps 0 evaluates a checkpoint: name one with -e FILE");
         }
@@ -509,12 +533,20 @@ class Run {
         fit_memory(o_.max_steps > 0);
         load_data();
         compare_data(state ? state->fingerprints : Fingerprints());
-        if (o_.max_steps > 0) open_folder(), print_table();  // says what memory is needed before any is taken
+        if (o_.max_steps > 0 && comm_->leads())
+            open_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
     }
 
-    // Locks --out, and finishes what an earlier run in it had begun.
+    // Locks --out, and finishes what an earlier run in it had begun. Rank 0 does it for all.
     void open_existing_folder() {
+        const bool there = o_.resume ? !checkpoints_in(o_.out).empty() || file_exists(o_.out + "/.new")
+                                     : o_.max_steps && file_exists(o_.out + "/.");
+        if (!comm_->leads()) folder_.name(o_.out);
+        else if (there) lock_folder();
+        comm_->barrier();
+    }
+    void lock_folder() {
         const std::string what = folder_.open(o_.out);
         if (!what.empty()) printf("%s\n", what.c_str());
     }
@@ -532,6 +564,7 @@ class Run {
     // Fills in what the command line left open.
     void settle_settings() {
         if (o_.threads > 0) Model::set_threads(o_.threads);
+        else if (int n = machine::fair_threads(comm_->on_host)) Model::set_threads(n);
         precision_ = precision();
         take_depth_names();
         find_data();
@@ -580,7 +613,7 @@ class Run {
         apply_preset_defaults(sizes, cfg_, fine_tunes());
         double tokens = o_.total_batch_size
                             ? o_.total_batch_size
-                            : (double)sizes.batch_size * o_.seq_len * micro_steps_by_default();
+                            : (double)sizes.batch_size * o_.seq_len * micro_steps_by_default() * comm_->world;
         double steps = std::ceil((double)o_.epochs * (double)train_file_->size() / tokens);
         if (steps > INT32_MAX)
             throw UsageError(
@@ -716,13 +749,16 @@ class Run {
             throw UsageError(strf("--batch_size %zu x --seq_len %zu is %zu tokens, wanted at most %d", B_, T_,
                                   tokens, INT32_MAX));
         if (!o_.total_batch_size) {
-            o_.total_batch_size = (int)std::min<size_t>(tokens * micro_steps_by_default(), INT32_MAX);
+            o_.total_batch_size =
+                (int)std::min<size_t>(tokens * micro_steps_by_default() * (size_t)comm_->world, INT32_MAX);
         }
-        if ((size_t)o_.total_batch_size % tokens)
-            throw UsageError(
-                strf("--total_batch_size is %d, wanted a multiple of batch_size x seq_len = %zu x %zu = %zu",
-                     o_.total_batch_size, B_, T_, tokens));
-        micro_steps_ = (size_t)o_.total_batch_size / tokens;
+        const size_t at_once = tokens * (size_t)comm_->world;
+        if ((size_t)o_.total_batch_size % at_once)
+            throw UsageError(strf(
+                "--total_batch_size is %d, wanted a multiple of %sbatch_size x seq_len = %s%zu x %zu = %zu",
+                o_.total_batch_size, comm_->world > 1 ? "ranks x " : "",
+                comm_->world > 1 ? strf("%d x ", comm_->world).c_str() : "", B_, T_, at_once));
+        micro_steps_ = (size_t)o_.total_batch_size / at_once;
         if (flags_.on_command_line("val_batches") && flags_.on_command_line("val_tokens"))
             throw UsageError(
                 "--val_batches and --val_tokens both say how much to validate; leave one of them out");
@@ -748,7 +784,8 @@ class Run {
     void load_data() {
         if (o_.max_steps > 0) {
             train_file_->check_vocab(cfg_.V);
-            train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, o_.shuffle);
+            train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, o_.shuffle,
+                                                          comm_->rank, comm_->world);
             train_loader_->seek(progress_.position);
         }
         if (file_exists(o_.val_data)) {
@@ -766,7 +803,9 @@ class Run {
     // Where memory is short: recomputes more, then accumulates over smaller batches; but never changes what a
     // flag has set.
     void fit_memory(bool trains) {
-        size_t have = Model::memory_available();
+        // What is free for each rank of a machine; of all ranks the least, so that they decide alike.
+        std::vector<size_t> free = comm_->gather(Model::memory_available() / (size_t)comm_->on_host);
+        size_t have = *std::min_element(free.begin(), free.end());
         size_t poem = trains && o_.sample_every && tokenizer_ ? key_value_bytes(cfg_, 1, T_) : 0;
         auto need_of = [&](size_t B, int recompute) {
             return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total() + poem;
@@ -780,7 +819,7 @@ class Run {
             for (size_t bit = (size_t)1 << 24; bit; bit >>= 1)
                 if (fits + bit < B_ && need_of(fits + bit, r) <= have) fits += bit;
             if (flags_.given("total_batch_size"))
-                while (fits && (size_t)o_.total_batch_size % (fits * T_)) fits--;
+                while (fits && (size_t)o_.total_batch_size % (fits * T_ * (size_t)comm_->world)) fits--;
             std::string hint = fits ? strf("--batch_size %zu%s would fit", fits,
                                            r > o_.recompute ? strf(" --recompute %d", r).c_str() : "")
                                     : "not even --batch_size 1 would fit: take a smaller model or --seq_len";
@@ -803,7 +842,7 @@ class Run {
     void build_model(StateReader* state) {
         bool trains = o_.max_steps > 0;
         model_ = std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute, precision_);
-        model_->dropout = o_.dropout, model_->seed = o_.seed;
+        model_->dropout = o_.dropout, model_->seed = o_.seed, model_->comm = comm_.get();
         if (checkpoint_) load_model(*model_, *checkpoint_), checkpoint_.reset();
         else model_->init_weights(o_.seed);
         if (state && trains) state->load_moments(*model_), model_->resumed((uint32_t)progress_.step);
@@ -873,7 +912,7 @@ class Run {
                 "%s: already holds a run; --resume goes on with it, --overwrite starts anew, -o DIR takes "
                 "another folder",
                 o_.out.c_str());
-        if (!folder_.is_open()) open_existing_folder();
+        if (!folder_.is_open()) lock_folder();
         folder_.begin(folder_.final_place(o_.train_data) != o_.train_data);
     }
 
@@ -886,6 +925,29 @@ class Run {
         for (std::string* path : {&o_.data, &o_.train_data, &o_.val_data, &o_.tokenizer})
             if (!path->empty()) *path = std::filesystem::weakly_canonical(folder_.final_place(*path));
         return flags_.values();
+    }
+
+    // Ranks that were started with other flags, data or checkpoints than rank 0 would train another model.
+    void check_ranks_agree() {
+        struct {
+            uint64_t settings, data, model;
+            char host[64];
+        } mine = {checksum_of(settings_text_.data(), settings_text_.size()),
+                  fingerprints_.train ^ fingerprints_.val ^ fingerprints_.tokenizer, model_checksum(*model_),
+                  ""};
+        gethostname(mine.host, sizeof mine.host - 1);
+        auto all = comm_->gather(mine);
+        for (size_t r = 1; r < all.size(); r++) {
+            const char* what = all[r].settings != all[0].settings ? "flags"
+                               : all[r].data != all[0].data       ? "data"
+                               : all[r].model != all[0].model     ? "model"
+                                                                  : nullptr;
+            if (what)
+                fail(
+                    "rank %zu on %s has other %s than rank 0 on %s; start all ranks with the same flags and "
+                    "files",
+                    r, all[r].host, what, all[0].host);
+        }
     }
 
     void open_logs() {
@@ -901,7 +963,6 @@ class Run {
             return sscanf(line.c_str(), "s:%d %3s", &s, kind) == 2 &&
                    (strcmp(kind, "trl") && !pending ? s <= at : s < at);
         };
-        if (o_.resume) keep_better_model();
         const std::string dir = folder_.dir();
         csv_ = std::make_unique<LogFile>(dir + "/log.csv", CSV_HEADER,
                                          o_.resume ? keep_csv : std::function<bool(const std::string&)>());
@@ -959,6 +1020,9 @@ class Run {
         row("program", version_);
         auto size = [](size_t b) { return human_bytes((double)b); };
         row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
+        if (comm_->world > 1)
+            row("ranks",
+                strf("%d, of which %d on this machine; each as above", comm_->world, comm_->on_host));
         row("model", cfg_.text());
         row("parameters",
             commas(num_params(cfg_)) + (o_.init_from.empty() ? strf(" (random, seed %" PRIu64 ")", o_.seed)
@@ -968,7 +1032,7 @@ class Run {
                                   (double)o_.max_steps * o_.total_batch_size / (double)train_file_->size()));
         row("validation data", val_file_ ? o_.val_data + ": " + validated() : "none");
         row("batch",
-            strf("%zu x %zu tokens%s", B_, T_,
+            strf("%s%zu x %zu tokens%s", comm_->world > 1 ? strf("%d x ", comm_->world).c_str() : "", B_, T_,
                  micro_steps_ > 1
                      ? strf(", %zu accumulated: %d a step", micro_steps_, o_.total_batch_size).c_str()
                      : ""));
@@ -1030,17 +1094,17 @@ class Run {
             const int step = started_;
             const bool validate_now = validation_due(step), sample_now = sample_due(step);
             bool last = step >= o_.max_steps || (done_before && patience_ends()),
-                 save_now = step && (last || due(o_.save_every, step)), stop = g_stop;
+                 save_now = step && (last || due(o_.save_every, step)), stop = any_stops();
             if (!done_before && (last || stop || validate_now || sample_now || save_now)) {
                 drain();
-                follow_folder();
+                if (comm_->leads()) follow_folder();
                 Evaluation e;
                 progress_.pending = validate_now && (stop || !validate(&e));
                 if (validate_now && !progress_.pending) write_row(&e);
-                stop = stop || g_stop;
+                stop = stop || any_stops();
                 if (patience_ends()) last = save_now = true;
-                if (sample_now && !stop) sample();
-                if (step && (save_now || stop)) save();
+                if (sample_now && !stop && comm_->leads()) sample();
+                if (step && (save_now || stop) && comm_->leads()) save();
             }
             if (stop) return say_stopped(step);
             if (last) break;
@@ -1049,6 +1113,8 @@ class Run {
         end_line();
         say_finished();
     }
+    // Was any rank asked to stop? Then all do, after the same step.
+    bool any_stops() { return comm_->sum(g_stop ? 1 : 0) > 0; }
     bool validates() const { return val_loader_ && o_.val_every; }
     static bool due(int every, int step) { return every && step % every == 0; }
     // Have --patience validations passed since the best one?
@@ -1099,8 +1165,8 @@ class Run {
             train_loader_->next((int)B_, x_.data(), y_.data());
             Pass pass;
             pass.train = true, pass.step = (uint32_t)step;
-            pass.seq0 = train_loader_->position() - B_ - first_window;
-            pass.grad_scale = 1.0f / (float)o_.total_batch_size;
+            pass.seq0 = train_loader_->position() - B_ * (size_t)(comm_->world - comm_->rank) - first_window;
+            pass.grad_scale = 1.0f / (float)o_.total_batch_size, pass.last = m + 1 == micro_steps_;
             model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
         }
         AdamW a;
@@ -1147,6 +1213,7 @@ class Run {
         last.norm = r.norm, last.lr = (double)lr_of(step), last.seconds = s;
         if (o_.skip_loss_z > 0) losses_.add(r.loss);
         if (o_.skip_norm_z > 0) norms_.add(r.norm);
+        if (!comm_->leads()) return;
         log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, last.loss, last.lr, last.norm));
         report();
         if (const AdamW& a = adamw_[r.step % 2]; !a.takes(r)) {
@@ -1166,7 +1233,8 @@ class Run {
         bool terminal = isatty(1);
         if (!terminal && step % o_.log_every && step != o_.max_steps) return;
         auto& r = progress_.last;
-        double flops = step_flops(cfg_, (double)B_ * (double)micro_steps_, (double)T_) / r.seconds;
+        double flops =
+            step_flops(cfg_, (double)B_ * (double)micro_steps_, (double)T_) / r.seconds;  // a rank's
         struct {
             int rank;  // the last to go where the terminal is narrow has rank 0
             std::string text;
@@ -1201,21 +1269,20 @@ class Run {
     // from counts too, so that model.bin is never worse.
     bool validate(Evaluation* e) {
         *e = evaluate(*model_, *val_loader_, B_, T_, (size_t)o_.val_tokens, tokenizer_.get(), x_, y_);
-        if (g_stop) return false;
+        if (any_stops()) return false;
         end_line();
         // The step of keep_better_model() comes again: the log has rounded the same loss.
         const bool again = progress_.step && progress_.step == progress_.best_step &&
                            strf("%.9g", e->nats) == strf("%.9g", progress_.best_val);
         bool best = again || ((progress_.step || fine_tunes()) && e->nats < progress_.best_val);
         if (best) {
-            save_best();
-            take_place();
+            if (comm_->leads()) save_best(), take_place();
             progress_.best_val = e->nats, progress_.best_step = progress_.step;
         }
         if (std::isfinite(e->nats)) {
             printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(),
                    best ? strf(" (best so far: %s/model.bin)", folder_.dir().c_str()).c_str() : "");
-            log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
+            if (comm_->leads()) log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
         } else {
             printf("validation after step %d: the loss is not finite; this model is not kept\n",
                    progress_.step);
@@ -1225,6 +1292,7 @@ class Run {
     }
 
     void write_row(const Evaluation* e) {
+        if (!comm_->leads()) return;
         std::string s = std::to_string(progress_.step);
         const auto& r = progress_.last;
         if (progress_.step) s += strf(",%.9g,%.9g", r.loss, r.smoothed);
@@ -1306,6 +1374,7 @@ class Run {
         return s;
     }
 
+    std::unique_ptr<Comm> comm_;
     const std::string version_ = version_text(Model::PROGRAM, numbers());
     Flags flags_;
     Options o_;

@@ -1,0 +1,62 @@
+// comm.h - the processes that train one model together. Each is a rank, 0 to world - 1, computes its share of
+// every batch, and holds the whole model. Rank 0 prints, logs and saves.
+//
+// Collective functions combine numbers of all ranks. Every rank must call the same ones in the same order,
+// with the same sizes; a rank that does not come makes the others wait. A sum has the same bits on all ranks.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "lib/io.h"
+
+class Comm {
+  public:
+    virtual ~Comm() = default;
+    int rank = 0, world = 1;
+    int on_host = 1;  // ranks on this machine, which share its processors and memory
+    bool leads() const { return rank == 0; }
+
+    // x[i] becomes the sum of all ranks' x[i].
+    virtual void all_reduce(double*, size_t) {}
+    // The same, started and not waited for: x must not be touched until finish(), which ends all that was
+    // started. Its parts may be computed while the caller goes on.
+    virtual void start_all_reduce(float*, size_t) {}
+    virtual void finish() {}
+    // all (world x bytes) becomes what the ranks have in `mine`, rank after rank.
+    virtual void all_gather(void* all, const void* mine, size_t bytes) { memcpy(all, mine, bytes); }
+    // data of rank 0 on all ranks.
+    virtual void broadcast(void*, size_t) {}
+    // Returns when all ranks have called it.
+    virtual void barrier() {}
+    // Ends all ranks, because this one cannot go on; the program's exit code is `code`.
+    virtual void abort(int code) { (void)code; }
+
+    double sum(double x) { return all_reduce(&x, 1), x; }
+    // Every rank's x.
+    template <class T>
+    std::vector<T> gather(const T& x) {
+        std::vector<T> all((size_t)world);
+        all_gather(all.data(), &x, sizeof x);
+        return all;
+    }
+};
+
+// A process that trains alone. Throws Error, with what to do `instead`, where it was started as one of
+// several.
+inline std::unique_ptr<Comm> one_rank(const char* instead) {
+    for (const char* size : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"})
+        if (const char* n = getenv(size); n && atoi(n) > 1)
+            fail("started as one of %s processes (%s); %s", n, size, instead);
+    return std::make_unique<Comm>();
+}
+
+// The ranks of the CPU trainer. lib/comm_mpi.cpp, which `make MPI=1` links into it, replaces this by MPI's.
+#ifndef ARAPOET_MPI
+__attribute__((weak)) std::unique_ptr<Comm> open_comm() {
+    return one_rank("make MPI=1 builds a train_gpt2 for several");
+}
+#endif

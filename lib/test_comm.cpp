@@ -1,0 +1,322 @@
+// test_comm.cpp - several ranks train as one does. The ranks are processes of this machine, which add up
+// through shared memory, in the order of ranks; dev/test_mpi.sh does the same over MPI.
+#include <doctest/doctest.h>
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+
+#define ARAPOET_NO_MAIN
+#include "train_gpt2.cpp"
+
+#include "dev/test_util.h"
+#include "lib/trainer.h"
+
+namespace {
+
+using namespace test;
+
+// What the ranks share.
+struct Shared {
+    static constexpr size_t BYTES = 1 << 16;
+    pthread_barrier_t barrier;
+    int world;
+    char slots[8][BYTES];  // each rank's numbers
+};
+
+class SharedComm final : public Comm {
+  public:
+    SharedComm(Shared* shared, int rank_) : s_(shared) { rank = rank_, world = on_host = shared->world; }
+    void barrier() override { pthread_barrier_wait(&s_->barrier); }
+    void all_reduce(double* x, size_t n) override { sum_up(x, n); }
+    // Computed only in finish(), so that a model that reads or writes too early is found: until then, NaN.
+    void start_all_reduce(float* x, size_t n) override {
+        started_.push_back({x, {x, x + n}});
+        std::fill(x, x + n, NAN);
+    }
+    void finish() override {
+        for (auto& [x, values] : started_) {
+            for (size_t i = 0; i < values.size(); i++)
+                if (!std::isnan(x[i])) fail("gradients were written while they were added up");
+            sum_up(values.data(), values.size());
+            std::copy(values.begin(), values.end(), x);
+        }
+        started_.clear();
+    }
+    void all_gather(void* all, const void* mine, size_t bytes) override {
+        memcpy(s_->slots[rank], mine, bytes);
+        barrier();
+        for (int r = 0; r < world; r++) memcpy((char*)all + (size_t)r * bytes, s_->slots[r], bytes);
+        barrier();
+    }
+    void broadcast(void* data, size_t bytes) override {
+        if (leads()) memcpy(s_->slots[0], data, bytes);
+        barrier();
+        memcpy(data, s_->slots[0], bytes);
+        barrier();
+    }
+    void abort(int code) override {
+        fflush(stderr);
+        for (int r = 0; r < world; r++)
+            if (r != rank && pids[r] > 0) kill(pids[r], SIGKILL);
+        _exit(code);
+    }
+    static inline pid_t* pids;  // shared, too
+
+  private:
+    template <class N>
+    void sum_up(N* x, size_t n) {
+        constexpr size_t PART = Shared::BYTES / sizeof(N);
+        for (size_t i = 0; i < n; i += PART) {
+            size_t count = std::min(PART, n - i);
+            memcpy(s_->slots[rank], x + i, count * sizeof(N));
+            barrier();
+            for (size_t k = 0; k < count; k++) {
+                N sum = 0;
+                for (int r = 0; r < world; r++) sum += ((N*)s_->slots[r])[k];
+                x[i + k] = sum;
+            }
+            barrier();
+        }
+    }
+    Shared* s_;
+    std::vector<std::pair<float*, Floats>> started_;
+};
+
+// A model of one of the ranks of this process's group. Where asked to, one rank is told to stop in a step.
+struct RankModel : cpu::GPT2 {
+    using cpu::GPT2::GPT2;
+    static inline Shared* shared = nullptr;
+    static inline int rank = 0, told_to_stop = -1;
+    static constexpr uint32_t STOP_STEP = 4;
+    static std::unique_ptr<Comm> open_ranks() { return std::make_unique<SharedComm>(shared, rank); }
+    StepResult step(const AdamW& a, uint32_t t) {
+        if (rank == told_to_stop && t == STOP_STEP) raise(SIGTERM);
+        return cpu::GPT2::step(a, t);
+    }
+};
+
+struct Outcome {
+    std::vector<int> codes;
+    std::string out, err;  // of all ranks
+};
+
+// Runs the trainer in `world` processes; rank r gets flags(r).
+template <class F>
+Outcome run_ranks(int world, F flags, int told_to_stop = -1) {
+    TempDir dir;
+    void* memory =
+        mmap(nullptr, sizeof(Shared) + 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(memory != MAP_FAILED);
+    Shared* s = (Shared*)memory;
+    SharedComm::pids = (pid_t*)((char*)memory + sizeof(Shared));
+    s->world = world;
+    pthread_barrierattr_t attr;
+    pthread_barrierattr_init(&attr), pthread_barrierattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
+    pthread_barrier_init(&s->barrier, &attr, (unsigned)world);
+    fflush(stdout), fflush(stderr);
+    for (int r = 0; r < world; r++) {
+        pid_t pid = fork();
+        if (pid) {
+            SharedComm::pids[r] = pid;
+            continue;
+        }
+        alarm(60);                                          // ranks that wait for each other for ever
+        while (!SharedComm::pids[world - 1]) usleep(1000);  // until all have been started
+        for (auto [name, fd] : {std::pair<const char*, int>{"out", 1}, {"err", 2}})
+            dup2(open((dir / name).c_str(), O_WRONLY | O_CREAT | O_APPEND, 0600), fd);
+        std::vector<std::string> words = flags(r);
+        words.insert(words.begin(), "train_gpt2");
+        words.insert(words.end(), {"--threads", "1"});  // a parent's threads do not survive fork()
+        std::vector<char*> argv;
+        for (std::string& w : words) argv.push_back(&w[0]);
+        RankModel::shared = s, RankModel::rank = r, RankModel::told_to_stop = told_to_stop;
+        int code = run_main("train_gpt2", [&] {
+            return trainer::Run<RankModel, cpu::Decoder>((int)argv.size(), argv.data()).main();
+        });
+        fflush(stdout), fflush(stderr);
+        _exit(code);
+    }
+    Outcome o;
+    for (int r = 0; r < world; r++) {
+        int status;
+        waitpid(SharedComm::pids[r], &status, 0);
+        o.codes.push_back(WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+    }
+    o.out = read_file(dir / "out"), o.err = read_file(dir / "err");
+    munmap(memory, sizeof(Shared) + 4096);
+    return o;
+}
+void check_all_succeed(const Outcome& o) {
+    INFO(o.err << o.out);
+    for (int code : o.codes) CHECK(code == 0);
+    CHECK(o.err == "");
+}
+
+// Data of 700 random tokens, and the flags of a small model of it.
+struct Fixture {
+    TempDir dir;
+    Fixture() {
+        Tokenizer tokenizer = Tokenizer::characters("abcdefghij");
+        tokenizer.save(dir / "tokenizer.bin");
+        std::vector<uint16_t> text;
+        for (int t : Random(91).tokens(700, tokenizer.vocab_size())) text.push_back((uint16_t)t);
+        write_tokens(dir / "train.bin", text), write_tokens(dir / "val.bin", text);
+    }
+    std::vector<std::string> flags(const std::string& out, std::vector<std::string> more) const {
+        std::vector<std::string> f = {"--data",
+                                      dir.path,
+                                      "-o",
+                                      dir / out,
+                                      "--depth",
+                                      "2",
+                                      "--heads",
+                                      "2",
+                                      "--channels",
+                                      "16",
+                                      "-t",
+                                      "16",
+                                      "--total_batch_size",
+                                      "192",
+                                      "--dropout",
+                                      "0.1",
+                                      "--max_steps",
+                                      "6",
+                                      "--val_every",
+                                      "2",
+                                      "--sample_every",
+                                      "0",
+                                      "--save_every",
+                                      "3",
+                                      "--keep",
+                                      "9"};
+        f.insert(f.end(), more.begin(), more.end());
+        return f;
+    }
+    Outcome run(int world, const std::string& out, std::vector<std::string> more,
+                int told_to_stop = -1) const {
+        return run_ranks(
+            world, [&](int) { return flags(out, more); }, told_to_stop);
+    }
+    Floats weights(const std::string& out, int step = 6) const {
+        ModelReader r(trainer::numbered(dir / out, "model", step));
+        Floats w(num_params(r.cfg));
+        r.read(w.data(), w.size());
+        return w;
+    }
+    // The losses, validation losses and norms in log.csv.
+    Floats logged(const std::string& out) const {
+        Floats numbers;
+        std::istringstream rows(read_file(dir / out + "/log.csv"));
+        std::string row, field;
+        std::getline(rows, row);
+        while (std::getline(rows, row)) {
+            std::istringstream fields(row);
+            for (int i = 0; std::getline(fields, field, ',') && i < 6; i++)
+                numbers.push_back(field.empty() ? 0 : std::stof(field));
+        }
+        return numbers;
+    }
+};
+
+}  // namespace
+
+TEST_CASE("ranks: N ranks with the same total batch come to one rank's losses and weights") {
+    Fixture f;
+    for (const char* dtype : {"fp32", "bf16"}) {
+        const double most = *dtype == 'f' ? 1e-6 : 1e-3;
+        auto train = [&](int world, const char* batch) {
+            const std::string out = strf("%s_%d_%s", dtype, world, batch);
+            Outcome o = f.run(world, out, {"-b", batch, "--dtype", dtype});
+            check_all_succeed(o);
+            if (world > 1) CHECK(contains(o.out, strf("ranks            %d, of which %d", world, world)));
+            return out;
+        };
+        const std::string one = train(1, "12");
+        const Floats weights = f.weights(one), losses = f.logged(one);
+        const Doubles want(weights.begin(), weights.end()), want_losses(losses.begin(), losses.end());
+        REQUIRE(losses.size() == 7 * 6);
+        struct {
+            int world;
+            const char* batch;
+        } cases[] = {{2, "6"}, {3, "4"}, {4, "3"}, {2, "3"}, {2, "1"}, {3, "2"}};  // some accumulate
+        for (auto& c : cases) {
+            CAPTURE(c.world);
+            const std::string out = train(c.world, c.batch);
+            check_close(strf("ranks, weights, %s", dtype), f.weights(out), want, most);
+            check_close(strf("ranks, losses and norms, %s", dtype), f.logged(out), want_losses, most);
+        }
+    }
+}
+
+TEST_CASE("ranks: a run resumes bit for bit on as many ranks, and to 1e-6 on others") {
+    Fixture f;
+    check_all_succeed(f.run(2, "whole", {"-b", "6"}));
+    const Floats whole = f.weights("whole");
+    for (int world : {2, 1, 3}) {
+        CAPTURE(world);
+        const std::string out = strf("resumed_%d", world);
+        std::filesystem::copy(f.dir / "whole", f.dir / out);
+        for (const char* kind : {"model", "state"}) unlink(trainer::numbered(f.dir / out, kind, 6).c_str());
+        Outcome o = run_ranks(world, [&](int) {
+            std::vector<std::string> words = {"--resume", "-o", f.dir / out};
+            if (world == 3) words.insert(words.end(), {"-b", "4"});
+            return words;
+        });
+        check_all_succeed(o);
+        if (world == 2) CHECK(f.weights(out) == whole);
+        check_close("ranks, resumed", f.weights(out), Doubles(whole.begin(), whole.end()), 1e-6);
+        CHECK(f.logged(out).size() == 7 * 6);
+    }
+}
+
+TEST_CASE("ranks: a signal to one of them stops all after the same step, with a checkpoint") {
+    Fixture f;
+    check_all_succeed(f.run(1, "whole", {"-b", "12"}));
+    for (int told : {0, 2}) {
+        const std::string out = strf("stopped_%d", told);
+        Outcome o = f.run(3, out, {"-b", "4"}, told);
+        check_all_succeed(o);
+        CHECK(contains(o.out, "stopped by SIGTERM after step 4; go on with: "));
+        CHECK(file_exists(trainer::numbered(f.dir / out, "state", 4)));
+        check_all_succeed(run_ranks(3, [&](int) {
+            return std::vector<std::string>{"--resume", "-o", f.dir / out};
+        }));
+        const Floats whole = f.weights("whole");
+        check_close("ranks, stopped and resumed", f.weights(out), Doubles(whole.begin(), whole.end()), 1e-6);
+    }
+}
+
+TEST_CASE("ranks: what cannot go on together ends all of them, with one line that names the rank") {
+    Fixture f;
+    auto refused = [&](std::vector<std::string> all, int other, std::vector<std::string> more, int code = 1) {
+        Outcome o = run_ranks(2, [&](int r) {
+            std::vector<std::string> words = f.flags("refused", all);
+            if (r == other) words.insert(words.end(), more.begin(), more.end());
+            return words;
+        });
+        for (int c : o.codes) CHECK((c == code || c == 128 + SIGKILL));
+        CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+        CHECK(!file_exists(f.dir / "refused/model.bin"));
+        std::filesystem::remove_all(f.dir / "refused");
+        return o.err;
+    };
+    std::string e = refused({"-b", "6"}, 1, {"--learning_rate", "0.5"});
+    CHECK(contains(e, "train_gpt2: rank 0: rank 1 on "));
+    CHECK(contains(e, " has other flags than rank 0 on "));
+    std::filesystem::create_directory(f.dir / "other");
+    for (const char* name : {"tokenizer.bin", "val.bin", "train.bin"})
+        std::filesystem::copy(f.dir / name, f.dir / "other/" + name);
+    std::string tokens = read_file(f.dir / "other/train.bin");
+    std::swap(tokens[1024], tokens[1026]), std::swap(tokens[1028], tokens[1034]);
+    write_file(f.dir / "other/train.bin", tokens);
+    e = refused({"-b", "6"}, 1, {"-i", f.dir / "other/train.bin"});
+    CHECK(contains(e, "rank 1 on "));
+    e = refused({"-b", "5"}, -1, {}, 2);
+    CHECK(contains(e,
+                   "rank 0: --total_batch_size is 192, wanted a multiple of ranks x batch_size x seq_len = "
+                   "2 x 5 x 16 = 160"));
+    e = refused({"-b", "6", "--data", f.dir / "nowhere"}, -1, {});
+    CHECK(contains(e, "rank 0: " + (f.dir / "nowhere") + "/train.bin: not found"));
+    e = refused({"-b", "6"}, 1, {"--data", f.dir / "nowhere"});
+    CHECK(contains(e, "rank 1: " + (f.dir / "nowhere") + "/train.bin: not found"));
+}
