@@ -571,6 +571,8 @@ struct GPT2 : States {
     StepResult step(const AdamW& a, uint32_t t) {
         if (ranks()) comm->finish(), comm->all_reduce(&step_loss_, 1);
         StepResult r = {step_loss_, grad_norm(), t};
+        if (ranks())
+            comm->broadcast(&r, sizeof r);  // so that all clip and skip alike, whatever their processor
         step_loss_ = 0;
         if (a.takes(r))
             update(a, t, a.grad_clip > 0 && r.norm > a.grad_clip ? (float)(a.grad_clip / r.norm) : 1.0f);
@@ -823,9 +825,9 @@ struct GPT2 : States {
         return loss;
     }
 
+    bool ranks() const { return comm && comm->world > 1; }
     // In a step's last micro-batch, starts to add up the ranks' gradients of a part of the model that
     // backward has finished, while it goes on with the part before.
-    bool ranks() const { return comm && comm->world > 1; }
     void add_up_ranks(Part part, size_t l = 0) {
         if (!ranks() || !pass_.last) return;
         auto [at, n] = ParamLayout(cfg).range(part, l);

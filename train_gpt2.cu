@@ -2488,8 +2488,8 @@ struct GPT2 {
             "--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
             BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
     }
-    // Free bytes, less what CUDA itself will allocate for kernels and graphs.
     static std::unique_ptr<Comm> open_ranks() { return one_rank("this trainer uses one GPU: start it once"); }
+    // Free bytes, less what CUDA itself will allocate for kernels and graphs.
     static size_t memory_available() {
         size_t free_bytes, total;
         CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));

@@ -39,6 +39,10 @@ test-layers: $(BUILD)/test_gpt2 | $(call named,test)
 # The CPU trainer over MPI, on this machine
 $(BUILD)/train_gpt2_mpi: $(BUILD)/train_gpt2.o $(BUILD)/lib/comm_mpi.o $(BUILD)/lib/version.o $(GEMM:%=$(BUILD)/%)
 	$(call link,$(BUILD)) $(MPI_LIBS)
+# It also starts ./train_gpt2, without MPI.
+ifneq ($(and $(mpi),$(call named,test-mpi)),)
+$(error make test-mpi: leave MPI=1 out)
+endif
 test-mpi: $(BUILD)/train_gpt2_mpi $(PROGRAMS) | $(call named,test test-layers)
 	@dev/test_mpi.sh $<
 

@@ -175,6 +175,13 @@ Strings with_prefix(const std::string& folder, const std::string& prefix) {
         if (name.compare(0, prefix.size(), prefix) == 0) found.push_back(name);
     return found;
 }
+// The lines of a text that contain `part`.
+Strings with_line(const std::string& text, const std::string& part) {
+    Strings found;
+    for (const std::string& line : lines(text))
+        if (contains(line, part)) found.push_back(line);
+    return found;
+}
 bool holds_temporary_file(const std::string& folder) {
     for (const std::string& name : files_in(folder))
         if (contains(name, ".tmp")) return true;
@@ -354,6 +361,7 @@ TEST_CASE("cli: --version names version, commit, compiler and instructions; log 
         CHECK(version.compare(0, strlen(name) + 3, std::string(name) + " 0.") == 0);
         CHECK(contains(version, " (commit "));
         if (file_exists(".git")) CHECK(!contains(version, "commit unknown"));
+        CHECK(!contains(version, "(commit )"));
         CHECK(contains(version, "++ "));
         CHECK(version.find(',') == std::string::npos);  // it is a field of log.csv
         CHECK(contains(version, "computes in fp32 and bf16") == (name == std::string("train_gpt2")));
@@ -624,6 +632,29 @@ TEST_CASE("cli: a finished run goes on with a longer --max_steps") {
     CHECK(contents_of(d / "b") == before);
 }
 
+TEST_CASE("cli: a resumed run skips the same outliers as one that was never stopped") {
+    TempDir d;
+    check_success(train(tiny().flags() +
+                        "--val_every 0 --skip_norm_z 0.5 --max_steps 160 --save_every 140 -o " +
+                        (d / "whole")));
+    std::filesystem::copy(d / "whole", d / "run");
+    for (const char* kind : {"model", "state"})
+        std::filesystem::remove(d / strf("run/%s_00000160.bin", kind));
+    Result r = train("--resume -o " + (d / "run"));
+    check_success(r);
+    CHECK(contains(r.out, " was skipped: its gradient norm is "));
+    check_same_run(d / "run", d / "whole", 160);
+}
+
+TEST_CASE("cli: a run that was given relative paths is resumed from any folder") {
+    TempDir d;
+    std::filesystem::copy(tiny().data, d / "data");
+    check_success(run(
+        {"/bin/sh", "-c",
+         "here=$PWD; cd " + d.path + " && $here/train_gpt2 --data data" + MODEL + "--max_steps 2 -o run"}));
+    check_success(train("--resume --max_steps 3 -o " + (d / "run")));
+}
+
 TEST_CASE("cli: --resume fails where there is nothing to resume") {
     TempDir d;
     check_failure(train("--resume -o " + (d / "none")), "train_gpt2", 1, {d / "none", "no checkpoint"});
@@ -770,6 +801,46 @@ TEST_CASE("cli: going back to an earlier checkpoint keeps a better model.bin of 
     check_success(train("--resume -o " + (d / "same")));
     CHECK((read_file(d / "same/model.bin") == best));
     CHECK((read_file(d / "same/model_00000006.bin") == best));
+}
+
+TEST_CASE("cli: after going back, the best step is the best again when it is repeated") {
+    for (int last : {3, 4, 5, 6}) {  // log.csv rounds the loss to nine digits, up or down
+        TempDir d;
+        check_success(train(tiny().flags() + "--lr_schedule constant --learning_rate 0.01 --val_every 1 " +
+                            strf("--max_steps %d --save_every %d -o ", last, last - 1) + (d / "run")));
+        for (const char* kind : {"model", "state"})
+            std::filesystem::remove(d / strf("run/%s_%08d.bin", kind, last));
+        CHECK(contains(train("--resume -o " + (d / "run")).out, "(best so far: "));
+    }
+}
+
+TEST_CASE("cli: after going back, a later loss does not count if validation now uses other tokens") {
+    TempDir d;
+    check_success(train(tiny().flags() +
+                        "--lr_schedule constant --learning_rate 0.01 --val_every 1 "
+                        "--max_steps 6 --save_every 3 -o " +
+                        (d / "run")));
+    for (const char* kind : {"model", "state"})
+        std::filesystem::remove(d / strf("run/%s_00000006.bin", kind));
+    Result r = train("--resume --learning_rate 1 --val_tokens 20 -o " + (d / "run"));  // unlearns
+    check_success(r);
+    CHECK(contains(r.out, "model.bin was the best by the earlier validations"));
+}
+
+TEST_CASE("cli: without validations model.bin is the last model that was saved") {
+    TempDir d;
+    check_success(train(tiny().flags() + "--val_every 0 --max_steps 4 --save_every 2 -o " + (d / "run")));
+    CHECK((read_file(d / "run/model.bin") == read_file(d / "run/model_00000004.bin")));
+}
+
+TEST_CASE("cli: a resumed run whose validation data are missing fails, but not with --val_every 0") {
+    TempDir d;
+    std::filesystem::copy(tiny().data, d / "data");
+    check_success(train("--data " + (d / "data") + MODEL + "--max_steps 2 -o " + (d / "run")));
+    std::filesystem::remove(d / "data/val.bin");
+    std::string again = "--resume --max_steps 4 -o " + (d / "run");
+    check_failure(train(again), "train_gpt2", 1, {(d / "data/val.bin: not found"), "--val_every 0 goes on"});
+    check_success(train(again + " --val_every 0"));
 }
 
 TEST_CASE("cli: a folder that holds a run is not overwritten without --overwrite") {
@@ -1042,6 +1113,9 @@ TEST_CASE("cli: --epochs counts passes over the tokens; --patience ends without 
     CHECK(last == best + 6);
     CHECK(loads_and_is_finite((d / "c") + strf("/model_%08d.bin", last)));
     CHECK(contains(r.out, strf("Best validation loss")));
+    auto before = contents_of(d / "c");
+    check_success(train("--resume -o " + (d / "c")));  // it has ended, and nothing changes
+    CHECK(contents_of(d / "c") == before);
 }
 
 TEST_CASE("cli: -e d6 is a new model of that depth; shards with --shuffle 0 are read in order") {
@@ -1156,6 +1230,53 @@ TEST_CASE("cli: a disk that is full while saving leaves the old checkpoint whole
         check_success(train(again));
         check_same_run(d / "run", d / "whole", 8);
     }
+}
+
+TEST_CASE("cli: a log cut off by a full disk costs no validation; a full disk later, no checkpoint") {
+    TempDir d;
+    auto check_each_step_is_logged_once = [](const std::string& folder) {
+        Strings steps = Log(folder).column("step");
+        CHECK(steps.back() == "240");
+        for (size_t i = 1; i < steps.size(); i++) CHECK(std::stoi(steps[i]) == std::stoi(steps[i - 1]) + 1);
+        Strings losses = with_line(read_file(folder + "/main.log"), " trl:");
+        REQUIRE(losses.size() == 240);
+        for (size_t i = 0; i < losses.size(); i++) CHECK(losses[i].find(strf("s:%zu trl:", i)) == 0);
+    };
+    const std::string out = d / "run", again = "--resume -o " + out;
+    // The model and its state are so small that the log is what does not fit.
+    std::string flags = "--data " + tiny().data +
+                        " --depth 1 --heads 1 --channels 4 --seq_len 16 --batch_size 1 --sample_every 0 "
+                        "--max_steps 240 --val_every 1 --val_batches 2 --save_every 0 -o ";
+    check_success(train(flags + (d / "whole")));
+    How how;
+    how.file_limit = 15000;
+    check_failure(train(flags + out, how), "train_gpt2", 1, {out + "/log.csv: cannot write"});
+    REQUIRE(with_prefix(out, "state_").size() == 1);
+    const std::string state = out + "/" + with_prefix(out, "state_")[0],
+                      model = out + "/" + with_prefix(out, "model_")[0], before = read_file(state);
+    REQUIRE(state != out + "/state_00000240.bin");
+    std::filesystem::copy(out, d / "copy");
+    check_success(train(again));
+    check_same_run(out, d / "whole", 240);
+    // Without the logs, the same step is validated and saved once more, and now the state does not fit.
+    std::filesystem::remove_all(out), std::filesystem::rename(d / "copy", out);
+    for (const char* log : {"/log.csv", "/main.log"}) std::filesystem::remove(out + log);
+    how.file_limit = before.size() - 1;
+    check_failure(train(again + " --save_every 1", how), "train_gpt2", 1, {state + ": cannot write"});
+    CHECK((read_file(state) == before));
+    CHECK(file_exists(model));
+    write_file(out + "/main.log", read_file((d / "whole") + "/main.log"));
+    check_success(train(again));
+    check_each_step_is_logged_once(out);
+    // The row that did not fit is written when the run is resumed, in both logs, validated or not.
+    for (const char* every : {" --val_every 0", " --val_every 7"})
+        for (rlim_t limit : {before.size() + 1500, before.size() + 3000}) {
+            std::filesystem::remove_all(out);
+            how.file_limit = limit;
+            check_failure(train(flags + out + every, how), "train_gpt2", 1, {": cannot write"});
+            check_success(train(again));
+            check_each_step_is_logged_once(out);
+        }
 }
 
 TEST_CASE("cli: prepare_data on a full disk leaves the old files as they were") {

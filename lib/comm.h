@@ -22,18 +22,18 @@ class Comm {
 
     // x[i] becomes the sum of all ranks' x[i].
     virtual void all_reduce(double*, size_t) {}
-    // The same, started and not waited for: x must not be touched until finish(), which ends all that was
-    // started. Its parts may be computed while the caller goes on.
+    // The same, started and not waited for: x must not be touched until finish(), which waits for all that
+    // was started. The sum may be computed in the background.
     virtual void start_all_reduce(float*, size_t) {}
     virtual void finish() {}
     // all (world x bytes) becomes what the ranks have in `mine`, rank after rank.
     virtual void all_gather(void* all, const void* mine, size_t bytes) { memcpy(all, mine, bytes); }
-    // data of rank 0 on all ranks.
+    // Copies rank 0's data to all ranks.
     virtual void broadcast(void*, size_t) {}
     // Returns when all ranks have called it.
     virtual void barrier() {}
-    // Ends all ranks, because this one cannot go on; the program's exit code is `code`.
-    virtual void abort(int code) { (void)code; }
+    // Ends the other ranks, because this one cannot go on; the program's exit code is `code`.
+    virtual void abort(int) {}
 
     double sum(double x) { return all_reduce(&x, 1), x; }
     // Every rank's x.

@@ -152,7 +152,11 @@ class Flags {
             const bool help_asked = a == "--help" || a == "-h" || a == "-?";
             if (help_asked) help(stdout);
             if (a == "--version") printf("%s\n", version_.c_str());
-            if (help_asked || a == "--version") exit(fflush(stdout) && errno != EPIPE ? 1 : 0);
+            if (help_asked || a == "--version") {
+                if (fflush(stdout) && errno != EPIPE)
+                    fail("standard output: cannot write: %s", strerror(errno));
+                exit(0);
+            }
             if (a.size() < 2 || a[0] != '-') {
                 if (!pos_) throw UsageError(strf("'%s' is not a flag; --help lists them", a.c_str()));
                 pos_->push_back(a);

@@ -1,11 +1,10 @@
 // io.h - errors and files.
 //
-// Every program of this project reports a user's mistake as one line and exit code 1 (2 for the command
-// line):
-//     throw through fail("out/model.bin: version is 7, wanted 3 or 5") and end main in run_main().
-// Files are little-endian. A Reader checks every length against the file's true size. An AtomicFile
-// is written under a temporary name, synced, and renamed, so that a crash or a full disk leaves the
-// old file whole.
+// Every program of this project reports a mistake as one line, with exit code 1, or 2 for the command line:
+// code calls fail("out/model.bin: version is 7, wanted 3 or 5"), which throws; main runs its body in
+// run_main(), which prints the line. Files are little-endian. A Reader checks every length against the file's
+// true size. An AtomicFile is written under a temporary name, synced, and renamed, so that a crash or a full
+// disk leaves the old file whole.
 #pragma once
 
 #include <dirent.h>
@@ -303,6 +302,7 @@ class AtomicFile {
     explicit AtomicFile(const std::string& path)
         : path_(path), tmp_(path + ".tmp" + std::to_string(getpid())) {
         const std::string dir = dirname_of(path), name = path.substr(path.rfind('/') + 1);
+        if (name.empty()) fail("'%s': names no file", path.c_str());
         for (const std::string& other : names_in(dir))  // what a program that was killed has left
             if (abandoned(other) == name) unlink((dir + "/" + other).c_str());
         fd_ = open(tmp_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);

@@ -105,7 +105,9 @@ inline size_t memory_available() {
 // where the user or mpirun has already said which processors this one may use.
 inline int fair_threads(int processes) {
     const int all = (int)sysconf(_SC_NPROCESSORS_ONLN), ours = omp_get_num_procs();
-    return processes > 1 && ours >= all && !getenv("OMP_NUM_THREADS") ? std::max(1, all / processes) : 0;
+    return processes > 1 && ours * processes > all && !getenv("OMP_NUM_THREADS")
+               ? std::max(1, all / processes)
+               : 0;
 }
 
 // Sets the number of threads of parallel regions from now on.

@@ -26,7 +26,8 @@
 // allocates nothing.
 //     cfg                          the sizes
 //     dropout, seed                may be set between steps; they determine the dropout masks
-//     comm                         the ranks, or null where there is one; set before the first step
+//     comm                         the ranks, or null where this process trains alone; set before the first
+//                                  step
 //     init_weights(seed)           initial_weights() of every tensor
 //     forward(tokens, targets, B, T, pass)
 //                                  the mean loss over the targets >= 0, without dropout (pass.train is
@@ -38,12 +39,11 @@
 //                                  they are computed. pass.last says that no other follows in this step:
 //                                  ranks then begin to add up their gradients.
 //     step(adamw, t)               takes step number t, from 1, with what all ranks accumulated. If
-//     adamw.takes()
-//                                  refuses its loss and norm, parameters and moments do not change; the
-//                                  model decides that where it computes the two. Returns the result of
-//                                  step t; or of step t - 1, if a device still computes step t and is not
-//                                  waited for. StepResult::step tells which. The next accumulate() begins a
-//                                  new step.
+//                                  adamw.takes() refuses the loss or the norm, parameters and moments do not
+//                                  change; the model decides that where it computes the two. Returns the
+//                                  result of step t; or of step t - 1, if a device still computes step t and
+//                                  is not waited for. StepResult::step tells which. The next accumulate()
+//                                  begins a new step.
 //     last_result()                waits for the step that was started last, and returns its result. It is
 //                                  called before the state is read, and before forward() and generating.
 //     each_piece(state, f)         passes a whole state to f, in the model file's order, piece by piece:

@@ -235,10 +235,13 @@ class RunFolder {
     std::string arriving() const { return out_ + "/.new/arriving"; }
 
     std::string recover() {
-        if (file_exists(leaving())) leave(), arrive();
-        else if (file_exists(arriving())) arrive();
-        else if (holds_run(out_ + "/.new")) return move();
-        return "";
+        if (file_exists(leaving())) leave();
+        if (file_exists(arriving())) {
+            const int n = atoi(Reader(arriving()).rest().c_str());
+            arrive();
+            return file_exists(previous(n)) ? say_previous(out_, n) : "";
+        }
+        return holds_run(out_ + "/.new") ? move() : "";
     }
     std::string move() {
         const int n = next_number();

@@ -1,5 +1,6 @@
 // test_checkpoint.cpp - the state file: written, read back, damaged, written by an earlier version.
 #include <doctest/doctest.h>
+#include <sys/wait.h>
 
 #include "dev/test_model.h"
 #include "lib/checkpoint.h"
@@ -68,6 +69,33 @@ TEST_CASE("a full disk leaves the old model and state whole, and no temporary fi
     }
     CHECK(contains(error_of([&] { trainer::save_model(m, dir / "no/such/folder.bin"); }),
                    "no/such/folder.bin: cannot write"));
+}
+
+TEST_CASE("writing a file removes what a killed program left of it, and no other file") {
+    TempDir dir;
+    const std::string path = dir / "model.bin";
+    pid_t pid = fork();
+    if (pid == 0) {
+        AtomicFile file(path);
+        kill(getpid(), SIGKILL);
+    }
+    int status;
+    waitpid(pid, &status, 0);
+    const std::string left = path + strf(".tmp%d", (int)pid);
+    REQUIRE(file_exists(left));
+    const std::vector<std::string> others = {dir / strf("state.bin.tmp%d", (int)pid), path + ".tmp1",
+                                             path + ".tmp", left + ".docx"};  // process 1 is alive
+    for (const std::string& other : others) write_file(other, "");
+    AtomicFile file(path);
+    file.write("new"), file.commit();
+    CHECK(read_file(path) == "new");
+    CHECK(!file_exists(left));
+    for (const std::string& other : others) CHECK(file_exists(other));
+    // A name that is a folder's removes nothing in it.
+    for (const std::string& folder : {dir.path + "/", std::string("")})
+        CHECK(contains(error_of([&] { AtomicFile wrong(folder); }), "'" + folder + "': names no file"));
+    CHECK(file_exists(path));
+    for (const std::string& other : others) CHECK(file_exists(other));
 }
 
 TEST_CASE("a training state comes back as it was: progress, settings, program, moments") {

@@ -228,7 +228,8 @@ TEST_CASE("ranks: N ranks with the same total batch come to one rank's losses an
             const std::string out = strf("%s_%d_%s", dtype, world, batch);
             Outcome o = f.run(world, out, {"-b", batch, "--dtype", dtype});
             check_all_succeed(o);
-            if (world > 1) CHECK(contains(o.out, strf("ranks            %d, of which %d", world, world)));
+            if (world > 1)
+                CHECK(contains(o.out, strf("ranks            %d processes, %d of them", world, world)));
             return out;
         };
         const std::string one = train(1, "12");
@@ -303,14 +304,28 @@ TEST_CASE("ranks: what cannot go on together ends all of them, with one line tha
     std::string e = refused({"-b", "6"}, 1, {"--learning_rate", "0.5"});
     CHECK(contains(e, "train_gpt2: rank 0: rank 1 on "));
     CHECK(contains(e, " has other flags than rank 0 on "));
-    std::filesystem::create_directory(f.dir / "other");
-    for (const char* name : {"tokenizer.bin", "val.bin", "train.bin"})
-        std::filesystem::copy(f.dir / name, f.dir / "other/" + name);
-    std::string tokens = read_file(f.dir / "other/train.bin");
-    std::swap(tokens[1024], tokens[1026]), std::swap(tokens[1028], tokens[1034]);
-    write_file(f.dir / "other/train.bin", tokens);
-    e = refused({"-b", "6"}, 1, {"-i", f.dir / "other/train.bin"});
-    CHECK(contains(e, "rank 1 on "));
+    // The same paths, but on each rank's machine other files
+    auto files_of = [&](int r) { return f.dir / strf("machine%d", r); };
+    auto refused_files = [&](const std::string& flag, const std::string& file) {
+        Outcome o = run_ranks(2, [&](int r) {
+            if (chdir(files_of(r).c_str())) fail("chdir");
+            std::vector<std::string> words = f.flags("refused", {"-b", "6", flag, file});
+            return words;
+        });
+        for (int c : o.codes) CHECK((c == 1 || c == 128 + SIGKILL));
+        std::filesystem::remove_all(f.dir / "refused");
+        return o.err;
+    };
+    std::string tokens = read_file(f.dir / "train.bin"), others = tokens;
+    std::swap(others[1024], others[1026]), std::swap(others[1028], others[1034]);
+    REQUIRE(others != tokens);
+    for (int r : {0, 1}) {
+        make_dirs(files_of(r));
+        write_file(files_of(r) + "/t.bin", r ? others : tokens);
+    }
+    // weakly_canonical() makes paths absolute, so the flags differ, too: the data are compared first.
+    CHECK(contains(refused_files("-i", "t.bin"), " has other training data than rank 0 on "));
+    CHECK(contains(refused_files("-j", "t.bin"), " has other validation data than rank 0 on "));
     e = refused({"-b", "5"}, -1, {}, 2);
     CHECK(contains(e,
                    "rank 0: --total_batch_size is 192, wanted a multiple of ranks x batch_size x seq_len = "

@@ -102,7 +102,57 @@ TEST_CASE("run folder: a killed new run that had a model takes its place at the 
     trainer::BeforeTraining lock(dir / "data");  // any other folder is the user's
 }
 
-// dev/soak.py stops the move at each of its system calls; here its two states as they are found on disk.
+TEST_CASE("run folder: temporary files of killed programs are removed, the user's files are not") {
+    TempDir dir;
+    pid_t killed = fork();
+    if (killed == 0) _exit(0);
+    int status;
+    waitpid(killed, &status, 0);
+    const std::string tmp = strf(".tmp%d", (int)killed);
+    write_all(dir.path, {"model.bin" + tmp, "log.csv" + tmp, ".new/leaving" + tmp}, "half");
+    // Process 1 is alive.
+    write_all(dir.path, {"notes" + tmp, "model.bin.tmp1", ".new/data/train.bin"}, "whole");
+    trainer::RunFolder folder;
+    folder.open(dir.path);
+    for (const char* name : {"model.bin", "log.csv", ".new/leaving"}) CHECK(!file_exists(dir / (name + tmp)));
+    for (const std::string& name : {"notes" + tmp, std::string("model.bin.tmp1"), std::string(".new/data")})
+        CHECK(file_exists(dir / name));
+}
+
+TEST_CASE("run folder: data of an aborted run move to previous when the new run has other data") {
+    TempDir dir;
+    write_all(dir / ".new", {"data/train.bin"}, "aborted");
+    trainer::RunFolder folder;
+    folder.open(dir.path), folder.begin(false);
+    CHECK(folder.dir() == dir.path);
+    CHECK(what_is(dir / "previous/1/data/train.bin") == "aborted data/train.bin");
+    CHECK(!file_exists(dir / ".new"));
+}
+
+TEST_CASE("run folder: a new run whose data would replace the user's folder is refused by name") {
+    TempDir dir;
+    write_all(dir.path, {"data/train.bin", "data/thesis.txt"}, "user's");
+    write_all(dir / ".new", {"data/train.bin"}, "new");
+    trainer::RunFolder folder;
+    folder.open(dir.path);
+    CHECK(contains(error_of([&] { folder.begin(true); }),
+                   dir.path + "/data: is in the way of the new run's data, and does not look like a run's"));
+    unlink((dir / "data/thesis.txt").c_str());
+    CHECK(error_of([&] { folder.begin(true); }) == "");
+}
+
+TEST_CASE("run folder: a file written while a move was interrupted moves to previous, too") {
+    TempDir dir;
+    write_all(dir.path, {"previous/1/model.bin"}, "old"), write_all(dir / ".new", {"model.bin"}, "new");
+    write_file(dir / "model.bin", "later"), write_file(dir / ".new/arriving", "1\nmodel.bin\n");
+    trainer::RunFolder folder;
+    folder.open(dir.path);
+    CHECK(what_is(dir / "model.bin") == "new model.bin");
+    CHECK(what_is(dir / "previous/1/model.bin") == "old previous/1/model.bin");
+    CHECK(what_is(dir / "previous/2/model.bin") == "later");
+}
+
+// dev/soak/soak.py stops the move at each of its system calls; here its two states as they are found on disk.
 TEST_CASE("run folder: a move that was stopped goes on where it stopped") {
     for (int moved = 0; moved <= 4; moved++) {
         CAPTURE(moved);

@@ -3,6 +3,7 @@
 #define ARAPOET_NO_MAIN
 #endif
 #include <doctest/doctest.h>
+#include <sys/wait.h>
 
 #include "dev/reference.h"
 #include "dev/test_model.h"
@@ -67,6 +68,25 @@ TEST_CASE("an outlier is a value whose z-score among the last 128 is too high, i
         all.push_back(2 + 0.1 * r.normal()), outliers.add(all.back());
         restored.restore(outliers.text());
         CHECK(restored.limit(2.5) == outliers.limit(2.5));
+    }
+}
+
+TEST_CASE("a second Ctrl-C ends the program at once, but not within 2 seconds of the first") {
+    for (int seconds : {0, 2}) {
+        CAPTURE(seconds);
+        pid_t pid = fork();
+        if (pid == 0) {
+            signal(SIGINT, SIG_DFL);
+            trainer::Signals signals;
+            raise(SIGINT);
+            trainer::g_stop_time = trainer::g_stop_time - seconds;  // as if so much time had passed
+            raise(SIGINT);
+            _exit(trainer::g_stop == SIGINT ? 0 : 1);
+        }
+        int status;
+        waitpid(pid, &status, 0);
+        if (seconds < 2) CHECK((WIFEXITED(status) && WEXITSTATUS(status) == 0));
+        else CHECK((WIFSIGNALED(status) && WTERMSIG(status) == SIGINT));
     }
 }
 

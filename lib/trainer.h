@@ -103,11 +103,11 @@ inline void add_data_and_model_flags(Flags& f, Options& o) {
 }
 inline void add_optimisation_flags(Flags& f, Options& o) {
     f.section("Optimisation");
-    f.add("batch_size", "b", &o.batch_size, "B", "sequences at once; 0: the preset's")
+    f.add("batch_size", "b", &o.batch_size, "B", "sequences at once, of each rank; 0: the preset's")
         .range(1, 1 << 24)
         .unset(0);
     f.add("total_batch_size", "d", &o.total_batch_size, "N",
-          "tokens per step, accumulated over N/(B*T) batches; 0: B*T")
+          "tokens per step of all ranks, accumulated over batches of B*T; 0: a batch of each")
         .range(0, MOST);
     f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's")
         .range(0, 99999999)  // files are numbered with eight digits
@@ -431,18 +431,24 @@ class Run {
         try {
             if (!comm_->leads() && !freopen("/dev/null", "w", stdout)) {}  // rank 0 prints
             return run();
-        } catch (const Error& e) {
-            // What is wrong for all ranks is said by rank 0, which ends the others before they speak.
-            const int code = dynamic_cast<const UsageError*>(&e) ? 2 : 1;
-            if (!comm_->leads()) sleep(1);
-            fflush(stdout);
-            fprintf(stderr, "%s: rank %d: %s\n", Model::PROGRAM, comm_->rank, e.what());
-            comm_->abort(code);
-            return code;
+        } catch (const UsageError& e) {
+            return end_ranks(e.what(), 2);
+        } catch (const std::bad_alloc&) {
+            return end_ranks("out of memory", 1);
+        } catch (const std::exception& e) {
+            return end_ranks(e.what(), 1);
         }
     }
 
   private:
+    // What is wrong for all ranks is said by rank 0, which ends the others before they speak.
+    int end_ranks(const char* why, int code) {
+        if (!comm_->leads()) sleep(1);
+        fflush(stdout);
+        fprintf(stderr, "%s: rank %d: %s\n", Model::PROGRAM, comm_->rank, why);
+        comm_->abort(code);
+        return code;
+    }
     int run() {
         Model::require_device();
         if (o_.out.empty()) throw UsageError("--out is empty, wanted a folder");
@@ -452,7 +458,11 @@ class Run {
         else prepare_run("", "");
         if (o_.max_steps == 0) return only_evaluate();
         settings_text_ = settings_to_keep();
-        if (o_.resume) keep_better_model();
+        if (o_.resume && comm_->leads() && keep_better_model())  // before open_logs() cuts what tells of it
+            save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", progress_.step),
+                       version_, fingerprints_);
+        comm_->broadcast(&progress_.best_val, sizeof progress_.best_val);
+        comm_->broadcast(&progress_.best_step, sizeof progress_.best_step);
         if (comm_->world > 1) check_ranks_agree();
         Signals signals;
         if (comm_->leads()) open_logs();
@@ -491,14 +501,10 @@ class Run {
         } catch (const Error& e) {
             const std::string what = e.what();
             const bool of_these = what.find(model + ": ") == 0 || what.find(state + ": ") == 0;
-            if (!of_these || steps.size() < 2 || contains_word(what, "cannot")) throw;
+            if (!of_these || steps.size() < 2 || what.find("cannot") != std::string::npos) throw;
             fail("%s; to resume from the checkpoint before, move %s and %s elsewhere", e.what(),
                  model.c_str(), state.c_str());
         }
-    }
-
-    static bool contains_word(const std::string& text, const char* word) {
-        return text.find(word) != std::string::npos;
     }
 
     // Everything up to a model in memory. With a checkpoint's files, restores its settings and progress.
@@ -923,45 +929,58 @@ class Run {
         o_.activation = cfg_.activation == GELU_ERF ? "gelu" : "gelu_new";
         if (!fingerprints_.val) o_.val_data.clear();
         for (std::string* path : {&o_.data, &o_.train_data, &o_.val_data, &o_.tokenizer})
-            if (!path->empty()) *path = std::filesystem::weakly_canonical(folder_.final_place(*path));
+            if (!path->empty())
+                *path =
+                    std::filesystem::weakly_canonical(std::filesystem::absolute(folder_.final_place(*path)));
         return flags_.values();
     }
 
     // Ranks that were started with other flags, data or checkpoints than rank 0 would train another model.
     void check_ranks_agree() {
         struct {
-            uint64_t settings, data, model;
+            uint64_t program, train, val, tokenizer, model, settings;
             char host[64];
-        } mine = {checksum_of(settings_text_.data(), settings_text_.size()),
-                  fingerprints_.train ^ fingerprints_.val ^ fingerprints_.tokenizer, model_checksum(*model_),
+        } mine = {checksum_of(version_.data(), version_.size()),
+                  fingerprints_.train,
+                  fingerprints_.val,
+                  fingerprints_.tokenizer,
+                  model_checksum(*model_),
+                  checksum_of(settings_text_.data(), settings_text_.size()),
                   ""};
         gethostname(mine.host, sizeof mine.host - 1);
         auto all = comm_->gather(mine);
         for (size_t r = 1; r < all.size(); r++) {
-            const char* what = all[r].settings != all[0].settings ? "flags"
-                               : all[r].data != all[0].data       ? "data"
-                               : all[r].model != all[0].model     ? "model"
-                                                                  : nullptr;
+            const auto &a = all[r], &b = all[0];
+            const char* what = a.program != b.program       ? "another program"
+                               : a.train != b.train         ? "other training data"
+                               : a.val != b.val             ? "other validation data"
+                               : a.tokenizer != b.tokenizer ? "another tokenizer"
+                               : a.model != b.model         ? "another model"
+                               : a.settings != b.settings   ? "other flags"
+                                                            : nullptr;
             if (what)
                 fail(
-                    "rank %zu on %s has other %s than rank 0 on %s; start all ranks with the same flags and "
+                    "rank %zu on %s has %s than rank 0 on %s; start all with the same program, flags and "
                     "files",
-                    r, all[r].host, what, all[0].host);
+                    r, a.host, what, b.host);
         }
     }
 
     void open_logs() {
         const int at = progress_.step;
-        const bool pending = progress_.pending;  // the validation after this step is made again
-        auto keep_csv = [at](const std::string& line) {
+        const bool pending = progress_.pending;         // the validation after this step is made again
+        bool has_row = !at || pending, has_loss = !at;  // of the last step
+        auto keep_csv = [&](const std::string& line) {
             int s = step_of_row(line);
-            return s >= 0 && s <= at;
+            has_row = has_row || s == at;
+            return s >= 0 && (pending ? s < at : s <= at);
         };
-        auto keep_main = [at, pending](const std::string& line) {
+        auto keep_main = [&](const std::string& line) {
             int s;
             char kind[8] = "";
-            return sscanf(line.c_str(), "s:%d %3s", &s, kind) == 2 &&
-                   (strcmp(kind, "trl") && !pending ? s <= at : s < at);
+            if (sscanf(line.c_str(), "s:%d %3s", &s, kind) != 2) return false;
+            has_loss = has_loss || (s == at - 1 && !strcmp(kind, "trl"));
+            return strcmp(kind, "trl") && !pending ? s <= at : s < at;
         };
         const std::string dir = folder_.dir();
         csv_ = std::make_unique<LogFile>(dir + "/log.csv", CSV_HEADER,
@@ -969,6 +988,13 @@ class Run {
         log_ = std::make_unique<LogFile>(dir + "/main.log", "",
                                          o_.resume ? keep_main : std::function<bool(const std::string&)>());
         if (tokenizer_) tokenizer_->save(dir + "/tokenizer.bin");
+        // A full disk may have cut them off just before the checkpoint.
+        if (o_.resume && !has_loss) log_loss();
+        if (o_.resume && !has_row) write_row(nullptr);
+    }
+    void log_loss() {
+        const auto& r = progress_.last;
+        log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", progress_.step - 1, r.loss, r.lr, r.norm));
     }
 
     // The step of a row of log.csv; -1 in the header.
@@ -978,10 +1004,12 @@ class Run {
         return *end == ',' && end != row.c_str() ? (int)s : -1;
     }
     // The run may have gone on after the checkpoint that it is resumed from. If it then had a better loss, as
-    // log.csv tells, model.bin holds that model, and stays the best until a better one comes.
-    void keep_better_model() {
+    // log.csv tells, model.bin holds that model, and stays the best until a better one comes. Returns
+    // whether.
+    bool keep_better_model() {
+        const double before = progress_.best_val;
         if (other_measure_ || !file_exists(o_.out + "/model.bin") || !file_exists(o_.out + "/log.csv"))
-            return;
+            return false;
         std::istringstream rows(Reader(o_.out + "/log.csv").rest());
         for (std::string row; std::getline(rows, row);) {
             double loss;
@@ -989,6 +1017,7 @@ class Run {
                 continue;
             if (loss < progress_.best_val) progress_.best_val = loss, progress_.best_step = step_of_row(row);
         }
+        return progress_.best_val < before;
     }
 
     // A run goes on in a folder that was moved or renamed.
@@ -1021,8 +1050,7 @@ class Run {
         auto size = [](size_t b) { return human_bytes((double)b); };
         row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
         if (comm_->world > 1)
-            row("ranks",
-                strf("%d, of which %d on this machine; each as above", comm_->world, comm_->on_host));
+            row("ranks", strf("%d processes, %d of them on this machine", comm_->world, comm_->on_host));
         row("model", cfg_.text());
         row("parameters",
             commas(num_params(cfg_)) + (o_.init_from.empty() ? strf(" (random, seed %" PRIu64 ")", o_.seed)
@@ -1114,7 +1142,12 @@ class Run {
         say_finished();
     }
     // Was any rank asked to stop? Then all do, after the same step.
-    bool any_stops() { return comm_->sum(g_stop ? 1 : 0) > 0; }
+    bool any_stops() {
+        int told = 0;
+        for (int s : comm_->gather((int)g_stop)) told = told ? told : s;
+        if (told) g_stop = told;
+        return told;
+    }
     bool validates() const { return val_loader_ && o_.val_every; }
     static bool due(int every, int step) { return every && step % every == 0; }
     // Have --patience validations passed since the best one?
@@ -1133,7 +1166,8 @@ class Run {
     void say_stopped(int step) {
         end_line();
         if (step)
-            printf("stopped by %s after step %d; go on with: %s -o %s --resume\n", signal_name(g_stop), step,
+            printf("stopped by %s after step %d; go on with: %s%s -o %s --resume\n", signal_name(g_stop),
+                   step, comm_->world > 1 ? strf("mpirun -n %d ", comm_->world).c_str() : "",
                    beside_program(Model::PROGRAM).c_str(), shell_quoted(o_.out).c_str());
         else printf("stopped before the first step; nothing to resume\n");
         show();
@@ -1214,7 +1248,7 @@ class Run {
         if (o_.skip_loss_z > 0) losses_.add(r.loss);
         if (o_.skip_norm_z > 0) norms_.add(r.norm);
         if (!comm_->leads()) return;
-        log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", step, last.loss, last.lr, last.norm));
+        log_loss();
         report();
         if (const AdamW& a = adamw_[r.step % 2]; !a.takes(r)) {
             end_line();
