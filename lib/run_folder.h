@@ -72,7 +72,7 @@ class FolderLock {
     bool held() const { return fd_ >= 0; }
     // Where the locked folder is, if it was moved since; else "".
     std::string moved_to() const {
-        struct stat ours, there;
+        struct stat ours = {}, there = {};
         auto is_ours = [&](const std::string& path) {
             return !stat(path.c_str(), &there) && there.st_ino == ours.st_ino && there.st_dev == ours.st_dev;
         };
