@@ -20,7 +20,7 @@ struct Shared {
     static constexpr size_t BYTES = 1 << 16;
     pthread_barrier_t barrier;
     int world;
-    char slots[8][BYTES];  // each rank's numbers
+    alignas(64) char slots[8][BYTES];  // each rank's numbers
 };
 
 class SharedComm final : public Comm {
