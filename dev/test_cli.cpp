@@ -1297,7 +1297,8 @@ TEST_CASE("cli: output that cannot be written is an error, not a success") {
     const Fixture& f = tiny();
     TempDir d;
     for (const std::string& command :
-         {"./sample_gpt2 -e " + f.model, "./prepare_data " + f.csv + " -o " + (d / "data")}) {
+         {"./sample_gpt2 -e " + f.model, "./prepare_data " + f.csv + " -o " + (d / "data"),
+          std::string("./train_gpt2 --help")}) {
         INFO(command);
         Result r = run({"/bin/sh", "-c", command + " > /dev/full"});
         CHECK(r.code == 1);
@@ -1355,6 +1356,7 @@ TEST_CASE("cli: a mistake on the command line is named, with what was wanted, an
     }
     CHECK(!contains(train(f.flags() + "--batch_size 16777215 --seq_len 1000000").err,
                     "total_batch_size"));  // which nobody gave
+    check_failure(run({"./train_gpt2", "--data", f.data, "-o", ""}), "train_gpt2", 2, {"--out is empty"});
     check_failure(sample("--nonsense"), "sample_gpt2", 2, {"--nonsense"});
     check_failure(sample("--temprature 1"), "sample_gpt2", 2, {"did you mean --temperature?"});
     for (const char* bad : {"--tokens 0", "--num 0", "--temperature -1", "--top_k -1", "--top_p 0",
