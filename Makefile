@@ -117,7 +117,8 @@ plot: | need-plot $(call named,train ladder finetune export)
 # --- the programs. They are in the root, whichever BUILD they come from, and are relinked when BUILD changes.
 ifeq ($(portable),)
 # sample_gpt2.o has a main, which the linker prefers to the weak main of train_gpt2.o.
-train_gpt2: $(BUILD)/lib/gemm_bf16.o $(BUILD)/train_gpt2.o $(BUILD)/lib/gemm_fp32.o $(mpi:%=$(BUILD)/lib/comm_mpi.o)
+train_gpt2: $(BUILD)/lib/gemm_bf16.o $(BUILD)/train_gpt2.o $(BUILD)/lib/gemm_fp32.o
+train_gpt2: $(mpi:%=$(BUILD)/lib/comm_mpi.o)
 train_gpt2: LDLIBS += $(if $(mpi),$(MPI_LIBS))
 sample_gpt2: $(BUILD)/sample_gpt2.o $(BUILD)/train_gpt2.o $(GEMM:%=$(BUILD)/%)
 train_gpt2 sample_gpt2: build/programs/flags

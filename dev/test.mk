@@ -37,7 +37,8 @@ test-layers: $(BUILD)/test_gpt2 | $(call named,test)
 	@dev/run_tests.sh $<
 
 # The CPU trainer over MPI, on this machine
-$(BUILD)/train_gpt2_mpi: $(BUILD)/train_gpt2.o $(BUILD)/lib/comm_mpi.o $(BUILD)/lib/version.o $(GEMM:%=$(BUILD)/%)
+$(BUILD)/train_gpt2_mpi: $(BUILD)/train_gpt2.o $(BUILD)/lib/comm_mpi.o $(BUILD)/lib/version.o \
+	$(GEMM:%=$(BUILD)/%)
 	$(call link,$(BUILD)) $(MPI_LIBS)
 # It also starts ./train_gpt2, without MPI.
 ifneq ($(and $(mpi),$(call named,test-mpi)),)

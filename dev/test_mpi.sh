@@ -29,10 +29,19 @@ train() { # RANKS OUT FLAGS...
 same_losses() {
     paste -d, <(cut -d, -f1-7 "$dir/$1/log.csv") <(cut -d, -f1-7 "$dir/$2/log.csv") | awk -F, '
         NR == 1 { next }
-        { for (i = 1; i <= 7; i++) { d = $i - $(i + 7); if (d < 0) d = -d; if (d > 1e-6 * (1 + $i)) bad = 1 } }
+        {
+            for (i = 1; i <= 7; i++) {
+                d = $i - $(i + 7)
+                if (d < 0) d = -d
+                if (d > 1e-6 * (1 + $i)) bad = 1
+            }
+        }
         END { if (NR < 12 || bad) { print NR " rows, a difference above 1e-6: " bad + 0; exit 1 } }'
 }
-rank_pid() { pgrep -f "$trainer .*-o $dir/$1( |$)" | grep -v "^$(pgrep -o -f "mpirun .*$dir/$1")\$" | tail -1; }
+# One of the ranks that write to OUT; mpirun, whose command line is similar, is not one.
+rank_pid() {
+    pgrep -f "$trainer .*-o $dir/$1( |$)" | grep -v "^$(pgrep -o -f "mpirun .*$dir/$1")\$" | tail -1
+}
 wait_for_step() { until grep -qs "s:$2 trl" "$dir/$1/main.log"; do sleep 0.05; done; }
 
 ./prepare_data data/sample_poems.csv -o "$dir/data" >/dev/null || exit 1

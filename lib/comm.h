@@ -35,7 +35,6 @@ class Comm {
     // Ends the other ranks, because this one cannot go on; the program's exit code is `code`.
     virtual void abort(int) {}
 
-    double sum(double x) { return all_reduce(&x, 1), x; }
     // Every rank's x.
     template <class T>
     std::vector<T> gather(const T& x) {

@@ -69,8 +69,8 @@ class Decoder final : public ::Decoder {
         logits_ = a.take<float>(N_, c.V), last_ = a.take<float>(N_, C);
         w_ = a.take<float>(C), b_ = a.take<float>(4 * C);
     }
-    // Y = X w^T + b. With one new token per sequence, nearly all the time is spent reading w from memory;
-    // few_rows reads it once. It also gives a sequence the same bits whatever the number of sequences.
+    // Y = X w^T + b. few_rows reads w from memory only once. It also gives a sequence the same bits whatever
+    // the number of sequences.
     template <class W>
     static void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N,
                        bool one_token) {

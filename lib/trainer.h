@@ -1270,7 +1270,7 @@ class Run {
         double flops =
             step_flops(cfg_, (double)B_ * (double)micro_steps_, (double)T_) / r.seconds;  // a rank's
         struct {
-            int rank;  // the last to go where the terminal is narrow has rank 0
+            int priority;  // where the terminal is narrow, the largest number goes first
             std::string text;
         } parts[] = {{0, strf("step %*d/%d", (int)std::to_string(o_.max_steps).size(), step, o_.max_steps)},
                      {1, strf("loss %.4f", r.loss)},
@@ -1285,10 +1285,10 @@ class Run {
         size_t width =
             terminal ? (ioctl(1, TIOCGWINSZ, &window) == 0 && window.ws_col ? window.ws_col : 80) : SIZE_MAX;
         std::string line;
-        for (int ranks = 9; ranks > 0 && (line.empty() || line.size() >= width); ranks--) {
+        for (int kept = 9; kept > 0 && (line.empty() || line.size() >= width); kept--) {
             line.clear();
             for (auto& part : parts)
-                if (part.rank < ranks) line += (line.empty() ? "" : " | ") + part.text;
+                if (part.priority < kept) line += (line.empty() ? "" : " | ") + part.text;
         }
         printf(terminal ? "\r%s\x1b[K" : "%s\n", line.c_str());
         open_line_ = terminal;
