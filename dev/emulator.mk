@@ -1,5 +1,5 @@
-# dev/emulator: CUDA code compiled as C++, and a library that replaces cudart and cuBLASLt. dev/test.mk uses
-# it if the CUDA Toolkit's headers are installed.
+# dev/emulator: CUDA code compiled as C++, and a library that replaces cudart, cuBLASLt and NCCL.
+# dev/test.mk uses it if the CUDA Toolkit's headers are installed.
 .PHONY: need-cuda
 CUDA_HOME ?= /usr/local/cuda
 ifeq ($(wildcard $(CUDA_HOME)/include/cuda_runtime.h),)
@@ -14,19 +14,20 @@ need-cuda:
 EMULATOR = dev/emulator
 LIBEMU = $(BUILD)/libemu/libemu.so
 LIBEMU_OBJECTS = $(patsubst %,$(BUILD)/libemu/$(EMULATOR)/%.o,\
-	fiber reports threads warp memory streams host_api cublaslt)
+	fiber reports threads warp memory streams host_api cublaslt nccl)
 $(eval $(call folder,$(BUILD)/libemu,$(CXX) -std=c++17 -O2 -g1 $(MARCH) -fPIC -ftls-model=initial-exec \
 	-Wall -Wextra -isystem $(CUDA_HOME)/include))
 $(LIBEMU_OBJECTS): | need-cuda
 $(LIBEMU): $(LIBEMU_OBJECTS)
-	$(CXX) -shared -Wl,-soname,libemu.so,-Bsymbolic-functions $^ -o $@ -lpthread
+	$(CXX) -shared -Wl,-soname,libemu.so,-Bsymbolic-functions $^ -o $@ -lpthread -lrt
 
 # $(call emulated,DIR): the emulated programs in DIR, made of the objects in DIR/emulated. Those that take
 # longest come first.
-EMULATED_TESTS = $(foreach t,model attention kernels,test_gpu_$t_bf16 test_gpu_$t_fp32) test_emulator
+EMULATED_TESTS = $(foreach t,model attention kernels ranks,test_gpu_$t_bf16 test_gpu_$t_fp32) \
+	test_emulator test_nccl
 EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
 EMULATE := -g1 -fno-strict-aliasing $(call probe,-fno-extern-tls-init) -Wno-unknown-pragmas \
-	-isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow -x c++ -include $(EMULATOR)/emu.h
+	-isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow -DUSE_NCCL -x c++ -include $(EMULATOR)/emu.h
 define emulated
 flags.$1/emulated = $$(flags.$1) $(EMULATE)
 $1/emulated/%_bf16.o: %.cu $1/emulated/flags | need-cuda need-tests $$(COMPILER)
@@ -36,8 +37,9 @@ $1/emulated/%_fp32.o: %.cu $1/emulated/flags | need-cuda need-tests $$(COMPILER)
 	$$(call compile,$1/emulated)
 $1/test_gpu_%: $1/emulated/dev/test_gpu_%.o
 	$$(call link,$1)
-$1/test_emulator: $1/emulated/dev/emulator/test_emulator_bf16.o
+$1/test_emulator $1/test_nccl: $1/%: $1/emulated/dev/emulator/%_bf16.o
 	$$(call link,$1)
+$1/test_emulator: $1/emulated/dev/emulator/test_architectures_bf16.o
 $1/train_gpt2cu_emu: $1/emulated/train_gpt2_bf16.o $1/lib/version.o
 	$$(call link,$1)
 $1/train_gpt2cu_emu_fp32: $1/emulated/train_gpt2_fp32.o $1/lib/version.o
@@ -46,3 +48,11 @@ $(EMULATED_TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
 $(EMULATED_TESTS:%=$1/%) $(EMULATED_TRAINERS:%=$1/%): $1/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
 $(EMULATED_TESTS:%=$1/%) $(EMULATED_TRAINERS:%=$1/%): LDLIBS += -Wl,-rpath,$(abspath $(dir $(LIBEMU)))
 endef
+
+# The tests whose kernels depend on a device's limits, with those of the architectures that `make test` leaves
+# out (EMU_ARCH in dev/emulator/README.md)
+.PHONY: test-emulator-archs
+ARCH_TESTS = $(foreach t,attention model,$(BUILD)/test_gpu_$t_bf16 $(BUILD)/test_gpu_$t_fp32)
+test-emulator-archs: $(ARCH_TESTS) | $(call named,test test-layers test-asan test-portable)
+	@for a in 80 89 100 120; do \
+	  echo "== EMU_ARCH=$$a"; EMU_ARCH=$$a dev/run_tests.sh $^ || exit 1; done

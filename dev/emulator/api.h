@@ -2,6 +2,7 @@
 // if it fails.
 #pragma once
 
+#include <memory>
 #include <mutex>
 
 #include "runtime.h"
@@ -32,6 +33,12 @@ cudaError_t api(F body) {
 // Appends work to a stream. It runs at once, or later with lazy streams, or becomes a node of the graph that
 // the stream captures.
 void submit(cudaStream_t stream, std::function<void()> work);
+// The same for a collective. Other work may run between its two parts: `end` runs when something needs it,
+// or, in graphs under the descending schedule, when no other node can run. `start` runs after `last`, the end
+// of the communicator's collective before it, which becomes this one's end.
+struct Event;
+void submit_collective(cudaStream_t stream, std::shared_ptr<Event>& last, std::function<void()> start,
+                       std::function<void()> end);
 void wait_for_stream(cudaStream_t stream);
 void wait_for_all();
 bool under_capture(cudaStream_t stream);

@@ -555,6 +555,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
             f.alpha = *(const float*)alpha, f.beta = *(const float*)beta;
         else f.device_alpha = (const float*)alpha, f.device_beta = (const float*)beta;
         const Algorithm algorithm = algorithm_of(algo);
+        demand(algorithm.workspace != options().failing_workspace, CUBLAS_STATUS_NOT_SUPPORTED,
+               "options().failing_workspace is %zu", options().failing_workspace);
         check_operands(f, algorithm);
         const cudaError_t e = api([&] {
             submit(stream, [f, algorithm]() mutable {
@@ -563,6 +565,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                 if (f.device_alpha) f.alpha = *f.device_alpha;
                 if (f.device_beta) f.beta = *f.device_beta;
                 run(f);
+                pass_time([&] {
+                    return format("matmul epilogue %d workspace %zu", (int)f.p.epilogue,
+                                  (size_t)algorithm.workspace);
+                });
             });
         });
         demand(e == cudaSuccess, CUBLAS_STATUS_EXECUTION_FAILED, "%s", cudaGetErrorString(e));

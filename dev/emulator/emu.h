@@ -4,8 +4,8 @@
 //     g++ -x c++ -std=c++17 -include dev/emulator/emu.h -I/usr/local/cuda/include train_gpt2.cu ... -lemu
 // CUDA's headers are used unchanged. This file adds what is built into nvcc: built-in variables, barriers,
 // warp collectives, atomics, intrinsics and launches. __CUDACC__ and __CUDA_ARCH__ stay undefined; EMULATOR
-// is defined. The runtime library, libemu.so, replaces cudart and cuBLASLt. README.md says what the emulator
-// checks and what it cannot check.
+// is defined. The runtime library, libemu.so, replaces cudart, cuBLASLt and NCCL. README.md says what the
+// emulator checks and what it cannot check.
 #pragma once
 #define EMULATOR 1
 
@@ -55,6 +55,25 @@ struct Site {
 
 enum Schedule { ASCENDING, DESCENDING, RANDOM };
 
+// What GPUs of different architectures differ in. Source: NVIDIA's CUDA C++ Programming Guide, technical
+// specifications per compute capability; the L2 caches are about those of the GPUs named.
+struct Architecture {
+    int number;                     // 86: compute capability 8.6
+    int shared_most, shared_of_sm;  // KiB of shared memory that a block may have, and that an SM has
+    int threads_of_sm, blocks_of_sm;
+    int l2;  // MiB
+};
+constexpr Architecture ARCHITECTURES[] = {
+    {80, 163, 164, 2048, 32, 40},    // A100
+    {86, 99, 100, 1536, 16, 6},      // GeForce RTX 3090
+    {89, 99, 100, 1536, 24, 72},     // GeForce RTX 4090
+    {90, 227, 228, 2048, 32, 50},    // H100
+    {100, 227, 228, 2048, 32, 126},  // B200
+    {120, 99, 100, 1536, 24, 96},    // GeForce RTX 5090
+};
+// "" if `number` is in the table; else what is wrong, with the numbers that are.
+std::string unknown_architecture(int number);
+
 // Initialised from the environment (the names in brackets). A test may change the options between launches.
 struct Options {
     // The order in which a block's threads, blocks and graph branches run [EMU_SCHEDULE]
@@ -69,7 +88,19 @@ struct Options {
     size_t memory_limit = (size_t)16 << 30;  // bytes of device memory [EMU_MEMORY_MB]
     // Bit mask of the cublasLtEpilogue_t that are refused as unsupported [EMU_REFUSE_EPILOGUES]
     uint32_t refused_epilogues = 0;
-    int devices = 1;  // what cudaGetDeviceCount returns [EMU_DEVICES]
+    // Products by algorithms with a workspace of this many bytes fail; the heuristic proposes them all the
+    // same
+    size_t failing_workspace = SIZE_MAX;
+    int devices = 1;        // what cudaGetDeviceCount returns [EMU_DEVICES]
+    int architecture = 90;  // which of ARCHITECTURES the device has [EMU_ARCH]
+    // The call of cudaStreamWaitEvent, counted from 1, that does nothing; 0: none. [EMU_DROP_WAIT]
+    int drop_wait = 0;
+    int waits_made = 0;          // the calls of cudaStreamWaitEvent so far
+    double nccl_timeout_s = 60;  // a rank that waits longer for another one reports it [EMU_NCCL_TIMEOUT]
+    std::string nccl_log;        // a file that gets a line for each collective [EMU_NCCL_LOG]
+    // What cudaEventElapsedTime counts for a kernel, by its name, or for a product, "matmul epilogue E
+    // workspace W"; null: 1 ms each. The time that emulation takes says nothing about a GPU.
+    double (*milliseconds)(const std::string& work) = nullptr;
 };
 Options& options();
 

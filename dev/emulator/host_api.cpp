@@ -12,15 +12,21 @@ std::recursive_mutex api_lock;
 static thread_local cudaError_t last_error = cudaSuccess;
 cudaError_t set_last_error(cudaError_t e) { return last_error = e; }
 
-// The limits of a small device, so that grids that depend on them are small
-constexpr int SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10, SHARED_PER_SM = 228 << 10;
-constexpr int SMS = 4, THREADS_PER_SM = 2048, BLOCKS_PER_SM = 32;
+static const Architecture& architecture() {
+    for (const Architecture& a : ARCHITECTURES)
+        if (a.number == options().architecture) return a;
+    throw refuse(cudaErrorInvalidValue, unknown_architecture(options().architecture));
+}
+// The same for every architecture: bytes of shared memory that a block may have unasked, and that an SM takes
+// for itself for each block. There are few SMs, so that grids that depend on their number are small.
+constexpr int SHARED_DEFAULT = 48 << 10, SHARED_RESERVED = 1 << 10, SMS = 4;
 static thread_local int current_device = 0;
 
 // How much dynamic shared memory each kernel may use, where cudaFuncSetAttribute has set it.
 static std::map<const void*, int>& dynamic_limits = *new std::map<const void*, int>;
 static int dynamic_limit(const void* kernel) {
-    return dynamic_limits.count(kernel) ? dynamic_limits[kernel] : SHARED_DEFAULT;
+    const int limit = dynamic_limits.count(kernel) ? dynamic_limits[kernel] : SHARED_DEFAULT;
+    return std::min(limit, architecture().shared_most << 10);  // the option may have changed since
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& c, const void* kernel, const std::vector<Pointer>& pointers,
@@ -185,6 +191,14 @@ cudaError_t cudaSetDevice(int d) {
 cudaError_t cudaGetDevice(int* d) {
     return api([&] { *d = current_device; });
 }
+cudaError_t cudaDeviceGetPCIBusId(char* text, int size, int device) {
+    return api([&] {
+        want(device >= 0 && device < options().devices, cudaErrorInvalidDevice);
+        const std::string id = format("0000:%02X:00.0", device + 1);
+        want(text && size > (int)id.size(), cudaErrorInvalidValue);
+        strcpy(text, id.c_str());
+    });
+}
 cudaError_t cudaRuntimeGetVersion(int* v) {
     return api([&] { *v = CUDART_VERSION; });
 }
@@ -197,17 +211,20 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     return api([&] {
         want(device >= 0 && device < options().devices, cudaErrorInvalidDevice);
+        const Architecture& arch = architecture();
         *p = cudaDeviceProp();
         strcpy(p->name, "CUDA on CPU (emulated)");
-        p->major = 9, p->minor = 0, p->warpSize = 32;
-        p->totalGlobalMem = options().memory_limit, p->l2CacheSize = 50 << 20;
-        p->multiProcessorCount = SMS, p->maxThreadsPerMultiProcessor = THREADS_PER_SM,
-        p->maxBlocksPerMultiProcessor = BLOCKS_PER_SM;
+        p->major = arch.number / 10, p->minor = arch.number % 10, p->warpSize = 32;
+        p->totalGlobalMem = options().memory_limit, p->l2CacheSize = arch.l2 << 20;
+        p->multiProcessorCount = SMS, p->maxThreadsPerMultiProcessor = arch.threads_of_sm,
+        p->maxBlocksPerMultiProcessor = arch.blocks_of_sm;
         p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
         p->maxGridSize[0] = 0x7fffffff, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
         p->regsPerBlock = p->regsPerMultiprocessor = 65536;
-        p->sharedMemPerBlock = SHARED_DEFAULT, p->sharedMemPerBlockOptin = SHARED_MOST;
-        p->sharedMemPerMultiprocessor = SHARED_PER_SM, p->reservedSharedMemPerBlock = 1024;
+        p->sharedMemPerBlock = SHARED_DEFAULT, p->sharedMemPerBlockOptin = (size_t)arch.shared_most << 10;
+        p->sharedMemPerMultiprocessor = (size_t)arch.shared_of_sm << 10;
+        p->reservedSharedMemPerBlock = SHARED_RESERVED;
+        p->pciBusID = device + 1;
         p->unifiedAddressing = p->concurrentKernels = p->canMapHostMemory = p->streamPrioritiesSupported = 1;
     });
 }
@@ -273,7 +290,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr a, int device) {
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute a, int value) {
     return api([&] {
         if (a != cudaFuncAttributeMaxDynamicSharedMemorySize) return;
-        want(value >= 0 && value <= SHARED_MOST, cudaErrorInvalidValue);
+        want(value >= 0 && value <= architecture().shared_most << 10, cudaErrorInvalidValue);
         dynamic_limits[kernel] = value;
     });
 }
@@ -281,7 +298,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute a, int va
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* kernel) {
     return api([&] {
         *a = cudaFuncAttributes();
-        a->maxThreadsPerBlock = 1024, a->numRegs = 32, a->binaryVersion = a->ptxVersion = 90;
+        a->maxThreadsPerBlock = 1024, a->numRegs = 32;
+        a->binaryVersion = a->ptxVersion = architecture().number;
         a->maxDynamicSharedSizeBytes = dynamic_limit(kernel);
     });
 }
@@ -289,9 +307,11 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           size_t smem) {
     return api([&] {
         want(threads >= 1 && threads <= 1024, cudaErrorInvalidValue);
-        const int by_threads = THREADS_PER_SM / ((threads + 31) / 32 * 32),
-                  by_memory = (int)(SHARED_PER_SM / (smem + 1024));
-        *blocks = smem > (size_t)dynamic_limit(kernel) ? 0 : std::min({by_threads, by_memory, BLOCKS_PER_SM});
+        const Architecture& arch = architecture();
+        const int by_threads = arch.threads_of_sm / ((threads + 31) / 32 * 32),
+                  by_memory = (int)(((size_t)arch.shared_of_sm << 10) / (smem + SHARED_RESERVED)),
+                  most = std::min({by_threads, by_memory, arch.blocks_of_sm});
+        *blocks = smem > (size_t)dynamic_limit(kernel) ? 0 : most;
     });
 }
 

@@ -15,6 +15,14 @@ static long env(const char* name, long otherwise) {
     const char* v = getenv(name);
     return v && *v ? atol(v) : otherwise;
 }
+std::string unknown_architecture(int number) {
+    std::string known;
+    for (const Architecture& a : ARCHITECTURES) {
+        if (a.number == number) return "";
+        known += format("%s%d", known.empty() ? "" : ", ", a.number);
+    }
+    return format("the architecture (EMU_ARCH) is %d, known are %s", number, known.c_str());
+}
 Options& options() {
     static Options* o = [] {
         Options* p = new Options;
@@ -34,6 +42,15 @@ Options& options() {
         p->memory_limit = (size_t)env("EMU_MEMORY_MB", (long)(p->memory_limit >> 20)) << 20;
         p->refused_epilogues = (uint32_t)env("EMU_REFUSE_EPILOGUES", p->refused_epilogues);
         p->devices = (int)env("EMU_DEVICES", p->devices);
+        p->architecture = (int)env("EMU_ARCH", p->architecture);
+        const std::string unknown = unknown_architecture(p->architecture);
+        if (!unknown.empty()) {
+            fprintf(stderr, "emulator: %s\n", unknown.c_str());
+            exit(2);
+        }
+        p->drop_wait = (int)env("EMU_DROP_WAIT", p->drop_wait);
+        p->nccl_timeout_s = (double)env("EMU_NCCL_TIMEOUT", (long)p->nccl_timeout_s);
+        if (const char* log = getenv("EMU_NCCL_LOG")) p->nccl_log = log;
         return p;
     }();
     return *o;

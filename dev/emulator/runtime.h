@@ -31,6 +31,10 @@ void parallel(size_t n, const std::function<void(size_t)>& job);  // job(0) .. j
 char* emergency_stack_top();
 bool on_fiber_guard(const void* p);
 
+// --- streams.cpp
+// Advances the device's clock by what options().milliseconds says; work() names what has run.
+void pass_time(const std::function<std::string()>& work);
+
 // --- memory.cpp
 struct Allocation {
     char* begin;  // aligned to 256 bytes, as close to the end of the pages as that allows

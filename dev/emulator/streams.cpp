@@ -5,7 +5,6 @@
 // submitted. Lazy streams run it when something waits for it; then only what the dependencies require has
 // run, which reveals missing ones.
 #include <algorithm>
-#include <chrono>
 #include <deque>
 #include <memory>
 #include <random>
@@ -30,6 +29,7 @@ struct Operation {
 struct Node {
     std::function<void()> work;
     std::set<size_t> after;
+    bool late = false;  // the descending schedule runs it only if no other node can run
 };
 struct Graph {
     std::vector<Node> nodes;
@@ -51,10 +51,15 @@ struct Stream {
     CapturePtr capture;
     std::set<size_t> tail;  // under capture: the nodes on which the next one depends
 };
+static double device_clock = 0;  // milliseconds
+void pass_time(const std::function<std::string()>& work) {
+    device_clock += options().milliseconds ? options().milliseconds(work()) : 1;
+}
+
 struct Event {
     bool timed, recorded = false;
     Dependency point = {nullptr, 0};
-    std::shared_ptr<std::chrono::steady_clock::time_point> time;
+    std::shared_ptr<double> time;
     CapturePtr capture;      // set if it was recorded in a stream under capture,
     std::set<size_t> nodes;  // after these nodes
 };
@@ -139,13 +144,37 @@ static void submit_after(Stream& s, std::function<void()> work, std::vector<Depe
     s.submitted++;
     if (!options().lazy_streams) complete(s, s.submitted);
 }
+// Appends a node to the graph that the stream captures.
+static void add_node(Stream& s, std::function<void()> work, bool late) {
+    want(!s.capture->broken, cudaErrorStreamCaptureInvalidated);
+    std::vector<Node>& nodes = s.capture->graph->nodes;
+    nodes.push_back({std::move(work), s.tail, late});
+    s.tail = {nodes.size() - 1};
+}
 void submit(cudaStream_t handle, std::function<void()> work) {
     Stream& s = stream(handle);
     if (!s.capture) return submit_after(s, std::move(work), {});
-    want(!s.capture->broken, cudaErrorStreamCaptureInvalidated);
-    std::vector<Node>& nodes = s.capture->graph->nodes;
-    nodes.push_back({std::move(work), s.tail});
-    s.tail = {nodes.size() - 1};
+    add_node(s, std::move(work), false);
+}
+
+void submit_collective(cudaStream_t handle, std::shared_ptr<Event>& last, std::function<void()> start,
+                       std::function<void()> end) {
+    Stream& s = stream(handle);
+    if (!last) last.reset(new Event{});
+    if (s.capture) {
+        if (last->capture == s.capture) s.tail.insert(last->nodes.begin(), last->nodes.end());
+        add_node(s, std::move(start), false);
+        add_node(s, std::move(end), true);
+        last->capture = s.capture, last->nodes = s.tail;
+    } else {
+        std::vector<Dependency> after;
+        if (last->recorded) after.push_back(last->point);
+        submit_after(s, std::move(start), std::move(after));
+        // Under the ascending schedule, a lazy stream delays the start as well.
+        if (options().schedule != ASCENDING) complete(s, s.submitted);
+        submit_after(s, std::move(end), {});
+        last->recorded = true, last->point = {&s, s.submitted};
+    }
 }
 
 // Throws cudaErrorNotReady if fewer than `index` operations are complete. With lazy streams each query also
@@ -168,7 +197,11 @@ static void run_graph(const Graph& g) {
                 ready.push_back(i);
             if (options().schedule == ASCENDING && !ready.empty()) break;
         }
-        const size_t i = options().schedule == RANDOM ? ready[random() % ready.size()] : ready.back();
+        size_t i = ready.back();
+        if (options().schedule == RANDOM) i = ready[random() % ready.size()];
+        if (options().schedule == DESCENDING)
+            for (size_t other : ready)
+                if (g.nodes[i].late || !g.nodes[other].late) i = other;
         g.nodes[i].work();
         done[i] = true;
     }
@@ -274,9 +307,9 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
         want(!s.capture || !s.capture->broken, cudaErrorStreamCaptureInvalidated);
         e.capture = s.capture, e.nodes = s.tail;
         if (s.capture) return;
-        auto time = std::make_shared<std::chrono::steady_clock::time_point>();
+        auto time = std::make_shared<double>();
         e.recorded = true, e.time = time, e.point = {&s, s.submitted + 1};
-        submit_after(s, [time] { *time = std::chrono::steady_clock::now(); }, {});
+        submit_after(s, [time] { *time = device_clock; }, {});
     });
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) {
@@ -286,6 +319,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t handle, 
     return api([&] {
         Event& e = event(handle);
         Stream& s = stream(stream_handle);
+        if (++options().waits_made == options().drop_wait) return;
         if (captures.count(e.capture)) {  // the stream joins the capture, or two branches of it join
             if (s.capture && s.capture != e.capture) break_capture(s.capture, cudaErrorStreamCaptureMerge);
             if (&s == &legacy) break_capture(e.capture, cudaErrorStreamCaptureImplicit);
@@ -315,7 +349,7 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) 
         Event &a = uncaptured(start), &b = uncaptured(end);
         want(a.timed && b.timed && a.recorded && b.recorded, cudaErrorInvalidResourceHandle);
         for (Event* e : {&a, &b}) want(e->point.stream->completed >= e->point.index, cudaErrorNotReady);
-        *ms = std::chrono::duration<float, std::milli>(*b.time - *a.time).count();
+        *ms = (float)(*b.time - *a.time);
     });
 }
 

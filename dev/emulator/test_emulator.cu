@@ -1115,8 +1115,7 @@ TEST_CASE("events can be queried, waited for and timed, and wrong uses are refus
     CHECK(cudaEventSynchronize(end) == cudaSuccess);
     CHECK(cudaEventQuery(end) == cudaSuccess);
     CHECK(cudaEventElapsedTime(&ms, start, end) == cudaSuccess);
-    CHECK(ms > 0);
-    CHECK(ms < 10000);
+    CHECK(ms == 1);  // one kernel
     CHECK(cudaEventElapsedTime(&ms, start, untimed) == cudaErrorInvalidResourceHandle);
     CHECK(cudaStreamWaitEvent(s, (cudaEvent_t)&ms, 0) == cudaErrorInvalidResourceHandle);
     CHECK(launch(fill, 1, 32, 0, (cudaStream_t)&ms, x, 7.0f) == cudaErrorInvalidResourceHandle);

@@ -492,6 +492,7 @@ void run_kernel(const cudaLaunchConfig_t& c, const void* kernel, const std::func
         fiber_switches += b.switches;
     });
     if (!failed) check_patterns(kernel);
+    pass_time([&] { return name_of(kernel); });
 }
 
 Statistics statistics() {
