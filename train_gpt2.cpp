@@ -489,14 +489,14 @@ struct Norm {
 
 // States (lib/memory.h) holds the sizes, parameters, gradients and moments, with init_weights() and
 // each_piece().
-struct GPT2 : States {
+struct GPT2 : States, HoldsAll<GPT2> {
     const size_t B, T;  // largest batch; both 0 for a model that only generates
     const bool trains;
     const int recompute;
     const Precision precision;
     float dropout = 0;
     uint64_t seed = 1337;
-    Comm* comm = nullptr;
+    const Ranks ranks;
 
     // What lib/model.h requires, in its order.
     static constexpr const char* PROGRAM = "train_gpt2";
@@ -512,10 +512,17 @@ struct GPT2 : States {
         if (p.dtype == BF16 && !p.master_weights)
             throw UsageError("--master_weights: the CPU trainer keeps its weights in fp32, 0 is for the GPU");
     }
-    static std::unique_ptr<Comm> open_ranks() { return open_comm(); }
-    static size_t memory_available() { return machine::memory_available(); }
+    static std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
+        if (o.gpus > 1)
+            throw UsageError("--gpus: this trainer computes on the CPU; make train_gpt2cu builds the other");
+        if (o.zero_stage)
+            throw UsageError(
+                strf("--zero_stage %d: on the CPU each rank holds everything, wanted 0", o.zero_stage));
+        return open_comm();
+    }
+    static size_t memory_available(int on_host = 1) { return machine::memory_available() / (size_t)on_host; }
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
-                                  Precision precision = {}) {
+                                  Precision precision = {}, const Ranks& = {}) {
         MemoryNeed n;
         n.params = checked_mul(num_params(c), in_bf16(B, precision) ? 2 : 4, "parameters");
         n.grads = trains ? n.params : 0;
@@ -530,8 +537,15 @@ struct GPT2 : States {
     }
 
     // recompute: see Activations::place.
-    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {})
-        : States(c), B(B_), T(T_), trains(trains_), recompute(recompute_), precision(precision_) {
+    GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {},
+         const Ranks& ranks_ = {})
+        : States(c),
+          B(B_),
+          T(T_),
+          trains(trains_),
+          recompute(recompute_),
+          precision(precision_),
+          ranks(ranks_) {
         check_config(c, "model"), check_precision(precision);
         MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
         threads_ = omp_get_max_threads();
@@ -569,10 +583,10 @@ struct GPT2 : States {
         step_loss_ += loss * (double)counted_ * pass.grad_scale;
     }
     StepResult step(const AdamW& a, uint32_t t) {
-        if (ranks()) comm->finish(), comm->all_reduce(&step_loss_, 1);
+        if (ranks.several()) ranks.comm->finish(), ranks.comm->all_reduce(&step_loss_, 1);
         StepResult r = {step_loss_, grad_norm(), t};
-        if (ranks())
-            comm->broadcast(&r, sizeof r);  // so that all clip and skip alike, whatever their processor
+        if (ranks.several())
+            ranks.comm->broadcast(&r, sizeof r);  // so that all clip and skip alike, whatever their processor
         step_loss_ = 0;
         if (a.takes(r))
             update(a, t, a.grad_clip > 0 && r.norm > a.grad_clip ? (float)(a.grad_clip / r.norm) : 1.0f);
@@ -821,17 +835,16 @@ struct GPT2 : States {
         embedding_backward(grads.wte, grads.wpe, work.dresid, tokens_, b_, t_, cfg.C,
                            drop(rng::EMB_DROPOUT, 0), first_element());
         add_up_ranks(EMBEDDINGS);
-        squared_ = !ranks();  // a sum over ranks has other squares
+        squared_ = !ranks.several();  // a sum over ranks has other squares
         return loss;
     }
 
-    bool ranks() const { return comm && comm->world > 1; }
     // In a step's last micro-batch, starts to add up the ranks' gradients of a part of the model that
     // backward has finished, while it goes on with the part before.
     void add_up_ranks(Part part, size_t l = 0) {
-        if (!ranks() || !pass_.last) return;
+        if (!ranks.several() || !pass_.last) return;
         auto [at, n] = ParamLayout(cfg).range(part, l);
-        comm->start_all_reduce(array(GRADS) + at, n);
+        ranks.comm->start_all_reduce(array(GRADS) + at, n);
     }
 
     // Backward through the LayerNorm after block l, then through the block. On entry dln holds the gradient

@@ -1,5 +1,6 @@
 // Feeds mutated .bin files to their readers under libFuzzer, AddressSanitizer and UBSan (make fuzz): model
-// files, token files and training states. tokenizer/fuzz_tokenizer.cpp does the same with tokenizer files.
+// files, token files, training states and their shards. tokenizer/fuzz_tokenizer.cpp does the same with
+// tokenizer files.
 //
 // The first byte of an input chooses the kind of file; the rest is the file. Each file must be read, or
 // refused with an Error of one line. A model or state that was read, written and read again must be the same.
@@ -11,12 +12,12 @@ namespace {
 
 using fuzz::read, fuzz::require, fuzz::write;
 
-enum Mode { MODEL, TOKENS, STATE, NUM_MODES };
+enum Mode { MODEL, TOKENS, STATE, SHARDED_STATE, SHARD, NUM_MODES };
 
 // A model's parameters, gradients and moments without a model, which is all that the files need.
-struct Numbers {
+struct Numbers : HoldsAll<Numbers> {
     Config cfg;
-    std::vector<float> x[4];  // indexed by State
+    std::vector<float> x[5];  // indexed by State
     explicit Numbers(const Config& c) : cfg(c) {
         for (auto& v : x)
             for (size_t i = 0; i < num_params(c); i++) v.push_back((float)i);
@@ -24,6 +25,18 @@ struct Numbers {
     template <class F>
     void each_piece(State s, F f) {
         f(x[s].data(), x[s].size());
+    }
+};
+
+// What one of two ranks holds of it, master weights among it.
+struct Half : Numbers {
+    const size_t rank;
+    Half(const Config& c, size_t rank_) : Numbers(c), rank(rank_) {}
+    bool has(State) const { return true; }
+    template <class F>
+    void each_range(State s, F f) {
+        const size_t half = x[s].size() / 2;
+        f(x[s].data() + rank * half, rank ? x[s].size() - half : half, rank * half);
     }
 };
 
@@ -40,15 +53,28 @@ std::string settings() {
     return f.values();
 }
 
-// A temporary folder, and the contents of valid files.
+// Saves the state of two ranks whose shards have these checksums.
+void save_sharded(const std::string& path, const std::vector<uint64_t>& shards) {
+    Numbers model(tiny());
+    trainer::save_sharded_state({{}, settings(), "", {}}, trainer::model_checksum(model), shards, path);
+}
+
+// A temporary folder with the shards of a state in it, and the contents of valid files.
 struct Valid : fuzz::Folder {
     std::string content[NUM_MODES];
+    std::vector<uint64_t> shards;  // their checksums
     Valid() {
         Numbers model(tiny());
         trainer::save_model(model, dir + "/model"), content[MODEL] = read(dir + "/model");
         write_tokens(dir + "/tokens", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}),
             content[TOKENS] = read(dir + "/tokens");
         trainer::save_state(model, {}, settings(), dir + "/state"), content[STATE] = read(dir + "/state");
+        for (int r : {0, 1}) {
+            Half half(tiny(), (size_t)r);
+            shards.push_back(trainer::save_shard(half, {0, r, 2}, dir));
+        }
+        content[SHARD] = read(trainer::ShardOf{0, 0, 2}.path(dir));
+        save_sharded(dir + "/state", shards), content[SHARDED_STATE] = read(dir + "/state");
     }
 };
 const Valid& valid() {
@@ -111,6 +137,21 @@ void read_state(const std::string& path) {
             back.progress.position == r.progress.position);
 }
 
+// The same with a file as the first shard of a state, which knows its checksum.
+void read_shard(const std::string& content) {
+    const std::string first = trainer::ShardOf{0, 0, 2}.path(valid().dir);
+    uint64_t checksum = 0;
+    if (content.size() >= 24) memcpy(&checksum, content.data() + 16, 8);
+    write(first, content), save_sharded(valid().dir + "/in", {checksum, valid().shards[1]});
+    try {
+        read_state(valid().dir + "/in");
+    } catch (...) {
+        write(first, valid().content[SHARD]);
+        throw;
+    }
+    write(first, valid().content[SHARD]);
+}
+
 // Makes a state's checksums right, so that mutations reach past them.
 void sign_state(uint8_t* data, size_t size) {
     int32_t n;
@@ -136,7 +177,7 @@ void sign_state(uint8_t* data, size_t size) {
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
     size =
         fuzz::mutate(data, size, max_size, seed, NUM_MODES, [](int mode) { return valid().content[mode]; });
-    if (data[0] % NUM_MODES == STATE && seed % 2) sign_state(data + 1, size - 1);
+    if (data[0] % NUM_MODES >= STATE && seed % 2) sign_state(data + 1, size - 1);
     return size;
 }
 
@@ -148,6 +189,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     try {
         if (mode == MODEL) read_model(path);
         else if (mode == TOKENS) read_tokens(path);
+        else if (mode == SHARD) read_shard(std::string((const char*)data + 1, size - 1));
         else read_state(path);
     } catch (const Error& e) {
         require(!strchr(e.what(), '\n'));

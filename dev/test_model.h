@@ -1,5 +1,5 @@
-// test_model.h - models for tests: small sizes, weights as if trained, batches of random tokens, and a model
-// that only holds parameters and moments.
+// test_model.h - models for tests: small sizes, weights as if trained, batches of random tokens, and models
+// that only hold parameters and moments, one of them a rank's share.
 #pragma once
 
 #include "dev/test_util.h"
@@ -79,7 +79,7 @@ struct Batch {
 };
 
 // Parameters and moments in memory as a trainer lays them out, and nothing that computes: for tests of files.
-class PlainModel {
+class PlainModel : public HoldsAll<PlainModel> {
   public:
     const Config cfg;
     Params<float> params;
@@ -96,6 +96,43 @@ class PlainModel {
 
   private:
     Floats arrays_[4];  // by State
+};
+
+// The same for one rank of a sharded model. With master weights, parameters are rounded to bf16 when they are
+// set, and the masters are set to what was rounded.
+class ShardedModel {
+  public:
+    const Config cfg;
+
+    ShardedModel(const Config& c, int world, int rank, bool masters)
+        : cfg(c),
+          masters_(masters),
+          params_(num_params(c)),
+          owned_(owned_pieces(c, {world, rank, 1}, false)) {
+        size_t n = 0;
+        for (const OwnedPiece& p : owned_) n = std::max(n, p.shard + p.size);
+        for (State s : {ADAM_M, ADAM_V, MASTER}) arrays_[s].resize(n);
+    }
+    bool has(State s) const { return s != MASTER || masters_; }
+    bool sharded() const { return true; }
+    template <class F>
+    void each_piece(State s, F f) {
+        if (s != PARAMS) throw std::logic_error("a rank holds only a part of that state");
+        for (const ParamPiece& t : param_pieces(cfg)) f(&params_[t.file], t.size);
+        if (!masters_ || std::is_invocable<F, const float*, size_t>::value) return;
+        for (const OwnedPiece& p : owned_)
+            std::copy(&params_[p.file], &params_[p.file] + p.size, &arrays_[MASTER][p.shard]);
+        params_ = rounded(params_);
+    }
+    template <class F>
+    void each_range(State s, F f) {
+        for (const OwnedPiece& p : owned_) f(&arrays_[s][p.shard], p.size, p.file);
+    }
+
+  private:
+    const bool masters_;
+    Floats params_, arrays_[5];  // params_ in the file's order; arrays_ by State
+    std::vector<OwnedPiece> owned_;
 };
 
 }  // namespace test

@@ -3,6 +3,16 @@
 //     model_00000500.bin     the model after 500 steps (lib/gpt2.h), and
 //     state_00000500.bin     what is needed beyond it: settings, progress, AdamW's moments
 //
+// Where each rank holds only a share of the optimizer's arrays (a sharded model, see lib/model.h), each
+// writes its share to a file of its own, a shard:
+//
+//     state_00000500_rank0of8.bin
+//
+// The state file then holds the shards' checksums instead of the moments. It is written last, when all shards
+// and the model are there: a checkpoint is whole exactly if its model and its state file exist. All ranks
+// write to one folder, on a file system that they share. A resuming run may have another number of ranks, or
+// not be sharded at all: each reader takes from each file the elements that it needs.
+//
 // The state file is a header, a table of named sections, and the sections. Its layout is fixed; what a
 // version of the program adds is a new section. A program that does not know a section skips it, unless the
 // section is marked as required: then the file is refused, and the error names the section. dev/FORMATS.md
@@ -12,8 +22,10 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <memory>
 
 #include "lib/gpt2.h"
+#include "lib/optimizer.h"
 #include "lib/run_folder.h"
 
 namespace trainer {
@@ -33,6 +45,25 @@ inline std::vector<int> checkpoints_in(const std::string& dir) {
     return steps;
 }
 
+// Removes a checkpoint but for its shards: first the state, because a model without its state is none.
+inline void remove_checkpoint(const std::string& dir, int step) {
+    for (const char* kind : {"state", "model"}) unlink(numbered(dir, kind, step).c_str());
+}
+// Removes the shards of steps for which there is no state file: their checkpoint has been removed, or was not
+// finished. No rank may be about to write a shard.
+inline void remove_stray_shards(const std::string& dir) {
+    for (const std::string& name : names_in(dir))
+        if (const int step = shard_step(name); step >= 0 && !file_exists(numbered(dir, "state", step)))
+            unlink((dir + "/" + name).c_str());
+}
+
+// Whether dir has shards of this step.
+inline bool has_shards(const std::string& dir, int step) {
+    const std::vector<std::string> names = names_in(dir);
+    return std::any_of(names.begin(), names.end(),
+                       [&](const std::string& name) { return shard_step(name) == step; });
+}
+
 template <class Model>
 void save_model(Model& model, const std::string& path) {
     ModelWriter w(path, model.cfg);
@@ -40,9 +71,13 @@ void save_model(Model& model, const std::string& path) {
     w.finish();
 }
 
+// Returns the checksum of the parameters as they are in the file: a model with fewer bits rounds them.
 template <class Model>
-void load_model(Model& model, ModelReader& r) {
-    model.each_piece(PARAMS, [&](float* p, size_t n) { r.read(p, n); });
+uint64_t load_model(Model& model, ModelReader& r) {
+    Checksum sum;
+    model.each_piece(PARAMS, [&](float* p, size_t n) { r.read(p, n), sum.add(p, n * sizeof(float)); });
+    sum.end_section();
+    return sum.value();
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -80,6 +115,14 @@ struct Fingerprints {
     void each_field(F&& f) {
         f("train", train), f("val", val), f("tokenizer", tokenizer);
     }
+};
+
+// What a state file says about its run, beside the arrays. settings: lines name=value; program: what wrote
+// the file, for people.
+struct RunRecord {
+    Progress progress;
+    std::string settings, program;  // "": not recorded
+    Fingerprints fingerprints;
 };
 
 // Fields as lines name=value, with doubles to their last bit.
@@ -177,7 +220,8 @@ class StateWriter {
         sum_.end_section(), s.checksum = sum_.value(), sum_ = Checksum(), written_ = 0;
         file_.write(std::string(round_up(s.bytes(), SECTION_ALIGNMENT) - s.bytes(), '\0'));
     }
-    void commit() {
+    // Returns the checksum of the table, and so of everything: the table holds the sections' checksums.
+    uint64_t commit() {
         if (done_ != table_.size()) throw std::logic_error("state file: sections are missing");
         std::vector<int32_t> header(256);
         header[0] = STATE_MAGIC, header[1] = STATE_VERSION, header[2] = (int32_t)table_.size();
@@ -186,6 +230,7 @@ class StateWriter {
         file_.overwrite(0, header.data(), 1024);
         file_.overwrite(1024, table_.data(), table_.size() * sizeof(Section));
         file_.commit();
+        return check;
     }
 
   private:
@@ -196,88 +241,169 @@ class StateWriter {
     uint64_t written_ = 0;
 };
 
-// Saves settings (lines name=value), progress, fingerprints and moments; `program` is what wrote it, for
-// people.
+// Sections with their bytes, for those that are short.
+using ShortSections = std::vector<std::pair<Section, std::string>>;
+
+inline std::pair<Section, std::string> text_section(const char* name, const std::string& text,
+                                                    bool required = true) {
+    return {Section(name, TEXT, text.size(), required), text};
+}
+inline std::pair<Section, std::string> number_section(const char* name, const std::vector<uint64_t>& x) {
+    return {Section(name, UINT64, x.size()), std::string((const char*)x.data(), x.size() * 8)};
+}
+// Those that every state file begins with.
+inline ShortSections record_sections(RunRecord run, uint64_t model_checksum) {
+    FieldWriter lines, prints;
+    run.progress.each_field(lines), run.fingerprints.each_field(prints);
+    return {text_section("program", run.program, false), text_section("settings", run.settings),
+            text_section("progress", lines.text), text_section("fingerprints", prints.text, false),
+            number_section("model_checksum", {model_checksum})};
+}
+// Writes a file of short sections and arrays; write_arrays(writer) adds the arrays. Returns its checksum.
+template <class F>
+uint64_t write_sections(const std::string& path, const ShortSections& first,
+                        const std::vector<Section>& arrays, F write_arrays) {
+    std::vector<Section> table;
+    for (auto& [section, bytes] : first) table.push_back(section);
+    table.insert(table.end(), arrays.begin(), arrays.end());
+    StateWriter out(path, table);
+    for (auto& [section, bytes] : first) out.add(bytes.data(), bytes.size());
+    write_arrays(out);
+    return out.commit();
+}
+
+// Saves the state of a model that is not sharded.
 template <class Model>
 void save_state(Model& model, Progress progress, const std::string& settings, const std::string& path,
                 const std::string& program = "", Fingerprints fingerprints = {}) {
-    FieldWriter lines, prints;
-    progress.each_field(lines), fingerprints.each_field(prints);
-    const uint64_t n = num_params(model.cfg), check = model_checksum(model);
-    StateWriter out(path, {{"program", TEXT, program.size(), false},
-                           {"settings", TEXT, settings.size()},
-                           {"progress", TEXT, lines.text.size()},
-                           {"fingerprints", TEXT, prints.text.size(), false},
-                           {"model_checksum", UINT64, 1},
-                           {"adam_m", FLOAT32, n},
-                           {"adam_v", FLOAT32, n}});
-    out.add(program.data(), program.size());
-    out.add(settings.data(), settings.size());
-    out.add(lines.text.data(), lines.text.size());
-    out.add(prints.text.data(), prints.text.size());
-    out.add(&check, 8);
-    for (State s : {ADAM_M, ADAM_V}) {
-        model.each_piece(s, [&](const float* x, size_t count) { out.write(x, count * sizeof(float)); });
-        out.end();
-    }
-    out.commit();
+    std::vector<Section> arrays;
+    for (auto& a : OPTIMIZER_ARRAYS) arrays.emplace_back(a.section, FLOAT32, num_params(model.cfg));
+    const RunRecord run = {progress, settings, program, fingerprints};
+    write_sections(path, record_sections(run, model_checksum(model)), arrays, [&](StateWriter& out) {
+        for (auto& a : OPTIMIZER_ARRAYS) {
+            model.each_piece(a.state, [&](const float* x, size_t n) { out.write(x, n * sizeof(float)); });
+            out.end();
+        }
+    });
+}
+// Saves the state file of a sharded model, whose shards have these checksums, rank after rank.
+inline void save_sharded_state(const RunRecord& run, uint64_t model_checksum,
+                               const std::vector<uint64_t>& shards, const std::string& path) {
+    ShortSections sections = record_sections(run, model_checksum);
+    sections.push_back(number_section("shards", shards));
+    write_sections(path, sections, {}, [](StateWriter&) {});
 }
 
-// Reads a state file. The constructor reads what is needed to build the model, load_moments() the rest.
-class StateReader {
-  public:
-    Progress progress;
-    Fingerprints fingerprints;
-    std::string settings, program;  // "": not recorded
+// ---------------------------------------------------------------------------------------------
+// Shards
 
-    explicit StateReader(const std::string& path) : file_(path) {
-        header_ = file_.header(STATE_MAGIC, "training state");
-        if (header_[1] == 1) {
-            read_version_1();
-            return;
+// Elements [first, first + count) of a model's arrays, in the model file's order.
+struct Range {
+    uint64_t first, count;
+    uint64_t end() const { return first + count; }
+};
+inline uint64_t elements_of(const std::vector<Range>& ranges) {
+    uint64_t n = 0;
+    for (const Range& r : ranges) n += r.count;
+    return n;
+}
+// The number of elements that are in both; each ascending.
+inline uint64_t common_elements(const std::vector<Range>& a, const std::vector<Range>& b) {
+    uint64_t n = 0;
+    for (size_t i = 0, j = 0; i < a.size() && j < b.size(); a[i].end() < b[j].end() ? i++ : j++) {
+        const uint64_t from = std::max(a[i].first, b[j].first), to = std::min(a[i].end(), b[j].end());
+        n += to > from ? to - from : 0;
+    }
+    return n;
+}
+
+// f(pointer, number of floats, number of the first one) for what a model holds of a state. PARAMS: for all.
+template <class Model, class F>
+void each_held(Model& model, State s, F f) {
+    if (s != PARAMS) return model.each_range(s, f);
+    size_t first = 0;
+    model.each_piece(s, [&](float* x, size_t n) { f(x, n, first), first += n; });
+}
+// The elements that a model holds of a state.
+template <class Model>
+std::vector<Range> ranges_of(Model& model, State s) {
+    if (s == PARAMS) return {{0, num_params(model.cfg)}};
+    std::vector<Range> ranges;
+    model.each_range(s, [&](const float*, size_t n, size_t first) {
+        if (ranges.empty() || ranges.back().end() != first) ranges.push_back({first, 0});
+        ranges.back().count += n;
+    });
+    return ranges;
+}
+
+// Which share of which state a shard holds.
+struct ShardOf {
+    int step, rank, world;
+    std::string path(const std::string& dir) const { return dir + "/" + shard_file(step, rank, world); }
+};
+
+// Saves what this rank holds of the optimizer's arrays. Returns the file's checksum.
+template <class Model>
+uint64_t save_shard(Model& model, const ShardOf& shard, const std::string& dir) {
+    std::vector<OptimizerArray> arrays(std::begin(OPTIMIZER_ARRAYS), std::end(OPTIMIZER_ARRAYS));
+    if (model.has(MASTER)) arrays.push_back(MASTER_ARRAY);
+    const std::vector<Range> ranges = ranges_of(model, ADAM_M);
+    std::vector<uint64_t> numbers;
+    for (const Range& r : ranges) numbers.insert(numbers.end(), {r.first, r.count});
+    std::vector<Section> table;
+    for (auto& a : arrays) table.emplace_back(a.section, FLOAT32, elements_of(ranges));
+    const ShortSections first = {number_section("shard", {(uint64_t)shard.step, (uint64_t)shard.rank,
+                                                          (uint64_t)shard.world, num_params(model.cfg)}),
+                                 number_section("ranges", numbers)};
+    return write_sections(shard.path(dir), first, table, [&](StateWriter& out) {
+        for (auto& a : arrays) {
+            model.each_range(a.state,
+                             [&](const float* x, size_t n, size_t) { out.write(x, n * sizeof(float)); });
+            out.end();
         }
-        if (header_[1] != STATE_VERSION)
+    });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Reading
+
+// The table and the sections of a state file or a shard.
+class SectionReader {
+  public:
+    const std::string& path() const { return file_.path; }
+    bool has(const char* name) const {
+        return std::any_of(table_.begin(), table_.end(), [&](const Section& s) { return s.is(name); });
+    }
+    // Reads a section of floats from front to back, f(pointer, number of floats) piece by piece, and checks
+    // it.
+    template <class F>
+    void stream(const char* name, F f) {
+        const Section& s = *find(name, FLOAT32, true);
+        std::vector<float> buf(std::min<uint64_t>(s.count, 1 << 18));
+        Checksum sum;
+        file_.seek(s.offset);
+        for (uint64_t left = s.count, n; left; left -= n) {
+            n = std::min<uint64_t>(left, buf.size());
+            file_.read(buf.data(), n * sizeof(float), name), sum.add(buf.data(), n * sizeof(float));
+            f((const float*)buf.data(), (size_t)n);
+        }
+        sum.end_section();
+        if (header_[1] != 1) finish(s, sum.value());
+    }
+    // Elements [from, from + n) of a section of floats, unchecked.
+    void read_floats(const char* name, uint64_t from, float* to, uint64_t n) {
+        file_.seek(find(name, FLOAT32, true)->offset + from * sizeof(float));
+        file_.read(to, n * sizeof(float), name);
+    }
+
+  protected:
+    explicit SectionReader(const std::string& path) : file_(path) {
+        header_ = file_.header(STATE_MAGIC, "training state");
+        if (header_[1] != 1 && header_[1] != STATE_VERSION)
             fail("%s: version is %d, wanted 1 or %d", path.c_str(), header_[1], STATE_VERSION);
-        read_table();
-        for (const Section& s : table_)
-            if (s.required && !known(s))
-                fail("%s: needs section '%s', which this program does not know; a newer one wrote it",
-                     path.c_str(), s.name);
-        settings = text("settings", true), program = text("program", false);
-        progress.each_field(FieldReader{text("progress", true)});
-        fingerprints.each_field(FieldReader{text("fingerprints", false)});
-        if (progress.step < 0) fail("%s: step is %d, wanted at least 0", path.c_str(), progress.step);
-        count_ = find("adam_m", FLOAT32, true)->count;
-        if (find("adam_v", FLOAT32, true)->count != count_)
-            fail("%s: adam_m and adam_v differ in length", path.c_str());
-        if (find("model_checksum", UINT64, true)->count != 1)
-            fail("%s: model_checksum has %" PRIu64 " numbers, wanted 1", path.c_str(),
-                 find("model_checksum", UINT64, true)->count);
     }
-
-    // Fills AdamW's moments. The model's parameters must be loaded: it is checked that they are those that
-    // were saved together with this state.
-    template <class Model>
-    void load_moments(Model& model) {
-        const char* path = file_.path.c_str();
-        if (count_ != num_params(model.cfg))
-            fail("%s: holds %" PRIu64 " parameters, the model has %zu", path, count_, num_params(model.cfg));
-        if (header_[1] == 1) return load_moments_1(model);
-        uint64_t check;
-        read(*find("model_checksum", UINT64, true), &check);
-        if (check != model_checksum(model))
-            fail("%s: checksum does not match: this file or its model file is damaged", path);
-        read_moments(model, ADAM_M, "adam_m"), read_moments(model, ADAM_V, "adam_v");
-    }
-
-  private:
-    static bool known(const Section& s) {
-        for (const char* name :
-             {"program", "settings", "progress", "fingerprints", "model_checksum", "adam_m", "adam_v"})
-            if (s.is(name)) return true;
-        return false;
-    }
-    void read_table() {
+    // Returns the table's checksum.
+    uint64_t read_table() {
         const char* path = file_.path.c_str();
         const int32_t n = header_[2];
         if (n < 1 || n > MAX_SECTIONS) fail("%s: has %d sections, wanted 1 to %d", path, n, MAX_SECTIONS);
@@ -298,6 +424,14 @@ class StateReader {
             at = round_up(at + s.bytes(), SECTION_ALIGNMENT);
         }
         file_.expect_size(at);
+        return check;
+    }
+    void refuse_unknown(std::initializer_list<const char*> known) const {
+        for (const Section& s : table_)
+            if (s.required &&
+                std::none_of(known.begin(), known.end(), [&](const char* name) { return s.is(name); }))
+                fail("%s: needs section '%s', which this program does not know; a newer one wrote it",
+                     file_.path.c_str(), s.name);
     }
     // A section by name, of this type; null where it is not required and missing.
     const Section* find(const char* name, SectionType type, bool required) const {
@@ -311,6 +445,28 @@ class StateReader {
         if (required) fail("%s: lacks section '%s'", file_.path.c_str(), name);
         return nullptr;
     }
+    std::string text(const char* name, bool required) {
+        const Section* s = find(name, TEXT, required);
+        if (!s) return "";
+        if (s->count > 1 << 20)
+            fail("%s: section '%s' has %" PRIu64 " bytes, wanted at most %d", file_.path.c_str(), name,
+                 s->count, 1 << 20);
+        std::string value(s->count, '\0');
+        read(*s, &value[0]);
+        return value;
+    }
+    std::vector<uint64_t> numbers(const char* name) {
+        const Section& s = *find(name, UINT64, true);
+        std::vector<uint64_t> value(s.count);
+        read(s, value.data());
+        return value;
+    }
+
+    Reader file_;
+    std::vector<int32_t> header_;
+    std::vector<Section> table_;
+
+  private:
     void read(const Section& s, void* to) {
         file_.seek(s.offset);
         file_.read(to, s.bytes(), s.name);
@@ -325,25 +481,198 @@ class StateReader {
             fail("%s: the checksum of section '%s' does not match: the file is damaged", file_.path.c_str(),
                  s.name);
     }
-    template <class Model>
-    void read_moments(Model& model, State state, const char* name) {
-        const Section& s = *find(name, FLOAT32, true);
-        Checksum sum;
-        file_.seek(s.offset);
-        model.each_piece(state, [&](float* x, size_t n) {
-            file_.read(x, n * sizeof(float), name), sum.add(x, n * sizeof(float));
-        });
-        sum.end_section(), finish(s, sum.value());
+};
+
+// Opens a shard, and checks that it is the one of this step and rank, and that it has this checksum.
+class ShardReader : public SectionReader {
+  public:
+    std::vector<Range> ranges;
+
+    ShardReader(const std::string& dir, const ShardOf& want, uint64_t checksum)
+        : SectionReader(existing(want.path(dir), want.world)) {
+        const char* file = file_.path.c_str();
+        if (header_[1] == 1) fail("%s: is a whole state of version 1, wanted a rank's share", file);
+        const uint64_t check = read_table();
+        refuse_unknown({"shard", "ranges", OPTIMIZER_ARRAYS[0].section, OPTIMIZER_ARRAYS[1].section,
+                        MASTER_ARRAY.section});
+        const std::vector<uint64_t> is = numbers("shard");
+        if (is.size() != 4) fail("%s: section 'shard' has %zu numbers, wanted 4", file, is.size());
+        if (is[0] != (uint64_t)want.step || is[1] != (uint64_t)want.rank || is[2] != (uint64_t)want.world)
+            fail("%s: holds the share of rank %" PRIu64 " of %" PRIu64 " after step %" PRIu64
+                 ", wanted rank %d of %d after step %d",
+                 file, is[1], is[2], is[0], want.rank, want.world, want.step);
+        if (check != checksum)
+            fail("%s: is not the file that was saved with %s: its checksum is %016" PRIx64
+                 ", wanted %016" PRIx64,
+                 file, numbered("state", want.step).c_str(), check, checksum);
+        parameters_ = is[3];
+        read_ranges();
     }
-    std::string text(const char* name, bool required) {
-        const Section* s = find(name, TEXT, required);
-        if (!s) return "";
-        if (s->count > 1 << 20)
-            fail("%s: section '%s' has %" PRIu64 " bytes, wanted at most %d", file_.path.c_str(), name,
-                 s->count, 1 << 20);
-        std::string value(s->count, '\0');
-        read(*s, &value[0]);
-        return value;
+    void expect_parameters(size_t n) const {
+        if (parameters_ != n)
+            fail("%s: is of a model of %" PRIu64 " parameters, this one has %zu", file_.path.c_str(),
+                 parameters_, n);
+    }
+
+  private:
+    static std::string existing(const std::string& path, int world) {
+        if (!file_exists(path))
+            fail("%s: not found; the state is in %d such files, one for each rank that saved it",
+                 path.c_str(), world);
+        return path;
+    }
+    void read_ranges() {
+        const char* file = file_.path.c_str();
+        const std::vector<uint64_t> x = numbers("ranges");
+        uint64_t end = 0;
+        for (size_t i = 0; i + 1 < x.size(); i += 2) {
+            if (!x[i + 1] || x[i] < end || x[i] > parameters_ || x[i + 1] > parameters_ - x[i])
+                fail("%s: range %zu is %" PRIu64 " elements from %" PRIu64
+                     " on, wanted at least one, after the range before, among %" PRIu64,
+                     file, i / 2, x[i + 1], x[i], parameters_);
+            ranges.push_back({x[i], x[i + 1]}), end = x[i] + x[i + 1];
+        }
+        if (x.size() % 2) fail("%s: section 'ranges' has %zu numbers, wanted pairs", file, x.size());
+        for (auto& a : OPTIMIZER_ARRAYS) expect_length(*find(a.section, FLOAT32, true));
+        if (const Section* s = find(MASTER_ARRAY.section, FLOAT32, false)) expect_length(*s);
+    }
+    void expect_length(const Section& s) const {
+        if (s.count != elements_of(ranges))
+            fail("%s: section '%s' has %" PRIu64 " elements, its ranges have %" PRIu64, file_.path.c_str(),
+                 s.name, s.count, elements_of(ranges));
+    }
+
+    uint64_t parameters_ = 0;
+};
+
+// Reads a state file. The constructor reads what is needed to build the model, load_moments() the rest.
+class StateReader : public SectionReader, public RunRecord {
+  public:
+    explicit StateReader(const std::string& path) : SectionReader(path) {
+        if (header_[1] == 1) {
+            read_version_1();
+            return;
+        }
+        read_table();
+        if (has("shard")) fail("%s: is one rank's share of a state, wanted the state file", path.c_str());
+        refuse_unknown({"program", "settings", "progress", "fingerprints", "model_checksum",
+                        OPTIMIZER_ARRAYS[0].section, OPTIMIZER_ARRAYS[1].section, "shards"});
+        settings = text("settings", true), program = text("program", false);
+        progress.each_field(FieldReader{text("progress", true)});
+        fingerprints.each_field(FieldReader{text("fingerprints", false)});
+        if (progress.step < 0) fail("%s: step is %d, wanted at least 0", path.c_str(), progress.step);
+        if (has("shards")) {
+            shards_ = numbers("shards");
+            if (shards_.empty() || shards_.size() > INT32_MAX)
+                fail("%s: has %zu shards, wanted at least 1", path.c_str(), shards_.size());
+            open_.resize(shards_.size());
+        } else {
+            count_ = find("adam_m", FLOAT32, true)->count;
+            if (find("adam_v", FLOAT32, true)->count != count_)
+                fail("%s: adam_m and adam_v differ in length", path.c_str());
+        }
+        if (find("model_checksum", UINT64, true)->count != 1)
+            fail("%s: model_checksum has %" PRIu64 " numbers, wanted 1", path.c_str(),
+                 find("model_checksum", UINT64, true)->count);
+    }
+    // The number of shards; 0: the moments are in the state file.
+    size_t shards() const { return shards_.size(); }
+
+    // Fills what this rank holds of AdamW's moments and of the master weights. The model's parameters must be
+    // loaded: `params_checksum`, the checksum that load_model() returned, must be that of the model that was
+    // saved together with this state. Of several shards, only those are read that hold what this rank needs,
+    // first the one of the same number.
+    template <class Model>
+    void load_moments(Model& model, uint64_t params_checksum, int rank = 0) {
+        const char* path = file_.path.c_str();
+        if (!shards() && count_ != num_params(model.cfg))
+            fail("%s: holds %" PRIu64 " parameters, the model has %zu", path, count_, num_params(model.cfg));
+        if (header_[1] == 1) check_version_1(model);
+        else if (params_checksum != numbers("model_checksum")[0])
+            fail("%s: checksum does not match: this file or its model file is damaged", path);
+        for (auto& a : OPTIMIZER_ARRAYS) load_array(model, a, rank);
+        if (shards() && shard((size_t)rank % shards()).has(MASTER_ARRAY.section))
+            load_array(model, {model.has(MASTER) ? MASTER : PARAMS, MASTER_ARRAY.section}, rank);
+    }
+    // For a model that keeps its parameters as they are in the model file.
+    template <class Model>
+    void load_moments(Model& model) {
+        load_moments(model, model_checksum(model));
+    }
+
+    // Replaces the file by one with another record of its run, and the same moments, or shards.
+    // `params_checksum`: see load_moments().
+    void rewrite(const RunRecord& run, uint64_t params_checksum) {
+        if (shards()) return save_sharded_state(run, params_checksum, shards_, path());
+        std::vector<Section> arrays;
+        for (auto& a : OPTIMIZER_ARRAYS) arrays.emplace_back(a.section, FLOAT32, count_);
+        write_sections(path(), record_sections(run, params_checksum), arrays, [&](StateWriter& out) {
+            for (auto& a : OPTIMIZER_ARRAYS) {
+                stream(a.section, [&](const float* x, size_t n) { out.write(x, n * sizeof(float)); });
+                out.end();
+            }
+        });
+    }
+
+  private:
+    // Elements of the arrays, and where a file has them: from element `at` of its sections on.
+    struct Extent {
+        Range range;
+        uint64_t at;
+        SectionReader* file;
+    };
+
+    // Reads what the model holds of an array. Each file that has some of it is first checked as a whole.
+    template <class Model>
+    void load_array(Model& model, const OptimizerArray& array, int rank) {
+        const std::vector<Range> need = ranges_of(model, array.state);
+        if (shards()) shard((size_t)rank % shards()).expect_parameters(num_params(model.cfg));
+        const std::vector<Extent> extents = find_elements(need, rank);
+        std::vector<SectionReader*> files;
+        for (const Extent& e : extents) files.push_back(e.file);
+        std::sort(files.begin(), files.end());
+        files.erase(std::unique(files.begin(), files.end()), files.end());
+        for (SectionReader* file : files) file->stream(array.section, [](const float*, size_t) {});
+        each_held(model, array.state, [&](float* x, size_t n, size_t first) {
+            auto after = [](uint64_t element, const Extent& e) { return element < e.range.first; };
+            auto e = std::upper_bound(extents.begin(), extents.end(), (uint64_t)first, after) - 1;
+            for (uint64_t k; n; x += k, n -= k, first += k, ++e) {
+                const uint64_t from = first - e->range.first;
+                k = std::min<uint64_t>(n, e->range.count - from);
+                e->file->read_floats(array.section, e->at + from, x, k);
+            }
+        });
+    }
+    // The extents that hold these elements, in their order.
+    std::vector<Extent> find_elements(const std::vector<Range>& need, int rank) {
+        if (!shards()) return {{{0, count_}, 0, this}};
+        std::vector<Extent> extents;
+        const uint64_t wanted = elements_of(need);
+        uint64_t found = 0;
+        for (size_t i = 0; i < shards() && found < wanted; i++) {
+            ShardReader& s = shard(((size_t)rank + i) % shards());
+            const uint64_t common = common_elements(s.ranges, need);
+            if (!common) continue;
+            found += common;
+            uint64_t at = 0;
+            for (const Range& r : s.ranges) extents.push_back({r, at, &s}), at += r.count;
+        }
+        std::sort(extents.begin(), extents.end(),
+                  [](const Extent& a, const Extent& b) { return a.range.first < b.range.first; });
+        for (size_t i = 1; i < extents.size(); i++)
+            if (extents[i].range.first < extents[i - 1].range.end())
+                fail("%s: holds element %" PRIu64 ", and so does %s", extents[i].file->path().c_str(),
+                     extents[i].range.first, extents[i - 1].file->path().c_str());
+        if (found != wanted)
+            fail("%s: its %zu shards hold %" PRIu64 " of the %" PRIu64 " elements that are needed",
+                 file_.path.c_str(), shards(), found, wanted);
+        return extents;
+    }
+    ShardReader& shard(size_t rank) {
+        const ShardOf of = {progress.step, (int)rank, (int)shards()};
+        if (!open_[rank])
+            open_[rank] = std::make_unique<ShardReader>(dirname_of(file_.path), of, shards_[rank]);
+        return *open_[rank];
     }
 
     // Version 1, so that runs of earlier programs go on: fixed fields in the header, the settings, the
@@ -367,13 +696,21 @@ class StateReader {
         settings.resize((size_t)h[3]);
         file_.read(&settings[0], settings.size(), "settings");
         sum_1_.add(settings.data(), settings.size()), sum_1_.end_section();
+        uint64_t at = file_.pos;
+        for (auto& a : OPTIMIZER_ARRAYS) {
+            table_.emplace_back(a.section, FLOAT32, count_);
+            table_.back().offset = at, at += table_.back().bytes();
+        }
     }
     template <class Model>
-    void load_moments_1(Model& model) {
-        for (State s : {ADAM_M, ADAM_V}) {
-            model.each_piece(s, [&](float* x, size_t n) {
-                file_.read(x, n * sizeof(float), "optimizer state"), sum_1_.add(x, n * sizeof(float));
-            });
+    void check_version_1(Model& model) {
+        if (model.has(MASTER))
+            fail(
+                "%s: is of version 1, whose checksum a rank cannot compute that keeps bf16 weights; go on "
+                "for a step with --zero_stage 0, which saves a new one",
+                file_.path.c_str());
+        for (auto& a : OPTIMIZER_ARRAYS) {
+            stream(a.section, [&](const float* x, size_t n) { sum_1_.add(x, n * sizeof(float)); });
             sum_1_.end_section();
         }
         model.each_piece(PARAMS, [&](const float* x, size_t n) { sum_1_.add(x, n * sizeof(float)); });
@@ -384,10 +721,9 @@ class StateReader {
             fail("%s: checksum does not match: this file or its model file is damaged", file_.path.c_str());
     }
 
-    Reader file_;
-    std::vector<int32_t> header_;
-    std::vector<Section> table_;
-    uint64_t count_ = 0;
+    uint64_t count_ = 0;            // elements of a moment
+    std::vector<uint64_t> shards_;  // their checksums
+    std::vector<std::unique_ptr<ShardReader>> open_;
     Checksum sum_1_;
 };
 

@@ -1,5 +1,6 @@
 // comm.h - the processes that train one model together. Each is a rank, 0 to world - 1, computes its share of
-// every batch, and holds the whole model. Rank 0 prints, logs and saves.
+// every batch, and holds all parameters; on GPUs it may hold only its share of the optimizer's arrays
+// (lib/optimizer.h). Rank 0 prints, logs and saves.
 //
 // Collective functions combine numbers of all ranks. Every rank must call the same ones in the same order,
 // with the same sizes; a rank that does not come makes the others wait. A sum has the same bits on all ranks.
@@ -9,9 +10,18 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "lib/io.h"
+
+// What the command line asks of the ranks.
+struct RankOptions {
+    int gpus = 1;        // ranks to start on this machine
+    int zero_stage = 0;  // of Sharding in lib/optimizer.h, so that a program that cannot shard can refuse it
+    int timeout = 60;    // seconds after which a rank that is not heard of counts as dead
+    std::string resume;  // the command that goes on with the run
+};
 
 class Comm {
   public:
@@ -19,6 +29,12 @@ class Comm {
     int rank = 0, world = 1;
     int on_host = 1;  // ranks on this machine, which share its processors and memory
     bool leads() const { return rank == 0; }
+    virtual const char* what() const { return "processes"; }
+    virtual bool can_shard() const { return false; }  // see Sharding in lib/optimizer.h
+
+    // Makes what the constructor has left for later: whatever may fail on one rank only. Where it throws,
+    // this rank can still abort() the others.
+    virtual void connect() {}
 
     // x[i] becomes the sum of all ranks' x[i].
     virtual void all_reduce(double*, size_t) {}
@@ -32,9 +48,18 @@ class Comm {
     virtual void broadcast(void*, size_t) {}
     // Returns when all ranks have called it.
     virtual void barrier() {}
-    // Ends the other ranks, because this one cannot go on; the program's exit code is `code`.
-    virtual void abort(int) {}
+    // Because this rank cannot go on: prints `line`, unless it is empty or another rank has told the reason
+    // already, and ends the other ranks. The program's exit code is `code`.
+    virtual void abort(int /*code*/, const std::string& /*line*/) {}
+    // The command line that starts `command` in as many processes, in the way that these were started.
+    virtual std::string start_again(const std::string& command) const { return command; }
 
+    void broadcast(std::string& text) {
+        uint64_t bytes = text.size();
+        broadcast(&bytes, sizeof bytes);
+        text.resize(bytes);
+        broadcast(&text[0], bytes);
+    }
     // Every rank's x.
     template <class T>
     std::vector<T> gather(const T& x) {

@@ -50,11 +50,18 @@ class MpiComm final : public Comm {
     void all_gather(void* all, const void* mine, size_t bytes) override {
         MPI_Allgather(mine, (int)bytes, MPI_BYTE, all, (int)bytes, MPI_BYTE, MPI_COMM_WORLD);
     }
+    using Comm::broadcast;
     void broadcast(void* data, size_t bytes) override {
         MPI_Bcast(data, (int)bytes, MPI_BYTE, 0, MPI_COMM_WORLD);
     }
     void barrier() override { MPI_Barrier(MPI_COMM_WORLD); }
-    void abort(int code) override { MPI_Abort(MPI_COMM_WORLD, code); }
+    void abort(int code, const std::string& line) override {
+        fprintf(stderr, "%s", line.c_str());
+        MPI_Abort(MPI_COMM_WORLD, code);
+    }
+    std::string start_again(const std::string& command) const override {
+        return world > 1 ? strf("mpirun -n %d %s", world, command.c_str()) : command;
+    }
 
   private:
     std::vector<MPI_Request> requests_;

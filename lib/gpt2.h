@@ -145,34 +145,40 @@ inline std::array<size_t, NUM_PARAMS + 1> param_offsets(const Config& c) {
 enum Part { EMBEDDINGS, BLOCK, FINAL_NORM };
 
 // Where tensor `id` of a layer starts in memory (elements): the embeddings; block after block, in each first
-// the tensors that decay, then the others; the final LayerNorm. Nothing lies between them.
+// the tensors that decay, then the others; the final LayerNorm. Nothing lies between them, except that each
+// of these parts is padded to a multiple of `multiple` elements. With fewer `slots` than blocks, blocks share
+// memory: block l has slot l % slots.
 class ParamLayout {
   public:
     ParamLayout() = default;
-    explicit ParamLayout(const Config& c) {
+    explicit ParamLayout(const Config& c, size_t multiple = 1, size_t slots = SIZE_MAX)
+        : slots_(std::min(slots, (size_t)c.L)) {
         ParamTable table = param_table(c);
         for (int id : {WTE, WPE}) start_[id] = first_block_, first_block_ += table[id].size();
+        first_block_ = round_up(first_block_, multiple);
         for (bool decay : {true, false})
             for (int id = 0; id < NUM_PARAMS; id++)
                 if (table[id].in_block && table[id].decay == decay)
                     start_[id] = block_, block_ += table[id].per_layer();
+        block_ = round_up(block_, multiple);
         for (int id = 0; id < NUM_PARAMS; id++)
             if (table[id].in_block) start_[id] += first_block_, stride_[id] = block_;
-        size_t end = first_block_ + (size_t)c.L * block_;
+        size_t end = first_block_ + slots_ * block_;
         for (int id : {LNFW, LNFB}) start_[id] = end, end += table[id].size();
-        end_ = end;
+        end_ = start_[LNFW] + round_up(end - start_[LNFW], multiple);
     }
-    size_t at(int id, size_t layer = 0) const { return start_[id] + layer * stride_[id]; }
-    // Where a part of the model lies, and its number of elements.
+    size_t at(int id, size_t layer = 0) const { return start_[id] + layer % slots_ * stride_[id]; }
+    // Where a part of the model lies, and its number of elements, padding included.
     std::pair<size_t, size_t> range(Part part, size_t layer = 0) const {
         if (part == EMBEDDINGS) return {0, first_block_};
-        if (part == BLOCK) return {first_block_ + layer * block_, block_};
+        if (part == BLOCK) return {first_block_ + layer % slots_ * block_, block_};
         return {start_[LNFW], end_ - start_[LNFW]};
     }
+    size_t size() const { return end_; }  // elements of all parts
 
   private:
     std::array<size_t, NUM_PARAMS> start_{}, stride_{};
-    size_t first_block_ = 0, block_ = 0, end_ = 0;  // where block 0 starts, the size of a block, of all
+    size_t slots_ = 1, first_block_ = 0, block_ = 0, end_ = 0;  // where block 0 starts, a block's size, all
 };
 
 // One tensor of one layer, or one outside the blocks: where its elements are in the file and in memory.
@@ -181,11 +187,11 @@ struct ParamPiece {
     size_t layer, file, memory, size;
     bool decay;
 };
-// All pieces in the file's order.
-inline std::vector<ParamPiece> param_pieces(const Config& c) {
+// All pieces in the file's order, laid out in memory as ParamLayout(c, multiple) says.
+inline std::vector<ParamPiece> param_pieces(const Config& c, size_t multiple = 1) {
     std::vector<ParamPiece> pieces;
     ParamTable table = param_table(c);
-    ParamLayout layout(c);
+    ParamLayout layout(c, multiple);
     size_t file = 0;
     for (int id = 0; id < NUM_PARAMS; id++)
         for (size_t l = 0; l < table[id].layers; l++) {
@@ -206,7 +212,8 @@ struct Params {
     W *wte = nullptr, *wpe = nullptr, *lnfw = nullptr, *lnfb = nullptr;
 
     Params() = default;
-    Params(W* base, const Config& c) : base_(base), layout_(c) {
+    Params(W* base, const Config& c, size_t multiple = 1, size_t slots = SIZE_MAX)
+        : base_(base), layout_(c, multiple, slots) {
         wte = tensor(WTE), wpe = tensor(WPE), lnfw = tensor(LNFW), lnfb = tensor(LNFB);
     }
     W* tensor(int id, size_t l = 0) const { return base_ + layout_.at(id, l); }
@@ -221,8 +228,10 @@ struct Params {
     ParamLayout layout_;
 };
 
-// What a model can hand out or take in, array by array; all are laid out alike.
-enum State { PARAMS, GRADS, ADAM_M, ADAM_V };
+// What a model can hand out or take in, array by array. MASTER is this rank's share of the fp32 weights, and
+// exists only where ranks share out the optimizer's arrays of a bf16 model. Everywhere else PARAMS reads and
+// writes the fp32 weights, if there are any.
+enum State { PARAMS, GRADS, ADAM_M, ADAM_V, MASTER };
 
 // Bytes of the keys and values that generation keeps for N sequences of T tokens, in fp32.
 inline size_t key_value_bytes(const Config& c, size_t N, size_t T) {

@@ -14,20 +14,20 @@
 //     device()                     one line about the machine, for people
 //     peak_flops(precision)        the most operations a second that the machine can do
 //     check_precision(precision)   throws UsageError, naming the flag, if it cannot compute so
-//     open_ranks()                 the Comm (lib/comm.h) of the processes that train together
-//     memory_available()           bytes of memory that are free
-//     memory_need(config, B, T, trains, recompute, precision)
+//     open_ranks(options)          the Comm (lib/comm.h) of the processes that train together; throws
+//                                  UsageError, naming the flag, for what the program cannot do
+//     memory_available(on_host)    bytes of memory that are free for each of so many ranks on this machine
+//     memory_need(config, B, T, trains, recompute, precision, ranks)
 //                                  bytes that a model needs, by purpose; throws Error if sizes cannot be
 //                                  addressed
 //
-// A model M(config, B, T, trains, recompute, precision): B x T is its largest batch; B = T = 0 makes a model
-// that only generates. recompute, 0 to 3, is how much backward computes again instead of keeping it. The
-// constructor takes all memory that memory_need() says, and throws Error if it cannot. After that, a step
+// A model M(config, B, T, trains, recompute, precision, ranks): B x T is its largest batch; B = T = 0 makes a
+// model that only generates. recompute, 0 to 3, is how much backward computes again instead of keeping it.
+// The constructor takes all memory that memory_need() says, and throws Error if it cannot. After that, a step
 // allocates nothing.
 //     cfg                          the sizes
 //     dropout, seed                may be set between steps; they determine the dropout masks
-//     comm                         the ranks, or null where this process trains alone; set before the first
-//                                  step
+//     ranks                        the ranks, as the constructor was given them
 //     init_weights(seed)           initial_weights() of every tensor
 //     forward(tokens, targets, B, T, pass)
 //                                  the mean loss over the targets >= 0, without dropout (pass.train is
@@ -49,13 +49,18 @@
 //     each_piece(state, f)         passes a whole state to f, in the model file's order, piece by piece:
 //                                  f(pointer, number of floats). An f that takes const float* reads; one that
 //                                  takes float* writes. The pointer is valid only during the call.
+//     each_range(state, f)         the same for what this rank holds of a state, which may be a part:
+//                                  f(pointer, number of floats, number in the file of the first one)
+//     has(state)                   whether the model has it. MASTER: see State in lib/gpt2.h.
+//     sharded()                    whether each rank holds only a part of the optimizer's arrays, so that
+//                                  each_piece() cannot pass them. All ranks then save and load together.
 //     resumed(t)                   says that the state just loaded is the one after step t
 #pragma once
 
 #include <type_traits>
 
 #include "lib/comm.h"
-#include "lib/gpt2.h"
+#include "lib/optimizer.h"
 
 // What one forward pass is for. Training keeps activations and applies dropout.
 struct Pass {
@@ -66,28 +71,22 @@ struct Pass {
     bool last = true;      // the step's last micro-batch
 };
 
-// The result of step number `step` (0: no step yet): its mean loss, and the gradient's norm before clipping.
-struct StepResult {
-    double loss = 0, norm = 0;
-    uint32_t step = 0;
-    bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
-};
-
-// AdamW's settings for one step. If the gradient's global norm exceeds grad_clip, the gradient is scaled down
-// to that norm; 0: no limit. A step whose loss or norm is not finite, or exceeds max_loss or max_norm,
-// changes nothing. (Where it is not finite, the trainer ends the run.)
-struct AdamW {
-    float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
-    double max_loss = INFINITY, max_norm = INFINITY;
-    bool takes(const StepResult& r) const { return r.finite() && r.loss <= max_loss && r.norm <= max_norm; }
-};
-
 // The numbers that a model computes with. On a GPU, bf16 parameters are accompanied by fp32 master weights,
 // unless master_weights is false. On the CPU parameters stay fp32 and products round them to bf16, except in
 // a model that only generates, which keeps them in bf16.
 struct Precision {
     Dtype dtype = FP32;
     bool master_weights = true;
+    bool deterministic = false;  // a GPU's products are chosen by a rule instead of by their speed
+};
+
+// The processes that train together, and how much each of them keeps.
+struct Ranks {
+    Comm* comm = nullptr;  // null: this process trains alone
+    int zero_stage = 0;
+    int world() const { return comm ? comm->world : 1; }
+    bool several() const { return world() > 1; }
+    Sharding sharding() const { return {world(), comm ? comm->rank : 0, zero_stage}; }
 };
 
 // The most floating-point operations a second that a machine can do, and how that number is known.
@@ -102,6 +101,18 @@ struct MemoryNeed {
     size_t total() const { return params + grads + optimizer + activations + scratch; }
 };
 
+// The base of a model M that is never sharded: its each_range(), has() and sharded().
+template <class M>
+struct HoldsAll {
+    template <class F>
+    void each_range(State s, F f) {
+        size_t first = 0;
+        static_cast<M*>(this)->each_piece(s, [&](float* x, size_t n) { f(x, n, first), first += n; });
+    }
+    bool has(State s) const { return s != MASTER; }
+    bool sharded() const { return false; }
+};
+
 // Compiles only if M has the members above, with these types.
 template <class M>
 constexpr void check_model() {
@@ -109,19 +120,22 @@ constexpr void check_model() {
     using std::is_same;
     struct Reads {
         void operator()(const float*, size_t) {}
+        void operator()(const float*, size_t, size_t) {}
     };
     const int* const tokens = nullptr;
     M* const m = nullptr;
-    static_assert(std::is_constructible<M, const Config&, size_t, size_t, bool, int, Precision>::value,
+    static_assert(std::is_constructible<M, const Config&, size_t, size_t, bool, int, Precision, Ranks>::value,
                   "constructor");
     static_assert(is_same<decltype(M::device()), std::string>::value, "device()");
     static_assert(is_same<decltype(M::peak_flops(Precision())), Peak>::value, "peak_flops()");
-    static_assert(is_same<decltype(M::open_ranks()), std::unique_ptr<Comm>>::value, "open_ranks()");
-    static_assert(is_same<decltype(M::comm), Comm*>::value, "comm");
-    static_assert(is_same<decltype(M::memory_available()), size_t>::value, "memory_available()");
-    static_assert(is_same<decltype(M::memory_need(declval<const Config&>(), 0, 0, true, 0, Precision())),
-                          MemoryNeed>::value,
-                  "memory_need()");
+    static_assert(is_same<decltype(M::open_ranks(RankOptions())), std::unique_ptr<Comm>>::value,
+                  "open_ranks()");
+    static_assert(is_same<decltype(M::ranks), const Ranks>::value, "ranks");
+    static_assert(is_same<decltype(M::memory_available(1)), size_t>::value, "memory_available()");
+    static_assert(
+        is_same<decltype(M::memory_need(declval<const Config&>(), 0, 0, true, 0, Precision(), Ranks())),
+                MemoryNeed>::value,
+        "memory_need()");
     static_assert(is_same<decltype(M::require_device()), void>::value, "require_device()");
     static_assert(is_same<decltype(M::set_threads(0)), void>::value, "set_threads()");
     static_assert(is_same<decltype(M::check_precision(Precision())), void>::value, "check_precision()");
@@ -132,6 +146,9 @@ constexpr void check_model() {
     static_assert(is_same<decltype(m->step(AdamW(), 1)), StepResult>::value, "step()");
     static_assert(is_same<decltype(m->last_result()), StepResult>::value, "last_result()");
     static_assert(is_same<decltype(m->each_piece(PARAMS, Reads())), void>::value, "each_piece()");
+    static_assert(is_same<decltype(m->each_range(PARAMS, Reads())), void>::value, "each_range()");
+    static_assert(is_same<decltype(m->has(MASTER)), bool>::value, "has()");
+    static_assert(is_same<decltype(m->sharded()), bool>::value, "sharded()");
     static_assert(is_same<decltype(m->init_weights(0)), void>::value, "init_weights()");
     static_assert(is_same<decltype(m->resumed(0)), void>::value, "resumed()");
     static_assert(is_same<decltype(M::cfg), const Config>::value, "cfg");

@@ -97,6 +97,17 @@ inline int number_of(const std::string& name, const char* kind) {
     const int step = name.size() > at ? atoi(name.c_str() + at) : -1;
     return step >= 0 && name == numbered(kind, step) ? step : -1;
 }
+// The file of a rank's share of a state, "state_00000500_rank0of8.bin", and the step of such a name; -1 where
+// the name is another one.
+inline std::string shard_file(int step, int rank, int world) {
+    return strf("state_%08d_rank%dof%d.bin", step, rank, world);
+}
+inline int shard_step(const std::string& name) {
+    int step = -1, rank = 0, world = 0;
+    if (sscanf(name.c_str(), "state_%d_rank%dof%d.bin", &step, &rank, &world) != 3) return -1;
+    const bool valid = step >= 0 && rank >= 0 && rank < world;
+    return valid && name == shard_file(step, rank, world) ? step : -1;
+}
 inline bool is_model_file(const std::string& name) {
     return name == "model.bin" || number_of(name, "model") >= 0;
 }
@@ -104,7 +115,7 @@ inline bool is_model_file(const std::string& name) {
 inline bool is_run_file(const std::string& name) {
     for (const char* n : {"tokenizer.bin", "log.csv", "main.log", "loss.png"})
         if (name == n) return true;
-    return is_model_file(name) || number_of(name, "state") >= 0;
+    return is_model_file(name) || number_of(name, "state") >= 0 || shard_step(name) >= 0;
 }
 inline bool holds_run_files(const std::string& dir) {
     std::vector<std::string> names = names_in(dir);

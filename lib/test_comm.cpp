@@ -26,6 +26,7 @@ struct Shared {
 class SharedComm final : public Comm {
   public:
     SharedComm(Shared* shared, int rank_) : s_(shared) { rank = rank_, world = on_host = shared->world; }
+    bool can_shard() const override { return true; }
     void barrier() override { pthread_barrier_wait(&s_->barrier); }
     void all_reduce(double* x, size_t n) override { sum_up(x, n); }
     // Computed only in finish(), so that a model that reads or writes too early is found: until then, NaN.
@@ -48,13 +49,15 @@ class SharedComm final : public Comm {
         for (int r = 0; r < world; r++) memcpy((char*)all + (size_t)r * bytes, s_->slots[r], bytes);
         barrier();
     }
+    using Comm::broadcast;
     void broadcast(void* data, size_t bytes) override {
         if (leads()) memcpy(s_->slots[0], data, bytes);
         barrier();
         memcpy(data, s_->slots[0], bytes);
         barrier();
     }
-    void abort(int code) override {
+    void abort(int code, const std::string& line) override {
+        fprintf(stderr, "%s", line.c_str());
         fflush(stderr);
         for (int r = 0; r < world; r++)
             if (r != rank && pids[r] > 0) kill(pids[r], SIGKILL);
@@ -83,15 +86,60 @@ class SharedComm final : public Comm {
 };
 
 // A model of one of the ranks of this process's group. Where asked to, one rank is told to stop in a step.
+// With --zero_stage 1 the rank saves and loads only its share of the moments, though it computes with all.
 struct RankModel : cpu::GPT2 {
     using cpu::GPT2::GPT2;
     static inline Shared* shared = nullptr;
     static inline int rank = 0, told_to_stop = -1;
+    static inline std::function<void(uint32_t)> before_step;  // what else happens in the ranks
     static constexpr uint32_t STOP_STEP = 4;
-    static std::unique_ptr<Comm> open_ranks() { return std::make_unique<SharedComm>(shared, rank); }
+    static std::unique_ptr<Comm> open_ranks(const RankOptions&) {
+        return std::make_unique<SharedComm>(shared, rank);
+    }
     StepResult step(const AdamW& a, uint32_t t) {
         if (rank == told_to_stop && t == STOP_STEP) raise(SIGTERM);
+        if (before_step) before_step(t);
         return cpu::GPT2::step(a, t);
+    }
+    bool sharded() const { return ranks.sharding().shards_state(); }
+    template <class F>
+    void each_piece(State s, F f) {
+        if (sharded() && s != PARAMS) throw std::logic_error("a rank holds only a part of that state");
+        cpu::GPT2::each_piece(s, f);
+    }
+    template <class F>
+    void each_range(State s, F f) {
+        const std::vector<OwnedPiece> owned = owned_pieces(cfg, ranks.sharding(), !sharded());
+        size_t at = 0;
+        cpu::GPT2::each_piece(s, [&](float* x, size_t n) {
+            for (const OwnedPiece& p : owned)
+                if (p.file >= at && p.file < at + n) f(x + p.file - at, p.size, p.file);
+            at += n;
+        });
+    }
+    // Fetches the other ranks' shares: the sum of each number's bits, which only one rank has.
+    void resumed(uint32_t t) {
+        cpu::GPT2::resumed(t);
+        for (State s : {ADAM_M, ADAM_V}) {
+            if (!sharded()) continue;
+            Doubles bits(num_params(cfg));
+            each_range(s, [&](const float* x, size_t n, size_t first) {
+                for (size_t i = 0; i < n; i++) bits[first + i] = bits_of(x[i]);
+            });
+            ranks.comm->all_reduce(bits.data(), bits.size());
+            size_t at = 0;
+            cpu::GPT2::each_piece(s, [&](float* x, size_t n) {
+                for (size_t i = 0; i < n; i++) {
+                    const uint32_t b = (uint32_t)bits[at++];
+                    memcpy(&x[i], &b, 4);
+                }
+            });
+        }
+    }
+    static uint32_t bits_of(float x) {
+        uint32_t b;
+        memcpy(&b, &x, 4);
+        return b;
     }
 };
 
@@ -196,6 +244,21 @@ struct Fixture {
                 int told_to_stop = -1) const {
         return run_ranks(
             world, [&](int) { return flags(out, more); }, told_to_stop);
+    }
+    // A copy of a run as it was when its last checkpoint was that of step 3.
+    void copy_at_3(const std::string& from, const std::string& to) const {
+        std::filesystem::copy(dir / from, dir / to);
+        for (const char* kind : {"model", "state"}) unlink(trainer::numbered(dir / to, kind, 6).c_str());
+        trainer::remove_stray_shards(dir / to);
+    }
+    Outcome resume(int world, const std::string& out, std::vector<std::string> more = {}) const {
+        more.insert(more.begin(), {"--resume", "-o", dir / out});
+        return run_ranks(world, [&](int) { return more; });
+    }
+    size_t shards(const std::string& out, int step) const {
+        size_t n = 0;
+        for (const std::string& name : names_in(dir / out)) n += trainer::shard_step(name) == step;
+        return n;
     }
     Floats weights(const std::string& out, int step = 6) const {
         ModelReader r(trainer::numbered(dir / out, "model", step));
@@ -334,4 +397,138 @@ TEST_CASE("ranks: what cannot go on together ends all of them, with one line tha
     CHECK(contains(e, "rank 0: " + (f.dir / "nowhere") + "/train.bin: not found"));
     e = refused({"-b", "6"}, 1, {"--data", f.dir / "nowhere"});
     CHECK(contains(e, "rank 1: " + (f.dir / "nowhere") + "/train.bin: not found"));
+}
+
+TEST_CASE("ranks: a sharded run saves a shard for each rank, and resumes bit for bit on as many ranks") {
+    Fixture f;
+    check_all_succeed(f.run(2, "whole", {"-b", "6"}));
+    check_all_succeed(f.run(2, "sharded", {"-b", "6", "-z", "1"}));
+    const Floats whole = f.weights("whole");
+    CHECK(f.weights("sharded") == whole);
+    for (int step : {3, 6}) CHECK((f.shards("sharded", step) == 2 && f.shards("whole", step) == 0));
+    struct {
+        const char* from;
+        int world;
+        std::vector<std::string> flags;
+    } cases[] = {{"sharded", 2, {}},
+                 {"sharded", 2, {"-z", "0"}},
+                 {"whole", 2, {"-z", "1"}},
+                 {"sharded", 1, {}},
+                 {"sharded", 3, {"-b", "4"}},
+                 {"sharded", 4, {"-b", "3"}},
+                 {"whole", 3, {"-b", "4", "-z", "1"}}};
+    for (auto& c : cases) {
+        CAPTURE(c.from);
+        CAPTURE(c.world);
+        const std::string out = strf("resumed_%d", (int)(&c - cases));
+        f.copy_at_3(c.from, out);
+        check_all_succeed(f.resume(c.world, out, c.flags));
+        if (c.world == 2) CHECK(f.weights(out) == whole);
+        check_close("ranks, sharded and resumed", f.weights(out), Doubles(whole.begin(), whole.end()), 1e-6);
+        CHECK(f.logged(out).size() == 7 * 6);
+    }
+}
+
+TEST_CASE("ranks: shards are written where rank 0 writes: a new run in place of another, a moved folder") {
+    Fixture f;
+    const std::vector<std::string> flags = {"-b", "6", "-z", "1", "--save_every", "2", "--keep", "1"};
+    std::vector<std::string> again = flags;
+    again.push_back("--overwrite");
+    check_all_succeed(f.run(2, "run", flags));
+    CHECK((f.shards("run", 6) == 2 && f.shards("run", 4) == 0));  // --keep 1
+    const Floats whole = f.weights("run");
+    const std::string from = f.dir / "run", to = f.dir / "moved";
+    RankModel::before_step = [&](uint32_t step) {
+        if (step == 6 && RankModel::rank == 0) rename_file(from, to);
+    };
+    Outcome o = f.run(2, "run", again);
+    RankModel::before_step = nullptr;
+    check_all_succeed(o);
+    CHECK(contains(o.out, "the earlier run is now in"));
+    CHECK(!file_exists(from));
+    CHECK((f.shards("moved", 6) == 2 && f.shards("moved", 4) == 0));
+    CHECK(f.shards("moved/previous/1", 6) == 2);
+    CHECK(!file_exists(to + "/.new"));
+    CHECK(f.weights("moved") == whole);
+    check_all_succeed(f.resume(2, "moved", {"--max_steps", "8"}));
+    CHECK((f.shards("moved", 8) == 2 && f.shards("moved", 6) == 0));
+}
+
+TEST_CASE("ranks: stopped before a validation and resumed on other ranks, the step keeps its shards") {
+    Fixture f;
+    check_all_succeed(f.run(2, "whole", {"-b", "6"}));
+    const Floats whole = f.weights("whole");
+    for (int told : {0, 1}) {
+        const std::string out = strf("stopped_%d", told);
+        check_all_succeed(f.run(2, out, {"-b", "6", "-z", "1", "--save_every", "0"}, told));
+        const std::string state = trainer::numbered(f.dir / out, "state", 4);
+        CHECK(trainer::StateReader(state).progress.pending);
+        for (int world : {1, 2}) {
+            const std::string resumed = out + strf("_%d", world);
+            std::filesystem::copy(f.dir / out, f.dir / resumed);
+            check_all_succeed(f.resume(world, resumed, {"--save_every", "4"}));  // saves step 4 once more
+            trainer::StateReader again(trainer::numbered(f.dir / resumed, "state", 4));
+            CHECK(!again.progress.pending);
+            CHECK((again.shards() == 2 && f.shards(resumed, 4) == 2));
+            if (world == 2) CHECK(f.weights(resumed) == whole);
+            check_close("ranks, stopped", f.weights(resumed), Doubles(whole.begin(), whole.end()), 1e-6);
+        }
+    }
+}
+
+TEST_CASE("ranks: a shard that a rank cannot write ends all with one line, and leaves no half checkpoint") {
+    Fixture f;
+    check_all_succeed(f.run(3, "run", {"-b", "4", "-z", "1"}));
+    for (int r : {0, 2}) {
+        const std::string in_the_way = (f.dir / "run/") + trainer::shard_file(9, r, 3);
+        make_dirs(in_the_way + "/folder");
+        Outcome o = f.resume(3, "run", {"--max_steps", "9"});
+        for (int code : o.codes) CHECK((code == 1 || code == 128 + SIGKILL));
+        CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+        CHECK(contains(o.err, strf("rank 0: %s/", r ? "rank 2: " : "")));
+        CHECK(contains(o.err, trainer::shard_file(9, r, 3) + ": cannot rename into place: "));
+        for (const char* kind : {"model", "state"})
+            CHECK(!file_exists(trainer::numbered(f.dir / "run", kind, 9)));
+        CHECK(f.shards("run", 9) == 1);  // the folder in the way
+        std::filesystem::remove_all(in_the_way);
+        CHECK(trainer::checkpoints_in(f.dir / "run") == std::vector<int>{3, 6});
+        CHECK(f.shards("run", 6) == 3);
+    }
+    check_all_succeed(f.resume(3, "run", {"--max_steps", "9"}));
+    CHECK(f.shards("run", 9) == 3);
+    // A shard that is lost is named, and what to do.
+    unlink(((f.dir / "run/") + trainer::shard_file(9, 1, 3)).c_str());
+    Outcome o = f.resume(3, "run", {"--max_steps", "12"});
+    CHECK(contains(o.err, "rank 1: " + (f.dir / "run/") + trainer::shard_file(9, 1, 3) + ": not found; "));
+    CHECK(contains(o.err, "; to resume from the checkpoint before, move " +
+                              trainer::numbered(f.dir / "run", "model", 9) + ", " +
+                              (f.dir / "run/state_00000009_rank*.bin") + " and " +
+                              trainer::numbered(f.dir / "run", "state", 9) + " elsewhere"));
+}
+
+TEST_CASE("ranks: a log that a full disk cuts off ends a sharded run after the step, with a checkpoint") {
+    if (!file_exists("/dev/full")) return skip("/dev/full: not found");
+    Fixture f;
+    check_all_succeed(f.run(2, "whole", {"-b", "6"}));
+    for (const char* log : {"log.csv", "main.log"}) {
+        CAPTURE(log);
+        RankModel::before_step = [&](uint32_t step) {
+            for (int fd = 3; step == 4 && RankModel::rank == 0 && fd < 64; fd++) {
+                std::error_code none;
+                const std::string link = strf("/proc/self/fd/%d", fd);
+                if (std::filesystem::read_symlink(link, none).filename() == log)
+                    dup2(open("/dev/full", O_WRONLY), fd);
+            }
+        };
+        const std::string out = strf("full_%s", log);
+        Outcome o = f.run(2, out, {"-b", "6", "-z", "1"});
+        RankModel::before_step = nullptr;
+        CHECK(o.codes[0] == 1);
+        CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+        CHECK(contains(o.err, out + "/" + log + ": cannot write: No space left on device"));
+        CHECK(trainer::checkpoints_in(f.dir / out) == std::vector<int>{3, 4});
+        check_all_succeed(f.resume(2, out));
+        CHECK(f.weights(out) == f.weights("whole"));
+        CHECK(f.logged(out).size() == 7 * 6);
+    }
 }

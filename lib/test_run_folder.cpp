@@ -46,8 +46,15 @@ TEST_CASE("run folder: a second trainer is refused with the first one's process 
 
 TEST_CASE("run folder: an earlier run moves to previous/N with its data; the user's other files stay") {
     TempDir dir;
-    const std::vector<std::string> run = {"model.bin", "model_00000010.bin", "state_00000010.bin", "log.csv",
-                                          "main.log",  "tokenizer.bin",      "data/train.bin"};
+    const std::vector<std::string> run = {"model.bin",
+                                          "model_00000010.bin",
+                                          "state_00000010.bin",
+                                          "state_00000010_rank0of2.bin",
+                                          "state_00000010_rank1of2.bin",
+                                          "log.csv",
+                                          "main.log",
+                                          "tokenizer.bin",
+                                          "data/train.bin"};
     for (int n = 1; n <= 3; n++) {
         CAPTURE(n);
         if (n == 1)
@@ -109,14 +116,33 @@ TEST_CASE("run folder: temporary files of killed programs are removed, the user'
     int status;
     waitpid(killed, &status, 0);
     const std::string tmp = strf(".tmp%d", (int)killed);
-    write_all(dir.path, {"model.bin" + tmp, "log.csv" + tmp, ".new/leaving" + tmp}, "half");
+    const std::string shard = trainer::shard_file(8, 3, 12);
+    write_all(dir.path, {"model.bin" + tmp, "log.csv" + tmp, ".new/leaving" + tmp, shard + tmp}, "half");
     // Process 1 is alive.
     write_all(dir.path, {"notes" + tmp, "model.bin.tmp1", ".new/data/train.bin"}, "whole");
     trainer::RunFolder folder;
     folder.open(dir.path);
-    for (const char* name : {"model.bin", "log.csv", ".new/leaving"}) CHECK(!file_exists(dir / (name + tmp)));
+    for (const std::string& name :
+         {std::string("model.bin"), std::string("log.csv"), std::string(".new/leaving"), shard})
+        CHECK(!file_exists(dir / (name + tmp)));
     for (const std::string& name : {"notes" + tmp, std::string("model.bin.tmp1"), std::string(".new/data")})
         CHECK(file_exists(dir / name));
+}
+
+TEST_CASE("run folder: a shard is known by its name, with step, rank and ranks") {
+    CHECK(trainer::shard_file(500, 0, 8) == "state_00000500_rank0of8.bin");
+    for (int step : {0, 500, 123456789})
+        for (int rank : {0, 11}) {
+            const std::string name = trainer::shard_file(step, rank, 12);
+            CHECK(trainer::shard_step(name) == step);
+            CHECK(trainer::is_run_file(name));
+            CHECK(trainer::number_of(name, "state") == -1);
+        }
+    for (const char* name :
+         {"state_00000500.bin", "state_500_rank0of8.bin", "state_00000500_rank8of8.bin",
+          "state_00000500_rank", "state_00000500_rank-1of8.bin", "state_00000500_rank0of8.bin.tmp1",
+          "state_00000500_rank00of8.bin", "my_state_00000500_rank0of8.bin", "state_-0000500_rank0of8.bin"})
+        CHECK_MESSAGE(trainer::shard_step(name) == -1, name);
 }
 
 TEST_CASE("run folder: data of an aborted run move to previous when the new run has other data") {

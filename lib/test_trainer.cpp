@@ -138,7 +138,7 @@ namespace {
 struct SmallMachine : cpu::GPT2 {
     using cpu::GPT2::GPT2;
     static inline size_t free_bytes = 0;
-    static size_t memory_available() { return free_bytes; }
+    static size_t memory_available(int) { return free_bytes; }
 };
 
 // What f writes to standard output.

@@ -50,7 +50,9 @@ struct Options {
     uint64_t seed = 1337;
     int threads = 0, recompute = 0;
     std::string dtype;
-    bool master_weights = true;
+    bool master_weights = true, deterministic = false;
+    // several ranks
+    int gpus = 1, zero_stage = 0, rank_timeout = 60;
     // watching
     int val_every = -1, val_tokens = 100000, val_batches = -1, sample_every = -1, sample_tokens = 200,
         log_every = 1;
@@ -151,6 +153,20 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
     f.add("dtype", "", &o.dtype, "NAME", "numbers to compute with: fp32 or bf16; \"\": this trainer's own");
     f.add("master_weights", "w", &o.master_weights,
           "with bf16 also keep the weights in fp32; 0 saves memory (GPU)");
+    f.add("deterministic", "", &o.deterministic,
+          "choose products by a rule, not by their speed on this machine (GPU)");
+}
+inline void add_rank_flags(Flags& f, Options& o) {
+    f.section("Several GPUs");
+    f.add("gpus", "", &o.gpus, "N", "GPUs of this machine to train on; srun, torchrun or mpirun start more")
+        .range(1, 64)
+        .on_resume(Flags::NOT_KEPT);
+    f.add("zero_stage", "z", &o.zero_stage, "N",
+          "what each GPU keeps only its share of: 0 nothing, 1 AdamW's state, 2 also the gradients")
+        .range(0, 2);
+    f.add("rank_timeout", "", &o.rank_timeout, "S", "seconds after which a silent rank counts as dead")
+        .range(1, 86400)
+        .on_resume(Flags::NOT_KEPT);  // the ranks connect before the run's settings are read
 }
 inline void add_output_flags(Flags& f, Options& o) {
     f.section("Watching");
@@ -187,7 +203,8 @@ inline void add_output_flags(Flags& f, Options& o) {
         .on_resume(Flags::NOT_KEPT);
 }
 inline void add_flags(Flags& f, Options& o, const std::string& program) {
-    add_data_and_model_flags(f, o), add_optimisation_flags(f, o), add_output_flags(f, o);
+    add_data_and_model_flags(f, o), add_optimisation_flags(f, o), add_rank_flags(f, o),
+        add_output_flags(f, o);
     f.epilogue(
         "Examples:\n"
         "  ./prepare_data poems.csv -o data/poems && ./" +
@@ -242,25 +259,26 @@ inline double learning_rate(const std::string& schedule, double peak, int step, 
 
 inline volatile sig_atomic_t g_stop = 0;       // the signal that asked for an end
 inline volatile sig_atomic_t g_continued = 0;  // the process was stopped (Ctrl-Z) and goes on
-inline volatile sig_atomic_t g_stop_time = 0;
+inline volatile sig_atomic_t g_stop_time = 0;  // when this process's own first signal came
 // A second signal ends the program at once, unless it comes within 2 seconds: under make, Ctrl-C reaches the
-// program twice, from the terminal and from make.
+// program twice, from the terminal and from make. (g_stop may also be another rank's, and counts for nothing
+// here: a launcher signals all ranks, one a little after the other.)
 inline void on_stop(int s) {
     const sig_atomic_t time_now = (sig_atomic_t)time(nullptr);
-    if (g_stop && time_now - g_stop_time >= 2) signal(s, SIG_DFL), raise(s);
-    if (!g_stop) g_stop_time = time_now;
+    if (g_stop_time && time_now - g_stop_time >= 2) signal(s, SIG_DFL), raise(s);
+    if (!g_stop_time) g_stop_time = time_now;
     g_stop = s;
 }
 inline void on_continue(int) { g_continued = 1; }
 
-// While it exists, SIGINT, SIGTERM and SIGHUP end training after the current step, except where they were
-// ignored from the start (nohup).
+// While it exists, SIGINT, SIGTERM, SIGHUP and SIGUSR1 (which Slurm sends before a time limit) end training
+// after the current step, except where they were ignored from the start (nohup).
 class Signals {
   public:
     Signals() {
-        g_stop = g_continued = 0;
+        g_stop = g_continued = g_stop_time = 0;
         set(SIGCONT, on_continue);
-        for (int s : {SIGINT, SIGTERM, SIGHUP}) set(s, on_stop);
+        for (int s : {SIGINT, SIGTERM, SIGHUP, SIGUSR1}) set(s, on_stop);
     }
     ~Signals() {
         for (auto& [s, handler] : before_) signal(s, handler);
@@ -274,7 +292,9 @@ class Signals {
     }
     std::vector<std::pair<int, void (*)(int)>> before_;
 };
-inline const char* signal_name(int s) { return s == SIGINT ? "Ctrl-C" : s == SIGHUP ? "SIGHUP" : "SIGTERM"; }
+inline const char* signal_name(int s) {
+    return s == SIGINT ? "Ctrl-C" : s == SIGHUP ? "SIGHUP" : s == SIGUSR1 ? "SIGUSR1" : "SIGTERM";
+}
 
 inline double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -389,7 +409,7 @@ template <class Model>
 Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t tokens,
                     const Tokenizer* tokenizer, std::vector<int>& x, std::vector<int>& y) {
     Evaluation e;
-    Comm alone, &comm = model.comm ? *model.comm : alone;
+    Comm alone, &comm = model.ranks.comm ? *model.ranks.comm : alone;
     double sum = 0;
     size_t chars = 0, end = tokens ? tokens : SIZE_MAX;
     for (size_t i = (size_t)comm.rank; i < loader.batches() && i * B * T < end && !g_stop;
@@ -425,10 +445,12 @@ class Run {
     }
 
     int main() {
-        signal(SIGPIPE, SIG_IGN);  // output that nobody reads any more ends nothing: see show()
-        comm_ = Model::open_ranks();
+        signal(SIGPIPE, SIG_IGN);     // output that nobody reads any more ends nothing: see show()
+        signal(SIGUSR1, [](int) {});  // until training begins there is nothing to save
+        comm_ = Model::open_ranks({o_.gpus, o_.zero_stage, o_.rank_timeout, resume_command()});
         if (comm_->world == 1) return run();
         try {
+            comm_->connect();
             if (!comm_->leads() && !freopen("/dev/null", "w", stdout)) {}  // rank 0 prints
             return run();
         } catch (const UsageError& e) {
@@ -443,10 +465,10 @@ class Run {
   private:
     // What is wrong for all ranks is said by rank 0, which ends the others before they speak.
     int end_ranks(const char* why, int code) {
-        if (!comm_->leads()) sleep(1);
+        // Rank 0 gives its Comm a moment to say that another rank's death is the cause.
+        usleep(comm_->leads() ? 200000 : 1000000);
         fflush(stdout);
-        fprintf(stderr, "%s: rank %d: %s\n", Model::PROGRAM, comm_->rank, why);
-        comm_->abort(code);
+        comm_->abort(code, strf("%s: rank %d: %s\n", Model::PROGRAM, comm_->rank, why));
         return code;
     }
     int run() {
@@ -458,9 +480,9 @@ class Run {
         else prepare_run("", "");
         if (o_.max_steps == 0) return only_evaluate();
         settings_text_ = settings_to_keep();
+        comm_->barrier();                                        // until all ranks have read the state
         if (o_.resume && comm_->leads() && keep_better_model())  // before open_logs() cuts what tells of it
-            save_state(*model_, progress_, settings_text_, numbered(o_.out, "state", progress_.step),
-                       version_, fingerprints_);
+            rewrite_state();
         comm_->broadcast(&progress_.best_val, sizeof progress_.best_val);
         comm_->broadcast(&progress_.best_step, sizeof progress_.best_step);
         if (comm_->world > 1) check_ranks_agree();
@@ -490,20 +512,26 @@ class Run {
                          "--out; leave one of them out",
                          flag));
         std::vector<int> steps = checkpoints_in(o_.out);
-        if (steps.empty())
+        if (steps.empty() && comm_->leads())
             fail("--resume: %s holds no checkpoint (model_*.bin with state_*.bin)", o_.out.c_str());
-        const std::string model = numbered(o_.out, "model", steps.back()),
-                          state = numbered(o_.out, "state", steps.back());
+        // Rank 0's, since a network's file system may show another rank the folder as it was.
+        int newest = steps.empty() ? -1 : steps.back();
+        comm_->broadcast(&newest, sizeof newest);
+        const std::string model = numbered(o_.out, "model", newest),
+                          state = numbered(o_.out, "state", newest),
+                          shards = state.substr(0, state.rfind('.')) + "_rank";
         try {
             prepare_run(model, state);
         } catch (const UsageError&) {
             throw;
         } catch (const Error& e) {
             const std::string what = e.what();
-            const bool of_these = what.find(model + ": ") == 0 || what.find(state + ": ") == 0;
+            const bool of_these =
+                what.find(model + ": ") == 0 || what.find(state + ": ") == 0 || what.find(shards) == 0;
             if (!of_these || steps.size() < 2 || what.find("cannot") != std::string::npos) throw;
-            fail("%s; to resume from the checkpoint before, move %s and %s elsewhere", e.what(),
-                 model.c_str(), state.c_str());
+            fail("%s; to resume from the checkpoint before, move %s%s and %s elsewhere", e.what(),
+                 model.c_str(), has_shards(o_.out, newest) ? (", " + shards + "*.bin").c_str() : "",
+                 state.c_str());
         }
     }
 
@@ -583,6 +611,7 @@ class Run {
         settle_batch();
         check_prompt();
     }
+    Ranks ranks() const { return {comm_.get(), comm_->can_shard() ? o_.zero_stage : 0}; }
     bool fine_tunes() const { return !o_.init_from.empty() && !o_.resume; }
 
     // llm.c's -e d12: random weights of the published size with 12 layers, unless there is a file of that
@@ -774,7 +803,7 @@ class Run {
     }
 
     Precision precision() const {
-        Precision p = {Model::DEFAULT_DTYPE, o_.master_weights};
+        Precision p = {Model::DEFAULT_DTYPE, o_.master_weights, o_.deterministic};
         if (o_.dtype == "bf16") p.dtype = BF16;
         else if (o_.dtype == "fp32") p.dtype = FP32;
         else if (o_.dtype == "fp16")
@@ -810,11 +839,11 @@ class Run {
     // flag has set.
     void fit_memory(bool trains) {
         // What is free for each rank of a machine; of all ranks the least, so that they decide alike.
-        std::vector<size_t> free = comm_->gather(Model::memory_available() / (size_t)comm_->on_host);
+        std::vector<size_t> free = comm_->gather(Model::memory_available(comm_->on_host));
         size_t have = *std::min_element(free.begin(), free.end());
         size_t poem = trains && o_.sample_every && tokenizer_ ? key_value_bytes(cfg_, 1, T_) : 0;
         auto need_of = [&](size_t B, int recompute) {
-            return Model::memory_need(cfg_, B, T_, trains, recompute, precision_).total() + poem;
+            return Model::memory_need(cfg_, B, T_, trains, recompute, precision_, ranks()).total() + poem;
         };
         size_t wanted = need_of(B_, o_.recompute), B = B_;
         int r = o_.recompute;
@@ -841,17 +870,20 @@ class Run {
                 o_.total_batch_size);
         micro_steps_ *= B_ / B;
         B_ = B, o_.batch_size = (int)B, o_.recompute = r;
-        need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_);
+        need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_, ranks());
         need_.scratch += poem;
     }
 
     void build_model(StateReader* state) {
         bool trains = o_.max_steps > 0;
-        model_ = std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute, precision_);
-        model_->dropout = o_.dropout, model_->seed = o_.seed, model_->comm = comm_.get();
-        if (checkpoint_) load_model(*model_, *checkpoint_), checkpoint_.reset();
+        model_ = std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute, precision_, ranks());
+        model_->dropout = o_.dropout, model_->seed = o_.seed;
+        if (checkpoint_) params_checksum_ = load_model(*model_, *checkpoint_), checkpoint_.reset();
         else model_->init_weights(o_.seed);
-        if (state && trains) state->load_moments(*model_), model_->resumed((uint32_t)progress_.step);
+        if (state && trains) {
+            state->load_moments(*model_, params_checksum_, comm_->rank);
+            model_->resumed((uint32_t)progress_.step);
+        }
         x_.resize(B_ * T_), y_.resize(B_ * T_);
     }
 
@@ -992,9 +1024,16 @@ class Run {
         if (o_.resume && !has_loss) log_loss();
         if (o_.resume && !has_row) write_row(nullptr);
     }
+    // Where all ranks are needed to save, a full disk stops them all after this step, as a signal does.
+    void log_line(LogFile& file, const std::string& line) try {
+        file.line(line);
+    } catch (const LogFile::Full& e) {
+        if (!model_->sharded()) throw;
+        log_full_ = e.what(), g_stop = SIGTERM;
+    }
     void log_loss() {
         const auto& r = progress_.last;
-        log_->line(strf("s:%d trl:%.4f lr:%.6f norm:%.2f", progress_.step - 1, r.loss, r.lr, r.norm));
+        log_line(*log_, strf("s:%d trl:%.4f lr:%.6f norm:%.2f", progress_.step - 1, r.loss, r.lr, r.norm));
     }
 
     // The step of a row of log.csv; -1 in the header.
@@ -1040,6 +1079,12 @@ class Run {
         printf("%s\n", what.c_str());
     }
 
+    // What each rank keeps only its share of.
+    static const char* shares(int zero_stage) {
+        return zero_stage == 0   ? ""
+               : zero_stage == 1 ? "; each keeps a share of AdamW's state"
+                                 : "; each keeps a share of the gradients and of AdamW's state";
+    }
     void print_table() {
         Peak peak = Model::peak_flops(precision_);
         peak_ = peak.flops;
@@ -1050,7 +1095,9 @@ class Run {
         auto size = [](size_t b) { return human_bytes((double)b); };
         row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
         if (comm_->world > 1)
-            row("ranks", strf("%d processes, %d of them on this machine", comm_->world, comm_->on_host));
+            row("ranks", strf("%d %s, %d of them on this machine%s", comm_->world, comm_->what(),
+                              comm_->on_host, shares(ranks().zero_stage)));
+        else if (o_.zero_stage) row("ranks", "one, so that --zero_stage has no effect");
         row("model", cfg_.text());
         row("parameters",
             commas(num_params(cfg_)) + (o_.init_from.empty() ? strf(" (random, seed %" PRIu64 ")", o_.seed)
@@ -1132,8 +1179,9 @@ class Run {
                 stop = stop || any_stops();
                 if (patience_ends()) last = save_now = true;
                 if (sample_now && !stop && comm_->leads()) sample();
-                if (step && (save_now || stop) && comm_->leads()) save();
+                if (step && (save_now || stop) && (model_->sharded() || comm_->leads())) save();
             }
+            if (!log_full_.empty()) fail("%s", log_full_.c_str());
             if (stop) return say_stopped(step);
             if (last) break;
             one_step();
@@ -1163,12 +1211,16 @@ class Run {
         return o_.sample_every && tokenizer_ && step && (step >= o_.max_steps || due(o_.sample_every, step));
     }
 
+    std::string resume_command() const {
+        std::string command = beside_program(Model::PROGRAM) + " -o " + shell_quoted(o_.out) + " --resume";
+        if (flags_.on_command_line("rank_timeout")) command += strf(" --rank_timeout %d", o_.rank_timeout);
+        return comm_ ? comm_->start_again(command) : command;
+    }
     void say_stopped(int step) {
         end_line();
         if (step)
-            printf("stopped by %s after step %d; go on with: %s%s -o %s --resume\n", signal_name(g_stop),
-                   step, comm_->world > 1 ? strf("mpirun -n %d ", comm_->world).c_str() : "",
-                   beside_program(Model::PROGRAM).c_str(), shell_quoted(o_.out).c_str());
+            printf("stopped by %s after step %d; go on with: %s\n", signal_name(g_stop), step,
+                   resume_command().c_str());
         else printf("stopped before the first step; nothing to resume\n");
         show();
     }
@@ -1316,7 +1368,7 @@ class Run {
         if (std::isfinite(e->nats)) {
             printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(),
                    best ? strf(" (best so far: %s/model.bin)", folder_.dir().c_str()).c_str() : "");
-            if (comm_->leads()) log_->line(strf("s:%d tel:%.4f", progress_.step, e->nats));
+            if (comm_->leads()) log_line(*log_, strf("s:%d tel:%.4f", progress_.step, e->nats));
         } else {
             printf("validation after step %d: the loss is not finite; this model is not kept\n",
                    progress_.step);
@@ -1336,7 +1388,7 @@ class Run {
         if (progress_.step)
             s += strf(",%.9g,%.9g,%.2f,%.1f", r.norm, r.lr, r.seconds * 1e3, o_.total_batch_size / r.seconds);
         else s += ",,,,";
-        csv_->line(s + "," + (first_row_ ? version_ : ""));
+        log_line(*csv_, s + "," + (first_row_ ? version_ : ""));
         first_row_ = false;
     }
 
@@ -1372,26 +1424,83 @@ class Run {
         save_model(*model_, folder_.dir() + "/model.bin");
     }
 
+    RunRecord run_record() const { return {progress_, settings_text_, version_, fingerprints_}; }
+    // Of the checkpoint that the run was resumed from, with what has changed since.
+    void rewrite_state() {
+        StateReader(numbered(folder_.dir(), "state", progress_.step)).rewrite(run_record(), params_checksum_);
+    }
+
+    // A checkpoint, and whatever follows from there being one. Rank 0 does it; all ranks come where the model
+    // is sharded.
     void save() {
-        const int step = progress_.step;
-        const std::string dir = folder_.dir();
         progress_.position = train_loader_->position();
         progress_.losses = losses_.text(), progress_.norms = norms_.text();
-        const std::string model = numbered(dir, "model", step), state = numbered(dir, "state", step);
-        save_model(*model_, model);
-        try {
-            save_state(*model_, progress_, settings_text_, state, version_, fingerprints_);
-        } catch (...) {
-            if (!file_exists(state)) unlink(model.c_str());  // half a checkpoint is none
-            throw;
-        }
+        if (session_steps_) save_checkpoint();
+        else if (comm_->leads()) rewrite_state();
+        if (!comm_->leads()) return;
         // Without validations the last model is the best known; but it never replaces one that was measured.
-        if (!file_exists(dir + "/model.bin") || (!validates() && progress_.best_step < 0)) save_best();
+        if (!file_exists(folder_.dir() + "/model.bin") || (!validates() && progress_.best_step < 0))
+            save_best();
         take_place();
         std::vector<int> steps = checkpoints_in(o_.out);
-        for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) {
-            unlink(numbered(o_.out, "state", steps[i]).c_str());  // first: a model without its state is none
-            unlink(numbered(o_.out, "model", steps[i]).c_str());
+        for (size_t i = 0; i + (size_t)o_.keep < steps.size(); i++) remove_checkpoint(o_.out, steps[i]);
+        remove_stray_shards(o_.out);
+    }
+    // First the shards, then the model, last the state: until it is there, there is no checkpoint.
+    void save_checkpoint() {
+        const int step = progress_.step;
+        const std::string dir = folder_.dir(), model = numbered(dir, "model", step),
+                          state = numbered(dir, "state", step);
+        try {
+            const std::vector<uint64_t> shards = model_->sharded() ? save_shards() : std::vector<uint64_t>();
+            if (!comm_->leads()) return;
+            save_model(*model_, model);
+            if (shards.empty())
+                save_state(*model_, progress_, settings_text_, state, version_, fingerprints_);
+            else save_sharded_state(run_record(), model_checksum(*model_), shards, state);
+        } catch (...) {
+            if (comm_->leads() && !file_exists(state))  // half a checkpoint is none
+                unlink(model.c_str()), remove_stray_shards(dir);
+            throw;
+        }
+    }
+    // Each rank saves its shard where rank 0 saves. Returns their checksums. If one rank cannot, all fail.
+    std::vector<uint64_t> save_shards() {
+        std::string dir = std::filesystem::absolute(folder_.dir());
+        comm_->broadcast(dir);
+        const ShardOf mine = {progress_.step, comm_->rank, comm_->world};
+        struct Reason {
+            char text[1024];
+        } reason = {};
+        uint64_t checksum = 0;
+        try {
+            checksum = save_shard(*model_, mine, dir);
+        } catch (const std::bad_alloc&) {
+            snprintf(reason.text, sizeof reason.text, "out of memory");
+        } catch (const std::exception& e) {
+            snprintf(reason.text, sizeof reason.text, "%s", e.what());
+        }
+        const std::vector<int> failed = comm_->gather((int)(reason.text[0] != 0));
+        const size_t r = (size_t)(std::find(failed.begin(), failed.end(), 1) - failed.begin());
+        if (r < failed.size())
+            fail("%s%s", (int)r == comm_->rank ? "" : strf("rank %zu: ", r).c_str(),
+                 comm_->gather(reason)[r].text);
+        const std::vector<uint64_t> checksums = comm_->gather(checksum);
+        if (comm_->leads()) find_shards(dir, checksums);
+        return checksums;
+    }
+    // Fails where --out is not one folder for all ranks. A network's file system may show a file late.
+    void find_shards(const std::string& dir, const std::vector<uint64_t>& checksums) const {
+        for (int r = 0; r < comm_->world; r++) {
+            const ShardOf shard = {progress_.step, r, comm_->world};
+            const std::string path = shard.path(dir);
+            for (int tries = 0; tries < 600 && !file_exists(path); tries++) usleep(100000);
+            if (!file_exists(path))
+                fail(
+                    "%s: rank %d has written it, but rank 0 does not see it; wanted an --out on a disk that "
+                    "all ranks share",
+                    path.c_str(), r);
+            ShardReader(dir, shard, checksums[(size_t)r]);
         }
     }
 
@@ -1401,7 +1510,9 @@ class Run {
     // The numbers that the model can compute with.
     static std::string numbers() {
         std::string s;
-        for (auto [dtype, name] : {std::pair<Dtype, const char*>{FP32, "fp32"}, {BF16, "bf16"}}) try {
+        for (auto [dtype, name] :
+             {std::pair<Dtype, const char*>{FP32, "fp32"}, std::pair<Dtype, const char*>{BF16, "bf16"}})
+            try {
                 Model::check_precision({dtype, true});
                 s += std::string(s.empty() ? "" : " and ") + name;
             } catch (const UsageError&) {}
@@ -1430,10 +1541,11 @@ class Run {
     AdamW adamw_[2];  // of the last two steps that were started
     RunFolder folder_;
     Fingerprints fingerprints_;
-    int val_tokens_before_ = -1;        // the resumed run's --val_tokens
-    bool other_measure_ = false;        // model.bin is the best by validations that no longer count
-    std::vector<std::string> changed_;  // flags of this command line that differ from the resumed run's
-    std::string settings_text_;
+    int val_tokens_before_ = -1;            // the resumed run's --val_tokens
+    bool other_measure_ = false;            // model.bin is the best by validations that no longer count
+    std::vector<std::string> changed_;      // flags of this command line that differ from the resumed run's
+    std::string settings_text_, log_full_;  // log_full_: why a log could not be written
+    uint64_t params_checksum_ = 0;          // of the model file that was loaded
     double peak_ = 1, session_seconds_ = 0, clock_ = 0;
     int session_steps_ = 0, started_ = 0;  // steps that were started; progress_.step of them are recorded
     bool open_line_ = false, first_row_ = true;
