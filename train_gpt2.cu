@@ -1,4 +1,5 @@
-// train_gpt2.cu - GPT-2 on one NVIDIA GPU: the model, flags and files of train_gpt2.cpp.
+// train_gpt2.cu - GPT-2 on NVIDIA GPUs: the model, flags and files of train_gpt2.cpp. Several GPUs train
+// together as ranks, one process each (lib/comm.h).
 //
 // Read it from top to bottom: the build's number type, errors and launches, tensor-core instructions, the
 // kernels of each layer, matrix products by cuBLASLt, the model, the decoder with its key/value cache, and a
@@ -18,6 +19,9 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef USE_NCCL  // where make finds its header
+#include <nccl.h>
+#endif
 
 #include <algorithm>
 #include <cfloat>
@@ -25,12 +29,15 @@
 #include <memory>
 #include <utility>
 
+#include "lib/comm_tcp.h"
 #include "lib/memory.h"
 #include "lib/model.h"
 #include "lib/rng.h"
 #include "lib/sampler.h"
 
 namespace gpu {
+
+constexpr const char* PROGRAM = "train_gpt2cu";
 
 #if defined(PRECISION_FP32)
 typedef float floatX;
@@ -242,13 +249,23 @@ __device__ inline void apply_dropout(Floats& x, const rng::Key& key, uint64_t e,
     }
 }
 
+// The properties of this process's GPU, and its number.
+inline int device_number() {
+    int device;
+    CUDA_CHECK(cudaGetDevice(&device));
+    return device;
+}
+inline cudaDeviceProp device_properties() {
+    cudaDeviceProp p;
+    CUDA_CHECK(cudaGetDeviceProperties(&p, device_number()));
+    return p;
+}
 // Streaming multiprocessors of the device. It sizes the grids of kernels whose blocks each write one partial
 // sum.
 inline int multiprocessors() {
     static const int count = [] {
-        int device, n;
-        CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+        int n;
+        CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device_number()));
         return n;
     }();
     return count;
@@ -1175,14 +1192,14 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS)
 }
 
 // A block of a backward kernel owns 128 rows of its result. Rows are queries in the first kernel, which
-// visits the keys 32 at a time, and keys in the second one, which visits the queries. The visited tiles are
+// visits the keys STEP at a time, and keys in the second one, which visits the queries. The visited tiles are
 // double-buffered: step i computes with stage i % 2 while the tiles of step i + 1 are copied to the other
 // stage, so that a step needs only one barrier. A warp owns 32 rows, or 16 where two results of 32 x HS and
 // two tiles of scores do not fit its registers.
-template <int HS>
+template <int HS_, int STEP_>
 struct BackwardShape {
-    static constexpr int M_FRAGS = HS <= 64 ? 2 : 1, WARPS = 8 / M_FRAGS, THREADS = WARPS * WARP, ROWS = 128,
-                         STEP = 32;
+    static constexpr int HS = HS_, STEP = STEP_, M_FRAGS = HS <= 64 ? 2 : 1, WARPS = 8 / M_FRAGS,
+                         THREADS = WARPS * WARP, ROWS = 128;
     static constexpr size_t SMEM = (2 * ROWS + 4 * STEP) * Tile<HS>::BYTES + 2 * STEP * sizeof(RowStats);
 };
 
@@ -1211,13 +1228,12 @@ __device__ inline void compute_row_stats(RowStats (&row_stats)[M_FRAGS][2], RowS
 }
 
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
-template <int HS>
-__global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
+template <class Shape>
+__global__ void __launch_bounds__(Shape::THREADS)
     attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out,
                                     const floatX* qkv, const float* lse, int T, int NH, Dropout dropout) {
-    using Shape = BackwardShape<HS>;
-    constexpr int M_FRAGS = Shape::M_FRAGS, QUERIES = Shape::ROWS, KEYS = Shape::STEP, N_FRAGS = KEYS / 8,
-                  THREADS = Shape::THREADS;
+    constexpr int HS = Shape::HS, M_FRAGS = Shape::M_FRAGS, QUERIES = Shape::ROWS, KEYS = Shape::STEP,
+                  N_FRAGS = KEYS / 8, THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
@@ -1276,13 +1292,12 @@ __global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
 
 // dK and dV. Scores are computed transposed, a key a row: P^T and dS^T are then accumulators, and become A
 // fragments without moving between lanes.
-template <int HS>
-__global__ void __launch_bounds__(BackwardShape<HS>::THREADS)
+template <class Shape>
+__global__ void __launch_bounds__(Shape::THREADS)
     attention_backward_key_kernel(floatX* dqkv, const RowStats* stats, const floatX* dout, const floatX* qkv,
                                   int T, int NH, Dropout dropout) {
-    using Shape = BackwardShape<HS>;
-    constexpr int M_FRAGS = Shape::M_FRAGS, KEYS = Shape::ROWS, QUERIES = Shape::STEP, N_FRAGS = QUERIES / 8,
-                  THREADS = Shape::THREADS;
+    constexpr int HS = Shape::HS, M_FRAGS = Shape::M_FRAGS, KEYS = Shape::ROWS, QUERIES = Shape::STEP,
+                  N_FRAGS = QUERIES / 8, THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
     HeadDropout drop(dropout, T, NH);
@@ -1370,9 +1385,9 @@ struct ForwardShape {
                          P_LD = QUERIES + 1;
     static constexpr size_t SMEM = (size_t)(3 * LD + P_LD) * QUERIES * sizeof(float);
 };
-template <int HS>
-struct BackwardShape : ForwardShape<HS> {
-    static constexpr int ROWS = ForwardShape<HS>::QUERIES;
+template <int HS_, int STEP_>
+struct BackwardShape : ForwardShape<HS_> {
+    static constexpr int HS = HS_, ROWS = ForwardShape<HS>::QUERIES;
     static constexpr size_t SMEM =
         (size_t)(4 * ForwardShape<HS>::LD + 2 * ForwardShape<HS>::P_LD) * ROWS * sizeof(float);
 };
@@ -1488,12 +1503,11 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
 }
 
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
-template <int HS>
-__global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
+template <class Shape>
+__global__ void __launch_bounds__(Shape::THREADS, 1)
     attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out,
                                     const float* qkv, const float* lse, int T, int NH, Dropout dropout) {
-    using Shape = ForwardShape<HS>;
-    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    constexpr int HS = Shape::HS, R = Shape::R, ROWS = Shape::ROWS, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
           *dout_tile = v_tile + ROWS * LD, *ds_tile = dout_tile + ROWS * LD;
@@ -1540,12 +1554,11 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
 }
 
 // dK and dV: a row of S is a key here.
-template <int HS>
-__global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
+template <class Shape>
+__global__ void __launch_bounds__(Shape::THREADS, 1)
     attention_backward_key_kernel(float* dqkv, const RowStats* stats, const float* dout, const float* qkv,
                                   int T, int NH, Dropout dropout) {
-    using Shape = ForwardShape<HS>;
-    constexpr int R = Shape::R, ROWS = Shape::QUERIES, LD = Shape::LD, P_LD = Shape::P_LD;
+    constexpr int HS = Shape::HS, R = Shape::R, ROWS = Shape::ROWS, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
           *dout_tile = v_tile + ROWS * LD, *p_tile = dout_tile + ROWS * LD, *ds_tile = p_tile + ROWS * P_LD;
@@ -1593,14 +1606,34 @@ template <class... P>
 inline void allow_smem(void (*kernel)(P...), size_t bytes) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
+// Shared memory that a block may have: 163 KiB on A100, 227 on Hopper and datacenter Blackwell, 99 on others.
+inline size_t shared_memory_limit() {
+    int bytes;
+    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_number()));
+    return (size_t)bytes;
+}
+// Calls f(BackwardShape) with the largest tiles that this GPU's shared memory takes.
+template <class F>
+inline void with_backward_shape(size_t hs, F f) {
+    with_head_size(hs, [&](auto n) {
+        constexpr int HS = decltype(n)::value;
+        constexpr size_t EVERYWHERE = 99 << 10;  // bytes that all GPUs from Ampere on have
+        using Large = BackwardShape<HS, 32>;
+        using Small = BackwardShape<HS, 16>;
+        static_assert(Small::SMEM <= EVERYWHERE && ForwardShape<HS>::SMEM <= EVERYWHERE, "shared memory");
+        if constexpr (Large::SMEM > EVERYWHERE)
+            if (Large::SMEM > shared_memory_limit()) return f(Small());
+        f(Large());
+    });
+}
 // Allows the kernels of this head size the shared memory that they need. To be called once per device before
 // the functions below, and not while a graph is captured.
 inline void attention_init(size_t hs) {
-    with_head_size(hs, [](auto n) {
-        constexpr int HS = decltype(n)::value;
-        allow_smem(attention_forward_kernel<HS>, ForwardShape<HS>::SMEM);
-        allow_smem(attention_backward_query_kernel<HS>, BackwardShape<HS>::SMEM);
-        allow_smem(attention_backward_key_kernel<HS>, BackwardShape<HS>::SMEM);
+    with_backward_shape(hs, [](auto shape) {
+        using Shape = decltype(shape);
+        allow_smem(attention_forward_kernel<Shape::HS>, ForwardShape<Shape::HS>::SMEM);
+        allow_smem(attention_backward_query_kernel<Shape>, Shape::SMEM);
+        allow_smem(attention_backward_key_kernel<Shape>, Shape::SMEM);
     });
 }
 
@@ -1624,14 +1657,13 @@ inline size_t attention_backward_scratch(size_t B, size_t T, size_t NH) {
 // cpu::Attention::backward. Writes args.dqkv.
 inline void attention_backward(const AttentionBackward& args, size_t B, size_t T, size_t C, size_t NH,
                                const Dropout& drop, cudaStream_t s) {
-    with_head_size(C / NH, [&](auto n) {
-        constexpr int HS = decltype(n)::value;
-        using Shape = BackwardShape<HS>;
+    with_backward_shape(C / NH, [&](auto shape) {
+        using Shape = decltype(shape);
         dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
         RowStats* stats = (RowStats*)args.scratch;
-        launch(attention_backward_query_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv, stats,
+        launch(attention_backward_query_kernel<Shape>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv, stats,
                args.dout, args.out, args.qkv, args.lse, T, NH, drop);
-        launch(attention_backward_key_kernel<HS>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv, stats,
+        launch(attention_backward_key_kernel<Shape>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv, stats,
                args.dout, args.qkv, T, NH, drop);
     });
 }
@@ -1851,26 +1883,37 @@ __device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
 }
 
 // Parameters, gradients and moments are stored layer by layer in memory and tensor by tensor in the model
-// file. The kernels below number elements in the file's order, which decides random bits and the order of
-// sums, so that no result depends on the layout in memory. A table in device memory maps that order to
-// memory. It has one segment for each tensor of each layer.
+// file. The kernels below visit elements in the file's order, which decides the order of sums, and number
+// them as in the file, which decides random bits; so no result depends on the layout in memory. With several
+// ranks they visit only the elements that this rank updates. A table in device memory maps a visit to memory.
+// It has one segment for each tensor of each layer.
 struct Segment {
-    size_t end;       // number in the file of the element after its last one
-    ptrdiff_t shift;  // element e of the file is element e + shift in memory
-    bool decays;      // weight decay applies
+    size_t end;  // number of the visit after its last one
+    // Visit e is of element e + file of the file, e + memory of arrays of the whole model, e + state of the
+    // optimizer's arrays, e + grads of the gradients.
+    ptrdiff_t file, memory, state, grads;
+    bool decays;  // weight decay applies
 };
 struct ParamMap {
     const Segment* segments = nullptr;
-    size_t n = 0;  // number of parameters
+    size_t n = 0;  // visits
 };
-inline std::vector<Segment> param_segments(const Config& c) {
+// The segments of the parameters that a rank updates, or of all. sharded_grads: the gradients' array holds
+// only this rank's shards, as the optimizer's arrays do.
+inline std::vector<Segment> param_segments(const Config& c, const Sharding& sharding = {}, bool all = true,
+                                           bool sharded_grads = false) {
     std::vector<Segment> segments;
-    for (const ParamPiece& p : param_pieces(c))
-        segments.push_back({p.file + p.size, (ptrdiff_t)p.memory - (ptrdiff_t)p.file, p.decay});
+    size_t visits = 0;
+    for (const OwnedPiece& p : owned_pieces(c, sharding, all)) {
+        auto shift = [&](size_t index) { return (ptrdiff_t)index - (ptrdiff_t)visits; };
+        segments.push_back({visits + p.size, shift(p.file), shift(p.memory), shift(p.shard),
+                            shift(sharded_grads ? p.shard : p.memory), p.decay});
+        visits += p.size;
+    }
     return segments;
 }
-// Advances `segment` to the one that contains element e, and returns it. A thread visits elements in
-// ascending order. Segments begin at multiples of 8 elements, so that no vector spans two of them.
+// Advances `segment` to the one that contains visit e, and returns it. A thread's visits ascend. Segments
+// begin at multiples of 8 elements, so that no vector spans two of them.
 __device__ inline Segment find_segment(const Segment*& segment, size_t e) {
     while (e >= segment->end) segment++;
     return *segment;
@@ -1898,7 +1941,7 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
     size_t stride = (size_t)gridDim.x * blockDim.x * 4;
 #pragma unroll 4
     for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; e < map.n; e += stride) {
-        Vec<float> g = load_once(grads + e + find_segment(segment, e).shift);
+        Vec<float> g = load_once(grads + e + find_segment(segment, e).grads);
         for (int k = 0; k < 4; k++) sum[0] += (double)g[k] * g[k];
     }
     group_sum(sum, blockDim.x / WARP);
@@ -1915,7 +1958,7 @@ struct AdamWStep {
     uint64_t seed = 0;  // with t the key of the rounding to bf16
 };
 
-// What update() reads and writes. The arrays of all parameters are laid out as `map` says.
+// What grad_norm() and update() read and write. The arrays are laid out as `map` says.
 struct AdamWArrays {
     StepResult* report = nullptr;  // receives *loss and the gradients' norm before clipping
     floatX* params = nullptr;
@@ -1924,7 +1967,8 @@ struct AdamWArrays {
     const float* grads = nullptr;      // not changed
     const double* loss = nullptr;
     double* scratch = nullptr;  // adamw_scratch() doubles
-    ParamMap map;
+    ParamMap map;               // the parameters that are updated
+    ParamMap norm_map;          // those whose gradients grad_norm() counts
 };
 
 // Pass 2. Each block sums pass 1's partial sums itself, all in the same order.
@@ -1944,11 +1988,12 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(AdamWArrays arrays
     size_t stride = (size_t)gridDim.x * blockDim.x * VEC;
     for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < arrays.map.n; e += stride) {
         Segment at = find_segment(segment, e);
-        size_t i = e + at.shift;
+        size_t i = e + at.state;
+        floatX* param = arrays.params + e + at.memory;
         float shrink = 1.0f - (at.decays ? s.lr * s.weight_decay : 0.0f);
-        Floats g = load_floats(arrays.grads + i), m = load_floats(arrays.m + i),
+        Floats g = load_floats(arrays.grads + e + at.grads), m = load_floats(arrays.m + i),
                v = load_floats(arrays.v + i);
-        Floats w = arrays.master ? load_floats(arrays.master + i) : widen(load_once(arrays.params + i));
+        Floats w = arrays.master ? load_floats(arrays.master + i) : widen(load_once(param));
         for (int k = 0; k < VEC; k++) {
             float gk = g[k] * scale;
             m[k] = s.beta1 * m[k] + (1 - s.beta1) * gk;
@@ -1957,29 +2002,45 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(AdamWArrays arrays
         }
         store_floats(arrays.m + i, m), store_floats(arrays.v + i, v);
         if (arrays.master) store_floats(arrays.master + i, w);
-        store_parameters(arrays.params + i, e, w, key);
+        store_parameters(param, e + at.file, w, key);
     }
 }
 
 inline int grad_norm_blocks() { return 8 * multiprocessors(); }
-// Doubles of scratch that update() needs.
+// Doubles of scratch that grad_norm() and update() need.
 inline size_t adamw_scratch() { return grad_norm_blocks(); }
 
-// cpu::GPT2::step. Computes the gradients' norm. Then, if AdamW::takes() loss and norm, takes one step of
-// AdamW (Loshchilov and Hutter 2019), number t from 1, on all parameters of a model. Gradients whose norm
-// exceeds grad_clip are scaled down to it; weight decay applies where param_table says so. bf16 parameters
-// are rounded stochastically, keyed by seed and t. (cpu::GPT2::update takes the gradients' factor as an
-// argument. Here the host does not know it: to read the norm it would have to wait for the first kernel.)
-inline void update(const AdamWArrays& arrays, const AdamW& a, uint32_t t, uint64_t seed, cudaStream_t s) {
+// Pass 1: writes partial sums of the gradients' squares to arrays.scratch, and returns their number.
+inline int grad_norm(const AdamWArrays& arrays, cudaStream_t s) {
+    const ParamMap& map = arrays.norm_map;
+    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(map.n, ADAMW_THREADS * 4));
+    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, arrays.scratch, arrays.grads, map);
+    return parts;
+}
+
+// cpu::GPT2::step. The gradients' norm is the root of the sum of arrays.scratch's first `parts` numbers. If
+// AdamW::takes() loss and norm, takes one step of AdamW (Loshchilov and Hutter 2019), number t from 1.
+// Gradients whose norm exceeds grad_clip are scaled down to it; weight decay applies where param_table says
+// so. bf16 parameters are rounded stochastically, keyed by seed and t. (cpu::GPT2::update takes the
+// gradients' factor as an argument. Here the host does not know it: to read the norm it would have to wait
+// for pass 1.)
+inline void update(const AdamWArrays& arrays, int parts, const AdamW& a, uint32_t t, uint64_t seed,
+                   cudaStream_t s) {
     auto correct = [t](float beta) { return (float)(1 / (1 - std::pow((double)beta, t))); };
     AdamWStep step = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2)};
     step.grad_clip = a.grad_clip, step.weight_decay = a.weight_decay, step.t = t, step.seed = seed;
     step.max_loss = a.max_loss, step.max_norm = a.max_norm;
-    int parts = (int)std::min<size_t>(grad_norm_blocks(), ceil_div(arrays.map.n, ADAMW_THREADS * 4));
-    launch(grad_norm_kernel, dim3((unsigned)parts), ADAMW_THREADS, 0, s, arrays.scratch, arrays.grads,
-           arrays.map);
     size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(arrays.map.n, ADAMW_THREADS * VEC));
     launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, arrays, parts, step);
+}
+
+// What ranks add up between the two: totals[0] is this rank's loss, totals[1] its sum of squares. A block of
+// one warp.
+__global__ void rank_totals_kernel(double* totals, const double* loss, const double* partials, int parts) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < parts; i += WARP) sum += partials[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) totals[0] = *loss, totals[1] = sum;
 }
 
 __global__ void __launch_bounds__(ADAMW_THREADS)
@@ -1987,8 +2048,8 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
     const Segment* segment = map.segments;
     size_t stride = (size_t)gridDim.x * blockDim.x * VEC;
     for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < map.n; e += stride) {
-        size_t i = e + find_segment(segment, e).shift;
-        store_parameters(params + i, e, load_floats(master + i), key);
+        Segment at = find_segment(segment, e);
+        store_parameters(params + e + at.memory, e + at.file, load_floats(master + e + at.state), key);
     }
 }
 // Rounds params from the master weights as step number t did, so that a resumed run continues bit for bit.
@@ -2006,7 +2067,11 @@ inline void round_parameters(floatX* params, const float* master, const ParamMap
 // asynchronous), each released by its destructor.
 struct Stream {
     cudaStream_t stream = nullptr;
-    Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+    explicit Stream(bool first = false) {  // `first`: its kernels are scheduled before those of others
+        int least, greatest;
+        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+        CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, first ? greatest : least));
+    }
     ~Stream() { cudaStreamDestroy(stream); }
     Stream(const Stream&) = delete;
     Stream& operator=(const Stream&) = delete;
@@ -2020,6 +2085,8 @@ struct Event {
     Event& operator=(const Event&) = delete;
     void record(cudaStream_t s) { CUDA_CHECK(cudaEventRecord(event, s)); }
     void wait() const { CUDA_CHECK(cudaEventSynchronize(event)); }
+    // Work that is submitted to `s` from now on begins when the event has come.
+    void hold(cudaStream_t s) const { CUDA_CHECK(cudaStreamWaitEvent(s, event, 0)); }
 };
 struct DeviceMemory {
     char* p = nullptr;
@@ -2058,22 +2125,28 @@ class AlgorithmCache {
         else if (home && *home) dir_ = std::string(home) + "/.cache";
         else return;
         dir_ += "/arapoet";
-        cudaDeviceProp device;
-        CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
-        std::string name = device.name;
+        std::string name = device_properties().name;
         for (char& c : name)
             if (!isalnum((unsigned char)c)) c = '_';
         path_ = dir_ + strf("/gemm-%s-%zu.txt", name.c_str(), cublasLtGetVersion());
         if (!file_exists(path_)) return;
         try {
-            std::string text = Reader(path_).rest();
-            for (size_t i = 0, end; i < text.size(); i = end + 1) {
-                end = std::min(text.find('\n', i), text.size());
-                size_t space = text.find(' ', i);
-                if (space < end) hex_[text.substr(space + 1, end - space - 1)] = text.substr(i, space - i);
-            }
+            take(Reader(path_).rest());
         } catch (const Error& e) {
             fprintf(stderr, "%s; the products are timed again\n", e.what());
+        }
+    }
+    // The choices as lines of the file.
+    std::string text() const {
+        std::string lines;
+        for (auto& [product, hex] : hex_) lines += hex + " " + product + "\n";
+        return lines;
+    }
+    void take(const std::string& text) {
+        for (size_t i = 0, end; i < text.size(); i = end + 1) {
+            end = std::min(text.find('\n', i), text.size());
+            size_t space = text.find(' ', i);
+            if (space < end) hex_[text.substr(space + 1, end - space - 1)] = text.substr(i, space - i);
         }
     }
     bool find(const std::string& product, cublasLtMatmulAlgo_t* algo) const {
@@ -2098,7 +2171,7 @@ class AlgorithmCache {
         try {
             make_dirs(dir_);
             AtomicFile file(path_);
-            for (auto& [product, hex] : hex_) file.write(hex + " " + product + "\n");
+            file.write(text());
             file.commit();
         } catch (const Error& e) {
             fprintf(stderr, "%s; the next run times the products again, and may differ in the last bits\n",
@@ -2185,7 +2258,7 @@ class Matmul {
         run_plain(WEIGHT_GRADIENT, M, K, N, {X, dY, dW, accumulate});
         if (db) bias_backward(db, bias_scratch_, dY, M, N, stream_);
     }
-    void save_timings() { cache_.save(); }
+    AlgorithmCache choices;
 
   private:
     struct Plan {
@@ -2260,7 +2333,7 @@ class Matmul {
     // that divides row_bytes.
     void choose(Plan& p, const std::string& product, const Operands& o, size_t row_bytes) {
         cublasLtMatmulHeuristicResult_t result[CANDIDATES]{};
-        if (cache_.find(product, &p.algo) &&
+        if (choices.find(product, &p.algo) &&
             cublasLtMatmulAlgoCheck(handle_, p.operation, p.a, p.b, p.d, p.d, &p.algo, result) ==
                 CUBLAS_STATUS_SUCCESS &&
             result->workspaceSize <= WORKSPACE) {
@@ -2292,7 +2365,7 @@ class Matmul {
             float ms = timing ? time(p, result[i].algo, o) : 0;
             if (ms < best) best = ms, p.algo = result[i].algo, p.possible = true;
         }
-        if (p.possible && timing) cache_.put(product, p.algo);
+        if (p.possible && timing) choices.put(product, p.algo);
     }
     // Milliseconds of TIMED_RUNS runs after one that is not counted; infinity where the algorithm fails.
     float time(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
@@ -2311,7 +2384,6 @@ class Matmul {
     float* bias_scratch_;
     cudaStream_t stream_;
     cublasLtHandle_t handle_ = nullptr;
-    AlgorithmCache cache_;
     std::map<std::string, Plan> plans_;
 };
 
@@ -2421,12 +2493,167 @@ inline void require_gpu() {
         fail("no NVIDIA GPU on this machine; %s", other);
     if (status != cudaSuccess)
         fail("no usable GPU: %s (%s); %s", cudaGetErrorString(status), cudaGetErrorName(status), other);
-    cudaDeviceProp p;
-    CUDA_CHECK(cudaGetDeviceProperties(&p, 0));
+    const cudaDeviceProp p = device_properties();
     if (p.major < 8)
         fail("%s has compute capability %d.%d, wanted 8.0 (Ampere) or later; %s", p.name, p.major, p.minor,
              other);
 }
+
+// ---------------------------------------------------------------------------------------------
+// Ranks: one process for each GPU
+
+#ifdef USE_NCCL
+inline void nccl_check(ncclResult_t status, const char* call, const char* file, int line) {
+    if (status != ncclSuccess)
+        fail("%s:%d: %s: %s (%s); NCCL_DEBUG=INFO tells more", file, line, call, ncclGetErrorString(status),
+             ncclGetLastError(nullptr));
+}
+#define NCCL_CHECK(call) gpu::nccl_check((call), #call, __FILE__, __LINE__)
+
+template <class T>
+constexpr ncclDataType_t NCCL_TYPE = std::is_same<T, double>::value  ? ncclDouble
+                                     : std::is_same<T, float>::value ? ncclFloat
+                                                                     : ncclBfloat16;
+
+// The ranks of the GPU trainer. NCCL combines arrays on the devices, in the order of a stream; what the host
+// has goes over TCP, which also notices ranks that have died.
+class NcclComm final : public TcpComm {
+  public:
+    NcclComm(const Launch& launch, const RankOptions& o)
+        : TcpComm(launch, o.timeout, PROGRAM), started_by_(launch.by) {
+        set_hint("go on with: " + start_again(o.resume));
+        choose_device();
+        ncclUniqueId id = {};
+        if (leads()) NCCL_CHECK(ncclGetUniqueId(&id));
+        broadcast(&id, sizeof id);
+        NCCL_CHECK(ncclCommInitRank(&nccl_, world, id, rank));
+        set_on_death([this] { ncclCommAbort(nccl_); });
+        add_up_ones();
+        set_check([this]() -> std::string {
+            ncclResult_t state;
+            ncclCommGetAsyncError(nccl_, &state);
+            if (state == ncclSuccess || state == ncclInProgress) return "";
+            return strf("NCCL: %s (%s); NCCL_DEBUG=INFO tells more", ncclGetErrorString(state),
+                        ncclGetLastError(nccl_));
+        });
+    }
+    ~NcclComm() override {
+        set_on_death(nullptr), set_check(nullptr);
+        ncclCommDestroy(nccl_);
+    }
+
+    const char* what() const override { return "GPUs"; }
+    std::string start_again(const std::string& command) const override {
+        const char* c = command.c_str();
+        if (started_by_ == "fork") return strf("%s --gpus %d", c, world);
+        if (started_by_ == "mpirun") return strf("mpirun -n %d %s", world, c);
+        if (started_by_ == "torchrun") return strf("torchrun --nproc-per-node %d --no-python %s", on_host, c);
+        return started_by_ + " " + command;
+    }
+
+    // x (n) becomes the sum of all ranks' x.
+    template <class T>
+    void all_reduce(T* x, size_t n, cudaStream_t s) {
+        NCCL_CHECK(ncclAllReduce(x, x, n, NCCL_TYPE<T>, ncclSum, nccl_, s));
+    }
+    // shard (n) becomes rank r's n elements, from r n on, of the sum of all ranks' x (world n). It may be
+    // those of x; the rest of x is then undefined.
+    void reduce_scatter(float* shard, const float* x, size_t n, cudaStream_t s) {
+        NCCL_CHECK(ncclReduceScatter(x, shard, n, NCCL_TYPE<float>, ncclSum, nccl_, s));
+    }
+    // x (world n) becomes the ranks' shards (n), rank after rank. A shard may be that part of x.
+    template <class T>
+    void all_gather(T* x, const T* shard, size_t n, cudaStream_t s) {
+        NCCL_CHECK(ncclAllGather(shard, x, n, NCCL_TYPE<T>, nccl_, s));
+    }
+    using TcpComm::all_gather;
+    using TcpComm::all_reduce;
+
+  private:
+    struct Device {
+        char host[64], bus[20], problem[300];
+    };
+    // The first sum, which makes NCCL connect the GPUs before a graph is captured.
+    void add_up_ones() {
+        Stream stream;
+        DeviceMemory memory;
+        memory.allocate(sizeof(double));
+        double sum = 1;
+        CUDA_CHECK(cudaMemcpyAsync(memory.p, &sum, sizeof sum, cudaMemcpyHostToDevice, stream.stream));
+        all_reduce((double*)memory.p, 1, stream.stream);
+        CUDA_CHECK(cudaMemcpyAsync(&sum, memory.p, sizeof sum, cudaMemcpyDeviceToHost, stream.stream));
+        stream.wait();
+        if (sum != world) fail("NCCL: the sum of a one from each of %d ranks is %g", world, sum);
+    }
+    // The local_rank-th GPU that CUDA shows, or the only one. Throws Error, on rank 0, where a rank has none
+    // of its own.
+    void choose_device() {
+        Device mine = {};
+        gethostname(mine.host, sizeof mine.host - 1);
+        try {
+            int count = 0;
+            if (cudaGetDeviceCount(&count) == cudaSuccess && count > 1 && local_rank >= count)
+                fail("is number %d on %s, which has %d GPUs; start as many ranks as there are GPUs",
+                     local_rank + 1, mine.host, count);
+            if (count > 1) CUDA_CHECK(cudaSetDevice(local_rank));
+            require_gpu();
+            CUDA_CHECK(cudaDeviceGetPCIBusId(mine.bus, sizeof mine.bus, device_number()));
+        } catch (const Error& e) {
+            snprintf(mine.problem, sizeof mine.problem, "%s", e.what());
+        }
+        const std::vector<Device> all = gather(mine);
+        std::string problem;
+        for (size_t r = 0; r < all.size() && problem.empty(); r++) {
+            if (all[r].problem[0]) problem = strf("rank %zu: %s", r, all[r].problem);
+            for (size_t q = 0; q < r && problem.empty(); q++)
+                if (!strcmp(all[q].host, all[r].host) && !strcmp(all[q].bus, all[r].bus))
+                    problem = strf(
+                        "ranks %zu and %zu on %s share one GPU, wanted one for each; start as many ranks as "
+                        "there are GPUs",
+                        q, r, all[r].host);
+        }
+        if (problem.empty()) return;
+        if (!leads()) barrier();  // until rank 0 ends this one
+        abort(1, "");
+        fail("%s", problem.c_str());
+    }
+    const std::string started_by_;
+    ncclComm_t nccl_ = nullptr;
+};
+
+inline std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
+    Launch launch = find_launch();
+    if (launch.world == 1 && o.gpus == 1) return std::make_unique<Comm>();
+    if (o.gpus > 1 && launch.world > 1)
+        throw UsageError(strf("--gpus %d: %s has started %d ranks; leave it out", o.gpus, launch.by.c_str(),
+                              launch.world));
+    if (o.gpus > 1) launch = fork_ranks(o.gpus);  // before the first call to CUDA
+    return std::make_unique<NcclComm>(launch, o);
+}
+#else
+// Built without NCCL: there is one rank.
+struct NcclComm : Comm {
+    using Comm::all_gather;
+    using Comm::all_reduce;
+    template <class T>
+    void all_reduce(T*, size_t, cudaStream_t) {}
+    template <class T>
+    void all_gather(T*, const T*, size_t, cudaStream_t) {}
+    void reduce_scatter(float*, const float*, size_t, cudaStream_t) {}
+};
+inline std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
+    const int world = std::max(o.gpus, find_launch().world);
+    if (world > 1)
+        fail(
+            "%d ranks need NCCL, which was not there when this program was made: sudo apt-get install "
+            "libnccl-dev (NVIDIA's repository), then make train_gpt2cu",
+            world);
+    return std::make_unique<Comm>();
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------
+// The model and its optimizer
 
 struct GPT2 {
     const Config cfg;
@@ -2435,13 +2662,13 @@ struct GPT2 {
     const int recompute;
     float dropout = 0;
     uint64_t seed = 1337;
-    Comm* comm = nullptr;
+    const Ranks ranks;
     bool use_graphs = true;  // false launches each kernel separately
     Params<floatX> params;
     Params<float> grads;  // empty in a model that does not train
     Stream stream;
 
-    static constexpr const char* PROGRAM = "train_gpt2cu";
+    static constexpr const char* PROGRAM = gpu::PROGRAM;
     static constexpr Dtype DEFAULT_DTYPE = BUILD_DTYPE;
     static constexpr size_t PIECE = 4 << 20;  // floats that are copied at once through pinned memory
     static inline size_t head_logits = (size_t)1 << 27;  // most logits held at once: 256 MiB in bf16
@@ -2449,8 +2676,7 @@ struct GPT2 {
     static void require_device() { require_gpu(); }
     static void set_threads(int) {}
     static std::string device() {
-        cudaDeviceProp d;
-        CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
+        const cudaDeviceProp d = device_properties();
         return strf("%s, %s, %s", d.name, human_bytes((double)d.totalGlobalMem).c_str(),
                     BUILD_DTYPE == BF16 ? "bf16" : "fp32");
     }
@@ -2464,13 +2690,12 @@ struct GPT2 {
                      {"H100 NVL", 835, 60},
                      {"H100", 989, 67},
                      {"H200", 989, 67}};
-        cudaDeviceProp d;
-        CUDA_CHECK(cudaGetDeviceProperties(&d, 0));
+        const cudaDeviceProp d = device_properties();
         for (auto& k : known)
             if (strstr(d.name, k.name))
                 return {(BUILD_DTYPE == BF16 ? k.bf16 : k.fp32) * 1e12, "by its data sheet"};
         int khz = 0;
-        CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
+        CUDA_CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, device_number()));
         // Floating-point operations of one multiprocessor in one cycle, on tensor cores and without.
         bool a100 = d.major == 8 && d.minor == 0, b200 = d.major == 10;
         double tensor = b200                        ? 8192
@@ -2488,24 +2713,26 @@ struct GPT2 {
             "--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
             BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
     }
-    static std::unique_ptr<Comm> open_ranks() { return one_rank("this trainer uses one GPU: start it once"); }
-    // Free bytes, less what CUDA itself will allocate for kernels and graphs.
-    static size_t memory_available() {
+    static std::unique_ptr<Comm> open_ranks(const RankOptions& o) { return gpu::open_ranks(o); }
+    // Free bytes of this rank's GPU, less what CUDA itself will allocate for kernels and graphs.
+    static size_t memory_available(int = 1) {
         size_t free_bytes, total;
         CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
         return free_bytes - free_bytes / 32;
     }
     // What each arena needs. Parameters and gradients share one, activations and scratch another.
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
-                                  Precision precision = {BUILD_DTYPE}) {
+                                  Precision precision = {BUILD_DTYPE}, const Ranks& ranks = {}) {
+        const Sharding sharding = ranks.sharding();
         check_sizes(c, T);
         size_t M = checked_mul(B, T, "batch size x sequence length");
         MemoryNeed n;
         Memory m;
         const Arena none = device_arena();
         Arena params = none, all = none, optimizer = none, activations = none, scratch = none;
-        m.place_params(params, c), m.place_params(all, c), m.place_gradients(all, c, trains);
-        m.place_optimizer(optimizer, c, trains, precision);
+        m.place_params(params, c, sharding), m.place_params(all, c, sharding);
+        m.place_gradients(all, c, trains, sharding);
+        m.place_optimizer(optimizer, c, trains, precision, sharding);
         m.place_activations(activations, c, M, trains, recompute);
         m.place_scratch(scratch, c, B, T, trains);
         n.params = params.used, n.grads = all.used - params.used, n.optimizer = optimizer.used;
@@ -2515,26 +2742,21 @@ struct GPT2 {
 
     // recompute: see Activations::place.
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0,
-         Precision precision = {BUILD_DTYPE})
-        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_) {
+         Precision precision = {BUILD_DTYPE}, const Ranks& ranks_ = {})
+        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), ranks(ranks_) {
         check_precision(precision);
-        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
+        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision, ranks);
         size_t M = B * T;
         weights_.allocate(need.params + need.grads);
         Arena a = device_arena(weights_.p);
-        mem_.place_params(a, c), mem_.place_gradients(a, c, trains);
-        params = Params<floatX>(mem_.params, c);
-        std::vector<Segment> segments;  // must exist until stream.wait() below: it is copied asynchronously
+        mem_.place_params(a, c, sharding_), mem_.place_gradients(a, c, trains, sharding_);
+        params = Params<floatX>(mem_.params, c, sharding_.multiple());
         if (trains) {
-            grads = Params<float>(mem_.grads, c);
+            grads = Params<float>(mem_.grads, c, sharding_.multiple(), grad_slots(c, sharding_));
             optimizer_.allocate(need.optimizer);
             a = device_arena(optimizer_.p);
-            mem_.place_optimizer(a, c, trains, precision);
-            CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, num_params(c) * sizeof(float), stream.stream));
-            CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, num_params(c) * sizeof(float), stream.stream));
-            segments = param_segments(c);
-            CUDA_CHECK(cudaMemcpyAsync(mem_.segments, segments.data(), segments.size() * sizeof(Segment),
-                                       cudaMemcpyHostToDevice, stream.stream));
+            mem_.place_optimizer(a, c, trains, precision, sharding_);
+            begin_optimizer();
         }
         activations_.allocate(need.activations + need.scratch);
         a = device_arena(activations_.p);
@@ -2548,7 +2770,7 @@ struct GPT2 {
         }
         attention_init(c.hs());
         matmul_ = std::make_unique<Matmul>(mem_.work.products, mem_.work.bias, stream.stream);
-        if (M) time_products(M);
+        if (M) choose_products(M);
         stream.wait();
     }
     ~GPT2() {
@@ -2594,39 +2816,66 @@ struct GPT2 {
         if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
         AdamWArrays arrays;
         arrays.report = &mem_.report->step, arrays.loss = &mem_.report->loss;
-        arrays.params = mem_.params, arrays.master = mem_.master, arrays.grads = mem_.grads;
-        arrays.m = mem_.m, arrays.v = mem_.v, arrays.scratch = mem_.norm_parts, arrays.map = param_map();
-        update(arrays, a, t, seed, stream.stream);
+        arrays.params = mem_.params, arrays.master = mem_.master;
+        arrays.grads = sharding_.shards_gradients() ? mem_.grad_shards : mem_.grads;
+        arrays.m = mem_.m, arrays.v = mem_.v, arrays.scratch = mem_.norm_parts;
+        arrays.map = update_map(), arrays.norm_map = norm_map();
+        int parts = grad_norm(arrays, stream.stream);
+        if (ranks.several()) {
+            launch(rank_totals_kernel, 1, WARP, 0, stream.stream, mem_.totals, arrays.loss, arrays.scratch,
+                   parts);
+            nccl().all_reduce(mem_.totals, 2, stream.stream);
+            arrays.loss = mem_.totals, arrays.scratch = mem_.totals + 1, parts = 1;
+        }
+        update(arrays, parts, a, t, seed, stream.stream);
+        gather_parameters();
         micro_steps_ = 0;
         last_ = read_report().step, last_.step = t;
         return last_;
     }
     StepResult last_result() const { return last_; }
 
+    bool sharded() const { return sharding_.shards_state(); }
+    bool has(State s) const { return s == MASTER ? mem_.master && sharded() : s == PARAMS || trains; }
     // State out and in through pinned memory, piece by piece in the model file's order: f(pointer, number of
     // floats). An f that takes a pointer to const reads, any other writes. A piece lies within one tensor of
-    // one layer. PARAMS are the master weights where there are any; GRADS those of the step so far.
+    // one layer. PARAMS are the master weights where this rank has all of them; GRADS those of the step so
+    // far.
     template <class F>
     void each_piece(State s, F f) {
-        float* device = s == PARAMS ? mem_.master : s == GRADS ? mem_.grads : s == ADAM_M ? mem_.m : mem_.v;
-        if (s != PARAMS && !trains)
-            throw std::logic_error("each_piece: a model that does not train has no gradients and moments");
-        constexpr bool writes = !std::is_invocable<F, const float*, size_t>::value;
+        if (s != PARAMS && sharded())
+            throw std::logic_error("each_piece: this rank holds only a part of that state");
+        each_range(s, IgnoreNumber<F>{f});
+    }
+    // The same for what this rank holds of a state: f(pointer, number of floats, number in the file of the
+    // first one). GRADS are the sum over the ranks after a step's last micro-batch.
+    template <class F>
+    void each_range(State s, F f) {
+        if (!has(s)) throw std::logic_error("each_range: this model does not have that state");
+        constexpr bool writes = !std::is_invocable<F, const float*, size_t, size_t>::value;
+        const bool in_shards = s == GRADS ? sharding_.shards_gradients() : s != PARAMS && sharded();
+        float* device = array(s);
         float* host = (float*)staging_.p;
-        for (const ParamPiece& piece : pieces_)
+        for (const OwnedPiece& piece : s == PARAMS || !sharded() ? all_ : owned_)
             for (size_t done = 0; done < piece.size; done += PIECE) {
-                size_t i = piece.memory + done, n = std::min(PIECE, piece.size - done);
+                size_t i = (in_shards ? piece.shard : piece.memory) + done;
+                size_t n = std::min(PIECE, piece.size - done), number = piece.file + done;
                 if (!writes && device) download(host, device + i, n);
                 else if (!writes) download_params(host, i, n);
-                f(host, n);
+                f(host, n, number);
                 if (writes && device) upload(device + i, host, n);
-                if (writes && s == PARAMS) upload_params(host, i, n);
+                if (writes && s == PARAMS) {
+                    if (has(MASTER)) upload_masters(host, number, n);
+                    upload_params(host, i, n);
+                }
             }
     }
     // Says that the state just loaded is that after step number t. The bf16 parameters are rounded from their
     // masters as that step rounded them, so that the run continues bit for bit.
     void resumed(uint32_t t) {
-        if (t && mem_.master) round_parameters(mem_.params, mem_.master, param_map(), seed, t, stream.stream);
+        if (!t || !mem_.master) return;
+        round_parameters(mem_.params, mem_.master, update_map(), seed, t, stream.stream);
+        gather_parameters();
     }
     Matmul& matmul() { return *matmul_; }
 
@@ -2657,28 +2906,48 @@ struct GPT2 {
         if (T > (size_t)c.maxT) fail("model: supports at most %d tokens of context, not %zu", c.maxT, T);
     }
 
+    // Blocks whose gradients exist at once. Where a rank keeps only its shards, backward writes those of a
+    // block while those of the two blocks after it are added up.
+    static size_t grad_slots(const Config& c, const Sharding& s) {
+        return s.shards_gradients() ? std::min<size_t>(GRAD_SLOTS, (size_t)c.L) : (size_t)c.L;
+    }
+    static constexpr size_t GRAD_SLOTS = 3;
+
     // The tensors in the three arenas.
     struct Memory {
         floatX* params = nullptr;
         float *grads = nullptr, *m = nullptr, *v = nullptr, *master = nullptr;
-        double* norm_parts = nullptr;
-        Segment* segments = nullptr;
+        float *grad_shards = nullptr, *grad_sum = nullptr;  // stage 2: this rank's shards; a shard of a sum
+        double *norm_parts = nullptr, *totals = nullptr;
+        Segment *segments = nullptr, *norm_segments = nullptr;
         Activations<floatX, floatX> act{};
         Workspace work{};
         Batch batch;
         Report* report = nullptr;
 
-        void place_params(Arena& a, const Config& c) { params = a.take<floatX>(num_params(c)); }
-        void place_gradients(Arena& a, const Config& c, bool trains) {
-            if (trains) grads = a.take<float>(num_params(c));
+        void place_params(Arena& a, const Config& c, const Sharding& s) {
+            params = a.take<floatX>(layout(c, s).size());
         }
-        void place_optimizer(Arena& a, const Config& c, bool trains, Precision precision) {
+        void place_gradients(Arena& a, const Config& c, bool trains, const Sharding& s) {
             if (!trains) return;
-            m = a.take<float>(num_params(c)), v = a.take<float>(num_params(c));
-            if (precision.dtype == BF16 && precision.master_weights) master = a.take<float>(num_params(c));
+            grads = a.take<float>(ParamLayout(c, s.multiple(), grad_slots(c, s)).size());
+            if (!s.shards_gradients()) return;
+            const ParamLayout all = layout(c, s);
+            grad_shards = a.take<float>(all.size() / (size_t)s.world);
+            grad_sum = a.take<float>(all.range(BLOCK).second / (size_t)s.world);
+        }
+        void place_optimizer(Arena& a, const Config& c, bool trains, Precision precision, const Sharding& s) {
+            if (!trains) return;
+            const size_t n = layout(c, s).size() / (s.shards_state() ? (size_t)s.world : 1);
+            m = a.take<float>(n), v = a.take<float>(n);
+            if (precision.dtype == BF16 && precision.master_weights) master = a.take<float>(n);
             norm_parts = a.take<double>(adamw_scratch());
             segments = a.take<Segment>(param_pieces(c).size());
+            if (s.world == 1) return;
+            norm_segments = a.take<Segment>(param_pieces(c).size());
+            totals = a.take<double>(2);
         }
+        static ParamLayout layout(const Config& c, const Sharding& s) { return ParamLayout(c, s.multiple()); }
         void place_activations(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
             act.place(a, c, M, trains, recompute);
         }
@@ -2699,7 +2968,7 @@ struct GPT2 {
     // A recorded pass, and the settings that it was recorded with.
     struct Graph {
         size_t B, T;
-        bool train, first;
+        bool train, first, last;
         float dropout;
         uint64_t seed;
         cudaGraphExec_t exec;
@@ -2724,7 +2993,17 @@ struct GPT2 {
     }
     // The activations of block l in the pass that is being launched.
     Block block(size_t l) const { return mem_.act.block(l, cfg, b_ * t_); }
-    ParamMap param_map() const { return {mem_.segments, num_params(cfg)}; }
+    // The parameters that this rank updates, and those whose gradients it counts for the norm.
+    ParamMap update_map() const { return {mem_.segments, elements(sharded() ? owned_ : all_)}; }
+    ParamMap norm_map() const {
+        return ranks.several() ? ParamMap{mem_.norm_segments, elements(owned_)} : update_map();
+    }
+    static size_t elements(const std::vector<OwnedPiece>& pieces) {
+        size_t n = 0;
+        for (const OwnedPiece& p : pieces) n += p.size;
+        return n;
+    }
+    NcclComm& nccl() const { return *static_cast<NcclComm*>(ranks.comm); }
     bool grover() const { return cfg.arch == GROVER_ARCH; }
     Dropout drop(rng::Stream site, size_t layer) const {
         return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state};
@@ -2745,22 +3024,24 @@ struct GPT2 {
         slot.copied.record(stream.stream);
 
         b_ = B_, t_ = T_, train_ = pass.train;
-        bool first = pass.train && !micro_steps_;
-        if (!use_graphs) return launch_pass(first);
+        first_ = pass.train && !micro_steps_;
+        last_micro_step_ = pass.train && pass.last;
+        if (!use_graphs) return launch_pass();
         for (Graph& graph : graphs_)
-            if (graph.B == B_ && graph.T == T_ && graph.train == train_ && graph.first == first &&
+            if (graph.B == B_ && graph.T == T_ && graph.train == train_ && graph.first == first_ &&
+                graph.last == last_micro_step_ &&
                 (!train_ || (graph.dropout == dropout && graph.seed == seed)))
                 return CUDA_CHECK(cudaGraphLaunch(graph.exec, stream.stream));
-        graphs_.push_back({B_, T_, train_, first, dropout, seed, record_pass(first)});
+        graphs_.push_back({B_, T_, train_, first_, last_micro_step_, dropout, seed, record_pass()});
         CUDA_CHECK(cudaGraphLaunch(graphs_.back().exec, stream.stream));
     }
-    cudaGraphExec_t record_pass(bool first) {
+    cudaGraphExec_t record_pass() {
         cudaGraph_t graph;
         cudaGraphExec_t exec;
         // Relaxed, because kernels may be loaded during the capture.
         CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeRelaxed));
         try {
-            launch_pass(first);
+            launch_pass();
         } catch (...) {
             cudaStreamEndCapture(stream.stream, &graph);
             throw;
@@ -2772,30 +3053,77 @@ struct GPT2 {
         return exec;
     }
     // Launches all kernels of a pass. The first training pass of a step overwrites its gradients and loss,
-    // the others add to them.
-    void launch_pass(bool first) {
-        if (first) clear_gradients();
-        if (first || !train_) CUDA_CHECK(cudaMemsetAsync(mem_.report, 0, sizeof(Report), stream.stream));
-        if (train_) forward_pass(), backward_pass(!first);
+    // the others add to them. (Blocks whose gradients share memory are overwritten in every pass, and
+    // add_up_ranks() adds to this rank's shards.)
+    void launch_pass() {
+        if (first_) clear_gradients();
+        if (first_ || !train_) CUDA_CHECK(cudaMemsetAsync(mem_.report, 0, sizeof(Report), stream.stream));
+        if (train_) forward_pass(), backward_pass(!first_);
         else evaluate();
     }
     // Zeroes the gradients that kernels only add to: all but those of the matrices, which the step's first
-    // products overwrite. Consecutive tensors are zeroed by one call.
+    // products overwrite.
     void clear_gradients() {
-        std::vector<ParamPiece> pieces = pieces_;
-        std::sort(pieces.begin(), pieces.end(), [](auto& a, auto& b) { return a.memory < b.memory; });
-        size_t begin = 0, end = 0;  // the range to be zeroed next
-        auto clear = [&] {
-            if (begin == end) return;
-            CUDA_CHECK(cudaMemsetAsync(mem_.grads + begin, 0, (end - begin) * sizeof(float), stream.stream));
+        const auto [first, n] = grad_layout_.range(EMBEDDINGS);
+        clear(grad_layout_.at(WPE), first + n);
+        const auto [final_first, final_n] = grad_layout_.range(FINAL_NORM);
+        clear(final_first, final_first + final_n);
+        if (!sharding_.shards_gradients())
+            for (size_t l = 0; l < (size_t)cfg.L; l++) clear_block(l);
+    }
+    // Of a block: its vectors, which follow its matrices.
+    void clear_block(size_t l) {
+        const auto [first, n] = grad_layout_.range(BLOCK, l);
+        clear(grad_layout_.at(LN1W, l), first + n);
+    }
+    void clear(size_t begin, size_t end) {
+        CUDA_CHECK(cudaMemsetAsync(mem_.grads + begin, 0, (end - begin) * sizeof(float), stream.stream));
+    }
+
+    // Starts to add up the ranks' gradients of a part of the model that backward has finished, on a stream of
+    // its own, while backward goes on. On stage 0 all ranks get the sum, on the others their shard of it.
+    // That is done in a step's last micro-step, except for blocks whose gradients share memory.
+    void add_up_ranks(Part part, size_t l = 0) {
+        const bool shares_memory = sharding_.shards_gradients() && part == BLOCK;
+        if (!ranks.several() || !(last_micro_step_ || (train_ && shares_memory))) return;
+        cudaStream_t s = adding_->stream;
+        computed_->record(stream.stream), computed_->hold(s);
+        const auto range = grad_layout_.range(part, l), shard = sharding_.shard(range);
+        float* sum = mem_.grads + range.first;
+        if (!sharded()) return nccl().all_reduce(sum, range.second, s);
+        if (!sharding_.shards_gradients())
+            return nccl().reduce_scatter(mem_.grads + shard.first, sum, shard.second, s);
+        float* mine =
+            mem_.grad_shards + Memory::layout(cfg, sharding_).range(part, l).first / (size_t)sharding_.world;
+        const bool overwrites = first_ || !shares_memory;
+        nccl().reduce_scatter(overwrites ? mine : mem_.grad_sum, sum, shard.second, s);
+        if (!overwrites) add_to(mine, mem_.grad_sum, shard.second, s);
+        if (shares_memory) slot_free_[l % GRAD_SLOTS]->record(s);
+    }
+    // Before backward writes the gradients of block l, where blocks share memory: waits until those of the
+    // block that had it before have been added up.
+    void begin_block_gradients(size_t l) {
+        if (!sharding_.shards_gradients()) return;
+        if (l + GRAD_SLOTS < (size_t)cfg.L) slot_free_[l % GRAD_SLOTS]->hold(stream.stream);
+        clear_block(l);
+    }
+    // After backward: the kernels that follow wait for the sums.
+    void finish_adding_up() {
+        if (!ranks.several() || !(last_micro_step_ || sharding_.shards_gradients())) return;
+        computed_->record(adding_->stream), computed_->hold(stream.stream);
+    }
+    // Where ranks have updated only their shards: all ranks get all parameters.
+    void gather_parameters() {
+        if (!sharded()) return;
+        const ParamLayout layout = Memory::layout(cfg, sharding_);
+        auto gather = [&](std::pair<size_t, size_t> part) {
+            const auto shard = sharding_.shard(part);
+            nccl().all_gather(mem_.params + part.first, mem_.params + shard.first, shard.second,
+                              stream.stream);
         };
-        for (const ParamPiece& p : pieces) {
-            bool product = p.decay && p.id != WPE;  // matrices are what decays, but for wpe
-            if (product) continue;
-            if (p.memory != end) clear(), begin = p.memory;
-            end = p.memory + p.size;
-        }
-        clear();
+        gather(layout.range(EMBEDDINGS));
+        for (size_t l = 0; l < (size_t)cfg.L; l++) gather(layout.range(BLOCK, l));
+        gather(layout.range(FINAL_NORM));
     }
 
     // From the tokens to the final LayerNorm.
@@ -2870,10 +3198,13 @@ struct GPT2 {
     }
 
     // From the loss back to the embeddings. accumulate: the matrices' gradients are added to those of earlier
-    // micro-steps.
+    // micro-steps, except in blocks that share memory.
     void backward_pass(bool accumulate) {
         head_loss(accumulate);
-        for (size_t l = cfg.L; l-- > 0;) block_backward(l, norm_after(l), accumulate);
+        for (size_t l = cfg.L; l-- > 0;) {
+            begin_block_gradients(l);
+            block_backward(l, norm_after(l), accumulate && !sharding_.shards_gradients());
+        }
         const Workspace& work = mem_.work;
         cudaStream_t s = stream.stream;
         size_t C = cfg.C, M = b_ * t_;
@@ -2884,8 +3215,11 @@ struct GPT2 {
         ln1.dy = work.dln, ln1.dskip = grover() ? work.dresid : nullptr;
         ln1.x = a.resid, ln1.w = params.layer(0).ln1w, ln1.mean = a.ln1_mean, ln1.rstd = a.ln1_rstd;
         layernorm_backward(ln1, M, t_, C, !grover(), Dropout{}, s);
+        add_up_ranks(BLOCK, 0);
         embedding_backward(grads.wte, grads.wpe, work.dresid, mem_.batch.buckets, b_, t_, C,
                            drop(rng::EMB_DROPOUT, 0), s);
+        add_up_ranks(EMBEDDINGS);
+        finish_adding_up();
     }
     // Backward through the LayerNorm after block l, then through the block. On entry dln is the gradient of
     // that LayerNorm's output, and dresid that of the residual stream after it (none after the final one). On
@@ -2916,6 +3250,8 @@ struct GPT2 {
         norm.dy = work.dln, norm.dskip = grover() && !after.final ? work.dresid : nullptr;
         norm.x = a.resid3, norm.w = after.w, norm.mean = after.mean, norm.rstd = after.rstd;
         layernorm_backward(norm, M, t_, C, !after.final && !grover(), drop(rng::FCPROJ_DROPOUT, l), s);
+        if (after.final) add_up_ranks(FINAL_NORM);
+        else add_up_ranks(BLOCK, l + 1);
         // The last block's activations are still there. Recomputing may overwrite the mean and rstd just
         // read.
         if (recompute && l + 1 < (size_t)cfg.L) recompute_block(l);
@@ -2990,8 +3326,61 @@ struct GPT2 {
             matmul_->input_gradient(work.dln, work.logits, params.wte, n, C, Vp);
         }
         matmul_->timing = false;
-        matmul_->save_timings();
     }
+    // Rank 0 times the products, and all ranks take its choices, so that they compute alike.
+    void choose_products(size_t M) {
+        std::string text;
+        auto exchange = [&] {
+            size_t bytes = text.size();
+            ranks.comm->broadcast(&bytes, sizeof bytes);
+            text.resize(bytes), ranks.comm->broadcast(&text[0], bytes);
+        };
+        const bool leads = !ranks.several() || ranks.comm->leads();
+        if (!leads) exchange(), matmul_->choices.take(text);
+        time_products(M);
+        if (leads) matmul_->choices.save();
+        if (leads && ranks.several()) text = matmul_->choices.text(), exchange();
+    }
+    // The moments begin as zeros; the maps of the parameters are copied to the GPU.
+    void begin_optimizer() {
+        cudaStream_t s = stream.stream;
+        const size_t n = Memory::layout(cfg, sharding_).size() / (sharded() ? (size_t)sharding_.world : 1);
+        CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, n * sizeof(float), s));
+        CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, n * sizeof(float), s));
+        auto copy = [&](Segment* to, bool all) {
+            const std::vector<Segment> segments =
+                param_segments(cfg, sharding_, all, sharding_.shards_gradients());
+            CUDA_CHECK(cudaMemcpyAsync(to, segments.data(), segments.size() * sizeof(Segment),
+                                       cudaMemcpyHostToDevice, s));
+            stream.wait();  // until `segments` has been read
+        };
+        copy(mem_.segments, !sharded());
+        if (!ranks.several()) return;
+        copy(mem_.norm_segments, false);
+        adding_ = std::make_unique<Stream>(true), computed_ = std::make_unique<Event>();
+        for (auto& event : slot_free_) event = std::make_unique<Event>();
+    }
+    float* array(State s) const {
+        if (s == PARAMS) return sharded() ? nullptr : mem_.master;
+        if (s == GRADS) return sharding_.shards_gradients() ? mem_.grad_shards : mem_.grads;
+        return s == ADAM_M ? mem_.m : s == ADAM_V ? mem_.v : mem_.master;
+    }
+    // Of n parameters, from number `first` of the file on: those whose masters this rank holds.
+    void upload_masters(const float* host, size_t first, size_t n) {
+        for (const OwnedPiece& p : owned_) {
+            const size_t from = std::max(first, p.file), to = std::min(first + n, p.file + p.size);
+            if (from < to) upload(mem_.master + p.shard + (from - p.file), host + (from - first), to - from);
+        }
+    }
+    // f(pointer, n, number) as f(pointer, n), for the same types of pointers.
+    template <class F>
+    struct IgnoreNumber {
+        F& f;
+        template <class P>
+        auto operator()(P* x, size_t n, size_t) -> decltype(f(x, n)) {
+            return f(x, n);
+        }
+    };
 
     Report read_report() {
         CUDA_CHECK(
@@ -3028,14 +3417,20 @@ struct GPT2 {
     DeviceMemory weights_, optimizer_, activations_;
     PinnedMemory staging_, report_;
     Memory mem_;
-    const std::vector<ParamPiece> pieces_ = param_pieces(cfg);
+    const Sharding sharding_ = ranks.sharding();
+    // The parameters in the file's order: all, and those that this rank updates if ranks share that out.
+    const std::vector<OwnedPiece> all_ = owned_pieces(cfg, sharding_, true),
+                                  owned_ = owned_pieces(cfg, sharding_, false);
+    const ParamLayout grad_layout_{cfg, sharding_.multiple(), grad_slots(cfg, sharding_)};
+    std::unique_ptr<Stream> adding_;  // with several ranks: where gradients are added up
+    std::unique_ptr<Event> computed_, slot_free_[GRAD_SLOTS];
     Slot slots_[SLOTS];
     size_t next_slot_ = 0, micro_steps_ = 0, counted_ = 0;
     StepResult last_;
     std::unique_ptr<Matmul> matmul_;
     std::vector<Graph> graphs_;
-    size_t b_ = 0, t_ = 0;  // of the pass that is being launched
-    bool train_ = false;
+    size_t b_ = 0, t_ = 0;                                          // of the pass that is being launched
+    bool train_ = false, first_ = false, last_micro_step_ = false;  // first_: of the step
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -3197,6 +3592,6 @@ class Decoder final : public ::Decoder {
 
 #ifndef ARAPOET_NO_MAIN
 #include "lib/trainer.h"
-int main(int argc, char** argv) { return train<gpu::GPT2, gpu::Decoder>(argc, argv); }
+int main(int argc, char** argv) { return end_children(train<gpu::GPT2, gpu::Decoder>(argc, argv)); }
 #endif
 #endif  // TRAIN_GPT2_CU

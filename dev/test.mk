@@ -1,6 +1,6 @@
 # Tests. A test program's last line is "N passed, N failed[, N skipped]"; dev/run_tests.sh prints the sums.
 .PHONY: format format-check test soak test-layers test-mpi test-asan test-emulator-asan test-emulator-tsan
-.PHONY: fuzz check-fuzzers
+.PHONY: fuzz check-fuzzers test-ranks test-slurm
 
 # test_gpt2 tests what depends on the set of instructions: layers, products, vectors, random numbers.
 # test_lib tests the rest of lib/; each other test_NAME.cpp is a separate program. test_cli starts
@@ -46,6 +46,13 @@ $(error make test-mpi: leave MPI=1 out)
 endif
 test-mpi: $(BUILD)/train_gpt2_mpi $(PROGRAMS) | $(call named,test test-layers)
 	@dev/test_mpi.sh $<
+
+# Ranks of the GPU trainer in the emulator, with all combinations of settings
+test-ranks: $(BUILD)/test_gpu_ranks_fp32 $(BUILD)/test_gpu_ranks_bf16 | $(call named,test test-layers test-mpi)
+	@for p in $^; do $$p --no-skip || exit 1; done
+# The scripts for Slurm, without Slurm
+test-slurm: train_gpt2 prepare_data | $(call named,test test-layers test-mpi test-ranks)
+	@dev/test_slurm.sh ./train_gpt2 ./prepare_data
 
 # Under AddressSanitizer and UBSan. test_cli starts programs without sanitizers.
 SANITIZE = -Og -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
