@@ -68,6 +68,12 @@ inline void cublas_check(cublasStatus_t status, const char* call, const char* fi
 #define CUDA_CHECK(call) gpu::cuda_check((call), #call, __FILE__, __LINE__)
 #define CUBLAS_CHECK(call) gpu::cublas_check((call), #call, __FILE__, __LINE__)
 
+// Ways to compute the same that no GPU has compared yet; `make gpu-check` turns them on one at a time.
+struct Switches {
+    bool late_results = false;  // step() returns the result of the step before, and so does not wait
+};
+inline Switches switches;
+
 // Launches kernel<<<grid, block, smem, stream>>>(args...), the arguments converted to the kernel's own
 // parameter types.
 template <class... P, class... A>
@@ -1143,7 +1149,7 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS)
     int warp_query = q0 + warp_row;
     int end = min(q0 + QUERIES, T);  // the block's queries see no key from here on
     float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
-    Accumulators<M_FRAGS, HS / 8> o = {};
+    Accumulators<Shape::M_FRAGS, HS / 8> o = {};
     float running_max[M_FRAGS][2], running_sum[M_FRAGS][2];
     for (int m = 0; m < M_FRAGS; m++)
         for (int r = 0; r < 2; r++) running_max[m][r] = -INFINITY, running_sum[m][r] = 0;
@@ -1161,9 +1167,9 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS)
         v_tile.template copy_async<KEYS, THREADS>(v + k0 * stride, stride, T - k0);
         cp_async_commit();
         if (active) {
-            KeepBits<M_FRAGS, N_FRAGS> keep_bits;
+            KeepBits<Shape::M_FRAGS, Shape::KEYS / 8> keep_bits;
             if (drop.on) draw_dropout<false, M_FRAGS, N_FRAGS>(keep_bits, drop, warp_query, k0);
-            Accumulators<M_FRAGS, N_FRAGS> s = {};
+            Accumulators<Shape::M_FRAGS, Shape::KEYS / 8> s = {};
             multiply_transposed(s, q_tile.from_row(warp_row), k_tile);
             if (k0 + KEYS > warp_query) hide_later_keys<false, M_FRAGS, N_FRAGS>(s, warp_query, k0);
             online_softmax<M_FRAGS, N_FRAGS, HS / 8>(s, o, running_max, running_sum, scale_log2);
@@ -1255,7 +1261,7 @@ __global__ void __launch_bounds__(Shape::THREADS)
     int warp_row = threadIdx.x / WARP * 16 * M_FRAGS, warp_query = q0 + warp_row;
     int steps = (min(q0 + QUERIES, T) + KEYS - 1) / KEYS;
     float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
-    Accumulators<M_FRAGS, HS / 8> dq = {};
+    Accumulators<Shape::M_FRAGS, Shape::HS / 8> dq = {};
     RowStats row_stats[M_FRAGS][2];
 
     q_tile.template copy_async<QUERIES, THREADS>(q + q0 * stride, stride, T - q0);
@@ -1270,9 +1276,9 @@ __global__ void __launch_bounds__(Shape::THREADS)
             compute_row_stats<HS, M_FRAGS>(row_stats, stats, head, dout_tile.from_row(warp_row), out, lse,
                                            warp_query, T);
         if (k0 >= warp_query + 16 * M_FRAGS) continue;  // all keys come after the warp's queries
-        KeepBits<M_FRAGS, N_FRAGS> keep_bits;
+        KeepBits<Shape::M_FRAGS, Shape::STEP / 8> keep_bits;
         if (drop.on) draw_dropout<false, M_FRAGS, N_FRAGS>(keep_bits, drop, warp_query, k0);
-        Accumulators<M_FRAGS, N_FRAGS> s = {}, dp = {};
+        Accumulators<Shape::M_FRAGS, Shape::STEP / 8> s = {}, dp = {};
         multiply_transposed(s, q_tile.from_row(warp_row), k_tile(step));
         multiply_transposed(dp, dout_tile.from_row(warp_row), v_tile(step));
         if (k0 + KEYS > warp_query) hide_later_keys<false, M_FRAGS, N_FRAGS>(s, warp_query, k0);
@@ -1324,7 +1330,7 @@ __global__ void __launch_bounds__(Shape::THREADS)
     int warp_row = threadIdx.x / WARP * 16 * M_FRAGS, warp_key = k0 + warp_row;
     int steps = (T + QUERIES - 1) / QUERIES;
     float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
-    Accumulators<M_FRAGS, HS / 8> dk = {}, dv = {};
+    Accumulators<Shape::M_FRAGS, Shape::HS / 8> dk = {}, dv = {};
 
     k_tile.template copy_async<KEYS, THREADS>(k + k0 * stride, stride, T - k0);
     v_tile.template copy_async<KEYS, THREADS>(v + k0 * stride, stride, T - k0);
@@ -1335,9 +1341,9 @@ __global__ void __launch_bounds__(Shape::THREADS)
         __syncthreads();  // this step's tiles have arrived, and no warp reads the other stage any more
         if (step + 1 < steps) prefetch(step + 1);
         if (q0 + QUERIES <= warp_key) continue;  // all queries come before the warp's keys
-        KeepBits<M_FRAGS, N_FRAGS> keep_bits;
+        KeepBits<Shape::M_FRAGS, Shape::STEP / 8> keep_bits;
         if (drop.on) draw_dropout<true, M_FRAGS, N_FRAGS>(keep_bits, drop, q0, warp_key);
-        Accumulators<M_FRAGS, N_FRAGS> s = {}, dp = {};
+        Accumulators<Shape::M_FRAGS, Shape::STEP / 8> s = {}, dp = {};
         multiply_transposed(s, k_tile.from_row(warp_row), q_tile(step));
         multiply_transposed(dp, v_tile.from_row(warp_row), dout_tile(step));
         if (q0 < warp_key + 16 * M_FRAGS) hide_later_keys<true, M_FRAGS, N_FRAGS>(s, q0, warp_key);
@@ -1889,8 +1895,8 @@ __device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
 // It has one segment for each tensor of each layer.
 struct Segment {
     size_t end;  // number of the visit after its last one
-    // Visit e is of element e + file of the file, e + memory of arrays of the whole model, e + state of the
-    // optimizer's arrays, e + grads of the gradients.
+    // Visit e is of the element with these indices: e + file in the model file, e + memory in arrays of the
+    // whole model, e + state in the optimizer's arrays, e + grads in the gradients.
     ptrdiff_t file, memory, state, grads;
     bool decays;  // weight decay applies
 };
@@ -1898,16 +1904,14 @@ struct ParamMap {
     const Segment* segments = nullptr;
     size_t n = 0;  // visits
 };
-// The segments of the parameters that a rank updates, or of all. sharded_grads: the gradients' array holds
-// only this rank's shards, as the optimizer's arrays do.
-inline std::vector<Segment> param_segments(const Config& c, const Sharding& sharding = {}, bool all = true,
-                                           bool sharded_grads = false) {
+// The segments of the parameters that a rank updates, or of all.
+inline std::vector<Segment> param_segments(const Config& c, const Sharding& sharding = {}, bool all = true) {
     std::vector<Segment> segments;
     size_t visits = 0;
     for (const OwnedPiece& p : owned_pieces(c, sharding, all)) {
         auto shift = [&](size_t index) { return (ptrdiff_t)index - (ptrdiff_t)visits; };
         segments.push_back({visits + p.size, shift(p.file), shift(p.memory), shift(p.shard),
-                            shift(sharded_grads ? p.shard : p.memory), p.decay});
+                            shift(sharding.shards_gradients() ? p.shard : p.memory), p.decay});
         visits += p.size;
     }
     return segments;
@@ -2060,6 +2064,14 @@ inline void round_parameters(floatX* params, const float* master, const ParamMap
            rng::Key(seed, t, rng::ROUNDING));
 }
 
+// Writes n numbers between -1 and 1.
+__global__ void fill_kernel(floatX* x, size_t n) {
+    const rng::Key key(1, 0, rng::INIT);
+    size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride)
+        x[i] = from_float<floatX>((float)key.block(i / 4).w[i % 4] * 0x1p-31f - 1.0f);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Matrix products by cuBLASLt
 
@@ -2114,12 +2126,13 @@ struct PinnedMemory {
 // with the CPU.
 enum Product { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
 
-// The algorithm that was the fastest for each product, in a file named by the GPU and cuBLASLt's version: the
-// next run uses the same algorithms, and so repeats bit for bit. A line is "algorithm in hex, space,
-// product". Damaged lines are ignored, and their products are timed again.
-class AlgorithmCache {
+// What was the fastest for each product, in a file named by the GPU and cuBLASLt's version, so that a later
+// run need not time the products again, and computes the same bits. A line is "choice in hex, space,
+// product": the choice is an algorithm of cuBLASLt or the number of a way (see Matmul). Damaged lines are
+// ignored, and their products are timed again.
+class ProductChoices {
   public:
-    AlgorithmCache() {
+    ProductChoices() {
         const char *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
         if (xdg && *xdg) dir_ = xdg;
         else if (home && *home) dir_ = std::string(home) + "/.cache";
@@ -2149,20 +2162,23 @@ class AlgorithmCache {
             if (space < end) hex_[text.substr(space + 1, end - space - 1)] = text.substr(i, space - i);
         }
     }
-    bool find(const std::string& product, cublasLtMatmulAlgo_t* algo) const {
+    // C is an algorithm or a number.
+    template <class C>
+    bool find(const std::string& product, C* choice) const {
         auto at = hex_.find(product);
-        if (at == hex_.end() || at->second.size() != 2 * sizeof *algo) return false;
-        for (size_t i = 0; i < sizeof *algo; i++) {
+        if (at == hex_.end() || at->second.size() != 2 * sizeof *choice) return false;
+        for (size_t i = 0; i < sizeof *choice; i++) {
             int used = 0;
             unsigned byte;
             if (sscanf(at->second.c_str() + 2 * i, "%2x%n", &byte, &used) != 1 || used != 2) return false;
-            ((unsigned char*)algo)[i] = (unsigned char)byte;
+            ((unsigned char*)choice)[i] = (unsigned char)byte;
         }
         return true;
     }
-    void put(const std::string& product, const cublasLtMatmulAlgo_t& algo) {
+    template <class C>
+    void put(const std::string& product, const C& choice) {
         std::string hex;
-        for (size_t i = 0; i < sizeof algo; i++) hex += strf("%02x", ((const unsigned char*)&algo)[i]);
+        for (size_t i = 0; i < sizeof choice; i++) hex += strf("%02x", ((const unsigned char*)&choice)[i]);
         hex_[product] = hex, changed_ = true;
     }
     // Where the file cannot be written this run goes on with a warning, and the next one times again.
@@ -2186,9 +2202,12 @@ class AlgorithmCache {
     bool changed_ = false;
 };
 
-// The products of linear layers on one stream. A plan (descriptors and an algorithm) is made once for each
-// product, shape and epilogue. Where cuBLASLt has no algorithm with an epilogue, a kernel runs after the
-// plain product instead.
+// The products of linear layers on one stream. A plan (descriptors and algorithms) is made once for each
+// product, shape and epilogue. What follows a product, a bias or a GELU, can be done by an epilogue of
+// cuBLASLt or by a kernel: these are ways to compute the same. An epilogue exists for some shapes only, and
+// is not always faster. With `timing`, ways and algorithms are timed, and `choices` keeps the fastest. For a
+// shape that was not timed, or with `deterministic`, a rule decides: the first of the ways and of cuBLASLt's
+// proposals that works.
 class Matmul {
   public:
 #ifdef EMULATOR
@@ -2202,10 +2221,10 @@ class Matmul {
             {4 * C, bias_backward_scratch(C), bias_backward_scratch(3 * C), bias_backward_scratch(4 * C)});
     }
 
-    bool timing = false;  // a new plan uses the fastest algorithm instead of cuBLASLt's first proposal
+    bool timing = false;
 
-    Matmul(void* workspace, float* bias_scratch, cudaStream_t stream)
-        : workspace_(workspace), bias_scratch_(bias_scratch), stream_(stream) {
+    Matmul(void* workspace, float* bias_scratch, cudaStream_t stream, bool deterministic)
+        : workspace_(workspace), bias_scratch_(bias_scratch), stream_(stream), deterministic_(deterministic) {
         CUBLAS_CHECK(cublasLtCreate(&handle_));
     }
     ~Matmul() {
@@ -2221,20 +2240,37 @@ class Matmul {
 
     // Y (M,N) = X (M,K) W^T + b, W (N,K), b (N) or null.
     void forward(floatX* Y, const floatX* X, const floatX* W, const floatX* b, size_t M, size_t K, size_t N) {
-        if (b && run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, {W, X, Y, false, b})) return;
-        run_plain(FORWARD, M, K, N, {W, X, Y, false});
-        if (b) bias_gelu_forward(Y, nullptr, b, M, N, GELU_TANH, stream_);
+        if (!b) return run_plain(FORWARD, M, K, N, {W, X, Y, false});
+        take(
+            "forward", M, K, N,
+            [&] {
+                return run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, {W, X, Y, false, b});
+            },
+            [&] {
+                run_plain(FORWARD, M, K, N, {W, X, Y, false});
+                bias_gelu_forward(Y, nullptr, b, M, N, GELU_TANH, stream_);
+                return true;
+            });
     }
     // pre (M,N) = X (M,K) W^T + b; Y = gelu(pre).
     void forward_gelu(floatX* Y, floatX* pre, const floatX* X, const floatX* W, const floatX* b, size_t M,
                       size_t K, size_t N, int activation) {
-        if (activation == GELU_TANH &&
-            run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, {W, X, Y, false, b, pre}))
-            return;
-        if (run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, {W, X, pre, false, b}))
-            return gelu_forward(Y, pre, M * N, activation, stream_);
-        run_plain(FORWARD, M, K, N, {W, X, pre, false});
-        bias_gelu_forward(pre, Y, b, M, N, activation, stream_);
+        take(
+            activation == GELU_TANH ? "forward_gelu" : "forward_gelu_erf", M, K, N,
+            [&] {
+                if (!run(FORWARD, CUBLASLT_EPILOGUE_BIAS, M, K, N, {W, X, pre, false, b})) return false;
+                gelu_forward(Y, pre, M * N, activation, stream_);
+                return true;
+            },
+            [&] {
+                return activation == GELU_TANH &&
+                       run(FORWARD, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, M, K, N, {W, X, Y, false, b, pre});
+            },
+            [&] {
+                run_plain(FORWARD, M, K, N, {W, X, pre, false});
+                bias_gelu_forward(pre, Y, b, M, N, activation, stream_);
+                return true;
+            });
     }
     // dX (M,K) = dY (M,N) W.
     void input_gradient(floatX* dX, const floatX* dY, const floatX* W, size_t M, size_t K, size_t N) {
@@ -2243,29 +2279,44 @@ class Matmul {
     // dX (M,K) = (dY W) gelu'(pre): the gradient of the GELU's input, pre.
     void input_gradient_gelu(floatX* dX, const floatX* dY, const floatX* W, const floatX* pre, size_t M,
                              size_t K, size_t N, int activation) {
-        if (activation == GELU_TANH &&
-            run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, {W, dY, dX, false, nullptr, pre}))
-            return;
-        input_gradient(dX, dY, W, M, K, N);
-        gelu_backward(dX, pre, M * K, activation, stream_);
+        take(
+            activation == GELU_TANH ? "input_gradient_gelu" : "input_gradient_gelu_erf", M, K, N,
+            [&] {
+                input_gradient(dX, dY, W, M, K, N);
+                gelu_backward(dX, pre, M * K, activation, stream_);
+                return true;
+            },
+            [&] {
+                return activation == GELU_TANH && run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N,
+                                                      {W, dY, dX, false, nullptr, pre});
+            });
     }
     // dW (N,K) = dY^T X, or += where accumulate; db (N) += column sums of dY, unless null.
     void weight_gradient(float* dW, float* db, const floatX* dY, const floatX* X, size_t M, size_t K,
                          size_t N, bool accumulate) {
-        if (db && run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N,
-                      {X, dY, dW, accumulate, bias_scratch_}))  // which BGRADB overwrites
-            return add_to(db, bias_scratch_, N, stream_);
-        run_plain(WEIGHT_GRADIENT, M, K, N, {X, dY, dW, accumulate});
-        if (db) bias_backward(db, bias_scratch_, dY, M, N, stream_);
+        if (!db) return run_plain(WEIGHT_GRADIENT, M, K, N, {X, dY, dW, accumulate});
+        take(
+            "weight_gradient", M, K, N,
+            [&] {
+                run_plain(WEIGHT_GRADIENT, M, K, N, {X, dY, dW, accumulate});
+                bias_backward(db, bias_scratch_, dY, M, N, stream_);
+                return true;
+            },
+            [&] {
+                if (!run(WEIGHT_GRADIENT, CUBLASLT_EPILOGUE_BGRADB, M, K, N,
+                         {X, dY, dW, accumulate, bias_scratch_}))  // which BGRADB overwrites
+                    return false;
+                add_to(db, bias_scratch_, N, stream_);
+                return true;
+            });
     }
-    AlgorithmCache choices;
+    ProductChoices choices;
 
   private:
     struct Plan {
         cublasLtMatmulDesc_t operation = nullptr;
         cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
-        cublasLtMatmulAlgo_t algo{};
-        bool possible = false;
+        std::vector<cublasLtMatmulAlgo_t> algos;  // the best first; those that fail are removed
     };
     // What one call reads and writes: D = A B, or D += A B with accumulate.
     struct Operands {
@@ -2275,12 +2326,41 @@ class Matmul {
         const void* bias = nullptr;  // BIAS and GELU_AUX_BIAS read it, BGRADB writes it
         const void* aux = nullptr;   // GELU_AUX_BIAS writes the GELU's input there, DGELU reads it
     };
-    static constexpr int CANDIDATES = 8, TIMED_RUNS = 4;
+    static constexpr int CANDIDATES = 8, ROUNDS = 5, TIMED_RUNS = 2;
+#ifdef EMULATOR
+    static constexpr float WARM_UP = 0;
+#else
+    static constexpr float WARM_UP = 100;          // milliseconds until clocks and power have settled
+#endif
+
+    // Computes one product in one of several ways, functions that return false where they cannot.
+    template <class... Ways>
+    void take(const char* what, size_t M, size_t K, size_t N, Ways... ways) {
+        const std::string key =
+            strf("way of %s %s M %zu K %zu N %zu", what, BUILD_DTYPE == BF16 ? "bf16" : "fp32", M, K, N);
+        uint8_t chosen = UINT8_MAX;
+        auto try_way = [&](uint8_t wanted) {
+            uint8_t i = 0;
+            bool done = false;
+            ((done = done || (i++ == wanted && ways())), ...);
+            return done;
+        };
+        if (!deterministic_ && !choices.find(key, &chosen) && timing) {
+            const std::vector<float> ms =
+                time(sizeof...(ways), [&](size_t i) { return try_way((uint8_t)i); });
+            chosen = (uint8_t)(std::min_element(ms.begin(), ms.end()) - ms.begin());
+            choices.put(key, chosen);
+        }
+        if (chosen < sizeof...(ways) && try_way(chosen)) return;
+        for (uint8_t i = 0; i < sizeof...(ways); i++)
+            if (try_way(i)) return;
+    }
 
     void run_plain(Product product, size_t M, size_t K, size_t N, const Operands& o) {
         if (!run(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, o))
-            fail("cuBLASLt has no algorithm for %s",
-                 name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str());
+            fail("cuBLASLt has no algorithm for %s (%s)",
+                 name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str(),
+                 cublasLtGetStatusString(failure_));
     }
     // Computes one product. Returns false, and computes nothing, where cuBLASLt has no algorithm with this
     // epilogue.
@@ -2291,8 +2371,12 @@ class Matmul {
         if (o.bias) set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, o.bias);
         if (o.aux) set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, o.aux);
         if (fresh) choose(p, at->first, o, (K | N) * sizeof(floatX));
-        if (p.possible) CUBLAS_CHECK(multiply(p, p.algo, o));
-        return p.possible;
+        while (!p.algos.empty()) {
+            failure_ = multiply(p, p.algos.front(), o);
+            if (failure_ == CUBLAS_STATUS_SUCCESS) return true;
+            p.algos.erase(p.algos.begin());
+        }
+        return false;
     }
     static std::string name(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
         const char* names[] = {"forward", "input_gradient", "weight_gradient"};
@@ -2328,18 +2412,28 @@ class Matmul {
                               &algo, workspace_, WORKSPACE, stream_);
     }
 
-    // Finds the plan's algorithm: the one in the cache, or with `timing` the fastest of cuBLASLt's candidates
-    // (which overwrites o.d), or else the first one. All operands are aligned to the largest power of two
-    // that divides row_bytes.
+    // Finds the plan's algorithms: that of `choices` first, or with `timing` the fastest one (which
+    // overwrites o.d); then the others that cuBLASLt proposes. All operands are aligned to the largest power
+    // of two that divides row_bytes.
     void choose(Plan& p, const std::string& product, const Operands& o, size_t row_bytes) {
+        cublasLtMatmulAlgo_t known;
+        cublasLtMatmulHeuristicResult_t check{};
+        const bool found = !deterministic_ && choices.find(product, &known) &&
+                           cublasLtMatmulAlgoCheck(handle_, p.operation, p.a, p.b, p.d, p.d, &known,
+                                                   &check) == CUBLAS_STATUS_SUCCESS &&
+                           check.workspaceSize <= WORKSPACE;
+        if (found) p.algos.push_back(known);
+        propose(p, row_bytes);
+        if (found || !timing || p.algos.empty()) return;
+        const std::vector<float> ms = time(
+            p.algos.size(), [&](size_t i) { return multiply(p, p.algos[i], o) == CUBLAS_STATUS_SUCCESS; });
+        std::swap(p.algos[0], p.algos[(size_t)(std::min_element(ms.begin(), ms.end()) - ms.begin())]);
+        if (!deterministic_) choices.put(product, p.algos[0]);
+    }
+    // Appends cuBLASLt's proposals. For an epilogue without support it returns an error or no proposals,
+    // depending on its version.
+    void propose(Plan& p, size_t row_bytes) {
         cublasLtMatmulHeuristicResult_t result[CANDIDATES]{};
-        if (choices.find(product, &p.algo) &&
-            cublasLtMatmulAlgoCheck(handle_, p.operation, p.a, p.b, p.d, p.d, &p.algo, result) ==
-                CUBLAS_STATUS_SUCCESS &&
-            result->workspaceSize <= WORKSPACE) {
-            p.possible = true;
-            return;
-        }
         cublasLtMatmulPreference_t preference;
         CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
         auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
@@ -2354,35 +2448,43 @@ class Matmul {
               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
             prefer(a, alignment);
         int found = 0;
-        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.operation, p.a, p.b, p.d, p.d,
-                                                               preference, CANDIDATES, result, &found);
+        failure_ = cublasLtMatmulAlgoGetHeuristic(handle_, p.operation, p.a, p.b, p.d, p.d, preference,
+                                                  CANDIDATES, result, &found);
         cublasLtMatmulPreferenceDestroy(preference);
-        // For an epilogue without support cuBLASLt returns an error or no results, depending on its version.
-        if (status != CUBLAS_STATUS_SUCCESS) found = 0;
-        float best = INFINITY;
-        for (int i = 0; i < found; i++) {
-            if (result[i].state != CUBLAS_STATUS_SUCCESS) continue;
-            float ms = timing ? time(p, result[i].algo, o) : 0;
-            if (ms < best) best = ms, p.algo = result[i].algo, p.possible = true;
-        }
-        if (p.possible && timing) choices.put(product, p.algo);
+        if (failure_ != CUBLAS_STATUS_SUCCESS) return;
+        for (int i = 0; i < found; i++)
+            if (result[i].state == CUBLAS_STATUS_SUCCESS) p.algos.push_back(result[i].algo);
     }
-    // Milliseconds of TIMED_RUNS runs after one that is not counted; infinity where the algorithm fails.
-    float time(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
-        if (multiply(p, algo, o) != CUBLAS_STATUS_SUCCESS) return INFINITY;
+    // The least milliseconds that each of n ways takes; run(i) computes, and returns false where it cannot
+    // (infinity). They are timed in turns, so that a change of the clocks meets all of them.
+    template <class F>
+    std::vector<float> time(size_t n, F run) {
+        std::vector<float> least(n, INFINITY);
+        std::vector<size_t> possible;
+        for (size_t i = 0; i < n; i++)
+            if (run(i)) possible.push_back(i);  // not counted: the first run of a way times its algorithms
         Event start, stop;
-        start.record(stream_);
-        for (int i = 0; i < TIMED_RUNS; i++) CUBLAS_CHECK(multiply(p, algo, o));
-        stop.record(stream_);
-        stop.wait();
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, start.event, stop.event));
-        return ms;
+        auto measure = [&](size_t i) {
+            start.record(stream_);
+            for (int k = 0; k < TIMED_RUNS; k++) run(i);
+            stop.record(stream_);
+            stop.wait();
+            float ms;
+            CUDA_CHECK(cudaEventElapsedTime(&ms, start.event, stop.event));
+            return ms;
+        };
+        while (!possible.empty() && warmed_up_ < WARM_UP) warmed_up_ += std::max(measure(possible[0]), 1e-3f);
+        for (int round = 0; round < ROUNDS; round++)
+            for (size_t i : possible) least[i] = std::min(least[i], measure(i));
+        return least;
     }
 
     void* workspace_;
     float* bias_scratch_;
     cudaStream_t stream_;
+    const bool deterministic_;
+    float warmed_up_ = 0;                             // milliseconds
+    cublasStatus_t failure_ = CUBLAS_STATUS_SUCCESS;  // of the last call
     cublasLtHandle_t handle_ = nullptr;
     std::map<std::string, Plan> plans_;
 };
@@ -2522,6 +2624,8 @@ class NcclComm final : public TcpComm {
     NcclComm(const Launch& launch, const RankOptions& o)
         : TcpComm(launch, o.timeout, PROGRAM), started_by_(launch.by) {
         set_hint("go on with: " + start_again(o.resume));
+    }
+    void connect() override {
         choose_device();
         ncclUniqueId id = {};
         if (leads()) NCCL_CHECK(ncclGetUniqueId(&id));
@@ -2539,16 +2643,25 @@ class NcclComm final : public TcpComm {
     }
     ~NcclComm() override {
         set_on_death(nullptr), set_check(nullptr);
-        ncclCommDestroy(nccl_);
+        if (nccl_) ncclCommDestroy(nccl_);
     }
+    // Afterwards no stream of this rank waits for the others.
+    void abort(int code, const std::string& line) override {
+        TcpComm::abort(code, line);
+        set_on_death(nullptr), set_check(nullptr);
+        if (nccl_) ncclCommAbort(std::exchange(nccl_, nullptr));
+    }
+    bool can_shard() const override { return true; }
 
     const char* what() const override { return "GPUs"; }
     std::string start_again(const std::string& command) const override {
         const char* c = command.c_str();
         if (started_by_ == "fork") return strf("%s --gpus %d", c, world);
+        if (started_by_ == "srun") return strf("srun %s", c);
         if (started_by_ == "mpirun") return strf("mpirun -n %d %s", world, c);
-        if (started_by_ == "torchrun") return strf("torchrun --nproc-per-node %d --no-python %s", on_host, c);
-        return started_by_ + " " + command;
+        if (started_by_ == "torchrun" && on_host == world)
+            return strf("torchrun --nproc-per-node %d --no-python %s", world, c);
+        return command + " on all ranks, started as before";
     }
 
     // x (n) becomes the sum of all ranks' x.
@@ -2585,7 +2698,7 @@ class NcclComm final : public TcpComm {
         stream.wait();
         if (sum != world) fail("NCCL: the sum of a one from each of %d ranks is %g", world, sum);
     }
-    // The local_rank-th GPU that CUDA shows, or the only one. Throws Error, on rank 0, where a rank has none
+    // The local_rank-th GPU that CUDA shows, or the only one. Throws Error, on all ranks, where one has none
     // of its own.
     void choose_device() {
         Device mine = {};
@@ -2613,8 +2726,6 @@ class NcclComm final : public TcpComm {
                         q, r, all[r].host);
         }
         if (problem.empty()) return;
-        if (!leads()) barrier();  // until rank 0 ends this one
-        abort(1, "");
         fail("%s", problem.c_str());
     }
     const std::string started_by_;
@@ -2758,7 +2869,8 @@ struct GPT2 {
             mem_.place_optimizer(a, c, trains, precision, sharding_);
             begin_optimizer();
         }
-        activations_.allocate(need.activations + need.scratch);
+        weight_bytes_ = need.params + need.grads, activation_bytes_ = need.activations + need.scratch;
+        activations_.allocate(activation_bytes_);
         a = device_arena(activations_.p);
         mem_.place_activations(a, c, M, trains, recompute);
         mem_.place_scratch(a, c, B, T, trains);
@@ -2769,8 +2881,9 @@ struct GPT2 {
             slot.batch = Batch(slot.memory.p, M);
         }
         attention_init(c.hs());
-        matmul_ = std::make_unique<Matmul>(mem_.work.products, mem_.work.bias, stream.stream);
-        if (M) choose_products(M);
+        matmul_ = std::make_unique<Matmul>(mem_.work.products, mem_.work.bias, stream.stream,
+                                           precision.deterministic);
+        if (M) choose_products(M, precision.deterministic);
         stream.wait();
     }
     ~GPT2() {
@@ -2796,6 +2909,7 @@ struct GPT2 {
     double forward(const int* tokens, const int* targets, size_t B_, size_t T_, const Pass& pass = {}) {
         if (pass.train || micro_steps_)
             throw std::logic_error("forward: evaluates between steps; a training pass is accumulate()");
+        last_result();  // its report's memory is used again
         run(tokens, targets, B_, T_, pass);
         Report r = read_report();
         counted_ = r.counted;
@@ -2830,10 +2944,22 @@ struct GPT2 {
         update(arrays, parts, a, t, seed, stream.stream);
         gather_parameters();
         micro_steps_ = 0;
-        last_ = read_report().step, last_.step = t;
+        // The step before is over by now, or nearly: the GPU has its next work.
+        const StepResult before = switches.late_results ? last_result() : StepResult();
+        CUDA_CHECK(
+            cudaMemcpyAsync(report_.p, mem_.report, sizeof(Report), cudaMemcpyDeviceToHost, stream.stream));
+        reported_.record(stream.stream);
+        pending_ = t;
+        return switches.late_results ? before : last_result();
+    }
+    // Waits for the step that was started last.
+    StepResult last_result() {
+        if (pending_) {
+            reported_.wait();
+            last_ = ((Report*)report_.p)->step, last_.step = std::exchange(pending_, 0);
+        }
         return last_;
     }
-    StepResult last_result() const { return last_; }
 
     bool sharded() const { return sharding_.shards_state(); }
     bool has(State s) const { return s == MASTER ? mem_.master && sharded() : s == PARAMS || trains; }
@@ -2906,12 +3032,12 @@ struct GPT2 {
         if (T > (size_t)c.maxT) fail("model: supports at most %d tokens of context, not %zu", c.maxT, T);
     }
 
-    // Blocks whose gradients exist at once. Where a rank keeps only its shards, backward writes those of a
+    // Blocks whose gradients exist at once. Where a rank keeps only its shards, backward writes those of one
     // block while those of the two blocks after it are added up.
+    static constexpr size_t GRAD_SLOTS = 1 + 2;
     static size_t grad_slots(const Config& c, const Sharding& s) {
         return s.shards_gradients() ? std::min<size_t>(GRAD_SLOTS, (size_t)c.L) : (size_t)c.L;
     }
-    static constexpr size_t GRAD_SLOTS = 3;
 
     // The tensors in the three arenas.
     struct Memory {
@@ -3087,12 +3213,13 @@ struct GPT2 {
         const bool shares_memory = sharding_.shards_gradients() && part == BLOCK;
         if (!ranks.several() || !(last_micro_step_ || (train_ && shares_memory))) return;
         cudaStream_t s = adding_->stream;
-        computed_->record(stream.stream), computed_->hold(s);
+        handover_->record(stream.stream), handover_->hold(s);
         const auto range = grad_layout_.range(part, l), shard = sharding_.shard(range);
         float* sum = mem_.grads + range.first;
         if (!sharded()) return nccl().all_reduce(sum, range.second, s);
         if (!sharding_.shards_gradients())
             return nccl().reduce_scatter(mem_.grads + shard.first, sum, shard.second, s);
+        // grad_shards holds the shards of the whole model's layout, one after the other.
         float* mine =
             mem_.grad_shards + Memory::layout(cfg, sharding_).range(part, l).first / (size_t)sharding_.world;
         const bool overwrites = first_ || !shares_memory;
@@ -3110,7 +3237,7 @@ struct GPT2 {
     // After backward: the kernels that follow wait for the sums.
     void finish_adding_up() {
         if (!ranks.several() || !(last_micro_step_ || sharding_.shards_gradients())) return;
-        computed_->record(adding_->stream), computed_->hold(stream.stream);
+        handover_->record(adding_->stream), handover_->hold(stream.stream);
     }
     // Where ranks have updated only their shards: all ranks get all parameters.
     void gather_parameters() {
@@ -3327,29 +3454,35 @@ struct GPT2 {
         }
         matmul_->timing = false;
     }
-    // Rank 0 times the products, and all ranks take its choices, so that they compute alike.
-    void choose_products(size_t M) {
-        std::string text;
-        auto exchange = [&] {
-            size_t bytes = text.size();
-            ranks.comm->broadcast(&bytes, sizeof bytes);
-            text.resize(bytes), ranks.comm->broadcast(&text[0], bytes);
-        };
-        const bool leads = !ranks.several() || ranks.comm->leads();
-        if (!leads) exchange(), matmul_->choices.take(text);
-        time_products(M);
-        if (leads) matmul_->choices.save();
-        if (leads && ranks.several()) text = matmul_->choices.text(), exchange();
+    // A product's speed depends on its numbers: with zeros a GPU takes less power, and its clocks rise. (The
+    // emulator's memory stays as it is, full of NaN, so that whatever is read too early is found.)
+    void fill_with_numbers() {
+#ifndef EMULATOR
+        for (auto [p, bytes] : {std::pair<char*, size_t>{(char*)mem_.params, weight_bytes_},
+                                {activations_.p, activation_bytes_}})
+            launch(fill_kernel, dim3(4 * (unsigned)multiprocessors()), 256, 0, stream.stream, (floatX*)p,
+                   bytes / sizeof(floatX));
+#endif
     }
-    // The moments begin as zeros; the maps of the parameters are copied to the GPU.
+    // Rank 0 times the products, and all ranks take its choices, so that they compute alike.
+    void choose_products(size_t M, bool deterministic) {
+        if (deterministic) return;
+        fill_with_numbers();
+        if (!ranks.several() || ranks.comm->leads()) time_products(M), matmul_->choices.save();
+        if (!ranks.several()) return;
+        std::string text = matmul_->choices.text();
+        ranks.comm->broadcast(text);
+        if (!ranks.comm->leads()) matmul_->choices.take(text), time_products(M);
+    }
+    // The moments begin as zeros; the maps of the parameters are copied to the GPU. With several ranks, makes
+    // the stream on which gradients are added up, and its events.
     void begin_optimizer() {
         cudaStream_t s = stream.stream;
         const size_t n = Memory::layout(cfg, sharding_).size() / (sharded() ? (size_t)sharding_.world : 1);
         CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, n * sizeof(float), s));
         CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, n * sizeof(float), s));
         auto copy = [&](Segment* to, bool all) {
-            const std::vector<Segment> segments =
-                param_segments(cfg, sharding_, all, sharding_.shards_gradients());
+            const std::vector<Segment> segments = param_segments(cfg, sharding_, all);
             CUDA_CHECK(cudaMemcpyAsync(to, segments.data(), segments.size() * sizeof(Segment),
                                        cudaMemcpyHostToDevice, s));
             stream.wait();  // until `segments` has been read
@@ -3357,7 +3490,7 @@ struct GPT2 {
         copy(mem_.segments, !sharded());
         if (!ranks.several()) return;
         copy(mem_.norm_segments, false);
-        adding_ = std::make_unique<Stream>(true), computed_ = std::make_unique<Event>();
+        adding_ = std::make_unique<Stream>(true), handover_ = std::make_unique<Event>();
         for (auto& event : slot_free_) event = std::make_unique<Event>();
     }
     float* array(State s) const {
@@ -3415,6 +3548,7 @@ struct GPT2 {
 
     static constexpr size_t SLOTS = 2;
     DeviceMemory weights_, optimizer_, activations_;
+    size_t weight_bytes_ = 0, activation_bytes_ = 0;
     PinnedMemory staging_, report_;
     Memory mem_;
     const Sharding sharding_ = ranks.sharding();
@@ -3423,10 +3557,12 @@ struct GPT2 {
                                   owned_ = owned_pieces(cfg, sharding_, false);
     const ParamLayout grad_layout_{cfg, sharding_.multiple(), grad_slots(cfg, sharding_)};
     std::unique_ptr<Stream> adding_;  // with several ranks: where gradients are added up
-    std::unique_ptr<Event> computed_, slot_free_[GRAD_SLOTS];
+    std::unique_ptr<Event> handover_, slot_free_[GRAD_SLOTS];  // from one stream to the other
     Slot slots_[SLOTS];
     size_t next_slot_ = 0, micro_steps_ = 0, counted_ = 0;
     StepResult last_;
+    Event reported_;        // step pending_ has been computed
+    uint32_t pending_ = 0;  // the step whose result has not been read; 0: none
     std::unique_ptr<Matmul> matmul_;
     std::vector<Graph> graphs_;
     size_t b_ = 0, t_ = 0;                                          // of the pass that is being launched

@@ -122,6 +122,37 @@ TEST_CASE("attention: output, log-sum-exp and gradients are the CPU's, with its 
         }
 }
 
+#ifdef EMULATOR
+// Bytes of shared memory that a block of the backward pass takes on this device.
+size_t backward_smem(size_t hs) {
+    size_t bytes = 0;
+    gpu::with_backward_shape(hs, [&](auto shape) { bytes = decltype(shape)::SMEM; });
+    return bytes;
+}
+
+// Only head size 128 in bf16 has two sizes of tiles: the larger one takes more than some GPUs have.
+TEST_CASE("attention: head size 128 is the CPU's with 99 and with 227 KiB of shared memory in a block") {
+    struct Restore {
+        emu::Options before = emu::options();
+        ~Restore() { emu::options() = before; }
+    } restore;
+    std::map<int, size_t> smem;
+    for (int architecture : {86, 90}) {
+        emu::options().architecture = architecture;
+        CAPTURE(architecture);
+        for (size_t T : {37, 132}) {
+            Shape s{1, T, 2, 128};
+            Inputs in(s);
+            Masks masks(T == 37 ? 0 : 0.25f, rng::ATT_DROPOUT);
+            check("attention, ", s, on_gpu(s, in, masks), on_cpu(s, in, masks), X_TOLERANCE,
+                  GRADIENT_TOLERANCE);
+        }
+        smem[architecture] = backward_smem(128);
+    }
+    if (gpu::BUILD_DTYPE == BF16) CHECK(smem[90] > smem[86]);
+}
+#endif
+
 TEST_CASE("attention: head sizes that no kernel supports are refused") {
     for (size_t hs : gpu::HEAD_SIZES) CHECK(gpu::attention_head_size_ok((int)hs));
     for (size_t hs : {0, 16, 40, 63, 65, 112, 256}) {

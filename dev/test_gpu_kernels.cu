@@ -519,7 +519,7 @@ struct Optimizer {
     explicit Optimizer(bool with_master_, bool layered_ = true)
         : with_master(with_master_), layered(layered_) {
         for (gpu::Segment& s : host_segments)
-            if (!layered) s.shift = 0;
+            if (!layered) s.memory = s.state = s.grads = 0;
         segments.set(host_segments);
         model.init_weights(1);
         Values w = get_state(model, PARAMS);
@@ -545,10 +545,11 @@ struct Optimizer {
     }
     void step(const AdamW& a, uint32_t t, uint64_t seed) {
         gpu::AdamWArrays arrays;
-        arrays.report = report, arrays.loss = loss, arrays.scratch = scratch, arrays.map = map();
+        arrays.report = report, arrays.loss = loss, arrays.scratch = scratch;
+        arrays.map = arrays.norm_map = map();
         arrays.params = params, arrays.master = with_master ? (float*)master : nullptr;
         arrays.grads = grads, arrays.m = m, arrays.v = v;
-        gpu::update(arrays, a, t, seed, STREAM);
+        gpu::update(arrays, gpu::grad_norm(arrays, STREAM), a, t, seed, STREAM);
     }
 };
 
@@ -719,7 +720,7 @@ TEST_CASE("stochastic rounding: to a neighbour, unbiased, independent from eleme
     memcpy(&w[8], &all_ones, 4);  // a NaN whose bits would overflow
     Device<float> master(w);
     Device<floatX> params(N);
-    Device<gpu::Segment> segment(std::vector<gpu::Segment>{{N, 0, false}});
+    Device<gpu::Segment> segment(std::vector<gpu::Segment>{{N, 0, 0, 0, 0, false}});
     double up[N] = {}, at[8] = {}, covariance[8][8] = {}, squares = 0;
     size_t wrong = 0;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {

@@ -264,6 +264,31 @@ struct Options {
     ~Options() { emu::options() = before; }
 };
 
+TEST_CASE("GPU model: head size 128 trains and samples with 99 and with 227 KiB of shared memory") {
+    Options restore;
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 1, 128, 130, 72);
+    Data d(2, 1, 72, c.V, 22);
+    Step want = one_step<cpu::GPT2>(c, d, 0.1f);
+    cpu::GPT2 reference(c, 0, 0, false);
+    set_state(reference, PARAMS, random_weights(c, 23));
+    cpu::Decoder decoder(reference, 1, 1000);
+    const float* logits = decoder.append(d.x[0].data(), 70);
+    for (int architecture : {86, 90}) {
+        emu::options().architecture = architecture;
+        std::string what = strf("sm_%d", architecture);
+        CAPTURE(what);
+        Step got = one_step<gpu::GPT2>(c, d, 0.1f);
+        check_gradients(what, c, got.grads, want.grads);
+        check_close("loss: " + what, &got.result.loss, &want.result.loss, 1, ALLOWED.loss);
+        check_close("norm: " + what, &got.result.norm, &want.result.norm, 1, ALLOWED.gradient);
+        gpu::GPT2 model(c, 0, 0, false);
+        set_state(model, PARAMS, random_weights(c, 23));
+        gpu::Decoder sampler(model, 1, 1000);
+        check_close("decoder: logits", sampler.append(d.x[0].data(), 70), logits, (size_t)c.V,
+                    ALLOWED.logits);
+    }
+}
+
 TEST_CASE("GPU model: where cuBLASLt lacks an epilogue, kernels compute the same gradients") {
     Options restore;
     for (int activation : {GELU_TANH, GELU_ERF}) {
@@ -281,6 +306,90 @@ TEST_CASE("GPU model: where cuBLASLt lacks an epilogue, kernels compute the same
         }
         setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
         emu::options().refused_epilogues = 0;
+    }
+}
+
+// What is slow by the emulator's clock: products with this epilogue, or kernels; and what has been run.
+namespace slow {
+int epilogue;  // 0: kernels
+std::map<std::string, int> runs;
+double milliseconds(const std::string& work) {
+    runs[work.substr(0, work.find(" workspace"))]++;
+    const bool product = work.compare(0, 7, "matmul ") == 0;
+    if (!product) return epilogue ? 1 : 1000;
+    return work.compare(0, 20, strf("matmul epilogue %d ", epilogue)) == 0 ? 1000 : 1;
+}
+int runs_with(int e) { return runs[strf("matmul epilogue %d", e)]; }
+}  // namespace slow
+
+TEST_CASE("GPU model: an epilogue is used where it is faster than a kernel, and only there") {
+    Options restore;
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
+    Data d(2, 2, 16, c.V, 10);
+    Step want = one_step<cpu::GPT2>(c, d, 0.1f);
+    emu::options().milliseconds = slow::milliseconds;
+    const int epilogues[] = {CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_DGELU,
+                             CUBLASLT_EPILOGUE_BGRADB};
+    for (int e : {0, epilogues[0], epilogues[1], epilogues[2], epilogues[3]}) {
+        CAPTURE(e);
+        TempDir cache;
+        setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
+        slow::epilogue = e;
+        for (int run = 0; run < 2; run++) {  // the second one takes its choices from the file
+            gpu::GPT2 m(c, d.B, d.T, true);
+            set_state(m, PARAMS, random_weights(c, 11));
+            m.dropout = 0.1f, slow::runs.clear();
+            accumulate(m, d, 0, d.x.size(), 3);
+            check_gradients(strf("with epilogue %d slow", e), c, get_state(m, GRADS), want.grads);
+            for (int other : epilogues) CHECK((slow::runs_with(other) > 0) == (other != e));
+        }
+        setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
+    }
+}
+
+TEST_CASE("GPU model: --deterministic takes no choice from a file or a clock") {
+    Options restore;
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
+    Data d(1, 2, 16, c.V, 10);
+    TempDir cache;
+    setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
+    Values first;
+    for (int e : {0, (int)CUBLASLT_EPILOGUE_BIAS, (int)CUBLASLT_EPILOGUE_DEFAULT}) {
+        slow::epilogue = e, emu::options().milliseconds = slow::milliseconds;
+        { gpu::GPT2 other(c, d.B, d.T, true); }  // leaves its choices in the file
+        Precision p = {gpu::BUILD_DTYPE};
+        p.deterministic = true;
+        gpu::GPT2 m(c, d.B, d.T, true, 0, p);
+        set_state(m, PARAMS, random_weights(c, 11));
+        slow::runs.clear();
+        accumulate(m, d, 0, 1, 3);
+        Values got = get_state(m, GRADS);
+        if (first.empty()) first = got;
+        CHECK(same_bits(got, first));
+        CHECK(slow::runs_with(CUBLASLT_EPILOGUE_GELU_AUX_BIAS) == 0);
+        CHECK(slow::runs_with(CUBLASLT_EPILOGUE_BIAS) > 0);
+    }
+    setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
+}
+
+TEST_CASE("GPU model: where an algorithm fails, the next one of cuBLASLt's proposals computes") {
+    Options restore;
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
+    Data d(2, 2, 16, c.V, 10);
+    Step want = one_step<cpu::GPT2>(c, d, 0.1f);
+    for (size_t workspace : {(size_t)0, (size_t)1 << 20}) {
+        TempDir cache;
+        setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
+        emu::options().failing_workspace = workspace, emu::options().quiet = true;
+        gpu::GPT2 m(c, d.B, d.T, true);
+        set_state(m, PARAMS, random_weights(c, 11));
+        m.dropout = 0.1f;
+        accumulate(m, d, 0, d.x.size(), 3);
+        check_gradients(strf("without workspace %zu", workspace), c, get_state(m, GRADS), want.grads);
+        Tokens few(8, 1);  // a shape that was not timed
+        m.step(settings(), 4);
+        CHECK(std::isfinite(m.forward(few.data(), few.data(), 1, 8)));
+        setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
     }
 }
 
@@ -325,17 +434,23 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and repaired i
     std::string folder = cache / "arapoet", path;
     for (auto& entry : std::filesystem::directory_iterator(folder)) path = entry.path();
     std::string first = read_file(path);
-    CHECK(std::count(first.begin(), first.end(), '\n') ==
-          15);  // 4 layers and the head, forward and two gradients each
+    // 4 layers and the head, each with an algorithm for its forward product and for two gradients; 5 + 1 + 4
+    // of these again with an epilogue; and the layers' 4 + 1 + 4 ways, with an epilogue or without
+    CHECK(std::count(first.begin(), first.end(), '\n') == 15 + 10 + 9);
     CHECK(contains(path, std::to_string(cublasLtGetVersion())));
     { gpu::GPT2 m(c, 2, 16, true); }
     CHECK(read_file(path) == first);
     // Entries are used without timing: here the emulator's other algorithm, whose workspace is in bytes 8 to
     // 15.
-    std::string other;
+    std::string other, algorithms;
     for (size_t i = 0, end; i < first.size(); i = end + 1) {
         end = first.find('\n', i);
         std::string line = first.substr(i, end - i + 1);
+        if (contains(line, " way of ")) {
+            other += line;
+            continue;
+        }
+        algorithms += line;
         other += line.substr(0, 16) +
                  (line.substr(16, 16) == std::string(16, '0') ? "0000100000000000" : std::string(16, '0')) +
                  line.substr(32);
@@ -343,7 +458,9 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and repaired i
     write_file(path, other);
     { gpu::GPT2 m(c, 2, 16, true); }
     CHECK(read_file(path) == other);
-    // Damaged entries are timed again, and the file is complete afterwards.
+    // Damaged entries are timed again, and the file is complete afterwards. (Where the way is known, only what
+    // it needs is timed; so these files lack the ways.)
+    first = algorithms;
     const std::string first_bytes = first.substr(0, 4);
     auto products = [&](const std::string& text) {
         std::set<std::string> names;
