@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """What nvcc made of the kernels of train_gpt2.cu, without a GPU: make check-kernels
 
-Compiles for each architecture and prints a table: registers, spilled bytes, shared memory, the most threads
-of a block, and the numbers of tensor-core (HMMA), ldmatrix (LDSM), asynchronous-copy (LDGSTS) and 16-byte
-load and store instructions. Fails when a kernel spills, when registers x threads exceed the 65,536 of an SM,
-or when a kernel whose name contains "attention" and whose numbers are bf16 has no HMMA.
+Compiles for sm_80, 86, 89, 90, 100 and 120, as far as nvcc knows them, and prints a table for each:
+registers, spilled bytes, shared memory, the most threads of a block, and the numbers of tensor-core (HMMA),
+ldmatrix (LDSM), asynchronous-copy (LDGSTS) and 16-byte load and store instructions. Fails when a kernel
+spills, when registers x threads exceed the 65,536 of an SM, or when a kernel whose name contains "attention"
+and whose numbers are bf16 has no HMMA.
 
 Registers, spills and shared memory are those that ptxas -v reports. The instructions are counted in the
 cubin, an ELF file: 16 bytes each, the opcode in the low 12 bits, the width of a memory access in bits 73 to
@@ -16,6 +17,7 @@ import argparse, collections, os, re, struct, subprocess, sys, tempfile
 OPCODES = {0x23C: "HMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x381: "LDG", 0x981: "LDG", 0x386: "STG",
            0x986: "STG"}
 REGISTERS_OF_AN_SM = 65536
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 CHECK_KERNEL = r"""
 #include <cstdint>
@@ -142,20 +144,32 @@ def check(a, arch, tmp):
     return faults
 
 
+def known_archs(nvcc):
+    """Those of ARCHS that nvcc knows; names the others."""
+    run = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    known = [a for a in ARCHS if a in run.stdout.split()]
+    if unknown := [a for a in ARCHS if a not in known]:
+        print(f"not checked, because {nvcc} does not know them: {', '.join(unknown)}")
+    if not known:
+        sys.exit(f"check_kernels.py: {nvcc} --list-gpu-code names none of {', '.join(ARCHS)}; "
+                 "install the CUDA Toolkit, 12 or later")
+    return known
+
+
 def main():
     summary, details = __doc__.split("\n\n", 1)
     p = argparse.ArgumentParser(description=summary, epilog=details,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", nargs="?", default="train_gpt2.cu")
     p.add_argument("--nvcc", default="nvcc")
-    p.add_argument("--arch", default="sm_80,sm_90,sm_100",
-                   help="architectures, comma-separated [%(default)s]")
+    p.add_argument("--arch", help=f"comma-separated [those of {','.join(ARCHS)} that nvcc knows]")
     p.add_argument("--flags", default="-std=c++17 -O3 -I.", help="for nvcc [%(default)s]")
     p.add_argument("--fp32", action="store_true",
                    help="the fp32 build, in which attention uses no tensor cores")
     a = p.parse_args()
+    archs = a.arch.split(",") if a.arch else known_archs(a.nvcc)
     with tempfile.TemporaryDirectory() as tmp:
-        faults = [f for arch in a.arch.split(",") for f in check(a, arch, tmp)]
+        faults = [f for arch in archs for f in check(a, arch, tmp)]
     print()
     for f in faults:
         print("check_kernels.py: " + f, file=sys.stderr)

@@ -1,20 +1,37 @@
 # The GPU trainer, compiled for the GPUs of this machine, or if there is none, for Ampere, Hopper, Blackwell
-# and later ones.
-.PHONY: gpu-check device-programs check-kernels roofline need-nvcc need-precision need-gpu
+# and later ones (dev/gpu_archs.sh).
+.PHONY: gpu-check device-programs check-kernels roofline scaling need-nvcc need-archs need-precision need-gpu
 PRECISION ?= BF16
 NVCC ?= $(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
-GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
-	| sed -n 's/^\([0-9]*\)\.\([0-9]*\)$$/\1\2/p' | sort -u)
-ARCHS = $(or $(GPUS),$(patsubst sm_%,%,$(filter sm_80 sm_90 sm_100,\
-	$(if $(NVCC),$(shell $(NVCC) --list-gpu-code)))))
-CODE = $(foreach a,$1,-gencode arch=compute_$a,code=sm_$a) \
-	-gencode arch=compute_$(lastword $1),code=compute_$(lastword $1)
-nvcc = $(NVCC) -std=c++17 -O3 --threads 0 -I. -Xcompiler -fopenmp,-Wall,-Wextra $(call CODE,$(ARCHS))
+# $(call once,NAME,VALUE): VALUE, which is computed when NAME is first used, and not again
+once = $(eval $1 := $2)$($1)
+# ARCHS="80 90" names architectures instead. Each is compiled to machine code, and to PTX for later GPUs.
+ARCHS = $(call once,ARCHS,$(shell dev/gpu_archs.sh $(NVCC) 2>/dev/null))
+CODE = $(foreach a,$1,-gencode arch=compute_$a,code=[sm_$a,compute_$a])
+# The toolkit's folders, as nvcc gives them to the host's compiler: -I... -L...
+toolkit = $(call once,toolkit,$(shell $(NVCC) --dryrun -x cu - </dev/null 2>&1 \
+	| sed -n -e 's/"//g' -e 's/^.. INCLUDES=//p' -e 's/^.. LIBRARIES=//p'))
+# nvcc compiles and links the host's code with g++.
+HOST_CXX = $(or $(NVCC_CCBIN),g++)
+# $(call library,NAME): the folder of libNAME.so, empty if the linker does not find it. The toolkit's stubs
+# have the same names, but no code.
+library = $(realpath $(dir $(filter /%,$(shell $(HOST_CXX) \
+	$(patsubst -L%,-B%,$(filter-out %/stubs,$(filter -L%,$(toolkit)))) -print-file-name=lib$1.so))))
+# Several GPUs train together where NCCL is installed. `make train_gpt2cu NCCL=` leaves it out.
+NCCL = $(call once,NCCL,$(and $(call library,nccl),$(shell \
+	$(HOST_CXX) $(filter -I%,$(toolkit)) -include nccl.h -E -x c++ /dev/null >/dev/null 2>&1 && echo yes)))
+# The program finds the libraries where they are now, without LD_LIBRARY_PATH.
+CUDA_LIBS = $(call once,CUDA_LIBS,-lcublasLt $(NCCL:%=-lnccl) $(patsubst %,-Xlinker -rpath -Xlinker %,\
+	$(sort $(call library,cublasLt) $(if $(NCCL),$(call library,nccl)))))
+nvcc = $(NVCC) -std=c++17 -O3 --threads 0 -I. -Xcompiler -fopenmp,-Wall,-Wextra $(NCCL:%=-DUSE_NCCL) \
+	$(call CODE,$(ARCHS))
 
 need-nvcc:
 	@test -n "$(NVCC)" || { echo "make train_gpt2cu: nvcc is neither on the PATH nor in $(CUDA_HOME)/bin;" \
 	  "install the CUDA Toolkit, 12 or later (https://developer.nvidia.com/cuda-downloads)," \
 	  "or name it: make train_gpt2cu NVCC=FILE" >&2; exit 1; }
+need-archs: need-nvcc
+	@$(if $(filter file,$(origin ARCHS)),dev/gpu_archs.sh $(NVCC) >/dev/null)
 need-precision:
 	@case '$(PRECISION)' in BF16|FP32) ;; \
 	  FP16) echo "make train_gpt2cu: PRECISION=FP16 is not supported, its range is too small for gradients" \
@@ -25,9 +42,9 @@ need-gpu:
 	  "make test runs the same tests in the emulator" >&2; exit 1; }
 
 flags.build/nvcc = $(nvcc) $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
-build/nvcc/flags: | need-nvcc need-precision
+build/nvcc/flags: | need-archs need-precision
 train_gpt2cu: train_gpt2.cu $(BUILD)/lib/version.o build/nvcc/flags
-	$(flags.build/nvcc) -MMD -MP -MF build/nvcc/train_gpt2cu.d $(filter %.cu %.o,$^) -o $@ -lcublasLt
+	$(flags.build/nvcc) -MMD -MP -MF build/nvcc/train_gpt2cu.d $(filter %.cu %.o,$^) -o $@ $(CUDA_LIBS)
 
 # What nvcc compiles the kernels to, and the computed traffic budget. Neither needs a GPU.
 check-kernels: check-kernels-bf16 check-kernels-fp32
@@ -35,13 +52,17 @@ check-kernels-%: need-nvcc need-python
 	$(PYTHON) dev/check_kernels.py --nvcc $(NVCC) $(if $(filter fp32,$*),--fp32)
 roofline: | need-python
 	$(PYTHON) dev/bench/roofline.py
+# The computed time and memory of several GPUs, and whether the emulated trainer sends and takes as much
+scaling: $(BUILD)/train_gpt2cu_emu | need-python
+	$(PYTHON) dev/bench/scaling.py
+	$(PYTHON) dev/bench/scaling.py --emulator $<
 
 # On a machine with a GPU: runs the emulator's tests on the device, and writes speeds to
 # dev/bench/gpu-NAME.md.
 DEVICE = $(BUILD)/device
 DEVICE_TESTS = $(foreach t,kernels attention model,$(DEVICE)/test_gpu_$t_bf16 $(DEVICE)/test_gpu_$t_fp32)
 flags.$(DEVICE) = $(nvcc) -Xcompiler -march=$(ARCH) -diag-suppress 1675
-$(DEVICE)/flags: | need-nvcc
+$(DEVICE)/flags: | need-archs
 gpu-check: device-programs | need-gpu
 	dev/gpu_check.sh $(DEVICE)
 device-programs: $(DEVICE_TESTS) $(DEVICE)/bench_gpu_bf16 $(DEVICE)/bench_gpu_fp32
@@ -54,6 +75,6 @@ $(DEVICE)/bench_gpu_$1.o: dev/bench/bench_gpu.cu $(DEVICE)/flags
 endef
 $(foreach p,bf16 fp32,$(eval $(call device,$p)))
 $(DEVICE_TESTS): %: %.o $(BUILD)/dev/test_main.o $(GEMM:%=$(BUILD)/%)
-	$(flags.$(DEVICE)) $(filter %.o,$^) -o $@ -lcublasLt
+	$(flags.$(DEVICE)) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
 $(DEVICE)/bench_gpu_bf16 $(DEVICE)/bench_gpu_fp32: %: %.o
-	$(flags.$(DEVICE)) $< -o $@ -lcublasLt
+	$(flags.$(DEVICE)) $< -o $@ $(CUDA_LIBS)
