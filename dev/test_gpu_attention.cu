@@ -2,10 +2,13 @@
 // against a plain product.
 //
 // Lengths are below, at and above the size of tiles, and multiples of 4 or not, which decides how dropout is
-// drawn. The longest ones run every loop that contains a barrier at least twice.
+// drawn. The longest ones run every loop that contains a barrier at least twice. Each test of the backward
+// pass is of both ways: 7 and 5 products.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
+#include <array>
+
 #include "dev/test_gpu_util.h"
 
 namespace {
@@ -53,19 +56,31 @@ struct Inputs {
         : qkv(normals_x(s.M() * 3 * s.C(), s.T)), dout(normals_x(s.M() * s.C(), s.hs + 1000)) {}
 };
 
+// Sets the switch between the two ways of the backward pass as long as it lives.
+struct UseWay {
+    bool before = gpu::switches.five_products;
+    explicit UseWay(bool five_products) { gpu::switches.five_products = five_products; }
+    ~UseWay() { gpu::switches.five_products = before; }
+    UseWay(const UseWay&) = delete;
+    UseWay& operator=(const UseWay&) = delete;
+};
+const char* way_name() { return gpu::switches.five_products ? "attention by 5 products, " : "attention, "; }
+
 Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
     std::vector<Values> r = repeatable([&] {
         Fenced<floatX> qkv(in.qkv), dout(in.dout), out(s.M() * s.C()), dqkv(in.qkv.size());
-        Fenced<float> lse(s.B * s.NH * s.T), scratch(gpu::attention_backward_scratch(s.B, s.T, s.NH));
+        Fenced<float> lse(s.B * s.NH * s.T), scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH));
         gpu::attention_init(s.hs);
         gpu::attention_forward(out, lse, qkv, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
         gpu::AttentionBackward args;
         args.dqkv = dqkv, args.scratch = scratch, args.dout = dout;
         args.qkv = qkv, args.out = out, args.lse = lse;
         gpu::attention_backward(args, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
-        scratch.values();
-        return std::vector<Values>{out.values(), lse.values(), dqkv.values()};
+        return std::vector<Values>{out.values(), lse.values(), dqkv.values(), scratch.values()};
     });
+    if (gpu::switches.five_products)
+        CHECK_MESSAGE(std::none_of(r[3].begin(), r[3].end(), [](float x) { return std::isnan(x); }),
+                      "scratch that is not used: ", s.text());
     return {r[0], r[1], r[2]};
 }
 
@@ -102,6 +117,14 @@ void check(const std::string& kind, const Shape& s, const Results& got, const Re
     }
 }
 
+void check_both_ways(const Shape& s, const Inputs& in, Masks& masks) {
+    Results want = on_cpu(s, in, masks);
+    for (bool five_products : {false, true}) {
+        UseWay way(five_products);
+        check(way_name(), s, on_gpu(s, in, masks), want, X_TOLERANCE, GRADIENT_TOLERANCE);
+    }
+}
+
 TEST_CASE("attention: output, log-sum-exp and gradients are the CPU's, with its dropout mask") {
     std::vector<size_t> lengths = {1, 5, 16, 37, 64, 65, 130, 200};
 #if defined(__SANITIZE_THREAD__)
@@ -115,12 +138,22 @@ TEST_CASE("attention: output, log-sum-exp and gradients are the CPU's, with its 
                 if (hs != 64 && (p > 0) != ((number + hs / 16) % 2 == 0)) continue;
                 Inputs in(s);
                 Masks masks(p, rng::ATT_DROPOUT);
-                check("attention, ", s, on_gpu(s, in, masks), on_cpu(s, in, masks), X_TOLERANCE,
-                      GRADIENT_TOLERANCE);
+                check_both_ways(s, in, masks);
             }
             number++;
         }
 }
+
+#if !defined(__SANITIZE_THREAD__)
+// With 5 products the last queries have three parts of dQ.
+TEST_CASE("attention: output, log-sum-exp and gradients of three blocks of keys are the CPU's") {
+    for (size_t hs : gpu::HEAD_SIZES) {
+        Shape s{1, 258 + hs / 16, 2, hs};
+        Masks masks(hs % 32 == 0 ? 0.25f : 0, rng::ATT_DROPOUT);
+        check_both_ways(s, Inputs(s), masks);
+    }
+}
+#endif
 
 #ifdef EMULATOR
 // Bytes of shared memory that a block of the backward pass takes on this device.
@@ -136,7 +169,7 @@ TEST_CASE("attention: head size 128 is the CPU's with 99 and with 227 KiB of sha
         emu::Options before = emu::options();
         ~Restore() { emu::options() = before; }
     } restore;
-    std::map<int, size_t> smem;
+    std::map<int, std::array<size_t, 2>> smem;
     for (int architecture : {86, 90}) {
         emu::options().architecture = architecture;
         CAPTURE(architecture);
@@ -144,14 +177,31 @@ TEST_CASE("attention: head size 128 is the CPU's with 99 and with 227 KiB of sha
             Shape s{1, T, 2, 128};
             Inputs in(s);
             Masks masks(T == 37 ? 0 : 0.25f, rng::ATT_DROPOUT);
-            check("attention, ", s, on_gpu(s, in, masks), on_cpu(s, in, masks), X_TOLERANCE,
-                  GRADIENT_TOLERANCE);
+            check_both_ways(s, in, masks);
         }
-        smem[architecture] = backward_smem(128);
+        for (bool five_products : {false, true}) {
+            UseWay way(five_products);
+            smem[architecture][five_products] = backward_smem(128);
+        }
     }
-    if (gpu::BUILD_DTYPE == BF16) CHECK(smem[90] > smem[86]);
+    for (bool five_products : {false, true})
+        if (gpu::BUILD_DTYPE == BF16) CHECK(smem[90][five_products] > smem[86][five_products]);
 }
 #endif
+
+TEST_CASE("attention by 5 products: scratch has a row of dQ for each query and block of keys it sees") {
+    for (size_t T : {1, 127, 128, 129, 1000, 1024}) {
+        Shape s{3, T, 2, 64};
+        size_t keys = gpu::BUILD_DTYPE == BF16 ? 128 : 64, rows = 0, floats[2];
+        for (size_t query = 0; query < T; query++) rows += query / keys + 1;
+        for (bool five_products : {false, true}) {
+            UseWay way(five_products);
+            floats[five_products] = gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH);
+        }
+        CHECK(floats[1] - floats[0] == s.B * s.NH * rows * s.hs);
+        if (gpu::BUILD_DTYPE == BF16 && T == 1024) CHECK(rows == 4608);  // as a comment says
+    }
+}
 
 TEST_CASE("attention: head sizes that no kernel supports are refused") {
     for (size_t hs : gpu::HEAD_SIZES) CHECK(gpu::attention_head_size_ok((int)hs));
@@ -226,7 +276,11 @@ TEST_CASE("attention in bf16: rounding P, dS and the results explains the error"
     // differently.
     double tolerance = BF16_TOLERANCE / 20;
     Results want = with_bf16_roundings(s, in, masks, gpu::ForwardShape<64>::KEYS);
-    check("attention, rounded alike, ", s, on_gpu(s, in, masks), want, tolerance, tolerance);
+    for (bool five_products : {false, true}) {
+        UseWay way(five_products);
+        check(way_name() + std::string("rounded alike, "), s, on_gpu(s, in, masks), want, tolerance,
+              tolerance);
+    }
 }
 
 // out (2,16,16): a b and a b^T. In both factors (16,16) the rows from `valid` on count as zeros.
