@@ -145,6 +145,6 @@ clean:
 	test -d ladder || rm -f ladder
 	rm -rf build $(if $(wildcard $(BUILD)/flags),$(BUILD))
 
-include dev/emulator.mk dev/test.mk dev/portable.mk dev/gpu.mk dev/bench.mk
+include dev/emulator.mk dev/test.mk dev/portable.mk dev/gpu.mk dev/gpu_pack.mk dev/bench.mk
 # The dependencies that the compiler found
 -include $(shell find build $(BUILD) -name '*.d' 2>/dev/null)

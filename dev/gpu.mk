@@ -1,6 +1,6 @@
 # The GPU trainer, compiled for the GPUs of this machine, or if there is none, for Ampere, Hopper, Blackwell
 # and later ones (dev/gpu_archs.sh).
-.PHONY: gpu-check device-programs check-kernels roofline scaling need-nvcc need-archs need-precision need-gpu
+.PHONY: check-kernels roofline scaling need-nvcc need-archs need-precision need-gpu
 PRECISION ?= BF16
 NVCC ?= $(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
 # $(call once,NAME,VALUE): VALUE, which is computed when NAME is first used, and not again
@@ -56,25 +56,3 @@ roofline: | need-python
 scaling: $(BUILD)/train_gpt2cu_emu | need-python
 	$(PYTHON) dev/bench/scaling.py
 	$(PYTHON) dev/bench/scaling.py --emulator $<
-
-# On a machine with a GPU: runs the emulator's tests on the device, and writes speeds to
-# dev/bench/gpu-NAME.md.
-DEVICE = $(BUILD)/device
-DEVICE_TESTS = $(foreach t,kernels attention model,$(DEVICE)/test_gpu_$t_bf16 $(DEVICE)/test_gpu_$t_fp32)
-flags.$(DEVICE) = $(nvcc) -Xcompiler -march=$(ARCH) -diag-suppress 1675
-$(DEVICE)/flags: | need-archs
-gpu-check: device-programs | need-gpu
-	dev/gpu_check.sh $(DEVICE)
-device-programs: $(DEVICE_TESTS) $(DEVICE)/bench_gpu_bf16 $(DEVICE)/bench_gpu_fp32
-$(DEVICE)/%: DEFINE = $(if $(filter %_fp32 %_fp32.o,$@),-DPRECISION_FP32)
-define device
-$(DEVICE)/test_gpu_%_$1.o: dev/test_gpu_%.cu $(DEVICE)/flags | need-tests
-	$$(call compile,$(DEVICE))
-$(DEVICE)/bench_gpu_$1.o: dev/bench/bench_gpu.cu $(DEVICE)/flags
-	$$(call compile,$(DEVICE))
-endef
-$(foreach p,bf16 fp32,$(eval $(call device,$p)))
-$(DEVICE_TESTS): %: %.o $(BUILD)/dev/test_main.o $(GEMM:%=$(BUILD)/%)
-	$(flags.$(DEVICE)) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
-$(DEVICE)/bench_gpu_bf16 $(DEVICE)/bench_gpu_fp32: %: %.o
-	$(flags.$(DEVICE)) $< -o $@ $(CUDA_LIBS)

@@ -1,7 +1,9 @@
-"""PyTorch's side of `make bench`: a minimal GPT-2 with the settings that were fastest on a CPU.
+"""PyTorch's side of `make bench` and `make gpu-check`: a minimal GPT-2 with the settings that were fastest.
 
     peer_torch.py step ROW fp32|bf16 STEPS      prints "ms X" per step: forward, backward, clipping, AdamW
     peer_torch.py sample fp32|bf16 N TOKENS     prints "tokens/s X" per run, for all N sequences together
+    peer_torch.py gpu ROW PART...               times parts on the GPU in bf16, one line of JSON for each:
+                                                eager, cudnn, compile: steps; attention; products
     peer_torch.py check                         prints PyTorch's version; exits with 1 if there is none
 
 ROW is L,NH,C,V,B,T; OMP_NUM_THREADS sets the threads. bench.cpp sets MALLOC_* and GLIBC_TUNABLES for this
@@ -12,6 +14,7 @@ scaled_dot_product_attention, a padded vocabulary and gradients set to None. Deb
 fused AdamW and no torch.compile, has the attention under a private name, and multiplies with the system's
 BLAS.
 """
+import json
 import math
 import os
 import sys
@@ -94,7 +97,7 @@ class GPT2(nn.Module):
                 nn.init.normal_(p, 0, 0.02)
 
     def body(self, tokens, caches=None, pos=0):
-        x = self.wte(tokens) + self.wpe(torch.arange(pos, pos + tokens.shape[1]))
+        x = self.wte(tokens) + self.wpe(torch.arange(pos, pos + tokens.shape[1], device=tokens.device))
         for i, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[i], pos)
         return self.lnf(x)
@@ -141,11 +144,121 @@ def sample(dtype, N, tokens):
         print(f"tokens/s {N * tokens / (time.perf_counter() - t0):.2f}", flush=True)
 
 
+# --- on a GPU. PEER_DEVICE=cpu tries the code without one.
+DEVICE = os.environ.get("PEER_DEVICE", "cuda")
+
+
+def finish():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ms(f, runs, warm=3):
+    """Milliseconds of one call, which is waited for."""
+    times = []
+    for i in range(warm + runs):
+        finish()
+        t0 = time.perf_counter()
+        f()
+        finish()
+        times.append((time.perf_counter() - t0) * 1e3)
+    return sorted(times[warm:])[runs // 2]
+
+
+def mean_ms(f, runs=20):
+    """Milliseconds of one call among many that are launched at once."""
+    for _ in range(3):
+        f()
+    finish()
+    t0 = time.perf_counter()
+    for _ in range(runs):
+        f()
+    finish()
+    return (time.perf_counter() - t0) * 1e3 / runs
+
+
+def backend(name):
+    """Attention by cuDNN, or else by FlashAttention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    if DEVICE != "cuda":
+        return sdpa_kernel([SDPBackend.MATH])
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION if name == "cudnn" else SDPBackend.FLASH_ATTENTION])
+
+
+def gpu_step(sizes, how, runs=15):
+    L, NH, C, V, B, T = sizes
+    model = GPT2(L, NH, C, V, T).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
+                                  fused=True)
+    run = torch.compile(model) if how == "compile" else model
+    x, y = (torch.randint(0, V, (B, T), device=DEVICE) for _ in range(2))
+
+    def one():
+        with torch.autocast(DEVICE, dtype=torch.bfloat16), backend(how):
+            loss = run(x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    ms = median_ms(one, runs)
+    memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+    return {"step_ms": ms, "tokens_per_s": B * T / ms * 1e3, "memory": memory}
+
+
+def gpu_attention(sizes):
+    """Forward, and forward with backward, of one layer's attention alone."""
+    L, NH, C, V, B, T = sizes
+    shape = (B, NH, T, C // NH)
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    d = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    found = {}
+    for name in ("flash", "cudnn"):
+        try:
+            with backend(name):
+                forward = mean_ms(lambda: attention(q, k, v, True))
+                both = mean_ms(lambda: torch.autograd.grad(attention(q, k, v, True), (q, k, v), d))
+            found.update({name + "_forward_ms": forward, name + "_backward_ms": both - forward})
+        except RuntimeError as e:
+            found[name] = str(e).splitlines()[0]
+    return found
+
+
+def gpu_products(sizes):
+    """TFLOP/s of a layer's products and the head's: Y = X W^T, dX = dY W and dW = dY^T X, all in bf16."""
+    L, NH, C, V, B, T = sizes
+    M, found = B * T, {}
+    for name, K, N in (("qkv", C, 3 * C), ("attproj", C, C), ("fc", C, 4 * C), ("fcproj", 4 * C, C),
+                       ("head", C, (V + 63) // 64 * 64)):
+        x, w, dy = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16) for s in ((M, K), (N, K), (M, N)))
+        for what, f in (("", lambda: torch.mm(x, w.t())), (" dX", lambda: torch.mm(dy, w)),
+                        (" dW", lambda: torch.mm(dy.t(), x))):
+            found[name + what] = 2e-9 * M * K * N / mean_ms(f)
+    return found
+
+
+def gpu(row, parts):
+    sizes = [int(x) for x in row.split(",")]
+    for part in parts:
+        try:
+            values = (gpu_attention(sizes) if part == "attention" else gpu_products(sizes)
+                      if part == "products" else gpu_step(sizes, part))
+        except Exception as e:  # the other parts still run
+            values = {"error": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"}
+        print(json.dumps({"record": part, "torch": torch.__version__, **values}), flush=True)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     if sys.argv[1] == "check":
         print(torch.__version__)
     elif sys.argv[1] == "step":
         step(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1] == "gpu":
+        gpu(sys.argv[2], sys.argv[3:])
     else:
         sample(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
