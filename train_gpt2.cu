@@ -8,7 +8,8 @@
 //
 // Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary padded to
 // Vp. floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's
-// moments and master weights are always float. There are no atomics on floats: a run repeats bit for bit.
+// moments and master weights are always float. There are no atomics on floats: with the
+// same choices of products (ProductChoices), a run repeats bit for bit.
 //
 // Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR). Therefore all
 // kernels are launched by launch(), the dynamic shared memory of every kernel is called `dynamic_smem`, and
@@ -786,10 +787,10 @@ inline void layernorm_backward(const LayerNormBackward& args, size_t M, size_t T
 //     multiplies dS by K, and writes its part of dQ, a sum over its keys, to scratch memory. A third kernel
 //     adds the parts of each query in the order of the keys.
 //
-// At T = 1024 and hs = 64 the 8 blocks of 128 keys write 1024 + 896 + ... + 128 = 4608 rows of 64 floats for
-// each head. Written and read once, these are 2.4 MB, or 1.5 us of an A100's memory. The two more products
-// are 0.13 GFLOP, or 0.9 us of its tensor cores at half their peak; besides, that way computes the
-// exponentials and dropout's random numbers twice. Which one is faster has to be measured on each GPU.
+// In bf16, at T = 1024 and hs = 64, the 8 blocks of 128 keys write 1024 + 896 + ... + 128 = 4608 rows of 64
+// floats for each head. Writing and reading them once moves 2.4 MB, which takes an A100 1.2 us at 2.04 TB/s.
+// The 7 products are 0.13 GFLOP more than the 5, 0.9 us at half the tensor cores' peak, and that way computes
+// the exponentials and dropout's random numbers twice. Which one is faster has to be measured on each GPU.
 
 constexpr int HEAD_SIZES[] = {32, 48, 64, 80, 96, 128};
 inline bool attention_head_size_ok(int hs) {
@@ -2349,10 +2350,9 @@ struct PinnedMemory {
 // with the CPU.
 enum Product { FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT };
 
-// What was the fastest for each product, in a file named by the GPU and cuBLASLt's version, so that a later
-// run need not time the products again, and computes the same bits. A line is "choice in hex, space,
-// product": the choice is an algorithm of cuBLASLt or the number of a way (see Matmul). Damaged lines are
-// ignored, and their products are timed again.
+// Remembers in a file, named by the GPU and cuBLASLt's version, which algorithm and which way (see Matmul)
+// was the fastest for each product, so that a later run need not time them again, and computes the same bits.
+// A line is "choice in hex, space, product". Damaged lines are ignored, and their products are timed again.
 class ProductChoices {
   public:
     ProductChoices() {
@@ -2409,6 +2409,11 @@ class ProductChoices {
         if (!changed_ || path_.empty()) return;
         try {
             make_dirs(dir_);
+            if (file_exists(path_)) {  // what another run has added meanwhile stays
+                const std::map<std::string, std::string> mine = hex_;
+                take(Reader(path_).rest());
+                for (auto& [product, hex] : mine) hex_[product] = hex;
+            }
             AtomicFile file(path_);
             file.write(text());
             file.commit();
@@ -2426,11 +2431,11 @@ class ProductChoices {
 };
 
 // The products of linear layers on one stream. A plan (descriptors and algorithms) is made once for each
-// product, shape and epilogue. What follows a product, a bias or a GELU, can be done by an epilogue of
-// cuBLASLt or by a kernel: these are ways to compute the same. An epilogue exists for some shapes only, and
-// is not always faster. With `timing`, ways and algorithms are timed, and `choices` keeps the fastest. For a
-// shape that was not timed, or with `deterministic`, a rule decides: the first of the ways and of cuBLASLt's
-// proposals that works.
+// product, shape and epilogue. A way is a sequence of calls that computes a product and what follows it, a
+// bias or a GELU: one call of cuBLASLt with an epilogue, or a plain product and then a kernel. An epilogue
+// exists for some shapes only, and is not always faster. With `timing`, ways and algorithms are timed, and
+// `choices` keeps the fastest. For a shape that was not timed, or with `deterministic`, a rule decides: the
+// first of the ways and of cuBLASLt's proposals that works.
 class Matmul {
   public:
 #ifdef EMULATOR
@@ -2571,7 +2576,8 @@ class Matmul {
             ((done = done || (i++ == wanted && ways())), ...);
             return done;
         };
-        if (!deterministic_ && !choices.find(key, &chosen) && timing) {
+        const bool known = !deterministic_ && choices.find(key, &chosen) && chosen < sizeof...(ways);
+        if (!deterministic_ && !known && timing) {
             const std::vector<float> ms =
                 time(sizeof...(ways), [&](size_t i) { return try_way((uint8_t)i); });
             chosen = (uint8_t)(std::min_element(ms.begin(), ms.end()) - ms.begin());
@@ -2580,6 +2586,7 @@ class Matmul {
         if (chosen < sizeof...(ways) && try_way(chosen)) return;
         for (uint8_t i = 0; i < sizeof...(ways); i++)
             if (try_way(i)) return;
+        fail("cuBLASLt computes %s in no way", key.c_str());
     }
 
     void run_plain(Product product, size_t M, size_t K, size_t N, const Operands& o) {
@@ -2656,7 +2663,7 @@ class Matmul {
         const std::vector<float> ms = time(
             p.algos.size(), [&](size_t i) { return multiply(p, p.algos[i], o) == CUBLAS_STATUS_SUCCESS; });
         std::swap(p.algos[0], p.algos[(size_t)(std::min_element(ms.begin(), ms.end()) - ms.begin())]);
-        if (!deterministic_) choices.put(product, p.algos[0]);
+        choices.put(product, p.algos[0]);
     }
     // Appends cuBLASLt's proposals. For an epilogue without support it returns an error or no proposals,
     // depending on its version.
@@ -2850,9 +2857,7 @@ constexpr ncclDataType_t NCCL_TYPE = std::is_same<T, double>::value  ? ncclDoubl
 class NcclComm final : public TcpComm {
   public:
     NcclComm(const Launch& launch, const RankOptions& o)
-        : TcpComm(launch, o.timeout, PROGRAM), started_by_(launch.by) {
-        set_hint("go on with: " + start_again(o.resume));
-    }
+        : TcpComm(launch, o.timeout, PROGRAM), started_by_(launch.by) {}
     void connect() override {
         choose_device();
         ncclUniqueId id = {};

@@ -77,7 +77,12 @@ int run_ranks(int world, F body) {
             o.gpus = world;
             std::unique_ptr<Comm> comm = gpu::open_ranks(o);
             comm->connect();
-            body(*comm);
+            try {
+                body(*comm);
+            } catch (const Error&) {
+                comm->abort(1, "");  // without waiting for the others
+                throw;
+            }
             return 0;
         });
         fflush(nullptr);
@@ -246,7 +251,7 @@ TEST_CASE("ranks: without any one of the waits between streams a run goes wrong"
           doctest::skip(BUILT_BF16)) {
     const emu::Options before = emu::options();
     emu::options().lazy_streams = true, emu::options().quiet = true;
-    for (int stage : {0, 1, 2}) {
+    for (int stage : {0, 2}) {  // stage 1 waits where stage 0 does
         Settings s;
         s.world = 2, s.stage = stage, s.batch = 3, s.steps = 1;
         auto whole = run(s);

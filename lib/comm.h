@@ -20,7 +20,6 @@ struct RankOptions {
     int gpus = 1;        // ranks to start on this machine
     int zero_stage = 0;  // of Sharding in lib/optimizer.h, so that a program that cannot shard can refuse it
     int timeout = 60;    // seconds after which a rank that is not heard of counts as dead
-    std::string resume;  // the command that goes on with the run
 };
 
 class Comm {
@@ -51,6 +50,8 @@ class Comm {
     // Because this rank cannot go on: prints `line`, unless it is empty or another rank has told the reason
     // already, and ends the other ranks. The program's exit code is `code`.
     virtual void abort(int /*code*/, const std::string& /*line*/) {}
+    // What to do when a rank dies: added to the line that names it.
+    virtual void set_hint(const std::string&) {}
     // The command line that starts `command` in as many processes, in the way that these were started.
     virtual std::string start_again(const std::string& command) const { return command; }
 

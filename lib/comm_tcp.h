@@ -466,8 +466,7 @@ class TcpComm : public Comm {
     }
     TcpComm(const TcpComm&) = delete;
 
-    // What to do, for the line about a rank's death.
-    void set_hint(const std::string& hint) {
+    void set_hint(const std::string& hint) override {
         std::lock_guard<std::mutex> lock(mutex_);
         hint_ = hint;
     }

@@ -154,17 +154,18 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
     f.add("master_weights", "w", &o.master_weights,
           "with bf16 also keep the weights in fp32; 0 saves memory (GPU)");
     f.add("deterministic", "", &o.deterministic,
-          "choose products by a rule, not by their speed on this machine (GPU)");
+          "choose each matrix product's algorithm by a rule, not by timing (GPU)");
 }
 inline void add_rank_flags(Flags& f, Options& o) {
     f.section("Several GPUs");
-    f.add("gpus", "", &o.gpus, "N", "GPUs of this machine to train on; srun, torchrun or mpirun start more")
+    f.add("gpus", "", &o.gpus, "N",
+          "GPUs of this machine, a process each; srun, torchrun, mpirun start them too")
         .range(1, 64)
         .on_resume(Flags::NOT_KEPT);
     f.add("zero_stage", "z", &o.zero_stage, "N",
           "what each GPU keeps only its share of: 0 nothing, 1 AdamW's state, 2 also the gradients")
         .range(0, 2);
-    f.add("rank_timeout", "", &o.rank_timeout, "S", "seconds after which a silent rank counts as dead")
+    f.add("rank_timeout", "", &o.rank_timeout, "S", "seconds after which a silent rank counts as dead (GPU)")
         .range(1, 86400)
         .on_resume(Flags::NOT_KEPT);  // the ranks connect before the run's settings are read
 }
@@ -447,7 +448,7 @@ class Run {
     int main() {
         signal(SIGPIPE, SIG_IGN);     // output that nobody reads any more ends nothing: see show()
         signal(SIGUSR1, [](int) {});  // until training begins there is nothing to save
-        comm_ = Model::open_ranks({o_.gpus, o_.zero_stage, o_.rank_timeout, resume_command()});
+        comm_ = Model::open_ranks({o_.gpus, o_.zero_stage, o_.rank_timeout});
         if (comm_->world == 1) return run();
         try {
             comm_->connect();
@@ -488,6 +489,7 @@ class Run {
         if (comm_->world > 1) check_ranks_agree();
         Signals signals;
         if (comm_->leads()) open_logs();
+        if (o_.resume) comm_->set_hint("go on with: " + resume_command());
         try {
             train();
         } catch (const LogFile::Full&) {  // what has been learnt is saved, if it can be
@@ -1179,7 +1181,10 @@ class Run {
                 stop = stop || any_stops();
                 if (patience_ends()) last = save_now = true;
                 if (sample_now && !stop && comm_->leads()) sample();
-                if (step && (save_now || stop) && (model_->sharded() || comm_->leads())) save();
+                if (step && (save_now || stop)) {
+                    if (model_->sharded() || comm_->leads()) save();
+                    comm_->set_hint("go on with: " + resume_command());
+                }
             }
             if (!log_full_.empty()) fail("%s", log_full_.c_str());
             if (stop) return say_stopped(step);
@@ -1214,7 +1219,7 @@ class Run {
     std::string resume_command() const {
         std::string command = beside_program(Model::PROGRAM) + " -o " + shell_quoted(o_.out) + " --resume";
         if (flags_.on_command_line("rank_timeout")) command += strf(" --rank_timeout %d", o_.rank_timeout);
-        return comm_ ? comm_->start_again(command) : command;
+        return comm_->start_again(command);
     }
     void say_stopped(int step) {
         end_line();
