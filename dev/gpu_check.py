@@ -26,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -63,15 +64,39 @@ def write_atomically(path, text):
     os.replace(temporary, path)
 
 
+def say(line):
+    """Prints a line. Output that nobody reads any more ends nothing: the report is in files."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        pass
+
+
 class Report:
     """What gpu-check.json holds: stages, each with parts, each with a status and its values or the reason."""
 
     def __init__(self, out):
         self.out = out
+        self.move_earlier()
         now = datetime.datetime.now().astimezone()
         self.data = {"format": 1, "started": now.isoformat(timespec="seconds"), "finished": False,
                      "seconds": 0.0, "host": platform.platform(), "stages": {}}
         self.start = time.monotonic()
+
+    def move_earlier(self):
+        """An earlier report, and its logs, go to previous/N."""
+        names = [n for n in ("gpu-check.json", "gpu-check.md", "logs")
+                 if os.path.exists(os.path.join(self.out, n))]
+        if "gpu-check.json" not in names:
+            return
+        number = 1
+        while os.path.exists(os.path.join(self.out, "previous", str(number))):
+            number += 1
+        to = os.path.join(self.out, "previous", str(number))
+        os.makedirs(to)
+        for n in names:
+            os.rename(os.path.join(self.out, n), os.path.join(to, n))
+        say(f"the earlier report is now in {to}")
 
     def save(self):
         self.data["seconds"] = round(time.monotonic() - self.start, 1)
@@ -99,8 +124,7 @@ class Stage:
         part = {"name": name, "status": status, "seconds": round(seconds, 1), **fields}
         self.data["parts"].append(part)
         self.finish()
-        say = f"  {name}: {status}" + (f": {fields['reason']}" if "reason" in fields else "")
-        print(say[:300], flush=True)
+        say((f"  {name}: {status}" + (f": {fields['reason']}" if "reason" in fields else ""))[:300])
 
     def finish(self):
         """The stage's status is the worst of its parts', its reason all that went wrong."""
@@ -616,9 +640,7 @@ class Training:
     STEPS = 10
 
     def __init__(self, check):
-        self.check, self.dir = check, os.path.join(os.path.abspath(check.options.out), "runs")
-        shutil.rmtree(self.dir, ignore_errors=True)
-        os.makedirs(self.dir)
+        self.check, self.dir = check, tempfile.mkdtemp(prefix="runs-", dir=os.path.abspath(check.options.out))
         small = check.options.rehearsal
         sizes = (1, 2, 64, 16, 4, 128) if small else (4, 4, 256, 64, 16, 2048)
         names = "depth heads channels seq_len batch_size total_batch_size".split()

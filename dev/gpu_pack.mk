@@ -65,7 +65,7 @@ $(PACK)/static/libgomp.a:
 	@mkdir -p $(@D)
 	ln -sf "$$($(HOST_CXX) -print-file-name=libgomp.a)" $@
 # The sources go along, to build the programs again where these do not start.
-PACK_SOURCES = $(wildcard $(filter-out .ci/% %/golden.bin,$(shell git ls-files -co --exclude-standard)))
+PACK_SOURCES = $(wildcard $(filter-out .ci/% %/golden.bin,$(shell git ls-files -c)))
 gpu-pack: build/gpu-pack.tar.gz
 build/gpu-pack.tar.gz: $(PACK_PROGRAMS) dev/gpu_check.py FORCE
 	@mkdir -p $(@D); rm -rf $(PACK)/$(PACK_NAME)
