@@ -513,6 +513,9 @@ struct GPT2 : States, HoldsAll<GPT2> {
             throw UsageError("--master_weights: the CPU trainer keeps its weights in fp32, 0 is for the GPU");
     }
     static std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
+        if (o.device >= 0)
+            throw UsageError(
+                "--device: this trainer computes on the CPU; make train_gpt2cu builds the other");
         if (o.gpus > 1)
             throw UsageError("--gpus: this trainer computes on the CPU; make train_gpt2cu builds the other");
         if (o.zero_stage)

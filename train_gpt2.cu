@@ -2836,6 +2836,20 @@ inline void require_gpu() {
              other);
 }
 
+// Makes the GPU with this number the process's own: nvidia-smi's number, unless CUDA_VISIBLE_DEVICES leaves
+// some out, which renumbers the others. To be called before CUDA is used.
+inline void use_device(int device) {
+    setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID", 0);  // by itself, CUDA numbers the fastest first
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || !count) return;  // require_gpu() says why
+    if (device >= count) {
+        const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+        fail("--device %d: there are %d GPUs, numbered from 0%s%s", device, count,
+             visible ? "; CUDA_VISIBLE_DEVICES is " : "", visible ? visible : "");
+    }
+    CUDA_CHECK(cudaSetDevice(device));
+}
+
 // ---------------------------------------------------------------------------------------------
 // Ranks: one process for each GPU
 
@@ -2967,6 +2981,10 @@ class NcclComm final : public TcpComm {
 
 inline std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
     Launch launch = find_launch();
+    if (o.device >= 0 && (launch.world > 1 || o.gpus > 1))
+        throw UsageError(
+            "--device: each of several ranks takes its own GPU; CUDA_VISIBLE_DEVICES names them");
+    if (o.device >= 0) use_device(o.device);
     if (launch.world == 1 && o.gpus == 1) return std::make_unique<Comm>();
     if (o.gpus > 1 && launch.world > 1)
         throw UsageError(strf("--gpus %d: %s has started %d ranks; leave it out", o.gpus, launch.by.c_str(),
@@ -2992,6 +3010,7 @@ inline std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
             "%d ranks need NCCL, which was not there when this program was made: sudo apt-get install "
             "libnccl-dev (NVIDIA's repository), then make train_gpt2cu",
             world);
+    if (o.device >= 0) use_device(o.device);
     return std::make_unique<Comm>();
 }
 #endif

@@ -1321,6 +1321,7 @@ TEST_CASE("cli: a mistake on the command line is named, with what was wanted, an
         {"-Z 1", {"-Z", "--help"}},
         {"-z 1", {"--zero_stage 1", "on the CPU"}},
         {"--gpus 2", {"--gpus", "train_gpt2cu"}},
+        {"--device 1", {"--device", "train_gpt2cu"}},
         {"poems.csv", {"'poems.csv'", "--help"}},
         {"--max_steps", {"--max_steps needs a value"}},
         {"-x", {"-x needs a value"}},

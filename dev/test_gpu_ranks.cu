@@ -288,7 +288,9 @@ struct RankModel : gpu::GPT2 {
     using gpu::GPT2::GPT2;
     static constexpr uint32_t SIGNAL_STEP = 4;
     static inline int told = -1, signal = 0;
+    static inline int wanted_device = -1;  // -1: any
     StepResult step(const AdamW& a, uint32_t t) {
+        if (wanted_device >= 0 && gpu::device_number() != wanted_device) fail("another device");
         if (ranks.comm->rank == told && t == SIGNAL_STEP) {
             if (signal == BREAK_NCCL)
                 static_cast<gpu::NcclComm*>(ranks.comm)->all_reduce((float*)params.wte, 2, stream.stream);
@@ -308,7 +310,7 @@ struct Outcome {
 struct Trainer {
     TempDir dir;
     int told = -1, signal = 0;  // see RankModel
-    int devices = 8;
+    int devices = 8, wanted_device = -1;
 
     Trainer() {
         Tokenizer tokenizer = Tokenizer::characters("abcdefghij");
@@ -366,6 +368,7 @@ struct Trainer {
         for (std::string& w : words) argv.push_back(&w[0]);
         emu::options().devices = devices, emu::options().quiet = true;
         RankModel::told = told, RankModel::signal = signal;
+        RankModel::wanted_device = wanted_device;
         const int n = (int)argv.size(), code = on_cpu ? ::train<cpu::GPT2, cpu::Decoder>(n, argv.data())
                                                       : ::train<RankModel, gpu::Decoder>(n, argv.data());
         fflush(nullptr);
@@ -525,6 +528,10 @@ TEST_CASE("ranks: what cannot go on together ends all, with one line that says w
     e = refused({"--zero_stage", "3"}, 2);
     CHECK(contains(e, "--zero_stage"));
     t.devices = 2;
+    e = refused({"--device", "2", "-b", "12"}, 1);
+    CHECK(contains(e, "--device 2: there are 2 GPUs, numbered from 0"));
+    e = refused({"--device", "1", "--gpus", "2"}, 2);
+    CHECK(contains(e, "--device: each of several ranks takes its own GPU"));
     e = refused({"--gpus", "4"}, 1);
     CHECK(contains(e, "rank 2: is number 3 on "));
     CHECK(contains(e, ", which has 2 GPUs; start as many ranks as there are GPUs"));
@@ -532,6 +539,19 @@ TEST_CASE("ranks: what cannot go on together ends all, with one line that says w
     e = refused({"--gpus", "2", "-b", "6"}, 1);
     CHECK(contains(e, "ranks 0 and 1 on "));
     CHECK(contains(e, " share one GPU, wanted one for each"));
+}
+
+TEST_CASE("ranks: --device chooses the GPU of a run on one") {
+    Trainer t;
+    t.devices = 3;
+    for (int device : {-1, 2}) {
+        t.wanted_device = device < 0 ? 0 : device;
+        std::vector<std::string> more = {"-b", "12", "--max_steps", "1"};
+        if (device >= 0) more.insert(more.end(), {"--device", std::to_string(device)});
+        Outcome o = t.train(strf("device_%d", device + 1), more);
+        INFO(o.err);
+        CHECK(o.code == 0);
+    }
 }
 
 TEST_CASE("ranks: torchrun's variables start them; ranks with other flags end with one line") {

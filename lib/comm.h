@@ -19,6 +19,7 @@
 struct RankOptions {
     int gpus = 1;        // ranks to start on this machine
     int zero_stage = 0;  // of Sharding in lib/optimizer.h, so that a program that cannot shard can refuse it
+    int device = -1;     // the GPU of a rank that trains alone; -1: CUDA's first
     int timeout = 60;    // seconds after which a rank that is not heard of counts as dead
 };
 

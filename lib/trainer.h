@@ -52,7 +52,7 @@ struct Options {
     std::string dtype;
     bool master_weights = true, deterministic = false;
     // several ranks
-    int gpus = 1, zero_stage = 0, rank_timeout = 60;
+    int device = -1, gpus = 1, zero_stage = 0, rank_timeout = 60;
     // watching
     int val_every = -1, val_tokens = 100000, val_batches = -1, sample_every = -1, sample_tokens = 200,
         log_every = 1;
@@ -157,7 +157,11 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
           "choose each matrix product's algorithm by a rule, not by timing (GPU)");
 }
 inline void add_rank_flags(Flags& f, Options& o) {
-    f.section("Several GPUs");
+    f.section("GPUs");
+    f.add("device", "", &o.device, "N", "the GPU to use, by nvidia-smi's number; -1: the first of CUDA")
+        .range(0, 63)
+        .unset(-1)
+        .on_resume(Flags::NOT_KEPT);
     f.add("gpus", "", &o.gpus, "N",
           "GPUs of this machine, a process each; srun, torchrun, mpirun start them too")
         .range(1, 64)
@@ -448,7 +452,7 @@ class Run {
     int main() {
         signal(SIGPIPE, SIG_IGN);     // output that nobody reads any more ends nothing: see show()
         signal(SIGUSR1, [](int) {});  // until training begins there is nothing to save
-        comm_ = Model::open_ranks({o_.gpus, o_.zero_stage, o_.rank_timeout});
+        comm_ = Model::open_ranks({o_.gpus, o_.zero_stage, o_.device, o_.rank_timeout});
         if (comm_->world == 1) return run();
         try {
             comm_->connect();
