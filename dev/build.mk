@@ -32,7 +32,7 @@ help-dev:
 	@echo "make soak                      kill and break the programs while they write (SOAK_SECONDS=60)"
 	@echo "make check-fuzzers             check that the fuzzers compile"
 	@echo "make format, format-check      format the sources as .clang-format says, or check that they are"
-	@echo "make gpu-check                 on a machine with a GPU: speeds and tests, to OUT/gpu-check/gpu-check.md"
+	@echo "make gpu-check                 on a machine with a GPU: speeds and tests, into OUT/gpu-check"
 	@echo "make gpu-pack ARCHS=\"80 90\"    the same packed for another machine, which needs no compiler"
 	@echo "make device-programs           only build the programs of gpu-check"
 	@echo "make check-kernels             kernels' registers, spills, tensor-core instructions (needs nvcc)"

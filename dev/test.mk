@@ -48,7 +48,8 @@ test-mpi: $(BUILD)/train_gpt2_mpi $(PROGRAMS) | $(call named,test test-layers)
 	@dev/test_mpi.sh $<
 
 # Ranks of the GPU trainer in the emulator, with all combinations of settings
-test-ranks: $(BUILD)/test_gpu_ranks_fp32 $(BUILD)/test_gpu_ranks_bf16 | $(call named,test test-layers test-mpi)
+test-ranks: $(BUILD)/test_gpu_ranks_fp32 $(BUILD)/test_gpu_ranks_bf16 | \
+	$(call named,test test-layers test-mpi)
 	@for p in $^; do $$p --no-skip || exit 1; done
 # The scripts for Slurm, without Slurm
 test-slurm: train_gpt2 prepare_data | $(call named,test test-layers test-mpi test-ranks)
