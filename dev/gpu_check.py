@@ -276,8 +276,7 @@ def only(found, problem, kind="speed"):
 LIBRARY_FOLDERS = ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/x86_64-linux/lib",
                    "/usr/lib/x86_64-linux-gnu", "/opt/conda/lib", "/opt/*/lib", "/usr/local/lib",
                    *(f"{root}/lib/python3*/{kind}-packages/nvidia/*/lib" for kind in ("site", "dist")
-                     for root in (sys.prefix, "/usr", "/usr/local", "/opt/*", "/venv/*", "/root/*",
-                                  "/workspace/*", "/home/*/*"))]
+                     for root in (sys.prefix, "/usr", "/usr/local", "/opt/*", os.path.expanduser("~/*")))]
 # What a program that does not start says, and what it means
 NO_START = [
     (r"version `(GLIBC_[0-9.]+)' not found", "this machine's C library is older than {0}, which it needs"),

@@ -134,7 +134,7 @@ class Place:
 
 def empty_fields(value, path=""):
     """The paths of all fields without a value."""
-    if value is None or value == "" and not path.endswith((".library_path", ".switch")):
+    if value is None or value == "" and not path.endswith(("library_path", "switch")):
         return [path]
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
     return [p for k, v in pairs for p in empty_fields(v, f"{path}.{k}")]

@@ -38,7 +38,7 @@ MATH = {"A100": 0.66, "H100": 0.53}  # share of the peak that products and atten
 MEMORY = 0.85         # share of the memory's bandwidth that other kernels reach
 LAUNCH = 3e-6         # seconds that a kernel takes beyond its work: launch, and filling the GPU
 WIRE = 0.8            # share of a link's bandwidth that a large collective reaches
-TAKEN = 16 / 132      # share of the GPU that a collective takes from the kernels beside it
+TAKEN = 16 / 132      # share of the multiprocessors that a running collective occupies
 ROUND_TRIP = 50e-6    # seconds between hosts over TCP
 MESSAGE = 5e-6        # seconds of rank 0's CPU for one message
 CUDA_AND_NCCL = 1.5e9  # bytes of a GPU that the trainer's own arrays do not get, and a 32nd of the rest
@@ -370,7 +370,7 @@ def micro_step(t, L, collectives, k, slots):
     now, free, done = t.forward, 0.0, []  # done: when the blocks' collectives end, the last block's first
     queue = collections.deque(collectives)
 
-    def compute(work):  # a collective that runs beside it takes a share of the GPU
+    def compute(work):  # a collective that runs concurrently occupies some multiprocessors
         nonlocal now
         beside = max(free - now, 0)
         if work <= beside * (1 - TAKEN):
@@ -465,8 +465,9 @@ fewer hops, but only for an all-reduce. Large collectives reach {100 * WIRE:.0f}
 {GPUS_PER_NODE} GPUs. Reductions inside switches (NVLS, SHARP) are left out; they would be faster.
 
 Backward goes from the last block to the first. Each block's gradients are one collective, which begins when
-they are there and the one before is over, and takes {100 * TAKEN:.0f}% of the GPU from the kernels beside
-it. The embeddings' come last, so that nothing hides them. The parameters' all-gather after the update is not
+they are there and the one before is over. While it runs it occupies {100 * TAKEN:.0f}% of the
+multiprocessors, which slows the kernels of backward. The embeddings' come last, so that nothing hides them.
+The parameters' all-gather after the update is not
 hidden either. Then rank 0 exchanges a message with each rank over TCP: {1e6 * ROUND_TRIP:.0f} us for the
 way, and {1e6 * MESSAGE:.0f} us of its CPU for each message. The percentages, the {1e6 * LAUNCH:.0f} us and
 the costs of a message are assumptions.

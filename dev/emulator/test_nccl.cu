@@ -301,7 +301,7 @@ TEST_CASE("nccl: other overlaps of input and output, host memory, short or misal
         WANT(refused(ncclAllReduce(x, x, 50, f, (ncclRedOp_t)1, k.comm, k.main), "only ncclSum"));
         WANT(refused(ncclAllReduce(x, x, 50, (ncclDataType_t)6, ncclSum, k.comm, k.main), "data type 6"));
         WANT(refused(ncclAllReduce(x, x, 50, f, ncclSum, nullptr, k.main), "not a communicator"));
-        WANT(ncclAllReduce(x, x + 50, 50, f, ncclSum, k.comm, k.main) == ncclSuccess);  // side by side
+        WANT(ncclAllReduce(x, x + 50, 50, f, ncclSum, k.comm, k.main) == ncclSuccess);  // adjacent
         return std::string();
     }));
 }

@@ -1,6 +1,6 @@
-// nccl.h - for emulated code, in place of NCCL's header: the part of its interface that libemu.so has, with
-// the same values. dev/emulator/nccl.cpp is compiled with NCCL's own header where that is installed, so the
-// tests, which use this file, fail if the two differ.
+// nccl.h - what emulated code includes instead of NCCL's header: the part of its interface that libemu.so
+// has, with the same values. dev/emulator/nccl.cpp is compiled with NCCL's own header where that is
+// installed, so the tests, which use this file, fail if the two differ.
 #pragma once
 
 #include <cuda_runtime.h>
