@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <climits>
 #include <filesystem>
 #include <iterator>
 #include <memory>
@@ -40,10 +41,10 @@ inline void write_tokens(const std::string& path, const std::vector<uint16_t>& t
     out.commit();
 }
 
-// A data folder has train.bin, val.bin (or not) and tokenizer.bin, which belong together. A new set of them
-// is written to DIR/.writing, which is then renamed to DIR/.arriving; from there the files move to DIR. So a
-// crash at any moment leaves the whole old set, or a move that finish_data_set() completes.
-constexpr const char* DATA_FILES[] = {"train.bin", "val.bin", "tokenizer.bin"};
+// A data folder has train.bin, val.bin (or not), tokenizer.bin and recipe.txt, which belong together. A new
+// set of them is written to DIR/.writing, which is then renamed to DIR/.arriving; from there the files move
+// to DIR. So a crash at any moment leaves the whole old set, or a move that finish_data_set() completes.
+constexpr const char* DATA_FILES[] = {"train.bin", "val.bin", "tokenizer.bin", "recipe.txt"};
 
 // Completes the move, if one was stopped. Programs that read a data folder call it first.
 inline void finish_data_set(const std::string& dir) {
@@ -210,16 +211,29 @@ class TrainLoader {
         start_epoch(0);
     }
 
+    // Makes the tokens from `first` on no targets: next() writes -1 in their place, which means "ignore".
+    void ignore_from(int first) { ignored_from_ = first; }
+    // How many targets are not ignored in the next n windows, of all processes together.
+    uint64_t targets(uint64_t n) {
+        if (ignored_from_ > UINT16_MAX) return n * T_;
+        uint64_t count = 0;
+        for (uint64_t w = position_; w < position_ + n; w++) {
+            size_t i = start_of(w);
+            for (size_t t = 0; t < T_; t++) {
+                if (++i == file_.size()) i = 0;
+                count += file_[i] < ignored_from_;
+            }
+        }
+        return count;
+    }
     // Writes the next B windows of this process to inputs[B * T] and targets[B * T].
     void next(int B, int* inputs, int* targets) {
         for (uint64_t b = 0; b < (uint64_t)B; b++) {
-            uint64_t w = position_ + rank_ * (uint64_t)B + b;
-            if (w / order_.size() != epoch_) start_epoch(w / order_.size());
-            size_t i = (offset_ + order_[w % order_.size()] * T_) % file_.size();
+            size_t i = start_of(position_ + rank_ * (uint64_t)B + b);
             for (size_t t = 0; t < T_; t++) {
                 *inputs++ = file_[i];
                 if (++i == file_.size()) i = 0;
-                *targets++ = file_[i];
+                *targets++ = file_[i] < ignored_from_ ? file_[i] : -1;
             }
         }
         position_ += (uint64_t)B * world_;
@@ -236,6 +250,11 @@ class TrainLoader {
     uint64_t windows_per_epoch() const { return order_.size(); }
 
   private:
+    // Where the window w begins in the file
+    size_t start_of(uint64_t w) {
+        if (w / order_.size() != epoch_) start_epoch(w / order_.size());
+        return (offset_ + order_[w % order_.size()] * T_) % file_.size();
+    }
     void start_epoch(uint64_t e) {
         epoch_ = e;
         for (size_t i = 0; i < order_.size(); i++) order_[i] = (uint32_t)i;
@@ -252,11 +271,13 @@ class TrainLoader {
     const uint64_t rank_, world_;
     uint64_t position_ = 0, epoch_ = 0;
     size_t offset_ = 0;
+    int ignored_from_ = INT_MAX;
     std::vector<uint32_t> order_;
 };
 
-// Evaluation batches: the file in order, where every token but the first is a target exactly once. The
-// unused rest of the last batch has input 0 and target -1, which means "ignore".
+// Evaluation batches: the file in order, where every token but the first is a target exactly once, but for
+// those that ignore_from() names. The unused rest of the last batch has input 0. What is no target is -1,
+// which means "ignore".
 class EvalLoader {
   public:
     // The file must outlive the loader.
@@ -264,17 +285,19 @@ class EvalLoader {
         if (B < 1 || T < 1) fail("no loader for B = %d, T = %d", B, T);
         if (file.size() < 2) fail("%s: has 1 token, evaluation needs at least 2", file.path.c_str());
     }
+    void ignore_from(int first) { ignored_from_ = first; }
     size_t batches() const { return (file_.size() - 1 + B_ * T_ - 1) / (B_ * T_); }
     // Writes batch i < batches() to inputs[B * T] and targets[B * T].
     void get(size_t i, int* inputs, int* targets) const {
         for (size_t k = 0, p = i * B_ * T_; k < B_ * T_; k++, p++) {
             bool inside = p + 1 < file_.size();
             inputs[k] = inside ? file_[p] : 0;
-            targets[k] = inside ? file_[p + 1] : -1;
+            targets[k] = inside && file_[p + 1] < ignored_from_ ? file_[p + 1] : -1;
         }
     }
 
   private:
     const TokenFile& file_;
     const size_t B_, T_;
+    int ignored_from_ = INT_MAX;
 };

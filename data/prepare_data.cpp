@@ -1,23 +1,27 @@
-// prepare_data.cpp - turns poems (CSV or plain text) into token files for the trainers.
+// prepare_data.cpp - turns poems (CSV, JSON or plain text) into token files for the trainers.
 //
-//     ./prepare_data poems.csv -o poems      writes poems/train.bin, poems/val.bin, poems/tokenizer.bin
+//     ./prepare_data poems.csv -o poems      writes train.bin, val.bin, tokenizer.bin, recipe.txt to poems/
 //
-// The steps: read, clean, drop duplicates, split by whole poems, tokenize, write. A poem is one string: each
-// verse is a line, and a TAB separates the two hemistichs of a verse. In the token files an end-of-text token
-// precedes each poem, so that a model that is given end-of-text begins a new poem.
+// The steps: read (poem_files.h), clean (clean.h), drop duplicates, split by whole poems, tokenize, write. A
+// poem is one string: each verse is a line, and a TAB separates the two hemistichs of a verse. In the token
+// files an end-of-text token precedes each poem, so that a model that is given end-of-text begins a new poem;
+// then come the poem's tags (--tags), if any.
 #include <algorithm>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
+#include "data/clean.h"
 #include "data/dataloader.h"
+#include "data/poem_files.h"
 #include "lib/flags.h"
 #include "lib/io.h"
 #include "lib/run_folder.h"
@@ -26,21 +30,20 @@
 
 namespace prep {
 
-struct Options {
+struct Options : Recipe {
     std::vector<std::string> files;
     std::string out, tokenizer;
-    std::string format = "auto", column = "poem_text", where, except, layout = "auto", keep = "letters",
-                on_error = "fail";
-    bool normalize_alef = false, normalize_hamza = false, normalize_ya = false, normalize_ta = false;
-    bool remove_tatweel = false, remove_tashkeel = false;
+    std::string format = "auto", column, columns, group = "auto", where, except, layout = "auto",
+                list = "auto", poem_separator = "auto", tags, on_error = "fail";
     float val_fraction = 0.1f;
-    int min_chars = 1;
+    int min_chars = 1, tag_min = 10;
     uint64_t seed = 1337;
 };
 
 struct Poem {
     std::string text;
     size_t chars, verses;
+    std::vector<uint32_t> tags;  // for each column of --tags, the number of its value
 };
 
 // The size of one side of the split, train or val.
@@ -52,13 +55,15 @@ struct Side {
 struct Report {
     std::vector<std::string> sources;  // one line per file
     size_t poems_read = 0;             // before anything was dropped
-    size_t filtered = 0;               // CSV rows that --where or --except left out
-    // Poems dropped: wrong number of fields, invalid UTF-8, nothing left after cleaning, below --min_chars,
-    // equal to an earlier poem
-    size_t ragged = 0, invalid = 0, empty = 0, too_short = 0, duplicates = 0;
-    std::vector<std::string> where_ragged, where_invalid;  // the first EXAMPLES places
-    std::map<uint32_t, size_t> removed;                    // code points removed by cleaning -> how often
-    size_t replaced = 0;                                   // characters changed by the --normalize switches
+    size_t filtered = 0;               // rows that --where or --except left out
+    // Dropped: rows with a wrong number of fields, rows that are damaged in another way, poems with invalid
+    // UTF-8, with nothing left after cleaning, below --min_chars, equal to an earlier poem
+    size_t ragged = 0, damaged = 0, invalid = 0, empty = 0, too_short = 0, duplicates = 0;
+    std::vector<std::string> where_ragged, where_damaged, where_invalid;  // the first EXAMPLES places
+    std::map<uint32_t, size_t> removed, mapped;  // code points that cleaning removed, mapped -> how often
+    size_t replaced = 0;                         // characters changed by the --normalize switches
+    std::string hemistich_separator;             // what all files have; "tab" where they differ
+    std::vector<std::string> tags;               // one line for each tag
     size_t related_poems = 0, families = 0, largest_family = 0;  // families of at least two poems
     size_t kept_for_characters = 0;  // poems drawn for val but kept in train, which needs their characters
     Side train, val;
@@ -70,179 +75,7 @@ struct Report {
 constexpr size_t EXAMPLES = 3;  // how many places of each kind the report names; the others are only counted
 
 // ---------------------------------------------------------------------------------------------
-// Cleaning
-
-// Characters that end a verse. CR LF counts as one line break, because empty lines are removed.
-inline bool is_newline(uint32_t c) { return c == '\n' || c == '\r' || c == 0x2028 || c == 0x2029; }
-inline bool is_other_space(uint32_t c) {
-    return c == ' ' || c == 0x0B || c == 0x0C || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-           (c >= 0x2000 && c <= 0x200A) || c == 0x202F || c == 0x205F || c == 0x3000;
-}
-// Control characters, and the invisible marks that only control a text's direction on screen.
-inline bool is_control(uint32_t c) {
-    return c < 0x20 || (c >= 0x7F && c < 0xA0) || c == 0x061C || c == 0x200E || c == 0x200F ||
-           (c >= 0x202A && c <= 0x202E) || (c >= 0x2066 && c <= 0x2069) || c == 0xFEFF;
-}
-
-// Cleans poems as the options say, and counts what it removes and replaces.
-class Cleaner {
-  public:
-    size_t replaced = 0;
-
-    explicit Cleaner(const Options& o) : o_(o), letters_only_(o.keep == "letters") {
-        for (uint32_t c = 0; c < TABLE; c++) cleaned_[c] = cleaned(c);
-    }
-
-    // Returns the cleaned text, as the model will see it; the input must be valid UTF-8. A run of white space
-    // becomes one character, the strongest in the run: newline, else TAB, else space. White space at the
-    // beginning and the end is removed.
-    std::string operator()(std::string_view text) {
-        std::string out;
-        out.reserve(text.size());
-        char space = 0;  // the white space seen since the last character, as the character it becomes
-        for (size_t i = 0; i < text.size();) {
-            uint32_t c = 0;
-            i += utf8::decode(text, i, &c);
-            uint32_t to = c < TABLE ? cleaned_[c] : cleaned(c);
-            if (to == '\n' || to == '\t' || to == ' ') {
-                if (!space || to == '\n' || (to == '\t' && space == ' ')) space = (char)to;
-                continue;
-            }
-            if (to == REMOVED) {
-                (c < TABLE ? removed_[c] : removed_beyond_[c])++;
-                continue;
-            }
-            if (to != c) replaced++;
-            if (space && !out.empty()) out += space;
-            space = 0;
-            utf8::append(out, to);
-        }
-        return out;
-    }
-
-    // The code points removed so far, and how often each was.
-    std::map<uint32_t, size_t> removed() const {
-        std::map<uint32_t, size_t> all = removed_beyond_;
-        for (uint32_t c = 0; c < TABLE; c++)
-            if (removed_[c]) all[c] = removed_[c];
-        return all;
-    }
-
-  private:
-    static constexpr uint32_t REMOVED = 0;
-    static constexpr uint32_t TABLE = 0x800;  // characters of one or two UTF-8 bytes, which include Arabic
-
-    // What a character becomes: itself, another letter, a kind of white space, or REMOVED.
-    uint32_t cleaned(uint32_t c) const {
-        if (c == '\t') return '\t';
-        if (is_newline(c)) return '\n';
-        if (is_other_space(c)) return ' ';
-        if (o_.normalize_alef && (c == 0x0622 || c == 0x0623 || c == 0x0625 || c == 0x0671)) c = 0x0627;
-        if (o_.normalize_hamza && c == 0x0624) c = 0x0648;
-        if (o_.normalize_hamza && c == 0x0626) c = 0x064A;
-        if (o_.normalize_ya && c == 0x0649) c = 0x064A;
-        if (o_.normalize_ta && c == 0x0629) c = 0x0647;
-        if (o_.remove_tatweel && c == 0x0640) return REMOVED;
-        if (o_.remove_tashkeel && ((c >= 0x064B && c <= 0x065F) || c == 0x0670)) return REMOVED;
-        if (letters_only_) return c >= 0x0621 && c <= 0x064A ? c : REMOVED;
-        return is_control(c) ? REMOVED : c;
-    }
-
-    const Options& o_;
-    const bool letters_only_;
-    uint32_t cleaned_[TABLE];
-    size_t removed_[TABLE] = {};
-    std::map<uint32_t, size_t> removed_beyond_;  // the same for code points from TABLE on
-};
-
-// ---------------------------------------------------------------------------------------------
 // Reading
-
-// Reads a comma-separated file (RFC 4180) record by record. The text must outlive the reader.
-class CsvReader {
-  public:
-    struct Field {
-        std::string_view raw;  // as written in the file, without the outer quotes
-        bool doubled;          // raw writes a quote as ""
-        std::string text() const {
-            std::string s;
-            for (size_t i = 0; i < raw.size(); i++) {
-                s += raw[i];
-                if (doubled && raw[i] == '"') i++;
-            }
-            return s;
-        }
-    };
-    std::vector<Field> fields;  // of the record that next() has read
-    size_t line = 0;            // the line on which that record begins; the first is 1
-
-    CsvReader(const std::string& path, std::string_view text) : path_(path), text_(text) {}
-
-    // Reads the next record and skips empty lines; false at the end of the file.
-    bool next() {
-        do {
-            if (pos_ >= text_.size()) return false;
-            fields.clear();
-            line = line_;
-            do fields.push_back(at(pos_) == '"' ? quoted_field() : plain_field());
-            while (at(pos_) == ',' && ++pos_);
-            if (at(pos_) == '\r') pos_++;
-            if (at(pos_) == '\n') pos_++, line_++;
-        } while (fields.size() == 1 && fields[0].raw.empty());
-        return true;
-    }
-
-  private:
-    char at(size_t i) const { return i < text_.size() ? text_[i] : '\0'; }
-    bool ends_field(size_t i) const {
-        return i >= text_.size() || text_[i] == ',' || text_[i] == '\n' ||
-               (text_[i] == '\r' && (i + 1 == text_.size() || text_[i + 1] == '\n'));
-    }
-    Field plain_field() {
-        size_t begin = pos_;
-        while (!ends_field(pos_)) pos_++;
-        return {text_.substr(begin, pos_ - begin), false};
-    }
-    Field quoted_field() {
-        size_t begin = ++pos_, opened = line_;
-        bool doubled = false;
-        for (;; pos_ += 2, doubled = true) {  // a single quote ends the field, a doubled one is part of it
-            pos_ = text_.find('"', pos_);
-            if (pos_ == std::string_view::npos)
-                fail("%s: line %zu: a quoted field begins here but never ends", path_.c_str(), opened);
-            if (at(pos_ + 1) != '"') break;
-        }
-        Field f{text_.substr(begin, pos_ - begin), doubled};
-        line_ += (size_t)std::count(f.raw.begin(), f.raw.end(), '\n');
-        if (!ends_field(++pos_))
-            fail(
-                "%s: line %zu: text follows the closing quote of a field that begins on line %zu "
-                "(unbalanced quotes?)",
-                path_.c_str(), line_, opened);
-        return f;
-    }
-
-    const std::string& path_;
-    std::string_view text_;
-    size_t pos_ = 0, line_ = 1;
-};
-
-// Cuts a text into lines, without the newline characters.
-class LineReader {
-  public:
-    explicit LineReader(std::string_view text) : text_(text) {}
-    bool next(std::string_view* line) {
-        if (pos_ >= text_.size()) return false;
-        size_t end = std::min(text_.find('\n', pos_), text_.size());
-        *line = text_.substr(pos_, end - pos_);
-        pos_ = end + 1;
-        return true;
-    }
-
-  private:
-    std::string_view text_;
-    size_t pos_ = 0;
-};
 
 // The beginning of the user's text for an error message: one line, at most MOST bytes and "...".
 inline std::string excerpt(std::string_view text) {
@@ -253,181 +86,630 @@ inline std::string excerpt(std::string_view text) {
         if ((unsigned char)c < 0x20) c = ' ';
     return s.size() < text.size() ? s + "..." : s;
 }
-inline bool is_blank(std::string_view line) {
-    return line.find_first_not_of(" \t\r\v\f") == std::string_view::npos;
-}
-
 // Reads files into cleaned poems without duplicates, and counts in the report what it reads and drops.
 class Collector {
   public:
-    std::deque<Poem> poems;  // a deque, because seen_ points into the texts
+    std::deque<Poem> poems;                            // a deque, because seen_ points into the texts
+    std::vector<std::string> tag_columns;              // of --tags
+    std::vector<std::vector<std::string>> tag_values;  // for each, the values that occur
 
-    Collector(const Options& o, Report& r) : o_(o), r_(r), clean_(o) {}
-
-    void read_file(const std::string& path) {
-        Reader in(path);
-        const std::string content = in.rest();
-        if (content.empty()) fail("%s: is empty", path.c_str());
-        path_ = &path, file_begin_ = content.data();
-        std::string_view text = content;
-        if (text.substr(0, 3) == "\xEF\xBB\xBF") text.remove_prefix(3);
-        if (text.substr(0, 2) == "\xFF\xFE" || text.substr(0, 2) == "\xFE\xFF")
-            fail("%s: is UTF-16, wanted UTF-8 (iconv -f UTF-16 -t UTF-8 converts it)", path.c_str());
-        size_t before = r_.poems_read;
-        std::string how = is_csv(text) ? read_csv(text) : read_text(text);
-        r_.sources.push_back(strf("%s: %s, %s, %s poems", path.c_str(),
-                                  human_bytes((double)content.size()).c_str(), how.c_str(),
-                                  commas(r_.poems_read - before).c_str()));
+    Collector(const Options& o, Report& r) : o_(o), r_(r), cleaners_(PARTS, Cleaner(o)) {
+        tag_columns = split_names(o.tags);
+        tag_values.resize(tag_columns.size()), tag_numbers_.resize(tag_columns.size());
     }
-    void finish() { r_.removed = clean_.removed(), r_.replaced = clean_.replaced; }
+
+    // Reads a file, standard input ("-"), or the files in a folder.
+    void read_file(const std::string& path) {
+        struct stat st;
+        if (path != "-" && stat(path.c_str(), &st) == 0 && S_ISDIR(st.st_mode)) return read_folder(path);
+        Input in(path);
+        const size_t before = r_.poems_read;
+        const std::string how = read(in, false);
+        add_source(in.path, in.bytes_read(), how, r_.poems_read - before);
+    }
+    void finish() {
+        for (const Cleaner& c : cleaners_) {
+            for (auto& [code, n] : c.removed()) r_.removed[code] += n;
+            for (auto& [code, n] : c.mapped()) r_.mapped[code] += n;
+            r_.replaced += c.replaced;
+        }
+        r_.hemistich_separator = separators_.size() == 1 ? *separators_.begin() : "tab";
+    }
+    static std::vector<std::string> split_names(const std::string& list) {
+        std::vector<std::string> names;
+        for (size_t at = 0; at < list.size();) {
+            const size_t end = std::min(list.find(',', at), list.size());
+            if (end > at) names.push_back(list.substr(at, end - at));
+            at = end + 1;
+        }
+        return names;
+    }
 
   private:
-    bool is_csv(std::string_view text) const {
-        if (o_.format != "auto") return o_.format == "csv";
-        if (path_->size() >= 4 && !strcasecmp(path_->c_str() + path_->size() - 4, ".csv")) return true;
-        // With any other name the file is a CSV if its first line is a header that names the column.
-        std::string_view first_line = text.substr(0, text.find('\n'));
-        if (std::count(first_line.begin(), first_line.end(), '"') % 2) return false;
-        CsvReader csv(*path_, first_line);
-        try {
-            return csv.next() && column_of(csv) < csv.fields.size();
-        } catch (const Error&) {
-            return false;
+    enum Kind { CSV, JSON, TEXT };
+    // What a file is, as far as its first MiB shows.
+    struct Layout {
+        Kind kind = TEXT;
+        char delimiter = ',';
+        std::vector<std::string> names;  // of the columns
+        std::vector<size_t> parts, group,
+            tags;                 // columns: of the poem or of the verse's parts; the two others
+        bool verse_rows = false;  // a row is a verse
+        bool lists = false, hemistichs = false;   // cells are lists, of hemistichs
+        bool whole = false, blank_lines = false;  // text: one poem in all, poems between blank lines
+        std::string mark;                         // text: poems end at lines of this
+        bool numbers = false;                     // verses are numbered
+        Separator separator = Separator("tab");
+    };
+    // What the beginning of a file has in it
+    struct Sample {
+        std::deque<std::string> texts;
+        std::vector<std::string_view> verses;
+        void add(std::string text) {
+            if (verses.size() >= 4000) return;
+            texts.push_back(std::move(text));
+            for_each_line(texts.back(), [&](std::string_view line) {
+                if (!is_blank(line) && verses.size() < 4000) verses.push_back(line);
+            });
+        }
+    };
+
+    void add_source(const std::string& name, uint64_t bytes, const std::string& how, size_t poems) {
+        r_.sources.push_back(strf("%s: %s, %s, %s %s", name.c_str(), human_bytes((double)bytes).c_str(),
+                                  how.c_str(), commas(poems).c_str(), poems == 1 ? "poem" : "poems"));
+    }
+    void read_folder(const std::string& dir) {
+        std::vector<std::string> paths;
+        find_files(dir, paths);
+        if (paths.empty()) fail("%s: is a folder without files", dir.c_str());
+        const size_t before = r_.poems_read;
+        uint64_t bytes = 0;
+        std::set<std::string> hows;
+        for (const std::string& path : paths) {
+            struct stat st;
+            if (stat(path.c_str(), &st) == 0 && st.st_size == 0) continue;
+            Input in(path);
+            hows.insert(read(in, true)), bytes += in.bytes_read();
+        }
+        std::string how;
+        for (const std::string& h : hows) how += (how.empty() ? "" : "; ") + h;
+        add_source(strf("%s: %zu files", dir.c_str(), paths.size()), bytes, how, r_.poems_read - before);
+    }
+    // The files in a folder and its folders, in the order of their names, without hidden ones.
+    static void find_files(const std::string& dir, std::vector<std::string>& paths) {
+        for (const std::string& name : names_in(dir)) {
+            const std::string path = dir + "/" + name;
+            struct stat st;
+            if (name[0] == '.' || stat(path.c_str(), &st)) continue;
+            if (S_ISDIR(st.st_mode)) find_files(path, paths);
+            else if (S_ISREG(st.st_mode)) paths.push_back(path);
         }
     }
-    size_t column_of(const CsvReader& csv) const { return column_of(csv, o_.column); }
-    static size_t column_of(const CsvReader& csv, const std::string& name) {
-        size_t i = 0;
-        while (i < csv.fields.size() && csv.fields[i].text() != name) i++;
-        return i;
+
+    // Reads the poems of an input. `of_folder`: a text is one poem. Returns what the input is, for the
+    // report.
+    std::string read(Input& in, bool of_folder) {
+        refuse_other_kinds(in);
+        in_ = &in;
+        Layout l;
+        choose_kind(in, l);
+        l.whole = of_folder && l.kind == TEXT;
+        std::string how = l.kind == TEXT ? read_text(in, l) : read_rows(in, l);
+        if (!l.separator.is_tab()) how += ", hemistichs separated by " + l.separator.shown();
+        if (l.numbers) how += ", verse numbers removed";
+        in_ = nullptr;
+        return how;
+    }
+
+    // --- what a file is
+
+    void choose_kind(const Input& in, Layout& l) const {
+        const std::string_view v = in.view();
+        const std::string& path = in.path;
+        auto named = [&](const char* ending) {
+            const size_t n = strlen(ending);
+            return path.size() > n && !strcasecmp(path.c_str() + path.size() - n, ending);
+        };
+        const bool by_content = o_.format == "auto";
+        // JSON begins with { " or [ and, after white space, the first text, list or object.
+        size_t i = std::min(v.find_first_not_of(" \t\r\n"), v.size());
+        const bool open = i < v.size() && (v[i] == '{' || v[i] == '[');
+        const size_t inner = open ? std::min(v.find_first_not_of(" \t\r\n", i + 1), v.size()) : v.size();
+        const bool like_json = inner < v.size() && (v[i] == '{' ? v[inner] == '"' || v[inner] == '}'
+                                                                : strchr("{[\"", v[inner]) != nullptr);
+        if (o_.format == "json" ||
+            (by_content && (named(".json") || named(".jsonl") || named(".ndjson") || like_json))) {
+            l.kind = JSON;
+            if (!json::available())
+                fail(
+                    "%s: is JSON, for which ./prepare_data must be built with nlohmann-json: sudo apt-get "
+                    "install "
+                    "nlohmann-json3-dev, then make prepare_data",
+                    path.c_str());
+            return;
+        }
+        if (o_.format == "text") return;
+        // A CSV has a header line with the column that is wanted; or its name says that it is one.
+        const bool must = o_.format == "csv" || named(".csv") || named(".tsv");
+        size_t most = 0;
+        bool found = false;
+        for (char delimiter : {',', ';', '\t', '|'}) {
+            const std::vector<std::string> names = header_names(in, delimiter);
+            const bool has = has_wanted_column(names) &&
+                             (names.size() > 1 || must || o_.column.size() || delimiter == ',');
+            if ((has && !found) || (has == found && names.size() > most))
+                l.delimiter = delimiter, most = names.size(), found = found || has;
+        }
+        if (must || found) l.kind = CSV;
+    }
+    // The cells of the first line, or nothing if it is no header.
+    static std::vector<std::string> header_names(const Input& in, char delimiter) {
+        const std::string_view v = in.view(), line = v.substr(0, v.find_first_of("\r\n"));
+        if (line.empty() || std::count(line.begin(), line.end(), '"') % 2) return {};
+        try {
+            Input header(in.path, line);
+            return CsvRows(header, delimiter).names;
+        } catch (const Error&) {
+            return {};
+        }
+    }
+    // Does the header have the columns that the flags name or, if they name none, one that poems often have?
+    bool has_wanted_column(const std::vector<std::string>& names) const {
+        std::vector<std::string> wanted = split_names(o_.columns);
+        if (!o_.column.empty()) wanted = {o_.column};
+        auto has = [&](const std::string& n) {
+            return std::find(names.begin(), names.end(), n) != names.end();
+        };
+        if (!wanted.empty()) return std::all_of(wanted.begin(), wanted.end(), has);
+        return usual_column(names) != Rows::NONE && (names.size() > 1 || has(USUAL[0]));
+    }
+    // Names that the column of the poem has in published collections. The first is taken before the others.
+    static constexpr const char* USUAL[] = {
+        "poem_text",   "text",        "poem",
+        "poem verses", "poem_verses", "verses",
+        "content",     "poetry",      "\u0627\u0644\u0642\u0635\u064A\u062F\u0629"};
+    // The column that the poem is in: poem_text, or the only one with another usual name; or NONE.
+    static size_t usual_column(const std::vector<std::string>& names) {
+        size_t found = Rows::NONE, n = 0;
+        for (size_t i = 0; i < names.size(); i++)
+            for (const char* usual : USUAL) {
+                if (names[i] != usual) continue;
+                if (usual == USUAL[0]) return i;
+                found = i, n++;
+            }
+        return n == 1 ? found : Rows::NONE;
+    }
+
+    // --- tables
+
+    std::unique_ptr<Rows> open_rows(Input& in, const Layout& l) const {
+        if (l.kind == CSV) return std::make_unique<CsvRows>(in, l.delimiter);
+        auto rows = std::make_unique<JsonRows>(in);
+        rows->names = l.names;
+        return rows;
     }
     // The number of the column called `name`; an Error if there is none. `flag` is the switch that named it.
-    size_t column_named(const CsvReader& csv, const std::string& name, const char* flag) const {
-        size_t column = column_of(csv, name);
-        if (column < csv.fields.size()) return column;
+    size_t column_named(const Layout& l, const std::string& name, const char* flag) const {
+        auto at = std::find(l.names.begin(), l.names.end(), name);
+        if (at != l.names.end()) return (size_t)(at - l.names.begin());
         std::string found;
-        for (const auto& f : csv.fields) {
-            if (utf8::find_invalid(f.raw) != std::string::npos)
-                fail("%s: is not UTF-8 text: its header line has other bytes", path_->c_str());
-            found += (&f == &csv.fields[0] ? "" : ", ") + excerpt(f.text());
+        for (const std::string& n : l.names) {
+            if (utf8::find_invalid(n) != std::string::npos)
+                fail("%s: is not UTF-8 text: its header line has other bytes", in_->path.c_str());
+            found += (found.empty() ? "" : ", ") + excerpt(n);
         }
-        fail("%s: has no column '%s'; its columns are %s (%s chooses one)", path_->c_str(), name.c_str(),
+        fail("%s: has no %s '%s'; its %s are %s (%s chooses one)", in_->path.c_str(),
+             l.kind == CSV ? "column" : "key", name.c_str(), l.kind == CSV ? "columns" : "keys",
              found.c_str(), flag);
     }
     // COLUMN=VALUE, met by rows whose column has that value. No row meets an empty condition.
     struct Condition {
         size_t column = SIZE_MAX;
         std::string value;
-        bool met(const CsvReader& csv) const {
-            return column != SIZE_MAX && csv.fields[column].text() == value;
-        }
+        bool met(const Rows& rows) const { return column != SIZE_MAX && rows.cell(column).text() == value; }
     };
-    Condition condition(const CsvReader& csv, const std::string& text, const char* flag) const {
+    Condition condition(const Layout& l, const std::string& text, const char* flag) const {
         if (text.empty()) return {};
         size_t equals = text.find('=');
-        return {column_named(csv, text.substr(0, equals), flag), text.substr(equals + 1)};
+        return {column_named(l, text.substr(0, equals), flag), text.substr(equals + 1)};
     }
 
-    std::string read_csv(std::string_view text) {
-        CsvReader csv(*path_, text);
-        if (!csv.next()) fail("%s: has no header line", path_->c_str());
-        const size_t columns = csv.fields.size(), column = column_named(csv, o_.column, "--column");
-        const Condition where = condition(csv, o_.where, "--where"),
-                        except = condition(csv, o_.except, "--except");
-        while (csv.next()) {
-            if (csv.fields.size() == columns) {
-                if ((!o_.where.empty() && !where.met(csv)) || except.met(csv)) r_.filtered++;
-                else add(csv.fields[column].raw, csv.line, csv.fields[column].doubled);
+    // Looks at the first rows: the columns, the group, what the poems' verses are like.
+    void survey(const Input& in, Layout& l) const {
+        Input start(in.path, in.sample());
+        std::unique_ptr<Rows> rows = open_rows(start, l);
+        bool row = rows->next();
+        std::string why = rows->bad;
+        while (row && rows->names.empty()) row = rows->next();
+        if (rows->names.empty())
+            fail("%s: has no JSON value that can be read: %s", in.path.c_str(), why.c_str());
+        l.names = rows->names;
+        for (const std::string& name : split_names(o_.columns))
+            l.parts.push_back(column_named(l, name, "--columns"));
+        l.verse_rows = !l.parts.empty();
+        if (!l.verse_rows) l.parts = {poem_column(l, row ? rows.get() : nullptr)};
+        for (const std::string& name : tag_columns) l.tags.push_back(column_named(l, name, "--tags"));
+
+        Sample sample;
+        std::vector<size_t> changes(l.names.size());
+        std::vector<std::string> last(l.names.size());
+        size_t n = 0, lists = 0, even = 0, items = 0, letters = 0;
+        for (; row; row = rows->next()) {
+            if (!rows->bad.empty()) continue;
+            if (l.verse_rows) {
+                for (size_t c = 0; c < changes.size(); c++) {
+                    std::string value = rows->cell(c).text();
+                    changes[c] += n && value != last[c];
+                    last[c] = std::move(value);
+                }
+                sample.add(verse_of(*rows, l));
+            } else {
+                std::string text = rows->cell(l.parts[0]).text(), list;
+                bool cut;
+                if (l.kind == CSV && printed_list(text, &list, &cut)) text = list;
+                if (!text.empty() && text[0] == LIST) {
+                    const size_t k = 1 + (size_t)std::count(text.begin(), text.end(), ITEM);
+                    lists++, even += k % 2 == 0, items += k;
+                    for (char& c : text)
+                        if (c == LIST || c == ITEM) c = '\n';
+                    if (text.find('\t') == text.npos) utf8_letters(text, &letters);
+                    else letters += 1000 * k;
+                }
+                sample.add(std::move(text));
+            }
+            n++;
+        }
+        l.lists = lists > 0;
+        // A hemistich of the classical metres has up to about 25 letters, a verse about twice as many.
+        constexpr double HEMISTICH = 28;
+        l.hemistichs =
+            o_.list == "hemistichs" || (o_.list == "auto" && lists && (double)even >= 0.95 * (double)lists &&
+                                        (double)letters <= HEMISTICH * (double)items);
+        if (l.verse_rows) choose_group(l, changes, n);
+        survey_verses(sample, l);
+    }
+    static void utf8_letters(std::string_view text, size_t* n) {
+        uint32_t c;
+        for (size_t i = 0; i < text.size();) i += decode_or_byte(text, i, &c), *n += is_letter(c);
+    }
+    // The column of the poem: what --column names; else one with a usual name; else, in JSON, the only list.
+    size_t poem_column(const Layout& l, const Rows* row) const {
+        if (!o_.column.empty()) return column_named(l, o_.column, "--column");
+        if (l.names.size() == 1 && l.names[0].empty()) return 0;
+        size_t found = usual_column(l.names), lists = 0, list = 0;
+        if (found != Rows::NONE) return found;
+        for (size_t c = 0; row && l.kind == JSON && c < l.names.size(); c++)
+            if (Rows::Cell cell = row->cell(c); !cell.raw.empty() && cell.raw[0] == LIST) list = c, lists++;
+        return lists == 1 ? list : column_named(l, USUAL[0], "--column");
+    }
+    // The columns that tell poems apart. With auto, those that are the same for most verses and the next
+    // ones: not the parts of the verse, its text or its number.
+    void choose_group(Layout& l, const std::vector<size_t>& changes, size_t rows) const {
+        if (o_.group != "auto") {
+            for (const std::string& name : split_names(o_.group))
+                l.group.push_back(column_named(l, name, "--group"));
+            return;
+        }
+        for (size_t c = 0; c < l.names.size(); c++)
+            if (std::find(l.parts.begin(), l.parts.end(), c) == l.parts.end() && 2 * changes[c] < rows)
+                l.group.push_back(c);
+        if (l.group.empty())
+            fail("%s: no column tells one poem's verses from another's; --group COLUMN names one",
+                 in_->path.c_str());
+    }
+    void survey_verses(const Sample& sample, Layout& l) const {
+        size_t numbered = 0;
+        for (std::string_view v : sample.verses) numbered += verse_number(v) > 0;
+        l.numbers = !sample.verses.empty() && (double)numbered >= 0.8 * (double)sample.verses.size();
+        l.separator = Separator(o_.hemistich_separator == "auto" ? Separator::detect(sample.verses)
+                                                                 : o_.hemistich_separator);
+    }
+    // The parts of a verse with a TAB between those that are not empty.
+    static std::string verse_of(const Rows& rows, const Layout& l) {
+        std::string verse;
+        for (size_t c : l.parts) {
+            std::string part = rows.cell(c).text();
+            for (char& ch : part)
+                if (ch == '\n' || ch == '\r' || ch == '\t') ch = ' ';
+            if (is_blank(part)) continue;
+            verse += (verse.empty() ? "" : "\t") + part;
+        }
+        return verse;
+    }
+
+    std::string read_rows(Input& in, Layout& l) {
+        survey(in, l);
+        const Condition where = condition(l, o_.where, "--where"),
+                        except = condition(l, o_.except, "--except");
+        std::unique_ptr<Rows> rows = open_rows(in, l);
+        layout_ = &l;
+        std::vector<std::string> group, last_group, tags;
+        std::string poem;  // the verses of the poem so far, where a row is a verse
+        size_t first_line = 0;
+        auto flush = [&] {
+            if (!poem.empty()) add(poem, first_line, Rows::NONE, tags);
+            poem.clear();
+        };
+        while (rows->next()) {
+            if (!rows->bad.empty()) {
+                add_bad(*rows);
                 continue;
             }
-            r_.poems_read++;
-            if (r_.ragged++ < EXAMPLES)
-                r_.where_ragged.push_back(strf("%s line %zu: %zu fields, the header has %zu", path_->c_str(),
-                                               csv.line, csv.fields.size(), columns));
+            if ((!o_.where.empty() && !where.met(*rows)) || except.met(*rows)) {
+                r_.filtered++;
+                continue;
+            }
+            if (!l.verse_rows) {
+                read_tags(*rows, l, tags);
+                const Rows::Cell cell = rows->cell(l.parts[0]);
+                std::string list;
+                bool cut = false;
+                if (l.kind == CSV && l.lists &&
+                    printed_list(cell.doubled ? cell.text() : cell.raw, &list, &cut)) {
+                    if (cut) rows->bad = "numpy left out items of the list ('...')", add_bad(*rows);
+                    else add(list, rows->line, Rows::NONE, tags);
+                } else if (cell.doubled) {
+                    add(cell.text(), rows->line, rows->offset(cell), tags);
+                } else {
+                    add(cell.raw, rows->line, rows->offset(cell), tags);
+                }
+                continue;
+            }
+            group.clear();
+            for (size_t c : l.group) group.push_back(rows->cell(c).text());
+            if (group != last_group) flush(), last_group = group;
+            if (poem.empty()) first_line = rows->line, read_tags(*rows, l, tags);
+            const std::string verse = verse_of(*rows, l);
+            if (!verse.empty()) poem += verse + "\n";
         }
-        return "CSV column " + o_.column;
+        flush();
+        add_batch();
+        layout_ = nullptr;
+        return how_rows(l, rows.get());
+    }
+    std::string how_rows(const Layout& l, const Rows* rows) const {
+        std::string how;
+        if (l.kind == CSV)
+            how = l.delimiter == ','    ? "CSV"
+                  : l.delimiter == '\t' ? "CSV (TAB)"
+                                        : strf("CSV (%c)", l.delimiter);
+        else how = static_cast<const JsonRows*>(rows)->is_array() ? "JSON array" : "JSON lines";
+        auto list = [&](const std::vector<size_t>& columns) {
+            std::string s;
+            for (size_t c : columns) s += (s.empty() ? "" : ", ") + l.names[c];
+            return s;
+        };
+        const char* one = l.kind == CSV ? "column" : "key";
+        if (l.verse_rows) {
+            how += strf(", a verse a row, %ss %s, poems by %s", one, list(l.parts).c_str(),
+                        list(l.group).c_str());
+        } else {
+            if (!l.names[l.parts[0]].empty()) how += strf(" %s ", one) + list(l.parts);
+            if (l.lists) how += l.hemistichs ? ", lists of hemistichs" : ", lists of verses";
+        }
+        return how;
+    }
+    void read_tags(const Rows& rows, const Layout& l, std::vector<std::string>& tags) const {
+        tags.clear();
+        for (size_t c : l.tags) tags.push_back(rows.cell(c).text());
+    }
+    void add_bad(const Rows& rows) {
+        const std::string where = strf("%s line %zu: %s", in_->path.c_str(), rows.line, rows.bad.c_str());
+        r_.poems_read++;
+        if (rows.ragged) {
+            if (r_.ragged++ < EXAMPLES) r_.where_ragged.push_back(where);
+            return;
+        }
+        if (o_.on_error == "fail")
+            fail("%s: line %zu: %s; --on_error skip drops such rows", in_->path.c_str(), rows.line,
+                 rows.bad.c_str());
+        if (r_.damaged++ < EXAMPLES) r_.where_damaged.push_back(where);
     }
 
-    std::string read_text(std::string_view text) {
-        if (!o_.where.empty() || !o_.except.empty())
-            fail("%s: is plain text, but --%s needs the columns of a CSV", path_->c_str(),
-                 o_.where.empty() ? "except" : "where");
-        bool blank_lines = o_.layout == "blank" || (o_.layout == "auto" && has_blank_line_inside(text));
-        LineReader lines(text);
-        std::string_view line;
-        size_t number = 0, first_line = 0;
-        const char *begin = nullptr, *end = nullptr;  // of the poem being read
+    // --- text
+
+    std::string read_text(Input& in, Layout& l) {
+        for (auto [flag, text] : {std::pair<const char*, const std::string*>{"--where", &o_.where},
+                                  {"--except", &o_.except},
+                                  {"--columns", &o_.columns},
+                                  {"--tags", &o_.tags}})
+            if (!text->empty())
+                fail("%s: is plain text, but %s needs the columns of a CSV", in.path.c_str(), flag);
+        survey_text(in.sample(), l);
+        layout_ = &l;
+        LineReader lines(in);
+        std::string poem;
+        size_t first_line = 0;
+        uint64_t first_offset = 0;
         auto flush = [&] {
-            if (begin) add(std::string_view(begin, (size_t)(end - begin)), first_line, false);
-            begin = nullptr;
+            if (!poem.empty()) add(poem, first_line, first_offset, {});
+            poem.clear();
         };
-        while (lines.next(&line)) {
-            number++;
-            if (is_blank(line)) {
+        while (lines.next()) {
+            const bool blank = is_blank(lines.line);
+            if (!l.whole &&
+                (blank ? l.blank_lines || !poem.size() : !l.mark.empty() && ends_poem(lines.line, l.mark))) {
                 flush();
                 continue;
             }
-            if (!begin) begin = line.data(), first_line = number;
-            end = line.data() + line.size();
-            if (!blank_lines) flush();
+            if (poem.empty()) {
+                if (blank) continue;
+                first_line = lines.number, first_offset = lines.offset;
+            }
+            poem += lines.raw;
+            if (!l.whole && !l.blank_lines && l.mark.empty()) flush();
         }
         flush();
-        return blank_lines ? "text, poems separated by blank lines" : "text, one poem per line";
+        add_batch();
+        layout_ = nullptr;
+        return l.whole           ? "text, a poem a file"
+               : !l.mark.empty() ? "text, poems separated by lines of " + utf8::quote(l.mark)
+               : l.blank_lines   ? "text, poems separated by blank lines"
+                                 : "text, one poem per line";
     }
-    static bool has_blank_line_inside(std::string_view text) {
-        LineReader lines(text);
-        std::string_view line;
-        for (bool text_seen = false, gap = false; lines.next(&line);) {
-            if (is_blank(line)) gap = text_seen;
-            else if (gap) return true;
-            else text_seen = true;
+    static bool ends_poem(std::string_view line, const std::string& mark) {
+        const size_t begin = std::min(line.find_first_not_of(" \t"), line.size()),
+                     end = line.find_last_not_of(" \t") + 1;
+        return (end > begin && line.substr(begin, end - begin) == mark) || mark_line(line) == mark;
+    }
+    // How a text divides into poems and verses.
+    void survey_text(std::string_view text, Layout& l) const {
+        size_t gaps = 0;  // blank lines within the text, but for those next to a line that only separates
+        std::map<std::string, size_t> marks;
+        bool seen = false, gap = false;
+        std::string waiting;  // a line that separates, if text follows
+        Sample sample;
+        for_each_line(text, [&](std::string_view line) {
+            if (is_blank(line)) {
+                gap = seen;
+                return;
+            }
+            if (std::string mark = mark_line(line); !mark.empty()) {
+                if (seen) waiting = mark, gap = false;
+                return;
+            }
+            if (!waiting.empty()) marks[waiting]++, gap = false, waiting.clear();
+            gaps += gap, gap = false, seen = true;
+            sample.add(std::string(line));
+        });
+        survey_verses(sample, l);
+        if (l.whole) return;
+        if (o_.poem_separator != "auto") {
+            l.mark = o_.poem_separator;
+            if (std::string one = mark_line(l.mark); !one.empty()) l.mark = one;
+        } else if (o_.layout == "auto") {
+            size_t most = 0;
+            for (auto& [mark, n] : marks)
+                if (n > most) l.mark = mark, most = n;
+            // One ornament among blank lines does not separate poems; a mark that exists for that does.
+            const bool certain = l.mark == "$" || l.mark == "<|endoftext|>";
+            if (!certain && gaps && most < 2) l.mark.clear();
         }
-        return false;
+        l.blank_lines = l.mark.empty() && (o_.layout == "blank" || (o_.layout == "auto" && gaps));
     }
 
-    // Cleans and keeps one poem, given as it is written in the file, or counts why it is dropped.
-    void add(std::string_view raw, size_t line, bool doubled_quotes) {
+    // --- a poem
+
+    // A list's items as verses, one a line, or as hemistichs, two a line.
+    static std::string unfold(std::string_view list, bool hemistichs) {
+        std::string text;
+        size_t n = 0;
+        for (size_t at = 1; at <= list.size(); n++) {
+            const size_t end = std::min(list.find(ITEM, at), list.size());
+            if (n) text += hemistichs && n % 2 ? '\t' : '\n';
+            text += list.substr(at, end - at);
+            at = end + 1;
+        }
+        return text;
+    }
+    // The text with a TAB between hemistichs and without verse numbers.
+    std::string arranged(std::string_view raw) const {
+        std::string text = raw.substr(0, 1) == std::string_view(&LIST, 1) ? unfold(raw, layout_->hemistichs)
+                                                                          : std::string(raw);
+        if (layout_->numbers) {
+            std::string bare;
+            for_each_line(text,
+                          [&](std::string_view v) { bare.append(v.substr(verse_number(v))), bare += '\n'; });
+            text = std::move(bare);
+        }
+        return layout_->separator.apply(text);
+    }
+    bool needs_arranging(std::string_view raw) const {
+        return layout_->numbers || !layout_->separator.is_tab() || (!raw.empty() && raw[0] == LIST);
+    }
+
+    // Takes one poem, as the file has it. It begins on `line` of the file, at the byte `offset`, or NONE
+    // where it is not in the file as it is.
+    void add(std::string_view raw, size_t line, uint64_t offset, const std::vector<std::string>& tags) {
+        constexpr size_t BATCH = 4 << 20;  // bytes
+        batch_.push_back({std::string(raw), "", utf8::VALID, line, offset, tags});
+        batched_ += raw.size();
+        if (batched_ >= BATCH) add_batch();
+    }
+    // Cleans the poems taken so far, on all cores, and keeps them or counts why they are dropped, in their
+    // order.
+    void add_batch() {
+        const size_t parts = cleaners_.size(), n = batch_.size();
+#pragma omp parallel for schedule(static)
+        for (size_t part = 0; part < parts; part++)
+            for (size_t i = n * part / parts; i < n * (part + 1) / parts; i++) {
+                Taken& t = batch_[i];
+                t.invalid = utf8::find_invalid(t.raw);
+                if (t.invalid != utf8::VALID) continue;
+                t.text = cleaners_[part](needs_arranging(t.raw) ? arranged(t.raw) : t.raw);
+            }
+        for (Taken& t : batch_) keep(t);
+        batch_.clear(), batched_ = 0;
+    }
+    struct Taken {
+        std::string raw, text;  // as in the file; cleaned
+        size_t invalid;         // the first byte of raw that is not UTF-8, or VALID
+        size_t line;
+        uint64_t offset;
+        std::vector<std::string> tags;
+    };
+    void keep(Taken& t) {
         r_.poems_read++;
-        size_t bad = utf8::find_invalid(raw);
-        if (bad != std::string_view::npos) {
-            size_t offset = (size_t)(raw.data() - file_begin_) + bad;
-            std::string where =
-                strf("%s: invalid UTF-8 at byte %zu (0x%02X), in the poem that begins on line %zu",
-                     path_->c_str(), offset, (unsigned)(unsigned char)raw[bad], line);
+        if (t.invalid != utf8::VALID) {
+            const std::string at = t.offset == Rows::NONE
+                                       ? ""
+                                       : strf(" at byte %llu", (unsigned long long)(t.offset + t.invalid));
+            const std::string where =
+                strf("%s: invalid UTF-8%s (0x%02X), in the poem that begins on line %zu", in_->path.c_str(),
+                     at.c_str(), (unsigned)(unsigned char)t.raw[t.invalid], t.line);
             if (o_.on_error == "fail") fail("%s; --on_error skip drops such poems", where.c_str());
             if (r_.invalid++ < EXAMPLES) r_.where_invalid.push_back(where);
             return;
         }
-        std::string text = doubled_quotes ? clean_(CsvReader::Field{raw, true}.text()) : clean_(raw);
-        size_t chars = utf8::count(text);
+        const size_t chars = utf8::count(t.text);
         if (chars == 0) r_.empty++;
         else if (chars < (size_t)o_.min_chars) r_.too_short++;
-        else if (seen_.count(text)) r_.duplicates++;
         else {
-            size_t verses = 1 + (size_t)std::count(text.begin(), text.end(), '\n');
-            poems.push_back({std::move(text), chars, verses});
-            seen_.insert(poems.back().text);
+            const size_t verses = 1 + (size_t)std::count(t.text.begin(), t.text.end(), '\n');
+            poems.push_back({std::move(t.text), chars, verses, {}});
+            if (!seen_.insert(poems.back().text).second) {
+                poems.pop_back(), r_.duplicates++;
+                return;
+            }
+            poems.back().tags = tag_ids(t.tags);
+            separators_.insert(layout_->separator.name());
         }
+    }
+    std::vector<uint32_t> tag_ids(const std::vector<std::string>& tags) {
+        std::vector<uint32_t> ids;
+        for (size_t k = 0; k < tags.size(); k++) {
+            std::string value = Tokenizer::tag_value(tags[k]);
+            auto [at, is_new] = tag_numbers_[k].insert({value, (uint32_t)tag_values[k].size()});
+            if (is_new) tag_values[k].push_back(value);
+            ids.push_back(at->second);
+        }
+        return ids;
     }
 
     const Options& o_;
     Report& r_;
-    Cleaner clean_;
+    static constexpr size_t PARTS = 16;  // of a batch, each with a cleaner of its own
+    std::vector<Cleaner> cleaners_;
+    std::vector<Taken> batch_;
+    size_t batched_ = 0;  // bytes of it
     std::unordered_set<std::string_view> seen_;
-    const std::string* path_ = nullptr;
-    const char* file_begin_ = nullptr;
+    std::set<std::string> separators_;  // of the files that poems were kept from
+    std::vector<std::unordered_map<std::string, uint32_t>> tag_numbers_;
+    const Input* in_ = nullptr;  // the file being read, and what it is
+    const Layout* layout_ = nullptr;
 };
 
 // ---------------------------------------------------------------------------------------------
 // Splitting
 
 // Poems that share a pair of consecutive verses are related, as is a poem of a single verse with every poem
-// that contains this verse. A family is everything that such relations connect, directly or through other
-// poems. Returns each poem's family, identified by the index of its first poem.
+// that contains this verse. Verses that differ only in vowel signs count as equal. A family is everything
+// that such relations connect, directly or through other poems. Returns each poem's family, identified by the
+// index of its first poem.
 //
-// The families are a union-find forest: parent[i] leads from poem i to an earlier poem of its family, and
-// the first poem of a family is its own parent.
-inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
+// with_marks: the poems may have vowel signs. The families are a union-find forest: parent[i] leads from poem
+// i to an earlier poem of its family, and the first poem of a family is its own parent.
+inline std::vector<size_t> find_families(const std::deque<Poem>& poems, bool with_marks) {
     std::vector<size_t> parent(poems.size());
     std::iota(parent.begin(), parent.end(), size_t(0));
     auto root = [&](size_t i) {
@@ -439,30 +721,36 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems) {
         parent[std::max(a, b)] = std::min(a, b);
     };
 
-    // Pairs are compared by a 64-bit hash. A collision would put two unrelated poems into one family, which
+    // Verses are compared by a 64-bit hash. A collision would put two unrelated poems into one family, which
     // does no harm.
-    std::vector<std::pair<size_t, size_t>> pairs;         // hash, poem
-    std::unordered_map<std::string_view, size_t> single;  // the verse of a poem of one verse -> the poem
-    std::hash<std::string_view> hash;
-    auto for_each_verse = [&](size_t i, auto f) {
-        LineReader lines(poems[i].text);
-        for (std::string_view verse; lines.next(&verse);) f(verse);
-    };
-    for (size_t i = 0; i < poems.size(); i++)
-        if (poems[i].verses == 1) single[poems[i].text] = i;
-    for (size_t i = 0; i < poems.size(); i++) {
-        std::string_view previous;
-        for_each_verse(i, [&](std::string_view verse) {
-            if (!previous.empty()) {
-                std::string_view pair(previous.data(),
-                                      (size_t)(verse.data() + verse.size() - previous.data()));
-                pairs.push_back({hash(pair), i});
-            }
-            previous = verse;
-            auto lone = single.find(verse);
-            if (lone != single.end()) unite(lone->second, i);
+    auto hash = [&](std::string_view verse) {
+        if (!with_marks) return (uint64_t)std::hash<std::string_view>()(verse);
+        std::string bare;
+        utf8::for_each(verse, [&](uint32_t c, size_t) {
+            if (c != TATWEEL && !is_mark(c)) utf8::append(bare, c);
         });
+        return (uint64_t)std::hash<std::string_view>()(bare);
+    };
+    std::vector<size_t> first(poems.size() + 1);  // where a poem's verses begin in `hashes`
+    for (size_t i = 0; i < poems.size(); i++) first[i + 1] = first[i] + poems[i].verses;
+    std::vector<uint64_t> hashes(first.back());
+#pragma omp parallel for schedule(dynamic, 256)
+    for (size_t i = 0; i < poems.size(); i++) {
+        size_t k = first[i];
+        for_each_line(poems[i].text, [&](std::string_view verse) { hashes[k++] = hash(verse); });
     }
+    std::unordered_map<uint64_t, size_t> single;  // the verse of a poem of one verse -> the first such poem
+    for (size_t i = 0; i < poems.size(); i++)
+        if (poems[i].verses == 1)
+            if (auto [at, is_new] = single.insert({hashes[first[i]], i}); !is_new) unite(at->second, i);
+    std::vector<std::pair<uint64_t, size_t>> pairs;  // hash of two consecutive verses, poem
+    for (size_t i = 0; i < poems.size(); i++)
+        for (size_t k = first[i]; k < first[i + 1]; k++) {
+            if (k > first[i]) pairs.push_back({hashes[k - 1] * 0x9E3779B97F4A7C15u + hashes[k], i});
+            if (single.empty()) continue;
+            auto lone = single.find(hashes[k]);
+            if (lone != single.end()) unite(lone->second, i);
+        }
     std::sort(pairs.begin(), pairs.end());
     for (size_t k = 1; k < pairs.size(); k++)
         if (pairs[k].first == pairs[k - 1].first) unite(pairs[k].second, pairs[k - 1].second);
@@ -488,6 +776,13 @@ class CharacterCount {
             for (size_t i : which) add(poems[i]);
         return covered;
     }
+    // Each character of the set once
+    std::string characters() const {
+        std::string s;
+        for (uint32_t c = 0; c <= utf8::MAX_CODE_POINT; c++)
+            if (n_[c]) utf8::append(s, c);
+        return s;
+    }
 
   private:
     std::vector<size_t> n_ = std::vector<size_t>(utf8::MAX_CODE_POINT + 1);
@@ -497,10 +792,13 @@ class CharacterCount {
 // and taken for validation as long as this brings their share of the characters closer to val_fraction. A
 // family with the last occurrence of a character stays in training, because the new tokenizer is made from
 // the training text; an existing tokenizer (--tokenizer) lifts this rule. Each side gets at least one family
-// if that is possible; if not, r.no_val says why.
-inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, Report& r) {
+// if that is possible; if not, r.no_val says why. in_train: the characters of the training part.
+inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, Report& r,
+                               CharacterCount& in_train) {
     std::vector<bool> in_val(poems.size());
-    std::vector<size_t> family = find_families(poems);
+    if (o.tokenizer.empty())
+        for (const Poem& p : poems) in_train.add(p);
+    std::vector<size_t> family = find_families(poems, o.keep == "all");
     std::vector<std::vector<size_t>> members(poems.size());
     for (size_t i = 0; i < poems.size(); i++) members[family[i]].push_back(i);
     std::vector<size_t> order;
@@ -519,8 +817,7 @@ inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, 
     rng::shuffle(order.data(), order.size(), rng::Key(o.seed, 0, rng::SPLIT));
 
     double total = 0, taken = 0;
-    CharacterCount in_train;
-    for (const Poem& p : poems) total += (double)p.chars, in_train.add(p);
+    for (const Poem& p : poems) total += (double)p.chars;
     auto size = [&](size_t f) {
         double n = 0;
         for (size_t i : members[f]) n += (double)poems[i].chars;
@@ -549,9 +846,11 @@ inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, 
 // ---------------------------------------------------------------------------------------------
 // Writing
 
-// The token stream of one side: each poem after an end-of-text token, in the order of the input. Counts the
-// side's poems, verses, characters and tokens in `side`.
+// The token stream of one side: each poem after an end-of-text token and its tags, in the order of the input.
+// tag_tokens[k][v] is the token of value v of the tag k. Counts the side's poems, verses, characters and
+// tokens in `side`.
 inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poem>& poems,
+                                      const std::vector<std::vector<int>>& tag_tokens,
                                       const std::vector<bool>& in_val, bool val, const Options& o,
                                       Side& side) {
     std::vector<uint16_t> stream;
@@ -564,6 +863,8 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
     for (size_t i = 0; i < poems.size(); i++) {
         if (in_val[i] != val) continue;
         put(tok.eot());
+        for (size_t k = 0; k < tag_tokens.size(); k++)
+            put(tag_tokens[k][k < poems[i].tags.size() ? poems[i].tags[k] : 0]);
         try {
             for (int id : tok.encode(poems[i].text)) put(id);
         } catch (const Error& e) {
@@ -578,6 +879,56 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
     return stream;
 }
 
+// The tokens of the tags: for each tag, one for each of its values that at least --tag_min poems of the
+// training part have, and one for all others. Returns their texts.
+inline std::vector<std::string> tag_texts(const Collector& c, const std::vector<bool>& in_val,
+                                          const Options& o, Report& r) {
+    std::vector<std::string> texts;
+    for (size_t k = 0; k < c.tag_columns.size(); k++) {
+        std::vector<size_t> times(c.tag_values[k].size());
+        for (size_t i = 0; i < c.poems.size(); i++) times[c.poems[i].tags[k]] += !in_val[i];
+        std::vector<std::string> values;
+        size_t others = 0, with_other = 0;
+        for (size_t v = 0; v < times.size(); v++) {
+            const std::string& value = c.tag_values[k][v];
+            if (times[v] >= (size_t)o.tag_min && value != Tokenizer::OTHER) values.push_back(value);
+            else others++, with_other += times[v];
+        }
+        std::sort(values.begin(), values.end());
+        values.push_back(Tokenizer::OTHER);
+        for (const std::string& value : values) texts.push_back(Tokenizer::tag_text(c.tag_columns[k], value));
+        r.tags.push_back(strf("%s: %zu values; %zu rarer ones, of %s poems, are '%s'",
+                              c.tag_columns[k].c_str(), values.size() - 1, others, commas(with_other).c_str(),
+                              Tokenizer::OTHER));
+    }
+    return texts;
+}
+// tag_tokens of tokenize(). A tokenizer that has tags begins every poem with all of them: those that --tags
+// does not name are "other".
+inline std::vector<std::vector<int>> find_tag_tokens(const Tokenizer& tok, const Collector& c,
+                                                     const Options& o) {
+    for (const std::string& column : c.tag_columns)
+        if (tok.tag(column, Tokenizer::OTHER) < 0)
+            fail("%s: has no tags of '%s' (--tags); tags are tokens of the tokenizer that is made with them",
+                 o.tokenizer.c_str(), column.c_str());
+    std::vector<std::vector<int>> tokens;
+    std::vector<std::string> columns = tok.tag_columns();
+    if (!columns.empty() && !c.tag_columns.empty() && columns != c.tag_columns)
+        fail("%s: its poems begin with the tags %s, wanted the same with --tags, in this order",
+             o.tokenizer.c_str(), Tokenizer::joined(columns).c_str());
+    for (size_t k = 0; k < columns.size(); k++) {
+        tokens.emplace_back();
+        const int other = tok.tag(columns[k], Tokenizer::OTHER);
+        if (c.tag_columns.empty()) tokens.back().push_back(other);
+        else
+            for (const std::string& value : c.tag_values[k]) {
+                const int t = tok.tag(columns[k], value);
+                tokens.back().push_back(t < 0 ? other : t);
+            }
+    }
+    return tokens;
+}
+
 inline void check_options(const Options& o) {
     if (o.files.empty()) throw UsageError("no poems are given: ./prepare_data poems.csv -o DIR; see --help");
     if (o.out.empty())
@@ -589,10 +940,19 @@ inline void check_options(const Options& o) {
          {std::pair<const char*, const std::string*>{"--where", &o.where}, {"--except", &o.except}})
         if (!text->empty() && text->find('=') == text->npos)
             throw UsageError(strf("%s: '%s' is not a condition, wanted COLUMN=VALUE", flag, text->c_str()));
+    if (!o.column.empty() && !o.columns.empty())
+        throw UsageError("--column and --columns: one is for a poem a row, the other for a verse a row");
+    if (o.group != "auto" && o.columns.empty())
+        throw UsageError("--group: needs --columns, which name the columns of a verse");
+    if (o.poem_separator.empty()) throw UsageError("--poem_separator: is empty, wanted a text or auto");
+    if (o.poem_separator != "auto" && o.layout != "auto")
+        throw UsageError("--poem_separator and --layout: give only one of them");
+    if (o.hemistich_separator.empty() || utf8::find_invalid(o.hemistich_separator) != std::string::npos)
+        throw UsageError("--hemistich_separator: wanted auto, tab, spaces or a text");
 }
 
-inline void write_data_set(const std::string& dir, const Tokenizer& tok, const std::vector<uint16_t>& train,
-                           const std::vector<uint16_t>& val) {
+inline void write_data_set(const std::string& dir, const Tokenizer& tok, const Recipe& recipe,
+                           const std::vector<uint16_t>& train, const std::vector<uint16_t>& val) {
     DataSetWriter set(dir);
     tok.save(set.path("tokenizer.bin"));
     const std::string old = dir + "/tokenizer.bin";
@@ -602,6 +962,9 @@ inline void write_data_set(const std::string& dir, const Tokenizer& tok, const s
              dir.c_str());
     write_tokens(set.path("train.bin"), train);
     if (!val.empty()) write_tokens(set.path("val.bin"), val);
+    AtomicFile text(set.path("recipe.txt"));
+    text.write(recipe.text());
+    text.commit();
     set.commit();
 }
 
@@ -619,25 +982,27 @@ inline Report prepare(const Options& o) {
              r.filtered);
     if (poems.empty())
         fail(
-            "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged rows, %zu "
-            "with invalid UTF-8%s",
-            r.poems_read, r.empty, r.too_short, r.ragged, r.invalid,
+            "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged and %zu "
+            "damaged "
+            "rows, %zu with invalid UTF-8%s",
+            r.poems_read, r.empty, r.too_short, r.ragged, r.damaged, r.invalid,
             r.empty && o.keep == "letters" ? " (--keep all keeps more than Arabic letters)" : "");
 
-    std::vector<bool> in_val = split(poems, o, r);
+    CharacterCount in_train;
+    std::vector<bool> in_val = split(poems, o, r, in_train);
     Tokenizer tok;
     if (o.tokenizer.empty()) {
-        std::string training_text;
-        for (size_t i = 0; i < poems.size(); i++)
-            if (!in_val[i]) training_text += poems[i].text;
-        tok = Tokenizer::characters(training_text);
+        tok = Tokenizer::characters(in_train.characters(), tag_texts(collector, in_val, o, r));
     } else {
         tok = Tokenizer::load(o.tokenizer);
     }
     r.vocab_size = tok.vocab_size(), r.byte_bpe = tok.kind() == Tokenizer::BYTE_BPE;
-    std::vector<uint16_t> train = tokenize(tok, poems, in_val, false, o, r.train);
-    std::vector<uint16_t> val = tokenize(tok, poems, in_val, true, o, r.val);
-    write_data_set(o.out, tok, train, val);
+    const std::vector<std::vector<int>> tags = find_tag_tokens(tok, collector, o);
+    std::vector<uint16_t> train = tokenize(tok, poems, tags, in_val, false, o, r.train);
+    std::vector<uint16_t> val = tokenize(tok, poems, tags, in_val, true, o, r.val);
+    Recipe recipe = o;
+    recipe.hemistich_separator = r.hemistich_separator;
+    write_data_set(o.out, tok, recipe, train, val);
     return r;
 }
 
@@ -659,21 +1024,34 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
     drop(r.empty, "empty after cleaning");
     drop(r.too_short, "shorter than --min_chars");
     drop(r.ragged, "with more or fewer fields than the header");
+    drop(r.damaged, "in damaged rows");
     drop(r.invalid, "with invalid UTF-8");
     row("dropped", dropped.empty() ? "no poem" : dropped);
     for (const std::string& s : r.where_ragged) row("", s);
+    for (const std::string& s : r.where_damaged) row("", s);
     for (const std::string& s : r.where_invalid) row("", s);
 
-    size_t removed = 0;
-    std::vector<std::pair<size_t, uint32_t>> most;
-    for (auto& [c, n] : r.removed) removed += n, most.push_back({n, c});
-    std::stable_sort(most.begin(), most.end(), [](auto& a, auto& b) { return a.first > b.first; });
-    std::string cleaned = count(removed, "character removed", "characters removed");
-    for (size_t i = 0; i < most.size() && i < 5; i++)
-        cleaned += (i ? ", " : ": ") + utf8::name(most[i].second) + " " + commas(most[i].first);
-    if (most.size() > 5) cleaned += ", ...";
-    if (r.replaced) cleaned += "; " + commas(r.replaced) + " normalized";
-    row("cleaned", cleaned);
+    // "12 characters removed: 'x' U+0078 9, ...": how many, and which were the most frequent
+    auto characters = [&](const std::map<uint32_t, size_t>& times, const char* what) {
+        size_t all = 0;
+        std::vector<std::pair<size_t, uint32_t>> most;
+        for (auto& [c, n] : times) all += n, most.push_back({n, c});
+        std::stable_sort(most.begin(), most.end(), [](auto& a, auto& b) { return a.first > b.first; });
+        std::string s = count(all, "character", "characters") + " " + what;
+        for (size_t i = 0; i < most.size() && i < 5; i++)
+            s += (i ? ", " : ": ") + utf8::name(most[i].second) + " " + commas(most[i].first);
+        return s + (most.size() > 5 ? ", ..." : "");
+    };
+    row("cleaned",
+        characters(r.removed, "removed") + (r.replaced ? "; " + commas(r.replaced) + " normalized" : ""));
+    if (!r.mapped.empty()) row("", characters(r.mapped, "mapped to letters"));
+    std::map<uint32_t, size_t> lost;
+    for (auto& [c, n] : r.removed)
+        if (is_arabic_letter(c) || is_kept_letter(c)) lost[c] = n;
+    lost.erase(TATWEEL);
+    if (!lost.empty())
+        row("warning", characters(lost, "removed that are Arabic letters") + " (--keep all keeps them)");
+    for (const std::string& s : r.tags) row(&s == &r.tags[0] ? "tags" : "", s);
 
     if (r.families)
         row("related",
@@ -695,9 +1073,12 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
     double text_tokens = (double)(r.train.tokens - r.train.poems + r.val.tokens - r.val.poems);
     row("vocabulary",
         strf("%d tokens", r.vocab_size) +
-            (o.tokenizer.empty() ? ": the characters of train, and end-of-text" : " of " + o.tokenizer) +
+            (o.tokenizer.empty()
+                 ? strf(": the characters of train, %send-of-text", r.tags.empty() ? "and " : "tags, and ")
+                 : " of " + o.tokenizer) +
             (r.byte_bpe ? strf(": byte-level BPE, %.2f characters per token", chars / text_tokens) : ""));
-    row("wrote", strf("%s/{train.bin, %stokenizer.bin}", o.out.c_str(), r.no_val.empty() ? "val.bin, " : ""));
+    row("wrote", strf("%s/{train.bin, %stokenizer.bin, recipe.txt}", o.out.c_str(),
+                      r.no_val.empty() ? "val.bin, " : ""));
     if (!r.no_val.empty()) row("", "no val.bin: " + r.no_val);
     row("next", beside_program("train_gpt2") + " --data " + shell_quoted(o.out));
 }
@@ -705,26 +1086,48 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
 inline int prepare_main(int argc, char** argv) {
     Options o;
     Flags f("prepare_data", "turns poems into token files for the trainers");
-    f.positional(&o.files, "poems.csv [more files]");
+    f.positional(&o.files, "poems.csv [more files, folders of text files, or - for standard input]");
     f.section("Files");
-    f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin and tokenizer.bin; created if missing");
-    f.add("format", "", &o.format, "F", "auto decides by the file name, then by the header line")
-        .choices({"auto", "csv", "text"});
+    f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin, tokenizer.bin; created if missing");
+    f.add("format", "", &o.format, "F", "auto decides by the content and the file's name")
+        .choices({"auto", "csv", "json", "text"});
     f.add("column", "", &o.column, "NAME",
-          "CSV column with the poem: one verse per line, a TAB between hemistichs");
+          "CSV column or JSON key with the poem: one verse per line, a TAB between hemistichs; or a list of "
+          "verses or hemistichs; by default poem_text, or another usual name");
+    f.add("columns", "", &o.columns, "A,B", "where each row is a verse: the columns of its hemistichs");
+    f.add("group", "", &o.group, "NAME",
+          "with --columns: rows that follow each other and have the same value in this column (or several: "
+          "A,B) are a poem; auto: in all columns that most neighbours share");
+    f.add("list", "", &o.list, "L", "what the lists in cells contain; auto decides by their length")
+        .choices({"auto", "verses", "hemistichs"});
     f.add("where", "", &o.where, "COL=VALUE",
-          "CSV: only rows with this value, e.g. poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
-    f.add("except", "", &o.except, "COL=VALUE", "CSV: only rows without this value");
+          "only rows with this value, e.g. poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
+    f.add("except", "", &o.except, "COL=VALUE", "only rows without this value");
     f.add("layout", "", &o.layout, "L", "text: lines = one poem per line, blank = blank lines between poems")
         .choices({"auto", "lines", "blank"});
-    f.add("on_error", "", &o.on_error, "E", "invalid UTF-8: stop at the first, or skip and count such poems")
+    f.add("poem_separator", "", &o.poem_separator, "TEXT",
+          "text: poems end at lines of TEXT, e.g. $; auto finds lines of one repeated sign, or "
+          "<|endoftext|>");
+    f.add("hemistich_separator", "", &o.hemistich_separator, "TEXT",
+          "what separates hemistichs, e.g. #; spaces: two or more; tab: only a TAB; auto: what most verses "
+          "have once");
+    f.add("on_error", "", &o.on_error, "E",
+          "damaged rows and invalid UTF-8: stop at the first, or skip and count them")
         .choices({"fail", "skip"});
+    f.add("tags", "", &o.tags, "A,B",
+          "columns whose values, e.g. metre and poet, go before each poem as tokens, to be asked for later");
+    f.add("tag_min", "", &o.tag_min, "N", "values that fewer poems have become the tag 'other'")
+        .range(1, INFINITY);
     f.add("tokenizer", "", &o.tokenizer, "FILE",
           "use this tokenizer instead of making one (for fine-tuning)");
     f.section("Cleaning (always: a run of white space becomes one newline, TAB or space)");
     f.add("keep", "", &o.keep, "WHAT",
           "letters = only U+0621..U+064A, no vowel signs; all = everything but control characters")
         .choices({"letters", "all"});
+    f.add("map", "", &o.map, "WHAT",
+          "with --keep letters: arabic = other forms of these letters (Farsi kaf and yeh, ligatures, "
+          "decomposed hamzas) become them; none = they are removed")
+        .choices({"arabic", "none"});
     f.add("normalize_alef", "", &o.normalize_alef, "\u0623 \u0625 \u0622 \u0671 become \u0627");
     f.add("normalize_hamza", "", &o.normalize_hamza,
           "\u0624 becomes \u0648, \u0626 becomes \u064A; \u0621 is kept");
@@ -741,7 +1144,9 @@ inline int prepare_main(int argc, char** argv) {
     f.epilogue(
         "examples:\n"
         "  ./prepare_data poems.csv -o poems && ./train_gpt2 --data poems\n"
-        "  ./prepare_data diwan.txt more.txt --layout blank --keep all --remove_tashkeel -o diwan\n");
+        "  ./prepare_data diwan.txt more.txt --layout blank --keep all --remove_tashkeel -o diwan\n"
+        "  ./prepare_data verses.csv --columns sadr,ajuz --group poem_id -o verses\n"
+        "  ./prepare_data poems.csv --tags poem_meter,poet_name -o tagged\n");
     f.parse(argc, argv);
     Report r = prepare(o);
     print_report(r, o, stdout);

@@ -888,7 +888,7 @@ TEST_CASE("cli: a prompt that cannot be used is refused at the start; closed out
     std::string flags =
         "--data " + f.data + " --depth 1 --heads 2 --channels 16 --seq_len 16 --batch_size 4 --max_steps 4";
     check_failure(train(flags + " --prompt xyz -o " + (d / "a")), "train_gpt2", 2,
-                  {"--prompt: character", "is not among the tokenizer's"});
+                  {"--prompt: character 'x'", "is not among those that the poems have"});
     Strings w = words("./train_gpt2 " + flags + " -o " + (d / "a"));
     w.push_back("--prompt"), w.push_back("قفا نبك من ذكرى حبيب");
     check_failure(run(w), "train_gpt2", 2, {"--prompt has 21 tokens", "the context takes 16"});
@@ -1631,22 +1631,92 @@ TEST_CASE("cli: a prompt, model or tokenizer that sample_gpt2 cannot use is name
     }
 }
 
+TEST_CASE("cli: a model learns tags, is asked for them, and never writes them; --resume goes on with them") {
+    TempDir d;
+    std::string csv = "poem_text,metre\n";
+    for (int i = 0; i < 24; i++)
+        csv += strf("\"%s %s\n%s %s\",%s\n", i % 2 ? "\u0628\u062A" : "\u062B\u062C",
+                    i % 3 ? "\u062D" : "\u062E", i % 5 ? "\u062F" : "\u0630",
+                    i % 7 ? "\u0631\u0632" : "\u0633", i % 2 ? "tawil" : "kamil");
+    write_file(d / "poems.csv", csv);
+    check_success(prepare((d / "poems.csv") + " --tags metre --tag_min 3 -o " + (d / "data")));
+    const std::string flags =
+        "--data " + (d / "data") +
+        " --preset tiny --depth 1 --channels 16 --heads 2 --seq_len 16 -b 4 --val_every 5 "
+        "--learning_rate 0.01 --prompt_tags metre=tawil -o ";
+    Result r = train(flags + (d / "run") + " --max_steps 10 --sample_every 5");
+    check_success(r);
+    CHECK(!contains(r.out, "metre="));
+    CHECK(read_file(d / "run/recipe.txt") == read_file(d / "data/recipe.txt"));
+
+    // Half the steps, then --resume: the same bytes. The loss is a mean over the targets, without the tags.
+    const std::string even = " --lr_schedule constant --warmup_steps 0 --sample_every 0 --max_steps ";
+    check_success(train(flags + (d / "whole") + even + "10"));
+    check_success(train(flags + (d / "cut") + even + "5"));
+    check_success(train("-o " + (d / "cut") + " --resume --max_steps 10"));
+    CHECK(read_file(d / "whole/model.bin") == read_file(d / "cut/model.bin"));
+
+    const std::string model =
+        "-e " + (d / "run/model.bin") + " --tokens 40 --ignore_end --temperature 1.5 --num 4 ";
+    Result tawil = sample(model + "--tags metre=tawil"), kamil = sample(model + "--tags metre=kamil"),
+           none = sample(model);
+    for (const Result* s : {&tawil, &kamil, &none}) {
+        check_success(*s);
+        CHECK(!contains(s->out, "<|"));
+    }
+    CHECK(tawil.out != kamil.out);
+    CHECK(sample(model + "--tags metre=other").out == none.out);
+    CHECK(run(words("./sample_gpt2 -e " + (d / "run/model.bin") + " --list_tags")).out ==
+          "metre=kamil\nmetre=tawil\nmetre=other\n");
+    check_failure(sample(model + "--tags metre=x"), "sample_gpt2", 2,
+                  {"--tags", "metre", "'x'", "kamil, tawil, other"});
+    check_failure(sample("-e " + tiny().model + " --tags metre=x"), "sample_gpt2", 2, {"--tags", "no tags"});
+    check_failure(train("--data " + (d / "data") + " --prompt_tags poet=x -o " + (d / "none")), "train_gpt2",
+                  2, {"--prompt_tags", "'poet=x'", "metre"});
+    CHECK(!file_exists(d / "none"));
+}
+
+TEST_CASE("cli: a prompt with vowel signs, and in other forms of letters, is cleaned as the poems were") {
+    const std::string flags = "-e " + tiny().model + " --tokens 20 --ignore_end";
+    Result plain = sample(flags, "\u0642\u0641\u0627 \u0646\u0628\u0643");
+    check_success(plain);
+    for (const char* prompt :
+         {"\u0642\u0650\u0641\u064E\u0627 \u0646\u064E\u0628\u0652\u0643\u0650",
+          "\u0642\u0641\u0627 \u0646\u0628\u06A9", "\u060C\u0642\u0641\u0627! \u0646\u0628\u0643"})
+        CHECK(sample(flags, prompt).out == plain.out);
+}
+
+TEST_CASE("cli: --repetition_penalty makes what the text has less likely, and 1 changes nothing") {
+    const std::string flags =
+        "-e " + tiny().model + " --tokens 30 --ignore_end --temperature 0 --repetition_penalty ";
+    auto letters = [](const std::string& text) {
+        std::set<uint32_t> found;
+        utf8::for_each(text, [&](uint32_t c, size_t) { found.insert(c); });
+        return found.size();
+    };
+    Result one = sample(flags + "1", ""), high = sample(flags + "20", "");
+    check_success(one);
+    CHECK(one.out == sample("-e " + tiny().model + " --tokens 30 --ignore_end --temperature 0", "").out);
+    CHECK(letters(high.out) > letters(one.out));
+    check_failure(sample(flags + "0", ""), "sample_gpt2", 2, {"--repetition_penalty", "0.01"});
+}
+
 // ---------------------------------------------------------------------------------------------
 // The GPU trainer, which dev/emulator runs here in both precisions
 
-// The trainers built for the emulator stand beside this program, where the CUDA Toolkit's headers were to be
-// had.
+// The programs built for the emulator stand beside this one, where the CUDA Toolkit's headers were to be had.
 std::string beside(const std::string& name) {
     char path[4096];
     ssize_t n = readlink("/proc/self/exe", path, sizeof path);
     return dirname_of(std::string(path, n > 0 ? (size_t)n : 0)) + "/" + name;
 }
 const char* const GPU_TRAINERS[] = {"train_gpt2cu_emu", "train_gpt2cu_emu_fp32"};
-bool gpu_trainers_missing() {
-    for (const char* name : GPU_TRAINERS)
+bool missing(const char* const (&programs)[2]) {
+    for (const char* name : programs)
         if (!file_exists(beside(name))) return skip(beside(name) + ": not built"), true;
     return false;
 }
+bool gpu_trainers_missing() { return missing(GPU_TRAINERS); }
 Result train_gpu(const std::string& trainer, const std::string& flags) {
     return run(words(beside(trainer) + " " + flags));
 }
@@ -1707,6 +1777,59 @@ TEST_CASE("cli gpu: shows its machine, memory and poems") {
     r = train_gpu("train_gpt2cu_emu", "--help");
     check_success(r);
     CHECK(contains(r.out, "./train_gpt2cu -o out/poems --resume"));
+}
+
+TEST_CASE("cli gpu: sample_gpt2cu writes sample_gpt2's text, and names what it cannot use") {
+    if (missing({"sample_gpt2cu_emu", "sample_gpt2cu_emu_fp32"})) return;
+    TempDir d;
+    const std::string model = d / "run/model.bin", flags = "-e " + model + " --tokens 40 --ignore_end ";
+    check_success(train("--data " + tiny().data + GPU_MODEL +
+                        "--max_steps 40 --learning_rate 0.01 --warmup_steps 0 -o " + (d / "run")));
+    auto sample_gpu = [&](const std::string& program, const std::string& more, const std::string& prompt) {
+        Strings w = words(beside(program) + " " + more);
+        w.push_back("--prompt"), w.push_back(prompt);
+        return run(w);
+    };
+    // In fp32 the logits differ by rounding only. The context is full after 16 tokens.
+    for (const char* more : {"--temperature 0", "--temperature 0 --num 3", "--seed 5 --top_k 8 --num 3"}) {
+        CAPTURE(more);
+        Result gpu = sample_gpu("sample_gpt2cu_emu_fp32", flags + more, "قفا نبك"),
+               cpu = sample(flags + more, "قفا نبك");
+        check_success(gpu);
+        CHECK(gpu.out == cpu.out);
+        CHECK(std::set<char>(cpu.out.begin(), cpu.out.end()).size() > 8);  // not one letter again and again
+    }
+    Result bf16 = sample_gpu("sample_gpt2cu_emu", flags + "--temperature 0", "قفا نبك");
+    check_success(bf16);
+    CHECK(bf16.out.compare(0, strlen("قفا نبك"), "قفا نبك") == 0);
+    CHECK(utf8::count(bf16.out) > 30);
+
+    struct {
+        std::string flags, prompt, variable, value;
+        int code;
+        Strings parts;
+    } cases[] = {
+        {"-e " + (d / "none"), "", "", "", 1, {d / "none", "No such file"}},
+        {"-e " + model, "قفا نبك من ذكرى حبيب ومنزل", "", "", 2, {"--prompt", "26", "15"}},
+        {"-e " + model + " --dtype fp32", "", "", "", 2, {"--dtype", "bf16", "make sample_gpt2cu PREC"}},
+        {"-e " + model + " --threads 2", "", "", "", 2, {"--threads"}},
+        {"-e " + model + " --device 1", "", "", "", 1, {"--device 1", "numbered from 0"}},
+        {"-e " + model, "", "EMU_DEVICES", "0", 1, {"no NVIDIA GPU"}},
+        {"-e " + model, "", "EMU_MEMORY_MB", "1", 1, {"the model needs", "iB", "./sample_gpt2 "}},
+        {"-e " + model + " --num 4000", "", "EMU_MEMORY_MB", "8", 1, {"4000 texts", "iB", "fewer at once"}},
+    };
+    for (auto& c : cases) {
+        CAPTURE(c.flags);
+        if (c.variable != "") setenv(c.variable.c_str(), c.value.c_str(), 1);
+        Result r = sample_gpu("sample_gpt2cu_emu", c.flags, c.prompt);
+        if (c.variable != "") unsetenv(c.variable.c_str());
+        check_failure(r, "sample_gpt2cu", c.code, c.parts);
+        CHECK(r.out == "");
+    }
+    Result help = run({beside("sample_gpt2cu_emu"), "--help"});
+    check_success(help);
+    CHECK(contains(help.out, "--device"));
+    CHECK(!contains(help.out, "--threads"));
 }
 
 TEST_CASE("cli gpu: bad input and a missing, full or unfit GPU are one line that says what to do") {

@@ -113,7 +113,7 @@ inline bool is_model_file(const std::string& name) {
 }
 // The files of a run, loss.png of `make plot` included. Other files in its folder are the user's, and stay.
 inline bool is_run_file(const std::string& name) {
-    for (const char* n : {"tokenizer.bin", "log.csv", "main.log", "loss.png"})
+    for (const char* n : {"tokenizer.bin", "recipe.txt", "log.csv", "main.log", "loss.png", "finetune.md"})
         if (name == n) return true;
     return is_model_file(name) || number_of(name, "state") >= 0 || shard_step(name) >= 0;
 }
@@ -140,7 +140,8 @@ inline bool is_run_data(const std::string& path) {
     struct stat st;
     if (lstat(path.c_str(), &st) || !S_ISDIR(st.st_mode)) return false;
     for (const std::string& file : names_in(path))
-        if (file != "train.bin" && file != "val.bin" && file != "tokenizer.bin" && file[0] != '.')
+        if (file != "train.bin" && file != "val.bin" && file != "tokenizer.bin" && file != "recipe.txt" &&
+            file[0] != '.')
             return false;
     return true;
 }

@@ -16,6 +16,10 @@ struct SampleOptions {
     int top_k = 0;             // only the k most likely tokens; 0: all
     // Only the most likely tokens that together reach this probability (Holtzman et al. 2020).
     float top_p = 1.0f;
+    // Above 1, tokens that the text already has become less likely: their logits are divided by it where they
+    // are positive, else multiplied (Keskar et al. 2019).
+    float repetition_penalty = 1.0f;
+    int below = 0;  // only tokens below this one; 0: all. Tags are the last tokens, and are not written.
 };
 
 class Sampler {
@@ -25,7 +29,16 @@ class Sampler {
 
     // Draws a token from softmax(logits / temperature), logits (V), restricted to the top_k, then to the
     // top_p most likely tokens: the one whose part of the cumulative distribution contains u, in [0,1).
-    int pick(const float* logits, int V, const SampleOptions& o, double u) {
+    // seen (V): whether the text has the token, for the repetition penalty; may be null without one.
+    int pick(const float* logits, int V, const SampleOptions& o, double u, const char* seen = nullptr) {
+        if (o.below > 0) V = std::min(V, o.below);
+        if (o.repetition_penalty != 1 && seen) {
+            penalized_.assign(logits, logits + V);
+            for (int v = 0; v < V; v++)
+                if (float& x = penalized_[(size_t)v]; seen[v])
+                    x = x > 0 ? x / o.repetition_penalty : x * o.repetition_penalty;
+            logits = penalized_.data();
+        }
         if (o.temperature <= 0) return (int)(std::max_element(logits, logits + V) - logits);
         size_t n = (size_t)V;
         double max = *std::max_element(logits, logits + V);
@@ -65,6 +78,7 @@ class Sampler {
         double weight;
     };
     std::vector<Candidate> candidates_;
+    std::vector<float> penalized_;
 };
 
 // A character may be divided among tokens: feed() returns bytes only once their characters are complete.
@@ -115,6 +129,12 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
     // Samplers work in parallel, each on a part of the texts.
     std::vector<Sampler> samplers(std::min<size_t>(N, 16), Sampler(V));
     std::vector<int> picked(N, eot);
+    std::vector<std::vector<char>> seen(N);
+    if (o.repetition_penalty != 1)
+        for (auto& s : seen) {
+            s.resize((size_t)V);
+            for (int t : prompt) s[(size_t)t] = 1;
+        }
     decoder.reset();
     for (int i = 0; i < max_tokens && alive; i++) {
         size_t length = text[0].size(), n = length - shown;
@@ -132,9 +152,11 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
                 if (!ended[s])
                     picked[s] =
                         samplers[part].pick(logits + s * (size_t)V, V, o,
-                                            rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i));
+                                            rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i),
+                                            seen[s].empty() ? nullptr : seen[s].data());
         for (size_t s = 0; s < N; s++) {
             text[s].push_back(picked[s]);
+            if (!seen[s].empty()) seen[s][(size_t)picked[s]] = 1;
             if (ended[s]) continue;
             if (picked[s] == eot) ended[s] = true, alive--;
             else emit(s, picked[s]);

@@ -166,3 +166,36 @@ TEST_CASE("the sampler: top_p on a large vocabulary draws what it would from all
         }
     }
 }
+
+TEST_CASE(
+    "the repetition penalty divides positive logits of tokens seen, multiplies negative ones, and no "
+    "others") {
+    const float logits[] = {2, 1.5f, -1, -1.5f, 0.5f};
+    const char seen[] = {1, 0, 1, 0, 0};
+    SampleOptions o;
+    o.temperature = 0;
+    CHECK(Sampler(5).pick(logits, 5, o, 0, seen) == 0);
+    o.repetition_penalty = 1.5f;  // 2 becomes 1.33
+    CHECK(Sampler(5).pick(logits, 5, o, 0, seen) == 1);
+    const float negative[] = {-1, -1.2f};
+    const char first[] = {1, 0};
+    CHECK(Sampler(2).pick(negative, 2, o, 0, first) == 1);
+    o.repetition_penalty = 1.1f;  // -1 becomes -1.1
+    CHECK(Sampler(2).pick(negative, 2, o, 0, first) == 0);
+    // The counting decoder's text can go on only to tokens that it has not had.
+    CountingDecoder decoder(1, 50);
+    o.repetition_penalty = 1000;
+    Tokens text;
+    generate(decoder, 1, {98}, 100, -1, 3, 1, o, [&](size_t, int token) { text.push_back(token); });
+    CHECK(text == Tokens{99, 0, 1});
+}
+
+TEST_CASE("tokens from SampleOptions::below on are never drawn") {
+    Floats logits(10, 0.0f);
+    logits[9] = 100;
+    SampleOptions o;
+    o.below = 9;
+    for (int k = 0; k < 100; k++) CHECK(Sampler(10).pick(logits.data(), 10, o, k / 100.0) < 9);
+    o.temperature = 0;
+    CHECK(Sampler(10).pick(logits.data(), 10, o, 0) == 0);
+}

@@ -19,6 +19,7 @@
 #include <sstream>
 
 #include "data/dataloader.h"
+#include "data/prompt.h"
 #include "lib/checkpoint.h"
 #include "lib/flags.h"
 #include "lib/gpt2.h"
@@ -57,7 +58,7 @@ struct Options {
     int val_every = -1, val_tokens = 100000, val_batches = -1, sample_every = -1, sample_tokens = 200,
         log_every = 1;
     float temperature = 0.8f;
-    std::string prompt;
+    std::string prompt, prompt_tags;
     // keeping
     std::string out = "out";
     int save_every = -1, keep = 2;
@@ -192,6 +193,8 @@ inline void add_output_flags(Flags& f, Options& o) {
     f.add("temperature", "", &o.temperature, "X", "of the sample poems: lower is safer, higher is wilder")
         .range(0, 1e6);
     f.add("prompt", "", &o.prompt, "TEXT", "how the sample poems begin");
+    f.add("prompt_tags", "", &o.prompt_tags, "COL=VALUE",
+          "their tags, separated by commas, where the data have tags (./prepare_data --tags)");
     f.add("log_every", "lg", &o.log_every, "N", "steps between lines where the output is no terminal")
         .range(1, MOST);
     f.section("Keeping");
@@ -731,15 +734,20 @@ class Run {
     // A prompt that cannot be written fails now, not at the first poem.
     void check_prompt() {
         if (!tokenizer_ || !o_.sample_every || !o_.max_steps) return;
-        size_t tokens;
         try {
-            tokens = 1 + tokenizer_->encode(o_.prompt).size();  // end-of-text comes first
+            tokenizer_->beginning(o_.prompt_tags);
+        } catch (const Error& e) {
+            throw UsageError(strf("--prompt_tags: %s", e.what()));
+        }
+        try {
+            prompt_ = make_prompt(*tokenizer_, o_.tokenizer, o_.prompt, o_.prompt_tags);
         } catch (const Error& e) {
             throw UsageError(strf("--prompt: %s", e.what()));
         }
-        if (tokens > T_)
-            throw UsageError(strf(
-                "--prompt has %zu tokens with the end-of-text before it, the context takes %zu", tokens, T_));
+        if (prompt_.tokens.size() > T_)
+            throw UsageError(
+                strf("--prompt has %zu tokens with the end-of-text before it, the context takes %zu",
+                     prompt_.tokens.size(), T_));
     }
 
     // The checkpoint's sizes are used; a flag that asks for another one is refused.
@@ -828,11 +836,13 @@ class Run {
             train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, o_.shuffle,
                                                           comm_->rank, comm_->world);
             train_loader_->seek(progress_.position);
+            if (tokenizer_ && tokenizer_->tags()) train_loader_->ignore_from(tokenizer_->first_tag());
         }
         if (file_exists(o_.val_data)) {
             val_file_ = std::make_unique<TokenFile>(o_.val_data);
             val_file_->check_vocab(cfg_.V);
             val_loader_ = std::make_unique<EvalLoader>(*val_file_, (int)B_, (int)T_);
+            if (tokenizer_ && tokenizer_->tags()) val_loader_->ignore_from(tokenizer_->first_tag());
         } else if (flags_.on_command_line("val_data") || o_.max_steps == 0) {
             fail("%s: validation tokens not found", o_.val_data.c_str());
         }
@@ -1026,6 +1036,12 @@ class Run {
         log_ = std::make_unique<LogFile>(dir + "/main.log", "",
                                          o_.resume ? keep_main : std::function<bool(const std::string&)>());
         if (tokenizer_) tokenizer_->save(dir + "/tokenizer.bin");
+        if (const std::string from = recipe_beside(o_.tokenizer), to = dir + "/recipe.txt";
+            tokenizer_ && file_exists(from) && from != to) {
+            AtomicFile recipe(to);
+            recipe.write(Reader(from).rest());
+            recipe.commit();
+        }
         // A full disk may have cut them off just before the checkpoint.
         if (o_.resume && !has_loss) log_loss();
         if (o_.resume && !has_row) write_row(nullptr);
@@ -1256,12 +1272,14 @@ class Run {
         if (started_ == progress_.step) clock_ = now();
         const int step = started_++;
         uint64_t first_window = train_loader_->position();
+        const uint64_t targets = train_loader_->targets((uint64_t)o_.total_batch_size / T_);
+        const float scale = 1.0f / (float)std::max<uint64_t>(targets, 1);
         for (size_t m = 0; m < micro_steps_; m++) {
             train_loader_->next((int)B_, x_.data(), y_.data());
             Pass pass;
             pass.train = true, pass.step = (uint32_t)step;
             pass.seq0 = train_loader_->position() - B_ * (size_t)(comm_->world - comm_->rank) - first_window;
-            pass.grad_scale = 1.0f / (float)o_.total_batch_size, pass.last = m + 1 == micro_steps_;
+            pass.grad_scale = scale, pass.last = m + 1 == micro_steps_;
             model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
         }
         AdamW a;
@@ -1405,13 +1423,11 @@ class Run {
     void sample() try {
         end_line();
         if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
-        std::vector<int> prompt = tokenizer_->encode(o_.prompt);
-        prompt.insert(prompt.begin(), tokenizer_->eot());
         SampleOptions so;
-        so.temperature = o_.temperature;
+        so.temperature = o_.temperature, so.below = tokenizer_->first_tag();
         Utf8Stream stream;
-        printf("\n--- a poem after step %d ---\n%s", progress_.step, o_.prompt.c_str());
-        generate(*decoder_, 1, prompt, cfg_.V, tokenizer_->eot(), o_.sample_tokens,
+        printf("\n--- a poem after step %d ---\n%s", progress_.step, prompt_.text.c_str());
+        generate(*decoder_, 1, prompt_.tokens, cfg_.V, tokenizer_->eot(), o_.sample_tokens,
                  o_.seed + (uint64_t)progress_.step, so, [&](size_t, int token) {
                      fputs(stream.feed(tokenizer_->bytes(token)).c_str(), stdout);
                      show();
@@ -1537,6 +1553,7 @@ class Run {
     MemoryNeed need_;
     Precision precision_;
     std::unique_ptr<Tokenizer> tokenizer_;
+    Prompt prompt_;  // of the sample poems
     std::unique_ptr<ModelReader> checkpoint_;
     std::unique_ptr<TokenFile> train_file_, val_file_;
     std::unique_ptr<TrainLoader> train_loader_;

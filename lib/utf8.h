@@ -21,33 +21,42 @@ inline size_t length_from_lead(char c) {
     return b < 0x80 ? 1 : b < 0xC2 ? 0 : b < 0xE0 ? 2 : b < 0xF0 ? 3 : b < 0xF5 ? 4 : 0;
 }
 
-// Reads the character that begins at s[i], i < s.size(). Returns its length in bytes, or 0 where the bytes
-// are not valid: overlong forms, surrogates, values above U+10FFFF, stray or missing continuation bytes.
-inline size_t decode(std::string_view s, size_t i, uint32_t* code_point) {
+// decode() for a character of three or four bytes, or one that is not valid
+inline size_t decode_long(std::string_view s, size_t i, uint32_t* code_point) {
     size_t n = length_from_lead(s[i]);
-    if (n == 1) return *code_point = (unsigned char)s[i], 1;
-    if (n == 0 || n > s.size() - i) return 0;
+    if (n < 3 || n > s.size() - i) return 0;
     uint32_t c = (unsigned char)s[i] & (0x7Fu >> n);
     for (size_t k = 1; k < n; k++) {
         if (!is_continuation(s[i + k])) return 0;
         c = c << 6 | ((unsigned char)s[i + k] & 0x3Fu);
     }
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
-    if (c < least[n] || (c >= 0xD800 && c <= 0xDFFF) || c > MAX_CODE_POINT) return 0;
+    if (c < (n == 3 ? 0x800u : 0x10000u) || (c >= 0xD800 && c <= 0xDFFF) || c > MAX_CODE_POINT) return 0;
     *code_point = c;
     return n;
 }
+// Reads the character that begins at s[i], i < s.size(). Returns its length in bytes, or 0 where the bytes
+// are not valid: overlong forms, surrogates, values above U+10FFFF, stray or missing continuation bytes.
+__attribute__((always_inline)) inline size_t decode(std::string_view s, size_t i, uint32_t* code_point) {
+    const unsigned char b = (unsigned char)s[i];
+    if (b < 0x80) return *code_point = b, 1;
+    if (b >= 0xC2 && b < 0xE0 && i + 1 < s.size() && is_continuation(s[i + 1]))
+        return *code_point = (b & 0x1Fu) << 6 | ((unsigned char)s[i + 1] & 0x3Fu), 2;
+    return decode_long(s, i, code_point);
+}
 
+// Writes a code point, which must be a valid one, to the 1 to 4 bytes at `to`; returns how many.
+inline size_t write(char* to, uint32_t c) {
+    if (c < 0x80) return to[0] = (char)c, 1;
+    if (c < 0x800) return to[0] = (char)(0xC0 | c >> 6), to[1] = (char)(0x80 | (c & 0x3F)), 2;
+    const size_t n = c < 0x10000 ? 3 : 4;
+    to[0] = (char)((n == 3 ? 0xE0 : 0xF0) | c >> (6 * (n - 1)));
+    for (size_t k = 1; k < n; k++) to[k] = (char)(0x80 | (c >> (6 * (n - 1 - k)) & 0x3F));
+    return n;
+}
 // Appends a code point, which must be a valid one.
 inline void append(std::string& out, uint32_t c) {
-    if (c < 0x80) {
-        out += (char)c;
-        return;
-    }
-    int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    static const unsigned char lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
-    out += (char)(lead[n] | c >> (6 * (n - 1)));
-    for (int k = n - 2; k >= 0; k--) out += (char)(0x80 | (c >> (6 * k) & 0x3F));
+    char bytes[4];
+    out.append(bytes, write(bytes, c));
 }
 
 // How many characters begin in s (bytes that are not continuation bytes).
@@ -57,7 +66,8 @@ inline size_t count(std::string_view s) {
     return n;
 }
 
-// Offset of the first byte that is not valid UTF-8; npos where all are.
+// Offset of the first byte that is not valid UTF-8; VALID where all are.
+constexpr size_t VALID = std::string_view::npos;
 inline size_t find_invalid(std::string_view s) {
     uint32_t c;
     for (size_t i = 0; i < s.size();) {
@@ -65,7 +75,7 @@ inline size_t find_invalid(std::string_view s) {
         if (n == 0) return i;
         i += n;
     }
-    return std::string_view::npos;
+    return VALID;
 }
 
 // How many bytes of s a stream may print now: all but a character at the end whose last bytes are still to

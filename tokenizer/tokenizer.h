@@ -4,8 +4,10 @@
 //     std::vector<int> ids = tok.encode("قفا نبك");
 //     std::string text = tok.decode(ids);
 //
-// A character tokenizer has one token for every code point of its training text, in code point order. Its
-// last token is end-of-text, which separates the poems of a corpus and begins a new one.
+// A character tokenizer has one token for every code point of its training text, in code point order. Then
+// comes end-of-text, which separates the poems of a corpus and begins a new one. The last tokens may be tags,
+// such as <|poem_meter=kamil|>: facts about a poem, which follow end-of-text. Text is never encoded as a tag,
+// and a model learns from tags, but not to write them.
 //
 // Byte-level BPE (byte pair encoding) is the tokenizer of GPT-2 and AraGPT2; ./export_tokenizer makes its
 // file from a published folder. Its basic tokens are the 256 bytes, so it can encode any input. Each further
@@ -17,15 +19,22 @@
 //
 // The file format is llm.c's: a header of 256 int32, then one length byte and the bytes of each token.
 //     [0] magic number 20240328  [1] version 2  [2] V  [3] end-of-text
-//     [4] kind, [5] add_prefix_space: added here; 0 in llm.c's files, which hold GPT-2's byte-level BPE
+//     [4] kind, [5] add_prefix_space, [6] how many of the last tokens are tags: added here; 0 in llm.c's
+//     files,
+//         which hold GPT-2's byte-level BPE
 // There is no list of merges, because the order of the tokens is the order of the merges: encode the bytes of
 // token t with the merges that make tokens below t, and the two tokens that merge into t remain. If not
 // exactly two remain, t is special: text is never encoded as it. export_tokenizer checks that the merges
 // found in this way are the published ones.
+//
+// Added tokens, which users of Hugging Face's tokenizers add to a byte-level BPE, are no merges, but text is
+// encoded as them: they are cut out of it before the rest is cut into pieces. Header word [7] is how many
+// there are; their numbers, ascending int32, follow the tokens.
 #pragma once
 
 #include <algorithm>
 #include <functional>
+#include <map>
 #include <queue>
 #include <string>
 #include <string_view>
@@ -286,9 +295,9 @@ class Tokenizer {
   public:
     enum Kind { BYTE_BPE = 0, CHARACTERS = 1 };
 
-    // A token for every code point that occurs in the text, sorted, then end-of-text. Invalid UTF-8
-    // is an Error.
-    static Tokenizer characters(const std::string& training_text) {
+    // A token for every code point that occurs in the text, sorted, then end-of-text, then the tags (each as
+    // tag_text() writes it). Invalid UTF-8 is an Error.
+    static Tokenizer characters(const std::string& training_text, const std::vector<std::string>& tags = {}) {
         std::vector<bool> seen(utf8::MAX_CODE_POINT + 1);
         utf8::for_each(training_text, [&](uint32_t c, size_t) { seen[c] = true; });
         Tokenizer t;
@@ -299,20 +308,25 @@ class Tokenizer {
             utf8::append(bytes, c);
             t.tokens_.push_back(bytes);
         }
-        if (t.tokens_.size() >= MAX_VOCAB)
-            fail("the text has %zu different characters, at most %d fit", t.tokens_.size(), MAX_VOCAB - 1);
+        if (t.tokens_.size() + tags.size() >= MAX_VOCAB)
+            fail("the text has %zu different characters and %zu tags, at most %d fit", t.tokens_.size(),
+                 tags.size(), MAX_VOCAB - 1);
         t.eot_ = (int)t.tokens_.size();
         t.tokens_.push_back(EOT_TEXT);
+        t.tokens_.insert(t.tokens_.end(), tags.begin(), tags.end());
+        t.tags_ = (int)tags.size();
         t.index_characters("training text");
         return t;
     }
 
-    // Byte-level BPE from its tokens in merge order; `where` names their origin in error messages.
+    // Byte-level BPE from its tokens in merge order, and which of them are added tokens; `where` names their
+    // origin in error messages.
     static Tokenizer byte_bpe(std::vector<std::string> tokens, int eot, bool add_prefix_space,
-                              const std::string& where) {
+                              const std::string& where, const std::vector<int>& added = {}) {
         Tokenizer t;
         t.kind_ = BYTE_BPE, t.eot_ = eot, t.add_prefix_space_ = add_prefix_space,
         t.tokens_ = std::move(tokens);
+        for (int id : added) t.add_token(id, where);
         t.index_bpe(where);
         return t;
     }
@@ -333,9 +347,11 @@ class Tokenizer {
         check(3, "end-of-text token", 0, h[2] - 1);
         check(4, "kind", BYTE_BPE, CHARACTERS);
         check(5, "add_prefix_space", 0, h[4] == BYTE_BPE ? 1 : 0);
+        check(6, "number of tags", 0, h[4] == BYTE_BPE ? 0 : h[2] - h[3] - 1);
+        check(7, "number of added tokens", 0, h[4] == BYTE_BPE ? h[2] : 0);
 
         Tokenizer t;
-        t.kind_ = (Kind)h[4], t.eot_ = h[3], t.add_prefix_space_ = h[5] != 0;
+        t.kind_ = (Kind)h[4], t.eot_ = h[3], t.add_prefix_space_ = h[5] != 0, t.tags_ = h[6];
         for (int i = 0; i < h[2]; i++) {
             std::string what = strf("token %d of %d", i, h[2]);
             unsigned char length;
@@ -343,6 +359,13 @@ class Tokenizer {
             if (length == 0) fail("%s: %s has length 0, wanted 1 to 255", p, what.c_str());
             t.tokens_.emplace_back(length, '\0');
             in.read(&t.tokens_.back()[0], length, what.c_str());
+        }
+        for (int i = 0, id, last = -1; i < h[7]; i++, last = id) {
+            in.read(&id, 4, strf("added token %d of %d", i, h[7]).c_str());
+            if (id <= last || id >= h[2] || id == h[3])
+                fail("%s: added token %d of %d is %d, wanted one from %d to %d that is not end-of-text", p, i,
+                     h[7], id, last + 1, h[2] - 1);
+            t.add_token(id, path);
         }
         in.expect_size(in.pos);
         if (t.kind_ == CHARACTERS) t.index_characters(path);
@@ -359,7 +382,7 @@ class Tokenizer {
     void write(AtomicFile& out) const {
         std::vector<int32_t> h(256);
         h[0] = MAGIC, h[1] = VERSION, h[2] = vocab_size(), h[3] = eot_, h[4] = kind_,
-        h[5] = add_prefix_space_;
+        h[5] = add_prefix_space_, h[6] = tags_, h[7] = (int)added_.size();
         std::string body((const char*)h.data(), 1024);
         for (size_t i = 0; i < tokens_.size(); i++) {
             if (tokens_[i].size() > 255)
@@ -367,6 +390,8 @@ class Tokenizer {
             body += (char)tokens_[i].size();
             body += tokens_[i];
         }
+        for (int id = 0; id < vocab_size(); id++)
+            if (is_added(id)) body.append((const char*)&id, 4);
         out.write(body);
     }
 
@@ -377,6 +402,11 @@ class Tokenizer {
     int eot() const { return eot_; }
     // Whether encode() puts a space before a text that begins with none.
     bool add_prefix_space() const { return add_prefix_space_; }
+    // Whether it is an added token of a byte-level BPE.
+    bool is_added(int token) const {
+        auto it = added_.find(bytes(token));
+        return it != added_.end() && it->second == token;
+    }
 
     // The text's tokens. In a character tokenizer, invalid UTF-8 and a character without a token are Errors
     // that give the byte offset. Byte-level BPE encodes any bytes, and decode() returns the same bytes. It
@@ -385,16 +415,25 @@ class Tokenizer {
         std::vector<int> ids;
         ids.reserve(text.size() / 2 + 1);
         if (kind_ == BYTE_BPE) {
-            if (!text.empty() && text[0] != ' ' && add_prefix_space_)
-                encode_bpe(" " + std::string(text), ids);
-            else encode_bpe(text, ids);
+            size_t begin = 0;  // of what follows the last added token
+            for (size_t i = 0; i < text.size() && !added_.empty();) {
+                const int added = added_at(text.substr(i));
+                if (added < 0) {
+                    i++;
+                    continue;
+                }
+                encode_between(text.substr(begin, i - begin), ids);
+                ids.push_back(added);
+                begin = i += bytes(added).size();
+            }
+            encode_between(text.substr(begin), ids);
             return ids;
         }
         utf8::for_each(text, [&](uint32_t c, size_t offset) {
             int id = c < token_of_.size() ? token_of_[c] : -1;
             if (id < 0)
                 fail("character %s at byte %zu is not among the tokenizer's %d", utf8::name(c).c_str(),
-                     offset, vocab_size() - 1);
+                     offset, first_tag() - 1);
             ids.push_back(id);
         });
         return ids;
@@ -412,10 +451,89 @@ class Tokenizer {
         for (int id : ids) text += bytes(id);
         return text;
     }
-    // How many characters begin in the token. End-of-text counts as one, or as none if add_prefix_space puts
-    // a space after it, which then counts. So the sum over a stream of texts, each after end-of-text, is the
-    // same for all tokenizers, and their losses in bits per character can be compared.
-    int chars(int token) const { return token == eot_ ? !add_prefix_space_ : (int)utf8::count(bytes(token)); }
+    // The tags. They are the tokens from first_tag() on.
+    static constexpr const char* OTHER = "other";  // the value of a tag whose own value has no token
+    int first_tag() const { return vocab_size() - tags_; }
+    int tags() const { return tags_; }
+    // How a tag is written, and its value as it is written there: without line breaks and the like, and cut
+    // where it is too long for a token.
+    static std::string tag_text(const std::string& column, const std::string& value) {
+        return "<|" + column + "=" + value + "|>";
+    }
+    static std::string tag_value(std::string_view text) {
+        constexpr size_t MOST = 120;  // bytes; a token has at most 255
+        std::string value;
+        for (char c : text)
+            if ((unsigned char)c > ' ') value += c;
+            else if (!value.empty() && value.back() != ' ') value += ' ';
+        if (value.size() > MOST)
+            value.resize(utf8::printable_prefix(std::string_view(value).substr(0, MOST)));
+        while (!value.empty() && value.back() == ' ') value.pop_back();
+        return value.empty() || utf8::find_invalid(value) != std::string::npos ? OTHER : value;
+    }
+    // The token of a tag; -1 if there is none.
+    int tag(const std::string& column, const std::string& value) const {
+        const std::string text = tag_text(column, value);
+        for (int t = first_tag(); t < vocab_size(); t++)
+            if (tokens_[(size_t)t] == text) return t;
+        return -1;
+    }
+    // The columns that tags are of, in the order in which they follow end-of-text, and the values of one.
+    std::vector<std::string> tag_columns() const {
+        std::vector<std::string> columns;
+        for (int t = first_tag(); t < vocab_size(); t++)
+            if (std::string c = column_of(t); columns.empty() || columns.back() != c) columns.push_back(c);
+        return columns;
+    }
+    std::vector<std::string> tag_values(const std::string& column) const {
+        std::vector<std::string> values;
+        for (int t = first_tag(); t < vocab_size(); t++) {
+            const std::string& s = tokens_[(size_t)t];
+            if (column_of(t) == column)
+                values.push_back(s.substr(column.size() + 3, s.size() - column.size() - 5));
+        }
+        return values;
+    }
+    // What begins a poem: end-of-text, then a tag of each column. `wanted` is "COLUMN=VALUE,COLUMN=VALUE"; a
+    // column that is not named there is "other". An Error says which tag does not exist, and which do.
+    std::vector<int> beginning(const std::string& wanted) const {
+        std::vector<int> ids = {eot_};
+        const std::vector<std::string> columns = tag_columns();
+        std::vector<std::string> values(columns.size(), OTHER);
+        for (size_t at = 0; at < wanted.size();) {
+            const size_t end = std::min(wanted.find(',', at), wanted.size());
+            const std::string one = wanted.substr(at, end - at);
+            const size_t equals = one.find('=');
+            const auto column = std::find(columns.begin(), columns.end(), one.substr(0, equals));
+            if (columns.empty())
+                fail("the model knows no tags; ./prepare_data --tags makes a data set that has them");
+            if (equals == one.npos || column == columns.end())
+                fail("'%s' is not a tag, wanted COLUMN=VALUE with a column among %s", one.c_str(),
+                     joined(columns).c_str());
+            const std::string value = one.substr(equals + 1);
+            if (tag(*column, value) < 0)
+                fail("%s has no value '%s'; it has %s", column->c_str(), value.c_str(),
+                     joined(tag_values(*column)).c_str());
+            values[(size_t)(column - columns.begin())] = value;
+            at = end + 1;
+        }
+        for (size_t k = 0; k < columns.size(); k++)
+            if (int t = tag(columns[k], values[k]); t >= 0) ids.push_back(t);
+        return ids;
+    }
+    static std::string joined(const std::vector<std::string>& words) {
+        std::string s;
+        for (const std::string& w : words) s += (s.empty() ? "" : ", ") + w;
+        return s;
+    }
+
+    // How many characters begin in the token. A tag has none. End-of-text counts as one, or as none if
+    // add_prefix_space puts a space after it, which then counts. So the sum over a stream of texts, each
+    // after end-of-text, is the same for all tokenizers, and their losses in bits per character can be
+    // compared.
+    int chars(int token) const {
+        return token >= first_tag() ? 0 : token == eot_ ? !add_prefix_space_ : (int)utf8::count(bytes(token));
+    }
 
     // In byte-level BPE, the two tokens that merge into this one; -1 and -1 for single bytes
     // and special tokens.
@@ -431,13 +549,27 @@ class Tokenizer {
     static constexpr int MAX_VOCAB = 1 << bpe::Merges::ID_BITS;
     static constexpr const char* EOT_TEXT = "<|endoftext|>";
 
-    // Fills token_of_. Checks that end-of-text is spelled EOT_TEXT and that the other tokens are
-    // distinct single characters.
+    // The column of a tag: <|COLUMN=VALUE|>.
+    std::string column_of(int tag) const {
+        const std::string& s = tokens_[(size_t)tag];
+        return s.substr(2, s.find('=') - 2);
+    }
+
+    // Fills token_of_. Checks that end-of-text is spelled EOT_TEXT, that tags are spelled as such, and that
+    // the other tokens are distinct single characters.
     void index_characters(const std::string& where) {
         const char* w = where.c_str();
         if (tokens_[(size_t)eot_] != EOT_TEXT)
             fail("%s: end-of-text token %d is not written %s", w, eot_, EOT_TEXT);
-        for (int i = 0; i < vocab_size(); i++) {
+        for (int i = first_tag(); i < vocab_size(); i++) {
+            const std::string& s = tokens_[(size_t)i];
+            if (s.size() < 6 || s.compare(0, 2, "<|") || s.compare(s.size() - 2, 2, "|>") ||
+                s.find('=') == s.npos || utf8::find_invalid(s) != s.npos)
+                fail("%s: token %d is %s, wanted a tag <|COLUMN=VALUE|>", w, i, utf8::quote(s).c_str());
+            if (std::find(tokens_.begin(), tokens_.begin() + i, s) != tokens_.begin() + i)
+                fail("%s: token %d is %s, as an earlier one is", w, i, utf8::quote(s).c_str());
+        }
+        for (int i = 0; i < first_tag(); i++) {
             if (i == eot_) continue;
             const std::string& s = tokens_[(size_t)i];
             uint32_t c = 0;
@@ -451,12 +583,35 @@ class Tokenizer {
         }
     }
 
+    void add_token(int token, const std::string& where) {
+        auto [other, is_new] = added_.insert({bytes(token), token});
+        if (!is_new)
+            fail("%s: added tokens %d and %d are both %s", where.c_str(), other->second, token,
+                 utf8::quote(bytes(token)).c_str());
+        longest_added_ = std::max(longest_added_, bytes(token).size());
+    }
+    // The longest added token that the text begins with; -1 if there is none.
+    int added_at(std::string_view text) const {
+        for (size_t n = longest_added_; n > 0;) {  // of at most n bytes
+            auto it = added_.upper_bound(text.substr(0, n));
+            if (it == added_.begin()) return -1;
+            // The last one in the alphabet that is not after the text. It begins with every shorter one that
+            // the text begins with.
+            const std::string& s = (--it)->first;
+            size_t same = 0;
+            while (same < std::min(s.size(), text.size()) && s[same] == text[same]) same++;
+            if (same == s.size()) return it->second;
+            n = same;
+        }
+        return -1;
+    }
+
     // Fills token_of_ for the bytes, and finds the merges as the head of this file explains.
     void index_bpe(const std::string& where) {
         const char* w = where.c_str();
         token_of_.assign(256, -1);
         for (int i = 0; i < vocab_size(); i++) {
-            if (i == eot_ || tokens_[(size_t)i].size() != 1) continue;
+            if (i == eot_ || tokens_[(size_t)i].size() != 1 || is_added(i)) continue;
             int& token = token_of_[(unsigned char)tokens_[(size_t)i][0]];
             if (token >= 0)
                 fail("%s: tokens %d and %d are both %s", w, token, i, utf8::quote(bytes(i)).c_str());
@@ -469,7 +624,7 @@ class Tokenizer {
         parts_.assign(tokens_.size(), {-1, -1});
         std::vector<int> ids;
         for (int i = 0; i < vocab_size(); i++) {
-            if (i == eot_ || tokens_[(size_t)i].size() == 1) continue;
+            if (i == eot_ || tokens_[(size_t)i].size() == 1 || is_added(i)) continue;
             ids.clear();
             merge_bytes(tokens_[(size_t)i], ids);
             if (ids.size() == 1)
@@ -485,6 +640,11 @@ class Tokenizer {
         size_t begin = ids.size();
         for (char c : piece) ids.push_back(token_of_[(unsigned char)c]);
         ids.resize(begin + merges_.apply(ids.data() + begin, piece.size()));
+    }
+    // Appends the tokens of a text without added tokens.
+    void encode_between(std::string_view text, std::vector<int>& ids) const {
+        if (!text.empty() && text[0] != ' ' && add_prefix_space_) encode_bpe(" " + std::string(text), ids);
+        else encode_bpe(text, ids);
     }
     void encode_bpe(std::string_view text, std::vector<int>& ids) const {
         bpe::Splitter pieces(text);
@@ -507,9 +667,11 @@ class Tokenizer {
 
     Kind kind_ = CHARACTERS;
     bool add_prefix_space_ = false;
-    int eot_ = 0;
+    int eot_ = 0, tags_ = 0;
     std::vector<std::string> tokens_;
     std::vector<int> token_of_;  // code point, or byte in a BPE -> its token; -1 if there is none
+    std::map<std::string, int, std::less<>> added_;  // bytes of an added token -> the token
+    size_t longest_added_ = 0;                       // bytes
     bpe::Merges merges_;
     std::vector<std::pair<int, int>> parts_;
     mutable bpe::PieceCache cache_;

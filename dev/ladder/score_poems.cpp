@@ -22,7 +22,8 @@
 //   by chance         the same measure after the verse endings of all poems in the file have been shuffled
 //   two hemistichs    share of the verses that have exactly two hemistichs
 //   letters           letters in a verse and in a hemistich, without spaces: mean and standard deviation
-//   usual length      share of the hemistichs whose length is in the middle 95% of the training text's
+//   usual length      share of the hemistichs, and of the verses, whose length is in the middle 95% of the
+//                     training text's, or of those of its poems that have the tag of --tag
 //   distance          earth mover's distance between the hemistichs' lengths and the training text's: how
 //   many
 //                     letters per hemistich would have to be added or removed, on average, to turn one
@@ -237,16 +238,22 @@ struct Lengths {
     }
 };
 
-// The training text and its words, verses and lengths, to compare with.
+// The training text and its words, verses and lengths, to compare with. The lengths are of the poems for
+// which `measured` is true.
 struct Reference {
     Poems poems;
     std::unordered_set<std::string> words, verses;
     Lengths verse, hemistich;
-    explicit Reference(Poems p) : poems(std::move(p)) {
-        for (const std::string& poem : poems) {
+    explicit Reference(Poems p, const std::vector<bool>& measured = {}) : poems(std::move(p)) {
+        for (size_t i = 0; i < poems.size(); i++) {
+            const std::string& poem = poems[i];
+            const bool lengths = measured.empty() || measured[i];
             for_each_piece(poem, " \t\n", [&](std::string_view w) { words.emplace(w); });
-            for_each_piece(poem, "\n", [&](std::string_view v) { verses.emplace(v), verse.add(letters(v)); });
-            for_each_piece(poem, "\t\n", [&](std::string_view h) { hemistich.add(letters(h)); });
+            for_each_piece(poem, "\n", [&](std::string_view v) {
+                verses.emplace(v);
+                if (lengths) verse.add(letters(v));
+            });
+            if (lengths) for_each_piece(poem, "\t\n", [&](std::string_view h) { hemistich.add(letters(h)); });
         }
     }
 };
@@ -255,7 +262,7 @@ struct Scores {
     size_t poems = 0, verses = 0, words = 0, long_words = 0;
     // Shares from 0 to 1, or NaN if there is nothing to count
     double known = 0, long_known = 0, last_letter = 0, last_letter_chance = 0, rhyme = 0, rhyme_chance = 0;
-    double two_hemistichs = 0, usual_length = 0, repeated = 0, copied = 0;
+    double two_hemistichs = 0, usual_length = 0, usual_verse = 0, repeated = 0, copied = 0;
     Lengths verse, hemistich;
     double distance = 0, evenness = 0, mean_run = 0;
     size_t longest_run = 0;
@@ -298,7 +305,8 @@ inline Scores measure(const Poems& poems, const Reference& ref) {
     std::vector<std::vector<std::u32string>> last, rhymes;
     std::unordered_set<std::string> before;
     size_t known = 0, long_known = 0, two = 0, usual = 0, repeated = 0, copied = 0, runs = 0,
-           lo = ref.hemistich.quantile(0.025), hi = ref.hemistich.quantile(0.975);
+           lo = ref.hemistich.quantile(0.025), hi = ref.hemistich.quantile(0.975), usual_verses = 0,
+           verse_lo = ref.verse.quantile(0.025), verse_hi = ref.verse.quantile(0.975);
     double within = 0;
     std::vector<std::vector<int>> shared = shared_runs(poems, ref.poems);
     for (size_t i = 0; i < poems.size(); i++) {
@@ -317,6 +325,7 @@ inline Scores measure(const Poems& poems, const Reference& ref) {
             size_t chars = utf8::count(v), hemistichs = 0;
             if (letters(v)) {
                 s.verses++, s.verse.add(letters(v));
+                usual_verses += letters(v) >= verse_lo && letters(v) <= verse_hi;
                 for_each_piece(v, "\t", [&](std::string_view h) {
                     size_t n = letters(h);
                     hemistichs++, here.add(n), s.hemistich.add(n), usual += n >= lo && n <= hi;
@@ -346,6 +355,7 @@ inline Scores measure(const Poems& poems, const Reference& ref) {
     s.last_letter = agreement(last), s.last_letter_chance = agreement_by_chance(last);
     s.rhyme = agreement(rhymes), s.rhyme_chance = agreement_by_chance(rhymes);
     s.two_hemistichs = share(two, s.verses), s.usual_length = share(usual, s.hemistich.n);
+    s.usual_verse = share(usual_verses, s.verses);
     s.repeated = share(repeated, s.verses), s.copied = share(copied, s.verses),
     s.mean_run = share(runs, s.verses);
     s.distance = s.hemistich.distance(ref.hemistich),
@@ -362,22 +372,36 @@ inline bool is_token_file(const std::string& path) {
     if (in.size >= 1024) in.read(&magic, 4, "magic number");
     return magic == TOKEN_FILE_MAGIC;
 }
-inline Poems decode_tokens(const std::string& path, const Tokenizer& tokenizer) {
+// The poems of a token file. has_tag, if given, becomes true for each that has the tag with this token.
+inline Poems decode_tokens(const std::string& path, const Tokenizer& tokenizer, int tag = -1,
+                           std::vector<bool>* has_tag = nullptr) {
     TokenFile file(path);
     file.check_vocab(tokenizer.vocab_size());
-    Poems poems(1);
-    for (size_t i = 0; i < file.size(); i++) {
-        if (file[i] != tokenizer.eot()) poems.back() += tokenizer.bytes(file[i]);
-        else if (!poems.back().empty()) poems.emplace_back();
+    Poems poems;
+    std::string poem;
+    bool tagged = false;
+    for (size_t i = 0; i <= file.size(); i++) {
+        if (i == file.size() || file[i] == tokenizer.eot()) {
+            if (!poem.empty()) {
+                poems.push_back(poem);
+                if (has_tag) has_tag->push_back(tagged);
+            }
+            poem.clear(), tagged = false;
+        } else if (file[i] >= tokenizer.first_tag()) {
+            tagged = tagged || file[i] == tag;
+        } else {
+            poem += tokenizer.bytes(file[i]);
+        }
     }
-    if (poems.back().empty()) poems.pop_back();
     return poems;
 }
-// Poems from any of the three kinds of file. Text and CSV are cleaned as by ./prepare_data.
-inline Poems read_poems(const std::string& path, const Tokenizer& tokenizer) {
-    if (is_token_file(path)) return decode_tokens(path, tokenizer);
+// Poems from a token file, or from any file that ./prepare_data reads, cleaned by the training text's recipe.
+inline Poems read_poems(const std::string& path, const Tokenizer& tokenizer, const Recipe& recipe) {
+    if (path != "-" && is_token_file(path)) return decode_tokens(path, tokenizer);
     prep::Options o;
-    o.layout = "blank";
+    static_cast<Recipe&>(o) = recipe;
+    o.hemistich_separator = "auto";
+    o.layout = "blank", o.on_error = "skip";
     prep::Report report;
     prep::Collector collector(o, report);
     collector.read_file(path);
@@ -414,6 +438,7 @@ inline std::string table(const std::vector<std::pair<std::string, Scores>>& colu
     row("letters in a hemistich",
         [](const Scores& s) { return strf("%.1f ± %.1f", s.hemistich.mean(), s.hemistich.sd()); });
     row("hemistichs of usual length", [&](const Scores& s) { return percent(s.usual_length); });
+    row("verses of usual length", [&](const Scores& s) { return percent(s.usual_verse); });
     row("distance from the usual lengths", [](const Scores& s) { return strf("%.2f", s.distance); });
     row("evenness within a poem", [](const Scores& s) { return strf("%.2f", s.evenness); });
     row("repeated verses", [&](const Scores& s) { return percent(s.repeated); });
@@ -425,13 +450,16 @@ inline std::string table(const std::vector<std::pair<std::string, Scores>>& colu
 
 inline int score_main(int argc, char** argv) {
     std::vector<std::string> files;
-    std::string data = "out/data";
+    std::string data = "out/data", tag;
     int most = 0;
     bool skip_last = false;
     Flags f("score_poems", "compares poems with the text that their model was trained on");
     f.positional(&files, "poems.txt [more files]");
     f.add("data", "", &data, "DIR",
           "folder made by ./prepare_data, with the training text train.bin and with tokenizer.bin");
+    f.add(
+        "tag", "", &tag, "COL=VALUE",
+        "compare lengths with those training poems that have this tag (./prepare_data --tags), e.g. a metre");
     f.add("poems", "", &most, "N", "only the first N poems of each file; 0: all").range(0, INFINITY);
     f.add("skip_last", "", &skip_last,
           "leave out each poem's last verse, which a limit on the length may have truncated");
@@ -449,7 +477,18 @@ inline int score_main(int argc, char** argv) {
         if (std::string path = data + "/" + name; !file_exists(path))
             fail("%s: not found; --data is the folder that ./prepare_data made", path.c_str());
     Tokenizer tokenizer = Tokenizer::load(data + "/tokenizer.bin");
-    Reference ref(decode_tokens(data + "/train.bin", tokenizer));
+    const std::string recipe_path = data + "/recipe.txt";
+    const Recipe recipe = file_exists(recipe_path) ? Recipe::load(recipe_path) : Recipe();
+    int tag_token = -1;
+    if (!tag.empty()) {
+        const size_t equals = std::min(tag.find('='), tag.size());
+        tag_token = tokenizer.tag(tag.substr(0, equals), tag.substr(std::min(equals + 1, tag.size())));
+        if (tag_token < 0) throw UsageError(strf("--tag: %s has no tag '%s'", data.c_str(), tag.c_str()));
+    }
+    std::vector<bool> has_tag;
+    Poems training = decode_tokens(data + "/train.bin", tokenizer, tag_token, &has_tag);
+    if (tag.empty()) has_tag.clear();
+    Reference ref(std::move(training), has_tag);
     printf(
         "training text %s/train.bin: %s poems, %s verses, %s different words; letters in a verse %.1f ± "
         "%.1f, in a hemistich %.1f ± %.1f, usually %zu to %zu\n\n",
@@ -459,7 +498,7 @@ inline int score_main(int argc, char** argv) {
     std::vector<std::pair<std::string, Scores>> columns;
     std::string longest;
     for (const std::string& path : files) {
-        Poems poems = read_poems(path, tokenizer);
+        Poems poems = read_poems(path, tokenizer, recipe);
         if (most && poems.size() > (size_t)most) poems.resize((size_t)most);
         if (skip_last)
             for (std::string& p : poems) p.resize(p.find('\n') == p.npos ? 0 : p.rfind('\n'));

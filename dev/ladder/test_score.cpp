@@ -147,7 +147,7 @@ TEST_CASE("poems are read from the output of sample_gpt2 and ladder, and from to
     const score::Poems want = {"قفا نبك\tقفا\nنبك", "نبك"};
     for (const char* name : {"samples.txt", "ladder.txt", "poems.bin"}) {
         CAPTURE(name);
-        CHECK(score::read_poems(dir / name, t) == want);
+        CHECK(score::read_poems(dir / name, t, Recipe()) == want);
     }
 }
 
