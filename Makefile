@@ -51,11 +51,12 @@ help:
 	@echo "  TRAIN_FLAGS='--max_steps 9'  more flags for ./train_gpt2; PREPARE_FLAGS= for ./prepare_data"
 	@echo "make finetune HF=DIR POEMS=..  fine-tune a checkpoint in Hugging Face's form (GPT-2, AraGPT2)"
 	@echo "make finetune FROM=FILE ..     the same from a checkpoint trained here, e.g. FROM=out/model.bin"
-	@echo "make export HF=DIR             give the result back in Hugging Face's form, to OUT/hf"
+	@echo "make export OUT=out/mine       write it in Hugging Face's form to OUT/hf (HF=DIR: with its tokenizer)"
 	@echo "make plot                      draw the losses of OUT/log.csv to OUT/loss.png"
 	@echo "make ladder                    from a bigram table to GPT-2's block, rung by rung (dev/ladder)"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make train_gpt2cu              the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
+	@echo "make sample_gpt2cu             the same for ./sample_gpt2: ./sample_gpt2cu writes poems on a GPU"
 	@echo "make clean                     remove programs and objects, not data or models (make help-dev: more)"
 
 include dev/build.mk
@@ -81,14 +82,13 @@ ladder: prepare_data $(BUILD)/ladder | need-plot $(call named,train)
 	gnuplot -c dev/ladder/ladder.gp $(call quote,$(LADDER))
 	@echo "plots: $(LADDER)/bars.png, $(LADDER)/curves.png"
 
-# What these two targets must be told is asked for before anything is compiled.
+# What this target must be told is asked for before anything is compiled.
 ifneq ($(and $(call named,finetune),$(if $(HF)$(FROM),,none)),)
 $(error make finetune: name the checkpoint: make finetune HF=DIR POEMS=poems.csv, or FROM=out/model.bin)
 endif
-ifneq ($(and $(call named,export),$(if $(HF),,none)),)
-$(error make export: name the folder whose tokenizer goes along: make export HF=DIR OUT=$(OUT))
-endif
-finetune: $(PROGRAMS) $(if $(FROM),,convert_gpt2 export_tokenizer) | $(call named,train ladder)
+# Training moves what is in NEW to OUT.
+FINETUNE_DATA = $(patsubst $(NEW)/%,$(OUT)/%,$(DATA))
+finetune: $(PROGRAMS) score_poems $(if $(FROM),,convert_gpt2 export_tokenizer) | $(call named,train ladder)
 	@mkdir -p $(call quote,$(NEW))
 ifeq ($(FROM),)
 	./convert_gpt2 from-hf $(call quote,$(HF)) $(call quote,$(NEW)/pretrained.bin)
@@ -103,11 +103,12 @@ else
 	./train_gpt2 -e $(call quote,$(FROM)) --data $(call quote,$(DATA)) -o $(call quote,$(OUT)) --overwrite \
 	  $(TRAIN_FLAGS)
 endif
-	./sample_gpt2 -e $(call quote,$(OUT)/model.bin)
+	@dev/finetune_report.sh $(call quote,$(if $(FROM),$(FROM),$(OUT)/pretrained.bin)) \
+	  $(call quote,$(OUT)/tokenizer.bin) $(call quote,$(OUT)) $(call quote,$(FINETUNE_DATA))
 
 export: convert_gpt2 | $(call named,train ladder finetune)
-	./convert_gpt2 to-hf $(call quote,$(OUT)/model.bin) $(call quote,$(OUT)/hf) \
-	  --tokenizer_dir $(call quote,$(HF))
+	./convert_gpt2 to-hf $(call quote,$(OUT)/model.bin) $(call quote,$(OUT)/hf)$(if $(HF), \
+	  --tokenizer_dir $(call quote,$(HF)))
 
 plot: | need-plot $(call named,train ladder finetune export)
 	@test -s $(call quote,$(OUT)/log.csv) || { \
@@ -127,10 +128,10 @@ else
 train_gpt2 sample_gpt2: %: $(BUILD)/portable/% build/programs/flags
 	cp $< $@
 endif
-prepare_data: $(BUILD)/data/prepare_data.o
+prepare_data: $(BUILD)/data/prepare_data.o $(BUILD)/data/json.o
 convert_gpt2: $(BUILD)/dev/convert/convert_gpt2.o
 export_tokenizer tokenize: %: $(BUILD)/tokenizer/%.o
-score_poems: $(BUILD)/dev/ladder/score_poems.o
+score_poems: $(BUILD)/dev/ladder/score_poems.o $(BUILD)/data/json.o
 export_run: $(BUILD)/dev/ladder/export_run.o $(GEMM:%=$(BUILD)/%)
 prepare_data $(TOOLS): build/programs/flags
 	$(call link,$(BUILD))
@@ -141,7 +142,7 @@ $(BUILD)/ladder: $(BUILD)/dev/ladder/ladder.o $(GEMM:%=$(BUILD)/%)
 flags.build/programs = $(flags.$(BUILD)) $(BUILD) $(portable) $(mpi)
 
 clean:
-	rm -f $(PROGRAMS) $(TOOLS) train_gpt2cu
+	rm -f $(PROGRAMS) $(TOOLS) train_gpt2cu sample_gpt2cu
 	test -d ladder || rm -f ladder
 	rm -rf build $(if $(wildcard $(BUILD)/flags),$(BUILD))
 

@@ -4,7 +4,7 @@
 
 # test_gpt2 tests what depends on the set of instructions: layers, products, vectors, random numbers.
 # test_lib tests the rest of lib/; each other test_NAME.cpp is a separate program. test_cli starts
-# the emulated trainers.
+# the emulated programs.
 LAYER_TESTS = test_gpt2.o lib/test_gemm.o lib/test_vec.o lib/test_rng.o
 LIB_TESTS = $(filter-out $(LAYER_TESTS),$(patsubst %.cpp,%.o,$(wildcard lib/test_*.cpp)))
 TOOL_TESTS = $(patsubst %.cpp,%,$(filter-out dev/test_main.cpp,$(wildcard data/test_*.cpp \
@@ -16,6 +16,7 @@ define tests
 $1/test_gpt2: $(LAYER_TESTS:%=$1/%)
 $1/test_lib: $(LIB_TESTS:%=$1/%)
 $(foreach t,$(TOOL_TESTS),$(eval $1/$(notdir $t): $1/$t.o))
+$1/test_data $1/test_poem_files $1/test_score: $1/data/json.o
 $(TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
 	$$(call link,$1)
 $(LAYER_TESTS:%=$1/%) $(LIB_TESTS:%=$1/%) $(TOOL_TESTS:%=$1/%.o) $1/dev/test_main.o: | need-tests
@@ -27,11 +28,11 @@ $(eval $(call tests,$(BUILD)))
 ifeq ($(NO_CUDA),)
 $(eval $(call emulated,$(BUILD)))
 CUDA_TESTS = $(EMULATED_TESTS:%=$(BUILD)/%)
-CUDA_TRAINERS = $(EMULATED_TRAINERS:%=$(BUILD)/%)
+CUDA_PROGRAMS = $(EMULATED_PROGRAMS:%=$(BUILD)/%)
 else
 SKIPPED_TESTS = $(EMULATED_TESTS:%="skip:%: $(NO_CUDA)")
 endif
-test: $(CUDA_TESTS) $(TESTS:%=$(BUILD)/%) $(CUDA_TRAINERS) $(PROGRAMS) | $(call named,train ladder finetune)
+test: $(CUDA_TESTS) $(TESTS:%=$(BUILD)/%) $(CUDA_PROGRAMS) $(PROGRAMS) | $(call named,train ladder finetune)
 	@dev/run_tests.sh $(TESTS:%=$(BUILD)/%) $(CUDA_TESTS) $(SKIPPED_TESTS)
 test-layers: $(BUILD)/test_gpt2 | $(call named,test)
 	@dev/run_tests.sh $<
@@ -75,6 +76,28 @@ test-emulator-tsan: $(EMULATED_TESTS:%=$(TSAN)/%) | \
 	$(call named,test test-layers test-asan test-portable test-emulator-asan)
 	@OMP_NUM_THREADS=1 dev/run_tests.sh $(EMULATED_TESTS:%=$(TSAN)/%)
 
+# roofline.py is held to a step whose accesses to memory are counted: code that is compiled for
+# ThreadSanitizer is linked with dev/emulator/accesses.cpp instead. Like gpu_check's rehearsal, the script is
+# copied to the folder where its program is.
+ifeq ($(NO_CUDA),)
+$(TSAN)/$(EMULATOR)/cublaslt.o: DEFINE = -O2 -isystem $(CUDA_HOME)/include
+$(BUILD)/count_step_emu: $(TSAN)/emulated/dev/bench/count_step_bf16.o $(TSAN)/$(EMULATOR)/cublaslt.o \
+	$(BUILD)/libemu/$(EMULATOR)/accesses.o $(BUILD)/$(EMULATOR)/dynamic_smem.o $(BUILD)/lib/version.o \
+	$(LIBEMU)
+	$(call link,$(BUILD)) -ldl
+$(BUILD)/count_step_emu: LDLIBS += -Wl,-rpath,$(abspath $(dir $(LIBEMU)))
+$(BUILD)/test_roofline: dev/bench/test_roofline.py $(BUILD)/count_step_emu
+	cp $< $@
+ifeq ($(shell command -v $(PYTHON) 2>/dev/null),)
+SKIPPED_TESTS += "skip:test_roofline: $(PYTHON) is missing"
+else
+CUDA_TESTS += $(BUILD)/test_roofline
+test: $(BUILD)/test_roofline
+endif
+else
+SKIPPED_TESTS += "skip:test_roofline: $(NO_CUDA)"
+endif
+
 # A minute of fuzzing for each reader of files
 FUZZ_SECONDS ?= 60
 FUZZERS = $(wildcard data/fuzz_*.cpp tokenizer/fuzz_*.cpp dev/fuzz_*.cpp dev/*/fuzz_*.cpp)
@@ -82,6 +105,7 @@ FUZZ = $(BUILD)/fuzz
 FUZZ_COMMAND = clang++ -std=c++17 -O1 -g -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 $(eval $(call folder,$(FUZZ),$(FUZZ_COMMAND)))
 $(FUZZERS:%.cpp=$(FUZZ)/%.o): | need-fuzz
+$(FUZZ)/data/fuzz_csv: $(FUZZ)/data/json.o
 $(FUZZERS:%.cpp=$(FUZZ)/%): %: %.o
 	$(call link,$(FUZZ))
 fuzz: $(FUZZERS:%.cpp=$(FUZZ)/%)

@@ -5,7 +5,10 @@
 // Reads tokenizer.json, or vocab.json and merges.txt, in Hugging Face's format, and eos_token and
 // add_prefix_space from tokenizer_config.json. Refuses a tokenizer that tokenizer.h would not reproduce
 // exactly: it must be byte-level BPE like GPT-2's, and its merges must be those that tokenizer.h finds from
-// the order of the tokens.
+// the order of the tokens; or a character tokenizer that convert_gpt2 to-hf wrote.
+//
+// If config.json says that the model has more tokens, because the rows of its embedding are padded, the
+// tokenizer gets unused ones: <|unused500|> and so on, which no text is encoded as.
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -16,7 +19,7 @@
 #include "lib/flags.h"
 #include "lib/io.h"
 #include "lib/run_folder.h"
-#include "tokenizer/tokenizer.h"
+#include "tokenizer/huggingface.h"
 
 namespace exporter {
 
@@ -30,7 +33,10 @@ struct Published {
     std::unordered_map<std::string, int> id_of;
     std::vector<std::pair<std::string, std::string>> merges;
     std::vector<std::string> merge_places;  // "line 5" or "merge 3", for messages
-    std::set<int> special;                  // added tokens, which are spelled as plain text
+    std::set<int> special;                  // spelled as plain text; no text is encoded as them
+    std::set<int> added;      // spelled as plain text too, and cut out of a text before it is cut into pieces
+    bool characters = false;  // it is a character tokenizer
+    size_t unused = 0;        // how many of the last tokens are padding
     bool add_prefix_space = false;
     int eot = 0;
 };
@@ -55,29 +61,6 @@ inline const Json& member(const Json& j, const char* name) {
 // ---------------------------------------------------------------------------------------------
 // Reading the folder
 
-// GPT-2's files spell the bytes of a token with visible characters: a printable byte of Latin-1 as this
-// character, the k-th of the other bytes as U+0100 + k. Decodes a token to its bytes; false if it contains a
-// character that spells no byte.
-inline bool bytes_of(const std::string& token, std::string* bytes) {
-    static const std::map<uint32_t, char> byte_of = [] {
-        std::map<uint32_t, char> m;
-        uint32_t others = 0;
-        for (uint32_t b = 0; b < 256; b++) {
-            bool visible = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD);
-            m[visible ? b : 0x100 + others++] = (char)b;
-        }
-        return m;
-    }();
-    bytes->clear();
-    bool all = true;
-    utf8::for_each(token, [&](uint32_t c, size_t) {
-        auto it = byte_of.find(c);
-        all = all && it != byte_of.end();
-        if (all) *bytes += it->second;
-    });
-    return all;
-}
-
 class Folder {
   public:
     explicit Folder(const std::string& dir) : dir_(dir) {}
@@ -96,7 +79,7 @@ class Folder {
         }
         if (const std::string path = dir_ + "/added_tokens.json"; file_exists(path)) {
             const Json added = read_json(path);
-            for (auto& [token, id] : added.items()) add_special(token, id, path);
+            for (auto& [token, id] : added.items()) add_listed(token, id, path);
         }
         read_config();
         finish();
@@ -123,14 +106,44 @@ class Folder {
                  quote(token).c_str(), id);
         p_.id_of[token] = id;
     }
-    void add_special(const std::string& token, const Json& number, const std::string& path) {
+    // Adds a token beyond the vocabulary, or notes that one of the vocabulary is such; returns its id.
+    int add_beyond(const std::string& token, const Json& number, const std::string& path) {
         int i = id(number, token, path);
         auto known = p_.id_of.find(token);
         if (known == p_.id_of.end()) add_token(token, i, path);
         else if (known->second != i)
             fail("%s: %s has id %d, but in the vocabulary it has %d", path.c_str(), quote(token).c_str(), i,
                  known->second);
-        p_.special.insert(i);
+        return i;
+    }
+    // A token of added_tokens.json, a file that does not say which tokens are special: those that another one
+    // names as such.
+    void add_listed(const std::string& token, const Json& number, const std::string& path) {
+        int i = add_beyond(token, number, path);
+        if (p_.special.count(i) || p_.added.count(i)) return;
+        bool special = false;
+        for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"}) {
+            if (!file_exists(dir_ + name)) continue;
+            const Json j = read_json(dir_ + name);
+            const Json &flags = member(member(j, "added_tokens_decoder"), std::to_string(i).c_str()),
+                       &flag = member(flags, "special");
+            auto names = [&](const Json& t) { return (t.is_object() ? member(t, "content") : t) == token; };
+            for (const char* field :
+                 {"bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"})
+                special = special || names(member(j, field));
+            for (const char* list : {"additional_special_tokens", "extra_special_tokens"})
+                for (const Json& t : member(j, list)) special = special || names(t);
+            special = special || flag == true;
+            check_flags(token, flags, dir_ + name);
+        }
+        (special ? p_.special : p_.added).insert(i);
+    }
+    // The ways of cutting added tokens out of a text that tokenizer.h lacks are Errors.
+    void check_flags(const std::string& token, const Json& flags, const std::string& path) {
+        for (const char* flag : {"lstrip", "rstrip", "single_word"})
+            if (member(flags, "special") == false && member(flags, flag) == true)
+                fail("%s: %s of the added token %s is true, which is not implemented", path.c_str(), flag,
+                     quote(token).c_str());
     }
 
     void read_merges(const std::string& path) {
@@ -160,6 +173,7 @@ class Folder {
         auto refuse = [&](const char* what, const Json& found, const char* wanted) {
             fail("%s: %s is %s, wanted %s", path.c_str(), what, quote(found.dump()).c_str(), wanted);
         };
+        if (type == "WordLevel") return read_characters(j, path);
         if (!type.is_null() && type != "BPE") refuse("model.type", type, "\"BPE\"");
         if (const Json& n = member(j, "normalizer"); !n.is_null()) refuse("normalizer", n, "none");
         for (const char* name : {"dropout", "continuing_subword_prefix", "end_of_word_suffix",
@@ -185,16 +199,30 @@ class Folder {
         }
         const Json& added = member(j, "added_tokens");
         if (!added.is_null() && !added.is_array()) refuse("added_tokens", added, "a list");
+        std::set<bool> normalized;
         for (const Json& a : added) {
             const Json &content = member(a, "content"), &special = member(a, "special");
             if (!content.is_string()) refuse("an added token", a, "one with content");
-            if (special == false)
-                fail(
-                    "%s: the added token %s is not special: such tokens are cut out of the text first, which "
-                    "is not implemented",
-                    path.c_str(), quote(content.get<std::string>()).c_str());
-            add_special(content.get<std::string>(), member(a, "id"), path);
+            const std::string token = content.get<std::string>();
+            int i = add_beyond(token, member(a, "id"), path);
+            (special == false ? p_.added : p_.special).insert(i);
+            check_flags(token, a, path);
+            if (special == false) normalized.insert(member(a, "normalized") != false);
         }
+        // Two kinds, of which one is cut out before the other.
+        if (normalized.size() > 1)
+            fail("%s: of the added tokens some are normalized and some are not, which is not implemented",
+                 path.c_str());
+    }
+    // A character tokenizer, in the form in which convert_gpt2 to-hf writes it.
+    void read_characters(const Json& j, const std::string& path) {
+        const Json& pre = member(j, "pre_tokenizer");
+        if (const Json wanted = huggingface::every_character(); pre != wanted)
+            fail("%s: pre_tokenizer of a WordLevel model is %s, wanted %s", path.c_str(),
+                 quote(pre.dump(), 400).c_str(), wanted.dump().c_str());
+        if (!member(j, "normalizer").is_null()) fail("%s: has a normalizer, wanted none", path.c_str());
+        p_.characters = true;
+        add_vocab(member(member(j, "model"), "vocab"));
     }
 
     // Reads eos_token and add_prefix_space. tokenizer_config.json overrides the other files,
@@ -218,7 +246,7 @@ class Folder {
         auto it = p_.id_of.find(eos);
         if (it == p_.id_of.end())
             fail("%s: end-of-text %s is not in %s", from.c_str(), quote(eos).c_str(), p_.vocab_path.c_str());
-        p_.special.insert(p_.eot = it->second);
+        p_.special.insert(p_.eot = it->second), p_.added.erase(p_.eot);
     }
 
     // Lists the tokens by id; checks that no id is missing.
@@ -228,6 +256,16 @@ class Folder {
                 fail("%s: no token has id %zu, but %s has %d", p_.vocab_path.c_str(), p_.tokens.size(),
                      quote(token).c_str(), id);
             p_.tokens.push_back(token);
+        }
+        const std::string config = dir_ + "/config.json";
+        if (!file_exists(config) || p_.characters) return;
+        const Json j = read_json(config), &size = member(j, "vocab_size");
+        if (!size.is_number_unsigned() || size > 1 << bpe::Merges::ID_BITS)
+            return;  // convert_gpt2 refuses it
+        while (p_.tokens.size() < size.get<size_t>()) {
+            p_.special.insert((int)p_.tokens.size());
+            p_.tokens.push_back(strf("<|unused%zu|>", p_.tokens.size()));
+            p_.unused++;
         }
     }
 
@@ -243,7 +281,8 @@ class Folder {
 inline std::vector<std::string> token_bytes(const Published& p) {
     std::vector<std::string> tokens(p.tokens.size());
     for (size_t i = 0; i < tokens.size(); i++) {
-        if (p.special.count((int)i) || !bytes_of(p.tokens[i], &tokens[i])) tokens[i] = p.tokens[i];
+        bool plain = p.special.count((int)i) || p.added.count((int)i);
+        if (plain || !huggingface::bytes_of(p.tokens[i], &tokens[i])) tokens[i] = p.tokens[i];
         if (tokens[i].empty() || tokens[i].size() > 255)
             fail("%s: token %zu %s has %zu bytes, a tokenizer file holds 1 to 255", p.vocab_path.c_str(), i,
                  quote(p.tokens[i]).c_str(), tokens[i].size());
@@ -268,9 +307,9 @@ inline std::vector<std::pair<int, int>> published_parts(const Published& p) {
             return it->second;
         };
         int l = id(left), r = id(right), made = id(whole);
-        if (p.special.count(made))
-            fail("%s: %s makes the special token %s", merges, p.merge_places[m].c_str(),
-                 quote(whole).c_str());
+        if (p.special.count(made) || p.added.count(made))
+            fail("%s: %s makes the %s token %s", merges, p.merge_places[m].c_str(),
+                 p.special.count(made) ? "special" : "added", quote(whole).c_str());
         if (made <= previous)
             fail("%s: %s makes token %d %s, an earlier one token %d: ids must ascend in merge order", merges,
                  p.merge_places[m].c_str(), made, quote(whole).c_str(), previous);
@@ -280,12 +319,31 @@ inline std::vector<std::pair<int, int>> published_parts(const Published& p) {
     return parts;
 }
 
+// A character tokenizer; an Error if its tokens are not in the order that tokenizer.h gives them.
+inline Tokenizer make_characters(const Published& p) {
+    std::string text;
+    std::vector<std::string> tags;
+    for (int i = 0; i < (int)p.tokens.size(); i++)
+        if (i < p.eot) text += p.tokens[(size_t)i];
+        else if (i > p.eot) tags.push_back(p.tokens[(size_t)i]);
+    Tokenizer tok = Tokenizer::characters(text, tags);
+    for (int i = 0; i < (int)p.tokens.size(); i++)
+        if (tok.vocab_size() != (int)p.tokens.size() || tok.bytes(i) != p.tokens[(size_t)i])
+            fail(
+                "%s: token %d is %s, wanted characters in the order of their code points, then "
+                "<|endoftext|>, then tags",
+                p.vocab_path.c_str(), i, quote(p.tokens[(size_t)i]).c_str());
+    return tok;
+}
+
 // The tokenizer; an Error if its merges, found from the order of the tokens, are not the published ones.
 inline Tokenizer make_tokenizer(const Published& p) {
+    if (p.characters) return make_characters(p);
     const char* merges = p.merges_path.c_str();
     std::vector<std::string> tokens = token_bytes(p);
     const std::vector<std::pair<int, int>> parts = published_parts(p);
-    Tokenizer tok = Tokenizer::byte_bpe(std::move(tokens), p.eot, p.add_prefix_space, p.vocab_path);
+    Tokenizer tok = Tokenizer::byte_bpe(std::move(tokens), p.eot, p.add_prefix_space, p.vocab_path,
+                                        {p.added.begin(), p.added.end()});
     size_t m = 0;
     for (int i = 0; i < tok.vocab_size(); i++) {
         const bool is_merge = parts[(size_t)i].first >= 0, would_be = tok.parts(i).first >= 0;
@@ -320,6 +378,7 @@ inline int export_main(int argc, char** argv) {
     printf("%s: %s tokens, %s merges, end-of-text %d %s%s\n", words[1].c_str(),
            commas((uint64_t)tok.vocab_size()).c_str(), commas(p.merges.size()).c_str(), tok.eot(),
            quote(tok.bytes(tok.eot())).c_str(), tok.add_prefix_space() ? ", adds a space before a text" : "");
+    if (p.unused) printf("%zu of the tokens are unused: the model has more than the tokenizer\n", p.unused);
     return 0;
 }
 

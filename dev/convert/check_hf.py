@@ -1,30 +1,43 @@
 #!/usr/bin/env python3
-"""Checks ./convert_gpt2 with the transformers library. Random models are saved by transformers, converted,
-converted back and loaded again; they must have the same bits and cause no warning. Prints time and peak
-memory.
+"""Checks ./convert_gpt2 and ./export_tokenizer with the transformers library. Random models are saved by
+transformers, converted, converted back and loaded again; they must have the same bits and cause no warning.
+A model of characters is trained for some steps and exported; in transformers its tokenizer must give the same
+tokens on all poems, and its pipeline the same text as ./sample_gpt2. Prints time and peak memory.
 
-    dev/convert/check_hf.py [--convert ./convert_gpt2] [--full] [--xl]
+    make prepare_data train_gpt2 sample_gpt2 convert_gpt2 export_tokenizer tokenize
+    dev/convert/check_hf.py [--programs .] [--poems FILE] [--only NAME] [--full] [--xl]
 
---full adds GPT-2 124M with its real config (takes 2 GB of disk while it runs); --xl measures the time and
-memory of converting 1.5 billion parameters (13 GB of disk). Needs torch, transformers, safetensors and GNU
-time.
+--poems names a CSV file with a column poem_text; by default the built-in poems. --only runs one check, e.g.
+character_poet. --full adds GPT-2 124M with its real config (takes 2 GB of disk while it runs); --xl measures
+the time and memory of converting 1.5 billion parameters (13 GB of disk). Needs torch, transformers,
+safetensors and GNU time; peft where it is installed.
 """
 
 import argparse
+import csv
+import importlib.util
 import json
 import logging
 import os
+import random
 import re
+import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import warnings
+from array import array
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RUST_BACKTRACE"] = "0"
+import tokenizers
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import save_file, save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 SMALL = dict(n_embd=36, n_layer=3, n_head=3, vocab_size=301, n_positions=29, bos_token_id=None,
              eos_token_id=None)
@@ -109,8 +122,12 @@ def run(*command):
     return p.returncode, p.stdout, f"{float(seconds):6.2f} s {int(kilobytes) / 1024:7.1f} MB"
 
 
+def program(name):
+    return os.path.join(args.programs, name)
+
+
 def convert(*words):
-    code, output, usage = run(args.convert, *words)
+    code, output, usage = run(program("convert_gpt2"), *words)
     assert code == 0, f"{words}: {output}"
     return usage
 
@@ -189,7 +206,7 @@ def pytorch_bin():
     model = randomise(GPT2LMHeadModel(GPT2Config(**SMALL)))
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), os.path.join(folder, "pytorch_model.bin"))
-    code, output, _ = run(args.convert, "from-hf", folder, os.path.join(work, "old.bin"))
+    code, output, _ = run(program("convert_gpt2"), "from-hf", folder, os.path.join(work, "old.bin"))
     command = re.search(r"cd .*", output).group(0).replace("python3", sys.executable)
     assert code == 1 and output.count("\n") == 1
     subprocess.run(command, shell=True, check=True)
@@ -249,19 +266,319 @@ def xl():
     print(f"ok  {'gpt2-xl (zeros)':28} from-hf {first}   to-hf {second}")
 
 
+EOT = "<|endoftext|>"
+
+
+def random_folder(name, **config):
+    """A folder of transformers with a random model; returns the model and the folder."""
+    folder = os.path.join(work, name)
+    model = randomise(GPT2LMHeadModel(GPT2Config(**{**SMALL, **config})))
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def saved_by_users():
+    """What transformers loads is the same model here; what it refuses is refused here."""
+    model, folder = random_folder("tied")
+    save_model(model, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    with safe_open(os.path.join(folder, "model.safetensors"), "pt") as f:
+        assert "lm_head.weight" in f.keys() and "transformer.wte.weight" not in f.keys()
+    compare(model, load(folder, "save_model"), torch.float32, "save_model, by transformers")
+    convert("from-hf", folder, os.path.join(work, "tied.bin"))
+    convert("to-hf", os.path.join(work, "tied.bin"), os.path.join(work, "tied_back"))
+    compare(model, load(os.path.join(work, "tied_back"), "save_model"), torch.float32, "save_model")
+
+    for name, wrapped in (("compile", torch.compile(model)), ("ddp", torch.nn.ModuleDict({"module": model})),
+                          ("both", torch.nn.ModuleDict({"module": torch.compile(model)}))):
+        folder = os.path.join(work, name)
+        model.config.save_pretrained(folder)
+        tensors = {k: v.clone().contiguous() for k, v in wrapped.state_dict().items()}
+        assert all(k.startswith(("_orig_mod.", "module.")) for k in tensors), list(tensors)[:3]
+        save_file(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+        convert("from-hf", folder, os.path.join(work, f"{name}.bin"))
+        convert("to-hf", os.path.join(work, f"{name}.bin"), os.path.join(work, f"{name}_back"))
+        compare(model, load(os.path.join(work, f"{name}_back"), name), torch.float32, name)
+    print("ok  save_model, torch.compile, DistributedDataParallel")
+
+    model = randomise(GPT2LMHeadModel(GPT2Config(**SMALL)))
+    model.resize_token_embeddings(SMALL["vocab_size"], pad_to_multiple_of=64)
+    assert model.config.vocab_size == 320
+    there_and_back("padded", model)
+    folder = os.path.join(work, "padded_hf")
+    config = json.load(open(os.path.join(folder, "config.json")))
+    config["vocab_size"] = SMALL["vocab_size"]
+    json.dump(config, open(os.path.join(folder, "config.json"), "w"))
+    try:
+        GPT2LMHeadModel.from_pretrained(folder)
+        raise AssertionError("transformers loads 320 rows as 301")
+    except RuntimeError as e:
+        assert "mismatch" in str(e), e
+    code, output, _ = run(program("convert_gpt2"), "from-hf", folder, os.path.join(work, "padded.bin"))
+    assert code == 1 and "set vocab_size to 320" in output and output.count("\n") == 1, output
+
+
+def lora():
+    """The command in the error message merges an adapter, and the result is converted."""
+    if not importlib.util.find_spec("peft"):
+        print("--  LoRA: peft is not installed")
+        return
+    import peft
+    _, base = random_folder("lora_base")
+    folder = os.path.join(work, "my lora")
+    model = GPT2LMHeadModel.from_pretrained(base)  # the adapter's files name this folder
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    randomise(adapted).save_pretrained(folder)
+    code, output, _ = run(program("convert_gpt2"), "from-hf", folder, os.path.join(work, "lora.bin"))
+    assert code == 1 and output.count("\n") == 1, output
+    command = re.search(r"python3 -c .*", output).group(0).replace("python3", sys.executable)
+    subprocess.run(command, shell=True, check=True)
+    convert("from-hf", folder + "-merged", os.path.join(work, "lora.bin"))
+    convert("to-hf", os.path.join(work, "lora.bin"), os.path.join(work, "lora_back"))
+    want = GPT2LMHeadModel.from_pretrained(folder + "-merged")
+    compare(want, load(os.path.join(work, "lora_back"), "LoRA"), torch.float32, "LoRA")
+    before = GPT2LMHeadModel.from_pretrained(base).transformer.h[0].attn.c_attn.weight
+    assert not torch.equal(before, want.transformer.h[0].attn.c_attn.weight)
+    print("ok  LoRA, merged as the message says")
+
+
+def write_model(path, vocab_size, context=64):
+    """A model file with one layer of one channel, whose numbers are all 0.5."""
+    padded = (vocab_size + 127) // 128 * 128
+    numbers = array("f", [0.5] * vocab_size + [0.0] * (padded - vocab_size) + [0.5] * (context + 27))
+    with open(path, "wb") as f:
+        f.write(struct.pack("<256i", 20240326, 3, context, vocab_size, 1, 1, 1, padded, *[0] * 248))
+        f.write(numbers.tobytes())
+
+
+def write_characters(path, characters, tags=()):
+    """A tokenizer file of these characters, and of tags."""
+    tokens = [t.encode() for t in (*characters, EOT, *tags)]
+    with open(path, "wb") as f:
+        f.write(struct.pack("<256i", 20240328, 2, len(tokens), len(characters), 1, 0, len(tags), *[0] * 249))
+        f.write(b"".join(bytes([len(t)]) + t for t in tokens))
+
+
+def read_tokens(path):
+    """The bytes of a tokenizer file's tokens."""
+    data, tokens, i = open(path, "rb").read(), [], 1024
+    for _ in range(struct.unpack_from("<3i", data)[2]):
+        tokens.append(data[i + 1:i + 1 + data[i]])
+        i += 1 + data[i]
+    return tokens
+
+
+def to_hf(tokenizer_file):
+    """Exports a model with this tokenizer; returns the folder and its AutoTokenizer."""
+    folder = tempfile.mkdtemp(dir=work)
+    shutil.copy(tokenizer_file, os.path.join(folder, "tokenizer.bin"))
+    write_model(os.path.join(folder, "model.bin"), len(read_tokens(tokenizer_file)))
+    convert("to-hf", os.path.join(folder, "model.bin"), os.path.join(folder, "hf"))
+    del caught.lines[:]
+    tokenizer = AutoTokenizer.from_pretrained(os.path.join(folder, "hf"))
+    assert not caught.lines, caught.lines
+    return os.path.join(folder, "hf"), tokenizer
+
+
+def refused(tokenizer, text):
+    try:
+        tokenizer(text)
+    except Exception:
+        return True
+    return False
+
+
+def check_characters(tokenizer, text, ids):
+    eot = len(tokenizer) - 1
+    both = tokenizer(text)
+    # Not token_type_ids: the model would add their embeddings to the tokens'.
+    assert set(both) == {"input_ids", "attention_mask"}, set(both)
+    assert both["input_ids"] == [eot] + ids, text
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([eot] + ids + [eot], skip_special_tokens=True) == text
+    assert tokenizer.decode([eot] + ids) == EOT + text
+    assert tokenizer.convert_ids_to_tokens(ids) == list(text)
+
+
+def odd_vocabularies():
+    rng = random.Random(1)
+    odd = "\0\t\n\r !\"#$%&'(),-./0:;<=>?@A[\\]^_`a{|}~\x7f\x85\xa0\u0300\u0301\u0621\u0640\u064b\u0651" \
+          "\u200c\u200d\u200f\u2028\u2029\u202e\u2581\u3000\ufdfa\ufe0f\ufeff\ufffd\U0001f600\U0010ffff"
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
+    for characters in (odd, "ab", "x", "", "\n a\u010a\u0120", "".join(sorted(rng.sample(every, 5000)))):
+        file = os.path.join(work, "odd.bin")
+        write_characters(file, characters)
+        folder, tokenizer = to_hf(file)
+        for kind in ("bos", "eos", "pad"):
+            assert getattr(tokenizer, kind + "_token_id") == len(characters)
+        for length in (0, 1, 2, 5, 50, 2000):
+            ids = [rng.randrange(len(characters)) for _ in range(length)] if characters else []
+            check_characters(tokenizer, "".join(characters[i] for i in ids), ids)
+        everyone = list(range(len(characters)))
+        check_characters(tokenizer, characters, everyone)
+        for stranger in "\u0633z\v\U0001f601":  # never another token in silence
+            assert stranger in characters or refused(tokenizer, characters[:1] + stranger), stranger
+        assert tokenizer(EOT, add_special_tokens=False)["input_ids"] == [len(characters)]
+        again = os.path.join(work, "again.bin")
+        subprocess.run([program("export_tokenizer"), folder, again], check=True, stdout=subprocess.DEVNULL)
+        assert open(again, "rb").read() == open(file, "rb").read()
+        resaved = os.path.join(work, "resaved")  # as a user does after fine-tuning in transformers
+        tokenizer.save_pretrained(resaved)
+        subprocess.run([program("export_tokenizer"), resaved, again], check=True, stdout=subprocess.DEVNULL)
+        assert open(again, "rb").read() == open(file, "rb").read()
+    print("ok  odd characters")
+
+
+def tags():
+    """A text begins with end-of-text and the tag "other", or as the user writes; no tag is generated."""
+    file = os.path.join(work, "tags.bin")
+    write_characters(file, "ab", ["<|metre=other|>", "<|metre=\u0628|>"])
+    folder, tokenizer = to_hf(file)
+    assert tokenizer("ab")["input_ids"] == [2, 3, 0, 1]
+    assert tokenizer(EOT + "<|metre=\u0628|>ab", add_special_tokens=False)["input_ids"] == [2, 4, 0, 1]
+    assert tokenizer.decode([2, 4, 0, 1], skip_special_tokens=True) == "ab"
+    torch.manual_seed(1)
+    poet = AutoModelForCausalLM.from_pretrained(folder)  # whose tokens are all equally likely
+    drawn = poet.generate(torch.tensor([[2, 3, 0]] * 50), do_sample=True, pad_token_id=2)
+    assert set(drawn[:, 3:].flatten().tolist()) == {0, 1, 2}
+    print("ok  tags")
+
+
+def corpus():
+    """All poems, prepared here, are the same tokens in transformers."""
+    data = os.path.join(work, "corpus data")
+    for keep in ("letters", "all"):
+        subprocess.run([program("prepare_data"), args.poems, "-o", data, "--keep", keep], check=True,
+                       stdout=subprocess.DEVNULL)
+        tokens = [t.decode() for t in read_tokens(os.path.join(data, "tokenizer.bin"))]
+        eot, count = tokens.index(EOT), 0
+        _, tokenizer = to_hf(os.path.join(data, "tokenizer.bin"))
+        assert len(tokenizer) == len(tokens)
+        poems, ids = [], []
+        for name in ("train.bin", "val.bin"):
+            stream = array("H", open(os.path.join(data, name), "rb").read()[1024:]).tolist()
+            ends = [i for i, t in enumerate(stream) if t == eot] + [len(stream)]
+            for begin, end in zip(ends, ends[1:]):
+                ids.append(stream[begin + 1:end])
+                poems.append("".join(tokens[i] for i in ids[-1]))
+        for begin in range(0, len(poems), 1000):
+            part = slice(begin, begin + 1000)
+            assert tokenizer(poems[part], add_special_tokens=False)["input_ids"] == ids[part]
+            assert tokenizer(poems[part])["input_ids"] == [[eot] + i for i in ids[part]]
+            assert tokenizer.batch_decode(ids[part]) == poems[part]
+            count += sum(map(len, ids[part]))
+        print(f"ok  {len(poems):,} poems, {count:,} tokens, {len(tokens)} characters ({keep})")
+
+
+def greedy_here(model, prompt, tokens):
+    command = [program("sample_gpt2"), "-e", model, "--temperature", "0", "--prompt", prompt]
+    done = subprocess.run([*command, "--tokens", str(tokens)], check=True, stdout=subprocess.PIPE)
+    return done.stdout.decode()[:-1]
+
+
+def character_poet():
+    """A model trained here on characters writes the same text in transformers' pipeline."""
+    out, data = (os.path.join(work, n) for n in ("a poet", "a poet's data"))
+    subprocess.run([program("prepare_data"), args.poems, "-o", data], check=True, stdout=subprocess.DEVNULL)
+    train = ["--data", data, "--preset", "tiny", "-o", out, "--max_steps", "150", "--sample_every", "0"]
+    subprocess.run([program("train_gpt2"), *train], check=True, stdout=subprocess.DEVNULL)
+    model, hf = os.path.join(out, "model.bin"), os.path.join(out, "hf")
+    convert("to-hf", model, hf)
+    convert("from-hf", hf, os.path.join(work, "poet.bin"))
+    assert open(model, "rb").read() == open(os.path.join(work, "poet.bin"), "rb").read()
+    del caught.lines[:]
+    poet = pipeline("text-generation", hf)
+    prompts = ["", "قفا", "قفا نبك من ذكرى", "\n", " ", "ا\tل\n"]
+    for prompt in prompts:
+        # Up to the whole context, which is 64 tokens with end-of-text: transformers stops there by itself.
+        theirs = poet(prompt, do_sample=False)[0]["generated_text"]
+        assert theirs == greedy_here(model, prompt, 63 - len(prompt)), (prompt, theirs)
+        assert prompt or len(theirs) > 20
+    assert not caught.lines, caught.lines
+    many = [p for p in prompts if p]
+    for prompt, answers in zip(many, poet(many, do_sample=False, batch_size=len(many), max_new_tokens=30)):
+        assert answers[0]["generated_text"] == greedy_here(model, prompt, 30), prompt  # padded on the left
+    assert refused(poet, "x")
+    text = poet("", do_sample=False)[0]["generated_text"]
+    print(f"ok  a poet of characters writes in transformers: {text[:30]!r}...")
+
+
+def texts_for_bpe(rng, poems, added):
+    pieces = added + [" ", "  ", "\n", "\t", "قفا", " نبك", "it's", "12", "!?", EOT[:5], "\U0001f600"]
+    for _ in range(3000):
+        yield "".join(rng.choice(pieces) for _ in range(rng.randrange(9)))
+    yield from poems[:500]
+
+
+def bpe():
+    """Byte-level BPEs, with added tokens and padding: here as in transformers, and back."""
+    with open(args.poems, encoding="utf-8", newline="") as f:
+        poems = [row["poem_text"] for row in csv.DictReader(f)][:2000]
+    rng = random.Random(1)
+    added = ["[verse]", "[v", "قافية", "\n\n", " نبك", "<a>"]
+    for space in (False, True):
+        trained = tokenizers.ByteLevelBPETokenizer(add_prefix_space=space)
+        trained.train_from_iterator(poems, vocab_size=600, special_tokens=[EOT, "<pad>"], show_progress=False)
+        base = os.path.join(work, f"bpe{space}")
+        os.mkdir(base)
+        trained.save(os.path.join(base, "tokenizer.json"))
+        wrapped = transformers.PreTrainedTokenizerFast(tokenizer_file=os.path.join(base, "tokenizer.json"),
+                                                       eos_token=EOT, bos_token=EOT, pad_token="<pad>")
+        wrapped.add_tokens(added)
+        wrapped.add_special_tokens({"sep_token": "<sep>"})
+        for form in ("tokenizer.json", "vocab.json"):
+            folder = os.path.join(work, f"bpe{space}_{form}")
+            if form == "tokenizer.json":
+                wrapped.save_pretrained(folder)
+            else:  # as transformers saved tokenizers that are not fast
+                os.mkdir(folder)
+                trained.save_model(folder)
+                extra = {t: i for t, i in wrapped.get_added_vocab().items() if t not in (EOT, "<pad>")}
+                for name, content in (("added_tokens.json", extra),
+                                      ("special_tokens_map.json", {"sep_token": "<sep>", "eos_token": EOT,
+                                                                   "bos_token": EOT, "pad_token": "<pad>"}),
+                                      ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer",
+                                                                 "add_prefix_space": space})):
+                    json.dump(content, open(os.path.join(folder, name), "w"))
+            theirs = AutoTokenizer.from_pretrained(folder)
+            assert theirs("[verse]")["input_ids"] == [theirs.get_added_vocab()["[verse]"]]
+            json.dump({"vocab_size": len(theirs) + 7}, open(os.path.join(folder, "config.json"), "w"))
+            ours = os.path.join(work, "bpe.bin")
+            subprocess.run([program("export_tokenizer"), folder, ours], check=True, stdout=subprocess.DEVNULL)
+            assert len(read_tokens(ours)) == len(theirs) + 7
+            texts = list(texts_for_bpe(rng, poems, added))
+            frames = b"".join(struct.pack("<I", len(t.encode())) + t.encode() for t in texts)
+            tokenize = [program("tokenize"), ours, "--framed"]
+            output = subprocess.run(tokenize, input=frames, check=True, stdout=subprocess.PIPE).stdout
+            numbers = array("I", output)
+            _, back = to_hf(ours)
+            i = 0
+            for text in texts:
+                ids = numbers[i + 1:i + 1 + numbers[i]].tolist()
+                i += 1 + numbers[i]
+                want = theirs(text, add_special_tokens=False)["input_ids"]
+                assert ids == want, (form, space, text, ids, want)
+                assert back(text, add_special_tokens=False)["input_ids"] == want, (form, space, text)
+                assert back(text)["input_ids"] == [back.eos_token_id] + want
+                assert back.decode(want) == theirs.decode(want)
+        print(f"ok  byte-level BPE with added tokens{', add_prefix_space' if space else ''}")
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--convert", default="./convert_gpt2", help="the program to check")
+parser.add_argument("--programs", default=".", help="the folder of the programs to check")
+parser.add_argument("--poems", default="data/sample_poems.csv", help="CSV with a column poem_text")
+parser.add_argument("--only", help="the name of one check")
 parser.add_argument("--full", action="store_true", help="also GPT-2 124M")
 parser.add_argument("--xl", action="store_true", help="also the time and memory of 1.5 billion parameters")
 args = parser.parse_args()
-args.convert = os.path.abspath(args.convert)
+args.programs = os.path.abspath(args.programs)
 torch.manual_seed(1)
 caught = Caught()
 with tempfile.TemporaryDirectory() as work:
-    small_models()
-    tokens_and_logits()
-    pytorch_bin()
-    grover()
+    for check in (small_models, tokens_and_logits, pytorch_bin, grover, saved_by_users, lora,
+                  odd_vocabularies, tags, corpus, character_poet, bpe):
+        if args.only in (None, check.__name__):
+            check()
     if args.full:
         there_and_back("gpt2_124M", randomise(GPT2LMHeadModel(GPT2Config())))
     if args.xl:

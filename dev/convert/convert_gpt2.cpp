@@ -2,7 +2,8 @@
 // file and back.
 //
 //     ./convert_gpt2 from-hf DIR out.bin     config.json and model.safetensors in DIR -> model file
-//     ./convert_gpt2 to-hf in.bin DIR        model file -> config.json and model.safetensors in DIR
+//     ./convert_gpt2 to-hf in.bin DIR        model file -> config.json and model.safetensors in DIR, and the
+//                                            files of its tokenizer
 //
 // The parts, in reading order: JSON, safetensors files, the table of names, config.json, from_hf, to_hf.
 // One tensor at a time is in memory, so 1.5 billion parameters are converted in 100 MB. Without --dtype no
@@ -18,6 +19,7 @@
 #include "lib/flags.h"
 #include "lib/gpt2.h"
 #include "lib/run_folder.h"
+#include "tokenizer/huggingface.h"
 
 namespace convert {
 
@@ -221,12 +223,32 @@ constexpr const char* FROM_PYTORCH =
     "sorted(glob.glob('pytorch_model*.bin'))]; "
     "save_file({k: v.clone().contiguous() for k, v in d.items()}, 'model.safetensors', {'format': 'pt'})\"";
 
+// The published name of a tensor, without the prefix "transformer.". A model that was saved within a wrapper
+// has the wrapper's name before its tensors' (torch.compile: _orig_mod, DistributedDataParallel: module), or
+// before those of the blocks that were wrapped.
+inline std::string published_name(const std::string& saved) {
+    std::string name;
+    bool at_start = true, prefixed = false;
+    for (size_t begin = 0, end; begin <= saved.size(); begin = end + 1) {
+        end = std::min(saved.find('.', begin), saved.size());
+        const std::string part = saved.substr(begin, end - begin);
+        if (part == "_orig_mod" || part == "module") continue;
+        if (at_start && !prefixed && part == "transformer") {
+            prefixed = true;
+            continue;
+        }
+        name += (at_start ? "" : ".") + part;
+        at_start = false;
+    }
+    return name;
+}
+
 // All tensors of a folder: those of model.safetensors, or of the shards that model.safetensors.index.json
 // lists.
 class Safetensors {
   public:
     std::string path;                       // for error messages: the file or the index
-    std::map<std::string, Tensor> tensors;  // by name, without the prefix "transformer."
+    std::map<std::string, Tensor> tensors;  // by published name, without the prefix "transformer."
 
     explicit Safetensors(const std::string& dir) : path(dir + "/model.safetensors") {
         std::string index = path + ".index.json";
@@ -251,6 +273,12 @@ class Safetensors {
             fail("%s: shape is %s, wanted %zu dimensions", at(*t).c_str(), shape_text(t->shape).c_str(),
                  rank);
         return *t;
+    }
+    // Gives a tensor another name; an Error will show the one in the file.
+    void rename(const std::string& from, const std::string& to) {
+        auto entry = tensors.extract(from);
+        entry.key() = to;
+        tensors.insert(std::move(entry));
     }
     std::string at(const Tensor& t) const { return files_[t.file]->path + ": tensor " + shown(t.name); }
 
@@ -302,7 +330,7 @@ class Safetensors {
         data_start_.push_back(8 + length);
         for (Tensor& t : parse_header(text, file.size - 8 - length, file_path)) {
             t.file = files_.size() - 1;
-            std::string name = t.name.compare(0, 12, "transformer.") == 0 ? t.name.substr(12) : t.name;
+            std::string name = published_name(t.name);
             auto added = tensors.emplace(name, std::move(t));
             if (!added.second)
                 fail("%s: tensor %s occurs twice, also as %s", file_path.c_str(), shown(name).c_str(),
@@ -512,9 +540,16 @@ inline Config config_of(const JsonFile& f, const Safetensors& st) {
     Config c = config_from_json(f);
     auto agree = [&](const char* field, int value, const char* tensor, size_t dimension) {
         const Tensor& t = st.need(tensor, 2);
-        if (t.shape[dimension] != (uint64_t)value)
-            fail("%s: %s is %d, but %s has shape %s", f.path.c_str(), field, value, st.at(t).c_str(),
-                 shape_text(t.shape).c_str());
+        if (t.shape[dimension] == (uint64_t)value) return;
+        // transformers does not load such a model either: it would have to guess which rows are padding.
+        bool rows = dimension == 0 && tensor == std::string("wte.weight") && t.shape[0] > (uint64_t)value;
+        std::string hint = rows ? strf(
+                                      "; if its last rows are padding, set vocab_size to %llu, and they stay "
+                                      "as tokens that no text has",
+                                      (ull)t.shape[0])
+                                : "";
+        fail("%s: %s is %d, but %s has shape %s%s", f.path.c_str(), field, value, st.at(t).c_str(),
+             shape_text(t.shape).c_str(), hint.c_str());
     };
     agree("vocab_size", c.V, "wte.weight", 0);
     agree("n_embd", c.C, "wte.weight", 1);
@@ -540,11 +575,11 @@ inline Config config_of(const JsonFile& f, const Safetensors& st) {
 }
 
 // A config.json that transformers loads without a warning. Fields that a model file does not have (dropout,
-// the initialiser) get GPT-2's published values. end_of_text is -1 if it is unknown.
-inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int end_of_text) {
+// the initialiser) get GPT-2's published values. bos and eos, the tokens that begin and end a text, are -1 if
+// they are unknown.
+inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int bos, int eos) {
     bool grover = c.arch == GROVER_ARCH;
-    nlohmann::ordered_json eot =
-        end_of_text < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(end_of_text);
+    auto token = [](int id) { return id < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(id); };
     const char* activation = nullptr;
     for (const ActivationName& a : ACTIVATIONS)
         if (!activation && a.kind == c.activation) activation = a.name;
@@ -552,9 +587,9 @@ inline nlohmann::ordered_json json_of_config(const Config& c, bool bf16, int end
     j["activation_function"] = activation;
     j["architectures"] = {grover ? "AraGPT2LMHeadModel" : "GPT2LMHeadModel"};
     j["attn_pdrop"] = 0.1;
-    j["bos_token_id"] = eot;
+    j["bos_token_id"] = token(bos);
     j["embd_pdrop"] = 0.1;
-    j["eos_token_id"] = eot;
+    j["eos_token_id"] = token(eos);
     j["initializer_range"] = 0.02;
     j["layer_norm_epsilon"] = strtod(shortest(c.eps).c_str(), nullptr);
     j["model_type"] = grover ? "aragpt2" : "gpt2";
@@ -610,6 +645,8 @@ inline void check_tensors(const std::vector<Slot>& slots, const Safetensors& st)
             first = &entry.second;
     if (first) {
         std::string more = unknown > 1 ? strf(" (nor are %zu more)", unknown - 1) : "";
+        if (first->name.find(".lora_") != std::string::npos)
+            more += "; merge LoRA's matrices into the model with merge_and_unload(), then save_pretrained()";
         fail("%s: is not part of the model%s", st.at(*first).c_str(), more.c_str());
     }
 }
@@ -642,11 +679,30 @@ inline void check_head(const JsonFile& config, Safetensors& st, const Config& c)
     }
 }
 
+// A folder with adapter_config.json holds what PEFT (LoRA) adds to a model, and transformers loads that model
+// from elsewhere even if the folder has weights of its own.
+inline void refuse_adapter(const std::string& dir) {
+    const std::string path = dir + "/adapter_config.json";
+    if (!file_exists(path)) return;
+    JsonFile adapter(path);
+    const std::string merged = dir.substr(0, dir.find_last_not_of('/') + 1) + "-merged";
+    fail(
+        "%s: is an adapter of %s (PEFT), not a model; merge the two and convert the result: "
+        "python3 -c \"from peft import AutoPeftModelForCausalLM as M; import sys; "
+        "M.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\" %s %s",
+        path.c_str(), shown(adapter.text("base_model_name_or_path", "another model")).c_str(),
+        shell_quoted(dir).c_str(), shell_quoted(merged).c_str());
+}
+
 // Converts the folder `dir` to the model file `out`. dtype is "fp32", "bf16", or "" for bf16 if all tensors
 // are bf16 and fp32 otherwise.
 inline Summary from_hf(const std::string& dir, const std::string& out, std::string dtype = "") {
+    refuse_adapter(dir);
     JsonFile config(dir + "/config.json");
     Safetensors st(dir);
+    // safetensors' save_model() saves tied tensors once, under the name that is the first in the alphabet.
+    if (!st.find("wte.weight") && st.find("lm_head.weight") && config.flag("tie_word_embeddings", true))
+        st.rename("lm_head.weight", "wte.weight");
     Config c = config_of(config, st);
     std::vector<Slot> slots = slots_of(c);
     check_tensors(slots, st);
@@ -690,15 +746,20 @@ constexpr const char* TOKENIZER_FILES[] = {
     "vocab.json",       "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json"};
 
-// What to_hf copies in addition to the weights, and what config.json takes from it.
+// What to_hf writes in addition to the weights, and what config.json takes from it.
 struct Companions {
     std::vector<std::pair<std::string, std::string>> files;  // name, content
-    int end_of_text = -1;
+    std::string tokenizer = "none";                          // where it is from, for print()
+    int bos = -1, eos = -1;                                  // the tokens that begin and end a text
+    Json generation = Json::object();                        // generation_config.json as far as it is given
     Json auto_map;  // config.json's field that leads transformers to AraGPT2's modelling code
 };
 
-// Checks a token id of a tokenizer file, which must be a row of wte, and notes end-of-text's.
-inline void note_token(Companions* k, const std::string& where, const std::string& token, const Json& id,
+// Tokens by name, as far as the files of a tokenizer give their numbers.
+using TokenIds = std::map<std::string, int>;
+
+// Checks a token id of a tokenizer file, which must be a row of wte, and notes it.
+inline void note_token(TokenIds* ids, const std::string& where, const std::string& token, const Json& id,
                        const Config& c) {
     if (!id.is_number_unsigned())
         fail("%s: id of %s is %s, wanted a whole number", where.c_str(), shown(Json(token)).c_str(),
@@ -706,7 +767,29 @@ inline void note_token(Companions* k, const std::string& where, const std::strin
     if (id.get<uint64_t>() >= (uint64_t)c.V)
         fail("%s: id of %s is %s, but the model's vocabulary has %d tokens", where.c_str(),
              shown(Json(token)).c_str(), shown(id).c_str(), c.V);
-    if (token == "<|endoftext|>") k->end_of_text = id.get<int>();
+    (*ids)[token] = id.get<int>();
+}
+
+// bos and eos of a published tokenizer: the tokens that tokenizer_config.json names, or else
+// special_tokens_map.json; <|endoftext|> where neither does. Without a bos a text begins with eos, as
+// GPT-2's.
+inline void find_special_tokens(const std::string& src, const TokenIds& ids, Companions* k) {
+    std::string bos, eos = "<|endoftext|>";
+    for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"}) {
+        if (!file_exists(src + name)) continue;
+        JsonFile f(src + name);
+        auto named = [&](const char* field, std::string* token) {
+            const Json* j = f.find(field);
+            if (j && j->is_object() && j->contains("content")) j = &(*j)["content"];
+            if (j && j->is_string()) *token = j->get<std::string>();
+        };
+        named("bos_token", &bos), named("eos_token", &eos);
+    }
+    auto id = [&](const std::string& token) {
+        auto it = ids.find(token);
+        return it == ids.end() ? -1 : it->second;
+    };
+    k->eos = id(eos), k->bos = id(bos) < 0 ? k->eos : id(bos);
 }
 
 // GROVER is not part of transformers: its publisher keeps the modelling code in the model's folder. If the
@@ -730,6 +813,7 @@ inline void read_modelling_code(const std::string& src, Companions* k) {
 // The tokenizer in the folder `src`, which must have one, and for GROVER the modelling code.
 inline Companions read_companions(const std::string& src, const Config& c) {
     Companions k;
+    TokenIds ids;
     for (const char* name : TOKENIZER_FILES) {
         std::string path = src + "/" + name, file = name;
         if (!file_exists(path)) continue;
@@ -738,24 +822,55 @@ inline Companions read_companions(const std::string& src, const Config& c) {
         Json j = parse_json(k.files.back().second, path);
         if (!j.is_object()) fail("%s: is %s, wanted an object", path.c_str(), shown(j).c_str());
         if (file != "tokenizer.json") {
-            for (auto& entry : j.items()) note_token(&k, path, entry.key(), entry.value(), c);
+            for (auto& entry : j.items()) note_token(&ids, path, entry.key(), entry.value(), c);
             continue;
         }
         Json::json_pointer vocab("/model/vocab"), added("/added_tokens");
         if (j.contains(vocab) && j[vocab].is_object())
-            for (auto& entry : j[vocab].items()) note_token(&k, path, entry.key(), entry.value(), c);
+            for (auto& entry : j[vocab].items()) note_token(&ids, path, entry.key(), entry.value(), c);
         if (j.contains(added) && j[added].is_array())
             for (const Json& t : j[added])
                 if (t.is_object() && t.contains("content") && t["content"].is_string() && t.contains("id"))
-                    note_token(&k, path, t["content"].get<std::string>(), t["id"], c);
+                    note_token(&ids, path, t["content"].get<std::string>(), t["id"], c);
     }
     auto has = [&](const char* name) {
         return std::any_of(k.files.begin(), k.files.end(), [&](auto& f) { return f.first == name; });
     };
     if (!has("tokenizer.json") && !(has("vocab.json") && has("merges.txt")))
         fail("%s: holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt", src.c_str());
+    find_special_tokens(src, ids, &k);
+    const std::string generation = src + "/generation_config.json";
+    if (file_exists(generation)) k.generation = JsonFile(generation).json;
+    k.tokenizer = src;
     if (c.arch == GROVER_ARCH) read_modelling_code(src, &k);
     return k;
+}
+
+// The tokenizer of our file `path`, in Hugging Face's form.
+inline Companions read_tokenizer(const std::string& path, const std::string& model, const Config& c) {
+    const Tokenizer t = Tokenizer::load(path);
+    if (t.vocab_size() != c.V)
+        fail(
+            "%s: has %d tokens, %s has a vocabulary of %d; name its tokenizer with --tokenizer FILE or "
+            "--tokenizer_dir SRC",
+            path.c_str(), t.vocab_size(), model.c_str(), c.V);
+    Companions k;
+    k.files = huggingface::files_of(t, c.maxT, path);
+    k.tokenizer = path, k.bos = k.eos = t.eot();
+    for (int tag = t.first_tag(); tag < c.V; tag++) k.generation["suppress_tokens"].push_back(tag);
+    return k;
+}
+
+// generation_config.json: `given`, with the tokenizer's bos and eos, and values for what else generate()
+// would have to guess. A text is at most as long as the context, beyond which transformers fails.
+inline Json generation_config(Json given, const Companions& k, const Config& c) {
+    given["bos_token_id"] = k.bos;
+    Json& eos = given["eos_token_id"];  // may be a list, of which any ends a text
+    if (!eos.is_array() || std::find(eos.begin(), eos.end(), Json(k.eos)) == eos.end()) eos = k.eos;
+    given.emplace("pad_token_id", k.eos);
+    if (Json& pad = given["pad_token_id"]; pad.is_number() && pad >= c.V) pad = k.eos;  // has no embedding
+    given.emplace("max_length", c.maxT);
+    return given;
 }
 
 // Writes a safetensors file in chunks: construct it, add() the numbers of all slots in order, commit().
@@ -801,11 +916,17 @@ class SafetensorsWriter {
 
 // How a user can load the folder `dir` that to_hf wrote.
 inline std::string how_to_load(const std::string& dir, const std::string& tokenizer_dir, bool grover,
-                               bool has_code) {
+                               bool has_tokenizer, bool has_code) {
+    if (!grover && has_tokenizer)
+        return strf(
+            "python3 -c \"import sys; from transformers import pipeline; "
+            "print(pipeline('text-generation', sys.argv[1])('')[0]['generated_text'])\" %s",
+            shell_quoted(dir).c_str());
     if (!grover)
         return strf(
-            "python3 -c \"from transformers import GPT2LMHeadModel as M; print(M.from_pretrained('%s'))\"",
-            dir.c_str());
+            "python3 -c \"import sys; from transformers import GPT2LMHeadModel as M; "
+            "print(M.from_pretrained(sys.argv[1]))\" %s",
+            shell_quoted(dir).c_str());
     if (has_code)
         return strf("AutoModelForCausalLM.from_pretrained('%s', trust_remote_code=True)", dir.c_str());
     if (tokenizer_dir.empty())
@@ -818,15 +939,30 @@ inline std::string how_to_load(const std::string& dir, const std::string& tokeni
         tokenizer_dir.c_str());
 }
 
-// Converts the model file `in` to the folder `dir` in the form in which Hugging Face publishes models.
-// tokenizer_dir is the folder whose tokenizer is copied, or "".
-inline Summary to_hf(const std::string& in, const std::string& dir, const std::string& tokenizer_dir = "") {
+// Converts the model file `in` to the folder `dir` in the form in which Hugging Face publishes models. Its
+// tokenizer is copied from the folder tokenizer_dir; or, if that is "", made from our file `tokenizer`, by
+// default tokenizer.bin beside the model, if there is one.
+inline Summary to_hf(const std::string& in, const std::string& dir, const std::string& tokenizer_dir = "",
+                     std::string tokenizer = "") {
     ModelReader reader(in);
     const Config c = reader.cfg;
     bool bf16 = reader.version == MODEL_BF16;
+    const std::string beside = dirname_of(in) + "/tokenizer.bin";
+    if (tokenizer.empty() && file_exists(beside)) tokenizer = beside;
     Companions along;
-    if (c.V == preset_config("gpt2").V) along.end_of_text = c.V - 1;
     if (!tokenizer_dir.empty()) along = read_companions(tokenizer_dir, c);
+    else if (!tokenizer.empty()) along = read_tokenizer(tokenizer, in, c);
+    else if (c.V == preset_config("gpt2").V) along.bos = along.eos = c.V - 1;  // only GPT-2's has this size
+    const bool has_tokenizer = !along.files.empty();
+    auto writes = [&](const char* name) {
+        return std::any_of(along.files.begin(), along.files.end(), [&](auto& f) { return f.first == name; });
+    };
+    for (const char* name : TOKENIZER_FILES)
+        if (has_tokenizer && !writes(name) && file_exists(dir + "/" + name))
+            fail(
+                "%s/%s: is there already, and would be loaded with the tokenizer of %s; remove it, or name "
+                "another folder",
+                dir.c_str(), name, along.tokenizer.c_str());
 
     // All files are complete under temporary names before the first is renamed to its final name.
     make_dirs(dir);
@@ -839,9 +975,13 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
         std::vector<float> unused(s.cols);
         for (size_t r = 0; r < s.pad_rows; r++) reader.read(unused.data(), s.cols);
     }
-    nlohmann::ordered_json config = json_of_config(c, bf16, along.end_of_text);
+    nlohmann::ordered_json config = json_of_config(c, bf16, along.bos, along.eos);
     if (!along.auto_map.is_null()) config["auto_map"] = along.auto_map;
     along.files.push_back({"config.json", config.dump(2) + "\n"});
+    if (along.eos >= 0 || !along.generation.empty()) {
+        Json generation = along.eos < 0 ? along.generation : generation_config(along.generation, along, c);
+        along.files.push_back({"generation_config.json", generation.dump(2) + "\n"});
+    }
     std::vector<std::unique_ptr<AtomicFile>> small;
     std::string names;
     for (auto& f : along.files) {
@@ -852,10 +992,12 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
     model.commit();
     for (auto& f : small) f->commit();
 
-    return {c, strf("%s, %s", in.c_str(), bf16 ? "bf16" : "fp32"),
-            strf("%s/model.safetensors, %zu tensors, %s, %s%s", dir.c_str(), slots.size(),
-                 bf16 ? "BF16" : "F32", human_bytes((double)model.bytes).c_str(), names.c_str()),
-            how_to_load(dir, tokenizer_dir, c.arch == GROVER_ARCH, !along.auto_map.is_null())};
+    auto token = [](int id) { return id < 0 ? "unknown" : std::to_string(id); };
+    return {c, strf("%s, %s; tokenizer: %s", in.c_str(), bf16 ? "bf16" : "fp32", along.tokenizer.c_str()),
+            strf("%s/model.safetensors, %zu tensors, %s, %s%s; a text begins with token %s, ends with %s",
+                 dir.c_str(), slots.size(), bf16 ? "BF16" : "F32", human_bytes((double)model.bytes).c_str(),
+                 names.c_str(), token(along.bos).c_str(), token(along.eos).c_str()),
+            how_to_load(dir, tokenizer_dir, c.arch == GROVER_ARCH, has_tokenizer, !along.auto_map.is_null())};
 }
 
 inline void print(const Summary& s) {
@@ -879,16 +1021,18 @@ constexpr const char* EPILOGUE =
     "lists) in the form in which Hugging Face publishes gpt2 ... gpt2-xl and aragpt2-base ... -mega. It "
     "detects\n"
     "whether the model is a GPT-2 or a GROVER (aragpt2-large, -mega), and refuses a model that the trainer\n"
-    "would compute wrongly. to-hf writes config.json and model.safetensors, which\n"
-    "GPT2LMHeadModel.from_pretrained(\"DIR\") loads.\n"
+    "would compute wrongly. to-hf writes a folder that transformers loads: config.json, model.safetensors,\n"
+    "generation_config.json, and the tokenizer's files, made from tokenizer.bin or copied from SRC.\n"
     "\n"
+    "To continue with a model trained here in transformers:\n"
+    "  ./convert_gpt2 to-hf out/model.bin poet\n"
     "To fine-tune a published model and convert it back:\n"
     "  ./convert_gpt2 from-hf aragpt2-base aragpt2.bin\n"
     "  ./train_gpt2 -e aragpt2.bin --data DIR\n"
     "  ./convert_gpt2 to-hf out/model.bin poet --tokenizer_dir aragpt2-base\n";
 
 inline int run(int argc, char** argv) {
-    std::string dtype, tokenizer_dir;
+    std::string dtype, tokenizer_dir, tokenizer;
     std::vector<std::string> words;
     Flags f("convert_gpt2", "converts GPT-2 and AraGPT2 from Hugging Face's format and back, bit for bit");
     f.positional(&words, "from-hf DIR out.bin | to-hf in.bin DIR");
@@ -898,7 +1042,9 @@ inline int run(int argc, char** argv) {
         .choices({"fp32", "bf16"});
     f.section("to-hf");
     f.add("tokenizer_dir", "", &tokenizer_dir, "SRC",
-          "also copy the tokenizer (vocab.json, merges.txt, ...) from this folder");
+          "copy the tokenizer (vocab.json, merges.txt, ...) from this folder");
+    f.add("tokenizer", "", &tokenizer, "FILE",
+          "or make its files from this one; by default tokenizer.bin in the model's folder");
     f.epilogue(EPILOGUE);
     f.parse(argc, argv);
     if (words.empty()) throw UsageError("wanted from-hf DIR out.bin, or to-hf in.bin DIR; see --help");
@@ -908,10 +1054,13 @@ inline int run(int argc, char** argv) {
     if (words.size() != 3)
         throw UsageError(strf("%s takes two names, found %zu: %s", words[0].c_str(), words.size() - 1,
                               from ? "from-hf DIR out.bin" : "to-hf in.bin DIR"));
-    if (from && f.given("tokenizer_dir")) throw UsageError("--tokenizer_dir is only for to-hf");
+    for (const char* flag : {"tokenizer_dir", "tokenizer"})
+        if (from && f.given(flag)) throw UsageError(strf("--%s is only for to-hf", flag));
+    if (f.given("tokenizer_dir") && f.given("tokenizer"))
+        throw UsageError("--tokenizer_dir and --tokenizer do not go together; leave one out");
     if (to && f.given("dtype"))
         throw UsageError("--dtype is only for from-hf; to-hf does not change the numbers");
-    print(from ? from_hf(words[1], words[2], dtype) : to_hf(words[1], words[2], tokenizer_dir));
+    print(from ? from_hf(words[1], words[2], dtype) : to_hf(words[1], words[2], tokenizer_dir, tokenizer));
     return 0;
 }
 

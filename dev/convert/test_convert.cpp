@@ -1,5 +1,5 @@
 // test_convert.cpp - tests of convert_gpt2.cpp on small checkpoints, which are converted both ways and
-// damaged in many ways.
+// damaged in many ways; and of what export_tokenizer reads of the folders that to-hf and transformers write.
 #define ARAPOET_NO_MAIN
 #include "convert_gpt2.cpp"
 
@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include "dev/test_util.h"
+#include "tokenizer/export_tokenizer.cpp"
 
 namespace {
 
@@ -21,7 +22,7 @@ struct Published {
     };
     Json config;
     std::vector<std::pair<std::string, Entry>> tensors;
-    std::string prefix = "transformer.";
+    std::string prefix = "transformer.", wrapper;
 
     Entry& at(const std::string& name) {
         for (auto& t : tensors)
@@ -48,7 +49,7 @@ std::string safetensors(const Published& p, Take take, size_t gap = 0) {
     for (size_t i = 0; i < p.tensors.size(); i++) {
         const auto& [name, e] = p.tensors[i];
         if (!take(i)) continue;
-        std::string full = name == "lm_head.weight" ? name : p.prefix + name;
+        std::string full = name == "lm_head.weight" ? p.wrapper + name : p.wrapper + p.prefix + name;
         header[full] = {{"dtype", e.dtype},
                         {"shape", e.shape},
                         {"data_offsets", {data.size(), data.size() + e.bytes.size()}}};
@@ -416,7 +417,10 @@ TEST_CASE("convert: a config.json with wrong or unimplemented values is refused 
     CHECK(error(p, "n_head", "4") == "n_head is \"4\", wanted a whole number from 1 to 4096");
     CHECK(error(p, "n_layer", 1ull << 40) ==
           "n_layer is 1099511627776, wanted a whole number from 1 to 4096");
-    CHECK(error(p, "vocab_size", 130) == "vocab_size is 130, but " + wte);
+    CHECK(error(p, "vocab_size", 130) == "vocab_size is 130, but " + wte +
+                                             "; if its last rows are padding, set vocab_size to 131, and "
+                                             "they stay as tokens that no text has");
+    CHECK(error(p, "vocab_size", 132) == "vocab_size is 132, but " + wte);
     CHECK(error(p, "n_embd", 16) == "n_embd is 16, but " + wte);
     CHECK(error(p, "n_positions", 8) ==
           "n_positions is 8, but " + st + ": tensor transformer.wpe.weight has shape (9, 12)");
@@ -669,6 +673,7 @@ TEST_CASE("convert: to_hf drops the padding and copies the tokenizer after check
     write_file(src + "/vocab.json", "[1");
     CHECK(error() == src + "/vocab.json: is not JSON (byte 3 of 2)");
     std::filesystem::remove(src + "/vocab.json");
+    std::filesystem::remove_all(dir / "back");
     write_file(src + "/tokenizer.json",
                "{\"model\": {\"vocab\": {\"a\": 5}}, \"added_tokens\": [{\"content\": \"<|endoftext|>\", "
                "\"id\": 7}]}");
@@ -770,9 +775,551 @@ TEST_CASE("convert: a wrong command line is a usage error that says what is want
     CHECK(error({"from-hf", "a", "b", "--dtype", "fp16"}) ==
           "--dtype: 'fp16' is unknown; known are fp32, bf16");
     CHECK(error({"from-hf", "a", "b", "--tokenizer_dir", "c"}) == "--tokenizer_dir is only for to-hf");
+    CHECK(error({"from-hf", "a", "b", "--tokenizer", "c"}) == "--tokenizer is only for to-hf");
+    CHECK(error({"to-hf", "a", "b", "--tokenizer", "c", "--tokenizer_dir", "d"}) ==
+          "--tokenizer_dir and --tokenizer do not go together; leave one out");
     CHECK(error({"to-hf", "a", "b", "--dtype", "bf16"}) ==
           "--dtype is only for from-hf; to-hf does not change the numbers");
     CHECK(contains(error({"from-hf", "a", "b", "--dtipe", "bf16"}), "did you mean --dtype?"));
     CHECK(contains(error({"from-hf", "/nonexistent", "b"}),
                    "not a usage error: /nonexistent/config.json: cannot open"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// What users of PyTorch save
+
+TEST_CASE("convert: a folder of save_model(), which keeps one of two tied tensors, is read") {
+    TempDir dir;
+    Published p = example(false), tied = p;
+    tied.tensors.push_back({"lm_head.weight", tied.at("wte.weight")});
+    tied.erase("wte.weight");
+    for (Json config : {Json::object(), Json({{"tie_word_embeddings", true}})}) {
+        tied.config.update(config);
+        save(dir / "hf", tied);
+        convert::from_hf(dir / "hf", dir / "a.bin");
+        CHECK(same_bits(parameters(dir / "a.bin"), expected(p, false)));
+    }
+    std::filesystem::remove(dir / "a.bin");
+    // transformers would draw random embeddings
+    CHECK(tensor_error(dir, tied, [](auto&) {}, {{"tie_word_embeddings", false}}) ==
+          "tensor wte.weight is missing");
+    CHECK(tensor_error(dir, tied, [](auto& p) { p.at("lm_head.weight").shape = {V * C}; }) ==
+          "tensor lm_head.weight: shape is (1572), wanted 2 dimensions");
+}
+
+TEST_CASE("convert: tensors named by torch.compile's and DistributedDataParallel's wrappers are read") {
+    TempDir dir;
+    for (bool grover : {false, true})
+        for (std::string wrapper : {"_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."})
+            for (std::string prefix : {"transformer.", ""}) {
+                INFO(grover, wrapper, prefix);
+                Published p = example(grover), saved = p;
+                saved.tensors.push_back({"lm_head.weight", saved.at("wte.weight")});
+                saved.wrapper = wrapper, saved.prefix = prefix;
+                save(dir / "hf", saved);
+                convert::from_hf(dir / "hf", dir / "a.bin");
+                CHECK(same_bits(parameters(dir / "a.bin"), expected(p, grover)));
+            }
+    Published p = example(false), blocks = p;  // each block compiled by itself
+    for (auto& t : blocks.tensors)
+        if (t.first.compare(0, 4, "h.1.") == 0) t.first = "h.1._orig_mod." + t.first.substr(4);
+    save(dir / "hf", blocks);
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    CHECK(same_bits(parameters(dir / "a.bin"), expected(p, false)));
+
+    Published both = example(false);
+    both.tensors.push_back({"_orig_mod.wpe.weight", both.at("wpe.weight")});
+    std::filesystem::remove(dir / "a.bin");
+    CHECK(contains(tensor_error(dir, both, [](auto&) {}), "tensor wpe.weight occurs twice, also as "));
+    CHECK(convert::published_name("transformer.h.0.attn.c_attn.weight") == "h.0.attn.c_attn.weight");
+    CHECK(convert::published_name("h.0.transformer.x") == "h.0.transformer.x");
+    CHECK(convert::published_name("modules.x") == "modules.x");
+    CHECK(convert::published_name("transformer.transformer.x") == "transformer.x");
+    CHECK(convert::published_name(".wte.") == ".wte.");
+    CHECK(convert::published_name("") == "");
+}
+
+TEST_CASE("convert: padded rows of the embedding are tokens if config.json counts them, else refused") {
+    TempDir dir;
+    Published p = example(false), padded = p;
+    auto& wte = padded.at("wte.weight");
+    wte.shape[0] = V + 5, wte.bytes += numbers("F32", 5 * C);
+    padded.config["vocab_size"] = V + 5;
+    save(dir / "hf", padded);
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    Config c;
+    std::vector<float> x = parameters(dir / "a.bin", &c);
+    CHECK(c.V == V + 5);
+    CHECK(x[(V + 4) * C + 3] == value(wte, (V + 4) * C + 3));
+    convert::to_hf(dir / "a.bin", dir / "back");
+    check_published(dir / "back", padded);
+
+    padded.config["vocab_size"] = V;
+    save(dir / "hf", padded);
+    CHECK(
+        error_of([&] { convert::from_hf(dir / "hf", dir / "b.bin"); }) ==
+        strf("%s: vocab_size is 131, but %s: tensor transformer.wte.weight has shape (136, 12); if its last "
+             "rows are padding, set vocab_size to 136, and they stay as tokens that no text has",
+             (dir / "hf/config.json").c_str(), (dir / "hf/model.safetensors").c_str()));
+}
+
+TEST_CASE("convert: a LoRA adapter is refused in one line that says how to merge it") {
+    TempDir dir;
+    make_dirs(dir / "my lora");
+    write_file(dir / "my lora/adapter_config.json",
+               "{\"peft_type\": \"LORA\", \"base_model_name_or_path\": \"aubmindlab/aragpt2-base\"}");
+    write_file(dir / "my lora/adapter_model.safetensors", with_length("{}"));
+    auto error = [&](const std::string& hf) {
+        return error_of([&] { convert::from_hf(hf, dir / "a.bin"); });
+    };
+    const std::string wanted =
+        dir / "my lora/adapter_config.json" +
+        ": is an adapter of aubmindlab/aragpt2-base (PEFT), not a model; merge the two and convert the "
+        "result: python3 -c \"from peft import AutoPeftModelForCausalLM as M; import sys; "
+        "M.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])\" '" +
+        dir.path + "/my lora' '" + dir.path + "/my lora-merged'";
+    CHECK(error(dir / "my lora") == wanted);
+    save(dir / "my lora", example(false));  // transformers ignores these weights too
+    CHECK(error(dir / "my lora") == wanted);
+    CHECK(contains(error(dir / "my lora/"), "/my lora-merged'"));
+    write_file(dir / "my lora/adapter_config.json", "{}");
+    CHECK(contains(error(dir / "my lora"), "is an adapter of another model (PEFT)"));
+    CHECK(!file_exists(dir / "a.bin"));
+
+    Published p = example(false);  // saved without merging
+    TempDir other;
+    CHECK(contains(tensor_error(other, p,
+                                [](auto& p) {
+                                    p.tensors.push_back({"h.0.attn.c_attn.lora_A.weight",
+                                                         {"F32", {2, C}, numbers("F32", 2 * C)}});
+                                }),
+                   "is not part of the model; merge LoRA's matrices into the model with merge_and_unload()"));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Our tokenizers in Hugging Face's form
+
+namespace {
+
+// A model with V tokens of one channel, and its tokenizer beside it.
+void save_model_of(const std::string& dir, const Tokenizer& t) {
+    make_dirs(dir);
+    Config c;
+    c.maxT = 7, c.V = t.vocab_size(), c.Vp = pad_vocab(c.V), c.L = 1, c.NH = 1, c.C = 1;
+    ModelWriter w(dir + "/model.bin", c, MODEL_FP32);
+    std::vector<float> x(num_params(c));
+    for (size_t i = 0; i < x.size(); i++) x[i] = i >= (size_t)c.V && i < (size_t)c.Vp ? 0 : (float)i;
+    w.add(x.data(), x.size()), w.finish();
+    t.save(dir + "/tokenizer.bin");
+}
+Tokenizer read_published(const std::string& dir) {
+    return exporter::make_tokenizer(exporter::Folder(dir).read());
+}
+std::string file_of(const Tokenizer& t, const TempDir& dir) {
+    t.save(dir / "t.bin");
+    return read_file(dir / "t.bin");
+}
+Json json_in(const std::string& path) { return Json::parse(read_file(path)); }
+
+// Every byte, two merges, an end-of-text, and what else is given.
+std::vector<std::string> small_bpe(std::vector<std::string> more = {}) {
+    std::vector<std::string> tokens;
+    for (int b = 0; b < 256; b++) tokens.push_back(std::string(1, (char)b));
+    for (const char* t : {"ab", "\xD8\xA8", "<|endoftext|>"}) tokens.push_back(t);
+    tokens.insert(tokens.end(), more.begin(), more.end());
+    return tokens;
+}
+
+}  // namespace
+
+TEST_CASE("convert: to_hf writes the character tokenizer beside the model, and it reads back the same") {
+    using namespace std::string_literals;
+    // Quotes, escapes, line breaks of every kind, marks that combine, the ends of the ranges of UTF-8
+    const std::string odd =
+        "\0\t\n\r "
+        "\"\\/<|>\x7F\u0085\u00A0\u0301\u0621\u064E\u07FF\u0800\u200F\u2028\u2029\uFEFF\uFFFD\U00010000"
+        "\U0010FFFF"s;
+    for (const std::string& text : {odd, "ab\t\n "s, "x"s, ""s}) {
+        TempDir dir;
+        const Tokenizer t = Tokenizer::characters(text);
+        INFO(t.vocab_size());
+        save_model_of(dir / "my run", t);
+        convert::to_hf(dir / "my run/model.bin", dir / "my run/hf");
+        const std::string hf = dir / "my run/hf";
+        CHECK(names_in(hf) == std::vector<std::string>{"config.json", "generation_config.json",
+                                                       "model.safetensors", "special_tokens_map.json",
+                                                       "tokenizer.json", "tokenizer_config.json"});
+        const Json j = json_in(hf + "/tokenizer.json"), &model = j["model"];
+        CHECK(model["type"] == "WordLevel");
+        CHECK(model["vocab"].size() == (size_t)t.vocab_size());
+        for (int id = 0; id < t.vocab_size(); id++) CHECK(model["vocab"][t.bytes(id)] == id);
+        // An unknown character is an error there, because this token is not in the vocabulary.
+        CHECK(!model["vocab"].contains(model["unk_token"].get<std::string>()));
+        CHECK(j["pre_tokenizer"]["pattern"]["Regex"] == "[\\s\\S]");
+        CHECK(j["normalizer"].is_null());
+        CHECK(j["decoder"] == Json({{"type", "Fuse"}}));
+        CHECK(j["added_tokens"].size() == 1);
+        CHECK(j["added_tokens"][0]["id"] == t.eot());
+        CHECK(j["added_tokens"][0]["special"] == true);
+        CHECK(j["post_processor"]["single"][0]["SpecialToken"]["id"] == "<|endoftext|>");
+        CHECK(j["post_processor"]["special_tokens"]["<|endoftext|>"]["ids"] == Json::array({t.eot()}));
+        const Json config = json_in(hf + "/tokenizer_config.json");
+        CHECK(config["model_input_names"] == Json({"input_ids", "attention_mask"}));
+        CHECK(config["clean_up_tokenization_spaces"] == false);
+        CHECK(config["model_max_length"] == 7);
+        for (const char* file : {"/config.json", "/generation_config.json"})
+            for (const char* field : {"bos_token_id", "eos_token_id"})
+                CHECK(json_in(hf + file)[field] == t.eot());
+        CHECK(json_in(hf + "/generation_config.json")["pad_token_id"] == t.eot());
+        CHECK(json_in(hf + "/generation_config.json")["max_length"] == 7);
+
+        CHECK(file_of(read_published(hf), dir) == read_file(dir / "my run/tokenizer.bin"));
+        convert::from_hf(hf, dir / "a.bin");
+        CHECK(read_file(dir / "a.bin") == read_file(dir / "my run/model.bin"));
+        convert::to_hf(dir / "my run/model.bin", hf);  // once more, in place
+        CHECK(count_files(hf) == 6);
+    }
+}
+
+TEST_CASE("convert: tags are special tokens in Hugging Face's form, and are not generated") {
+    TempDir dir;
+    const Tokenizer t = Tokenizer::characters("ab", {"<|metre=other|>", "<|metre=\u0628|>"});
+    save_model_of(dir / "run", t);
+    convert::to_hf(dir / "run/model.bin", dir / "hf");
+    const Json j = json_in(dir / "hf/tokenizer.json"), &single = j["post_processor"]["single"];
+    CHECK(j["added_tokens"].size() == 3);
+    for (const Json& a : j["added_tokens"]) CHECK(a["special"] == true);
+    CHECK(single.size() == 3);
+    CHECK(single[0]["SpecialToken"]["id"] == "<|endoftext|>");
+    CHECK(single[1]["SpecialToken"]["id"] == "<|metre=other|>");
+    CHECK(single[2]["Sequence"]["id"] == "A");
+    CHECK(json_in(dir / "hf/generation_config.json")["suppress_tokens"] == Json({3, 4}));
+    CHECK(json_in(dir / "hf/config.json")["eos_token_id"] == 2);
+    CHECK(file_of(read_published(dir / "hf"), dir) == read_file(dir / "run/tokenizer.bin"));
+}
+
+TEST_CASE("convert: to_hf writes a byte-level BPE, and it reads back the same") {
+    for (bool space : {false, true}) {
+        TempDir dir;
+        // A token that no merge makes, one with bytes that are no text, one that users added
+        const Tokenizer t = Tokenizer::byte_bpe(small_bpe({"<pad>", "abab", "\xFF\xFE\xFD", "[\u0628]"}), 258,
+                                                space, "test", {262});
+        save_model_of(dir / "run", t);
+        convert::to_hf(dir / "run/model.bin", dir / "hf");
+        const Json j = json_in(dir / "hf/tokenizer.json");
+        CHECK(j["model"]["merges"] == Json({"a b", "\u00D8 \u00A8", "ab ab"}));
+        CHECK(j["model"]["vocab"]["\u0120"] == 32);
+        CHECK(j["pre_tokenizer"]["add_prefix_space"] == space);
+        CHECK(j["added_tokens"].size() == 2);
+        CHECK(j["added_tokens"][1]["content"] == "[\u0628]");
+        CHECK(j["added_tokens"][1]["special"] == false);
+        CHECK(json_in(dir / "hf/config.json")["eos_token_id"] == 258);
+        CHECK(file_of(read_published(dir / "hf"), dir) == read_file(dir / "run/tokenizer.bin"));
+    }
+    TempDir dir;  // its end-of-text is spelled like another token
+    auto tokens = small_bpe();
+    tokens[258] = "ab";
+    save_model_of(dir / "run", Tokenizer::byte_bpe(tokens, 258, false, "test"));
+    CHECK(error_of([&] { convert::to_hf(dir / "run/model.bin", dir / "hf"); }) ==
+          (dir / "run/tokenizer.bin: token 258 'ab' cannot be written to tokenizer.json: its name is taken"));
+    tokens[258] = "\xFF\xFF";
+    Tokenizer::byte_bpe(tokens, 258, false, "test").save(dir / "run/tokenizer.bin");
+    CHECK(contains(error_of([&] { convert::to_hf(dir / "run/model.bin", dir / "hf"); }),
+                   "token 258 '\\xFF\\xFF' cannot be written to tokenizer.json: its name is not UTF-8"));
+    CHECK(!file_exists(dir / "hf"));
+}
+
+TEST_CASE("convert: --tokenizer names another file; one that does not fit the model is refused") {
+    TempDir dir;
+    save_model_of(dir / "run", Tokenizer::characters("abc"));
+    const std::string model = dir / "run/model.bin", beside = dir / "run/tokenizer.bin";
+    auto error = [&](const std::string& tokenizer = "") {
+        return error_of([&] { convert::to_hf(model, dir / "hf", "", tokenizer); });
+    };
+    Tokenizer::characters("xyz").save(dir / "other.bin");
+    CHECK(error(dir / "other.bin") == "");
+    CHECK(json_in(dir / "hf/tokenizer.json")["model"]["vocab"]["z"] == 2);
+    std::filesystem::remove_all(dir / "hf");
+
+    Tokenizer::characters("ab").save(beside);
+    CHECK(error() == beside + ": has 3 tokens, " + model +
+                         " has a vocabulary of 4; name its tokenizer with --tokenizer FILE or "
+                         "--tokenizer_dir SRC");
+    write_file(beside, read_file(beside).substr(0, 1025));
+    CHECK(contains(error(), "tokenizer.bin: truncated in token 0 of 3"));
+    CHECK(contains(error(dir / "none.bin"), "none.bin: cannot open"));
+    CHECK(!file_exists(dir / "hf"));
+    std::filesystem::remove(beside);  // only the model
+    CHECK(error() == "");
+    CHECK(names_in(dir / "hf") == std::vector<std::string>{"config.json", "model.safetensors"});
+    CHECK(json_in(dir / "hf/config.json")["eos_token_id"].is_null());
+}
+
+TEST_CASE("convert: to_hf refuses a folder with files of another tokenizer, which would be mixed up") {
+    TempDir dir;
+    save_model_of(dir / "run", Tokenizer::characters("abc"));
+    auto error = [&] { return error_of([&] { convert::to_hf(dir / "run/model.bin", dir / "hf"); }); };
+    make_dirs(dir / "hf");
+    for (const char* name : {"vocab.json", "merges.txt", "added_tokens.json"}) {
+        write_file(dir / "hf/" + name, "{}");
+        CHECK(error() == dir / "hf/" + name +
+                             ": is there already, and would be loaded with the tokenizer of " + dir.path +
+                             "/run/tokenizer.bin; remove it, or name another folder");
+        CHECK(count_files(dir / "hf") == 1);
+        std::filesystem::remove(dir / "hf/" + name);
+    }
+    write_file(dir / "hf/README.md", "mine");
+    CHECK(error() == "");
+    CHECK(read_file(dir / "hf/README.md") == "mine");
+}
+
+TEST_CASE("convert: a full disk leaves an exported folder as it was") {
+    TempDir dir;
+    save_model_of(dir / "run", Tokenizer::characters("abc"));
+    convert::to_hf(dir / "run/model.bin", dir / "hf");
+    auto files = [&] {
+        std::map<std::string, std::string> content;
+        for (const std::string& name : names_in(dir / "hf")) content[name] = read_file(dir / "hf/" + name);
+        return content;
+    };
+    const auto before = files();
+    std::string text;  // makes tokenizer.json the largest file
+    for (uint32_t c = 0x621; c < 0x921; c++) utf8::append(text, c);
+    save_model_of(dir / "run", Tokenizer::characters(text));
+    size_t refused = 0;
+    for (size_t bytes : {0, 100, 1000, 4000, 8000, 12000}) {
+        std::string e;
+        {
+            FullDisk full(bytes);
+            e = error_of([&] { convert::to_hf(dir / "run/model.bin", dir / "hf"); });
+        }
+        INFO(bytes, e);
+        CHECK(contains(e, ": cannot write: "));
+        CHECK(files() == before);
+        refused += contains(e, "tokenizer.json");
+    }
+    CHECK(refused > 0);
+    convert::to_hf(dir / "run/model.bin", dir / "hf");
+    CHECK(files() != before);
+}
+
+TEST_CASE("convert: bos, eos and generation_config.json come from the tokenizer and its folder") {
+    TempDir dir;
+    save(dir / "hf", example(false));
+    convert::from_hf(dir / "hf", dir / "a.bin");
+    const std::string src = dir / "src", back = dir / "back";
+    make_dirs(src);
+    write_file(src + "/tokenizer.json",
+               "{\"model\": {\"vocab\": {\"<s>\": 1, \"</s>\": 2, \"<|endoftext|>\": 130, \"<x>\": 5}}}");
+    struct {
+        const char *map, *config;
+        Json bos, eos;
+    } cases[] = {
+        {"{}", "{}", 130, 130},
+        {"{\"eos_token\": \"</s>\"}", "{}", 2, 2},
+        {"{\"eos_token\": \"</s>\", \"bos_token\": {\"content\": \"<s>\"}}", "{}", 1, 2},
+        {"{\"eos_token\": \"<s>\"}", "{\"eos_token\": {\"content\": \"</s>\"}}", 2, 2},
+        {"{}", "{\"bos_token\": \"<s>\", \"eos_token\": null}", 1, 130},
+        {"{}", "{\"eos_token\": \"none\", \"bos_token\": \"<x>\"}", 5, Json()},
+        {"{}", "{\"eos_token\": \"</s>\", \"bos_token\": \"none\"}", 2, 2},
+    };
+    for (auto& k : cases) {
+        INFO(k.map, " ", k.config);
+        std::filesystem::remove_all(back);
+        write_file(src + "/special_tokens_map.json", k.map);
+        write_file(src + "/tokenizer_config.json", k.config);
+        convert::to_hf(dir / "a.bin", back, src);
+        CHECK(json_in(back + "/config.json")["bos_token_id"] == k.bos);
+        CHECK(json_in(back + "/config.json")["eos_token_id"] == k.eos);
+        CHECK(file_exists(back + "/generation_config.json") == !k.eos.is_null());
+        if (k.eos.is_null()) continue;
+        CHECK(json_in(back + "/generation_config.json") == Json({{"bos_token_id", k.bos},
+                                                                 {"eos_token_id", k.eos},
+                                                                 {"pad_token_id", k.eos},
+                                                                 {"max_length", T}}));
+    }
+    // What the folder says about generating is kept, but for the ids of GPT-2 that stand in many folders.
+    write_file(src + "/tokenizer_config.json", "{\"bos_token\": \"<s>\", \"eos_token\": \"</s>\"}");
+    auto generation = [&](const char* given) {
+        write_file(src + "/generation_config.json", given);
+        convert::to_hf(dir / "a.bin", back, src);
+        return json_in(back + "/generation_config.json");
+    };
+    CHECK(generation("{\"bos_token_id\": 50256, \"eos_token_id\": 50256, \"top_k\": 7, \"max_length\": 5}") ==
+          Json({{"bos_token_id", 1},
+                {"eos_token_id", 2},
+                {"pad_token_id", 2},
+                {"max_length", 5},
+                {"top_k", 7}}));
+    CHECK(generation("{\"eos_token_id\": [9, 2], \"pad_token_id\": 0}") ==
+          Json({{"bos_token_id", 1}, {"eos_token_id", {9, 2}}, {"pad_token_id", 0}, {"max_length", T}}));
+    CHECK(generation("{\"eos_token_id\": [9, 50256]}")["eos_token_id"] == 2);
+    CHECK(generation("{\"pad_token_id\": 50256}")["pad_token_id"] == 2);
+    CHECK(generation("{\"pad_token_id\": null}")["pad_token_id"].is_null());
+    CHECK(contains(error_of([&] { generation("[]"); }), "generation_config.json: is [], wanted an object"));
+}
+
+TEST_CASE("export: a text is encoded as the added tokens that it spells, the longest first") {
+    TempDir dir;
+    Tokenizer t = Tokenizer::byte_bpe(small_bpe({"[v]", "[verse]", "[ve", "ab ", "\n"}), 258, false, "test",
+                                      {259, 260, 261, 262, 263});
+    using Ids = std::vector<int>;
+    CHECK(t.encode("[verse]ab[v][vx[ve]") == Ids{260, 256, 259, '[', 'v', 'x', 261, ']'});
+    CHECK(t.encode("xab ab") == Ids{'x', 262, 256});
+    CHECK(t.encode("[verse") == Ids{261, 'r', 's', 'e'});
+    CHECK(t.encode("\n\n<|endoftext|>")[1] == 263);
+    CHECK(t.encode("<|endoftext|>").size() == 13);
+    CHECK(t.encode("") == Ids{});
+    CHECK(t.decode(t.encode("ab[verse]\n[v]")) == "ab[verse]\n[v]");
+    const std::string file = file_of(t, dir);
+    t = Tokenizer::load(dir / "t.bin");
+    CHECK(file_of(t, dir) == file);
+    CHECK(t.encode("[verse]ab") == Ids{260, 256});
+    // A space is put before each part of the text that begins with none.
+    t = Tokenizer::byte_bpe(small_bpe({"[v]"}), 258, true, "test", {259});
+    CHECK(t.encode("[v]ab[v] ab") == Ids{259, ' ', 256, 259, ' ', 256});
+
+    // Against a search at every place and for every token
+    t = Tokenizer::byte_bpe(small_bpe({"x", "xy", "xyz", "yzx", "yy", "zyxzy", "z"}), 258, false, "test",
+                            {259, 260, 261, 262, 263, 264, 265});
+    test::Random random(1);
+    for (int n = 0; n < 2000; n++) {
+        std::string text;
+        for (size_t k = random.below(12); k > 0; k--) text += "xyzw"[random.below(4)];
+        Ids want;
+        for (size_t i = 0; i < text.size();) {
+            int best = (unsigned char)text[i];
+            for (int id = 259; id <= 265; id++)
+                if (text.compare(i, t.bytes(id).size(), t.bytes(id)) == 0 &&
+                    (best < 256 || t.bytes(id).size() > t.bytes(best).size()))
+                    best = id;
+            want.push_back(best), i += t.bytes(best).size();
+        }
+        INFO(text);
+        CHECK(t.encode(text) == want);
+    }
+    // They may have the bytes of another token, or of two.
+    t = Tokenizer::byte_bpe(small_bpe({"ab", "ba"}), 258, false, "test", {259, 260});
+    CHECK(t.encode("abba ab") == Ids{259, 260, ' ', 259});
+    CHECK(t.parts(260).first == -1);
+    CHECK(error_of([&] {
+              Tokenizer::byte_bpe(small_bpe({"u", "u"}), 258, false, "F", {259, 260});
+          }) == "F: added tokens 259 and 260 are both 'u'");
+}
+
+TEST_CASE("export: damaged lists of added tokens in a tokenizer file are refused") {
+    TempDir dir;
+    const std::string good =
+        file_of(Tokenizer::byte_bpe(small_bpe({"[v]", "[w]"}), 258, false, "test", {259, 260}), dir);
+    auto error = [&](const std::string& content) {
+        write_file(dir / "t.bin", content);
+        std::string e = error_of([&] { Tokenizer::load(dir / "t.bin"); }), file = dir / "t.bin: ";
+        return e.compare(0, file.size(), file) == 0 ? e.substr(file.size()) : e;
+    };
+    CHECK(error(good) == "");
+    CHECK(error(with_header(good, 7, 3)) ==
+          strf("truncated in added token 2 of 3: 0 bytes at offset %zu, wanted 4", good.size()));
+    CHECK(contains(error(with_header(good, 7, 1)), "(trailing data)"));
+    CHECK(error(with_header(good, 7, -1)) == "number of added tokens is -1, wanted 0 to 261");
+    CHECK(contains(error(good.substr(0, good.size() - 1)), "truncated in added token 1 of 2"));
+    for (int32_t id : {259, 258, 261, -1}) {
+        std::string bad = good;
+        memcpy(&bad[good.size() - 4], &id, 4);
+        CHECK(contains(error(bad), strf("added token 1 of 2 is %d, wanted one from 260 to 260", id)));
+    }
+    std::string bad = good;
+    int32_t eot = 258;
+    memcpy(&bad[good.size() - 8], &eot, 4);
+    CHECK(
+        contains(error(bad), "added token 0 of 2 is 258, wanted one from 0 to 260 that is not end-of-text"));
+}
+
+TEST_CASE("export: added tokens and padding of a published folder are those of transformers") {
+    TempDir dir;
+    const std::string hf = dir / "hf";
+    make_dirs(hf);
+    const Tokenizer plain = Tokenizer::byte_bpe(small_bpe(), 258, false, "test");
+    exporter::Json j = exporter::Json::parse(huggingface::tokenizer_json(plain, "test").dump());
+    auto added = [](int id, const char* content, bool special,
+                    exporter::Json flags = exporter::Json::object()) {
+        exporter::Json a = {{"id", id}, {"content", content}, {"special", special}, {"normalized", !special}};
+        a.update(flags);
+        return a;
+    };
+    auto error = [&] {
+        write_file(hf + "/tokenizer.json", j.dump());
+        return error_of([&] { read_published(hf); });
+    };
+    const exporter::Json before = j["added_tokens"];
+    j["added_tokens"].push_back(added(259, "[v]", false));
+    j["added_tokens"].push_back(added(260, "<s>", true));
+    CHECK(error() == "");
+    Tokenizer t = read_published(hf);
+    CHECK(t.encode("[v]<s>") == std::vector<int>{259, '<', 's', '>'});
+    j["added_tokens"] = before;
+    j["added_tokens"].push_back(added(259, "\u0628", false));  // token 257 has the same bytes
+    j["added_tokens"].push_back(added(260, "ba", false));
+    CHECK(error() == "");
+    CHECK(read_published(hf).encode("\u0628ba") == std::vector<int>{259, 260});
+    for (const char* flag : {"lstrip", "rstrip", "single_word"}) {
+        j["added_tokens"] = before;
+        j["added_tokens"].push_back(added(259, "[v]", false, {{flag, true}}));
+        CHECK(contains(error(), strf("tokenizer.json: %s of the added token '[v]' is true", flag)));
+        j["added_tokens"][1]["special"] = true;  // text is never encoded as a special token
+        CHECK(error() == "");
+    }
+    j["added_tokens"] = before;
+    j["added_tokens"].push_back(added(259, "[v]", false));
+    j["added_tokens"].push_back(added(260, "[w]", false, {{"normalized", false}}));
+    CHECK(contains(error(), "of the added tokens some are normalized and some are not"));
+    j["added_tokens"] = before;
+    j["added_tokens"].push_back(added(256, "ab", false));
+    CHECK(contains(error(), "merge 0 makes the added token 'ab'"));
+
+    // added_tokens.json does not say which tokens are special.
+    j["added_tokens"] = before;
+    write_file(hf + "/added_tokens.json", "{\"[v]\": 259, \"<pad>\": 260, \"<c>\": 261, \"<d>\": 262}");
+    write_file(hf + "/special_tokens_map.json",
+               "{\"pad_token\": {\"content\": \"<pad>\"}, \"additional_special_tokens\": [\"<c>\"]}");
+    write_file(hf + "/tokenizer_config.json",
+               "{\"added_tokens_decoder\": {\"262\": {\"content\": \"<d>\", \"special\": true}}}");
+    CHECK(error() == "");
+    t = read_published(hf);
+    for (int id = 259; id < 263; id++) CHECK(t.is_added(id) == (id == 259));
+
+    // Padding
+    write_file(hf + "/config.json", "{\"vocab_size\": 270}");
+    t = read_published(hf);
+    CHECK(t.vocab_size() == 270);
+    CHECK(t.bytes(269) == "<|unused269|>");
+    CHECK(t.encode("<|unused269|>").size() == 13);
+    CHECK(t.encode("[v]") == std::vector<int>{259});
+    for (const char* other : {"{\"vocab_size\": 263}", "{\"vocab_size\": 3}", "{\"vocab_size\": -1}", "{}",
+                              "{\"vocab_size\": 9e9}"}) {
+        write_file(hf + "/config.json", other);
+        CHECK(read_published(hf).vocab_size() == 263);
+    }
+}
+
+TEST_CASE("export: a WordLevel tokenizer that is not one of ours is refused") {
+    TempDir dir;
+    const std::string hf = dir / "hf";
+    save_model_of(dir / "run", Tokenizer::characters("ab"));
+    convert::to_hf(dir / "run/model.bin", hf);
+    const Json good = json_in(hf + "/tokenizer.json");
+    auto error = [&](const char* at, Json value) {
+        Json j = good;
+        j[Json::json_pointer(at)] = value;
+        write_file(hf + "/tokenizer.json", j.dump());
+        return error_of([&] { read_published(hf); });
+    };
+    CHECK(error("/version", "1.0") == "");
+    CHECK(
+        contains(error("/pre_tokenizer", Json()), "pre_tokenizer of a WordLevel model is 'null', wanted {"));
+    CHECK(contains(error("/pre_tokenizer/pattern/Regex", "."), "pre_tokenizer of a WordLevel model is"));
+    CHECK(contains(error("/normalizer", {{"type", "NFC"}}), "has a normalizer, wanted none"));
+    CHECK(contains(error("/model/vocab", {{"b", 0}, {"a", 1}, {"<|endoftext|>", 2}}),
+                   "token 0 is 'b', wanted characters in the order of their code points"));
+    CHECK(contains(error("/model/vocab", {{"a", 0}, {"bc", 1}, {"<|endoftext|>", 2}}), "wanted characters"));
+    CHECK(contains(error("/model/vocab", Json::array()), "has no vocabulary"));
 }
