@@ -1,5 +1,5 @@
-# The GPU trainer, compiled for the GPUs of this machine, or if there is none, for Ampere, Hopper, Blackwell
-# and later ones (dev/gpu_archs.sh).
+# The GPU trainer, and sample_gpt2 with its model, compiled for the GPUs of this machine, or if there is none,
+# for Ampere, Hopper, Blackwell and later ones (dev/gpu_archs.sh).
 .PHONY: check-kernels roofline scaling need-nvcc need-archs need-precision need-gpu
 PRECISION ?= BF16
 NVCC ?= $(shell command -v nvcc || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
@@ -43,8 +43,8 @@ need-gpu:
 
 flags.build/nvcc = $(nvcc) $(if $(filter FP32,$(PRECISION)),-DPRECISION_FP32)
 build/nvcc/flags: | need-archs need-precision
-train_gpt2cu: train_gpt2.cu $(BUILD)/lib/version.o build/nvcc/flags
-	$(flags.build/nvcc) -MMD -MP -MF build/nvcc/train_gpt2cu.d $(filter %.cu %.o,$^) -o $@ $(CUDA_LIBS)
+train_gpt2cu sample_gpt2cu: %cu: %.cu $(BUILD)/lib/version.o build/nvcc/flags
+	$(flags.build/nvcc) -MMD -MP -MF build/nvcc/$@.d $(filter %.cu %.o,$^) -o $@ $(CUDA_LIBS)
 
 # What nvcc compiles the kernels to, and the computed traffic budget. Neither needs a GPU.
 check-kernels: check-kernels-bf16 check-kernels-fp32

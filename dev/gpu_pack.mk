@@ -5,6 +5,8 @@
 CHECK_GPU = $(foreach p,bf16 fp32,bench_gpu_$p train_gpt2cu_$p \
 	test_gpu_kernels_$p test_gpu_attention_$p test_gpu_model_$p)
 CHECK_CPU = train_gpt2 prepare_data sample_gpt2
+# A pack also has the program that writes poems with what was trained.
+PACK_GPU = $(CHECK_GPU) sample_gpt2cu_bf16
 # In a pack doctest's header is in the folder itself, and nothing is installed.
 need-doctest: | $(if $(wildcard doctest/doctest.h),,need-tests)
 
@@ -16,11 +18,12 @@ $(call folder,$1,$(call command,$(CXXFLAGS),-march=$2))
 flags.$1/gpu = $(call check_nvcc,$2)
 $1/gpu/flags: | need-archs
 $1/gpu/%: DEFINE = $$(if $$(filter %_fp32.o,$$@),-DPRECISION_FP32)
+$(call check_object,$1,sample_gpt2cu_bf16,sample_gpt2.cu)
 $(foreach p,bf16 fp32,$(call check_object,$1,train_gpt2cu_$p,train_gpt2.cu)
 $(call check_object,$1,bench_gpu_$p,dev/bench/bench_gpu.cu)
 $(foreach t,kernels attention model,$(call check_object,$1,test_gpu_$t_$p,dev/test_gpu_$t.cu)
 ))
-$(CHECK_GPU:%=$1/bin/%): $1/bin/%: $1/gpu/%.o $1/lib/version.o
+$(PACK_GPU:%=$1/bin/%): $1/bin/%: $1/gpu/%.o $1/lib/version.o
 	@mkdir -p $$(@D)
 	$$(flags.$1/gpu) $$(filter %.o,$$^) -o $$@ $$(CHECK_LIBS)
 $(filter $1/bin/test_%,$(CHECK_GPU:%=$1/bin/%)): $1/dev/test_main.o $(GEMM:%=$1/%)
@@ -59,7 +62,7 @@ $(eval $(call check_programs,$(PACK),x86-64-v3))
 $(PACK)/bin/%: CHECK_LIBS = -L$(PACK_STATIC) -Xcompiler -static-libstdc++ -Xlinker --gc-sections \
 	-lcublasLt -ldl
 $(PACK)/bin/%: CHECK_CPU_LIBS = -L$(PACK_STATIC) -static-libstdc++ -Wl,--gc-sections -ldl
-PACK_PROGRAMS = $(CHECK_GPU:%=$(PACK)/bin/%) $(CHECK_CPU:%=$(PACK)/bin/%)
+PACK_PROGRAMS = $(PACK_GPU:%=$(PACK)/bin/%) $(CHECK_CPU:%=$(PACK)/bin/%)
 $(PACK_PROGRAMS): | $(PACK)/static/libgomp.a
 $(PACK)/static/libgomp.a:
 	@mkdir -p $(@D)

@@ -1,0 +1,44 @@
+// sample_gpt2.cu - sample_gpt2.cpp with the model of train_gpt2.cu: writes poems on a GPU. It includes both.
+#define ARAPOET_NO_MAIN
+#include "train_gpt2.cu"
+
+namespace {
+
+// A decoder with a model of its own.
+class OwningDecoder final : public Decoder {
+  public:
+    OwningDecoder(std::unique_ptr<gpu::GPT2> model, size_t N)
+        : model_(std::move(model)), decoder_(*model_, N, (size_t)model_->cfg.maxT) {}
+    size_t length() const override { return decoder_.length(); }
+    size_t capacity() const override { return decoder_.capacity(); }
+    void reset() override { decoder_.reset(); }
+    const float* append(const int* tokens, size_t n) override { return decoder_.append(tokens, n); }
+
+  private:
+    std::unique_ptr<gpu::GPT2> model_;
+    gpu::Decoder decoder_;
+};
+
+// Makes the GPU with nvidia-smi's number `device` this process's own; -1: CUDA's first. Throws Error where
+// there is none.
+void take_gpu(int device) {
+    if (device >= 0) gpu::use_device(device);
+    gpu::require_gpu();
+}
+
+}  // namespace
+
+std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype) {
+    const Precision precision{dtype, true};
+    const size_t need = gpu::GPT2::memory_need(file.cfg, 0, 0, false, 0, precision).total(),
+                 have = gpu::GPT2::memory_available();
+    if (need > have)
+        fail("the model needs %s of GPU memory, %s are free; ./sample_gpt2 writes on the CPU",
+             human_bytes((double)need).c_str(), human_bytes((double)have).c_str());
+    auto model = std::make_unique<gpu::GPT2>(file.cfg, 0, 0, false, 0, precision);
+    model->each_piece(PARAMS, [&](float* p, size_t n) { file.read(p, n); });
+    return std::make_unique<OwningDecoder>(std::move(model), N);
+}
+
+#define SAMPLE_ON_GPU
+#include "sample_gpt2.cpp"
