@@ -26,6 +26,7 @@ $(LIBEMU): $(LIBEMU_OBJECTS)
 EMULATED_TESTS = $(foreach t,model attention kernels ranks,test_gpu_$t_bf16 test_gpu_$t_fp32) \
 	test_emulator test_nccl
 EMULATED_TRAINERS = train_gpt2cu_emu train_gpt2cu_emu_fp32
+EMULATED_PROGRAMS = $(EMULATED_TRAINERS) sample_gpt2cu_emu sample_gpt2cu_emu_fp32
 EMULATE := -g1 -fno-strict-aliasing $(call probe,-fno-extern-tls-init) -Wno-unknown-pragmas \
 	-isystem $(CUDA_HOME)/include -I$(EMULATOR)/shadow -DUSE_NCCL -x c++ -include $(EMULATOR)/emu.h
 define emulated
@@ -40,13 +41,13 @@ $1/test_gpu_%: $1/emulated/dev/test_gpu_%.o
 $1/test_emulator $1/test_nccl: $1/%: $1/emulated/dev/emulator/%_bf16.o
 	$$(call link,$1)
 $1/test_emulator: $1/emulated/dev/emulator/test_architectures_bf16.o
-$1/train_gpt2cu_emu: $1/emulated/train_gpt2_bf16.o $1/lib/version.o
+$1/%cu_emu: $1/emulated/%_bf16.o $1/lib/version.o
 	$$(call link,$1)
-$1/train_gpt2cu_emu_fp32: $1/emulated/train_gpt2_fp32.o $1/lib/version.o
+$1/%cu_emu_fp32: $1/emulated/%_fp32.o $1/lib/version.o
 	$$(call link,$1)
 $(EMULATED_TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
-$(EMULATED_TESTS:%=$1/%) $(EMULATED_TRAINERS:%=$1/%): $1/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
-$(EMULATED_TESTS:%=$1/%) $(EMULATED_TRAINERS:%=$1/%): LDLIBS += -Wl,-rpath,$(abspath $(dir $(LIBEMU)))
+$(EMULATED_TESTS:%=$1/%) $(EMULATED_PROGRAMS:%=$1/%): $1/$(EMULATOR)/dynamic_smem.o $(LIBEMU)
+$(EMULATED_TESTS:%=$1/%) $(EMULATED_PROGRAMS:%=$1/%): LDLIBS += -Wl,-rpath,$(abspath $(dir $(LIBEMU)))
 endef
 
 # The tests whose kernels depend on a device's limits, with those of the architectures that `make test` leaves
