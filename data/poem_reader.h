@@ -1,0 +1,521 @@
+// poem_reader.h - finds out what a file of poems is, and takes the poems out of it as they are written there.
+//
+//     PoemReader reader(options, sink);
+//     Input in("poems.csv");
+//     std::string how = reader.read(in, false);     // "CSV column poem_text"; sink.poem() was called for
+//     each
+//
+// What a file is shows its first MiB (survey()): its format, the column of the poems, what separates poems
+// and hemistichs. The options of ./prepare_data overrule what is found.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "data/clean.h"
+#include "data/poem_files.h"
+
+// What ./prepare_data is told about its files; its help explains each.
+struct ReadOptions {
+    std::string format = "auto", column, columns, group = "auto", where, except, layout = "auto",
+                list = "auto", poem_separator = "auto", tags;
+};
+
+// The beginning of the user's text for an error message: one line, at most MOST bytes and "...".
+inline std::string excerpt(std::string_view text) {
+    constexpr size_t MOST = 60;
+    std::string s(
+        text.substr(0, text.size() > MOST ? utf8::printable_prefix(text.substr(0, MOST)) : text.size()));
+    for (char& c : s)
+        if ((unsigned char)c < 0x20) c = ' ';
+    return s.size() < text.size() ? s + "..." : s;
+}
+// How the verses of a file are written, and how to bring them into the form that cleaning expects.
+struct VerseForm {
+    bool hemistichs = false;  // lists in cells are of hemistichs, else of verses
+    bool numbers = false;     // verses are numbered
+    Separator separator = Separator("tab");
+
+    bool needs_arranging(std::string_view raw) const {
+        return numbers || !separator.is_tab() || (!raw.empty() && raw[0] == LIST);
+    }
+    // The text with a verse a line, a TAB between hemistichs, and without verse numbers.
+    std::string arranged(std::string_view raw) const {
+        std::string text = !raw.empty() && raw[0] == LIST ? unfolded(raw) : std::string(raw);
+        if (numbers) {
+            std::string bare;
+            for_each_line(text,
+                          [&](std::string_view v) { bare.append(v.substr(verse_number(v))), bare += '\n'; });
+            text = std::move(bare);
+        }
+        return separator.apply(text);
+    }
+
+  private:
+    // A list's items as verses, one a line, or as hemistichs, two a line.
+    std::string unfolded(std::string_view list) const {
+        std::string text;
+        size_t n = 0;
+        for (size_t at = 1; at <= list.size(); n++) {
+            const size_t end = std::min(list.find(ITEM, at), list.size());
+            if (n) text += hemistichs && n % 2 ? '\t' : '\n';
+            text += list.substr(at, end - at);
+            at = end + 1;
+        }
+        return text;
+    }
+};
+
+// Who takes the poems.
+struct PoemSink {
+    virtual ~PoemSink() = default;
+    // Before and after the poems of a file; path and form stay valid in between.
+    virtual void begin_file(const std::string& path, const VerseForm& form) = 0;
+    virtual void end_file() = 0;
+    // A poem, as it is written in the file, or a list of verses (LIST). It begins on `line` of the file, at
+    // the byte `offset`, or Rows::NONE where it is not in the file as it is. tags: the values of the columns
+    // of --tags.
+    virtual void poem(std::string_view raw, size_t line, uint64_t offset,
+                      const std::vector<std::string>& tags) = 0;
+    virtual void bad_row(const Rows& row) = 0;
+    virtual void left_out() = 0;  // a row, by --where or --except
+};
+
+// "a,b" -> a, b
+inline std::vector<std::string> split_names(const std::string& list) {
+    std::vector<std::string> names;
+    for (size_t at = 0; at < list.size();) {
+        const size_t end = std::min(list.find(',', at), list.size());
+        if (end > at) names.push_back(list.substr(at, end - at));
+        at = end + 1;
+    }
+    return names;
+}
+
+class PoemReader {
+  public:
+    PoemReader(const Recipe& recipe, const ReadOptions& o, PoemSink& sink)
+        : recipe_(recipe), o_(o), sink_(sink) {}
+
+    // Reads the poems of an input. `of_folder`: a text is one poem. Returns what the input is, for the
+    // report.
+    std::string read(Input& in, bool of_folder) {
+        refuse_other_kinds(in);
+        path_ = in.path;
+        Layout l;
+        choose_kind(in, l);
+        l.whole = of_folder && l.kind == TEXT;
+        std::string how = l.kind == TEXT ? read_text(in, l) : read_rows(in, l);
+        if (!l.form.separator.is_tab()) how += ", hemistichs separated by " + l.form.separator.shown();
+        if (l.form.numbers) how += ", verse numbers removed";
+        return how;
+    }
+
+  private:
+    enum Kind { CSV, JSON, TEXT };
+    // What a file is, as far as its first MiB shows.
+    struct Layout {
+        Kind kind = TEXT;
+        char delimiter = ',';
+        std::vector<std::string> names;           // of the columns
+        std::vector<size_t> parts;                // the column of the poem, or those of a verse's parts
+        std::vector<size_t> group, tags;          // the columns of --group and --tags
+        bool verse_rows = false;                  // a row is a verse
+        bool lists = false;                       // cells are lists
+        bool whole = false, blank_lines = false;  // text: one poem in all, poems between blank lines
+        std::string mark;                         // text: poems end at lines of this
+        VerseForm form;
+    };
+    // What the beginning of a file has in it
+    struct Sample {
+        std::deque<std::string> texts;
+        std::vector<std::string_view> verses;
+        void add(std::string text) {
+            if (verses.size() >= 4000) return;
+            texts.push_back(std::move(text));
+            for_each_line(texts.back(), [&](std::string_view line) {
+                if (!is_blank(line) && verses.size() < 4000) verses.push_back(line);
+            });
+        }
+    };
+
+    // --- what a file is
+
+    void choose_kind(const Input& in, Layout& l) const {
+        const std::string_view v = in.view();
+        const std::string& path = in.path;
+        auto named = [&](const char* ending) {
+            const size_t n = strlen(ending);
+            return path.size() > n && !strcasecmp(path.c_str() + path.size() - n, ending);
+        };
+        const bool by_content = o_.format == "auto";
+        // JSON begins with { " or [ and, after white space, the first text, list or object.
+        size_t i = std::min(v.find_first_not_of(" \t\r\n"), v.size());
+        const bool open = i < v.size() && (v[i] == '{' || v[i] == '[');
+        const size_t inner = open ? std::min(v.find_first_not_of(" \t\r\n", i + 1), v.size()) : v.size();
+        const bool like_json = inner < v.size() && (v[i] == '{' ? v[inner] == '"' || v[inner] == '}'
+                                                                : strchr("{[\"", v[inner]) != nullptr);
+        if (o_.format == "json" ||
+            (by_content && (named(".json") || named(".jsonl") || named(".ndjson") || like_json))) {
+            l.kind = JSON;
+            if (!json::available())
+                fail(
+                    "%s: is JSON, for which ./prepare_data must be built with nlohmann-json: "
+                    "sudo apt-get install nlohmann-json3-dev, then make prepare_data",
+                    path.c_str());
+            return;
+        }
+        if (o_.format == "text") return;
+        // A CSV has a header line with the column that is wanted; or its name says that it is one.
+        const bool must = o_.format == "csv" || named(".csv") || named(".tsv");
+        size_t most = 0;
+        bool found = false;
+        for (char delimiter : {',', ';', '\t', '|'}) {
+            const std::vector<std::string> names = header_names(in, delimiter);
+            const bool has = has_wanted_column(names);
+            if ((has && !found) || (has == found && names.size() > most))
+                l.delimiter = delimiter, most = names.size(), found = found || has;
+        }
+        if (must || found) l.kind = CSV;
+    }
+    // The cells of the first line, or nothing if it is no header.
+    static std::vector<std::string> header_names(const Input& in, char delimiter) {
+        const std::string_view v = in.view(), line = v.substr(0, v.find_first_of("\r\n"));
+        if (line.empty() || std::count(line.begin(), line.end(), '"') % 2) return {};
+        try {
+            Input header(in.path, line);
+            return CsvRows(header, delimiter).names;
+        } catch (const Error&) {
+            return {};
+        }
+    }
+    // Does the header have the columns that the flags name or, if they name none, one that poems often have?
+    bool has_wanted_column(const std::vector<std::string>& names) const {
+        std::vector<std::string> wanted = split_names(o_.columns);
+        if (!o_.column.empty()) wanted = {o_.column};
+        auto has = [&](const std::string& n) {
+            return std::find(names.begin(), names.end(), n) != names.end();
+        };
+        if (!wanted.empty()) return std::all_of(wanted.begin(), wanted.end(), has);
+        return usual_column(names) != Rows::NONE && (names.size() > 1 || has(USUAL[0]));
+    }
+    // Names that the column of the poem has in published collections. The first is taken before the others.
+    static constexpr const char* USUAL[] = {
+        "poem_text",   "text",        "poem",
+        "poem verses", "poem_verses", "verses",
+        "content",     "poetry",      "\u0627\u0644\u0642\u0635\u064A\u062F\u0629"};
+    // The column that the poem is in: poem_text, or the only one with another usual name; or NONE.
+    static size_t usual_column(const std::vector<std::string>& names) {
+        size_t found = Rows::NONE, n = 0;
+        for (size_t i = 0; i < names.size(); i++)
+            for (const char* usual : USUAL) {
+                if (names[i] != usual) continue;
+                if (usual == USUAL[0]) return i;
+                found = i, n++;
+            }
+        return n == 1 ? found : Rows::NONE;
+    }
+
+    // --- tables
+
+    std::unique_ptr<Rows> open_rows(Input& in, const Layout& l) const {
+        if (l.kind == CSV) return std::make_unique<CsvRows>(in, l.delimiter);
+        auto rows = std::make_unique<JsonRows>(in);
+        rows->names = l.names;
+        return rows;
+    }
+    // The number of the column called `name`; an Error if there is none. `flag` is the switch that named it.
+    size_t column_named(const Layout& l, const std::string& name, const char* flag) const {
+        auto at = std::find(l.names.begin(), l.names.end(), name);
+        if (at != l.names.end()) return (size_t)(at - l.names.begin());
+        std::string found;
+        for (const std::string& n : l.names) {
+            if (utf8::find_invalid(n) != std::string::npos)
+                fail("%s: is not UTF-8 text: its header line has other bytes", path_.c_str());
+            found += (found.empty() ? "" : ", ") + excerpt(n);
+        }
+        fail("%s: has no %s '%s'; its %s are %s (%s chooses one)", path_.c_str(),
+             l.kind == CSV ? "column" : "key", name.c_str(), l.kind == CSV ? "columns" : "keys",
+             found.c_str(), flag);
+    }
+    // COLUMN=VALUE, met by rows whose column has that value. No row meets an empty condition.
+    struct Condition {
+        size_t column = SIZE_MAX;
+        std::string value;
+        bool met(const Rows& rows) const { return column != SIZE_MAX && rows.cell(column).text() == value; }
+    };
+    Condition condition(const Layout& l, const std::string& text, const char* flag) const {
+        if (text.empty()) return {};
+        size_t equals = text.find('=');
+        return {column_named(l, text.substr(0, equals), flag), text.substr(equals + 1)};
+    }
+
+    // Looks at the first rows: the columns, the group, what the poems' verses are like.
+    void survey(const Input& in, Layout& l) const {
+        Input start(in.path, in.sample());
+        std::unique_ptr<Rows> rows = open_rows(start, l);
+        bool row = rows->next();
+        std::string why = rows->bad;
+        while (row && rows->names.empty()) row = rows->next();
+        if (rows->names.empty())
+            fail("%s: has no JSON value that can be read: %s", in.path.c_str(), why.c_str());
+        l.names = rows->names;
+        for (const std::string& name : split_names(o_.columns))
+            l.parts.push_back(column_named(l, name, "--columns"));
+        l.verse_rows = !l.parts.empty();
+        if (!l.verse_rows) l.parts = {poem_column(l, row ? rows.get() : nullptr)};
+        for (const std::string& name : split_names(o_.tags))
+            l.tags.push_back(column_named(l, name, "--tags"));
+
+        Sample sample;
+        std::vector<size_t> changes(l.names.size());
+        std::vector<std::string> last(l.names.size());
+        size_t n = 0, lists = 0, even = 0, items = 0, letters = 0;
+        for (; row; row = rows->next()) {
+            if (!rows->bad.empty()) continue;
+            if (l.verse_rows) {
+                for (size_t c = 0; c < changes.size(); c++) {
+                    std::string value = rows->cell(c).text();
+                    changes[c] += n && value != last[c];
+                    last[c] = std::move(value);
+                }
+                sample.add(verse_of(*rows, l));
+            } else {
+                std::string text = rows->cell(l.parts[0]).text(), list;
+                bool cut;
+                if (l.kind == CSV && printed_list(text, &list, &cut)) text = list;
+                if (!text.empty() && text[0] == LIST) {
+                    const size_t k = 1 + (size_t)std::count(text.begin(), text.end(), ITEM);
+                    lists++, even += k % 2 == 0, items += k;
+                    for (char& c : text)
+                        if (c == LIST || c == ITEM) c = '\n';
+                    if (text.find('\t') == text.npos) utf8_letters(text, &letters);
+                    else letters += 1000 * k;
+                }
+                sample.add(std::move(text));
+            }
+            n++;
+        }
+        l.lists = lists > 0;
+        // A hemistich of the classical metres has up to about 25 letters, a verse about twice as many.
+        constexpr double HEMISTICH = 28;
+        l.form.hemistichs =
+            o_.list == "hemistichs" || (o_.list == "auto" && lists && (double)even >= 0.95 * (double)lists &&
+                                        (double)letters <= HEMISTICH * (double)items);
+        if (l.verse_rows) choose_group(l, changes, n);
+        survey_verses(sample, l);
+    }
+    static void utf8_letters(std::string_view text, size_t* n) {
+        uint32_t c;
+        for (size_t i = 0; i < text.size();) i += decode_or_byte(text, i, &c), *n += is_letter(c);
+    }
+    // The column of the poem: what --column names; else one with a usual name; else, in JSON, the only list.
+    size_t poem_column(const Layout& l, const Rows* row) const {
+        if (!o_.column.empty()) return column_named(l, o_.column, "--column");
+        if (l.names.size() == 1 && l.names[0].empty()) return 0;
+        size_t found = usual_column(l.names), lists = 0, list = 0;
+        if (found != Rows::NONE) return found;
+        for (size_t c = 0; row && l.kind == JSON && c < l.names.size(); c++)
+            if (Rows::Cell cell = row->cell(c); !cell.raw.empty() && cell.raw[0] == LIST) list = c, lists++;
+        return lists == 1 ? list : column_named(l, USUAL[0], "--column");
+    }
+    // The columns that tell poems apart. With auto, those that are the same for most verses and the next
+    // ones: not the parts of the verse, its text or its number.
+    void choose_group(Layout& l, const std::vector<size_t>& changes, size_t rows) const {
+        if (o_.group != "auto") {
+            for (const std::string& name : split_names(o_.group))
+                l.group.push_back(column_named(l, name, "--group"));
+            return;
+        }
+        for (size_t c = 0; c < l.names.size(); c++)
+            if (std::find(l.parts.begin(), l.parts.end(), c) == l.parts.end() && 2 * changes[c] < rows)
+                l.group.push_back(c);
+        if (l.group.empty())
+            fail("%s: no column tells one poem's verses from another's; --group COLUMN names one",
+                 path_.c_str());
+    }
+    void survey_verses(const Sample& sample, Layout& l) const {
+        size_t numbered = 0;
+        for (std::string_view v : sample.verses) numbered += verse_number(v) > 0;
+        l.form.numbers = !sample.verses.empty() && (double)numbered >= 0.8 * (double)sample.verses.size();
+        l.form.separator = Separator(recipe_.hemistich_separator == "auto" ? Separator::detect(sample.verses)
+                                                                           : recipe_.hemistich_separator);
+    }
+    // The parts of a verse with a TAB between those that are not empty.
+    static std::string verse_of(const Rows& rows, const Layout& l) {
+        std::string verse;
+        for (size_t c : l.parts) {
+            std::string part = rows.cell(c).text();
+            for (char& ch : part)
+                if (ch == '\n' || ch == '\r' || ch == '\t') ch = ' ';
+            if (is_blank(part)) continue;
+            verse += (verse.empty() ? "" : "\t") + part;
+        }
+        return verse;
+    }
+
+    std::string read_rows(Input& in, Layout& l) {
+        survey(in, l);
+        const Condition where = condition(l, o_.where, "--where"),
+                        except = condition(l, o_.except, "--except");
+        std::unique_ptr<Rows> rows = open_rows(in, l);
+        sink_.begin_file(path_, l.form);
+        std::vector<std::string> group, last_group, tags;
+        std::string poem;  // the verses of the poem so far, where a row is a verse
+        size_t first_line = 0;
+        auto flush = [&] {
+            if (!poem.empty()) sink_.poem(poem, first_line, Rows::NONE, tags);
+            poem.clear();
+        };
+        while (rows->next()) {
+            if (!rows->bad.empty()) {
+                sink_.bad_row(*rows);
+                continue;
+            }
+            if ((!o_.where.empty() && !where.met(*rows)) || except.met(*rows)) {
+                sink_.left_out();
+                continue;
+            }
+            if (!l.verse_rows) {
+                read_tags(*rows, l, tags);
+                const Rows::Cell cell = rows->cell(l.parts[0]);
+                std::string list;
+                bool cut = false;
+                if (l.kind == CSV && l.lists &&
+                    printed_list(cell.doubled ? cell.text() : cell.raw, &list, &cut)) {
+                    if (cut) rows->bad = "numpy left out items of the list ('...')", sink_.bad_row(*rows);
+                    else sink_.poem(list, rows->line, Rows::NONE, tags);
+                } else if (cell.doubled) {
+                    sink_.poem(cell.text(), rows->line, rows->offset(cell), tags);
+                } else {
+                    sink_.poem(cell.raw, rows->line, rows->offset(cell), tags);
+                }
+                continue;
+            }
+            group.clear();
+            for (size_t c : l.group) group.push_back(rows->cell(c).text());
+            if (group != last_group) flush(), last_group = group;
+            if (poem.empty()) first_line = rows->line, read_tags(*rows, l, tags);
+            const std::string verse = verse_of(*rows, l);
+            if (!verse.empty()) poem += verse + "\n";
+        }
+        flush();
+        sink_.end_file();
+        return how_rows(l, rows.get());
+    }
+    std::string how_rows(const Layout& l, const Rows* rows) const {
+        std::string how;
+        if (l.kind == CSV)
+            how = l.delimiter == ','    ? "CSV"
+                  : l.delimiter == '\t' ? "CSV (TAB)"
+                                        : strf("CSV (%c)", l.delimiter);
+        else how = static_cast<const JsonRows*>(rows)->is_array() ? "JSON array" : "JSON lines";
+        auto list = [&](const std::vector<size_t>& columns) {
+            std::string s;
+            for (size_t c : columns) s += (s.empty() ? "" : ", ") + l.names[c];
+            return s;
+        };
+        const char* one = l.kind == CSV ? "column" : "key";
+        if (l.verse_rows) {
+            how += strf(", a verse a row, %ss %s, poems by %s", one, list(l.parts).c_str(),
+                        list(l.group).c_str());
+        } else {
+            if (!l.names[l.parts[0]].empty()) how += strf(" %s ", one) + list(l.parts);
+            if (l.lists) how += l.form.hemistichs ? ", lists of hemistichs" : ", lists of verses";
+        }
+        return how;
+    }
+    void read_tags(const Rows& rows, const Layout& l, std::vector<std::string>& tags) const {
+        tags.clear();
+        for (size_t c : l.tags) tags.push_back(rows.cell(c).text());
+    }
+    // --- text
+
+    std::string read_text(Input& in, Layout& l) {
+        for (auto [flag, text] : {std::pair<const char*, const std::string*>{"--where", &o_.where},
+                                  {"--except", &o_.except},
+                                  {"--columns", &o_.columns},
+                                  {"--tags", &o_.tags}})
+            if (!text->empty())
+                fail("%s: is plain text, but %s needs the columns of a CSV", in.path.c_str(), flag);
+        survey_text(in.sample(), l);
+        sink_.begin_file(path_, l.form);
+        LineReader lines(in);
+        std::string poem;
+        size_t first_line = 0;
+        uint64_t first_offset = 0;
+        auto flush = [&] {
+            if (!poem.empty()) sink_.poem(poem, first_line, first_offset, {});
+            poem.clear();
+        };
+        while (lines.next()) {
+            const bool blank = is_blank(lines.line);
+            if (!l.whole &&
+                (blank ? l.blank_lines || !poem.size() : !l.mark.empty() && ends_poem(lines.line, l.mark))) {
+                flush();
+                continue;
+            }
+            if (poem.empty()) {
+                if (blank) continue;
+                first_line = lines.number, first_offset = lines.offset;
+            }
+            poem += lines.raw;
+            if (!l.whole && !l.blank_lines && l.mark.empty()) flush();
+        }
+        flush();
+        sink_.end_file();
+        return l.whole           ? "text, a poem a file"
+               : !l.mark.empty() ? "text, poems separated by lines of " + utf8::quote(l.mark)
+               : l.blank_lines   ? "text, poems separated by blank lines"
+                                 : "text, one poem per line";
+    }
+    static bool ends_poem(std::string_view line, const std::string& mark) {
+        const size_t begin = std::min(line.find_first_not_of(" \t"), line.size()),
+                     end = line.find_last_not_of(" \t") + 1;
+        return (end > begin && line.substr(begin, end - begin) == mark) || mark_line(line) == mark;
+    }
+    // How a text divides into poems and verses.
+    void survey_text(std::string_view text, Layout& l) const {
+        size_t gaps = 0;  // blank lines within the text, but for those next to a line that only separates
+        std::map<std::string, size_t> marks;
+        bool seen = false, gap = false;
+        std::string waiting;  // a line that separates, if text follows
+        Sample sample;
+        for_each_line(text, [&](std::string_view line) {
+            if (is_blank(line)) {
+                gap = seen;
+                return;
+            }
+            if (std::string mark = mark_line(line); !mark.empty()) {
+                if (seen) waiting = mark, gap = false;
+                return;
+            }
+            if (!waiting.empty()) marks[waiting]++, gap = false, waiting.clear();
+            gaps += gap, gap = false, seen = true;
+            sample.add(std::string(line));
+        });
+        survey_verses(sample, l);
+        if (l.whole) return;
+        if (o_.poem_separator != "auto") {
+            l.mark = o_.poem_separator;
+            if (std::string one = mark_line(l.mark); !one.empty()) l.mark = one;
+        } else if (o_.layout == "auto") {
+            size_t most = 0;
+            for (auto& [mark, n] : marks)
+                if (n > most) l.mark = mark, most = n;
+            // One ornament among blank lines does not separate poems; a mark that exists for that does.
+            const bool certain = l.mark == "$" || l.mark == "<|endoftext|>";
+            if (!certain && gaps && most < 2) l.mark.clear();
+        }
+        l.blank_lines = l.mark.empty() && (o_.layout == "blank" || (o_.layout == "auto" && gaps));
+    }
+
+    const Recipe& recipe_;
+    const ReadOptions& o_;
+    PoemSink& sink_;
+    std::string path_;  // of the file being read
+};
