@@ -73,6 +73,11 @@ inline void cublas_check(cublasStatus_t status, const char* call, const char* fi
 struct Switches {
     bool late_results = false;   // step() returns the result of the step before, and so does not wait
     bool five_products = false;  // attention's backward pass computes 5 products, instead of 7
+    bool rows_in_l2 = false;     // the softmax has so few rows at once that L2 holds them
+    // The gradients of a block's biases are summed by the kernels that compute what is summed, instead of by
+    // products or kernels that read it.
+    bool bias_in_kernels = false;
+    bool large_head = false;  // more logits are held at once where memory is left (GPT2::plan)
 };
 inline Switches switches;
 
@@ -91,6 +96,12 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cud
     if (launch_hook) launch_hook((const void*)kernel, nullptr, stream, true);
     CUDA_CHECK(cudaLaunchKernelEx(&c, kernel, std::forward<A>(args)...));
     if (launch_hook) launch_hook((const void*)kernel, nullptr, stream, false);
+}
+
+// Allows a kernel this much dynamic shared memory: without it, it has 48 KiB in all.
+template <class... P>
+inline void allow_smem(void (*kernel)(P...), size_t bytes) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -141,13 +152,27 @@ __device__ inline int4 to_bits(const Vec<T>& x) {
     memcpy(&bits, &x, 16);
     return bits;
 }
+// What waits in registers waits as int4: nvcc gives each bf16 of a Vec a 32-bit register of its own.
+template <class T>
+__device__ inline int4 load_bits(const T* p) {
+    return *reinterpret_cast<const int4*>(p);
+}
+template <class T>
+__device__ inline int4 load_bits_once(const T* p) {
+    return __ldcs(reinterpret_cast<const int4*>(p));
+}
+// Of what no kernel writes while this one runs: the compiler may move it above stores.
+template <class T>
+__device__ inline Vec<T> load_constant(const T* p) {
+    return from_bits<T>(__ldg(reinterpret_cast<const int4*>(p)));
+}
 template <class T>
 __device__ inline Vec<T> load(const T* p) {
-    return from_bits<T>(*reinterpret_cast<const int4*>(p));
+    return from_bits<T>(load_bits(p));
 }
 template <class T>
 __device__ inline Vec<T> load_once(const T* p) {
-    return from_bits<T>(__ldcs(reinterpret_cast<const int4*>(p)));
+    return from_bits<T>(load_bits_once(p));
 }
 template <class T>
 __device__ inline void store(T* p, const Vec<T>& x) {
@@ -177,6 +202,7 @@ __device__ inline Floats widen(const Vec<floatX>& x) {
     for (int k = 0; k < VEC; k++) f[k] = to_float(x[k]);
     return f;
 }
+__device__ inline Floats widen(int4 bits) { return widen(from_bits<floatX>(bits)); }
 __device__ inline Vec<floatX> narrow(const Floats& f) {
     Vec<floatX> x;
     for (int k = 0; k < VEC; k++) x[k] = from_float<floatX>(f[k]);
@@ -286,29 +312,32 @@ inline int multiprocessors() {
     return count;
 }
 
-// a[i] += sum over p of partials[p][i] for i < na, and likewise b[i - na] for the other columns; partials
-// (parts, n). A block owns 32 columns. Each of its warps sums every 16th part, and the warps' sums are added
-// in order.
+// a[i] += sum over p of partials[p][i], and likewise b and c, n elements each, for the columns after those;
+// partials (parts, columns). A block owns 32 columns. Each of its warps sums every 16th part, and the warps'
+// sums are added in order.
 constexpr int ADD_WARPS = 16;
 __global__ void __launch_bounds__(ADD_WARPS* WARP)
-    add_partials_kernel(float* a, float* b, const float* partials, int parts, size_t na, size_t n) {
+    add_partials_kernel(float* a, float* b, float* c, const float* partials, int parts, size_t n,
+                        size_t columns) {
     __shared__ float sums[ADD_WARPS][WARP];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     size_t i = (size_t)blockIdx.x * WARP + lane;
     float sum = 0;
-    if (i < n)
+    if (i < columns)
 #pragma unroll 4
-        for (int p = warp; p < parts; p += ADD_WARPS) sum += partials[p * n + i];
+        for (int p = warp; p < parts; p += ADD_WARPS) sum += partials[p * columns + i];
     sums[warp][lane] = sum;
     __syncthreads();
-    if (warp != 0 || i >= n) return;
+    if (warp != 0 || i >= columns) return;
     for (int w = 1; w < ADD_WARPS; w++) sum += sums[w][lane];
-    (i < na ? a[i] : b[i - na]) += sum;
+    (i < n ? a[i] : i < 2 * n ? b[i - n] : c[i - 2 * n]) += sum;
 }
-inline void add_partials(float* a, float* b, const float* partials, int parts, size_t na, size_t n,
+// With n columns for each of these that is not null; b and c may be.
+inline void add_partials(float* a, float* b, float* c, const float* partials, int parts, size_t n,
                          cudaStream_t s) {
-    launch(add_partials_kernel, dim3((unsigned)ceil_div(n, WARP)), ADD_WARPS * WARP, 0, s, a, b, partials,
-           parts, na, n);
+    size_t columns = n * (c ? 3 : b ? 2 : 1);
+    launch(add_partials_kernel, dim3((unsigned)ceil_div(columns, WARP)), ADD_WARPS * WARP, 0, s, a, b, c,
+           partials, parts, n, columns);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -454,11 +483,23 @@ struct EmbeddingBuckets {
     }
 };
 
-// On the host: fills the buckets of tokens (M). Allocates nothing.
+// On the host: fills the buckets of tokens (M), which are not negative. Allocates nothing. A radix sort,
+// digit by digit from the lowest: positions with equal digits keep their order. It replaces std::sort, which
+// took eight times as long for 32,768 of 50,257 tokens, while the GPU waited.
 inline void bucket_tokens(const EmbeddingBuckets& b, const int* tokens, size_t M) {
-    for (size_t m = 0; m < M; m++) b.order[m] = (int)m;
-    std::sort(b.order, b.order + M,
-              [=](int i, int j) { return tokens[i] != tokens[j] ? tokens[i] < tokens[j] : i < j; });
+    constexpr int BITS = 9, DIGITS = 1 << BITS;
+    const int largest = *std::max_element(tokens, tokens + M);
+    int *from = b.starts, *to = b.order;
+    for (size_t m = 0; m < M; m++) to[m] = (int)m;
+    for (int shift = 0; shift < 31 && largest >> shift; shift += BITS) {
+        std::swap(from, to);
+        auto digit = [=](int m) { return tokens[m] >> shift & (DIGITS - 1); };
+        int place[DIGITS] = {}, sum = 0;
+        for (size_t m = 0; m < M; m++) place[digit((int)m)]++;
+        for (int& p : place) sum += std::exchange(p, sum);
+        for (size_t i = 0; i < M; i++) to[place[digit(from[i])]++] = from[i];
+    }
+    if (to != b.order) std::copy(to, to + M, b.order);
     int u = 0, f = 0;
     for (size_t begin = 0, end; begin < M; begin = end, u++) {
         int token = tokens[b.order[begin]];
@@ -606,6 +647,16 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
     int threads = warps * WARP, t = threadIdx.x % threads;
     size_t m = (size_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
     bool inside = m < M;  // rows past the end still meet at the barriers
+    // All loads of a pass come before its first store: sum may be the memory of x, so the compiler moves no
+    // load above a store, and a thread would wait for each of its vectors in turn.
+    int4 x[ROW_VECS], branch[ROW_VECS];
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++) {
+        int c = (i * threads + t) * VEC;
+        if (!inside || c >= C) continue;
+        x[i] = load_bits_once(args.x + m * C + c);
+        if constexpr (RESIDUAL) branch[i] = load_bits_once(args.branch + m * C + c);
+    }
     Floats row[ROW_VECS];
     rng::Key key = dropout_key(drop);
     uint64_t row0 = dropout_row(drop, T);
@@ -614,9 +665,9 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
     for (int i = 0; i < ROW_VECS; i++) {
         int c = (i * threads + t) * VEC;
         if (!inside || c >= C) continue;
-        row[i] = widen(load_once(args.x + m * C + c));
+        row[i] = widen(x[i]);
         if constexpr (RESIDUAL) {
-            Floats add = widen(load_once(args.branch + m * C + c));
+            Floats add = widen(branch[i]);
             apply_dropout(add, key, (row0 + m) * C + c, drop.p);
             for (int k = 0; k < VEC; k++) row[i][k] += add[k];
             Vec<floatX> rounded = narrow(row[i]);
@@ -632,14 +683,20 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
     for (int i = 0; i < ROW_VECS; i++)
         if (inside && (i * threads + t) * VEC < C)
             for (int k = 0; k < VEC; k++) total[0] += (row[i][k] - mu) * (row[i][k] - mu);
+    int4 weight[ROW_VECS], bias[ROW_VECS];
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++) {
+        int c = (i * threads + t) * VEC;
+        if (c < C) weight[i] = load_bits(args.w + c), bias[i] = load_bits(args.b + c);
+    }
     group_sum(total, warps);
     float rs = rsqrtf(total[0] / (float)C + eps);
 #pragma unroll
     for (int i = 0; i < ROW_VECS; i++) {
         int c = (i * threads + t) * VEC;
         if (!inside || c >= C) continue;
-        Floats weight = widen(load(args.w + c)), bias = widen(load(args.b + c));
-        for (int k = 0; k < VEC; k++) row[i][k] = (row[i][k] - mu) * rs * weight[k] + bias[k];
+        Floats w = widen(weight[i]), b = widen(bias[i]);
+        for (int k = 0; k < VEC; k++) row[i][k] = (row[i][k] - mu) * rs * w[k] + b[k];
         store(args.y + m * C + c, narrow(row[i]));
     }
     if (inside && t == 0) args.mean[m] = mu, args.rstd[m] = rs;
@@ -661,52 +718,84 @@ inline void residual_layernorm_forward(const LayerNormForward& args, size_t M, s
            args, M, T, (int)C, drop, eps, rows.warps);
 }
 
+// Where the residual connection starts whose gradient dresid holds before layernorm_backward: at the
+// LayerNorm's input (GPT-2), at its output (GROVER), or nowhere, and then dresid holds nothing.
+enum Residual { NO_RESIDUAL, FROM_INPUT, FROM_OUTPUT };
+
 // What layernorm_backward reads and writes. (Its kernel takes the pointers one by one: given the struct, nvcc
 // 13 spills registers in the fp32 build.)
 struct LayerNormBackward {
-    floatX* dresid = nullptr;                      // (M,C), the gradient of x
-    floatX* masked = nullptr;                      // (M,C) or null: dresid under a dropout mask
-    float *dw = nullptr, *db = nullptr;            // (C), +=
-    float* scratch = nullptr;                      // layernorm_backward_scratch(C) floats
-    const floatX *dy = nullptr, *dskip = nullptr;  // (M,C), gradients of the output; dskip or null
+    floatX* dresid = nullptr;            // (M,C), becomes the gradient of x
+    floatX* masked = nullptr;            // (M,C) or null: dresid under a dropout mask
+    float *dw = nullptr, *db = nullptr;  // (C), +=
+    float* dbias = nullptr;              // (C) or null, += column sums of masked, or else dresid
+    float* scratch = nullptr;            // layernorm_backward_scratch(C) floats
+    const floatX* dy = nullptr;          // (M,C), the gradient of the LayerNorm's output
+    Residual residual = NO_RESIDUAL;
     const floatX *x = nullptr, *w = nullptr;       // (M,C), (C): what forward read
     const float *mean = nullptr, *rstd = nullptr;  // (M), which forward wrote
 };
 
-// With normalised = (x - mean) rstd, d = dy + dskip and dn = d w, and means over the row,
-//     dx = rstd (dn - mean(dn) - normalised mean(dn normalised)),
-//     dw = sum over rows of d normalised,  db = sum over rows of d.
-// Group k of G in the whole grid takes rows k, k + G, k + 2G ..., and keeps the sums of dw and db for its
-// channels in registers. At the end each block adds its groups' sums, in order, into partials (blocks, 2, C).
+// With normalised = (x - mean) rstd, d = dy [+ dresid FROM_OUTPUT], dn = d w, and means over the row,
+//     dx = rstd (dn - mean(dn) - normalised mean(dn normalised)) [+ dresid FROM_INPUT],
+//     dw = sum over rows of d normalised,  db = sum over rows of d,
+// and with BIAS dbias = sum over rows of dx under the mask. Group k of the whole grid's G takes rows k, k + G
+// and so on. It keeps the sums of dw and db for its channels in registers, those of dbias in shared memory.
+// At the end each block adds its groups' sums, in order, into partials (blocks, 2, C), or 3 with BIAS.
+//
+// All loads of a row come before its first store, since the compiler moves no load above a store that may be
+// to the same memory. That takes registers that fp32 does not have: it loads the row again, from the cache.
+template <bool BIAS>
 __global__ void __launch_bounds__(ROW_WARPS* WARP)
     layernorm_backward_kernel(floatX* dresid, floatX* masked, float* partials, const floatX* dy,
-                              const floatX* dskip, const floatX* x, const float* mean, const float* rstd,
-                              const floatX* w, size_t M, size_t T, int C, bool accumulate, Dropout drop,
-                              int warps) {
+                              Residual residual, const floatX* x, const float* mean, const float* rstd,
+                              const floatX* w, size_t M, size_t T, int C, Dropout drop, int warps) {
+    constexpr bool LOAD_ONCE = BUILD_DTYPE == BF16;
     int threads = warps * WARP, t = threadIdx.x % threads, group = threadIdx.x / threads,
         groups = blockDim.x / threads;
     rng::Key key = dropout_key(drop);
     uint64_t row0 = dropout_row(drop, T);
     Floats dw[ROW_VECS] = {}, db[ROW_VECS] = {};
+    // Four columns of the thread's sums; neighbours in a warp are neighbours in memory.
+    extern __shared__ __align__(128) unsigned char dynamic_smem[];
+    auto dbias = [&](int i, int k) -> Vec<float>& {
+        return ((Vec<float>*)dynamic_smem)[(i * VEC + k) / 4 * blockDim.x + threadIdx.x];
+    };
+    if constexpr (BIAS)
+        for (int i = 0; i < ROW_VECS; i++)
+            for (int k = 0; k < VEC; k += 4) dbias(i, k) = {};
     for (size_t first = (size_t)blockIdx.x * groups; first < M; first += (size_t)gridDim.x * groups) {
         size_t m = first + group;
         bool inside = m < M;
         float mu = inside ? mean[m] : 0, rs = inside ? rstd[m] : 0, sums[2] = {0, 0};
-        Floats d[ROW_VECS];
+        int4 dys[ROW_VECS], before[ROW_VECS], xs[ROW_VECS];
+        auto load_row = [&](int i, int c) {
+            dys[i] = load_bits_once(dy + m * C + c), xs[i] = load_bits(x + m * C + c);
+            if (residual != NO_RESIDUAL) before[i] = load_bits(dresid + m * C + c);
+        };
+        auto output_gradient = [&](int i) {
+            Floats d = widen(dys[i]);
+            if (residual == FROM_OUTPUT) {
+                Floats add = widen(before[i]);
+                for (int k = 0; k < VEC; k++) d[k] += add[k];
+            }
+            return d;
+        };
+#pragma unroll
+        for (int i = 0; i < ROW_VECS; i++) {
+            int c = (i * threads + t) * VEC;
+            if (LOAD_ONCE && inside && c < C) load_row(i, c);
+        }
 #pragma unroll
         for (int i = 0; i < ROW_VECS; i++) {
             int c = (i * threads + t) * VEC;
             if (!inside || c >= C) continue;
-            d[i] = widen(load_once(dy + m * C + c));
-            if (dskip) {
-                Floats add = widen(load(dskip + m * C + c));
-                for (int k = 0; k < VEC; k++) d[i][k] += add[k];
-            }
-            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);
+            if (!LOAD_ONCE) load_row(i, c);
+            Floats d = output_gradient(i), row = widen(xs[i]), weight = widen(load_constant(w + c));
             for (int k = 0; k < VEC; k++) {
-                float normalised = (to_float(row[k]) - mu) * rs, dn = d[i][k] * to_float(weight[k]);
+                float normalised = (row[k] - mu) * rs, dn = d[k] * weight[k];
                 sums[0] += dn, sums[1] += dn * normalised;
-                dw[i][k] += d[i][k] * normalised, db[i][k] += d[i][k];
+                dw[i][k] += d[k] * normalised, db[i][k] += d[k];
             }
         }
         group_sum(sums, warps);
@@ -715,55 +804,67 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
         for (int i = 0; i < ROW_VECS; i++) {
             int c = (i * threads + t) * VEC;
             if (!inside || c >= C) continue;
-            // Loaded again, from the cache: there are not enough registers to keep them.
-            Vec<floatX> row = load(x + m * C + c), weight = load(w + c);
-            Floats dx;
+            if (!LOAD_ONCE) load_row(i, c);
+            Floats d = output_gradient(i), row = widen(xs[i]), weight = widen(load_constant(w + c)), dx;
             for (int k = 0; k < VEC; k++)
-                dx[k] =
-                    rs * (d[i][k] * to_float(weight[k]) - mean_dn - (to_float(row[k]) - mu) * rs * mean_dot);
-            if (accumulate) {
-                Floats before = widen(load(dresid + m * C + c));
-                for (int k = 0; k < VEC; k++) dx[k] += before[k];
+                dx[k] = rs * (d[k] * weight[k] - mean_dn - (row[k] - mu) * rs * mean_dot);
+            if (residual == FROM_INPUT) {
+                Floats add = widen(before[i]);
+                for (int k = 0; k < VEC; k++) dx[k] += add[k];
             }
             store(dresid + m * C + c, narrow(dx));
             if (masked) {
                 apply_dropout(dx, key, (row0 + m) * C + c, drop.p);
                 store(masked + m * C + c, narrow(dx));
             }
+            if constexpr (BIAS)
+                for (int k = 0; k < VEC; k += 4) {
+                    Vec<float> sum = dbias(i, k);
+                    for (int j = 0; j < 4; j++) sum[j] += dx[k + j];
+                    dbias(i, k) = sum;
+                }
         }
     }
+    constexpr int SUMS = BIAS ? 3 : 2;
     __shared__ __align__(16) float part[ROW_WARPS * WARP * VEC];
 #pragma unroll
     for (int i = 0; i < ROW_VECS; i++)
-        for (int which = 0; which < 2; which++) {
+        for (int which = 0; which < SUMS; which++) {
             int c = (i * threads + t) * VEC;
             __syncthreads();
-            for (int k = 0; k < VEC; k++) part[threadIdx.x * VEC + k] = which ? db[i][k] : dw[i][k];
+            for (int k = 0; k < VEC; k++)
+                part[threadIdx.x * VEC + k] = which == 0   ? dw[i][k]
+                                              : which == 1 ? db[i][k]
+                                                           : dbias(i, k)[k % 4];
             __syncthreads();
             if (group > 0 || c >= C) continue;
             Floats total = {};
             for (int g = 0; g < groups; g++)
                 for (int k = 0; k < VEC; k++) total[k] += part[(g * threads + t) * VEC + k];
-            store_floats(partials + ((size_t)blockIdx.x * 2 + which) * C + c, total);
+            store_floats(partials + ((size_t)blockIdx.x * SUMS + which) * C + c, total);
         }
 }
 
 inline int layernorm_backward_blocks() { return 2 * multiprocessors(); }
 // Floats of scratch that layernorm_backward needs.
-inline size_t layernorm_backward_scratch(size_t C) { return 2 * C * layernorm_backward_blocks(); }
+inline size_t layernorm_backward_scratch(size_t C) {
+    return (switches.bias_in_kernels ? 3 : 2) * C * layernorm_backward_blocks();
+}
 
-// cpu::layernorm_backward. dresid is the gradient of dy + dskip through LayerNorm, or with `accumulate` is
-// incremented by it; dw, db +=. dskip is the gradient of a residual connection that starts from the
-// normalised row, as GROVER's do. masked receives dresid under drop's mask: the gradient of the branch whose
-// output was dropped. dy and dskip may be the same memory as dresid and masked.
-inline void layernorm_backward(const LayerNormBackward& args, size_t M, size_t T, size_t C, bool accumulate,
-                               Dropout drop, cudaStream_t s) {
+// cpu::layernorm_backward. dresid becomes the gradient of dy through LayerNorm, with its own former values as
+// `residual` says; dw, db +=. masked receives dresid under drop's mask: the gradient of the branch whose
+// output was dropped. It may be the memory of dy. dbias is the gradient of the bias that was added to the
+// branch, summed before it is rounded to floatX.
+inline void layernorm_backward(const LayerNormBackward& args, size_t M, size_t T, size_t C, Dropout drop,
+                               cudaStream_t s) {
     Rows rows = row_layout(C, 8);
     size_t blocks = std::min<size_t>(layernorm_backward_blocks(), ceil_div(M, rows.block));
-    launch(layernorm_backward_kernel, dim3((unsigned)blocks), rows.threads(), 0, s, args.dresid, args.masked,
-           args.scratch, args.dy, args.dskip, args.x, args.mean, args.rstd, args.w, M, T, (int)C, accumulate,
-           drop, rows.warps);
-    add_partials(args.dw, args.db, args.scratch, (int)blocks, C, 2 * C, s);
+    size_t smem = args.dbias ? rows.threads() * ROW_VECS * VEC * sizeof(float) : 0;
+    auto kernel = args.dbias ? layernorm_backward_kernel<true> : layernorm_backward_kernel<false>;
+    if (smem) allow_smem(kernel, smem);
+    launch(kernel, dim3((unsigned)blocks), rows.threads(), smem, s, args.dresid, args.masked, args.scratch,
+           args.dy, args.residual, args.x, args.mean, args.rstd, args.w, M, T, (int)C, drop, rows.warps);
+    add_partials(args.dw, args.db, args.dbias, args.scratch, (int)blocks, C, s);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -816,6 +917,7 @@ inline void with_head_size(size_t hs, F f) {
 // 13 uses 238 registers instead of 168 for the dQ kernel of head size 48.)
 struct AttentionBackward {
     floatX* dqkv = nullptr;                       // (B,T,3C), written
+    float* dbias = nullptr;                       // (3C) or null, += column sums of dqkv
     float* scratch = nullptr;                     // attention_backward_scratch() floats, 16-byte aligned
     const floatX* dout = nullptr;                 // (B,T,C), the gradient of out
     const floatX *qkv = nullptr, *out = nullptr;  // (B,T,3C) and (B,T,C): what forward read and wrote
@@ -835,6 +937,15 @@ struct Head {
         qkv_offset = row * qkv_stride + column, out_offset = row * C + column;
     }
 };
+
+// Where a block writes column sums of its tile of dQ, dK or dV (which = 0, 1, 2): HS floats of row
+// b tiles + tile of partials (B tiles, 3C), which add_partials adds up. Null without partials.
+template <int HS>
+__device__ inline float* bias_part(float* partials, const Head<HS>& head, int NH, int which) {
+    if (!partials) return nullptr;
+    size_t row = (size_t)(blockIdx.x / (unsigned)NH) * gridDim.y + blockIdx.y;
+    return partials + row * head.qkv_stride + which * head.C + blockIdx.x % (unsigned)NH * HS;
+}
 
 constexpr float LOG2E = 1.44269504f;  // softmax is computed in powers of 2: e^x = 2^(x log2 e)
 
@@ -1056,6 +1167,31 @@ __device__ inline void store_rows(floatX* to, int stride, int valid, const Accum
         int chunk = i + threadIdx.x % WARP, r = chunk / Tile<HS>::CHUNKS, c = chunk % Tile<HS>::CHUNKS * 8;
         if (r < valid) store(to + r * stride + c, load(stage.from_row(r).base + c));
     }
+}
+
+// Column sums of the rows of all warps, each 16 M_FRAGS, to HS floats, in the order of the warps. All threads
+// call it; stage is shared memory for HS floats of each warp that nobody reads any more after a barrier. Rows
+// past T are zero and do not count. Where `to` is null nothing happens.
+template <int HS, int M_FRAGS>
+__device__ inline void store_column_sums(float* to, const Accumulators<M_FRAGS, HS / 8>& acc, void* stage) {
+    if (!to) return;
+    float* sums = (float*)stage;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < HS / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float sum = 0;
+            for (int m = 0; m < M_FRAGS; m++) sum += acc[m][n][i] + acc[m][n][i + 2];
+            for (int offset = 4; offset < WARP; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+            if (lane < 4) sums[warp * HS + 8 * n + element_col(i)] = sum;
+        }
+    __syncthreads();
+    if (threadIdx.x >= HS) return;
+    float sum = 0;
+    for (int w = 0; w < (int)(blockDim.x / WARP); w++) sum += sums[w * HS + threadIdx.x];
+    to[threadIdx.x] = sum;
 }
 
 // Sum and maximum over the four lanes that hold a row of accumulators: lanes 4g to 4g+3 differ in the two
@@ -1288,8 +1424,9 @@ __device__ inline void compute_row_stats(RowStats (&row_stats)[M_FRAGS][2], RowS
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::THREADS)
-    attention_backward_query_kernel(floatX* dqkv, RowStats* stats, const floatX* dout, const floatX* out,
-                                    const floatX* qkv, const float* lse, int T, int NH, Dropout dropout) {
+    attention_backward_query_kernel(floatX* dqkv, float* bias_partials, RowStats* stats, const floatX* dout,
+                                    const floatX* out, const floatX* qkv, const float* lse, int T, int NH,
+                                    Dropout dropout) {
     constexpr int HS = Shape::HS, M_FRAGS = Shape::M_FRAGS, QUERIES = Shape::ROWS, KEYS = Shape::STEP,
                   N_FRAGS = KEYS / 8, THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -1346,6 +1483,7 @@ __global__ void __launch_bounds__(Shape::THREADS)
     for_elements<M_FRAGS, HS / 8>(dq, [=](float& x, int, int, int) { x *= scale; });
     store_rows<HS, M_FRAGS>(dqkv + head.qkv_offset + warp_query * stride, stride, T - warp_query, dq,
                             q_tile.from_row(warp_row));
+    store_column_sums<HS, M_FRAGS>(bias_part(bias_partials, head, NH, 0), dq, stages.base);
 }
 
 // The shared memory of the key kernel: the block's rows of K and V; two stages of a step's queries, which are
@@ -1455,8 +1593,8 @@ __device__ inline void store_dq_part(float* to, int valid, Tile<QUERIES> ds_tile
 // copies are in key_step, store_dq_part and prefetch: what would change with wgmma and TMA.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::THREADS)
-    attention_backward_key_kernel(floatX* dqkv, float* dq_parts, const RowStats* stats, const floatX* dout,
-                                  const floatX* qkv, int T, int NH, Dropout dropout) {
+    attention_backward_key_kernel(floatX* dqkv, float* bias_partials, float* dq_parts, const RowStats* stats,
+                                  const floatX* dout, const floatX* qkv, int T, int NH, Dropout dropout) {
     constexpr int HS = Shape::HS, M_FRAGS = Shape::M_FRAGS, KEYS = Shape::ROWS, QUERIES = Shape::STEP,
                   THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
@@ -1517,6 +1655,8 @@ __global__ void __launch_bounds__(Shape::THREADS)
     Tile<HS> stage = smem.v.from_row(warp_row);  // not K, which other warps may still read for dQ
     store_rows<HS, M_FRAGS>(to + head.C, stride, T - warp_key, dk, stage);
     store_rows<HS, M_FRAGS>(to + 2 * head.C, stride, T - warp_key, dv, stage);
+    store_column_sums<HS, M_FRAGS>(bias_part(bias_partials, head, NH, 1), dk, smem.stages.base);
+    store_column_sums<HS, M_FRAGS>(bias_part(bias_partials, head, NH, 2), dv, smem.stages.base);
 }
 
 #else
@@ -1579,6 +1719,27 @@ __device__ inline void store_rows(float* to, size_t stride, int valid, const flo
             int row = threadIdx.x / 16 + 16 * i;
             if (row < valid) to[row * stride + threadIdx.x % 16 + 16 * j] = acc[i][j] * factor;
         }
+}
+
+// Column sums of a tile of rows, times a factor, to HS floats. As in bf16: all threads call it, stage is
+// shared memory for HS floats of each warp, rows past T are zero, and `to` may be null.
+template <int HS, int R>
+__device__ inline void store_column_sums(float* to, const float (&acc)[R][HS / 16], float factor,
+                                         float* stage) {
+    if (!to) return;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    __syncthreads();
+    for (int j = 0; j < HS / 16; j++) {
+        float sum = 0;
+        for (int i = 0; i < R; i++) sum += acc[i][j];
+        sum += __shfl_xor_sync(~0u, sum, 16);
+        if (lane < 16) stage[warp * HS + lane + 16 * j] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x >= HS) return;
+    float sum = 0;
+    for (int w = 0; w < (int)(blockDim.x / WARP); w++) sum += stage[w * HS + threadIdx.x];
+    to[threadIdx.x] = sum * factor;
 }
 
 // Sum and maximum over the 16 threads that share their rows.
@@ -1663,8 +1824,9 @@ __global__ void __launch_bounds__(ForwardShape<HS>::THREADS, 1)
 // dQ, and the row statistics (B*NH, stats_rows(T)) that the second kernel reads.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::THREADS, 1)
-    attention_backward_query_kernel(float* dqkv, RowStats* stats, const float* dout, const float* out,
-                                    const float* qkv, const float* lse, int T, int NH, Dropout dropout) {
+    attention_backward_query_kernel(float* dqkv, float* bias_partials, RowStats* stats, const float* dout,
+                                    const float* out, const float* qkv, const float* lse, int T, int NH,
+                                    Dropout dropout) {
     constexpr int HS = Shape::HS, R = Shape::R, ROWS = Shape::ROWS, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
@@ -1709,14 +1871,15 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
         multiply(dq, ROWS, ds_tile, P_LD, k_tile, LD, 1);
     }
     store_rows<HS>(dqkv + head.qkv_offset + q0 * stride, stride, T - q0, dq, scale);
+    store_column_sums<HS>(bias_part(bias_partials, head, NH, 0), dq, scale, k_tile);
 }
 
 // dK and dV, and with FIVE_PRODUCTS the parts of dQ: a row of S is a key here. A block owns fewer keys than
 // in bf16, so there are more parts.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::THREADS, 1)
-    attention_backward_key_kernel(float* dqkv, float* dq_parts, const RowStats* stats, const float* dout,
-                                  const float* qkv, int T, int NH, Dropout dropout) {
+    attention_backward_key_kernel(float* dqkv, float* bias_partials, float* dq_parts, const RowStats* stats,
+                                  const float* dout, const float* qkv, int T, int NH, Dropout dropout) {
     constexpr int HS = Shape::HS, R = Shape::R, ROWS = Shape::ROWS, LD = Shape::LD, P_LD = Shape::P_LD;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     float *q_tile = (float*)dynamic_smem, *k_tile = q_tile + ROWS * LD, *v_tile = k_tile + ROWS * LD,
@@ -1764,6 +1927,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
     float* to = dqkv + head.qkv_offset + k0 * stride;
     store_rows<HS>(to + head.C, stride, T - k0, dk, scale);
     store_rows<HS>(to + 2 * head.C, stride, T - k0, dv, drop.scale);
+    store_column_sums<HS>(bias_part(bias_partials, head, NH, 1), dk, scale, q_tile);
+    store_column_sums<HS>(bias_part(bias_partials, head, NH, 2), dv, drop.scale, q_tile);
 }
 
 #endif
@@ -1785,32 +1950,42 @@ __global__ void __launch_bounds__(4 * STATS_ROWS)
             query < T ? lse[head.index * T + query] * LOG2E : INFINITY, d};
 }
 
-// dQ: the sum of each query's parts in the order of their keys, times 1/sqrt(hs), rounded once. A thread adds
-// VEC columns of a query.
+// dQ: the sum of each query's parts in the order of their keys, times 1/sqrt(hs), rounded once. A block owns
+// KEYS queries, which have equally many parts, ROWS at a time; a thread adds VEC columns of a query.
 constexpr int ADD_DQ_THREADS = 256;
 template <int HS, int KEYS>
 __global__ void __launch_bounds__(ADD_DQ_THREADS)
-    attention_add_dq_kernel(floatX* dqkv, const float* dq_parts, int T, int NH) {
-    constexpr int CHUNKS = HS / VEC;  // of a row
+    attention_add_dq_kernel(floatX* dqkv, float* bias_partials, const float* dq_parts, int T, int NH) {
+    constexpr int CHUNKS = HS / VEC, ROWS = ADD_DQ_THREADS / CHUNKS;  // a few threads may be left over
     Head<HS> head(T, NH);
-    int chunk = blockIdx.y * ADD_DQ_THREADS + threadIdx.x, query = chunk / CHUNKS, c = chunk % CHUNKS * VEC;
-    if (query >= T) return;
-    dq_parts += (head.index * dq_rows(T, KEYS) + query) * HS + c;
-    Floats sum = {};
-#pragma unroll 4
-    for (int j = 0; j <= query / KEYS; j++) {
-        Floats part = load_floats(dq_parts + dq_part(j, T, KEYS) * HS);
-        for (int e = 0; e < VEC; e++) sum[e] += part[e];
-    }
+    int row = threadIdx.x / CHUNKS, c = threadIdx.x % CHUNKS * VEC, parts = blockIdx.y + 1;
     float scale = rsqrtf((float)HS);
-    for (int e = 0; e < VEC; e++) sum[e] *= scale;
-    store(dqkv + head.qkv_offset + query * head.qkv_stride + c, narrow(sum));
+    dq_parts += head.index * dq_rows(T, KEYS) * HS + c;
+    Floats column_sums = {};
+    for (int i = row; i < KEYS && row < ROWS; i += ROWS) {
+        int query = blockIdx.y * KEYS + i;
+        if (query >= T) break;
+        Floats sum = {};
+#pragma unroll 4
+        for (int j = 0; j < parts; j++) {
+            Floats part = load_floats(dq_parts + (dq_part(j, T, KEYS) + query) * HS);
+            for (int e = 0; e < VEC; e++) sum[e] += part[e];
+        }
+        for (int e = 0; e < VEC; e++) sum[e] *= scale, column_sums[e] += sum[e];
+        store(dqkv + head.qkv_offset + query * head.qkv_stride + c, narrow(sum));
+    }
+    float* to = bias_part(bias_partials, head, NH, 0);
+    if (!to) return;
+    __shared__ float sums[ROWS][HS];
+    if (row < ROWS)
+        for (int e = 0; e < VEC; e++) sums[row][c + e] = column_sums[e];
+    __syncthreads();
+    if (threadIdx.x >= HS) return;
+    float sum = 0;
+    for (int r = 0; r < ROWS; r++) sum += sums[r][threadIdx.x];
+    to[threadIdx.x] = sum;
 }
 
-template <class... P>
-inline void allow_smem(void (*kernel)(P...), size_t bytes) {
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
 // Shared memory that a block may have: 163 KiB on A100, 227 on Hopper and datacenter Blackwell, 99 on others.
 inline size_t shared_memory_limit() {
     int bytes;
@@ -1860,21 +2035,23 @@ inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t
     });
 }
 
-// Floats of the row statistics of all heads; and floats of scratch that attention_backward needs: these, and
-// with five products the parts of dQ, whose number does not depend on the device.
+// Floats of the row statistics of all heads; and floats of scratch that attention_backward needs: these, with
+// five products the parts of dQ, and where it sums the biases' gradients, a row for each tile of dQKV. None
+// of these numbers depends on the device.
 inline size_t row_stats_floats(size_t B, size_t T, size_t NH) {
     return B * NH * stats_rows(T) * (sizeof(RowStats) / sizeof(float));
 }
 inline size_t attention_backward_scratch(size_t B, size_t T, size_t C, size_t NH) {
     size_t n = row_stats_floats(B, T, NH);
-    if (switches.five_products)
-        with_head_size(C / NH, [&](auto hs) {
-            n += B * C * dq_rows(T, BackwardShape<decltype(hs)::value, 16, true>::ROWS);
-        });
+    with_head_size(C / NH, [&](auto hs) {
+        constexpr size_t ROWS = BackwardShape<decltype(hs)::value, 16, true>::ROWS;
+        if (switches.five_products) n += B * C * dq_rows(T, ROWS);
+        if (switches.bias_in_kernels) n += B * ceil_div(T, ROWS) * 3 * C;
+    });
     return n;
 }
 
-// cpu::Attention::backward. Writes args.dqkv.
+// cpu::Attention::backward, and gemm::bias_gradient of its result, summed before it is rounded to floatX.
 inline void attention_backward(const AttentionBackward& args, size_t B, size_t T, size_t C, size_t NH,
                                const Dropout& drop, cudaStream_t s) {
     with_backward_shape(C / NH, [&](auto shape) {
@@ -1883,18 +2060,21 @@ inline void attention_backward(const AttentionBackward& args, size_t B, size_t T
         dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
         RowStats* stats = (RowStats*)args.scratch;
         float* dq_parts = args.scratch + row_stats_floats(B, T, NH);
+        float* partials = dq_parts + (Shape::FIVE_PRODUCTS ? B * C * dq_rows(T, Shape::ROWS) : 0);
+        if (!args.dbias) partials = nullptr;
         if constexpr (Shape::FIVE_PRODUCTS)
             launch(attention_row_stats_kernel<HS>, dim3(B * NH, stats_rows(T) / STATS_ROWS), 4 * STATS_ROWS,
                    0, s, stats, args.dout, args.out, args.lse, T, NH);
         else
             launch(attention_backward_query_kernel<Shape>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv,
-                   stats, args.dout, args.out, args.qkv, args.lse, T, NH, drop);
+                   partials, stats, args.dout, args.out, args.qkv, args.lse, T, NH, drop);
         launch(attention_backward_key_kernel<Shape>, grid, Shape::THREADS, Shape::SMEM, s, args.dqkv,
-               dq_parts, stats, args.dout, args.qkv, T, NH, drop);
+               partials, dq_parts, stats, args.dout, args.qkv, T, NH, drop);
         if constexpr (Shape::FIVE_PRODUCTS)
-            launch(attention_add_dq_kernel<HS, Shape::ROWS>,
-                   dim3(B * NH, ceil_div(T * HS / VEC, ADD_DQ_THREADS)), ADD_DQ_THREADS, 0, s, args.dqkv,
+            launch(attention_add_dq_kernel<HS, Shape::ROWS>, grid, ADD_DQ_THREADS, 0, s, args.dqkv, partials,
                    dq_parts, T, NH);
+        if (partials)
+            add_partials(args.dbias, nullptr, nullptr, partials, (int)(grid.x / NH * grid.y), 3 * C, s);
     });
 }
 
@@ -1979,19 +2159,42 @@ inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size
 }
 
 // Partial column sums, partials (gridDim.y, N). A block owns 32 vectors of columns, and of the groups of
-// BIAS_WARPS rows every gridDim.y-th.
-constexpr int BIAS_WARPS = 8;
+// BIAS_WARPS rows every gridDim.y-th. With GELU each dY is first multiplied by gelu'(x). A thread loads
+// several rows before it stores the first, as the compiler moves no load above that store.
+constexpr int BIAS_WARPS = 8, BIAS_LOADS = 4;
+template <bool GELU>
 __global__ void __launch_bounds__(BIAS_WARPS* WARP)
-    bias_backward_kernel(float* partials, const floatX* dY, size_t M, size_t N) {
+    bias_backward_kernel(float* partials, std::conditional_t<GELU, floatX, const floatX>* dY, const floatX* x,
+                         size_t M, size_t N, int activation) {
     __shared__ __align__(16) float part[BIAS_WARPS * WARP * VEC];
     int warp = threadIdx.x / WARP;
-    size_t c = ((size_t)blockIdx.x * WARP + threadIdx.x % WARP) * VEC;
+    size_t c = ((size_t)blockIdx.x * WARP + threadIdx.x % WARP) * VEC, step = (size_t)gridDim.y * BIAS_WARPS;
     Floats sum = {};
     if (c < N)
-#pragma unroll 4
-        for (size_t m = (size_t)blockIdx.y * BIAS_WARPS + warp; m < M; m += (size_t)gridDim.y * BIAS_WARPS) {
-            Floats d = widen(load(dY + m * N + c));
-            for (int k = 0; k < VEC; k++) sum[k] += d[k];
+        for (size_t m = (size_t)blockIdx.y * BIAS_WARPS + warp; m < M; m += BIAS_LOADS * step) {
+            int4 d_bits[BIAS_LOADS], x_bits[BIAS_LOADS];
+#pragma unroll
+            for (int i = 0; i < BIAS_LOADS; i++) {
+                size_t at = (m + i * step) * N + c;
+                if (m + i * step >= M) continue;
+                d_bits[i] = load_bits(dY + at);
+                if constexpr (GELU) x_bits[i] = load_bits_once(x + at);
+            }
+#pragma unroll
+            for (int i = 0; i < BIAS_LOADS; i++) {
+                if (m + i * step >= M) continue;
+                Floats d = widen(d_bits[i]);
+                if constexpr (GELU) {
+                    Floats f = widen(x_bits[i]);
+                    for (int k = 0; k < VEC; k++) {
+                        float derivative;
+                        gelu(f[k], &derivative, activation);
+                        d[k] *= derivative;
+                    }
+                    store(dY + (m + i * step) * N + c, narrow(d));
+                }
+                for (int k = 0; k < VEC; k++) sum[k] += d[k];
+            }
         }
     for (int k = 0; k < VEC; k++) part[threadIdx.x * VEC + k] = sum[k];
     __syncthreads();
@@ -2006,12 +2209,23 @@ inline size_t bias_backward_parts(size_t N) {
 // Floats of scratch that bias_backward needs.
 inline size_t bias_backward_scratch(size_t N) { return bias_backward_parts(N) * N; }
 
+template <bool GELU, class D>
+inline void bias_backward(float* db, float* scratch, D* dY, const floatX* x, size_t M, size_t N,
+                          int activation, cudaStream_t s) {
+    size_t parts = std::min(bias_backward_parts(N), ceil_div(M, BIAS_WARPS));
+    launch(bias_backward_kernel<GELU>, dim3((unsigned)ceil_div(N / VEC, WARP), (unsigned)parts),
+           BIAS_WARPS * WARP, 0, s, scratch, dY, x, M, N, activation);
+    add_partials(db, nullptr, nullptr, scratch, (int)parts, N, s);
+}
 // gemm::bias_gradient. db (N) += column sums of dY (M,N), N a multiple of 8.
 inline void bias_backward(float* db, float* scratch, const floatX* dY, size_t M, size_t N, cudaStream_t s) {
-    size_t parts = std::min(bias_backward_parts(N), ceil_div(M, BIAS_WARPS));
-    launch(bias_backward_kernel, dim3((unsigned)ceil_div(N / VEC, WARP), (unsigned)parts), BIAS_WARPS * WARP,
-           0, s, scratch, dY, M, N);
-    add_partials(db, nullptr, scratch, (int)parts, N, N, s);
+    bias_backward<false>(db, scratch, dY, nullptr, M, N, 0, s);
+}
+// simd::gelu_backward and gemm::bias_gradient in one. d (M,N) *= gelu'(x); db (N) += column sums of d, which
+// are taken before d is rounded to floatX. N a multiple of 8.
+inline void gelu_bias_backward(float* db, float* scratch, floatX* d, const floatX* x, size_t M, size_t N,
+                               int activation, cudaStream_t s) {
+    bias_backward<true>(db, scratch, d, x, M, N, activation, s);
 }
 
 __global__ void __launch_bounds__(256) add_to_kernel(float* y, const float* x, size_t n) {
@@ -2026,59 +2240,90 @@ inline void add_to(float* y, const float* x, size_t n, cudaStream_t s) {
 // ---------------------------------------------------------------------------------------------
 // Softmax cross-entropy
 
-// VEC logits from column v on. Those past the vocabulary become -infinity, a probability of 0.
-__device__ inline Floats load_logits(const floatX* row, size_t v, size_t V) {
-    Floats f = widen(load(row + v));
+// VEC logits, from column v on. Those past the vocabulary become -infinity, a probability of 0.
+__device__ inline Floats logits_at(int4 bits, size_t v, size_t V) {
+    Floats f = widen(bits);
     if (v + VEC > V)
         for (int k = 0; k < VEC; k++)
             if (v + k >= V) f[k] = -INFINITY;
     return f;
 }
 
-// One block computes one row and reads it twice: first for the maximum and the sum of exponentials together
-// (online softmax, Milakov and Gimelshein 2018), then from its end back to its start, which finds more of it
-// in the caches, for the gradient.
+// A block computes rows blockIdx.x, blockIdx.x + gridDim.x, ... It reads a row twice: first for the maximum
+// and the sum of exponentials together (online softmax, Milakov and Gimelshein 2018), then from its end back
+// to its start, which finds more of it in the caches, for the gradient. A thread loads several vectors before
+// it uses or stores the first: the compiler moves no load above a store to the same row.
+constexpr int LOGIT_LOADS = 4;
 __global__ void __launch_bounds__(512)
-    cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t V, size_t Vp, bool train,
-                         const StepState* state) {
-    floatX* row = logits + blockIdx.x * Vp;
-    int target = targets[blockIdx.x];
-    size_t stride = blockDim.x * VEC, rounds = (Vp + stride - 1) / stride;
-    if (target < 0) {
-        if (threadIdx.x == 0) losses[blockIdx.x] = 0;
-        if (train)
-            for (size_t v = threadIdx.x * VEC; v < Vp; v += stride) store(row + v, narrow(Floats{}));
-        return;
+    cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp,
+                         bool train, const StepState* state) {
+    const size_t stride = blockDim.x * VEC, rounds = (Vp + stride - 1) / stride;
+    for (size_t m = blockIdx.x; m < rows; m += gridDim.x) {
+        floatX* row = logits + m * Vp;
+        int target = targets[m];
+        if (target < 0) {
+            if (threadIdx.x == 0) losses[m] = 0;
+            if (train)
+                for (size_t v = threadIdx.x * VEC; v < Vp; v += stride) store(row + v, narrow(Floats{}));
+            continue;
+        }
+        float target_logit = to_float(row[target]), max = -FLT_MAX, sum = 0;
+        int4 bits[LOGIT_LOADS];
+        for (size_t first = 0; first < rounds; first += LOGIT_LOADS) {
+            const size_t at = first * stride + threadIdx.x * VEC;
+#pragma unroll
+            for (int i = 0; i < LOGIT_LOADS; i++)
+                if (at + i * stride < V) bits[i] = load_bits(row + at + i * stride);
+#pragma unroll
+            for (int i = 0; i < LOGIT_LOADS; i++) {
+                if (at + i * stride >= V) continue;
+                Floats f = logits_at(bits[i], at + i * stride, V);
+                float old_max = max;
+                for (int k = 0; k < VEC; k++) max = fmaxf(max, f[k]);
+                sum *= exponential(old_max - max);
+                for (int k = 0; k < VEC; k++) sum += exponential(f[k] - max);
+            }
+        }
+        float row_max = block_max(max);
+        sum = block_sum(sum * exponential(max - row_max));
+        if (threadIdx.x == 0) losses[m] = logf(sum) - (target_logit - row_max);
+        if (!train) continue;
+        float scale = state->grad_scale, factor = scale / sum;
+        for (size_t end = (rounds + LOGIT_LOADS - 1) / LOGIT_LOADS * LOGIT_LOADS; end > 0;
+             end -= LOGIT_LOADS) {
+            const size_t at = (end - LOGIT_LOADS) * stride + threadIdx.x * VEC;
+#pragma unroll
+            for (int i = LOGIT_LOADS; i-- > 0;)
+                if (at + i * stride < Vp) bits[i] = load_bits(row + at + i * stride);
+#pragma unroll
+            for (int i = LOGIT_LOADS; i-- > 0;) {
+                const size_t v = at + i * stride;
+                if (v >= Vp) continue;
+                Floats f = logits_at(bits[i], v, V);
+                for (int k = 0; k < VEC; k++)
+                    f[k] = exponential(f[k] - row_max) * factor - (v + k == (size_t)target ? scale : 0.0f);
+                store(row + v, narrow(f));
+            }
+        }
     }
-    float target_logit = to_float(row[target]), max = -FLT_MAX, sum = 0;
-    for (size_t v = threadIdx.x * VEC; v < V; v += stride) {
-        Floats f = load_logits(row, v, V);
-        float old_max = max;
-        for (int k = 0; k < VEC; k++) max = fmaxf(max, f[k]);
-        sum *= exponential(old_max - max);
-        for (int k = 0; k < VEC; k++) sum += exponential(f[k] - max);
-    }
-    float row_max = block_max(max);
-    sum = block_sum(sum * exponential(max - row_max));
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) - (target_logit - row_max);
-    if (!train) return;
-    float scale = state->grad_scale, factor = scale / sum;
-    for (size_t r = rounds; r-- > 0;) {
-        size_t v = r * stride + threadIdx.x * VEC;
-        if (v >= Vp) continue;
-        Floats f = load_logits(row, v, V);
-        for (int k = 0; k < VEC; k++)
-            f[k] = exponential(f[k] - row_max) * factor - (v + k == (size_t)target ? scale : 0.0f);
-        store(row + v, narrow(f));
-    }
+}
+// The blocks of that kernel: one a row; or with the switch as many as keep the rows that are computed at once
+// within half of the L2 cache, so that the second read finds them there, and at least one a multiprocessor.
+// Half, because between the two reads of a value other blocks finish their row and begin the next.
+inline size_t cross_entropy_blocks(size_t rows, size_t row_bytes) {
+    if (!switches.rows_in_l2) return rows;
+    int l2_bytes;
+    CUDA_CHECK(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device_number()));
+    return std::min(rows, std::max((size_t)multiprocessors(), (size_t)l2_bytes / 2 / row_bytes));
 }
 // cpu::cross_entropy. logits (rows, Vp), Vp a multiple of 8: losses = -log p[target], 0 where target < 0.
 // With `train` the logits become their gradient, (p - onehot) * state->grad_scale, and columns V..Vp become
 // 0; without it state may be null.
 inline void cross_entropy(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp,
                           bool train, const StepState* state, cudaStream_t s) {
-    launch(cross_entropy_kernel, dim3((unsigned)rows), threads_for(Vp / VEC, 512), 0, s, losses, logits,
-           targets, V, Vp, train, state);
+    const size_t blocks = cross_entropy_blocks(rows, Vp * sizeof(floatX));
+    launch(cross_entropy_kernel, dim3((unsigned)blocks), threads_for(Vp / VEC, 512), 0, s, losses, logits,
+           targets, rows, V, Vp, train, state);
 }
 
 // A single block, so that the sum is always in the same order.
@@ -2504,19 +2749,26 @@ class Matmul {
     void input_gradient(floatX* dX, const floatX* dY, const floatX* W, size_t M, size_t K, size_t N) {
         run_plain(INPUT_GRADIENT, M, K, N, {W, dY, dX, false});
     }
-    // dX (M,K) = (dY W) gelu'(pre): the gradient of the GELU's input, pre.
-    void input_gradient_gelu(floatX* dX, const floatX* dY, const floatX* W, const floatX* pre, size_t M,
-                             size_t K, size_t N, int activation) {
+    // dX (M,K) = (dY W) gelu'(pre): the gradient of the GELU's input, pre. db (K) += column sums of dX,
+    // unless null.
+    void input_gradient_gelu(floatX* dX, float* db, const floatX* dY, const floatX* W, const floatX* pre,
+                             size_t M, size_t K, size_t N, int activation) {
+        const std::string what =
+            strf("input_gradient_gelu%s%s", activation == GELU_TANH ? "" : "_erf", db ? "_bias" : "");
         take(
-            activation == GELU_TANH ? "input_gradient_gelu" : "input_gradient_gelu_erf", M, K, N,
+            what.c_str(), M, K, N,
             [&] {
                 input_gradient(dX, dY, W, M, K, N);
-                gelu_backward(dX, pre, M * K, activation, stream_);
+                if (db) gelu_bias_backward(db, bias_scratch_, dX, pre, M, K, activation, stream_);
+                else gelu_backward(dX, pre, M * K, activation, stream_);
                 return true;
             },
             [&] {
-                return activation == GELU_TANH && run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N,
-                                                      {W, dY, dX, false, nullptr, pre});
+                if (activation != GELU_TANH ||
+                    !run(INPUT_GRADIENT, CUBLASLT_EPILOGUE_DGELU, M, K, N, {W, dY, dX, false, nullptr, pre}))
+                    return false;
+                if (db) bias_backward(db, bias_scratch_, dX, M, K, stream_);
+                return true;
             });
     }
     // dW (N,K) = dY^T X, or += where accumulate; db (N) += column sums of dY, unless null.
@@ -3034,7 +3286,8 @@ struct GPT2 {
     static constexpr const char* PROGRAM = gpu::PROGRAM;
     static constexpr Dtype DEFAULT_DTYPE = BUILD_DTYPE;
     static constexpr size_t PIECE = 4 << 20;  // floats that are copied at once through pinned memory
-    static inline size_t head_logits = (size_t)1 << 27;  // most logits held at once: 256 MiB in bf16
+    // Most logits held at once: 256 MiB in bf16; and with the switch large_head, where memory is left.
+    static inline size_t head_logits = (size_t)1 << 27, large_head_logits = (size_t)1 << 30;
 
     static void require_device() { require_gpu(); }
     static void set_threads(int) {}
@@ -3083,24 +3336,10 @@ struct GPT2 {
         CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
         return free_bytes - free_bytes / 32;
     }
-    // What each arena needs. Parameters and gradients share one, activations and scratch another.
+    // With the switch large_head it depends on free memory, and all ranks must call it.
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
                                   Precision precision = {BUILD_DTYPE}, const Ranks& ranks = {}) {
-        const Sharding sharding = ranks.sharding();
-        check_sizes(c, T);
-        size_t M = checked_mul(B, T, "batch size x sequence length");
-        MemoryNeed n;
-        Memory m;
-        const Arena none = device_arena();
-        Arena params = none, all = none, optimizer = none, activations = none, scratch = none;
-        m.place_params(params, c, sharding), m.place_params(all, c, sharding);
-        m.place_gradients(all, c, trains, sharding);
-        m.place_optimizer(optimizer, c, trains, precision, sharding);
-        m.place_activations(activations, c, M, trains, recompute);
-        m.place_scratch(scratch, c, B, T, trains);
-        n.params = params.used, n.grads = all.used - params.used, n.optimizer = optimizer.used;
-        n.activations = activations.used, n.scratch = scratch.used;
-        return n;
+        return plan(c, B, T, trains, recompute, precision, ranks).need;
     }
 
     // recompute: see Activations::place.
@@ -3108,8 +3347,9 @@ struct GPT2 {
          Precision precision = {BUILD_DTYPE}, const Ranks& ranks_ = {})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), ranks(ranks_) {
         check_precision(precision);
-        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision, ranks);
+        const auto [need, rows] = plan(c, B, T, trains, recompute, precision, ranks);
         size_t M = B * T;
+        head_rows_ = rows;
         weights_.allocate(need.params + need.grads);
         Arena a = device_arena(weights_.p);
         mem_.place_params(a, c, sharding_), mem_.place_gradients(a, c, trains, sharding_);
@@ -3125,7 +3365,7 @@ struct GPT2 {
         activations_.allocate(activation_bytes_);
         a = device_arena(activations_.p);
         mem_.place_activations(a, c, M, trains, recompute);
-        mem_.place_scratch(a, c, B, T, trains);
+        mem_.place_scratch(a, c, B, T, trains, rows);
         staging_.allocate(PIECE * (sizeof(float) + sizeof(floatX)));
         report_.allocate(sizeof(Report));
         for (Slot& slot : slots_) {
@@ -3258,10 +3498,60 @@ struct GPT2 {
     Matmul& matmul() { return *matmul_; }
 
   private:
-    // Rows that the head computes at a time: parts of equal length with at most head_logits logits.
-    static size_t head_rows(const Config& c, size_t M) {
-        size_t most = std::max<size_t>(head_logits / c.Vp, 1), parts = std::max<size_t>(ceil_div(M, most), 1);
+    // Rows that the head computes at a time, of M: parts of equal length, with about `most` rows at most.
+    static size_t equal_parts(size_t M, size_t most) {
+        size_t parts = std::max<size_t>(ceil_div(M, std::max<size_t>(most, 1)), 1);
         return std::min(M, round_up(ceil_div(M, parts), 8));
+    }
+    // The same in a pass over M rows, and no more than memory holds: 24 rows in one part may be allowed, but
+    // 26 are two of 16.
+    size_t head_rows(size_t M) const { return std::min(head_rows_, equal_parts(M, head_rows_)); }
+
+    // What each arena needs, and the rows of logits in memory.
+    struct Plan {
+        MemoryNeed need;
+        size_t head_rows;
+    };
+    // The head holds head_logits at once. With the switch large_head it holds more, up to large_head_logits,
+    // if these take at most half of the memory that is left for them on the rank that has the least, so that
+    // ranks decide alike; the keys and values of a poem, which the trainer writes, have their place first.
+    // The number of the head's parts decides the order in which dwte is summed, and so its last bits, which
+    // then depend on what else is in the GPU's memory. So with `deterministic` there are head_logits.
+    static Plan plan(const Config& c, size_t B, size_t T, bool trains, int recompute, Precision precision,
+                     const Ranks& ranks) {
+        check_sizes(c, T);
+        const size_t M = checked_mul(B, T, "batch size x sequence length");
+        auto with = [&](size_t logits) {
+            const size_t rows = equal_parts(M, logits / (size_t)c.Vp);
+            return Plan{need_with(rows, c, B, T, trains, recompute, precision, ranks), rows};
+        };
+        const Plan usual = with(head_logits);
+        if (!switches.large_head || !trains || precision.deterministic) return usual;
+        size_t have = memory_available();
+        if (ranks.several())
+            for (size_t other : ranks.comm->gather(have)) have = std::min(have, other);
+        const size_t taken = usual.need.total() + key_value_bytes(c, 1, T),
+                     most = usual.need.total() + (have > taken ? (have - taken) / 2 : 0);
+        for (size_t logits = large_head_logits; logits > head_logits; logits /= 2)
+            if (const Plan larger = with(logits); larger.need.total() <= most) return larger;
+        return usual;
+    }
+    // Parameters and gradients share one arena, activations and scratch another.
+    static MemoryNeed need_with(size_t rows, const Config& c, size_t B, size_t T, bool trains, int recompute,
+                                Precision precision, const Ranks& ranks) {
+        const Sharding sharding = ranks.sharding();
+        MemoryNeed n;
+        Memory m;
+        const Arena none = device_arena();
+        Arena params = none, all = none, optimizer = none, activations = none, scratch = none;
+        m.place_params(params, c, sharding), m.place_params(all, c, sharding);
+        m.place_gradients(all, c, trains, sharding);
+        m.place_optimizer(optimizer, c, trains, precision, sharding);
+        m.place_activations(activations, c, B * T, trains, recompute);
+        m.place_scratch(scratch, c, B, T, trains, rows);
+        n.params = params.used, n.grads = all.used - params.used, n.optimizer = optimizer.used;
+        n.activations = activations.used, n.scratch = scratch.used;
+        return n;
     }
 
     // Throws Error where the kernels do not support the model.
@@ -3329,8 +3619,8 @@ struct GPT2 {
         void place_activations(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
             act.place(a, c, M, trains, recompute);
         }
-        void place_scratch(Arena& a, const Config& c, size_t B, size_t T, bool trains) {
-            work.place(a, c, B, T, head_rows(c, B * T), trains);
+        void place_scratch(Arena& a, const Config& c, size_t B, size_t T, bool trains, size_t head_rows) {
+            work.place(a, c, B, T, head_rows, trains);
             char* memory = a.take<char>(Batch::bytes(B * T));
             if (memory) batch = Batch(memory, B * T);
             report = a.take<Report>(1);
@@ -3383,6 +3673,9 @@ struct GPT2 {
     }
     NcclComm& nccl() const { return *static_cast<NcclComm*>(ranks.comm); }
     bool grover() const { return cfg.arch == GROVER_ARCH; }
+    // Where the product of a weight's gradient adds the bias's, and where another kernel does: one is null.
+    static float* by_product(float* db) { return switches.bias_in_kernels ? nullptr : db; }
+    static float* by_kernel(float* db) { return switches.bias_in_kernels ? db : nullptr; }
     Dropout drop(rng::Stream site, size_t layer) const {
         return {train_ ? dropout : 0.0f, seed, site, (uint32_t)layer, mem_.batch.state};
     }
@@ -3556,7 +3849,7 @@ struct GPT2 {
     // A whole pass without gradients.
     void evaluate() {
         forward_pass();
-        size_t M = b_ * t_, R = head_rows(cfg, M);
+        size_t M = b_ * t_, R = head_rows(M);
         for (size_t m = 0; m < M; m += R) head_forward(m, std::min(R, M - m));
         report_losses();
     }
@@ -3565,7 +3858,7 @@ struct GPT2 {
     // time, so that the logits of the whole batch never exist at once.
     void head_loss(bool accumulate) {
         const Workspace& work = mem_.work;
-        size_t C = cfg.C, Vp = cfg.Vp, M = b_ * t_, R = head_rows(cfg, M);
+        size_t C = cfg.C, Vp = cfg.Vp, M = b_ * t_, R = head_rows(M);
         for (size_t m = 0; m < M; m += R) {
             size_t n = std::min(R, M - m);
             head_forward(m, n);
@@ -3591,9 +3884,9 @@ struct GPT2 {
         Block a = block(0);
         LayerNormBackward ln1;
         ln1.dresid = work.dresid, ln1.dw = g.ln1w, ln1.db = g.ln1b, ln1.scratch = work.layernorm;
-        ln1.dy = work.dln, ln1.dskip = grover() ? work.dresid : nullptr;
+        ln1.dy = work.dln, ln1.residual = grover() ? FROM_OUTPUT : FROM_INPUT;
         ln1.x = a.resid, ln1.w = params.layer(0).ln1w, ln1.mean = a.ln1_mean, ln1.rstd = a.ln1_rstd;
-        layernorm_backward(ln1, M, t_, C, !grover(), Dropout{}, s);
+        layernorm_backward(ln1, M, t_, C, Dropout{}, s);
         add_up_ranks(BLOCK, 0);
         embedding_backward(grads.wte, grads.wpe, work.dresid, mem_.batch.buckets, b_, t_, C,
                            drop(rng::EMB_DROPOUT, 0), s);
@@ -3625,33 +3918,37 @@ struct GPT2 {
         const floatX* dbranch = masked ? masked : work.dresid;
         LayerNormBackward norm;
         norm.dresid = work.dresid, norm.masked = masked, norm.scratch = work.layernorm;
-        norm.dw = after.dw, norm.db = after.db;
-        norm.dy = work.dln, norm.dskip = grover() && !after.final ? work.dresid : nullptr;
+        norm.dw = after.dw, norm.db = after.db, norm.dbias = by_kernel(g.fcprojb);
+        norm.dy = work.dln;
+        norm.residual = after.final ? NO_RESIDUAL : grover() ? FROM_OUTPUT : FROM_INPUT;
         norm.x = a.resid3, norm.w = after.w, norm.mean = after.mean, norm.rstd = after.rstd;
-        layernorm_backward(norm, M, t_, C, !after.final && !grover(), drop(rng::FCPROJ_DROPOUT, l), s);
+        layernorm_backward(norm, M, t_, C, drop(rng::FCPROJ_DROPOUT, l), s);
         if (after.final) add_up_ranks(FINAL_NORM);
         else add_up_ranks(BLOCK, l + 1);
         // The last block's activations are still there. Recomputing may overwrite the mean and rstd just
         // read.
         if (recompute && l + 1 < (size_t)cfg.L) recompute_block(l);
 
-        matmul_->weight_gradient(g.fcprojw, g.fcprojb, dbranch, a.fch_gelu, M, 4 * C, C, accumulate);
-        matmul_->input_gradient_gelu(work.dfch, dbranch, w.fcprojw, a.fch, M, 4 * C, C, activation);
-        matmul_->weight_gradient(g.fcw, g.fcb, work.dfch, a.ln2, M, C, 4 * C, accumulate);
+        matmul_->weight_gradient(g.fcprojw, by_product(g.fcprojb), dbranch, a.fch_gelu, M, 4 * C, C,
+                                 accumulate);
+        matmul_->input_gradient_gelu(work.dfch, by_kernel(g.fcb), dbranch, w.fcprojw, a.fch, M, 4 * C, C,
+                                     activation);
+        matmul_->weight_gradient(g.fcw, by_product(g.fcb), work.dfch, a.ln2, M, C, 4 * C, accumulate);
         matmul_->input_gradient(work.dln, work.dfch, w.fcw, M, C, 4 * C);
         LayerNormBackward ln2;
         ln2.dresid = work.dresid, ln2.masked = masked, ln2.scratch = work.layernorm;
-        ln2.dw = g.ln2w, ln2.db = g.ln2b, ln2.dy = work.dln;
+        ln2.dw = g.ln2w, ln2.db = g.ln2b, ln2.dbias = by_kernel(g.attprojb), ln2.dy = work.dln;
+        ln2.residual = FROM_INPUT;
         ln2.x = a.resid2, ln2.w = w.ln2w, ln2.mean = a.ln2_mean, ln2.rstd = a.ln2_rstd;
-        layernorm_backward(ln2, M, t_, C, true, drop(rng::ATTPROJ_DROPOUT, l), s);
+        layernorm_backward(ln2, M, t_, C, drop(rng::ATTPROJ_DROPOUT, l), s);
 
-        matmul_->weight_gradient(g.attprojw, g.attprojb, dbranch, a.atty, M, C, C, accumulate);
+        matmul_->weight_gradient(g.attprojw, by_product(g.attprojb), dbranch, a.atty, M, C, C, accumulate);
         matmul_->input_gradient(datty, dbranch, w.attprojw, M, C, C);
         AttentionBackward attention;
-        attention.dqkv = work.dqkv, attention.scratch = work.attention;
+        attention.dqkv = work.dqkv, attention.dbias = by_kernel(g.qkvb), attention.scratch = work.attention;
         attention.dout = datty, attention.out = a.atty, attention.qkv = a.qkv, attention.lse = a.lse;
         attention_backward(attention, b_, t_, C, cfg.NH, drop(rng::ATT_DROPOUT, l), s);
-        matmul_->weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, accumulate);
+        matmul_->weight_gradient(g.qkvw, by_product(g.qkvb), work.dqkv, a.ln1, M, C, 3 * C, accumulate);
         matmul_->input_gradient(work.dln, work.dqkv, w.qkvw, M, C, 3 * C);
     }
     // What backward needs of block l and forward did not keep; see Activations::place.
@@ -3680,7 +3977,7 @@ struct GPT2 {
         Layer<float> g = grads.layer(0);
         Block a = block(0);
         const floatX* lnf = mem_.act.lnf;
-        size_t C = cfg.C, Vp = cfg.Vp, R = head_rows(cfg, M), rest = M % R;
+        size_t C = cfg.C, Vp = cfg.Vp, R = head_rows(M), rest = M % R;
         int activation = cfg.activation;
         matmul_->timing = true;
         matmul_->forward(a.qkv, a.ln1, w.qkvw, w.qkvb, M, C, 3 * C);
@@ -3688,13 +3985,15 @@ struct GPT2 {
         matmul_->forward_gelu(a.fch_gelu, a.fch, a.ln2, w.fcw, w.fcb, M, C, 4 * C, activation);
         matmul_->forward(work.branch, a.fch_gelu, w.fcprojw, w.fcprojb, M, 4 * C, C);
         if (trains) {
-            matmul_->weight_gradient(g.fcprojw, g.fcprojb, work.dresid, a.fch_gelu, M, 4 * C, C, true);
-            matmul_->input_gradient_gelu(work.dfch, work.dresid, w.fcprojw, a.fch, M, 4 * C, C, activation);
-            matmul_->weight_gradient(g.fcw, g.fcb, work.dfch, a.ln2, M, C, 4 * C, true);
+            matmul_->weight_gradient(g.fcprojw, by_product(g.fcprojb), work.dresid, a.fch_gelu, M, 4 * C, C,
+                                     true);
+            matmul_->input_gradient_gelu(work.dfch, by_kernel(g.fcb), work.dresid, w.fcprojw, a.fch, M, 4 * C,
+                                         C, activation);
+            matmul_->weight_gradient(g.fcw, by_product(g.fcb), work.dfch, a.ln2, M, C, 4 * C, true);
             matmul_->input_gradient(work.dln, work.dfch, w.fcw, M, C, 4 * C);
-            matmul_->weight_gradient(g.attprojw, g.attprojb, work.dresid, a.atty, M, C, C, true);
+            matmul_->weight_gradient(g.attprojw, by_product(g.attprojb), work.dresid, a.atty, M, C, C, true);
             matmul_->input_gradient(work.dln, work.dresid, w.attprojw, M, C, C);
-            matmul_->weight_gradient(g.qkvw, g.qkvb, work.dqkv, a.ln1, M, C, 3 * C, true);
+            matmul_->weight_gradient(g.qkvw, by_product(g.qkvb), work.dqkv, a.ln1, M, C, 3 * C, true);
             matmul_->input_gradient(work.dln, work.dqkv, w.qkvw, M, C, 3 * C);
         }
         for (size_t n : {R, rest}) {
@@ -3801,6 +4100,7 @@ struct GPT2 {
     static constexpr size_t SLOTS = 2;
     DeviceMemory weights_, optimizer_, activations_;
     size_t weight_bytes_ = 0, activation_bytes_ = 0;
+    size_t head_rows_ = 0;  // rows of the logits in memory
     PinnedMemory staging_, report_;
     Memory mem_;
     const Sharding sharding_ = ranks.sharding();

@@ -3,7 +3,7 @@
 //
 // Lengths are below, at and above the size of tiles, and multiples of 4 or not, which decides how dropout is
 // drawn. The longest ones run every loop that contains a barrier at least twice. Each test of the backward
-// pass is of both ways: 7 and 5 products.
+// pass is of both ways, 7 and 5 products; in one of the two, the kernels also sum the bias's gradient.
 #ifndef ARAPOET_NO_MAIN
 #define ARAPOET_NO_MAIN
 #endif
@@ -48,7 +48,7 @@ struct Shape {
     std::string text() const { return strf("B %zu, T %zu, %zu heads of %zu", B, T, NH, hs); }
 };
 struct Results {
-    Values out, lse, dqkv;
+    Values out, lse, dqkv, dbias;  // dbias: empty where the kernels do not sum it
 };
 struct Inputs {
     Values qkv, dout;
@@ -56,11 +56,13 @@ struct Inputs {
         : qkv(normals_x(s.M() * 3 * s.C(), s.T)), dout(normals_x(s.M() * s.C(), s.hs + 1000)) {}
 };
 
-// Sets the switch between the two ways of the backward pass as long as it lives.
+// Sets the switches of the backward pass as long as it lives.
 struct UseWay {
-    bool before = gpu::switches.five_products;
-    explicit UseWay(bool five_products) { gpu::switches.five_products = five_products; }
-    ~UseWay() { gpu::switches.five_products = before; }
+    gpu::Switches before = gpu::switches;
+    explicit UseWay(bool five_products, bool bias = false) {
+        gpu::switches.five_products = five_products, gpu::switches.bias_in_kernels = bias;
+    }
+    ~UseWay() { gpu::switches = before; }
     UseWay(const UseWay&) = delete;
     UseWay& operator=(const UseWay&) = delete;
 };
@@ -69,23 +71,28 @@ const char* way_name() { return gpu::switches.five_products ? "attention by 5 pr
 Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
     std::vector<Values> r = repeatable([&] {
         Fenced<floatX> qkv(in.qkv), dout(in.dout), out(s.M() * s.C()), dqkv(in.qkv.size());
-        Fenced<float> lse(s.B * s.NH * s.T), scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH));
+        Fenced<float> lse(s.B * s.NH * s.T), dbias(Values(3 * s.C(), 0.5f)),
+            scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH));
         gpu::attention_init(s.hs);
         gpu::attention_forward(out, lse, qkv, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
         gpu::AttentionBackward args;
         args.dqkv = dqkv, args.scratch = scratch, args.dout = dout;
         args.qkv = qkv, args.out = out, args.lse = lse;
+        if (gpu::switches.bias_in_kernels) args.dbias = dbias;
         gpu::attention_backward(args, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
-        return std::vector<Values>{out.values(), lse.values(), dqkv.values(), scratch.values()};
+        return std::vector<Values>{out.values(), lse.values(), dqkv.values(), scratch.values(),
+                                   dbias.values()};
     });
-    if (gpu::switches.five_products)
-        CHECK_MESSAGE(std::none_of(r[3].begin(), r[3].end(), [](float x) { return std::isnan(x); }),
-                      "scratch that is not used: ", s.text());
-    return {r[0], r[1], r[2]};
+    // The 7 products leave some padding of the statistics unwritten.
+    const auto first =
+        r[3].begin() + (gpu::switches.five_products ? 0 : (long)gpu::row_stats_floats(s.B, s.T, s.NH));
+    CHECK_MESSAGE(std::none_of(first, r[3].end(), [](float x) { return std::isnan(x); }),
+                  "scratch that is not used: ", s.text());
+    return {r[0], r[1], r[2], gpu::switches.bias_in_kernels ? r[4] : Values()};
 }
 
 Results on_cpu(const Shape& s, const Inputs& in, const Masks& masks) {
-    Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size())};
+    Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size()), {}};
     Values scratch((size_t)omp_get_max_threads() * cpu::Attention::scratch(s.T, s.hs));
     cpu::Attention attention{s.B, s.T, s.C(), s.NH};
     attention.forward(r.out.data(), r.lse.data(), in.qkv.data(), masks.cpu(), Masks::SEQ0, scratch.data());
@@ -106,6 +113,19 @@ Values third(const Values& x, size_t C, size_t which) {
 // below shows that no other error is added.
 constexpr double GRADIENT_TOLERANCE = (gpu::BUILD_DTYPE == BF16 ? 2 : 1) * X_TOLERANCE;
 
+// The third `which` of dbias, to which the kernel added the column sums of d (M,C). The error is relative to
+// d's size, not to the sums': those of dK cancel out, since a number added to all scores of a query changes
+// nothing. The sum of a few errors may be larger than the root of their squares; hence half as much again.
+void check_dbias(const std::string& kind, const Shape& s, size_t which, const Results& got, const Values& d) {
+    std::vector<double> difference(s.C() + 1, 0.5), nothing(s.C() + 1);
+    double squares = 0;
+    for (size_t i = 0; i < d.size(); i++) difference[i % s.C()] += d[i], squares += (double)d[i] * d[i];
+    for (size_t c = 0; c < s.C(); c++) difference[c] -= got.dbias[which * s.C() + c];
+    difference[s.C()] = nothing[s.C()] = std::sqrt(squares);
+    check_close(kind + ": " + s.text(), difference.data(), nothing.data(), s.C() + 1,
+                1.5 * GRADIENT_TOLERANCE);
+}
+
 void check(const std::string& kind, const Shape& s, const Results& got, const Results& want,
            double out_tolerance, double gradient_tolerance) {
     check_close(kind + "output: " + s.text(), got.out.data(), want.out.data(), got.out.size(), out_tolerance);
@@ -114,13 +134,14 @@ void check(const std::string& kind, const Shape& s, const Results& got, const Re
     for (size_t which = s.T == 1 ? 2 : 0; which < 3; which++) {  // a query that sees one key has no gradient
         Values a = third(got.dqkv, s.C(), which), b = third(want.dqkv, s.C(), which);
         check_close(kind + names[which] + ": " + s.text(), a.data(), b.data(), a.size(), gradient_tolerance);
+        if (!got.dbias.empty()) check_dbias(kind + "bias of " + names[which], s, which, got, b);
     }
 }
 
 void check_both_ways(const Shape& s, const Inputs& in, Masks& masks) {
     Results want = on_cpu(s, in, masks);
     for (bool five_products : {false, true}) {
-        UseWay way(five_products);
+        UseWay way(five_products, five_products != (s.T % 2 == 1));
         check(way_name(), s, on_gpu(s, in, masks), want, X_TOLERANCE, GRADIENT_TOLERANCE);
     }
 }
@@ -217,7 +238,7 @@ TEST_CASE("attention: head sizes that no kernel supports are refused") {
 // running maximum at its tile) and dO, dS, and the results.
 Results with_bf16_roundings(const Shape& s, const Inputs& in, const Masks& masks, size_t tile) {
     auto bf16 = [](double x) { return (double)as_float(as_floatX((float)x)); };
-    Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size())};
+    Results r{Values(s.M() * s.C()), Values(s.B * s.NH * s.T), Values(in.qkv.size()), {}};
     size_t T = s.T, hs = s.hs, C = s.C();
     double scale = 1 / std::sqrt((double)hs), keep_scale = 1 / (1 - (double)masks.p);
     for (size_t bh = 0; bh < s.B * s.NH; bh++) {

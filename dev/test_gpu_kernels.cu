@@ -97,7 +97,7 @@ TEST_CASE("embedding forward is token plus position, under the CPU's dropout mas
 
 TEST_CASE("buckets list each position once, under its token, ascending; frequent tokens are marked") {
     for (size_t M : {(size_t)1, (size_t)64, (size_t)65, (size_t)582, (size_t)3000})
-        for (int V : {1, 5, 300}) {
+        for (int V : {1, 5, 300, 50257, 1000000}) {  // one to three digits of the radix sort
             std::vector<int> tokens = skewed_tokens(M, V, M), memory(gpu::EmbeddingBuckets::ints(M) + 1, -7);
             auto b = gpu::EmbeddingBuckets::at(memory.data(), M);
             gpu::bucket_tokens(b, tokens.data(), M);
@@ -227,49 +227,56 @@ TEST_CASE("residual layernorm: the sum, and the layernorm of the sum as it is st
         }
 }
 
-TEST_CASE("layernorm backward: written or added, with GROVER's dskip, and under a dropout mask") {
+TEST_CASE("layernorm backward: without a residual, from its input, from its output; a dropout mask") {
     struct {
-        bool accumulate, grover;
+        gpu::Residual residual;
         float p;
-    } cases[] = {{false, false, 0}, {true, false, 0.25f}, {false, true, 0.25f}, {true, true, 0}};
+    } cases[] = {{gpu::NO_RESIDUAL, 0}, {gpu::FROM_INPUT, 0.25f}, {gpu::FROM_OUTPUT, 0.25f}};
     for (size_t C : CHANNELS)
-        for (auto [accumulate, grover, p] : cases) {
-            if (C > 2000 && accumulate == grover) continue;
+        for (auto [residual, p] : cases) {
+            if (C > 2000 && p == 0) continue;
+            const bool bias = residual != gpu::FROM_INPUT || C > 6000;  // its sums in the same kernel
+            Temporarily in_kernels(gpu::switches.bias_in_kernels, bias);
             size_t groups = gpu::row_layout(C, 8).block, T = 3,
                    M = (2 * gpu::layernorm_backward_blocks() * groups / T + 1) * T;
             Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4, 2, 1), w = normals_x(C, 1, 0.3, 1),
                    before = normals_x(M * C, 5);
-            Values dw = normals(C, 6), db = normals(C, 7), y(M * C), mean(M), rstd(M), zero(C);
+            Values dw = normals(C, 6), db = normals(C, 7), dbias = normals(C, 8), y(M * C), mean(M), rstd(M),
+                   zero(C);
             cpu::layernorm_forward(y.data(), mean.data(), rstd.data(), x.data(), w.data(), zero.data(), M, C,
                                    EPS);
             Masks masks(p, rng::FCPROJ_DROPOUT);
 
             Values want = before, want_dw = dw, want_db = db, d = dy, want_masked(M * C);
-            for (size_t i = 0; i < M * C && grover; i++) d[i] += before[i];
+            for (size_t i = 0; i < M * C && residual == gpu::FROM_OUTPUT; i++) d[i] += before[i];
             cpu::layernorm_backward(want.data(), p > 0 ? want_masked.data() : nullptr, want_dw.data(),
                                     want_db.data(), d.data(), x.data(), mean.data(), rstd.data(), w.data(), M,
-                                    C, accumulate, masks.cpu(), Masks::SEQ0 * T * C);
+                                    C, residual == gpu::FROM_INPUT, masks.cpu(), Masks::SEQ0 * T * C);
             if (p == 0) want_masked = want;
+            Values want_dbias = dbias;
+            if (bias) gemm::bias_gradient(want_dbias.data(), want_masked.data(), M, C);
 
-            auto got = repeatable([&, accumulate = accumulate, grover = grover, p = p] {
+            auto got = repeatable([&, residual = residual, p = p] {
                 Device<floatX> dresid(before), out(M * C), dyd(dy), xd(x), wd(w);
-                Device<float> dwd(dw), dbd(db), mu(mean), rs(rstd),
+                Device<float> dwd(dw), dbd(db), dbiasd(dbias), mu(mean), rs(rstd),
                     scratch(gpu::layernorm_backward_scratch(C));
                 gpu::LayerNormBackward args;
                 args.dresid = dresid, args.masked = p > 0 ? (floatX*)out : nullptr;
                 args.dw = dwd, args.db = dbd, args.scratch = scratch;
-                args.dy = dyd, args.dskip = grover ? (floatX*)dresid : nullptr;  // read, then overwritten
+                args.dbias = bias ? (float*)dbiasd : nullptr;
+                args.dy = dyd, args.residual = residual;
                 args.x = xd, args.w = wd, args.mean = mu, args.rstd = rs;
-                gpu::layernorm_backward(args, M, T, C, accumulate, masks.gpu(), STREAM);
+                gpu::layernorm_backward(args, M, T, C, masks.gpu(), STREAM);
                 return std::vector<Values>{dresid.values(), p > 0 ? out.values() : dresid.values(),
-                                           dwd.values(), dbd.values()};
+                                           dwd.values(), dbd.values(), dbiasd.values()};
             });
-            std::string at = sizes({M, C}) + (accumulate ? " added" : "") + (grover ? " GROVER" : "");
+            std::string at = sizes({M, C}) + strf(" residual %d", (int)residual);
             check_x("layernorm backward: dresid" + at, got[0], want);
             check_x("layernorm backward: masked" + at, got[1], want_masked);
             if (p > 0) check_same_mask(got[1], want_masked, p);
             check_float("layernorm backward: dw" + at, got[2], want_dw);
             check_float("layernorm backward: db" + at, got[3], want_db);
+            check_float("layernorm backward: dbias" + at, got[4], want_dbias);
         }
 }
 
@@ -286,7 +293,7 @@ TEST_CASE("layernorm backward may write over the gradients it reads") {
         args.dresid = dresid, args.masked = in_place ? (floatX*)dyd : (floatX*)out;
         args.dw = dw, args.db = db, args.scratch = scratch, args.dy = dyd;
         args.x = xd, args.w = wd, args.mean = mu, args.rstd = rs;
-        gpu::layernorm_backward(args, M, M, C, false, masks.gpu(), STREAM);
+        gpu::layernorm_backward(args, M, M, C, masks.gpu(), STREAM);
         return std::vector<Values>{dresid.values(), in_place ? dyd.values() : out.values(), dw.values()};
     };
     auto a = run(false), b = repeatable([&] { return run(true); });
@@ -305,7 +312,7 @@ TEST_CASE("layernorm: a NaN stays in its row, and shows in the sums over rows") 
     gpu::LayerNormBackward args;
     args.dresid = dresid, args.dw = dw, args.db = db, args.scratch = scratch, args.dy = d;
     args.x = in, args.w = weight, args.mean = mu, args.rstd = rs;
-    gpu::layernorm_backward(args, M, M, C, false, {}, STREAM);
+    gpu::layernorm_backward(args, M, M, C, {}, STREAM);
     Values got = out.values(), back = dresid.values(), sums = dw.values();
     size_t wrong = 0;
     for (size_t i = 0; i < M * C; i++)
@@ -386,6 +393,26 @@ TEST_CASE("bias backward adds column sums") {
         }
 }
 
+TEST_CASE("GELU backward with the bias's gradient: of the values before they are rounded") {
+    for (size_t N : {(size_t)8, (size_t)264})
+        for (size_t M : {(size_t)1, (size_t)5, 5 * 8 * gpu::bias_backward_parts(N) + 3})
+            for (int activation : {GELU_TANH, GELU_ERF}) {
+                Values d = normals_x(M * N, 1), x = normals_x(M * N, 3), db = normals(N, 2), want = db,
+                       want_d = d;
+                simd::gelu_backward(want_d.data(), want_d.data(), x.data(), M * N, activation);
+                gemm::bias_gradient(want.data(), want_d.data(), M, N);
+                auto got = repeatable([&] {
+                    Device<floatX> dd(d), xd(x);
+                    Device<float> b(db), scratch(gpu::bias_backward_scratch(N));
+                    gpu::gelu_bias_backward(b, scratch, dd, xd, M, N, activation, STREAM);
+                    return std::vector<Values>{b.values(), dd.values(), xd.values()};
+                });
+                check_float("GELU backward: bias" + sizes({M, N}), got[0], want);
+                check_x("GELU backward: gradient" + sizes({M, N}), got[1], want_d);
+                CHECK(same_bits(got[2], x));
+            }
+}
+
 TEST_CASE("add_to adds an array to another") {
     Values x = normals(1003, 1), y = normals(1003, 2);
     Device<float> xd(x), yd(y);
@@ -396,6 +423,38 @@ TEST_CASE("add_to adds an array to another") {
 
 // ---------------------------------------------------------------------------------------------
 // Softmax cross-entropy
+
+TEST_CASE("cross-entropy: a few blocks compute the same bits, row after row") {
+    for (int V : {50, 9000})  // a thread has one vector of a row, or several
+        for (bool train : {true, false}) {
+            size_t Vp = pad_vocab(V), rows = 2 * (size_t)gpu::multiprocessors() + 1;
+            Values logits = normals_x(rows * Vp, V, 3);
+            std::vector<int> targets(rows);
+            for (size_t r = 0; r < rows; r++) targets[r] = r % 4 == 1 ? -1 : (int)(r * 7919 % V);
+            auto run = [&] {
+                Device<floatX> x(logits);
+                Device<float> loss(rows);
+                Device<int> t(targets);
+                Device<gpu::StepState> state(std::vector<gpu::StepState>{{0, 0, 1.0f / 37}});
+                gpu::cross_entropy(loss, x, t, rows, V, Vp, train, train ? (gpu::StepState*)state : nullptr,
+                                   STREAM);
+                return std::vector<Values>{loss.values(), x.values()};
+            };
+            const auto want = run();
+            Temporarily few(gpu::switches.rows_in_l2, true);
+#ifdef EMULATOR
+            Temporarily small(emu::options().l2_bytes, 1);  // then each multiprocessor has one row at a time
+#endif
+            const auto got = repeatable(run);
+            for (size_t i = 0; i < want.size(); i++) CHECK(same_bits(got[i], want[i]));
+#ifdef EMULATOR
+            CHECK(gpu::cross_entropy_blocks(rows, Vp * sizeof(floatX)) == (size_t)gpu::multiprocessors());
+            emu::options().l2_bytes = 2 * (rows - 1) * Vp * sizeof(floatX);
+            CHECK(gpu::cross_entropy_blocks(rows, Vp * sizeof(floatX)) == rows - 1);
+            CHECK(gpu::cross_entropy_blocks(rows - 2, Vp * sizeof(floatX)) == rows - 2);
+#endif
+        }
+}
 
 TEST_CASE("cross-entropy: losses, gradient in place, ignored targets, zeros past the vocabulary") {
     for (int V : {1, 40, 50, 1000, 50257})

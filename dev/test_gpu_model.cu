@@ -107,13 +107,6 @@ std::string name_of(const Config& c) {
            (c.activation == GELU_ERF ? " erf" : " tanh");
 }
 
-// While it exists, fewer logits are held at once, so that the head is computed in several parts.
-struct SmallHead {
-    size_t before = gpu::GPT2::head_logits;
-    explicit SmallHead(size_t logits) { gpu::GPT2::head_logits = logits; }
-    ~SmallHead() { gpu::GPT2::head_logits = before; }
-};
-
 // One step's gradients, loss and norm of two accumulated micro-batches.
 struct Step {
     Values grads;
@@ -133,20 +126,22 @@ Step one_step(const Config& c, const Data& d, float dropout, int recompute = 0, 
 }
 
 TEST_CASE("GPU model: loss and every gradient agree with the CPU's, whatever is recomputed") {
-    SmallHead head(3 * 16 * 384);  // 60 rows in four parts, the last one shorter
+    Temporarily head(gpu::GPT2::head_logits, 3 * 16 * 384);  // 60 rows in two parts, the second one shorter
     struct {
         int arch, activation, most_recompute;
         float dropout;
     } cases[] = {{GPT2_ARCH, GELU_TANH, 3, 0.1f},
                  {GROVER_ARCH, GELU_ERF, 3, 0.1f},
-                 {GPT2_ARCH, GELU_ERF, 0, 0.0f},
-                 {GROVER_ARCH, GELU_TANH, 0, 0.0f}};
+                 {GPT2_ARCH, GELU_ERF, 1, 0.0f},
+                 {GROVER_ARCH, GELU_TANH, 1, 0.0f}};
     for (auto& t : cases) {
         Config c = config(t.arch, t.activation);
         Data d(2, 3, 20, c.V, 5);
         Step want = one_step<cpu::GPT2>(c, d, t.dropout), kept;
         for (int r = 0; r <= t.most_recompute; r++) {
-            std::string what = name_of(c) + " recompute " + std::to_string(r);
+            const bool switched = r == 1 || r == 2;
+            Temporarily in_kernels(gpu::switches.bias_in_kernels, switched);
+            std::string what = strf("%s recompute %d%s", name_of(c).c_str(), r, switched ? " switched" : "");
             CAPTURE(what);
             Step got = one_step<gpu::GPT2>(c, d, t.dropout, r);
             check_gradients(what, c, got.grads, want.grads);
@@ -209,7 +204,7 @@ TEST_CASE("GPU model: ten steps' losses are the CPU's, with and without master w
 }
 
 TEST_CASE("GPU model: evaluation has no dropout, counts its targets and does not disturb training") {
-    SmallHead head(8 * 384);
+    Temporarily head(gpu::GPT2::head_logits, 8 * 384);
     Config c = config(GROVER_ARCH, GELU_ERF);
     Data d(3, 2, 13, c.V, 8);
     cpu::GPT2 want(c, d.B, d.T, true);
@@ -227,6 +222,13 @@ TEST_CASE("GPU model: evaluation has no dropout, counts its targets and does not
         check_close("loss: evaluation", &a, &b, 1, ALLOWED.loss);
         CHECK(small.counted() == want.counted());
     }
+    // Few enough rows for one part of the head; but in memory are the logits of half of d.B * d.T.
+    Temporarily longer(gpu::GPT2::head_logits, 24 * 384);
+    gpu::GPT2 halves(c, d.B, d.T, false);
+    set_state(halves, PARAMS, random_weights(c, 13));
+    double a = halves.forward(d.x[2].data(), d.y[2].data(), d.B, 12),
+           b = want.forward(d.x[2].data(), d.y[2].data(), d.B, 12);
+    check_close("loss: evaluation", &a, &b, 1, ALLOWED.loss);
     Tokens none(d.B * d.T, -1);
     CHECK(small.forward(d.x[2].data(), none.data(), d.B, d.T) == 0);
     CHECK(small.counted() == 0);
@@ -347,6 +349,29 @@ TEST_CASE("GPU model: an epilogue is used where it is faster than a kernel, and 
     }
 }
 
+TEST_CASE("GPU model: where kernels sum the biases' gradients, no product does, whatever is faster") {
+    Options restore;
+    Temporarily in_kernels(gpu::switches.bias_in_kernels, true);
+    Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
+    Data d(2, 2, 16, c.V, 10);
+    Step want = one_step<cpu::GPT2>(c, d, 0.1f);
+    emu::options().milliseconds = slow::milliseconds;
+    for (int e : {0, (int)CUBLASLT_EPILOGUE_DEFAULT}) {
+        CAPTURE(e);
+        TempDir cache;
+        setenv("XDG_CACHE_HOME", cache.path.c_str(), 1);
+        slow::epilogue = e;
+        gpu::GPT2 m(c, d.B, d.T, true);
+        set_state(m, PARAMS, random_weights(c, 11));
+        m.dropout = 0.1f, slow::runs.clear();
+        accumulate(m, d, 0, d.x.size(), 3);
+        check_gradients(strf("biases in kernels, epilogue %d slow", e), c, get_state(m, GRADS), want.grads);
+        CHECK(slow::runs_with(CUBLASLT_EPILOGUE_BGRADB) == 0);
+        CHECK((slow::runs_with(CUBLASLT_EPILOGUE_DGELU) > 0) == (e != 0));
+        setenv("XDG_CACHE_HOME", cache_folder.dir.path.c_str(), 1);
+    }
+}
+
 TEST_CASE("GPU model: --deterministic takes no choice from a file or a clock") {
     Options restore;
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
@@ -422,6 +447,7 @@ TEST_CASE("GPU model: it allocates what memory_need says, and a step allocates n
     Data d(4, 2, 16, c.V, 15);
     for (bool trains : {false, true})
         for (int r : {0, 3}) {
+            Temporarily in_kernels(gpu::switches.bias_in_kernels, r == 3);
             size_t before = emu::statistics().memory_now;
             gpu::GPT2 m(c, d.B, d.T, trains, r);
             MemoryNeed need = gpu::GPT2::memory_need(c, d.B, d.T, trains, r);
@@ -434,6 +460,44 @@ TEST_CASE("GPU model: it allocates what memory_need says, and a step allocates n
             CHECK(emu::statistics().memory_now == now);
             CHECK(emu::statistics().memory_peak == peak);
         }
+}
+
+// For 60 rows: 8, 16 or 32 rows of logits.
+TEST_CASE("GPU model: a large head takes at most half of what is left, and computes the same") {
+    Options restore;
+    Temporarily switched(gpu::switches.large_head, true);
+    Temporarily usual(gpu::GPT2::head_logits, 8 * 384);
+    Temporarily large(gpu::GPT2::large_head_logits, 32 * 384);
+    Config c = config();
+    Data d(2, 3, 20, c.V, 5);
+    Step want = one_step<cpu::GPT2>(c, d, 0.1f);
+    auto need = [&](bool deterministic = false, bool trains = true) {
+        Precision p = {gpu::BUILD_DTYPE};
+        p.deterministic = deterministic;
+        return gpu::GPT2::memory_need(c, d.B, d.T, trains, 0, p).total();
+    };
+    const size_t least = need(true), row = 384 * sizeof(gpu::floatX), poem = key_value_bytes(c, 1, d.T);
+    for (size_t rows : {8, 16, 32}) {
+        CAPTURE(rows);
+        // So much that these rows just fit, and a little less. memory_available() keeps a 32nd back.
+        const size_t more = rows == 8 ? 0 : (rows - 8) * row, free = (least + poem + 2 * more) * 32 / 31 + 32;
+        const size_t now = emu::statistics().memory_now, before = rows == 32 ? 8 * row : 0;
+        emu::options().memory_limit = now + free - 4096;
+        CHECK(need() == least + before);
+        emu::options().memory_limit = now + free;
+        CHECK(need() == least + more);
+        CHECK(need(true) == least);
+        check_gradients(strf("%zu rows of logits at once", rows), c, one_step<gpu::GPT2>(c, d, 0.1f).grads,
+                        want.grads);
+        gpu::GPT2 m(c, d.B, d.T, true);
+        CHECK(emu::statistics().memory_now - now == least + more);
+    }
+    emu::options().memory_limit = emu::statistics().memory_now + ((size_t)1 << 30);
+    CHECK(need() == least + 24 * row);  // and no more than large_head_logits
+    const size_t reads = need(false, false);
+    gpu::switches.large_head = false;
+    CHECK(need(false, false) == reads);
+    CHECK(need() == least);
 }
 
 TEST_CASE("GPU model: out of memory is a one-line error that says what to try") {

@@ -32,7 +32,7 @@ struct Settings {
     int world = 1, stage = 0, batch = 12;  // sequences that a rank computes at once
     int arch = GPT2_ARCH, recompute = 0;
     float dropout = 0.1f;
-    bool master_weights = true, graphs = true;
+    bool master_weights = true, graphs = true, bias_in_kernels = false;
     uint32_t steps = 2;
     int dropped_wait = 0;  // the number of a wait for an event that the last rank leaves out; 0: none
 };
@@ -96,6 +96,7 @@ int run_ranks(int world, F body) {
 // One rank's part of a run. Micro-batch i of rank r has the sequences from (i * world + r) * batch on.
 void train(const Settings& s, Comm& comm, Result& result) {
     const Config c = config(s.arch);
+    gpu::switches.bias_in_kernels = s.bias_in_kernels;
     gpu::GPT2 model(c, (size_t)s.batch, T, true, s.recompute, {gpu::BUILD_DTYPE, s.master_weights},
                     {&comm, s.stage});
     model.use_graphs = s.graphs, model.dropout = s.dropout;
@@ -184,10 +185,12 @@ TEST_CASE("ranks: losses, norms, gradients and weights are those of one rank, in
         }
 }
 
-TEST_CASE("ranks: the same for GROVER, recomputation, without dropout, master weights or graphs") {
+TEST_CASE(
+    "ranks: the same for GROVER, recomputation, biases in kernels; without dropout, masters or graphs") {
     std::vector<Settings> all(5);
     all[0].arch = GROVER_ARCH, all[1].recompute = 3, all[2].dropout = 0, all[3].master_weights = false;
     all[4].graphs = false;
+    all[0].bias_in_kernels = all[1].bias_in_kernels = all[3].bias_in_kernels = true;
     if (BUILT_BF16) all = {all[3]};
     for (Settings& s : all) {
         auto want = run(s);
@@ -510,6 +513,24 @@ TEST_CASE("ranks: all compute their products as rank 0 has chosen") {
         CHECK(result.state[2][r] == 0);  // and only rank 0 has timed them
     }
     CHECK(result.state[2][0] == 1);
+}
+
+TEST_CASE("ranks: all choose the same head, by the memory of the rank that has the least") {
+    Result result(16);
+    const int code = run_ranks(2, [&](Comm& comm) {
+        Temporarily switched(gpu::switches.large_head, true);
+        Temporarily usual(gpu::GPT2::head_logits, 8 * config().Vp);
+        auto need = [&] {
+            return (float)gpu::GPT2::memory_need(config(), 4, T, true, 0, {gpu::BUILD_DTYPE}, {&comm, 0})
+                .total();
+        };
+        result.state[0][comm.rank] = need();
+        if (comm.rank == 1) emu::options().memory_limit = emu::statistics().memory_now + (1 << 12);
+        result.state[1][comm.rank] = need();
+    });
+    CHECK(code == 0);
+    for (int i : {0, 1}) CHECK(result.state[i][0] == result.state[i][1]);
+    CHECK(result.state[0][0] > result.state[1][0]);
 }
 
 TEST_CASE("ranks: what cannot go on together ends all, with one line that says what to do") {

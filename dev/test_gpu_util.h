@@ -103,6 +103,20 @@ class Device {
     size_t n_;
 };
 
+// Gives a variable another value as long as it lives.
+template <class T>
+struct Temporarily {
+    T& variable;
+    const T before;
+    template <class V>
+    Temporarily(T& v, V value) : variable(v), before(v) {
+        variable = value;
+    }
+    ~Temporarily() { variable = before; }
+    Temporarily(const Temporarily&) = delete;
+    Temporarily& operator=(const Temporarily&) = delete;
+};
+
 // Reads and writes a model's state, in the file's order.
 template <class Model>
 Values get_state(Model& m, State s) {

@@ -50,6 +50,9 @@ struct Switch {
      }},
     {"head_logits", "1073741824", [](const std::string& v, GPT2*) { GPT2::head_logits = number(v); }},
     {"five_products", "1", [](const std::string& v, GPT2*) { gpu::switches.five_products = number(v); }},
+    {"rows_in_l2", "1", [](const std::string& v, GPT2*) { gpu::switches.rows_in_l2 = number(v); }},
+    {"bias_in_kernels", "1", [](const std::string& v, GPT2*) { gpu::switches.bias_in_kernels = number(v); }},
+    {"large_head", "1", [](const std::string& v, GPT2*) { gpu::switches.large_head = number(v); }},
     {"late_results", "1", [](const std::string& v, GPT2*) { gpu::switches.late_results = number(v); }},
 };
 

@@ -86,6 +86,7 @@ struct Options {
     // Operating system threads; 0: one per processor. Read at the first launch only. [EMU_WORKERS]
     int workers = 0;
     size_t memory_limit = (size_t)16 << 30;  // bytes of device memory [EMU_MEMORY_MB]
+    size_t l2_bytes = 0;                     // what the device says of its L2 cache; 0: the architecture's
     // Bit mask of the cublasLtEpilogue_t that are refused as unsupported [EMU_REFUSE_EPILOGUES]
     uint32_t refused_epilogues = 0;
     // Products by algorithms with a workspace of this many bytes fail; the heuristic proposes them all the

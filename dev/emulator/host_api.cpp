@@ -215,7 +215,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
         *p = cudaDeviceProp();
         strcpy(p->name, "CUDA on CPU (emulated)");
         p->major = arch.number / 10, p->minor = arch.number % 10, p->warpSize = 32;
-        p->totalGlobalMem = options().memory_limit, p->l2CacheSize = arch.l2 << 20;
+        p->totalGlobalMem = options().memory_limit;
+        p->l2CacheSize = options().l2_bytes ? (int)options().l2_bytes : arch.l2 << 20;
         p->multiProcessorCount = SMS, p->maxThreadsPerMultiProcessor = arch.threads_of_sm,
         p->maxBlocksPerMultiProcessor = arch.blocks_of_sm;
         p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
