@@ -13,7 +13,8 @@
 //     update_ms    the gradient's norm, and AdamW
 //     host_gap_ms  what is left of a step: the GPU waits for the host
 // MFU (model FLOPs utilisation) is a step's FLOPs per second, divided by the peak that train_gpt2cu prints:
-// mfu_full counts them as llm.c does, with attention's full square (step_flops), mfu_causal only its half.
+// mfu_full counts attention's full square (step_flops), as nanoGPT and PaLM do; mfu_causal only its half, as
+// llm.c does.
 #define ARAPOET_NO_MAIN
 #include <cxxabi.h>
 #include <dlfcn.h>
