@@ -104,7 +104,7 @@ int main(int argc, char** argv) {
                                   start.tokens.size() - before, checkpoint.c_str(),
                                   reader.cfg.maxT - (int)before,
                                   before == 1 ? "one that begins" : strf("%zu that begin", before).c_str()));
-        so.below = tokenizer.first_tag();
+        so.below = tokenizer.first_tag(), so.keep = start.tags();
 
         auto decoder = open_decoder(reader, (size_t)num, dtype == "bf16" ? BF16 : FP32);
         // The first poem is printed as it is written; the others once all are finished.

@@ -94,8 +94,12 @@ bool in_ranges(const unicode::Range (&ranges)[N], uint32_t c) {
         ranges, ranges + N, c, [](uint32_t at, const unicode::Range& range) { return at < range.first; });
     return r != ranges && c <= r[-1].last;
 }
-// Vowel signs, accents and format controls: they belong to the letter before them.
-inline bool is_mark(uint32_t c) { return c >= 0xAD && in_ranges(unicode::MARKS, c); }
+// Vowel signs, accents and format controls: they belong to the letter before them. The zero width space
+// divides words, and the ends of verses and years of the Quran (U+0600 to U+0605, U+06DD) stand between them.
+inline bool is_mark(uint32_t c) {
+    return c >= 0xAD && in_ranges(unicode::MARKS, c) && c != 0x200B && c != 0x06DD &&
+           !(c >= 0x0600 && c <= 0x0605);
+}
 inline bool is_letter(uint32_t c) { return in_ranges(unicode::LETTERS, c); }
 inline bool is_arabic_letter(uint32_t c) {
     bool block = (c >= 0x600 && c <= 0x6FF) || (c >= 0x750 && c <= 0x77F) || (c >= 0x870 && c <= 0x8FF) ||
@@ -271,8 +275,8 @@ void for_each_line(std::string_view text, F f) {
 // quotes.
 inline bool may_separate(uint32_t c) {
     return (c < 0x80 && c && strchr("*#=-|/\\~_+^@%&<>.", (char)c)) || (c >= 0x2010 && c <= 0x2015) ||
-           c == 0xB7 || c == 0x2022 || c == 0x2026 || c == 0x066D || c == 0x06DE || c == 0x00A7 ||
-           (c >= 0x25A0 && c <= 0x2606) || (c >= 0x2731 && c <= 0x274B);
+           c == 0xB7 || c == 0x2022 || c == 0x2026 || c == TATWEEL || c == 0x066D || c == 0x06DE ||
+           c == 0x00A7 || (c >= 0x25A0 && c <= 0x2606) || (c >= 0x2731 && c <= 0x274B);
 }
 // What stands between the hemistichs of a verse, other than a TAB, which always does: a run of one character,
 // in which spaces may stand (##, ***, * * *, ...); a run of spaces; or nothing.
@@ -350,7 +354,9 @@ class Separator {
     }
 
   private:
-    static bool is_wordy(uint32_t c) { return c >= 0x80 ? is_letter(c) : isalpha((int)c) != 0; }
+    static bool is_wordy(uint32_t c) {
+        return c >= 0x80 ? c != TATWEEL && is_letter(c) : isalpha((int)c) != 0;
+    }
     static bool has_two_words(std::string_view line) {
         bool word = false, gap = false;
         uint32_t c;
@@ -396,7 +402,8 @@ class Separator {
         for (size_t i = 0; i < last_letter;) {
             const size_t n = decode_or_byte(line, i, &c);
             const size_t end = run_end(line, i, c);
-            if (end && letters && end <= last_letter) {
+            if (end && letters && end <= last_letter &&
+                (c_ != TATWEEL || is_apart(line, space_from, i, end))) {
                 size_t to = end;
                 for (uint32_t s; to < line.size();) {
                     size_t k = decode_or_byte(line, to, &s);
@@ -411,6 +418,13 @@ class Separator {
             i += n;
             if (!is_other_space(c)) space_from = i;
         }
+    }
+    // Is there white space before i, from space_from on, and after end? A tatweel within a word only
+    // stretches it.
+    static bool is_apart(std::string_view line, size_t space_from, size_t i, size_t end) {
+        uint32_t next = 0;
+        if (end < line.size()) decode_or_byte(line, end, &next);
+        return space_from < i && is_other_space(next);
     }
     // Where the separator ends that begins at i with the character c; 0 if none begins there.
     size_t run_end(std::string_view line, size_t i, uint32_t c) const {

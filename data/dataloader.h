@@ -187,18 +187,78 @@ class TokenFile {
          beside_program("data/sample_poems.csv").c_str(), shell_quoted(dir).c_str());
 }
 
-// Training batches. The file's n tokens are treated as a ring: the first follows the last. Each epoch cuts
-// the ring at a fresh random offset into floor(n / T) windows of T inputs, so that windows do not always
-// break at the same places, and visits the windows in shuffled order. Without shuffle the offset is 0 and
-// the windows come in file order. The sequence of windows depends only on the file, T, shuffle and the seed,
-// not on B, and seek() continues it from any position.
+// The tags of a token file: `count` of them follow each end-of-text token, and are the tokens from `first`
+// on.
+struct TagTokens {
+    int first = INT_MAX, eot = -1;
+    size_t count = 0;
+};
+
+// Cuts windows of T inputs and their targets out of a token file, which is treated as a ring: the first token
+// follows the last. A target is the token after its input; -1 means "ignore".
+//
+// Where poems have tags, a window that begins within a poem has the poem's tags before it, so that the model
+// always sees them (as the control codes of Keskar et al. 2019); then it has so many tokens less. No tag is a
+// target.
+class Windows {
+  public:
+    Windows(const TokenFile& file, size_t T, TagTokens tags) : file_(file), T_(T), tags_(tags) {
+        if (tags.count && T < tags.count + 1)
+            fail("no windows of %zu tokens: %zu tags are before each, and one token more is wanted", T,
+                 tags.count);
+    }
+    // How many of its inputs have a target: the distance from one window to the next
+    size_t stride() const { return T_ - tags_.count; }
+    // Writes the window whose first input is token i, or has the tags before it.
+    void cut(size_t i, int* inputs, int* targets) const {
+        size_t t = 0;
+        if (tags_before(i)) {
+            size_t start = i;  // of the poem
+            while (file_[start] != tags_.eot && start + file_.size() > i + 1)
+                start = start ? start - 1 : file_.size() - 1;
+            for (; t < tags_.count; t++) inputs[t] = file_[(start + 1 + t) % file_.size()], targets[t] = -1;
+        }
+        for (size_t k = 0; t < T_; t++, k++) {
+            inputs[t] = file_[i];
+            if (++i == file_.size()) i = 0;
+            // A window without tags before it is as long as the others.
+            targets[t] = k < stride() ? target(i) : -1;
+        }
+    }
+    // How many tags are put before the window that begins at token i
+    size_t tags_before(size_t i) const { return tags_.count && file_[i] != tags_.eot ? tags_.count : 0; }
+    // How many targets it has.
+    size_t targets(size_t i) const {
+        if (!tags_.count) return T_;
+        size_t n = 0;
+        for (size_t k = 0; k < stride(); k++) {
+            if (++i == file_.size()) i = 0;
+            n += target(i) >= 0;
+        }
+        return n;
+    }
+
+  private:
+    int target(size_t i) const { return file_[i] < tags_.first ? file_[i] : -1; }
+    const TokenFile& file_;
+    const size_t T_;
+    const TagTokens tags_;
+};
+
+// Training batches. Each epoch cuts the file, a ring of n tokens, at a fresh random offset into windows one
+// stride apart (T without tags), so that windows do not always break at the same places, and visits them in
+// shuffled order. Without shuffle the offset is 0 and the windows come in file order. The sequence of windows
+// depends only on the file, T, tags, shuffle and the seed, not on B, and seek() continues it from any
+// position.
 class TrainLoader {
   public:
     // This process is number `rank` of the `world` processes that train together; of each batch of B * world
     // windows it gets those from rank * B on. The file must outlive the loader.
-    TrainLoader(const TokenFile& file, int T, uint64_t seed, bool shuffle, int rank = 0, int world = 1)
+    TrainLoader(const TokenFile& file, int T, uint64_t seed, bool shuffle, int rank = 0, int world = 1,
+                TagTokens tags = {})
         : file_(file),
           T_((size_t)T),
+          windows_(file, (size_t)std::max(T, 0), tags),
           seed_(seed),
           shuffle_(shuffle),
           rank_((uint64_t)rank),
@@ -207,36 +267,21 @@ class TrainLoader {
         if (file.size() < T_ + 1)
             fail("%s: corpus shorter than one window: %zu tokens, wanted at least T + 1 = %zu",
                  file.path.c_str(), file.size(), T_ + 1);
-        order_.resize(file.size() / T_);
+        order_.resize(file.size() / windows_.stride());
         start_epoch(0);
     }
 
-    // Makes the tokens from `first` on no targets: next() writes -1 in their place, which means "ignore".
-    void ignore_from(int first) { ignored_from_ = first; }
-    // How many targets are not ignored in the next n windows, of all processes together.
-    uint64_t targets(uint64_t n) {
-        if (ignored_from_ > UINT16_MAX) return n * T_;
-        uint64_t count = 0;
-        for (uint64_t w = position_; w < position_ + n; w++) {
-            size_t i = start_of(w);
-            for (size_t t = 0; t < T_; t++) {
-                if (++i == file_.size()) i = 0;
-                count += file_[i] < ignored_from_;
-            }
-        }
-        return count;
-    }
     // Writes the next B windows of this process to inputs[B * T] and targets[B * T].
     void next(int B, int* inputs, int* targets) {
-        for (uint64_t b = 0; b < (uint64_t)B; b++) {
-            size_t i = start_of(position_ + rank_ * (uint64_t)B + b);
-            for (size_t t = 0; t < T_; t++) {
-                *inputs++ = file_[i];
-                if (++i == file_.size()) i = 0;
-                *targets++ = file_[i] < ignored_from_ ? file_[i] : -1;
-            }
-        }
+        for (uint64_t b = 0; b < (uint64_t)B; b++)
+            windows_.cut(start_of(position_ + rank_ * (uint64_t)B + b), inputs + b * T_, targets + b * T_);
         position_ += (uint64_t)B * world_;
+    }
+    // How many targets the next n windows have, of all processes together.
+    uint64_t targets(uint64_t n) {
+        uint64_t count = 0;
+        for (uint64_t w = position_; w < position_ + n; w++) count += windows_.targets(start_of(w));
+        return count;
     }
 
     // Windows drawn since the start by all processes together. A resumed run needs nothing else.
@@ -253,7 +298,7 @@ class TrainLoader {
     // Where the window w begins in the file
     size_t start_of(uint64_t w) {
         if (w / order_.size() != epoch_) start_epoch(w / order_.size());
-        return (offset_ + order_[w % order_.size()] * T_) % file_.size();
+        return (offset_ + order_[w % order_.size()] * windows_.stride()) % file_.size();
     }
     void start_epoch(uint64_t e) {
         epoch_ = e;
@@ -266,38 +311,41 @@ class TrainLoader {
 
     const TokenFile& file_;
     const size_t T_;
+    const Windows windows_;
     const uint64_t seed_;
     const bool shuffle_;
     const uint64_t rank_, world_;
     uint64_t position_ = 0, epoch_ = 0;
     size_t offset_ = 0;
-    int ignored_from_ = INT_MAX;
     std::vector<uint32_t> order_;
 };
 
-// Evaluation batches: the file in order, where every token but the first is a target exactly once, but for
-// those that ignore_from() names. The unused rest of the last batch has input 0. What is no target is -1,
-// which means "ignore".
+// Evaluation batches: windows in file order, in which every token but the first, and but for tags, is a
+// target exactly once. The unused rest of the last batch has input 0 and target -1, which means "ignore".
 class EvalLoader {
   public:
     // The file must outlive the loader.
-    EvalLoader(const TokenFile& file, int B, int T) : file_(file), B_((size_t)B), T_((size_t)T) {
+    EvalLoader(const TokenFile& file, int B, int T, TagTokens tags = {})
+        : file_(file), windows_(file, (size_t)std::max(T, 0), tags), B_((size_t)B), T_((size_t)T) {
         if (B < 1 || T < 1) fail("no loader for B = %d, T = %d", B, T);
         if (file.size() < 2) fail("%s: has 1 token, evaluation needs at least 2", file.path.c_str());
     }
-    void ignore_from(int first) { ignored_from_ = first; }
-    size_t batches() const { return (file_.size() - 1 + B_ * T_ - 1) / (B_ * T_); }
+    size_t batches() const { return ceil_div(ceil_div(file_.size() - 1, windows_.stride()), B_); }
     // Writes batch i < batches() to inputs[B * T] and targets[B * T].
     void get(size_t i, int* inputs, int* targets) const {
-        for (size_t k = 0, p = i * B_ * T_; k < B_ * T_; k++, p++) {
-            bool inside = p + 1 < file_.size();
-            inputs[k] = inside ? file_[p] : 0;
-            targets[k] = inside && file_[p + 1] < ignored_from_ ? file_[p + 1] : -1;
+        for (size_t b = 0; b < B_; b++) {
+            int *x = inputs + b * T_, *y = targets + b * T_;
+            const size_t begin = (i * B_ + b) * windows_.stride();
+            if (begin + 1 < file_.size()) windows_.cut(begin, x, y);
+            // Nothing goes on from the last token to the first.
+            const size_t inside = begin + 1 < file_.size() ? file_.size() - 1 - begin : 0,
+                         before = inside ? windows_.tags_before(begin) : 0;
+            for (size_t t = inside + before; t < T_; t++) x[t] = 0, y[t] = -1;
         }
     }
 
   private:
     const TokenFile& file_;
+    const Windows windows_;
     const size_t B_, T_;
-    int ignored_from_ = INT_MAX;
 };

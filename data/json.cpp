@@ -12,26 +12,48 @@ bool available() { return true; }
 namespace {
 using Value = nlohmann::ordered_json;
 
-// A list's items, with ITEM between them. Within an inner list, a TAB is between the hemistichs.
-std::string list_text(const Value& list) {
+// A text, number or truth value; null as an empty text.
+std::string plain(const Value& v) {
+    return v.is_string() ? v.get<std::string>() : v.is_null() ? std::string() : v.dump();
+}
+// A list's items, with ITEM between them. An inner list, or object, is a verse, with a TAB between its
+// hemistichs. Deeper ones are written as JSON, after NOT_A_POEM.
+std::string text_of(const Value& v) {
+    if (v.is_object()) return NOT_A_POEM + v.dump(-1, ' ', false, Value::error_handler_t::replace);
+    if (!v.is_array()) return plain(v);
     std::string s(1, LIST);
-    for (size_t i = 0; i < list.size(); i++) {
+    for (size_t i = 0; i < v.size(); i++) {
         if (i) s += ITEM;
-        const Value& item = list[i];
-        if (!item.is_array()) {
-            s += item.is_string() ? item.get<std::string>() : item.is_null() ? "" : item.dump();
+        if (!v[i].is_structured()) {
+            s += plain(v[i]);
             continue;
         }
-        for (size_t k = 0; k < item.size(); k++)
-            s += (k ? "\t" : "") + (item[k].is_string() ? item[k].get<std::string>() : item[k].dump());
+        bool first = true;
+        for (const Value& part : v[i]) {
+            if (part.is_structured())
+                return NOT_A_POEM + v.dump(-1, ' ', false, Value::error_handler_t::replace);
+            s += (first ? "" : "\t") + plain(part);
+            first = false;
+        }
     }
     return s;
 }
-std::string text_of(const Value& v) {
-    return v.is_string()  ? v.get<std::string>()
-           : v.is_null()  ? std::string()
-           : v.is_array() ? list_text(v)
-                          : v.dump();
+// The value with null for NaN and Infinity, which Python writes although JSON has none.
+std::string without_nan(std::string_view value) {
+    std::string s;
+    bool quoted = false;
+    for (size_t i = 0; i < value.size(); i++) {
+        if (quoted && value[i] == '\\' && i + 1 < value.size()) s += value[i++];
+        else if (value[i] == '"') quoted = !quoted;
+        else if (!quoted)
+            for (std::string_view word : {"NaN", "-Infinity", "Infinity"})
+                if (value.substr(i, word.size()) == word) {
+                    s += "null", i += word.size();
+                    break;
+                }
+        if (i < value.size()) s += value[i];
+    }
+    return s;
 }
 }  // namespace
 
@@ -45,6 +67,7 @@ std::string members(std::string_view value, std::vector<std::pair<std::string, s
     }
     if (deepest > 1000) return "is nested more than 1,000 levels deep";
     Value v = Value::parse(value.begin(), value.end(), nullptr, false);
+    if (v.is_discarded()) v = Value::parse(without_nan(value), nullptr, false);
     if (v.is_discarded()) return "is not JSON";
     if (v.is_object())
         for (auto& m : v.items()) found->push_back({m.key(), text_of(m.value())});

@@ -113,6 +113,8 @@ class LineReader {
 // A list of verses or hemistichs in one cell of a table. It is kept as a text: LIST, then the items with ITEM
 // between them. Cleaning removes control characters, so no poem has them.
 constexpr char LIST = '\x1D', ITEM = '\x1E';
+// What a JSON value begins with that is neither a text nor a list of verses.
+constexpr char NOT_A_POEM = '\x1C';
 
 // A table read row by row. A row that is damaged is passed over: bad() tells why.
 class Rows {
@@ -161,7 +163,11 @@ class CsvRows : public Rows {
         if (end != v.npos && v[end] == '\r' && v.substr(end, 2) != "\r\n") newline_ = '\r';
         if (!next()) fail("%s: has no header line", in.path.c_str());
         if (!bad.empty()) fail("%s: line %zu: %s", in.path.c_str(), line, bad.c_str());
-        for (const Cell& c : cells_) names.push_back(c.text());
+        for (const Cell& c : cells_) {
+            const std::string name = c.text();
+            const size_t from = std::min(name.find_first_not_of(' '), name.size());
+            names.push_back(name.substr(from, name.find_last_not_of(' ') + 1 - from));
+        }
     }
 
     bool next() override {
@@ -172,11 +178,17 @@ class CsvRows : public Rows {
             if (!read(0)) return false;
         } while (cells_.size() == 1 && cells_[0].raw.empty() && bad.empty());
         line = line_;
-        if (bad.empty() && !names.empty() && cells_.size() != names.size()) {
+        if (names.empty()) return true;  // the header
+        if (bad.empty() && cells_.size() != names.size()) {
             bad = strf("%zu fields, the header has %zu", cells_.size(), names.size());
-            ragged = true;
+            // A quote in a field that has none around it is what a quote too many in the row before leaves.
+            ragged = std::all_of(cells_.begin(), cells_.end(), [](const Cell& c) {
+                return c.doubled || c.raw.find('"') == std::string_view::npos;
+            });
+            if (!ragged) bad += ", and a quote without its pair";
         }
-        if (!bad.empty() && !names.empty()) pass_over();
+        if (bad.empty()) note_kinds();
+        else pass_over();
         return true;
     }
     Cell cell(size_t column) const override { return cells_[column]; }
@@ -246,11 +258,32 @@ class CsvRows : public Rows {
         return true;
     }
 
+    // What a cell looks like, as far as it tells the lines of a poem from rows: digits, ASCII, or anything
+    enum CellKind : char { DIGITS, ASCII, ANY };
+    static CellKind kind_of(const Cell& c) {
+        if (c.raw.empty()) return ANY;
+        if (std::all_of(c.raw.begin(), c.raw.end(), [](char x) { return x >= '0' && x <= '9'; }))
+            return DIGITS;
+        return std::all_of(c.raw.begin(), c.raw.end(), [](char x) { return (unsigned char)x < 0x80; }) ? ASCII
+                                                                                                       : ANY;
+    }
+    void note_kinds() {
+        kinds_.clear();
+        for (const Cell& c : cells_) kinds_.push_back(kind_of(c));
+    }
+    // Is the record like the last good one: the same number of cells, and each ASCII where it was ASCII
+    // there?
+    bool like_the_last() const {
+        if (cells_.size() != names.size()) return false;
+        for (size_t c = 0; c < kinds_.size(); c++)
+            if (kind_of(cells_[c]) > kinds_[c]) return false;
+        return true;
+    }
     // After a damaged record: makes it end before the first line after its own first that begins a good one.
     void pass_over() {
         const std::string why = bad;
-        const bool was_ragged = ragged, was_quoted = at(0) == '"';
-        const size_t damaged_lines = was_ragged ? lines_ : SIZE_MAX;
+        const bool was_quoted = at(0) == '"';
+        const size_t own_lines = ragged ? lines_ : SIZE_MAX;
         size_t i = 0, lines = 0;
         for (;;) {
             std::string_view v = in_.view();
@@ -262,9 +295,9 @@ class CsvRows : public Rows {
             }
             i = end + 1, lines++;
             // A ragged record is well formed, so the next one may begin after it in any case.
-            if (lines == damaged_lines || !read(i)) break;
+            if (lines == own_lines || !read(i)) break;
             const bool starts_alike = names.size() > 1 || !was_quoted || in_.view()[i] == '"';
-            if (bad.empty() && cells_.size() == names.size() && starts_alike) break;
+            if (bad.empty() && like_the_last() && starts_alike) break;
         }
         length_ = i, lines_ = lines, cells_.clear(), bad = why;
     }
@@ -274,6 +307,7 @@ class CsvRows : public Rows {
     char newline_ = '\n';
     std::string_view text_;  // what parse() looks at
     std::vector<Cell> cells_;
+    std::vector<CellKind> kinds_;    // of the last good record
     size_t length_ = 0, lines_ = 0;  // of the current record
     size_t line_ = 1;
 };
@@ -311,14 +345,22 @@ class JsonRows : public Rows {
     bool next() override {
         bad.clear(), members_.clear();
         if (!(lines_only_ ? next_line() : next_value())) return false;
-        if (!bad.empty()) return true;
+        if (!bad.empty()) {
+            pass_over();
+            return true;
+        }
         size_t wrong = utf8::find_invalid(value_);
         if (wrong != value_.npos)
             bad = strf("invalid UTF-8 at byte %llu (0x%02X)", (unsigned long long)(value_offset_ + wrong),
                        (unsigned)(unsigned char)value_[wrong]);
         else bad = json::members(value_, &members_);
-        if (names.empty() && bad.empty())
-            for (auto& m : members_) names.push_back(m.first);
+        if (!bad.empty()) {
+            pass_over();
+            return true;
+        }
+        constexpr size_t MOST = 1000;  // names, so that values with names of their own do not fill the memory
+        for (auto& m : members_)
+            if (names.size() < MOST && column(m.first) == NONE) names.push_back(m.first);
         return true;
     }
     // A member that this value lacks is empty.
@@ -394,10 +436,23 @@ class JsonRows : public Rows {
             v = in_.view();
             if (begin >= v.size()) return false;
             line = line_ + (size_t)std::count(v.begin(), v.begin() + (ptrdiff_t)begin, '\n');
-            if (end == v.npos) bad = "a value begins here but never ends", end = v.size();
+            if (end == v.npos) bad = "a value begins here but does not end", end = v.size();
             if (end == begin) bad = strf("'%c' where a value is wanted", v[begin]), end = begin + 1;
             value_ = v.substr(begin, end - begin), value_offset_ = in_.offset() + begin, length_ = end;
             return true;
+        }
+    }
+    // After a damaged value in an array: makes it end before the next line that begins as it does, since a
+    // quote too many may have joined it with those after it.
+    void pass_over() {
+        if (lines_only_) return;
+        const std::string_view v = in_.view();
+        const size_t begin = skip(v, 0);
+        for (size_t i = begin; (i = v.find('\n', i)) < length_; i++) {
+            const size_t next = std::min(v.find_first_not_of(" \t\r\n", i), v.size());
+            if (next >= v.size() || v[next] != v[begin]) continue;
+            length_ = next;
+            return;
         }
     }
 
@@ -409,55 +464,94 @@ class JsonRows : public Rows {
     size_t length_ = 0, line_ = 1;
 };
 
-// The list that pandas or numpy print, ['a', 'b'] or ['a' 'b'], also in two levels, in the form of LIST:
-// true, or false if the text is none. `cut`: numpy left out items, for which it prints three dots.
-inline bool printed_list(std::string_view text, std::string* list, bool* cut) {
-    *cut = false;
-    auto space = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t' || c == ','; };
-    size_t i = 0, end = text.size();
-    while (end && space(text[end - 1])) end--;
-    while (i < end && space(text[i])) i++;
-    if (end - i < 4 || text[i] != '[' || text[end - 1] != ']') return false;
-    size_t depth = 0, items = 0;
-    std::string out(1, LIST);
-    for (bool first_of_list = true; i < end; i++) {
-        const char c = text[i];
-        if (c == '[') {
-            if (++depth > 2) return false;
-            first_of_list = true;
-        } else if (c == ']') {
-            if (!depth) return false;
-            if (--depth == 0 && i + 1 < end) return false;
-        } else if (c == '\'' || c == '"') {
-            if (items++) out += depth == 2 && !first_of_list ? '\t' : ITEM;
-            first_of_list = false;
-            for (i++; i < end && text[i] != c; i++) {
-                if (text[i] != '\\' || i + 1 >= end) {
-                    out += text[i];
-                    continue;
-                }
-                const char e = text[++i];
-                if (e == 'x' || e == 'u') {
-                    const size_t digits = e == 'x' ? 2 : 4;
-                    uint32_t code = 0;
-                    for (size_t k = 0; k < digits && i + 1 < end && isxdigit((unsigned char)text[i + 1]); k++)
-                        code = code * 16 + (uint32_t)std::stoi(std::string(1, text[++i]), nullptr, 16);
-                    if (code < 0xD800 || code > 0xDFFF) utf8::append(out, code);
-                } else {
-                    out += e == 'n' ? '\n' : e == 't' ? '\t' : e == 'r' ? '\r' : e;
-                }
+// The list that pandas or numpy print, such as ['a', 'b'], ['a' 'b'], [('a', 'b'), ('c', None)], in the form
+// of LIST: true, or false if the text is none. Of two levels the inner ones are verses. `cut`: numpy left out
+// items, for which it prints three dots.
+class PrintedList {
+  public:
+    std::string list;
+    bool cut = false;
+
+    bool parse(std::string_view text) {
+        list.assign(1, LIST), cut = false, text_ = text, i_ = 0, items_ = 0;
+        skip_space();
+        if (i_ >= text.size() || !strchr("[({", text[i_]) || !items(1)) return false;
+        skip_space();
+        return i_ == text.size() && items_ > 0;
+    }
+
+  private:
+    static bool is_space(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t' || c == ','; }
+    void skip_space() {
+        while (i_ < text_.size() && is_space(text_[i_])) i_++;
+    }
+    bool word(std::string_view w) {
+        if (text_.substr(i_, w.size()) != w) return false;
+        i_ += w.size();
+        return true;
+    }
+    void begin_item(size_t depth, bool first) {
+        if (items_++) list += depth == 2 && !first ? '\t' : ITEM;
+    }
+    // From an opening bracket to the closing one
+    bool items(size_t depth) {
+        const char open = text_[i_++], close = open == '[' ? ']' : open == '(' ? ')' : '}';
+        for (bool first = true;;) {
+            skip_space();
+            if (i_ >= text_.size()) return false;
+            if (text_[i_] == close) return i_++, true;
+            if (word("...")) cut = true;
+            else if (strchr("[({", text_[i_])) {
+                if (depth == 2 || !items(depth + 1)) return false;
+            } else if (word("None") || word("nan") || word("NaN") || word("<NA>")) {
+            } else if (word("np.str_(")) {
+                if (!quoted(depth, first) || !word(")")) return false;
+                first = false;
+            } else if (quoted(depth, first)) {
+                first = false;
+                // a dictionary's key is not an item
+                const size_t here = i_;
+                skip_space();
+                if (i_ < text_.size() && text_[i_] == ':')
+                    i_++, list.resize(before_), items_--, first = first_;
+                else i_ = here;
+            } else {
+                return false;
             }
-            if (i >= end) return false;
-        } else if (text.substr(i, 3) == "..." && depth) {
-            *cut = true, i += 2;
-        } else if (!space(c)) {
-            return false;
         }
     }
-    if (!items) return false;
-    *list = std::move(out);
-    return true;
-}
+    // A text in quotes, with Python's escapes
+    bool quoted(size_t depth, bool first) {
+        if (i_ >= text_.size() || (text_[i_] != '\'' && text_[i_] != '"')) return false;
+        const char quote = text_[i_++];
+        before_ = list.size(), first_ = first;
+        begin_item(depth, first);
+        for (; i_ < text_.size() && text_[i_] != quote; i_++) {
+            if (text_[i_] != '\\' || i_ + 1 >= text_.size()) {
+                list += text_[i_];
+                continue;
+            }
+            const char e = text_[++i_];
+            if (e == 'x' || e == 'u') {
+                uint32_t code = 0;
+                for (size_t k = 0; k < (e == 'x' ? 2 : 4) && i_ + 1 < text_.size() &&
+                                   isxdigit((unsigned char)text_[i_ + 1]);
+                     k++) {
+                    const char digit = text_[++i_];
+                    code = code * 16 + (uint32_t)(digit <= '9' ? digit - '0' : (digit | 32) - 'a' + 10);
+                }
+                if (code < 0xD800 || code > 0xDFFF) utf8::append(list, code);
+            } else {
+                list += e == 'n' ? '\n' : e == 't' ? '\t' : e == 'r' ? '\r' : e;
+            }
+        }
+        return i_ < text_.size() && i_++ < text_.size();
+    }
+
+    std::string_view text_;
+    size_t i_ = 0, items_ = 0, before_ = 0;  // before_: the list's length before the last item
+    bool first_ = true;
+};
 
 // ---------------------------------------------------------------------------------------------
 // What is in a file
@@ -487,6 +581,15 @@ inline void refuse_other_kinds(const Input& in) {
             "pandas.read_excel(sys.argv[1]).to_csv(\"poems.csv\", index=False)' %s",
             path, n);
     if (begins("PK\x03\x04")) fail("%s: is a ZIP archive, wanted text: unzip %s", path, n);
+    for (auto [magic, kind] : {std::pair<std::string_view, const char*>{"%PDF", "a PDF file"},
+                               {"\x89PNG", "a picture"},
+                               {"\xFF\xD8\xFF", "a picture"},
+                               {"GIF8", "a picture"},
+                               {"\xD0\xCF\x11\xE0", "an old Word or Excel file"},
+                               {"\x7F"
+                                "ELF",
+                                "a program"}})
+        if (begins(magic)) fail("%s: is %s, wanted text: CSV, JSON or plain", path, kind);
     const char* encoding = nullptr;
     const bool utf32 =
         begins(std::string_view("\xFF\xFE\0\0", 4)) || begins(std::string_view("\0\0\xFE\xFF", 4));
@@ -506,18 +609,20 @@ inline void refuse_other_kinds(const Input& in) {
     }
     if (!encoding) {  // 8 bits a letter: alef and lam, with which words begin, tell the two Arabic encodings
                       // apart
-        size_t high = 0, valid = 0, windows = 0, iso = 0;
+        size_t high = 0, valid = 0, windows = 0, iso = 0, control = 0;
         uint32_t c;
         for (size_t i = 0; i < v.size();) {
             const size_t k = utf8::decode(v, i, &c);
             if (k > 1) valid++;
             if (!k) high++;
+            control += (unsigned char)v[i] < 0x20 && !strchr("\t\n\v\f\r", v[i]);
             const bool starts = i == 0 || !((unsigned char)v[i - 1] & 0x80);
             if (starts && v.substr(i, 2) == "\xC7\xE1") windows++;
             if (starts && v.substr(i, 2) == "\xC7\xE4") iso++;
             i += std::max<size_t>(k, 1);
         }
-        if (high > 4 * valid && high * 4 > v.size()) encoding = iso > windows ? "ISO-8859-6" : "CP1256";
+        if (control && high > valid) fail("%s: is not text, wanted CSV, JSON or plain text in UTF-8", path);
+        if (high > 4 * valid && high * 20 > v.size()) encoding = iso > windows ? "ISO-8859-6" : "CP1256";
     }
     if (encoding)
         fail("%s: is %s, wanted UTF-8: iconv -f %s -t UTF-8 %s > utf8.txt", path, encoding, encoding, n);

@@ -2,11 +2,10 @@
 //
 //     PoemReader reader(options, sink);
 //     Input in("poems.csv");
-//     std::string how = reader.read(in, false);     // "CSV column poem_text"; sink.poem() was called for
-//     each
+//     std::string how = reader.read(in, false);     // calls sink.poem(); how: "CSV column poem_text"
 //
-// What a file is shows its first MiB (survey()): its format, the column of the poems, what separates poems
-// and hemistichs. The options of ./prepare_data overrule what is found.
+// The first MiB of a file shows its format, the column of the poems, and what separates poems and hemistichs.
+// The options of ./prepare_data overrule what is found there.
 #pragma once
 
 #include <deque>
@@ -34,18 +33,21 @@ inline std::string excerpt(std::string_view text) {
         if ((unsigned char)c < 0x20) c = ' ';
     return s.size() < text.size() ? s + "..." : s;
 }
+
 // How the verses of a file are written, and how to bring them into the form that cleaning expects.
 struct VerseForm {
     bool hemistichs = false;  // lists in cells are of hemistichs, else of verses
     bool numbers = false;     // verses are numbered
+    bool breaks = false;      // line ends are written as \n or <br>
     Separator separator = Separator("tab");
 
     bool needs_arranging(std::string_view raw) const {
-        return numbers || !separator.is_tab() || (!raw.empty() && raw[0] == LIST);
+        return numbers || breaks || !separator.is_tab() || (!raw.empty() && raw[0] == LIST);
     }
     // The text with a verse a line, a TAB between hemistichs, and without verse numbers.
     std::string arranged(std::string_view raw) const {
         std::string text = !raw.empty() && raw[0] == LIST ? unfolded(raw) : std::string(raw);
+        if (breaks) text = with_breaks(text);
         if (numbers) {
             std::string bare;
             for_each_line(text,
@@ -55,17 +57,39 @@ struct VerseForm {
         return separator.apply(text);
     }
 
+    // The length of a line end at s[i] that is written as \n, \r\n, <br>, <br/> or <br />; 0 if there is
+    // none.
+    static size_t written_break(std::string_view s, size_t i) {
+        for (std::string_view b : {"\\r\\n", "\\n", "\\r", "<br>", "<br/>", "<br />", "<BR>"})
+            if (s.substr(i, b.size()) == b) return b.size();
+        return 0;
+    }
+    // Calls f for each item of a list that is not blank.
+    template <class F>
+    static void for_each_item(std::string_view list, F f) {
+        for (size_t at = 1; at <= list.size();) {
+            const size_t end = std::min(list.find(ITEM, at), list.size());
+            if (!is_blank(list.substr(at, end - at))) f(list.substr(at, end - at));
+            at = end + 1;
+        }
+    }
+
   private:
+    static std::string with_breaks(std::string_view s) {
+        std::string text;
+        for (size_t i = 0; i < s.size();)
+            if (const size_t n = s[i] == '\\' || s[i] == '<' ? written_break(s, i) : 0) text += '\n', i += n;
+            else text += s[i++];
+        return text;
+    }
     // A list's items as verses, one a line, or as hemistichs, two a line.
     std::string unfolded(std::string_view list) const {
         std::string text;
         size_t n = 0;
-        for (size_t at = 1; at <= list.size(); n++) {
-            const size_t end = std::min(list.find(ITEM, at), list.size());
+        for_each_item(list, [&](std::string_view item) {
             if (n) text += hemistichs && n % 2 ? '\t' : '\n';
-            text += list.substr(at, end - at);
-            at = end + 1;
-        }
+            text += item, n++;
+        });
         return text;
     }
 };
@@ -85,7 +109,7 @@ struct PoemSink {
     virtual void left_out() = 0;  // a row, by --where or --except
 };
 
-// "a,b" -> a, b
+// The names in a list with commas; empty ones are left out.
 inline std::vector<std::string> split_names(const std::string& list) {
     std::vector<std::string> names;
     for (size_t at = 0; at < list.size();) {
@@ -106,12 +130,17 @@ class PoemReader {
     std::string read(Input& in, bool of_folder) {
         refuse_other_kinds(in);
         path_ = in.path;
+        // Excel reads the delimiter from such a line, and shows it to nobody.
+        if (const std::string_view v = in.view(); v.substr(0, 4) == "sep=" && line_end(v, 0) == 5)
+            in.drop(v.substr(5, 2) == "\r\n" ? 7 : 6);
         Layout l;
         choose_kind(in, l);
-        l.whole = of_folder && l.kind == TEXT;
+        const bool unsaid = o_.layout == "auto" && o_.poem_separator == "auto";
+        l.whole = l.kind == TEXT && (o_.layout == "file" || (of_folder && unsaid));
         std::string how = l.kind == TEXT ? read_text(in, l) : read_rows(in, l);
         if (!l.form.separator.is_tab()) how += ", hemistichs separated by " + l.form.separator.shown();
         if (l.form.numbers) how += ", verse numbers removed";
+        if (l.form.breaks) how += ", line ends written as \\n or <br>";
         return how;
     }
 
@@ -132,13 +161,14 @@ class PoemReader {
     };
     // What the beginning of a file has in it
     struct Sample {
+        static constexpr size_t ENOUGH = 4000;  // verses to judge a file by
         std::deque<std::string> texts;
         std::vector<std::string_view> verses;
         void add(std::string text) {
-            if (verses.size() >= 4000) return;
+            if (verses.size() >= ENOUGH) return;
             texts.push_back(std::move(text));
             for_each_line(texts.back(), [&](std::string_view line) {
-                if (!is_blank(line) && verses.size() < 4000) verses.push_back(line);
+                if (!is_blank(line) && verses.size() < ENOUGH) verses.push_back(line);
             });
         }
     };
@@ -170,8 +200,8 @@ class PoemReader {
             return;
         }
         if (o_.format == "text") return;
-        // A CSV has a header line with the column that is wanted; or its name says that it is one.
-        const bool must = o_.format == "csv" || named(".csv") || named(".tsv");
+        // A CSV has a header line with the column that is wanted, or looks like one, or is named like one.
+        const bool must = o_.format == "csv" || named(".csv") || named(".tsv") || like_table(in);
         size_t most = 0;
         bool found = false;
         for (char delimiter : {',', ';', '\t', '|'}) {
@@ -181,6 +211,24 @@ class PoemReader {
                 l.delimiter = delimiter, most = names.size(), found = found || has;
         }
         if (must || found) l.kind = CSV;
+    }
+    // Is the first line made of names in ASCII, and has each of the next rows as many cells? Text in Arabic
+    // does not begin so; a table without a usual column does, and then an Error that lists its columns helps.
+    static bool like_table(const Input& in) {
+        for (char delimiter : {',', ';', '\t', '|'}) {
+            const std::vector<std::string> names = header_names(in, delimiter);
+            bool ascii = names.size() > 1;
+            for (const std::string& n : names)
+                for (char c : n) ascii = ascii && (isalnum((unsigned char)c) || strchr("_ -", c));
+            if (!ascii) continue;
+            Input start(in.path, in.sample());
+            CsvRows rows(start, delimiter);
+            size_t n = 0;
+            bool more = true;
+            while (n < 20 && (more = rows.next()) && rows.bad.empty()) n++;
+            if (n >= 20 || (n && !more)) return true;
+        }
+        return false;
     }
     // The cells of the first line, or nothing if it is no header.
     static std::vector<std::string> header_names(const Input& in, char delimiter) {
@@ -256,14 +304,12 @@ class PoemReader {
 
     // Looks at the first rows: the columns, the group, what the poems' verses are like.
     void survey(const Input& in, Layout& l) const {
+        if (l.kind == JSON) l.names = json_names(in);
         Input start(in.path, in.sample());
         std::unique_ptr<Rows> rows = open_rows(start, l);
         bool row = rows->next();
-        std::string why = rows->bad;
-        while (row && rows->names.empty()) row = rows->next();
-        if (rows->names.empty())
-            fail("%s: has no JSON value that can be read: %s", in.path.c_str(), why.c_str());
-        l.names = rows->names;
+        while (row && !rows->bad.empty()) row = rows->next();
+        if (l.kind == CSV) l.names = rows->names;
         for (const std::string& name : split_names(o_.columns))
             l.parts.push_back(column_named(l, name, "--columns"));
         l.verse_rows = !l.parts.empty();
@@ -285,33 +331,54 @@ class PoemReader {
                 }
                 sample.add(verse_of(*rows, l));
             } else {
-                std::string text = rows->cell(l.parts[0]).text(), list;
-                bool cut;
-                if (l.kind == CSV && printed_list(text, &list, &cut)) text = list;
+                std::string text = rows->cell(l.parts[0]).text();
+                if (PrintedList printed; l.kind == CSV && printed.parse(text)) text = printed.list;
                 if (!text.empty() && text[0] == LIST) {
-                    const size_t k = 1 + (size_t)std::count(text.begin(), text.end(), ITEM);
-                    lists++, even += k % 2 == 0, items += k;
+                    const size_t before = items;
+                    VerseForm::for_each_item(text, [&](std::string_view item) {
+                        // An item with a TAB has both hemistichs, however short it is.
+                        items++,
+                            letters += item.find('\t') == item.npos ? count_letters(item) : 2 * HEMISTICH;
+                    });
+                    lists++, even += (items - before) % 2 == 0;
                     for (char& c : text)
                         if (c == LIST || c == ITEM) c = '\n';
-                    if (text.find('\t') == text.npos) utf8_letters(text, &letters);
-                    else letters += 1000 * k;
                 }
                 sample.add(std::move(text));
             }
             n++;
         }
         l.lists = lists > 0;
-        // A hemistich of the classical metres has up to about 25 letters, a verse about twice as many.
-        constexpr double HEMISTICH = 28;
         l.form.hemistichs =
-            o_.list == "hemistichs" || (o_.list == "auto" && lists && (double)even >= 0.95 * (double)lists &&
-                                        (double)letters <= HEMISTICH * (double)items);
+            o_.list == "hemistichs" || (o_.list == "auto" && lists && (double)even >= 0.8 * (double)lists &&
+                                        letters <= HEMISTICH * items);
         if (l.verse_rows) choose_group(l, changes, n);
         survey_verses(sample, l);
     }
-    static void utf8_letters(std::string_view text, size_t* n) {
+    // A hemistich of the classical metres has up to about 25 letters (17 to 22 on average, by metre, in a
+    // corpus of 190,000 verses), a verse twice as many.
+    static constexpr size_t HEMISTICH = 28;
+    static size_t count_letters(std::string_view text) {
         uint32_t c;
-        for (size_t i = 0; i < text.size();) i += decode_or_byte(text, i, &c), *n += is_letter(c);
+        size_t n = 0;
+        for (size_t i = 0; i < text.size();) i += decode_or_byte(text, i, &c), n += is_letter(c);
+        return n;
+    }
+    // The keys of the values at the beginning of the file; an Error if there is none.
+    std::vector<std::string> json_names(const Input& in) const {
+        const std::string_view sample = in.sample();
+        Input start(in.path, sample);
+        JsonRows rows(start);
+        std::string why = "it has none";
+        while (rows.next())
+            if (!rows.bad.empty() && why == "it has none") why = strf("line %zu: ", rows.line) + rows.bad;
+        if (rows.names.empty() && sample.size() + 1 >= Input::SAMPLE)
+            why =
+                "the first one is longer than 1 MiB; wanted JSON lines, or an array with a value for each "
+                "poem";
+        if (rows.names.empty())
+            fail("%s: has no JSON value that can be read: %s", in.path.c_str(), why.c_str());
+        return rows.names;
     }
     // The column of the poem: what --column names; else one with a usual name; else, in JSON, the only list.
     size_t poem_column(const Layout& l, const Rows* row) const {
@@ -323,8 +390,8 @@ class PoemReader {
             if (Rows::Cell cell = row->cell(c); !cell.raw.empty() && cell.raw[0] == LIST) list = c, lists++;
         return lists == 1 ? list : column_named(l, USUAL[0], "--column");
     }
-    // The columns that tell poems apart. With auto, those that are the same for most verses and the next
-    // ones: not the parts of the verse, its text or its number.
+    // The columns that tell poems apart. With auto, those that are at times the same for a verse and the next
+    // one: not the parts of the verse, its text or its number, which change with nearly every row.
     void choose_group(Layout& l, const std::vector<size_t>& changes, size_t rows) const {
         if (o_.group != "auto") {
             for (const std::string& name : split_names(o_.group))
@@ -332,7 +399,8 @@ class PoemReader {
             return;
         }
         for (size_t c = 0; c < l.names.size(); c++)
-            if (std::find(l.parts.begin(), l.parts.end(), c) == l.parts.end() && 2 * changes[c] < rows)
+            if (std::find(l.parts.begin(), l.parts.end(), c) == l.parts.end() &&
+                10 * changes[c] < 9 * (rows - 1))
                 l.group.push_back(c);
         if (l.group.empty())
             fail("%s: no column tells one poem's verses from another's; --group COLUMN names one",
@@ -341,6 +409,9 @@ class PoemReader {
     void survey_verses(const Sample& sample, Layout& l) const {
         size_t numbered = 0;
         for (std::string_view v : sample.verses) numbered += verse_number(v) > 0;
+        for (const std::string& text : sample.texts)
+            for (size_t i = 0; i < text.size() && !l.form.breaks; i++)
+                l.form.breaks = (text[i] == '\\' || text[i] == '<') && VerseForm::written_break(text, i);
         l.form.numbers = !sample.verses.empty() && (double)numbered >= 0.8 * (double)sample.verses.size();
         l.form.separator = Separator(recipe_.hemistich_separator == "auto" ? Separator::detect(sample.verses)
                                                                            : recipe_.hemistich_separator);
@@ -383,12 +454,15 @@ class PoemReader {
             if (!l.verse_rows) {
                 read_tags(*rows, l, tags);
                 const Rows::Cell cell = rows->cell(l.parts[0]);
-                std::string list;
-                bool cut = false;
-                if (l.kind == CSV && l.lists &&
-                    printed_list(cell.doubled ? cell.text() : cell.raw, &list, &cut)) {
-                    if (cut) rows->bad = "numpy left out items of the list ('...')", sink_.bad_row(*rows);
-                    else sink_.poem(list, rows->line, Rows::NONE, tags);
+                PrintedList printed;
+                if (l.kind == JSON && !cell.raw.empty() && cell.raw[0] == NOT_A_POEM) {
+                    rows->bad =
+                        strf("'%s' is neither a text nor a list of verses", l.names[l.parts[0]].c_str());
+                    sink_.bad_row(*rows);
+                } else if (l.kind == CSV && l.lists && printed.parse(cell.doubled ? cell.text() : cell.raw)) {
+                    if (printed.cut)
+                        rows->bad = "numpy left out items of the list ('...')", sink_.bad_row(*rows);
+                    else sink_.poem(printed.list, rows->line, Rows::NONE, tags);
                 } else if (cell.doubled) {
                     sink_.poem(cell.text(), rows->line, rows->offset(cell), tags);
                 } else {
@@ -503,13 +577,15 @@ class PoemReader {
         if (o_.poem_separator != "auto") {
             l.mark = o_.poem_separator;
             if (std::string one = mark_line(l.mark); !one.empty()) l.mark = one;
-        } else if (o_.layout == "auto") {
+        } else if (o_.layout != "lines") {
             size_t most = 0;
             for (auto& [mark, n] : marks)
                 if (n > most) l.mark = mark, most = n;
-            // One ornament among blank lines does not separate poems; a mark that exists for that does.
+            // A few ornaments among many blank lines divide the book, not its poems; between poems of a few
+            // stanzas, which blank lines divide, they are not so rare. Two marks exist for nothing else.
+            constexpr size_t STANZAS = 4;
             const bool certain = l.mark == "$" || l.mark == "<|endoftext|>";
-            if (!certain && gaps && most < 2) l.mark.clear();
+            if (!certain && gaps && (most < 2 || most * STANZAS < gaps)) l.mark.clear();
         }
         l.blank_lines = l.mark.empty() && (o_.layout == "blank" || (o_.layout == "auto" && gaps));
     }

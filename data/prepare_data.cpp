@@ -47,6 +47,7 @@ struct Poem {
 // The size of one side of the split, train or val.
 struct Side {
     size_t poems = 0, verses = 0, chars = 0, tokens = 0;
+    size_t divided = 0;  // verses with a TAB, so with two hemistichs
 };
 
 // What a run found and did, for the user and for the tests.
@@ -132,14 +133,25 @@ class Collector : PoemSink {
         for (const std::string& name : names_in(dir)) {
             const std::string path = dir + "/" + name;
             struct stat st;
-            if (name[0] == '.' || stat(path.c_str(), &st)) continue;
-            if (S_ISDIR(st.st_mode)) find_files(path, paths);
-            else if (S_ISREG(st.st_mode)) paths.push_back(path);
+            if (name[0] == '.' || lstat(path.c_str(), &st)) continue;
+            if (S_ISDIR(st.st_mode)) find_files(path, paths);  // not through links, which may lead back here
+            else if (stat(path.c_str(), &st) == 0 && S_ISREG(st.st_mode)) paths.push_back(path);
         }
     }
 
-    void begin_file(const std::string& path, const VerseForm& form) override { path_ = path, form_ = &form; }
-    void end_file() override { add_batch(), form_ = nullptr; }
+    void begin_file(const std::string& path, const VerseForm& form) override {
+        path_ = path, form_ = &form, before_ = r_.poems_read, ragged_before_ = r_.ragged;
+    }
+    void end_file() override {
+        add_batch(), form_ = nullptr;
+        const size_t rows = r_.poems_read - before_, ragged = r_.ragged - ragged_before_;
+        if (o_.on_error == "fail" && 2 * ragged > rows)
+            fail(
+                "%s: %zu of %zu rows have more or fewer fields than the header, e.g. %s (another delimiter, "
+                "or quotes "
+                "that are not doubled?); --on_error skip drops such rows",
+                path_.c_str(), ragged, rows, r_.where_ragged.back().c_str());
+    }
     void left_out() override { r_.filtered++; }
     void bad_row(const Rows& row) override {
         const std::string where = strf("%s line %zu: %s", path_.c_str(), row.line, row.bad.c_str());
@@ -231,6 +243,7 @@ class Collector : PoemSink {
     std::vector<std::unordered_map<std::string, uint32_t>> tag_numbers_;
     std::string path_;  // of the file being read
     const VerseForm* form_ = nullptr;
+    size_t before_ = 0, ragged_before_ = 0;  // poems read, and ragged rows, before that file
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -260,8 +273,11 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems, bool wit
     auto hash = [&](std::string_view verse) {
         if (!with_marks) return (uint64_t)std::hash<std::string_view>()(verse);
         std::string bare;
+        uint32_t last = 0;
         utf8::for_each(verse, [&](uint32_t c, size_t) {
-            if (c != TATWEEL && !is_mark(c)) utf8::append(bare, c);
+            const uint32_t one = c >= 0x0653 && c <= 0x0655 ? composed(last, c) : 0;
+            if (one) bare.resize(bare.size() - 2), utf8::append(bare, last = one);
+            else if (c != TATWEEL && !is_mark(c)) utf8::append(bare, last = c);
         });
         return (uint64_t)std::hash<std::string_view>()(bare);
     };
@@ -408,6 +424,7 @@ inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poe
                      : "");
         }
         side.poems++, side.verses += poems[i].verses, side.chars += poems[i].chars;
+        for_each_line(poems[i].text, [&](std::string_view v) { side.divided += v.find('\t') != v.npos; });
     }
     side.tokens = stream.size();
     return stream;
@@ -478,6 +495,16 @@ inline void check_options(const Options& o) {
         throw UsageError("--column and --columns: one is for a poem a row, the other for a verse a row");
     if (o.group != "auto" && o.columns.empty())
         throw UsageError("--group: needs --columns, which name the columns of a verse");
+    for (auto [flag, list] : {std::pair<const char*, const std::string*>{"--tags", &o.tags},
+                              {"--columns", &o.columns},
+                              {"--group", &o.group}})
+        if (!list->empty() && split_names(*list).empty())
+            throw UsageError(strf("%s: '%s' names no column", flag, list->c_str()));
+    if (o.tags.find('=') != o.tags.npos)
+        throw UsageError("--tags: wanted names of columns, without values and '='; --where chooses rows");
+    for (char c : o.hemistich_separator)
+        if ((unsigned char)c < 0x20)
+            throw UsageError("--hemistich_separator: has a control character; tab is \"tab\"");
     if (o.poem_separator.empty()) throw UsageError("--poem_separator: is empty, wanted a text or auto");
     if (o.poem_separator != "auto" && o.layout != "auto")
         throw UsageError("--poem_separator and --layout: give only one of them");
@@ -604,6 +631,9 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
                 commas(s->tokens).c_str(), 100.0 * (double)s->chars / chars);
     fprintf(f, "\n");
 
+    const size_t verses = r.train.verses + r.val.verses;
+    row("hemistichs", strf("%.1f%% of the verses have two",
+                           100.0 * (double)(r.train.divided + r.val.divided) / (double)verses));
     double text_tokens = (double)(r.train.tokens - r.train.poems + r.val.tokens - r.val.poems);
     row("vocabulary",
         strf("%d tokens", r.vocab_size) +
@@ -637,8 +667,9 @@ inline int prepare_main(int argc, char** argv) {
     f.add("where", "", &o.where, "COL=VALUE",
           "only rows with this value, e.g. poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
     f.add("except", "", &o.except, "COL=VALUE", "only rows without this value");
-    f.add("layout", "", &o.layout, "L", "text: lines = one poem per line, blank = blank lines between poems")
-        .choices({"auto", "lines", "blank"});
+    f.add("layout", "", &o.layout, "L",
+          "text: lines = one poem per line, blank = blank lines between poems, file = one poem a file")
+        .choices({"auto", "lines", "blank", "file"});
     f.add("poem_separator", "", &o.poem_separator, "TEXT",
           "text: poems end at lines of TEXT, e.g. $; auto finds lines of one repeated sign, or "
           "<|endoftext|>");
@@ -646,7 +677,9 @@ inline int prepare_main(int argc, char** argv) {
           "what separates hemistichs, e.g. #; spaces: two or more; tab: only a TAB; auto: what most verses "
           "have once");
     f.add("on_error", "", &o.on_error, "E",
-          "damaged rows and invalid UTF-8: stop at the first, or skip and count them")
+          "damaged rows and invalid UTF-8: stop at the first, or skip and count them; rows with too few or "
+          "too many "
+          "fields are counted, and stop only where they are the most")
         .choices({"fail", "skip"});
     f.add("tags", "", &o.tags, "A,B",
           "columns whose values, e.g. metre and poet, go before each poem as tokens, to be asked for later");

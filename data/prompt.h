@@ -10,6 +10,9 @@
 struct Prompt {
     std::string text;         // cleaned as the training text was
     std::vector<int> tokens;  // end-of-text, tags, the text
+    size_t tag_count = 0;
+    // What stays in sight of the model when the text has become longer than its context
+    std::vector<int> tags() const { return {tokens.begin() + 1, tokens.begin() + 1 + (ptrdiff_t)tag_count}; }
 };
 
 // Where the recipe is that goes with a tokenizer.
@@ -24,6 +27,7 @@ inline std::string recipe_beside(const std::string& tokenizer_path) {
 inline Prompt make_prompt(const Tokenizer& tokenizer, const std::string& tokenizer_path,
                           const std::string& text, const std::string& tags) {
     Prompt p = {text, tokenizer.beginning(tags)};
+    p.tag_count = p.tokens.size() - 1;
     if (std::string path = recipe_beside(tokenizer_path); file_exists(path)) {
         const Recipe recipe = Recipe::load(path);
         Cleaner clean(recipe);

@@ -566,6 +566,8 @@ TEST_CASE("unbalanced quotes in a CSV are an error that names the line") {
 
 TEST_CASE("rows with more or fewer fields than the header are dropped, counted and reported") {
     Run run("id,poem_text\n1,\u0628\n2\n3,\u062A,\u062B\n4,\u062C\n");
+    CHECK(contains(Run("id,poem_text\n1,\u0628\n2\n3,\u062A,\u062B\n4\n").error(),
+                   "3 of 4 rows have more or fewer fields than the header, e.g. "));
     CHECK(run.go().train == Strings{"\u0628", "\u062C"});
     CHECK(run.r.ragged == 2);
     REQUIRE(run.r.where_ragged.size() == 2);

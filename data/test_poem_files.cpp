@@ -227,13 +227,14 @@ TEST_CASE("a JSON value that cannot be read costs itself, and only with --on_err
     CHECK(contains(error(array, "p.json"), "line 1: is not JSON"));
     got = prepare(array, "p.json", skips);
     CHECK(got->report.damaged == 2);
-    CHECK(contains(got->report.where_damaged[1], "line 2: a value begins here but never ends"));
+    CHECK(contains(got->report.where_damaged[1], "line 2: a value begins here but does not end"));
     CHECK(got->report.train.poems == 2);
     CHECK(contains(error("{\"id\": 1, \"body\": \"\u0628\"}", "p.jsonl"),
                    "has no key 'poem_text'; its keys are id, body (--column chooses one)"));
     CHECK(contains(error("{\"poem_text\": \"\u062A\"}\n{\"poem_text\": \"\u0628\xFF\"}\n", "p.jsonl"),
                    "line 2: invalid UTF-8 at byte 37 (0xFF)"));
-    CHECK(contains(error("{nothing}\n", "p.jsonl"), "has no JSON value that can be read: is not JSON"));
+    CHECK(
+        contains(error("{nothing}\n", "p.jsonl"), "has no JSON value that can be read: line 1: is not JSON"));
     std::string deep = "{\"poem_text\": " + std::string(100000, '[') + std::string(100000, ']') + "}";
     CHECK(contains(error(deep + "\n{\"poem_text\": \"\u0628\"}", "p.jsonl"),
                    "nested more than 1,000 levels deep"));
@@ -485,6 +486,118 @@ TEST_CASE("a damaged row costs itself with --on_error skip, wherever it stands, 
     CHECK(got->report.train.poems == 2);
 }
 
+TEST_CASE("lines of a damaged poem that look like rows are not read as rows") {
+    const Set skips = [](prep::Options& o) { o.on_error = "skip", o.val_fraction = 0; };
+    // Two columns, and as many TABs in a verse as in a row
+    const std::string
+        rows = "id\tpoem_text\n1\t\"\u0627 \u0628\t\u062A\n\u062B \u062C\t\u062D\"\n",
+        bad = "2\t\"\u062E \"\u062F\" \u0630\t\u0631\n\u0632 \u0633\t\u0634\n\u0635 \u0636\t\u0637\"\n",
+        next = "3\t\"\u0638 \u0639\t\u063A\n\u0641 \u0642\t\u0643\"\n";
+    auto got = prepare(rows + bad + next, "p.tsv", skips);
+    CHECK(got->report.damaged == 1);
+    CHECK(got->report.train.poems == 2);
+    CHECK(got->report.train.verses == 4);
+    // A quote at a line's end closes the cell early; what is left has a quote without its pair, which is an
+    // error.
+    const std::string cut = "id,poem_text\n1,\"\u0627 \u0628\"\n\u062A \u062B\"\n2,\"\u062C\"\n3,\u062D\n";
+    CHECK(contains(error(cut, "p.csv"), "line 3: 1 fields, the header has 2, and a quote without its pair"));
+    CHECK(prepare(cut, "p.csv", skips)->report.damaged == 1);
+}
+
+TEST_CASE("cells that are neither texts nor lists of verses are damaged rows, not poems") {
+    if (!json::available()) return skip("built without nlohmann-json");
+    for (const char* value : {"{\"title\": \"\u0628\", \"text\": \"\u062A\"}", "[[[\"\u0628\"]]]"}) {
+        const std::string line = std::string("{\"poem_text\": ") + value + "}\n";
+        CHECK(contains(error(line, "p.jsonl"), "line 1: 'poem_text' is neither a text nor a list of verses"));
+    }
+    // Objects in a list are verses.
+    auto got = prepare("{\"verses\": [{\"sadr\": \"\u0628 \u062A\", \"ajuz\": \"\u062B\"}]}\n", "p.jsonl");
+    CHECK(got->report.train.divided == 1);
+    // Python's NaN, which is not JSON
+    CHECK(prepare("{\"m\": NaN, \"poem_text\": \"\u0628 NaN\"}\n", "p.jsonl")->report.train.chars == 1);
+    // A key that only later values have; a list's blank items, which are nothing
+    CHECK(prepare("{\"id\": 1}\n{\"poem_text\": \"\u0628\"}\n", "p.jsonl")->report.train.poems == 1);
+    got = prepare("{\"verses\": [\"\u0628\", \"\u062A\", \"\", \"\u062B\", \"\u062C\", null]}\n", "p.jsonl");
+    CHECK(got->report.train.verses == 2);
+    CHECK(got->report.train.divided == 2);
+    // A text that never closes costs its value, not the rest of the array.
+    const std::string open =
+        "[{\"poem_text\": \"\u0628\"},\n{\"poem_text\": \"\u062A},\n{\"poem_text\": \"\u062B\"},\n"
+        "{\"poem_text\": \"\u062C\"}]\n";
+    CHECK(contains(error(open, "p.json"), "line 2: "));
+    got = prepare(open, "p.json", [](prep::Options& o) { o.on_error = "skip", o.val_fraction = 0; });
+    CHECK(got->report.damaged == 1);
+    CHECK(got->report.train.poems == 3);
+    CHECK(contains(error("[]", "p.json"), "has no JSON value that can be read: it has none"));
+    CHECK(contains(error("{\"data\": \"" + std::string(2 * Input::SAMPLE, 'x') + "\"}", "p.json"),
+                   "longer than 1 MiB"));
+}
+
+TEST_CASE("lists of Python's other kinds are read as lists") {
+    for (const char* list : {"['\u0628', '\u062A', None]", "('\u0628', '\u062A')", "[('\u0628', '\u062A')]",
+                             "[np.str_('\u0628'), np.str_('\u062A')]", "[{'a': '\u0628', 'b': '\u062A'}]",
+                             "[\"\u0628\", nan, '\\u062a']", " ['\u0628' '\u062A'] "}) {
+        INFO(list);
+        auto got = prepare("id,poem\n1," + csv_field(list, ',', true) + "\n", "p.csv",
+                           [](prep::Options& o) { o.list = "hemistichs"; });
+        CHECK(got->report.train.chars == 3);
+        CHECK(got->report.train.divided == 1);
+    }
+    for (const char* text : {"[\u0628]", "['\u0628'", "['\u0628'] \u062A", "[]", "[[['\u0628']]]"}) {
+        PrintedList list;
+        CHECK(!list.parse(text));
+    }
+}
+
+TEST_CASE(
+    "forms that people also use: sep=, written line ends, tatweels between hemistichs, couplets, ornaments") {
+    same("Excel's first line", "sep=;\n" + csv(';', 4, true, "\n"), "p.csv");
+    auto written = [&](const char* end) {
+        return "poem_text\n" +
+               joined("", [&](size_t i) { return "\"" + replaced(text_of(i), "\n", end) + "\"\n"; });
+    };
+    for (const char* end : {"\\n", "\\r\\n", "<br>", "<br />"})
+        same(end, written(end), "p.csv", {}, "line ends written");
+    same("tatweels", text_file(" \u0640\u0640\u0640 ", "\u0640\u0640\u0640\u0640\n"), "p.txt");
+    CHECK(Separator("\u0640").apply("\u0628\u0640\u0640\u062A \u062B") == "\u0628\u0640\u0640\u062A \u062B");
+    // Couplets and single verses, by a poem's number
+    std::string couplets = "poem_id,a,b\n";
+    for (int i = 0; i < 40; i++)
+        couplets += strf("%d,\u0628%s,\u062A\n", i / 2 + i % 3 / 2, i % 2 ? "\u062B" : "\u062C");
+    auto got = prepare(couplets, "p.csv", [](prep::Options& o) { o.columns = "a,b"; });
+    CHECK(contains(got->source(), "poems by poem_id"));
+    // Three ornaments among many blank lines
+    std::string book;
+    for (int i = 0; i < 24; i++)
+        book += strf("\u0628 %s\n\u062A\n", i % 2 ? "\u062B" : "\u062C") +
+                std::string(i % 8 == 7 ? "***\n" : "\n");
+    CHECK(contains(prepare(book, "p.txt")->source(), "separated by blank lines"));
+    CHECK(contains(
+        prepare("\u0628\n\n\u062A\n", "p.txt", [](prep::Options& o) { o.layout = "file"; })->source(),
+        "a poem a file, 1 poem"));
+    // A table without a usual column is named as one.
+    CHECK(contains(error("id;qasida\n1;\u0628\n2;\u062A\n", "p.txt"),
+                   "has no column 'poem_text'; its columns are id, qasida"));
+    CHECK(contains(error("%PDF-1.4 ...", "p"), "is a PDF file"));
+    CHECK(contains(error(std::string("\x01\x02\xC7\xE1\0\xFF", 6), "p"), "is not text"));
+    CHECK(Cleaner(Recipe())("\u0628\u200B\u062A\u06DD\u062B") == "\u0628 \u062A \u062B");
+}
+
+TEST_CASE("a folder is read as --poem_separator or --layout say, and links do not lead in circles") {
+    TempDir dir;
+    make_dirs(dir / "poems");
+    write_file(dir / "poems/a.txt", "\u0628\n$\n\u062A\n");
+    REQUIRE(symlink(".", (dir / "poems/x").c_str()) == 0);
+    REQUIRE(symlink(".", (dir / "poems/y").c_str()) == 0);
+    prep::Options o;
+    o.files = {dir / "poems"}, o.out = dir / "out", o.val_fraction = 0;
+    CHECK(prep::prepare(o).train.poems == 1);
+    o.poem_separator = "$";
+    CHECK(prep::prepare(o).train.poems == 2);
+    o.poem_separator = "auto", o.layout = "lines";
+    CHECK(prep::prepare(o).train.poems == 2);
+}
+
 TEST_CASE("a file is read in pieces: rows and lines are the same wherever a piece ends") {
     // Poems of many lengths, so that pieces of 1 MiB end within quotes, line ends and characters
     std::string table = "poem_text,id\r\n", text;
@@ -710,30 +823,51 @@ TEST_CASE(
     CHECK(tags == 24);
     CHECK(t.chars(t.first_tag()) == 0);
 
-    const size_t T = 7;
-    TrainLoader loader(f, (int)T, 1, true);
-    loader.ignore_from(t.first_tag());
+    // Windows that begin within a poem have its tags before them; no tag is a target, each other token once.
+    const size_t T = 9;
+    const TagTokens tag_tokens{t.first_tag(), t.eot(), 2};
+    TrainLoader loader(f, (int)T, 1, true, 0, 1, tag_tokens);
+    auto check_window = [&](const int* x, const int* y) {
+        size_t counted = 0;
+        const bool within = x[0] != t.eot();
+        if (within) CHECK((x[0] >= t.first_tag() && x[1] >= t.first_tag() && y[0] == -1 && y[1] == -1));
+        for (size_t k = 0; k < T; k++) {
+            counted += y[k] >= 0;
+            CHECK(y[k] < t.first_tag());
+            if (y[k] >= 0 && k + 1 < T) CHECK(y[k] == x[k + 1]);
+            if (y[k] == -1 && k + 2 < T && k >= 2) CHECK(x[k + 1] >= t.first_tag());
+        }
+        return counted;
+    };
     for (int step = 0; step < 40; step++) {
         const uint64_t n = loader.targets(3);
         std::vector<int> x(3 * T), y(3 * T);
         loader.next(3, x.data(), y.data());
         size_t counted = 0;
-        for (size_t k = 0; k < 3 * T; k++) {
-            counted += y[k] >= 0;
-            CHECK(y[k] < t.first_tag());
-            if (k % T + 1 < T) CHECK((y[k] == x[k + 1] || (y[k] == -1 && x[k + 1] >= t.first_tag())));
-        }
+        for (size_t w = 0; w < 3; w++) counted += check_window(&x[w * T], &y[w * T]);
         CHECK(counted == n);
     }
-    EvalLoader eval(f, 2, (int)T);
-    eval.ignore_from(t.first_tag());
-    size_t counted = 0;
-    std::vector<int> x(2 * T), y(2 * T);
+    // The tags before a window are those of its poem: the text tells which poem it is from.
+    EvalLoader eval(f, 2, (int)T, tag_tokens);
+    std::vector<int> x(2 * T), y(2 * T), targets;
+    size_t position = 0;
     for (size_t i = 0; i < eval.batches(); i++) {
         eval.get(i, x.data(), y.data());
-        for (int target : y) counted += target >= 0;
+        for (size_t w = 0; w < 2 && position + 1 < f.size(); w++, position += T - 2) {
+            size_t start = position;
+            while (f[start] != t.eot()) start--;
+            if (start < position) CHECK((x[w * T] == f[start + 1] && x[w * T + 1] == f[start + 2]));
+            CHECK(x[w * T + (start < position ? 2 : 0)] == f[position]);
+        }
+        for (int target : y)
+            if (target >= 0) targets.push_back(target);
     }
-    CHECK(counted == f.size() - 1 - tags);
+    std::vector<int> all;
+    for (size_t i = 1; i < f.size(); i++)
+        if (f[i] < t.first_tag()) all.push_back(f[i]);
+    CHECK(targets == all);
+    CHECK(contains(error_of([&] { TrainLoader small(f, 2, 1, true, 0, 1, tag_tokens); }),
+                   "2 tags are before each"));
 
     CHECK(t.beginning("") == std::vector<int>{t.eot(), t.tag("metre", "other"), t.tag("poet", "other")});
     CHECK(t.beginning("poet=a b,metre=tawil") ==

@@ -20,6 +20,8 @@ struct SampleOptions {
     // are positive, else multiplied (Keskar et al. 2019).
     float repetition_penalty = 1.0f;
     int below = 0;  // only tokens below this one; 0: all. Tags are the last tokens, and are not written.
+    std::vector<int>
+        keep;  // put before what remains of a text that has become longer than the context: its tags
 };
 
 class Sampler {
@@ -137,13 +139,17 @@ void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V,
         }
     decoder.reset();
     for (int i = 0; i < max_tokens && alive; i++) {
-        size_t length = text[0].size(), n = length - shown;
+        size_t length = text[0].size(), n = length - shown, kept = 0;  // kept: of o.keep
         if (decoder.length() + n > decoder.capacity()) {
             decoder.reset();
             n = std::max<size_t>(decoder.capacity() / 2, 1);
+            kept = o.keep.size() < n ? o.keep.size() : 0;
         }
         next.clear();
-        for (auto& t : text) next.insert(next.end(), t.end() - (ptrdiff_t)n, t.end());
+        for (auto& t : text) {
+            next.insert(next.end(), o.keep.begin(), o.keep.begin() + (ptrdiff_t)kept);
+            next.insert(next.end(), t.end() - (ptrdiff_t)(n - kept), t.end());
+        }
         const float* logits = decoder.append(next.data(), n);
         shown = length;
 #pragma omp parallel for schedule(static)

@@ -199,3 +199,22 @@ TEST_CASE("tokens from SampleOptions::below on are never drawn") {
     o.temperature = 0;
     CHECK(Sampler(10).pick(logits.data(), 10, o, 0) == 0);
 }
+
+TEST_CASE("when the context is full, the tags stay before what remains of the text") {
+    std::vector<Tokens> asked;
+    struct Noting : CountingDecoder {
+        std::vector<Tokens>& asked;
+        Noting(std::vector<Tokens>& a) : CountingDecoder(1, 8), asked(a) {}
+        const float* append(const int* tokens, size_t n) override {
+            asked.push_back(Tokens(tokens, tokens + n));
+            return CountingDecoder::append(tokens, n);
+        }
+    } noting(asked);
+    SampleOptions o;
+    o.temperature = 0, o.keep = {90, 91};
+    Tokens text;
+    generate(noting, 1, {5, 90, 91, 10}, 100, 99, 8, 1, o, [&](size_t, int token) { text.push_back(token); });
+    CHECK(text == Tokens{11, 12, 13, 14, 15, 16, 17, 18});
+    CHECK(asked ==
+          std::vector<Tokens>{{5, 90, 91, 10}, {11}, {12}, {13}, {14}, {90, 91, 14, 15}, {16}, {17}});
+}

@@ -830,19 +830,21 @@ class Run {
         return p;
     }
 
+    TagTokens tag_tokens() const {
+        if (!tokenizer_ || !tokenizer_->tags()) return {};
+        return {tokenizer_->first_tag(), tokenizer_->eot(), tokenizer_->tag_columns().size()};
+    }
     void load_data() {
         if (o_.max_steps > 0) {
             train_file_->check_vocab(cfg_.V);
             train_loader_ = std::make_unique<TrainLoader>(*train_file_, (int)T_, o_.seed, o_.shuffle,
-                                                          comm_->rank, comm_->world);
+                                                          comm_->rank, comm_->world, tag_tokens());
             train_loader_->seek(progress_.position);
-            if (tokenizer_ && tokenizer_->tags()) train_loader_->ignore_from(tokenizer_->first_tag());
         }
         if (file_exists(o_.val_data)) {
             val_file_ = std::make_unique<TokenFile>(o_.val_data);
             val_file_->check_vocab(cfg_.V);
-            val_loader_ = std::make_unique<EvalLoader>(*val_file_, (int)B_, (int)T_);
-            if (tokenizer_ && tokenizer_->tags()) val_loader_->ignore_from(tokenizer_->first_tag());
+            val_loader_ = std::make_unique<EvalLoader>(*val_file_, (int)B_, (int)T_, tag_tokens());
         } else if (flags_.on_command_line("val_data") || o_.max_steps == 0) {
             fail("%s: validation tokens not found", o_.val_data.c_str());
         }
@@ -1424,7 +1426,7 @@ class Run {
         end_line();
         if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
         SampleOptions so;
-        so.temperature = o_.temperature, so.below = tokenizer_->first_tag();
+        so.temperature = o_.temperature, so.below = tokenizer_->first_tag(), so.keep = prompt_.tags();
         Utf8Stream stream;
         printf("\n--- a poem after step %d ---\n%s", progress_.step, prompt_.text.c_str());
         generate(*decoder_, 1, prompt_.tokens, cfg_.V, tokenizer_->eot(), o_.sample_tokens,

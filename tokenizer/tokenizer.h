@@ -455,8 +455,8 @@ class Tokenizer {
     static constexpr const char* OTHER = "other";  // the value of a tag whose own value has no token
     int first_tag() const { return vocab_size() - tags_; }
     int tags() const { return tags_; }
-    // How a tag is written, and its value as it is written there: without line breaks and the like, and cut
-    // where it is too long for a token.
+    // How a tag is written, and its value as it is written there: without line breaks and the like, cut at
+    // MOST bytes, and "other" where it is missing or no UTF-8.
     static std::string tag_text(const std::string& column, const std::string& value) {
         return "<|" + column + "=" + value + "|>";
     }
@@ -469,7 +469,9 @@ class Tokenizer {
         if (value.size() > MOST)
             value.resize(utf8::printable_prefix(std::string_view(value).substr(0, MOST)));
         while (!value.empty() && value.back() == ' ') value.pop_back();
-        return value.empty() || utf8::find_invalid(value) != std::string::npos ? OTHER : value;
+        for (const char* missing : {"", "NaN", "nan", "None", "null", "-"})
+            if (value == missing) return OTHER;
+        return utf8::find_invalid(value) != utf8::VALID ? OTHER : value;
     }
     // The token of a tag; -1 if there is none.
     int tag(const std::string& column, const std::string& value) const {
@@ -501,7 +503,15 @@ class Tokenizer {
         const std::vector<std::string> columns = tag_columns();
         std::vector<std::string> values(columns.size(), OTHER);
         for (size_t at = 0; at < wanted.size();) {
-            const size_t end = std::min(wanted.find(',', at), wanted.size());
+            size_t end = std::min(wanted.find(',', at), wanted.size());
+            // A comma that no column follows is part of the value.
+            auto begins_tag = [&](size_t i) {
+                return std::any_of(columns.begin(), columns.end(), [&](const std::string& c) {
+                    return wanted.compare(i, c.size() + 1, c + "=") == 0;
+                });
+            };
+            while (end < wanted.size() && wanted.find('=', at) < end && !begins_tag(end + 1))
+                end = std::min(wanted.find(',', end + 1), wanted.size());
             const std::string one = wanted.substr(at, end - at);
             const size_t equals = one.find('=');
             const auto column = std::find(columns.begin(), columns.end(), one.substr(0, equals));
