@@ -304,7 +304,7 @@ TEST_CASE("cli: from a CSV to a poem by the commands that the programs themselve
     const Fixture& f = tiny();
     check_success(f.prepared);
     CHECK(contains(f.prepared.out, "./train_gpt2 --data " + f.data));
-    CHECK(files_in(f.data) == std::set<std::string>{"train.bin", "val.bin", "tokenizer.bin"});
+    CHECK(files_in(f.data) == std::set<std::string>{"train.bin", "val.bin", "tokenizer.bin", "recipe.txt"});
     check_success(f.trained);
     for (const char* name : {"model.bin", "tokenizer.bin", "log.csv", "main.log"})
         CHECK(files_in(f.out).count(name) == 1);
@@ -1389,10 +1389,10 @@ TEST_CASE("cli: poems that cannot be read are named, with what is wrong") {
     } cases[] = {
         {d / "missing.csv", {d / "missing.csv", "No such file"}},
         {d / "empty.csv", {d / "empty.csv", "is empty"}},
-        {d.path, {d.path, "not a regular file"}},
+        {d.path, {d.path + "/bad.csv", "invalid UTF-8"}},  // the first file of the folder
         {d / "bad.csv", {d / "bad.csv", "invalid UTF-8 at byte 14", "0xD9", "line 2", "--on_error skip"}},
         {d / "latin.csv", {"nothing is left", "1 empty", "--keep all"}},
-        {d / "binary.csv", {d / "binary.csv", "UTF-8"}},
+        {d / "binary.csv", {d / "binary.csv", "compressed with gzip", "gunzip -k"}},
         {d / "open.csv", {d / "open.csv", "line 2", "quote"}},
         {tiny().csv + " --column verse", {tiny().csv, "no column 'verse'", "id, poet, poem_text"}},
         {tiny().csv + " --tokenizer " + (d / "none"), {d / "none", "No such file"}},

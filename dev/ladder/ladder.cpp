@@ -792,7 +792,7 @@ inline int ladder_main(int argc, char** argv) {
         for (int s = 0; s < o.seeds; s++) jobs.push_back({k, o.seed + (uint64_t)s});
     }
     finish_data_set(o.data);
-    for (const char* name : DATA_FILES)
+    for (const char* name : {"train.bin", "val.bin", "tokenizer.bin"})
         if (!file_exists(o.data + "/" + name)) fail_without_data(o.data, name, "ladder");
     Data data(o.data);
     for (const TokenFile* t : {&data.train, &data.val})
