@@ -116,7 +116,8 @@ MPI_LIBS = $(shell mpic++ --showme:link)
 COMMIT := $(or $(shell git describe --always --dirty --abbrev=7 2>/dev/null),unknown)
 
 # Reading JSON needs a header, and works once that is installed: data/json.o is then made anew.
-flags.build/json = $(wildcard $(addsuffix /nlohmann/json.hpp,/usr/include /usr/local/include /opt/homebrew/include))
+flags.build/json = $(wildcard $(addsuffix /nlohmann/json.hpp,\
+	/usr/include /usr/local/include /opt/homebrew/include))
 
 quote = '$(subst ','\'',$1)'
 changed = $(or $(call named,clean),$(shell printf '%s\n' $(call quote,$(flags.$1)) \

@@ -3,10 +3,12 @@
 #
 #     dev/finetune_report.sh BEFORE.bin TOKENIZER.bin OUT DATA      writes OUT/finetune.md and prints it
 #
-# BEFORE is the model that training began with, OUT the run, DATA its token files. Both models write POEMS poems
-# of at most TOKENS tokens from the same seed; ./score_poems judges them (dev/ladder/score_poems.cpp defines the
-# measures). The losses are those of the run's log: at step 0 and where they were best.
+# BEFORE is the model that training began with, OUT the run, DATA its token files. Both models write
+# POEMS_WRITTEN poems (8) of at most POEM_TOKENS tokens (300) from the same seed; ./score_poems judges them, and
+# dev/ladder/score_poems.cpp defines the measures. The losses are those of the run's log: at step 0, and where
+# they were best. Run it in the repository's root, as `make finetune` does.
 set -eu
+test $# -eq 4 || { echo "usage: dev/finetune_report.sh BEFORE.bin TOKENIZER.bin OUT DATA" >&2; exit 2; }
 before=$1 tokenizer=$2 out=$3 data=$4
 POEMS=${POEMS_WRITTEN:-8} TOKENS=${POEM_TOKENS:-300}
 # A run that began with OUT/model.bin has moved it.
@@ -14,7 +16,7 @@ if [ "$before" -ef "$out/model.bin" ]; then before=$(ls -dt "$out"/previous/*/mo
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# loss COLUMN WHICH: a number of log.csv, at step 0 (first) or at the lowest loss (best); "-" if there is none.
+# loss COLUMN WHICH: a number of log.csv, at step 0 (first) or at the lowest loss (best); "-" if there is none
 loss() {
     awk -F, -v column="$1" -v which="$2" '
         NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
@@ -49,8 +51,9 @@ poem() {
 {
     echo "# Fine-tuning, before and after"
     echo
-    echo "Model: $before. Losses on the poems held out in $data; measures of $POEMS poems of at most $TOKENS tokens"
-    echo "that each model wrote (temperature 0.8). dev/ladder/score_poems.cpp defines the measures."
+    echo "Model: $before. Losses on the poems held out in $data; measures of $POEMS poems"
+    echo "of at most $TOKENS tokens that each model wrote at temperature 0.8."
+    echo "dev/ladder/score_poems.cpp defines the measures."
     echo
     echo "| | before | after | held-out poems |"
     echo "| --- | --- | --- | --- |"

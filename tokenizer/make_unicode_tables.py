@@ -29,11 +29,12 @@ def is_white_space(c):
     return unicodedata.category(chr(c)).startswith("Z") or 0x09 <= c <= 0x0D or c == 0x85
 
 
-# Letters that are one of U+0621 to U+064A in the style of another language or region. Unicode's decompositions
-# do not relate these. Letters of another sound, such as peh and gaf, are not among them.
+# Letters that are one of U+0621 to U+064A in the style of another language or region. Unicode's
+# decompositions do not relate these. Letters of another sound, such as peh and gaf, are not among them.
 SAME_LETTER = {
     "KEHEH": "KAF", "SWASH KAF": "KAF", "FARSI YEH": "YEH", "YEH BARREE": "YEH", "KASHMIRI YEH": "YEH",
-    "YEH WITH TAIL": "YEH", "E": "YEH", "ALEF WASLA": "ALEF", "ALEF WITH WAVY HAMZA ABOVE": "ALEF WITH HAMZA ABOVE",
+    "YEH WITH TAIL": "YEH", "E": "YEH", "ALEF WASLA": "ALEF",
+    "ALEF WITH WAVY HAMZA ABOVE": "ALEF WITH HAMZA ABOVE",
     "ALEF WITH WAVY HAMZA BELOW": "ALEF WITH HAMZA BELOW", "HIGH HAMZA": "HAMZA", "HEH GOAL": "HEH",
     "HEH DOACHASHMEE": "HEH", "AE": "HEH", "TEH MARBUTA GOAL": "TEH MARBUTA", "NOON GHUNNA": "NOON",
     "FEH WITH DOT MOVED BELOW": "FEH", "DOTLESS FEH": "FEH", "QAF WITH DOT ABOVE": "QAF", "DOTLESS QAF": "QAF",
@@ -67,8 +68,8 @@ def arabic_forms():
 
 
 def is_mark(c):
-    """Vowel signs and other combining marks, also where they stand on a space or a tatweel or are written small
-    between letters; and characters that only control how others are shown."""
+    """Vowel signs and other combining marks, also where they stand on a space or a tatweel or are written
+    small between letters; and characters that only control how others are shown."""
     category, d = unicodedata.category(chr(c)), unicodedata.normalize("NFKD", chr(c))
     if category == "Cf" or 0x300 <= c <= 0x36F:
         return True
