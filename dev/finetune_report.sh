@@ -27,9 +27,12 @@ loss() {
         }
         END { if (found == "") print "-"; else printf "%.4f", found }' "$out/log.csv"
 }
+# An untrained model of bytes also writes some that are no text.
 write() {
     echo "writing $POEMS poems with $1" >&2
-    ./sample_gpt2 -e "$1" --tokenizer "$2" --num "$POEMS" --tokens "$TOKENS" --temperature 0.8 --dtype bf16
+    ./sample_gpt2 -e "$1" --tokenizer "$2" --num "$POEMS" --tokens "$TOKENS" --temperature 0.8 --dtype bf16 \
+        >"$work/bytes"
+    { iconv -c -f UTF-8 -t UTF-8 "$work/bytes" || true; } | tr -d '\000-\010\013-\037'
 }
 write "$before" "$tokenizer" >"$work/before.txt"
 write "$out/model.bin" "$tokenizer" >"$work/after.txt"
