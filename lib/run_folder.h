@@ -182,7 +182,9 @@ class RunFolder {
         out_ = dir_ = out;
         lock_.take(out);
         for (const std::string& dir : {out, out + "/.new"}) remove_leftovers(dir);
-        return recover();
+        const std::string done = recover();
+        rmdir((out + "/.new").c_str());  // empty where a crash came just before this was done
+        return done;
     }
     // A new run begins: in OUT/.new where there is an earlier run, or where its data have been put there
     // (data_there). Data that an aborted run has left in OUT/.new move to OUT/previous. Fails where the move

@@ -109,6 +109,19 @@ TEST_CASE("run folder: a killed new run that had a model takes its place at the 
     trainer::BeforeTraining lock(dir / "data");  // any other folder is the user's
 }
 
+TEST_CASE("run folder: the empty folder of a move that was killed at its very end goes at the next start") {
+    TempDir dir;
+    write_all(dir.path, {"model.bin", "log.csv"}, "whole");
+    make_dirs(dir / ".new");
+    trainer::RunFolder folder;
+    CHECK(folder.open(dir.path) == "");
+    CHECK(!file_exists(dir / ".new"));
+    folder.close();
+    write_all(dir.path, {".new/data/train.bin"}, "waiting");  // data that were prepared stay
+    CHECK(folder.open(dir.path) == "");
+    CHECK(what_is(dir / ".new/data/train.bin") == "waiting .new/data/train.bin");
+}
+
 TEST_CASE("run folder: temporary files of killed programs are removed, the user's files are not") {
     TempDir dir;
     pid_t killed = fork();
