@@ -4,7 +4,7 @@
 #     dev/finetune_report.sh BEFORE.bin TOKENIZER.bin OUT DATA      writes OUT/finetune.md and prints it
 #
 # BEFORE is the model that training began with, OUT the run, DATA its token files. Both models write
-# POEMS_WRITTEN poems (8) of at most POEM_TOKENS tokens (300) from the same seed; ./score_poems judges them,
+# POEMS_WRITTEN poems (8) of at most POEM_TOKENS tokens (300) from the same seed. ./score_poems judges them,
 # and dev/ladder/score_poems.cpp defines the measures. The losses are those of the run's log: at step 0, and where
 # they were best. Run it in the repository's root, as `make finetune` does.
 set -eu
