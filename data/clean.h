@@ -304,7 +304,7 @@ class Separator {
         return is_tab() ? "a TAB" : name_ == "spaces" ? "runs of spaces" : utf8::quote(name_);
     }
 
-    // The text with a TAB in place of each separator that has letters on both sides, in its line.
+    // Replaces each separator by a TAB, if its line has letters before it and after it.
     std::string apply(std::string_view text) const {
         if (is_tab()) return std::string(text);
         std::string out;

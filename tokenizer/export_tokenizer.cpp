@@ -142,7 +142,7 @@ class Folder {
     void check_flags(const std::string& token, const Json& flags, const std::string& path) {
         for (const char* flag : {"lstrip", "rstrip", "single_word"})
             if (member(flags, "special") == false && member(flags, flag) == true)
-                fail("%s: %s of the added token %s is true, which is not implemented", path.c_str(), flag,
+                fail("%s: %s of the added token %s is true, wanted false", path.c_str(), flag,
                      quote(token).c_str());
     }
 
@@ -211,8 +211,7 @@ class Folder {
         }
         // Two kinds, of which one is cut out before the other.
         if (normalized.size() > 1)
-            fail("%s: of the added tokens some are normalized and some are not, which is not implemented",
-                 path.c_str());
+            fail("%s: some added tokens are normalized and some are not, wanted all or none", path.c_str());
     }
     // A character tokenizer, in the form in which convert_gpt2 to-hf writes it.
     void read_characters(const Json& j, const std::string& path) {

@@ -901,7 +901,7 @@ TEST_CASE("convert: a LoRA adapter is refused in one line that says how to merge
 
 namespace {
 
-// A model with V tokens of one channel, and its tokenizer beside it.
+// Saves a model of one channel, with a vocabulary as large as the tokenizer's, and the tokenizer.
 void save_model_of(const std::string& dir, const Tokenizer& t) {
     make_dirs(dir);
     Config c;
@@ -1138,7 +1138,7 @@ TEST_CASE("convert: bos, eos and generation_config.json come from the tokenizer 
                                                                  {"pad_token_id", k.eos},
                                                                  {"max_length", T}}));
     }
-    // What the folder says about generating is kept, but for the ids of GPT-2 that stand in many folders.
+    // generation_config.json is kept, except bos and eos ids that are GPT-2's and not the tokenizer's.
     write_file(src + "/tokenizer_config.json", "{\"bos_token\": \"<s>\", \"eos_token\": \"</s>\"}");
     auto generation = [&](const char* given) {
         write_file(src + "/generation_config.json", given);
@@ -1271,7 +1271,7 @@ TEST_CASE("export: added tokens and padding of a published folder are those of t
     j["added_tokens"] = before;
     j["added_tokens"].push_back(added(259, "[v]", false));
     j["added_tokens"].push_back(added(260, "[w]", false, {{"normalized", false}}));
-    CHECK(contains(error(), "of the added tokens some are normalized and some are not"));
+    CHECK(contains(error(), "some added tokens are normalized and some are not"));
     j["added_tokens"] = before;
     j["added_tokens"].push_back(added(256, "ab", false));
     CHECK(contains(error(), "merge 0 makes the added token 'ab'"));
