@@ -1599,7 +1599,6 @@ __global__ void __launch_bounds__(Shape::THREADS)
                   THREADS = Shape::THREADS;
     extern __shared__ __align__(128) unsigned char dynamic_smem[];
     Head<HS> head(T, NH);
-    HeadDropout drop(dropout, T, NH);
     const floatX *q = qkv + head.qkv_offset, *k = q + head.C, *v = k + head.C,
                  *head_dout = dout + head.out_offset;
     size_t stride = head.qkv_stride;
@@ -1636,6 +1635,8 @@ __global__ void __launch_bounds__(Shape::THREADS)
         __syncthreads();  // this step's tiles have arrived, and no warp reads the other stage any more
         if (step + 1 < steps) prefetch(step + 1);
         if (q0 + QUERIES > warp_key) {  // otherwise all queries come before the warp's keys
+            // Made in each step: kept through all of them, its registers spill on sm_100 and sm_120.
+            HeadDropout drop(dropout, T, NH);
             Accumulators<Shape::M_FRAGS, Shape::STEP / 8> ds = {};
             key_step<Shape>(dk, dv, ds, smem.k.from_row(warp_row), smem.v.from_row(warp_row),
                             smem.queries(step), drop, q0, warp_key);
@@ -1649,14 +1650,16 @@ __global__ void __launch_bounds__(Shape::THREADS)
         __syncthreads();  // all warps have written the last dS^T
         store_dq(steps - 1);
     }
-    for_elements<M_FRAGS, HS / 8>(dk, [=](float& x, int, int, int) { x *= scale; });
-    for_elements<M_FRAGS, HS / 8>(dv, [&](float& x, int, int, int) { x *= drop.scale; });
+    // dK is finished before dV is begun: a shorter life of dK's registers.
     floatX* to = dqkv + head.qkv_offset + warp_key * stride;
     Tile<HS> stage = smem.v.from_row(warp_row);  // not K, which other warps may still read for dQ
-    store_rows<HS, M_FRAGS>(to + head.C, stride, T - warp_key, dk, stage);
-    store_rows<HS, M_FRAGS>(to + 2 * head.C, stride, T - warp_key, dv, stage);
+    for_elements<M_FRAGS, HS / 8>(dk, [=](float& x, int, int, int) { x *= scale; });
     store_column_sums<HS, M_FRAGS>(bias_part(bias_partials, head, NH, 1), dk, smem.stages.base);
+    store_rows<HS, M_FRAGS>(to + head.C, stride, T - warp_key, dk, stage);
+    float dropout_scale = HeadDropout(dropout, T, NH).scale;
+    for_elements<M_FRAGS, HS / 8>(dv, [=](float& x, int, int, int) { x *= dropout_scale; });
     store_column_sums<HS, M_FRAGS>(bias_part(bias_partials, head, NH, 2), dv, smem.stages.base);
+    store_rows<HS, M_FRAGS>(to + 2 * head.C, stride, T - warp_key, dv, stage);
 }
 
 #else
