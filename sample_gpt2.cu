@@ -1,5 +1,6 @@
 // sample_gpt2.cu - sample_gpt2.cpp with the model of train_gpt2.cu: writes poems on a GPU. It includes both.
 #define ARAPOET_NO_MAIN
+#define SAMPLE_ON_GPU
 #include "train_gpt2.cu"
 
 namespace {
@@ -29,16 +30,15 @@ void take_gpu(int device) {
 }  // namespace
 
 std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype) {
-    const Precision precision{dtype, true};
+    const Precision precision{dtype};
     const size_t need = gpu::GPT2::memory_need(file.cfg, 0, 0, false, 0, precision).total(),
                  have = gpu::GPT2::memory_available();
     if (need > have)
-        fail("the model needs %s of GPU memory, %s are free; ./sample_gpt2 writes on the CPU",
-             human_bytes((double)need).c_str(), human_bytes((double)have).c_str());
+        fail("the model needs %s of GPU memory, %s are free; %s", human_bytes((double)need).c_str(),
+             human_bytes((double)have).c_str(), gpu::WITHOUT_GPU);
     auto model = std::make_unique<gpu::GPT2>(file.cfg, 0, 0, false, 0, precision);
     model->each_piece(PARAMS, [&](float* p, size_t n) { file.read(p, n); });
     return std::make_unique<OwningDecoder>(std::move(model), N);
 }
 
-#define SAMPLE_ON_GPU
 #include "sample_gpt2.cpp"

@@ -8,8 +8,8 @@
 //
 // Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary padded to
 // Vp. floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's
-// moments and master weights are always float. There are no atomics on floats: with the
-// same choices of products (ProductChoices), a run repeats bit for bit.
+// moments and master weights are always float. There are no atomics on floats: with the same choices of
+// products (ProductChoices) and without the switch large_head, a run repeats bit for bit.
 //
 // Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR). Therefore all
 // kernels are launched by launch(), the dynamic shared memory of every kernel is called `dynamic_smem`, and
@@ -38,7 +38,15 @@
 
 namespace gpu {
 
-constexpr const char* PROGRAM = "train_gpt2cu";
+// This program, the one for CPUs, and what errors advise. sample_gpt2.cu includes this file.
+#if defined(SAMPLE_ON_GPU)
+constexpr const char *PROGRAM = "sample_gpt2cu", *CPU_PROGRAM = "./sample_gpt2",
+                     *WITHOUT_GPU = "./sample_gpt2 writes on the CPU", *LESS_MEMORY = "try a smaller --num";
+#else
+constexpr const char *PROGRAM = "train_gpt2cu", *CPU_PROGRAM = "./train_gpt2",
+                     *WITHOUT_GPU = "./train_gpt2 trains on the CPU",
+                     *LESS_MEMORY = "try a smaller --batch_size, or --recompute 1, 2 or 3";
+#endif
 
 #if defined(PRECISION_FP32)
 typedef float floatX;
@@ -54,13 +62,12 @@ constexpr Dtype BUILD_DTYPE = BF16;
 // Throws Error with file, line, call, the runtime's message and what to try.
 inline void cuda_check(cudaError_t status, const char* call, const char* file, int line) {
     if (status == cudaSuccess) return;
-    const char* hint = status == cudaErrorMemoryAllocation
-                           ? "; try a smaller --batch_size, or --recompute 1, 2 or 3"
+    const char* hint = status == cudaErrorMemoryAllocation ? LESS_MEMORY
                        : status == cudaErrorNoKernelImageForDevice
-                           ? "; this program was built for another GPU: make it again on this machine"
-                           : "";
-    fail("%s:%d: %s: %s (%s)%s", file, line, call, cudaGetErrorString(status), cudaGetErrorName(status),
-         hint);
+                           ? "this program was built for another GPU: make it again on this machine"
+                           : nullptr;
+    fail("%s:%d: %s: %s (%s)%s%s", file, line, call, cudaGetErrorString(status), cudaGetErrorName(status),
+         hint ? "; " : "", hint ? hint : "");
 }
 inline void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status != CUBLAS_STATUS_SUCCESS)
@@ -69,15 +76,19 @@ inline void cublas_check(cublasStatus_t status, const char* call, const char* fi
 #define CUDA_CHECK(call) gpu::cuda_check((call), #call, __FILE__, __LINE__)
 #define CUBLAS_CHECK(call) gpu::cublas_check((call), #call, __FILE__, __LINE__)
 
-// Ways to compute the same that no GPU has compared yet; `make gpu-check` turns them on one at a time.
+// Other ways to compute a step, which no GPU has compared yet; `make gpu-check` turns them on one at a time.
 struct Switches {
-    bool late_results = false;   // step() returns the result of the step before, and so does not wait
+    bool late_results = false;  // step() returns the result of the step before, and so does not wait
+    bool rows_in_l2 = false;    // the softmax has so few rows at once that L2 holds them
+    // The next three change the last bits of gradients, because they round or add in another order.
     bool five_products = false;  // attention's backward pass computes 5 products, instead of 7
-    bool rows_in_l2 = false;     // the softmax has so few rows at once that L2 holds them
-    // The gradients of a block's biases are summed by the kernels that compute what is summed, instead of by
-    // products or kernels that read it.
+    // The gradients of a block's biases are summed by the kernels that compute the summed values, before
+    // these are rounded to floatX, instead of by products or kernels that read them. One exception: if
+    // cuBLASLt multiplies by gelu' (Matmul::input_gradient_gelu), a kernel reads its result again for fcb.
     bool bias_in_kernels = false;
-    bool large_head = false;  // more logits are held at once where memory is left (GPT2::plan)
+    // More logits are held at once where memory is left (GPT2::plan). How many depends on the memory that is
+    // free, so that a run need not repeat bit for bit.
+    bool large_head = false;
 };
 inline Switches switches;
 
@@ -98,7 +109,8 @@ inline void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cud
     if (launch_hook) launch_hook((const void*)kernel, nullptr, stream, false);
 }
 
-// Allows a kernel this much dynamic shared memory: without it, it has 48 KiB in all.
+// Allows a kernel this much dynamic shared memory. By default static and dynamic shared memory together are
+// limited to 48 KiB.
 template <class... P>
 inline void allow_smem(void (*kernel)(P...), size_t bytes) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
@@ -152,7 +164,10 @@ __device__ inline int4 to_bits(const Vec<T>& x) {
     memcpy(&bits, &x, 16);
     return bits;
 }
-// What waits in registers waits as int4: nvcc gives each bf16 of a Vec a 32-bit register of its own.
+// Values that are loaded early and used later are kept as int4: nvcc would keep each bf16 of a Vec in its own
+// 32-bit register, twice as many. Some kernels load several vectors before their first store, because the
+// compiler moves no load above a store that may be to the same memory: a thread would wait for one vector
+// after the other.
 template <class T>
 __device__ inline int4 load_bits(const T* p) {
     return *reinterpret_cast<const int4*>(p);
@@ -161,7 +176,8 @@ template <class T>
 __device__ inline int4 load_bits_once(const T* p) {
     return __ldcs(reinterpret_cast<const int4*>(p));
 }
-// Of what no kernel writes while this one runs: the compiler may move it above stores.
+// Loads memory that nothing writes while the kernel runs, through the read-only path; the compiler may
+// therefore move the load above stores.
 template <class T>
 __device__ inline Vec<T> load_constant(const T* p) {
     return from_bits<T>(__ldg(reinterpret_cast<const int4*>(p)));
@@ -332,7 +348,7 @@ __global__ void __launch_bounds__(ADD_WARPS* WARP)
     for (int w = 1; w < ADD_WARPS; w++) sum += sums[w][lane];
     (i < n ? a[i] : i < 2 * n ? b[i - n] : c[i - 2 * n]) += sum;
 }
-// With n columns for each of these that is not null; b and c may be.
+// partials has n columns for each array given. c, or b and c, may be null.
 inline void add_partials(float* a, float* b, float* c, const float* partials, int parts, size_t n,
                          cudaStream_t s) {
     size_t columns = n * (c ? 3 : b ? 2 : 1);
@@ -484,8 +500,9 @@ struct EmbeddingBuckets {
 };
 
 // On the host: fills the buckets of tokens (M), which are not negative. Allocates nothing. A radix sort,
-// digit by digit from the lowest: positions with equal digits keep their order. It replaces std::sort, which
-// took eight times as long for 32,768 of 50,257 tokens, while the GPU waited.
+// digit by digit from the lowest: positions with equal digits keep their order. b.starts serves as the sort's
+// second buffer, until its own values are written. The sort replaces std::sort, which took eight times as
+// long for 32,768 of 50,257 tokens, while the GPU waited.
 inline void bucket_tokens(const EmbeddingBuckets& b, const int* tokens, size_t M) {
     constexpr int BITS = 9, DIGITS = 1 << BITS;
     const int largest = *std::max_element(tokens, tokens + M);
@@ -496,7 +513,10 @@ inline void bucket_tokens(const EmbeddingBuckets& b, const int* tokens, size_t M
         auto digit = [=](int m) { return tokens[m] >> shift & (DIGITS - 1); };
         int place[DIGITS] = {}, sum = 0;
         for (size_t m = 0; m < M; m++) place[digit((int)m)]++;
-        for (int& p : place) sum += std::exchange(p, sum);
+        for (int& p : place) {
+            int n = p;
+            p = sum, sum += n;  // counts become first places
+        }
         for (size_t i = 0; i < M; i++) to[place[digit(from[i])]++] = from[i];
     }
     if (to != b.order) std::copy(to, to + M, b.order);
@@ -647,8 +667,7 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
     int threads = warps * WARP, t = threadIdx.x % threads;
     size_t m = (size_t)blockIdx.x * (blockDim.x / threads) + threadIdx.x / threads;
     bool inside = m < M;  // rows past the end still meet at the barriers
-    // All loads of a pass come before its first store: sum may be the memory of x, so the compiler moves no
-    // load above a store, and a thread would wait for each of its vectors in turn.
+    // All loads of a row come before its first store (see load_bits): sum may be the memory of x.
     int4 x[ROW_VECS], branch[ROW_VECS];
 #pragma unroll
     for (int i = 0; i < ROW_VECS; i++) {
@@ -683,7 +702,7 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
     for (int i = 0; i < ROW_VECS; i++)
         if (inside && (i * threads + t) * VEC < C)
             for (int k = 0; k < VEC; k++) total[0] += (row[i][k] - mu) * (row[i][k] - mu);
-    int4 weight[ROW_VECS], bias[ROW_VECS];
+    int4 weight[ROW_VECS], bias[ROW_VECS];  // loaded here, to arrive while the barrier waits
 #pragma unroll
     for (int i = 0; i < ROW_VECS; i++) {
         int c = (i * threads + t) * VEC;
@@ -718,39 +737,60 @@ inline void residual_layernorm_forward(const LayerNormForward& args, size_t M, s
            args, M, T, (int)C, drop, eps, rows.warps);
 }
 
-// Where the residual connection starts whose gradient dresid holds before layernorm_backward: at the
-// LayerNorm's input (GPT-2), at its output (GROVER), or nowhere, and then dresid holds nothing.
+// On entry to layernorm_backward dresid holds the gradient of a residual connection that branches off at the
+// LayerNorm's input (GPT-2), or at its output (GROVER); or there is none, and dresid is only written.
 enum Residual { NO_RESIDUAL, FROM_INPUT, FROM_OUTPUT };
 
 // What layernorm_backward reads and writes. (Its kernel takes the pointers one by one: given the struct, nvcc
 // 13 spills registers in the fp32 build.)
 struct LayerNormBackward {
-    floatX* dresid = nullptr;            // (M,C), becomes the gradient of x
+    floatX* dresid = nullptr;            // (M,C); in: that gradient; out: the gradient of x
     floatX* masked = nullptr;            // (M,C) or null: dresid under a dropout mask
     float *dw = nullptr, *db = nullptr;  // (C), +=
     float* dbias = nullptr;              // (C) or null, += column sums of masked, or else dresid
-    float* scratch = nullptr;            // layernorm_backward_scratch(C) floats
+    float* scratch = nullptr;            // layernorm_backward_scratch(C, dbias) floats
     const floatX* dy = nullptr;          // (M,C), the gradient of the LayerNorm's output
     Residual residual = NO_RESIDUAL;
     const floatX *x = nullptr, *w = nullptr;       // (M,C), (C): what forward read
     const float *mean = nullptr, *rstd = nullptr;  // (M), which forward wrote
 };
 
+// Adds the sums of a block's groups, in order, into the block's part of partials (blocks, SUMS, C). A group
+// has `threads` threads; sum(which, i, k) is the caller's sum number `which` for number k of its vector i.
+template <int SUMS, class F>
+__device__ inline void store_group_sums(float* partials, int C, int threads, F sum) {
+    __shared__ __align__(16) float part[ROW_WARPS * WARP * VEC];
+    int t = threadIdx.x % threads, group = threadIdx.x / threads, groups = blockDim.x / threads;
+#pragma unroll
+    for (int i = 0; i < ROW_VECS; i++)
+        for (int which = 0; which < SUMS; which++) {
+            int c = (i * threads + t) * VEC;
+            __syncthreads();
+            for (int k = 0; k < VEC; k++) part[threadIdx.x * VEC + k] = sum(which, i, k);
+            __syncthreads();
+            if (group > 0 || c >= C) continue;
+            Floats total = {};
+            for (int g = 0; g < groups; g++)
+                for (int k = 0; k < VEC; k++) total[k] += part[(g * threads + t) * VEC + k];
+            store_floats(partials + ((size_t)blockIdx.x * SUMS + which) * C + c, total);
+        }
+}
+
 // With normalised = (x - mean) rstd, d = dy [+ dresid FROM_OUTPUT], dn = d w, and means over the row,
 //     dx = rstd (dn - mean(dn) - normalised mean(dn normalised)) [+ dresid FROM_INPUT],
 //     dw = sum over rows of d normalised,  db = sum over rows of d,
 // and with BIAS dbias = sum over rows of dx under the mask. Group k of the whole grid's G takes rows k, k + G
 // and so on. It keeps the sums of dw and db for its channels in registers, those of dbias in shared memory.
-// At the end each block adds its groups' sums, in order, into partials (blocks, 2, C), or 3 with BIAS.
+// At the end each block adds its groups' sums into partials (blocks, 2, C), or (blocks, 3, C) with BIAS.
 //
-// All loads of a row come before its first store, since the compiler moves no load above a store that may be
-// to the same memory. That takes registers that fp32 does not have: it loads the row again, from the cache.
+// All loads of a row come before its first store (see load_bits). In fp32 the row would take too many
+// registers, so the second pass loads it again, from the cache.
 template <bool BIAS>
 __global__ void __launch_bounds__(ROW_WARPS* WARP)
     layernorm_backward_kernel(floatX* dresid, floatX* masked, float* partials, const floatX* dy,
                               Residual residual, const floatX* x, const float* mean, const float* rstd,
                               const floatX* w, size_t M, size_t T, int C, Dropout drop, int warps) {
-    constexpr bool LOAD_ONCE = BUILD_DTYPE == BF16;
+    constexpr bool KEEP_ROW = BUILD_DTYPE == BF16;
     int threads = warps * WARP, t = threadIdx.x % threads, group = threadIdx.x / threads,
         groups = blockDim.x / threads;
     rng::Key key = dropout_key(drop);
@@ -770,7 +810,8 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
         float mu = inside ? mean[m] : 0, rs = inside ? rstd[m] : 0, sums[2] = {0, 0};
         int4 dys[ROW_VECS], before[ROW_VECS], xs[ROW_VECS];
         auto load_row = [&](int i, int c) {
-            dys[i] = load_bits_once(dy + m * C + c), xs[i] = load_bits(x + m * C + c);
+            dys[i] = KEEP_ROW ? load_bits_once(dy + m * C + c) : load_bits(dy + m * C + c);
+            xs[i] = load_bits(x + m * C + c);
             if (residual != NO_RESIDUAL) before[i] = load_bits(dresid + m * C + c);
         };
         auto output_gradient = [&](int i) {
@@ -784,13 +825,13 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
 #pragma unroll
         for (int i = 0; i < ROW_VECS; i++) {
             int c = (i * threads + t) * VEC;
-            if (LOAD_ONCE && inside && c < C) load_row(i, c);
+            if (KEEP_ROW && inside && c < C) load_row(i, c);
         }
 #pragma unroll
         for (int i = 0; i < ROW_VECS; i++) {
             int c = (i * threads + t) * VEC;
             if (!inside || c >= C) continue;
-            if (!LOAD_ONCE) load_row(i, c);
+            if (!KEEP_ROW) load_row(i, c);
             Floats d = output_gradient(i), row = widen(xs[i]), weight = widen(load_constant(w + c));
             for (int k = 0; k < VEC; k++) {
                 float normalised = (row[k] - mu) * rs, dn = d[k] * weight[k];
@@ -804,7 +845,7 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
         for (int i = 0; i < ROW_VECS; i++) {
             int c = (i * threads + t) * VEC;
             if (!inside || c >= C) continue;
-            if (!LOAD_ONCE) load_row(i, c);
+            if (!KEEP_ROW) load_row(i, c);
             Floats d = output_gradient(i), row = widen(xs[i]), weight = widen(load_constant(w + c)), dx;
             for (int k = 0; k < VEC; k++)
                 dx[k] = rs * (d[k] * weight[k] - mean_dn - (row[k] - mu) * rs * mean_dot);
@@ -825,30 +866,25 @@ __global__ void __launch_bounds__(ROW_WARPS* WARP)
                 }
         }
     }
-    constexpr int SUMS = BIAS ? 3 : 2;
-    __shared__ __align__(16) float part[ROW_WARPS * WARP * VEC];
-#pragma unroll
-    for (int i = 0; i < ROW_VECS; i++)
-        for (int which = 0; which < SUMS; which++) {
-            int c = (i * threads + t) * VEC;
-            __syncthreads();
-            for (int k = 0; k < VEC; k++)
-                part[threadIdx.x * VEC + k] = which == 0   ? dw[i][k]
-                                              : which == 1 ? db[i][k]
-                                                           : dbias(i, k)[k % 4];
-            __syncthreads();
-            if (group > 0 || c >= C) continue;
-            Floats total = {};
-            for (int g = 0; g < groups; g++)
-                for (int k = 0; k < VEC; k++) total[k] += part[(g * threads + t) * VEC + k];
-            store_floats(partials + ((size_t)blockIdx.x * SUMS + which) * C + c, total);
-        }
+    store_group_sums<BIAS ? 3 : 2>(partials, C, threads, [&](int which, int i, int k) {
+        return which == 0 ? dw[i][k] : which == 1 ? db[i][k] : dbias(i, k)[k % 4];
+    });
 }
 
+constexpr int BACKWARD_WARPS = 8;  // fewest warps of a block
 inline int layernorm_backward_blocks() { return 2 * multiprocessors(); }
-// Floats of scratch that layernorm_backward needs.
-inline size_t layernorm_backward_scratch(size_t C) {
-    return (switches.bias_in_kernels ? 3 : 2) * C * layernorm_backward_blocks();
+// Floats of scratch that layernorm_backward needs; bias: with dbias.
+inline size_t layernorm_backward_scratch(size_t C, bool bias) {
+    return (bias ? 3 : 2) * C * layernorm_backward_blocks();
+}
+// Bytes of dynamic shared memory that its kernel needs for the sums of dbias.
+inline size_t layernorm_bias_smem(const Rows& rows) {
+    return rows.threads() * ROW_VECS * VEC * sizeof(float);
+}
+// Allows the kernel this memory. To be called once per device before layernorm_backward with dbias, and not
+// while a graph is captured.
+inline void layernorm_init(size_t C) {
+    allow_smem(layernorm_backward_kernel<true>, layernorm_bias_smem(row_layout(C, BACKWARD_WARPS)));
 }
 
 // cpu::layernorm_backward. dresid becomes the gradient of dy through LayerNorm, with its own former values as
@@ -857,11 +893,10 @@ inline size_t layernorm_backward_scratch(size_t C) {
 // branch, summed before it is rounded to floatX.
 inline void layernorm_backward(const LayerNormBackward& args, size_t M, size_t T, size_t C, Dropout drop,
                                cudaStream_t s) {
-    Rows rows = row_layout(C, 8);
+    Rows rows = row_layout(C, BACKWARD_WARPS);
     size_t blocks = std::min<size_t>(layernorm_backward_blocks(), ceil_div(M, rows.block));
-    size_t smem = args.dbias ? rows.threads() * ROW_VECS * VEC * sizeof(float) : 0;
+    size_t smem = args.dbias ? layernorm_bias_smem(rows) : 0;
     auto kernel = args.dbias ? layernorm_backward_kernel<true> : layernorm_backward_kernel<false>;
-    if (smem) allow_smem(kernel, smem);
     launch(kernel, dim3((unsigned)blocks), rows.threads(), smem, s, args.dresid, args.masked, args.scratch,
            args.dy, args.residual, args.x, args.mean, args.rstd, args.w, M, T, (int)C, drop, rows.warps);
     add_partials(args.dw, args.db, args.dbias, args.scratch, (int)blocks, C, s);
@@ -918,7 +953,7 @@ inline void with_head_size(size_t hs, F f) {
 struct AttentionBackward {
     floatX* dqkv = nullptr;                       // (B,T,3C), written
     float* dbias = nullptr;                       // (3C) or null, += column sums of dqkv
-    float* scratch = nullptr;                     // attention_backward_scratch() floats, 16-byte aligned
+    float* scratch = nullptr;                     // attention_backward_scratch floats, 16-byte aligned
     const floatX* dout = nullptr;                 // (B,T,C), the gradient of out
     const floatX *qkv = nullptr, *out = nullptr;  // (B,T,3C) and (B,T,C): what forward read and wrote
     const float* lse = nullptr;                   // (B,NH,T), which forward wrote
@@ -939,7 +974,7 @@ struct Head {
 };
 
 // Where a block writes column sums of its tile of dQ, dK or dV (which = 0, 1, 2): HS floats of row
-// b tiles + tile of partials (B tiles, 3C), which add_partials adds up. Null without partials.
+// b gridDim.y + blockIdx.y of partials (B gridDim.y, 3C), which add_partials adds up. Null without partials.
 template <int HS>
 __device__ inline float* bias_part(float* partials, const Head<HS>& head, int NH, int which) {
     if (!partials) return nullptr;
@@ -1170,8 +1205,8 @@ __device__ inline void store_rows(floatX* to, int stride, int valid, const Accum
 }
 
 // Column sums of the rows of all warps, each 16 M_FRAGS, to HS floats, in the order of the warps. All threads
-// call it; stage is shared memory for HS floats of each warp that nobody reads any more after a barrier. Rows
-// past T are zero and do not count. Where `to` is null nothing happens.
+// call it. stage: shared memory for HS floats per warp. It may still be in use when this is called; the first
+// barrier waits for that. Rows past T are zero and do not count. Where `to` is null nothing happens.
 template <int HS, int M_FRAGS>
 __device__ inline void store_column_sums(float* to, const Accumulators<M_FRAGS, HS / 8>& acc, void* stage) {
     if (!to) return;
@@ -1603,7 +1638,8 @@ __global__ void __launch_bounds__(Shape::THREADS)
                  *head_dout = dout + head.out_offset;
     size_t stride = head.qkv_stride;
     stats += head.index * stats_rows(T);
-    dq_parts += (head.index * dq_rows(T, KEYS) + dq_part(blockIdx.y, T, KEYS)) * HS;
+    if constexpr (Shape::FIVE_PRODUCTS)
+        dq_parts += (head.index * dq_rows(T, KEYS) + dq_part(blockIdx.y, T, KEYS)) * HS;
     KeyMemory<Shape> smem(dynamic_smem);
     auto prefetch = [&](int step) {
         int q0 = step * QUERIES;
@@ -1893,7 +1929,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1)
                 *head_dout = dout + head.out_offset;
     size_t stride = head.qkv_stride;
     stats += head.index * stats_rows(T);
-    dq_parts += (head.index * dq_rows(T, ROWS) + dq_part(blockIdx.y, T, ROWS)) * HS;
+    if constexpr (Shape::FIVE_PRODUCTS)
+        dq_parts += (head.index * dq_rows(T, ROWS) + dq_part(blockIdx.y, T, ROWS)) * HS;
     int ty = threadIdx.x / 16, tx = threadIdx.x % 16,
         k0 = blockIdx.y * ROWS;  // the keys that the most queries see begin first
     float scale = rsqrtf((float)HS), scale_log2 = scale * LOG2E;
@@ -2039,22 +2076,23 @@ inline void attention_forward(floatX* out, float* lse, const floatX* qkv, size_t
 }
 
 // Floats of the row statistics of all heads; and floats of scratch that attention_backward needs: these, with
-// five products the parts of dQ, and where it sums the biases' gradients, a row for each tile of dQKV. None
-// of these numbers depends on the device.
+// five products the parts of dQ, and with dbias (`bias`) a row of column sums for each tile of dQKV. None of
+// these numbers depends on the device.
 inline size_t row_stats_floats(size_t B, size_t T, size_t NH) {
     return B * NH * stats_rows(T) * (sizeof(RowStats) / sizeof(float));
 }
-inline size_t attention_backward_scratch(size_t B, size_t T, size_t C, size_t NH) {
+inline size_t attention_backward_scratch(size_t B, size_t T, size_t C, size_t NH, bool bias) {
     size_t n = row_stats_floats(B, T, NH);
     with_head_size(C / NH, [&](auto hs) {
         constexpr size_t ROWS = BackwardShape<decltype(hs)::value, 16, true>::ROWS;
         if (switches.five_products) n += B * C * dq_rows(T, ROWS);
-        if (switches.bias_in_kernels) n += B * ceil_div(T, ROWS) * 3 * C;
+        if (bias) n += B * ceil_div(T, ROWS) * 3 * C;
     });
     return n;
 }
 
-// cpu::Attention::backward, and gemm::bias_gradient of its result, summed before it is rounded to floatX.
+// cpu::Attention::backward. With dbias also dbias += column sums of dqkv, taken before dqkv is rounded to
+// floatX.
 inline void attention_backward(const AttentionBackward& args, size_t B, size_t T, size_t C, size_t NH,
                                const Dropout& drop, cudaStream_t s) {
     with_backward_shape(C / NH, [&](auto shape) {
@@ -2063,8 +2101,8 @@ inline void attention_backward(const AttentionBackward& args, size_t B, size_t T
         dim3 grid(B * NH, ceil_div(T, Shape::ROWS));
         RowStats* stats = (RowStats*)args.scratch;
         float* dq_parts = args.scratch + row_stats_floats(B, T, NH);
-        float* partials = dq_parts + (Shape::FIVE_PRODUCTS ? B * C * dq_rows(T, Shape::ROWS) : 0);
-        if (!args.dbias) partials = nullptr;
+        const size_t dq_floats = Shape::FIVE_PRODUCTS ? B * C * dq_rows(T, Shape::ROWS) : 0;
+        float* partials = args.dbias ? dq_parts + dq_floats : nullptr;
         if constexpr (Shape::FIVE_PRODUCTS)
             launch(attention_row_stats_kernel<HS>, dim3(B * NH, stats_rows(T) / STATS_ROWS), 4 * STATS_ROWS,
                    0, s, stats, args.dout, args.out, args.lse, T, NH);
@@ -2116,16 +2154,20 @@ inline void gelu_forward(floatX* y, const floatX* x, size_t n, int activation, c
     launch(gelu_forward_kernel, dim3((unsigned)ceil_div(n, 256 * VEC)), 256, 0, s, y, x, n, activation);
 }
 
+// d *= gelu'(x).
+__device__ inline void multiply_by_gelu_derivative(Floats& d, const Floats& x, int activation) {
+    for (int k = 0; k < VEC; k++) {
+        float derivative;
+        gelu(x[k], &derivative, activation);
+        d[k] *= derivative;
+    }
+}
 __global__ void __launch_bounds__(256)
     gelu_backward_kernel(floatX* d, const floatX* x, size_t n, int activation) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
     if (i >= n) return;
     Floats f = widen(load_once(x + i)), g = widen(load_once(d + i));
-    for (int k = 0; k < VEC; k++) {
-        float derivative;
-        gelu(f[k], &derivative, activation);
-        g[k] *= derivative;
-    }
+    multiply_by_gelu_derivative(g, f, activation);
     store(d + i, narrow(g));
 }
 // simd::gelu_backward. d *= gelu'(x), n values, a multiple of 8.
@@ -2161,9 +2203,9 @@ inline void bias_gelu_forward(floatX* pre, floatX* out, const floatX* bias, size
            N, activation);
 }
 
-// Partial column sums, partials (gridDim.y, N). A block owns 32 vectors of columns, and of the groups of
-// BIAS_WARPS rows every gridDim.y-th. With GELU each dY is first multiplied by gelu'(x). A thread loads
-// several rows before it stores the first, as the compiler moves no load above that store.
+// Partial column sums, partials (gridDim.y, N). Block (x, y) sums 32 vectors of columns over every
+// gridDim.y-th group of BIAS_WARPS rows, beginning with group y. With GELU each dY is first multiplied by
+// gelu'(x). A thread loads BIAS_LOADS rows before it stores the first (see load_bits).
 constexpr int BIAS_WARPS = 8, BIAS_LOADS = 4;
 template <bool GELU>
 __global__ void __launch_bounds__(BIAS_WARPS* WARP)
@@ -2188,12 +2230,7 @@ __global__ void __launch_bounds__(BIAS_WARPS* WARP)
                 if (m + i * step >= M) continue;
                 Floats d = widen(d_bits[i]);
                 if constexpr (GELU) {
-                    Floats f = widen(x_bits[i]);
-                    for (int k = 0; k < VEC; k++) {
-                        float derivative;
-                        gelu(f[k], &derivative, activation);
-                        d[k] *= derivative;
-                    }
+                    multiply_by_gelu_derivative(d, widen(x_bits[i]), activation);
                     store(dY + (m + i * step) * N + c, narrow(d));
                 }
                 for (int k = 0; k < VEC; k++) sum[k] += d[k];
@@ -2254,8 +2291,8 @@ __device__ inline Floats logits_at(int4 bits, size_t v, size_t V) {
 
 // A block computes rows blockIdx.x, blockIdx.x + gridDim.x, ... It reads a row twice: first for the maximum
 // and the sum of exponentials together (online softmax, Milakov and Gimelshein 2018), then from its end back
-// to its start, which finds more of it in the caches, for the gradient. A thread loads several vectors before
-// it uses or stores the first: the compiler moves no load above a store to the same row.
+// to its start, which finds more of it in the caches, for the gradient. A thread loads LOGIT_LOADS vectors
+// before it uses or stores the first (see load_bits).
 constexpr int LOGIT_LOADS = 4;
 __global__ void __launch_bounds__(512)
     cross_entropy_kernel(float* losses, floatX* logits, const int* targets, size_t rows, size_t V, size_t Vp,
@@ -2310,9 +2347,9 @@ __global__ void __launch_bounds__(512)
         }
     }
 }
-// The blocks of that kernel: one a row; or with the switch as many as keep the rows that are computed at once
-// within half of the L2 cache, so that the second read finds them there, and at least one a multiprocessor.
-// Half, because between the two reads of a value other blocks finish their row and begin the next.
+// Number of blocks: one per row. With the switch rows_in_l2, as many as keep their rows within half of the L2
+// cache, so that the second read finds them there, but at least one per multiprocessor. Half, because between
+// the two reads of a value other blocks finish their row and begin the next.
 inline size_t cross_entropy_blocks(size_t rows, size_t row_bytes) {
     if (!switches.rows_in_l2) return rows;
     int l2_bytes;
@@ -2753,7 +2790,7 @@ class Matmul {
         run_plain(INPUT_GRADIENT, M, K, N, {W, dY, dX, false});
     }
     // dX (M,K) = (dY W) gelu'(pre): the gradient of the GELU's input, pre. db (K) += column sums of dX,
-    // unless null.
+    // unless null. The first way takes these sums before dX is rounded to floatX, the second after that.
     void input_gradient_gelu(floatX* dX, float* db, const floatX* dY, const floatX* W, const floatX* pre,
                              size_t M, size_t K, size_t N, int activation) {
         const std::string what =
@@ -3027,8 +3064,9 @@ struct Workspace {
         if (!trains) return;
         dresid = a.take<floatX>(M, C), dbranch = a.take<floatX>(M, C);
         dqkv = dfch = a.take<floatX>(M, 4 * C);
-        layernorm = a.take<float>(layernorm_backward_scratch(C));
-        attention = a.take<float>(attention_backward_scratch(B, T, C, c.NH));
+        const bool in_kernels = switches.bias_in_kernels;
+        layernorm = a.take<float>(layernorm_backward_scratch(C, in_kernels));
+        attention = a.take<float>(attention_backward_scratch(B, T, C, c.NH, in_kernels));
         bias = a.take<float>(Matmul::scratch(C));
     }
 };
@@ -3068,27 +3106,25 @@ struct Report {
 
 // Throws Error, with one line for people, where this machine has no GPU that this program can use.
 inline void require_gpu() {
-    const char* other = "./train_gpt2 trains on the CPU";
     int count = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status == cudaErrorInsufficientDriver) {
         int driver = 0, runtime = 0;
         cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
-        if (!driver) fail("no NVIDIA driver on this machine; %s", other);
+        if (!driver) fail("no NVIDIA driver on this machine; %s", WITHOUT_GPU);
         fail(
             "the NVIDIA driver supports CUDA up to %d.%d, this program was built with %d.%d: update the "
-            "driver; "
-            "%s",
-            driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, other);
+            "driver; %s",
+            driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, WITHOUT_GPU);
     }
     if (status == cudaErrorNoDevice || (status == cudaSuccess && !count))
-        fail("no NVIDIA GPU on this machine; %s", other);
+        fail("no NVIDIA GPU on this machine; %s", WITHOUT_GPU);
     if (status != cudaSuccess)
-        fail("no usable GPU: %s (%s); %s", cudaGetErrorString(status), cudaGetErrorName(status), other);
+        fail("no usable GPU: %s (%s); %s", cudaGetErrorString(status), cudaGetErrorName(status), WITHOUT_GPU);
     const cudaDeviceProp p = device_properties();
     if (p.major < 8)
         fail("%s has compute capability %d.%d, wanted 8.0 (Ampere) or later; %s", p.name, p.major, p.minor,
-             other);
+             WITHOUT_GPU);
 }
 
 // Makes the GPU with this number the process's own: nvidia-smi's number, unless CUDA_VISIBLE_DEVICES leaves
@@ -3289,7 +3325,7 @@ struct GPT2 {
     static constexpr const char* PROGRAM = gpu::PROGRAM;
     static constexpr Dtype DEFAULT_DTYPE = BUILD_DTYPE;
     static constexpr size_t PIECE = 4 << 20;  // floats that are copied at once through pinned memory
-    // Most logits held at once: 256 MiB in bf16; and with the switch large_head, where memory is left.
+    // Most logits held at once: 256 MiB in bf16, and with the switch large_head up to 2 GiB.
     static inline size_t head_logits = (size_t)1 << 27, large_head_logits = (size_t)1 << 30;
 
     static void require_device() { require_gpu(); }
@@ -3328,9 +3364,9 @@ struct GPT2 {
     }
     static void check_precision(Precision precision) {
         if (precision.dtype == BUILD_DTYPE) return;
-        throw UsageError(strf(
-            "--dtype: this program computes in %s; the other is built by: make train_gpt2cu PRECISION=%s",
-            BUILD_DTYPE == BF16 ? "bf16" : "fp32", BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
+        throw UsageError(
+            strf("--dtype: this program computes in %s; the other is built by: make %s PRECISION=%s",
+                 BUILD_DTYPE == BF16 ? "bf16" : "fp32", PROGRAM, BUILD_DTYPE == BF16 ? "FP32" : "BF16"));
     }
     static std::unique_ptr<Comm> open_ranks(const RankOptions& o) { return gpu::open_ranks(o); }
     // Free bytes of this rank's GPU, less what CUDA itself will allocate for kernels and graphs.
@@ -3339,10 +3375,12 @@ struct GPT2 {
         CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total));
         return free_bytes - free_bytes / 32;
     }
-    // With the switch large_head it depends on free memory, and all ranks must call it.
+    // With the switch large_head it depends on free memory, and all ranks must call it. The next constructor
+    // then plans with the same free memory, and so takes what this said.
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
                                   Precision precision = {BUILD_DTYPE}, const Ranks& ranks = {}) {
-        return plan(c, B, T, trains, recompute, precision, ranks).need;
+        large_head_memory_ = large_head_memory(trains, precision, ranks);
+        return plan(c, B, T, trains, recompute, precision, ranks, large_head_memory_).need;
     }
 
     // recompute: see Activations::place.
@@ -3350,7 +3388,9 @@ struct GPT2 {
          Precision precision = {BUILD_DTYPE}, const Ranks& ranks_ = {})
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), ranks(ranks_) {
         check_precision(precision);
-        const auto [need, rows] = plan(c, B, T, trains, recompute, precision, ranks);
+        const size_t for_head =
+            large_head_memory(trains, precision, ranks, std::exchange(large_head_memory_, 0));
+        const auto [need, rows] = plan(c, B, T, trains, recompute, precision, ranks, for_head);
         size_t M = B * T;
         head_rows_ = rows;
         weights_.allocate(need.params + need.grads);
@@ -3375,7 +3415,7 @@ struct GPT2 {
             slot.memory.allocate(Batch::bytes(M));
             slot.batch = Batch(slot.memory.p, M);
         }
-        attention_init(c.hs());
+        layernorm_init((size_t)c.C), attention_init((size_t)c.hs());
         matmul_ = std::make_unique<Matmul>(mem_.work.products, mem_.work.bias, stream.stream,
                                            precision.deterministic);
         if (M) choose_products(M, precision.deterministic);
@@ -3501,27 +3541,38 @@ struct GPT2 {
     Matmul& matmul() { return *matmul_; }
 
   private:
-    // Rows that the head computes at a time, of M: parts of equal length, with about `most` rows at most.
+    // Rows that the head computes at a time, of M: parts of equal length, at most `most` rows rounded up to a
+    // multiple of 8.
     static size_t equal_parts(size_t M, size_t most) {
         size_t parts = std::max<size_t>(ceil_div(M, std::max<size_t>(most, 1)), 1);
         return std::min(M, round_up(ceil_div(M, parts), 8));
     }
-    // The same in a pass over M rows, and no more than memory holds: 24 rows in one part may be allowed, but
-    // 26 are two of 16.
-    size_t head_rows(size_t M) const { return std::min(head_rows_, equal_parts(M, head_rows_)); }
+    // The same in a pass over M rows. It is at most head_rows_: that is a multiple of 8, or the largest M.
+    size_t head_rows(size_t M) const { return equal_parts(M, head_rows_); }
 
     // What each arena needs, and the rows of logits in memory.
     struct Plan {
         MemoryNeed need;
         size_t head_rows;
     };
-    // The head holds head_logits at once. With the switch large_head it holds more, up to large_head_logits,
-    // if these take at most half of the memory that is left for them on the rank that has the least, so that
-    // ranks decide alike; the keys and values of a poem, which the trainer writes, have their place first.
-    // The number of the head's parts decides the order in which dwte is summed, and so its last bits, which
-    // then depend on what else is in the GPU's memory. So with `deterministic` there are head_logits.
+    // The memory that a large head counts on: `measured` bytes or, where that is 0, those that are free now
+    // on the rank that has the least, so that ranks decide alike. 0 where there is no large head: without the
+    // switch, in a model that does not train, and with `deterministic`, because the number of the head's
+    // parts decides the order in which dwte is summed, and so its last bits.
+    static size_t large_head_memory(bool trains, Precision precision, const Ranks& ranks,
+                                    size_t measured = 0) {
+        if (!switches.large_head || !trains || precision.deterministic) return 0;
+        if (measured) return measured;
+        size_t have = memory_available();
+        if (ranks.several())
+            for (size_t other : ranks.comm->gather(have)) have = std::min(have, other);
+        return have;
+    }
+    // The head holds head_logits at once. With `for_head` bytes of memory for a large head (not 0) it holds
+    // more, up to large_head_logits, if these take at most half of what is left of them; the keys and values
+    // of a poem, which the trainer writes, have their place first.
     static Plan plan(const Config& c, size_t B, size_t T, bool trains, int recompute, Precision precision,
-                     const Ranks& ranks) {
+                     const Ranks& ranks, size_t for_head) {
         check_sizes(c, T);
         const size_t M = checked_mul(B, T, "batch size x sequence length");
         auto with = [&](size_t logits) {
@@ -3529,12 +3580,9 @@ struct GPT2 {
             return Plan{need_with(rows, c, B, T, trains, recompute, precision, ranks), rows};
         };
         const Plan usual = with(head_logits);
-        if (!switches.large_head || !trains || precision.deterministic) return usual;
-        size_t have = memory_available();
-        if (ranks.several())
-            for (size_t other : ranks.comm->gather(have)) have = std::min(have, other);
-        const size_t taken = usual.need.total() + key_value_bytes(c, 1, T),
-                     most = usual.need.total() + (have > taken ? (have - taken) / 2 : 0);
+        const size_t taken = usual.need.total() + key_value_bytes(c, 1, T);
+        if (for_head <= taken) return usual;
+        const size_t most = usual.need.total() + (for_head - taken) / 2;
         for (size_t logits = large_head_logits; logits > head_logits; logits /= 2)
             if (const Plan larger = with(logits); larger.need.total() <= most) return larger;
         return usual;
@@ -3563,17 +3611,14 @@ struct GPT2 {
         if (!attention_head_size_ok(c.hs())) {
             std::string sizes;
             for (int hs : HEAD_SIZES) sizes += strf("%s%d", sizes.empty() ? "" : ", ", hs);
-            fail(
-                "model: the head size, channels / heads, is %d, the GPU trainer supports %s; ./train_gpt2 "
-                "supports "
-                "any",
-                c.hs(), sizes.c_str());
+            fail("model: the head size, channels / heads, is %d, %s supports %s; %s supports any", c.hs(),
+                 PROGRAM, sizes.c_str(), CPU_PROGRAM);
         }
         if ((size_t)c.C > MAX_CHANNELS)
-            fail("model: C is %d, the GPU trainer supports at most %zu; ./train_gpt2 supports any", c.C,
-                 MAX_CHANNELS);
+            fail("model: C is %d, %s supports at most %zu; %s supports any", c.C, PROGRAM, MAX_CHANNELS,
+                 CPU_PROGRAM);
         if (c.Vp % 8)
-            fail("model: Vp is %d, the GPU trainer needs a multiple of 8; ./train_gpt2 supports any", c.Vp);
+            fail("model: Vp is %d, %s needs a multiple of 8; %s supports any", c.Vp, PROGRAM, CPU_PROGRAM);
         if (T > (size_t)c.maxT) fail("model: supports at most %d tokens of context, not %zu", c.maxT, T);
     }
 
@@ -3676,7 +3721,8 @@ struct GPT2 {
     }
     NcclComm& nccl() const { return *static_cast<NcclComm*>(ranks.comm); }
     bool grover() const { return cfg.arch == GROVER_ARCH; }
-    // Where the product of a weight's gradient adds the bias's, and where another kernel does: one is null.
+    // A bias's gradient goes either to the product of the weight's gradient or, with bias_in_kernels, to the
+    // kernel that computes the summed values. The other one gets null.
     static float* by_product(float* db) { return switches.bias_in_kernels ? nullptr : db; }
     static float* by_kernel(float* db) { return switches.bias_in_kernels ? db : nullptr; }
     Dropout drop(rng::Stream site, size_t layer) const {
@@ -4103,7 +4149,8 @@ struct GPT2 {
     static constexpr size_t SLOTS = 2;
     DeviceMemory weights_, optimizer_, activations_;
     size_t weight_bytes_ = 0, activation_bytes_ = 0;
-    size_t head_rows_ = 0;  // rows of the logits in memory
+    size_t head_rows_ = 0;                        // rows of the logits in memory
+    static inline size_t large_head_memory_ = 0;  // measured by memory_need() for the next constructor, or 0
     PinnedMemory staging_, report_;
     Memory mem_;
     const Sharding sharding_ = ranks.sharding();

@@ -480,6 +480,8 @@ KERNEL_ROWS = [
     ("attention_forward", ["attention_forward"]),
     ("attention_backward_query", ["attention_backward dQ"]),
     ("attention_backward_key", ["attention_backward dK dV"]),
+    ("attention_row_stats", ["attention_row_stats"]),
+    ("attention_add_dq", ["attention_add_dq"]),
     ("cross_entropy", ["cross_entropy"]),
     ("sum_losses", ["sum_losses"]),
     ("layernorm_backward", ["layernorm_backward", "layernorm_backward (last)"]),
@@ -512,19 +514,22 @@ def rows_of(name, C, Vp):
     return [name]
 
 
-def lower_bounds(record, peak, bandwidth):
-    """From dev/bench/roofline.py: {row: (FLOPs, bytes, seconds, launches)} of a step."""
+def lower_bounds(record, gpu):
+    """From dev/bench/roofline.py: {row: (FLOPs, bytes, seconds, launches)} of a step with the record's shapes
+    on a GPU with these peak_flops, bandwidth and multiprocessors."""
     sys.path.insert(0, os.path.join(ROOT, "dev", "bench"))
     roofline = importlib.import_module("roofline")
     roofline.VP, roofline.MAX_T = record["vocabulary"], record["seq_len"]
+    roofline.MULTIPROCESSORS = gpu["multiprocessors"]
     model = dict(L=record["layers"], NH=record["heads"], C=record["channels"])
-    return {k.name: (k.flops, k.bytes, max(k.flops / peak, k.bytes / bandwidth), k.launches)
+    return {k.name: (k.flops, k.bytes, max(k.flops / gpu["peak_flops"], k.bytes / gpu["bandwidth"]),
+                     k.launches)
             for k in roofline.arapoet(model, record["batch"], record["seq_len"])}
 
 
-def kernel_table(record, peak, bandwidth):
+def kernel_table(record, gpu):
     """Rows of the step, the longest first: measured times, and lower bounds where roofline.py has the row."""
-    bounds, rows = lower_bounds(record, peak, bandwidth), {}
+    bounds, rows = lower_bounds(record, gpu), {}
     for k in record["kernels"]:
         parts = rows_of(k["name"], record["channels"], record["vocabulary"])
         row = rows.setdefault(parts[0], {"name": parts[0], "launches": 0, "ms": 0.0, "kernels": []})
@@ -547,7 +552,7 @@ def kernels(check, stage):
         found, problem = check.bench("bench_gpu_bf16", "--model", "gpt2", "--batches", str(check.batch),
                                      "--kernels")
         record, gpu = only(found, problem, "kernels"), only(found, problem, "device")
-        rows = kernel_table(record, gpu["peak_flops"], gpu["bandwidth"])
+        rows = kernel_table(record, gpu)
         return {"batch": record["batch"], "step_ms": record["step_ms"], "rows": rows,
                 "sum_ms": round(sum(row["ms"] for row in rows), 4),
                 "bound_ms": round(sum(row.get("bound_ms", 0) for row in rows), 4),

@@ -1785,6 +1785,8 @@ TEST_CASE("cli gpu: sample_gpt2cu writes sample_gpt2's text, and names what it c
     const std::string model = d / "run/model.bin", flags = "-e " + model + " --tokens 40 --ignore_end ";
     check_success(train("--data " + tiny().data + GPU_MODEL +
                         "--max_steps 40 --learning_rate 0.01 --warmup_steps 0 -o " + (d / "run")));
+    const std::string other = d / "other/model.bin";  // of head size 8
+    check_success(train("--data " + tiny().data + GPU_MODEL + "--heads 8 --max_steps 1 -o " + (d / "other")));
     auto sample_gpu = [&](const std::string& program, const std::string& more, const std::string& prompt) {
         Strings w = words(beside(program) + " " + more);
         w.push_back("--prompt"), w.push_back(prompt);
@@ -1814,7 +1816,8 @@ TEST_CASE("cli gpu: sample_gpt2cu writes sample_gpt2's text, and names what it c
         {"-e " + model + " --dtype fp32", "", "", "", 2, {"--dtype", "bf16", "make sample_gpt2cu PREC"}},
         {"-e " + model + " --threads 2", "", "", "", 2, {"--threads"}},
         {"-e " + model + " --device 1", "", "", "", 1, {"--device 1", "numbered from 0"}},
-        {"-e " + model, "", "EMU_DEVICES", "0", 1, {"no NVIDIA GPU"}},
+        {"-e " + model, "", "EMU_DEVICES", "0", 1, {"no NVIDIA GPU", "./sample_gpt2 writes"}},
+        {"-e " + other, "", "", "", 1, {"is 8,", "sample_gpt2cu supports 32,", "./sample_gpt2 supports any"}},
         {"-e " + model, "", "EMU_MEMORY_MB", "1", 1, {"the model needs", "iB", "./sample_gpt2 "}},
         {"-e " + model + " --num 4000", "", "EMU_MEMORY_MB", "8", 1, {"4000 texts", "iB", "fewer at once"}},
     };

@@ -48,7 +48,7 @@ struct Shape {
     std::string text() const { return strf("B %zu, T %zu, %zu heads of %zu", B, T, NH, hs); }
 };
 struct Results {
-    Values out, lse, dqkv, dbias;  // dbias: empty where the kernels do not sum it
+    Values out, lse, dqkv, dbias;  // dbias: empty where it is not computed
 };
 struct Inputs {
     Values qkv, dout;
@@ -56,29 +56,20 @@ struct Inputs {
         : qkv(normals_x(s.M() * 3 * s.C(), s.T)), dout(normals_x(s.M() * s.C(), s.hs + 1000)) {}
 };
 
-// Sets the switches of the backward pass as long as it lives.
-struct UseWay {
-    gpu::Switches before = gpu::switches;
-    explicit UseWay(bool five_products, bool bias = false) {
-        gpu::switches.five_products = five_products, gpu::switches.bias_in_kernels = bias;
-    }
-    ~UseWay() { gpu::switches = before; }
-    UseWay(const UseWay&) = delete;
-    UseWay& operator=(const UseWay&) = delete;
-};
 const char* way_name() { return gpu::switches.five_products ? "attention by 5 products, " : "attention, "; }
 
-Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
+// bias: computes dbias too, which begins at 0.5.
+Results on_gpu(const Shape& s, const Inputs& in, Masks& masks, bool bias = false) {
     std::vector<Values> r = repeatable([&] {
         Fenced<floatX> qkv(in.qkv), dout(in.dout), out(s.M() * s.C()), dqkv(in.qkv.size());
         Fenced<float> lse(s.B * s.NH * s.T), dbias(Values(3 * s.C(), 0.5f)),
-            scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH));
+            scratch(gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH, bias));
         gpu::attention_init(s.hs);
         gpu::attention_forward(out, lse, qkv, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
         gpu::AttentionBackward args;
         args.dqkv = dqkv, args.scratch = scratch, args.dout = dout;
         args.qkv = qkv, args.out = out, args.lse = lse;
-        if (gpu::switches.bias_in_kernels) args.dbias = dbias;
+        if (bias) args.dbias = dbias;
         gpu::attention_backward(args, s.B, s.T, s.C(), s.NH, masks.gpu(), STREAM);
         return std::vector<Values>{out.values(), lse.values(), dqkv.values(), scratch.values(),
                                    dbias.values()};
@@ -88,7 +79,7 @@ Results on_gpu(const Shape& s, const Inputs& in, Masks& masks) {
         r[3].begin() + (gpu::switches.five_products ? 0 : (long)gpu::row_stats_floats(s.B, s.T, s.NH));
     CHECK_MESSAGE(std::none_of(first, r[3].end(), [](float x) { return std::isnan(x); }),
                   "scratch that is not used: ", s.text());
-    return {r[0], r[1], r[2], gpu::switches.bias_in_kernels ? r[4] : Values()};
+    return {r[0], r[1], r[2], bias ? r[4] : Values()};
 }
 
 Results on_cpu(const Shape& s, const Inputs& in, const Masks& masks) {
@@ -113,9 +104,10 @@ Values third(const Values& x, size_t C, size_t which) {
 // below shows that no other error is added.
 constexpr double GRADIENT_TOLERANCE = (gpu::BUILD_DTYPE == BF16 ? 2 : 1) * X_TOLERANCE;
 
-// The third `which` of dbias, to which the kernel added the column sums of d (M,C). The error is relative to
-// d's size, not to the sums': those of dK cancel out, since a number added to all scores of a query changes
-// nothing. The sum of a few errors may be larger than the root of their squares; hence half as much again.
+// Part `which` (dQ, dK, dV) of dbias, to which the kernel added the column sums of d (M,C). The error is
+// relative to d's size, not to the sums': those of dK cancel out, since a number added to all scores of a
+// query changes nothing. The sum of a few errors may be larger than the root of their squares; hence half as
+// much again.
 void check_dbias(const std::string& kind, const Shape& s, size_t which, const Results& got, const Values& d) {
     std::vector<double> difference(s.C() + 1, 0.5), nothing(s.C() + 1);
     double squares = 0;
@@ -138,12 +130,16 @@ void check(const std::string& kind, const Shape& s, const Results& got, const Re
     }
 }
 
+// Checks both ways, with dbias and without. Long sequences take long: there the head size decides which of
+// the ways computes dbias.
 void check_both_ways(const Shape& s, const Inputs& in, Masks& masks) {
     Results want = on_cpu(s, in, masks);
-    for (bool five_products : {false, true}) {
-        UseWay way(five_products, five_products != (s.T % 2 == 1));
-        check(way_name(), s, on_gpu(s, in, masks), want, X_TOLERANCE, GRADIENT_TOLERANCE);
-    }
+    for (bool five_products : {false, true})
+        for (bool bias : {false, true}) {
+            if (s.T > 65 && bias != (five_products == (s.hs / 16 % 2 == 0))) continue;
+            Temporarily way(gpu::switches.five_products, five_products);
+            check(way_name(), s, on_gpu(s, in, masks, bias), want, X_TOLERANCE, GRADIENT_TOLERANCE);
+        }
 }
 
 TEST_CASE("attention: output, log-sum-exp and gradients are the CPU's, with its dropout mask") {
@@ -201,7 +197,7 @@ TEST_CASE("attention: head size 128 is the CPU's with 99 and with 227 KiB of sha
             check_both_ways(s, in, masks);
         }
         for (bool five_products : {false, true}) {
-            UseWay way(five_products);
+            Temporarily way(gpu::switches.five_products, five_products);
             smem[architecture][five_products] = backward_smem(128);
         }
     }
@@ -216,8 +212,8 @@ TEST_CASE("attention by 5 products: scratch has a row of dQ for each query and b
         size_t keys = gpu::BUILD_DTYPE == BF16 ? 128 : 64, rows = 0, floats[2];
         for (size_t query = 0; query < T; query++) rows += query / keys + 1;
         for (bool five_products : {false, true}) {
-            UseWay way(five_products);
-            floats[five_products] = gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH);
+            Temporarily way(gpu::switches.five_products, five_products);
+            floats[five_products] = gpu::attention_backward_scratch(s.B, s.T, s.C(), s.NH, false);
         }
         CHECK(floats[1] - floats[0] == s.B * s.NH * rows * s.hs);
         if (gpu::BUILD_DTYPE == BF16 && T == 1024) CHECK(rows == 4608);  // as a comment says
@@ -298,7 +294,7 @@ TEST_CASE("attention in bf16: rounding P, dS and the results explains the error"
     double tolerance = BF16_TOLERANCE / 20;
     Results want = with_bf16_roundings(s, in, masks, gpu::ForwardShape<64>::KEYS);
     for (bool five_products : {false, true}) {
-        UseWay way(five_products);
+        Temporarily way(gpu::switches.five_products, five_products);
         check(way_name() + std::string("rounded alike, "), s, on_gpu(s, in, masks), want, tolerance,
               tolerance);
     }

@@ -97,7 +97,7 @@ TEST_CASE("embedding forward is token plus position, under the CPU's dropout mas
 
 TEST_CASE("buckets list each position once, under its token, ascending; frequent tokens are marked") {
     for (size_t M : {(size_t)1, (size_t)64, (size_t)65, (size_t)582, (size_t)3000})
-        for (int V : {1, 5, 300, 50257, 1000000}) {  // one to three digits of the radix sort
+        for (int V : {1, 5, 300, 50257, 1000000}) {  // none to three digits of the radix sort
             std::vector<int> tokens = skewed_tokens(M, V, M), memory(gpu::EmbeddingBuckets::ints(M) + 1, -7);
             auto b = gpu::EmbeddingBuckets::at(memory.data(), M);
             gpu::bucket_tokens(b, tokens.data(), M);
@@ -236,8 +236,7 @@ TEST_CASE("layernorm backward: without a residual, from its input, from its outp
         for (auto [residual, p] : cases) {
             if (C > 2000 && p == 0) continue;
             const bool bias = residual != gpu::FROM_INPUT || C > 6000;  // its sums in the same kernel
-            Temporarily in_kernels(gpu::switches.bias_in_kernels, bias);
-            size_t groups = gpu::row_layout(C, 8).block, T = 3,
+            size_t groups = gpu::row_layout(C, gpu::BACKWARD_WARPS).block, T = 3,
                    M = (2 * gpu::layernorm_backward_blocks() * groups / T + 1) * T;
             Values dy = normals_x(M * C, 3), x = normals_x(M * C, 4, 2, 1), w = normals_x(C, 1, 0.3, 1),
                    before = normals_x(M * C, 5);
@@ -256,10 +255,11 @@ TEST_CASE("layernorm backward: without a residual, from its input, from its outp
             Values want_dbias = dbias;
             if (bias) gemm::bias_gradient(want_dbias.data(), want_masked.data(), M, C);
 
+            gpu::layernorm_init(C);
             auto got = repeatable([&, residual = residual, p = p] {
                 Device<floatX> dresid(before), out(M * C), dyd(dy), xd(x), wd(w);
                 Device<float> dwd(dw), dbd(db), dbiasd(dbias), mu(mean), rs(rstd),
-                    scratch(gpu::layernorm_backward_scratch(C));
+                    scratch(gpu::layernorm_backward_scratch(C, bias));
                 gpu::LayerNormBackward args;
                 args.dresid = dresid, args.masked = p > 0 ? (floatX*)out : nullptr;
                 args.dw = dwd, args.db = dbd, args.scratch = scratch;
@@ -287,7 +287,7 @@ TEST_CASE("layernorm backward may write over the gradients it reads") {
     auto run = [&](bool in_place) {
         Device<floatX> dresid(M * C), out(M * C), dyd(dy), xd(x), wd(w);
         Device<float> dw(Values(C, 0)), db(Values(C, 0)), mu(mean), rs(rstd),
-            scratch(gpu::layernorm_backward_scratch(C));
+            scratch(gpu::layernorm_backward_scratch(C, false));
         Masks masks(0.5f, rng::FCPROJ_DROPOUT);
         gpu::LayerNormBackward args;
         args.dresid = dresid, args.masked = in_place ? (floatX*)dyd : (floatX*)out;
@@ -307,7 +307,7 @@ TEST_CASE("layernorm: a NaN stays in its row, and shows in the sums over rows") 
     x[bad * C + 5] = NAN;
     Device<floatX> out(M * C), in(x), weight(w), bias(b), d(dy), dresid(M * C);
     Device<float> mu(M), rs(M), dw(Values(C, 0)), db(Values(C, 0)),
-        scratch(gpu::layernorm_backward_scratch(C));
+        scratch(gpu::layernorm_backward_scratch(C, false));
     gpu::layernorm_forward(forward_args(out, mu, rs, in, weight, bias), M, C, EPS, STREAM);
     gpu::LayerNormBackward args;
     args.dresid = dresid, args.dw = dw, args.db = db, args.scratch = scratch, args.dy = d;

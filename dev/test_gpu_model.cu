@@ -492,7 +492,14 @@ TEST_CASE("GPU model: a large head takes at most half of what is left, and compu
         gpu::GPT2 m(c, d.B, d.T, true);
         CHECK(emu::statistics().memory_now - now == least + more);
     }
-    emu::options().memory_limit = emu::statistics().memory_now + ((size_t)1 << 30);
+    const size_t now = emu::statistics().memory_now;
+    emu::options().memory_limit = now + (least + poem) * 32 / 31 + 32;
+    CHECK(need() == least);
+    emu::options().memory_limit = now + ((size_t)1 << 30);
+    {
+        gpu::GPT2 m(c, d.B, d.T, true);  // takes what memory_need() said, though more is free by now
+        CHECK(emu::statistics().memory_now - now == least);
+    }
     CHECK(need() == least + 24 * row);  // and no more than large_head_logits
     const size_t reads = need(false, false);
     gpu::switches.large_head = false;

@@ -5,15 +5,16 @@ For every kernel of train_gpt2.cu it counts the launches, the FLOPs and the byte
 the GPU's memory, and the same for llm.c's train_gpt2.cu. From that it computes a lower bound of a step's
 time, and a forecast. It writes dev/bench/ROOFLINE.md; with --check it writes nothing, and fails if the
 committed file differs. dev/bench/test_roofline.py holds launches and bytes to those of an emulated step.
+"""
+import argparse, collections, os, sys, textwrap
 
-How it counts: A tensor that a kernel reads or writes counts once per kernel, in the type it is stored in,
+# How it counts: the page's first paragraph.
+COUNTING = """A tensor that a kernel reads or writes counts once per kernel, in the type it is stored in,
 since repeated reads are served by a cache. A tensor that is updated in place counts twice. All tokens of a
 batch are taken to be different. A product of (M,K) by (K,N) takes 2MKN FLOPs. Attention counts the causal
 half where tiles above the diagonal are skipped, and the full square in llm.c without cuDNN. A kernel's lower
 bound is the longer of two times: its FLOPs at the peak rate and its bytes at the peak bandwidth. A step's
-lower bound is the sum over its kernels, so no two kernels overlap.
-"""
-import argparse, collections, os, sys, textwrap
+lower bound is the sum over its kernels, so no two kernels overlap."""
 
 BF16, FP32, FP64 = 2, 4, 8
 MODELS = {"GPT-2 124M": dict(L=12, NH=12, C=768), "GPT-2 350M": dict(L=24, NH=16, C=1024),
@@ -23,12 +24,14 @@ V, VP, MAX_T = 50257, 50304, 1024
 # Ada architecture white paper (GeForce RTX 4090, products summed in fp32).
 GPUS = {"A100": (312e12, 2.039e12), "H100": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12),
         "RTX 4090": (165.2e12, 1.008e12)}
-# Some kernels write a partial sum for each block, and have as many blocks as the GPU has room for. The
-# tables are for the 132 of an H100 SXM (NVIDIA's H100 white paper).
+# Some kernels write a partial sum for each block, and have 2 or 8 blocks per multiprocessor. The tables are
+# for the 132 of an H100 SXM (NVIDIA's H100 white paper).
 MULTIPROCESSORS = 132
-HEAD_LOGITS = 1 << 27  # held at once, as in train_gpt2.cu
+HEAD_LOGITS = 1 << 27  # held at once: GPT2::head_logits in train_gpt2.cu
 
-Kernel = collections.namedtuple("Kernel", "name launches flops bytes gemm")
+# kind: "product", "attention" or "other". It decides which share of the peak a forecast assumes; the FLOPs of
+# the others do not count.
+Kernel = collections.namedtuple("Kernel", "name launches flops bytes kind")
 
 
 def parameters(m):
@@ -52,17 +55,20 @@ class Step:
         self.P, self.MC = parameters(m), B * T * m["C"] * BF16
         self.square, self.stats = 2 * B * T * T * m["C"], 2 * B * T * FP32
 
-    def add(self, name, bytes, flops=0, launches=1, times=1, gemm=False):
-        self.kernels.append(Kernel(name, launches * times, flops * times, bytes * times, gemm))
+    def add(self, name, bytes, flops=0, launches=1, times=1, kind="other"):
+        self.kernels.append(Kernel(name, launches * times, flops * times, bytes * times, kind))
+
+    def attention(self, name, bytes, flops=0):
+        self.add(name, bytes, flops, times=self.L, kind="attention")
 
     def product(self, name, M, K, N, out, extra=0, reads_out=False, times=1):
         """out: bytes of one element of the result; extra: bytes of what else the epilogue reads or writes."""
         moved = (M * K + K * N) * BF16 + M * N * out * (2 if reads_out else 1) + extra
-        self.add(name, moved, 2 * M * K * N, times=times, gemm=True)
+        self.add(name, moved, 2 * M * K * N, times=times, kind="product")
 
     def linear_backward(self, name, K, N, gradient, extra=0, bias=0):
-        """dX = dY W and dW = dY^T X for all layers. gradient, bias: bytes of one gradient of W and of one of
-        the bias, if the product computes it. A step's first batch overwrites the gradients."""
+        """dX = dY W and dW = dY^T X for all layers. gradient, bias: bytes of one element of dW and of db;
+        bias = 0 if the product does not compute db. A step's first batch overwrites the gradients."""
         self.product(name + " dX", self.M, N, K, BF16, extra, times=self.L)
         self.product(name + " dW", N, self.M, K, gradient, N * bias, self.adds, times=self.L)
 
@@ -96,7 +102,7 @@ def arapoet_pass(s, five_products):
     s.add("embedding_forward", 2 * MC + T * C * BF16 + M * 4)
     s.add("layernorm_forward", 2 * MC + stats + 2 * C * BF16)
     s.product("qkv", M, C, 3 * C, BF16, extra=3 * C * BF16, times=L)
-    s.add("attention_forward", 4 * MC + M * s.NH * FP32, 2 * square, times=L)
+    s.attention("attention_forward", 4 * MC + M * s.NH * FP32, 2 * square)
     s.product("attproj", M, C, C, BF16, extra=C * BF16, times=L)
     s.add("residual_layernorm_forward", 4 * MC + stats + 2 * C * BF16, times=2 * L)
     s.product("fc + GELU", M, C, 4 * C, BF16, extra=4 * MC + 4 * C * BF16, times=L)
@@ -121,12 +127,12 @@ def arapoet_pass(s, five_products):
     if five_products:
         blocks = ceil_div(T, 128)  # each owns 128 keys, and writes a part of dQ of the queries that see them
         parts = s.B * C * (blocks * T - 128 * (blocks * (blocks - 1) // 2)) * FP32
-        s.add("attention_row_stats", 2 * MC + head_stats * 3 / 2, times=L)
-        s.add("attention_backward dK dV", 6 * MC + head_stats + parts, 5 * square, times=L)
-        s.add("attention_add_dq", MC + parts, times=L)
+        s.attention("attention_row_stats", 2 * MC + head_stats * 3 / 2)
+        s.attention("attention_backward dK dV", 6 * MC + head_stats + parts, 5 * square)
+        s.attention("attention_add_dq", MC + parts)
     else:
-        s.add("attention_backward dQ", 6 * MC + head_stats * 3 / 2, 3 * square, times=L)
-        s.add("attention_backward dK dV", 6 * MC + head_stats, 4 * square, times=L)
+        s.attention("attention_backward dQ", 6 * MC + head_stats * 3 / 2, 3 * square)
+        s.attention("attention_backward dK dV", 6 * MC + head_stats, 4 * square)
     s.add("embedding_backward", 2 * MC + 2 * M * C * FP32 + 2 * T * C * FP32 + 3 * M * 4,
           launches=3 if M > 64 else 2)
 
@@ -161,12 +167,12 @@ def llmc_pass(s, cudnn, recompute, gelu_fusion):
     s.add("layernorm_forward", 2 * MC + stats)
     s.product("qkv", M, C, 3 * C, BF16, times=L)
     if cudnn:
-        s.add("attention_forward_cudnn", 4 * MC + M * s.NH * FP32, 2 * square / 2, times=L)
+        s.attention("attention_forward_cudnn", 4 * MC + M * s.NH * FP32, 2 * square / 2)
     else:
         s.add("permute", 6 * MC, times=L)
-        s.add("QK^T", 2 * MC + TT, square, times=L, gemm=True)
+        s.add("QK^T", 2 * MC + TT, square, times=L, kind="product")
         s.add("softmax_forward", TT, times=L)  # reads and writes the lower triangle
-        s.add("att V", 2 * MC + TT, square, times=L, gemm=True)
+        s.add("att V", 2 * MC + TT, square, times=L, kind="product")
         s.add("unpermute", 2 * MC, times=L)
     s.product("attproj", M, C, C, BF16, times=L)
     s.add("fused_residual_forward", 4 * MC + stats, times=2 * L)
@@ -191,10 +197,10 @@ def llmc_pass(s, cudnn, recompute, gelu_fusion):
     s.linear_backward("qkv", C, 3 * C, BF16)
     s.add("matmul_backward_bias", 9 * MC, launches=8, times=L)
     if cudnn:
-        s.add("attention_backward_cudnn", 8 * MC + M * s.NH * FP32, 5 * square / 2, times=L)
+        s.attention("attention_backward_cudnn", 8 * MC + M * s.NH * FP32, 5 * square / 2)
     else:
         s.add("unpermute_backward", 2 * MC, times=L)
-        s.add("dAtt, dV, dQ, dK", 4 * TT + 8 * MC, 4 * square, launches=4, times=L, gemm=True)
+        s.add("dAtt, dV, dQ, dK", 4 * TT + 8 * MC, 4 * square, launches=4, times=L, kind="product")
         s.add("softmax_backward", 2 * TT, times=L)  # reads two lower triangles, writes a whole square
         s.add("permute_backward", 6 * MC, times=L)
     s.add("encoder_backward", 2 * MC + 2 * MC + 2 * T * C * BF16, launches=2)
@@ -239,9 +245,8 @@ def forecast(kernels, gpu):
     peak, bandwidth = GPUS[gpu]
     times = []
     for i in (0, 1):
-        def rate(k):
-            return ATTENTION[gpu][i] if k.name.startswith("attention") else PRODUCTS[i]
-        work = sum(max(k.flops / (peak * rate(k)), k.bytes / (bandwidth * MEMORY[i])) for k in kernels)
+        share = {"product": PRODUCTS[i], "attention": ATTENTION[gpu][i], "other": 1}
+        work = sum(max(k.flops / (peak * share[k.kind]), k.bytes / (bandwidth * MEMORY[i])) for k in kernels)
         times.append(work + sum(k.launches for k in kernels) * LAUNCH_GAP[i] + HOST_GAP[i])
     return times
 
@@ -256,14 +261,14 @@ def lower_bound(kernels, gpu):
 
 
 def totals(kernels):
-    other = [k for k in kernels if not k.gemm]
+    other = [k for k in kernels if k.kind != "product"]
     return dict(launches=sum(k.launches for k in kernels), flops=sum(k.flops for k in kernels),
-                gemm=sum(k.bytes for k in kernels if k.gemm), other=sum(k.bytes for k in other),
+                gemm=sum(k.bytes for k in kernels if k.kind == "product"), other=sum(k.bytes for k in other),
                 bound={g: lower_bound(kernels, g) for g in GPUS})
 
 
 def paragraph(text):
-    return [textwrap.fill(" ".join(text.split()), 110), ""]
+    return [textwrap.fill(" ".join(text.split()), 110, break_on_hyphens=False), ""]
 
 
 def table(*rows):
@@ -297,11 +302,12 @@ def totals_section():
     text = f""""Other" is everything except matrix products. llm.c as published is built with USE_CUDNN=1 and
         runs with -r 0 and -ge 0, as its scripts for 124M to 774M do. By default it is built without cuDNN,
         computes T x T attention with permute passes, and recomputes GELU (-r 1); its -ge is 0 on every GPU,
-        although its help says 2 for Hopper. Without cuDNN and with the flags that move the least (-r 0,
-        -ge 2) Arapoet's other bytes are at most {100 * worst:.0f}% of llm.c's; the goal was at most 60%. With
-        cuDNN llm.c's attention moves about as little as Arapoet's. Then Arapoet moves less because GELU and
-        the bias gradients are computed in products, and more because its gradients are fp32, not bf16. The
-        24 GB of an RTX 4090 do not hold every row; a bound does not ask."""
+        although its help says 2 for Hopper. Arapoet's other bytes are at most {100 * worst:.0f}% of those of
+        llm.c without cuDNN and with the flags that move the least (-r 0, -ge 2); the goal was at most 60%.
+        cuDNN's attention moves less than Arapoet's: its backward pass reads Q, K, V and dO once, Arapoet's
+        two kernels read them twice. Compared with llm.c as published, Arapoet also moves more because its
+        gradients are fp32, not bf16, and less because GELU and the bias gradients are computed in products.
+        The 24 GB of an RTX 4090 do not hold every row; the bounds are computed anyway."""
     return ["## Totals", "", *table(*rows), *paragraph(text)], worst
 
 
@@ -328,7 +334,7 @@ def forecast_section():
             best, worst = forecast(kernels := arapoet(m, B, 1024), g)
             rate, slow, f = B * 1024 / best, B * 1024 / worst, model_flops(m, 1024)
             five = forecast(arapoet(m, B, 1024, five_products=True), g)
-            mfu = [percents(n * slow / p, n * rate / p) if p else "has no H200"
+            mfu = [percents(n * slow / p, n * rate / p) if p else "llm.c has no H200 peak"
                    for n, p in ((f["causal"], peak), (f["llm.c"], LLMC_PEAKS.get(g)),
                                 (f["full square"], peak))]
             rows.append([name, B, g, f"{1e3 * lower_bound(kernels, g):.1f}", span(1e3 * best, 1e3 * worst),
@@ -340,14 +346,16 @@ def forecast_section():
         Attention on an A100: {percents(*a100[::-1])} of the FLOPs. FlashAttention-2 reaches 50 to 73% there
         (Dao 2023, arXiv:2307.08691, abstract). With 64 channels a head and T = 1024, its authors' newer
         kernels reach half as much with the causal mask as without (github.com/Dao-AILab/flash-attention,
-        pull request 2605, on a B200). Hence the lower end of that range, and half of it. Attention on an
-        H100 and an H200: {100 * h100[1]:.1f} to {100 * h100[0]:.0f}%, because FlashAttention-2 reaches 35% on
-        an H100; FlashAttention-3's 75% (Shah et al. 2024, arXiv:2407.08608, abstract) takes wgmma and TMA,
-        which Arapoet's kernels do not use. Attention on an RTX 4090: the A100's shares, because its
-        tensor-core instructions are the same; no published rate was found. These rates count the products
-        that are computed, in the backward pass seven, or five with the switch five_products. Gaps:
-        {LAUNCH_GAP[0] * 1e6:.0f} to {LAUNCH_GAP[1] * 1e6:.0f} us after each launch of the graph, and
-        {HOST_GAP[0] * 1e6:.0f} to {HOST_GAP[1] * 1e6:.0f} us a step in which the GPU waits for the host,
+        pull request 2605, on a B200). Hence {100 * a100[0]:.0f}% as the best case and {100 * a100[1]:.0f}%
+        as the worst. Attention on an H100 and an H200: {100 * h100[1]:.1f} to {100 * h100[0]:.0f}%, because
+        FlashAttention-2 reaches 35% on an H100; FlashAttention-3's 75% (Shah et al. 2024, arXiv:2407.08608,
+        abstract) takes wgmma and TMA, which Arapoet's kernels do not use. Attention on an RTX 4090: the
+        A100's shares, because its tensor-core instructions are the same; no published rate was found. cuDNN's
+        attention, in the forecasts for llm.c below, is assumed to reach the same shares. They are shares of
+        all products that are computed: in the backward pass seven, or five with the switch five_products and
+        in cuDNN. Gaps:
+        {LAUNCH_GAP[0] * 1e6:.0f} to {LAUNCH_GAP[1] * 1e6:.0f} us after each kernel in the graph, and per
+        step {HOST_GAP[0] * 1e6:.0f} to {HOST_GAP[1] * 1e6:.0f} us during which the GPU waits for the host,
         which the switch late_results would hide. The shares of products and bandwidth and the gaps are
         assumed without a source. `make gpu-check` measures what this forecasts."""
     return ["## Forecast", "", *table(*rows), *paragraph(text)]
@@ -356,6 +364,7 @@ def forecast_section():
 def published_section():
     rows = [["model", "GPUs", "B", "flags", "ms per step", "tokens/s on each", "MFU, llm.c's formula",
              "MFU, causal", "the forecast for llm.c, tokens/s", "the forecast for Arapoet, tokens/s"]]
+    outside = []  # of the forecast for llm.c
     for p in PUBLISHED:
         m, f, micro_steps = MODELS[p.model], model_flops(MODELS[p.model], 1024), p.tokens // (8 * p.B * 1024)
         tokens, rate = p.tokens / 8, p.tokens / 8 / p.seconds
@@ -366,21 +375,26 @@ def published_section():
                      f"{100 * f['llm.c'] * rate / LLMC_PEAKS[p.gpu]:.0f}%",
                      f"{100 * f['causal'] * rate / GPUS[p.gpu][0]:.0f}%",
                      *(span(tokens / worst, tokens / best, 0) for best, worst in forecasts)])
-    return ["## llm.c's published figures", "", *table(*rows), *paragraph("""Milliseconds and flags are those
+        low, high = (tokens / t for t in forecasts[0][::-1])
+        if not low <= rate <= high:
+            outside.append(f"{p.model}'s {rate:,.0f} tokens/s lie {'below' if rate < low else 'above'} it")
+    return ["## llm.c's published figures", "", *table(*rows), *paragraph(f"""Milliseconds and flags are those
         of scripts/run_gpt2_124M.sh, _774M.sh, _1558M.sh (commit 039904e) and _350M.sh (commit 100bba0) of
         github.com/karpathy/llm.c. Their comments give about 300 ms, 1.7 s, 2.80 s and 820 ms for a step on
         eight GPUs, the A100 and H100 SXM with 80 GB. All are built with cuDNN. Where -ge is not given it is
         0. Rates and MFU are computed here from these figures. They include the exchange of gradients among
-        the eight GPUs. The forecasts, one GPU with the same batches a step, do not. The one for llm.c shows
-        how far the assumptions can be trusted.""")]
+        the eight GPUs. The forecasts, one GPU with the same batches a step, do not. The forecast for
+        llm.c shows how far the assumptions can be trusted: {len(PUBLISHED) - len(outside)} of the
+        {len(PUBLISHED)} figures lie inside it, {" and ".join(outside)}. A part of that gap may be the
+        exchange of gradients, which the forecast leaves out.""")]
 
 
 def kernels_section(name, who, kernels):
     rows = [["kernel", "launches", "GFLOP", "MB", *(f"lower bound, {g}" for g in GPUS)]]
     for k in kernels:
         bounds = [f"{1e6 * max(k.flops / f, k.bytes / b):.0f} us" for f, b in GPUS.values()]
-        rows.append([k.name + (" (product)" if k.gemm else ""), k.launches, f"{k.flops / 1e9:.1f}",
-                     f"{k.bytes / 1e6:.1f}", *bounds])
+        name_of_row = k.name + (" (product)" if k.kind == "product" else "")
+        rows.append([name_of_row, k.launches, f"{k.flops / 1e9:.1f}", f"{k.bytes / 1e6:.1f}", *bounds])
     return [f"## {name}, B = 8: {who}", "", *table(*rows)]
 
 
@@ -388,7 +402,7 @@ def report():
     peaks = ", ".join(f"{g} {f / 1e12:.0f} TFLOP/s and {b / 1e12:.2f} TB/s" for g, (f, b) in GPUS.items())
     totals_lines, worst = totals_section()
     out = ["# The traffic budget of a GPU training step", "",
-           *paragraph(__doc__.split("\n\n")[2].split(": ", 1)[1]),
+           *paragraph(COUNTING),
            *paragraph(f"""Written by dev/bench/roofline.py (`make roofline`). Nothing of Arapoet's on this
                page is measured: it is arithmetic on the shapes, in bf16, at T = 1024, with one batch a step,
                dropout 0 and nothing recomputed. Launches and bytes of each kernel are held to those that the
@@ -401,7 +415,7 @@ def report():
         for who, flags in LLMC.items():
             out += kernels_section(name, who, llmc(m, 8, 1024, **flags))
     five = [k for k in arapoet(MODELS["GPT-2 124M"], 8, 1024, five_products=True)
-            if k.name.startswith("attention")]
+            if k.kind == "attention"]
     out += kernels_section("GPT-2 124M", "Arapoet's attention with the switch five_products", five)
     return "\n".join(out).rstrip("\n") + "\n", worst
 

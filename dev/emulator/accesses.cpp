@@ -29,7 +29,9 @@ Page& page_of(uintptr_t p) {
     if (page && number == p / PAGE) return *page;
     auto [at, is_new] = pages.try_emplace(number = p / PAGE);
     page = &at->second;
-    // Addresses of device memory are never used again, so that this stays true.
+    // Decided once for each page. That is right in count_step.cu, the only user: a model's constructor
+    // allocates all device memory before anything is counted, and the emulator never uses an address again
+    // after cudaFree. is_device() is also true of pinned host memory, which no kernel accesses.
     if (is_new && (page->is_device = is_device((const void*)p, 1))) page->marks.resize(PAGE);
     return *page;
 }
@@ -95,18 +97,20 @@ EMU_ACCESS(8)
 EMU_ACCESS(16)
 #undef EMU_ACCESS
 
-// Atomics, which are called instead of the instructions. Only host code has some, so they do not count.
-#define EMU_ATOMICS(bits, T)                                                                           \
-    T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, 5); }           \
-    void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, 5); }           \
-    T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, 5); } \
-    T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) { return __atomic_fetch_add(p, v, 5); } \
-    T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) { return __atomic_fetch_sub(p, v, 5); } \
-    int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {     \
-        return __atomic_compare_exchange_n(p, expected, v, false, 5, 5);                               \
-    }                                                                                                  \
-    int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {       \
-        return __atomic_compare_exchange_n(p, expected, v, true, 5, 5);                                \
+// Atomics, which are called instead of the instructions. Only host code has some, so they do not count. They
+// use the strictest order, whatever the caller asks for.
+constexpr int ORDER = __ATOMIC_SEQ_CST;
+#define EMU_ATOMICS(bits, T)                                                                               \
+    T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, ORDER); }           \
+    void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, ORDER); }           \
+    T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, ORDER); } \
+    T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) { return __atomic_fetch_add(p, v, ORDER); } \
+    T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) { return __atomic_fetch_sub(p, v, ORDER); } \
+    int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* expected, T v, int, int) {         \
+        return __atomic_compare_exchange_n(p, expected, v, false, ORDER, ORDER);                           \
+    }                                                                                                      \
+    int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* expected, T v, int, int) {           \
+        return __atomic_compare_exchange_n(p, expected, v, true, ORDER, ORDER);                            \
     }
 EMU_ATOMICS(8, uint8_t)
 EMU_ATOMICS(32, uint32_t)
