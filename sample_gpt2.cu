@@ -10,10 +10,13 @@ class OwningDecoder final : public Decoder {
   public:
     OwningDecoder(std::unique_ptr<gpu::GPT2> model, size_t N)
         : model_(std::move(model)), decoder_(*model_, N, (size_t)model_->cfg.maxT) {}
-    size_t length() const override { return decoder_.length(); }
+    size_t sequences() const override { return decoder_.sequences(); }
     size_t capacity() const override { return decoder_.capacity(); }
-    void reset() override { decoder_.reset(); }
-    const float* append(const int* tokens, size_t n) override { return decoder_.append(tokens, n); }
+    size_t length(size_t s = 0) const override { return decoder_.length(s); }
+    void truncate(size_t s, size_t length) override { decoder_.truncate(s, length); }
+    const float* append(const std::vector<size_t>& which, const int* tokens, size_t n) override {
+        return decoder_.append(which, tokens, n);
+    }
 
   private:
     std::unique_ptr<gpu::GPT2> model_;

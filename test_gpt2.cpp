@@ -937,8 +937,8 @@ TEST_CASE("after a step all views of a model are updated: tensors, pieces, logit
         CHECK(batch.forward(m) == batch.forward(fresh));
         m.logits(logits.data()), fresh.logits(fresh_logits.data());
         CHECK(same_bits(logits, fresh_logits));
-        const float* next = decoder.append(prompt.data(), prompt.size());
-        const float* want_next = fresh_decoder.append(prompt.data(), prompt.size());
+        const float* next = decoder.append_to_all(prompt.data(), prompt.size());
+        const float* want_next = fresh_decoder.append_to_all(prompt.data(), prompt.size());
         CHECK(!memcmp(next, want_next, (size_t)c.V * sizeof(float)));
     }
 }
@@ -1052,13 +1052,13 @@ TEST_CASE("the decoder's logits are forward's after every prefix, chunks of any 
                     Tokens next;
                     for (size_t s = 0; s < N; s++)
                         next.insert(next.end(), &batch.tokens[s * T + t], &batch.tokens[s * T + t] + n);
-                    const float* logits = decoder.append(next.data(), n);
+                    const float* logits = decoder.append_to_all(next.data(), n);
                     CHECK(decoder.length() == t + n);
                     for (size_t s = 0; s < N; s++)
                         check_close("decoder, logits", logits + s * V, &want[(s * T + t + n - 1) * V], V,
                                     1e-5);
                 }
-                CHECK_THROWS_AS(decoder.append(batch.tokens.data(), 1), std::logic_error);
+                CHECK_THROWS_AS(decoder.append_to_all(batch.tokens.data(), 1), std::logic_error);
             }
             CHECK(cpu::Decoder(m, 1, 1000).capacity() ==
                   150);  // never more than the positions the model knows
@@ -1083,8 +1083,8 @@ TEST_CASE("a bf16 decoder is the fp32 decoder with rounded weights: relative L2 
             Tokens next;
             for (size_t s = 0; s < N; s++)
                 next.insert(next.end(), &tokens[s * T + at], &tokens[s * T + at] + n);
-            check_close("bf16 decoder, logits", b.append(next.data(), n), a.append(next.data(), n),
-                        N * (size_t)c.V, 1e-2);
+            check_close("bf16 decoder, logits", b.append_to_all(next.data(), n),
+                        a.append_to_all(next.data(), n), N * (size_t)c.V, 1e-2);
         }
     }
 }
@@ -1121,7 +1121,8 @@ TEST_CASE("a decoder opened from a file is one of a model with the file's parame
         ModelReader reader(dir / "model.bin");
         std::unique_ptr<Decoder> decoder = open_decoder(reader, 2, dtype);
         CHECK(decoder->capacity() == 40);
-        const float *got = decoder->append(tokens.data(), 9), *logits = want.append(tokens.data(), 9);
+        const float *got = decoder->append_to_all(tokens.data(), 9),
+                    *logits = want.append_to_all(tokens.data(), 9);
         CHECK(decoder->length() == 9);
         CHECK(!memcmp(got, logits, 2 * (size_t)c.V * sizeof(float)));
     }
@@ -1146,13 +1147,48 @@ TEST_CASE("a sequence's logits have the same bits however many are written, on a
                     Tokens next;
                     for (size_t s = 0; s < N; s++)
                         for (size_t i = 0; i < n; i++) next.push_back((prompt[t + i] + (int)s) % c.V);
-                    const float* l = decoder.append(next.data(), n);
+                    const float* l = decoder.append_to_all(next.data(), n);
                     logits.push_back(Floats(l, l + c.V));
                     t += n;
                 }
                 if (first.empty()) first = logits;
                 for (size_t i = 0; i < logits.size(); i++) CHECK(same_bits(logits[i], first[i]));
             }
+    }
+}
+
+TEST_CASE("a sequence's logits have the same bits alone and beside others of any length, also after a cut") {
+    Config c = config(2, 3, 51, 97, 80);
+    cpu::GPT2 full(c, 0, 0, false);
+    randomise(full, 63);
+    for (Dtype dtype : {FP32, BF16}) {
+        cpu::GPT2 m(c, 0, 0, false, 0, Precision{dtype, true});
+        set_piece(m, PARAMS, parameters(full));
+        const size_t N = 4, V = (size_t)c.V;
+        cpu::Decoder together(m, N, 80);
+        std::vector<std::unique_ptr<cpu::Decoder>> alone;
+        for (size_t s = 0; s < N; s++) alone.push_back(std::make_unique<cpu::Decoder>(m, 1, 80));
+        Random r(63);
+        for (int round = 0; round < 60; round++) {
+            const size_t n = round % 5 ? 1 : 1 + r.below(20);
+            std::vector<size_t> which;
+            for (size_t s = 0; s < N; s++) {
+                if (together.length(s) + n > 80 || r.below(8) == 0) {
+                    const size_t cut = r.below(together.length(s) + 1);
+                    together.truncate(s, cut), alone[s]->truncate(0, cut);
+                }
+                if (r.below(3) && together.length(s) + n <= 80) which.insert(which.begin(), s);
+            }
+            if (which.empty()) continue;
+            const Tokens tokens = r.tokens(which.size() * n, c.V);
+            const float* logits = together.append(which, tokens.data(), n);
+            for (size_t k = 0; k < which.size(); k++) {
+                cpu::Decoder& one = *alone[which[k]];
+                const float* want = one.append_to_all(&tokens[k * n], n);
+                CHECK(one.length() == together.length(which[k]));
+                CHECK(!memcmp(logits + k * V, want, V * sizeof(float)));
+            }
+        }
     }
 }
 

@@ -4176,19 +4176,36 @@ struct GPT2 {
 
 constexpr int DECODE_WARPS = 4;
 
-// Attention of the newest n tokens of each sequence to all so far. out (N*n,C), qkv (N*n,3C); cache (N,T,2C)
-// holds keys and values of the first `before` tokens, and the kernel appends the new ones. A block computes
-// one token and head: each warp takes every fourth key, its lanes share the channels, and softmax is online
-// (Milakov and Gimelshein 2018). At the end the warps' maxima, sums and outputs are combined. Grid (N*n, NH),
-// block DECODE_WARPS * WARP.
+// Where the new tokens of one sequence belong: the sequence's number in the cache, and how many tokens it
+// has.
+struct DecodePlace {
+    int sequence, before;
+};
+
+// x (rows,C) = wte[token] + wpe[position], n rows for each place. Grid: the rows.
+__global__ void decode_embedding_kernel(floatX* x, const int* tokens, const DecodePlace* places,
+                                        const floatX* wte, const floatX* wpe, size_t n, size_t C) {
+    size_t row = blockIdx.x, position = places[row / n].before + row % n;
+    const floatX *token = wte + tokens[row] * C, *place = wpe + position * C;
+    for (size_t c = threadIdx.x; c < C; c += blockDim.x)
+        x[row * C + c] = from_float<floatX>(to_float(token[c]) + to_float(place[c]));
+}
+
+// Attention of the newest n tokens of each of some sequences, whose places are given, to all so far. out
+// (places*n,C), qkv (places*n,3C); cache (N,T,2C) holds keys and values of the tokens before, and the kernel
+// appends the new ones. A block computes one token and head: each warp takes every fourth key, its lanes
+// share the channels, and softmax is online (Milakov and Gimelshein 2018). At the end the warps' maxima, sums
+// and outputs are combined. Grid (places*n, NH), block DECODE_WARPS * WARP.
 __global__ void __launch_bounds__(DECODE_WARPS* WARP)
-    decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, size_t before, size_t n, size_t T,
-                            size_t C, int hs) {
+    decode_attention_kernel(floatX* out, floatX* cache, const floatX* qkv, const DecodePlace* places,
+                            size_t n, size_t T, size_t C, int hs) {
     constexpr int MOST = 128, PER_LANE = MOST / WARP;
     __shared__ float warp_max[DECODE_WARPS], warp_sum_of[DECODE_WARPS], warp_out[DECODE_WARPS][MOST];
-    size_t row = blockIdx.x, i = row % n, len = before + i + 1, head = blockIdx.y * (size_t)hs;
+    size_t row = blockIdx.x, i = row % n, head = blockIdx.y * (size_t)hs;
+    size_t before = places[row / n].before, len = before + i + 1;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    floatX* kept = cache + row / n * T * 2 * C + head;  // key j at j * 2C, its value C further on
+    floatX* kept =
+        cache + places[row / n].sequence * T * 2 * C + head;  // key j at j * 2C, its value C further on
     const floatX* fresh =
         qkv + (row - i) * 3 * C + C + head;  // the new tokens' keys, 3C apart; values as above
     const floatX* query = qkv + row * 3 * C + head;
@@ -4231,7 +4248,7 @@ class Decoder final : public ::Decoder {
   public:
     // N sequences at once, contexts of up to `context` tokens (at most maxT).
     Decoder(GPT2& model, size_t N, size_t context)
-        : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
+        : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK), length_(N) {
         Arena a = device_arena();
         place(a);
         if (size_t have = GPT2::memory_available(); a.used > have)
@@ -4240,29 +4257,31 @@ class Decoder final : public ::Decoder {
                 "at once",
                 N, human_bytes((double)a.used).c_str(), human_bytes((double)have).c_str());
         memory_.allocate(a.used);
+        CUDA_CHECK(cudaMemset(memory_.p, 0, a.used));  // rows that no sequence uses are computed, too
         a = device_arena(memory_.p);
         place(a);
-        host_tokens_.allocate(rows_ * sizeof(int));
+        host_tokens_.allocate(rows_ * sizeof(int)), host_places_.allocate(N * sizeof(DecodePlace));
         host_logits_.allocate(N * (size_t)m_.cfg.Vp * sizeof(floatX));
         out_.resize(N * (size_t)m_.cfg.V);
     }
 
-    size_t length() const override { return pos_; }
+    size_t sequences() const override { return N_; }
     size_t capacity() const override { return T_; }
-    void reset() override { pos_ = 0; }
+    size_t length(size_t s = 0) const override { return length_[s]; }
+    void truncate(size_t s, size_t length) override { length_[s] = std::min(length_[s], length); }
 
-    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one.
-    const float* append(const int* tokens, size_t n) override {
-        if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
-        for (size_t i = 0; i + 1 < n; i += CHUNK) run(tokens + i, n, std::min(CHUNK, n - 1 - i));
-        run(tokens + n - 1, n, 1);  // the last tokens alone: ln_ then holds the output layer's input
+    const float* append(const std::vector<size_t>& which, const int* tokens, size_t n) override {
+        for (size_t s : which)
+            if (length_[s] + n > T_) throw std::logic_error("decoder: context is full");
+        for (size_t i = 0; i + 1 < n; i += CHUNK) run(which, tokens + i, n, std::min(CHUNK, n - 1 - i));
+        run(which, tokens + n - 1, n, 1);  // the last tokens alone: ln_ then holds the output layer's input
         const Config& c = m_.cfg;
         m_.matmul().forward(logits_, ln_, m_.params.wte, nullptr, N_, c.C, c.Vp);
-        CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, N_ * (size_t)c.Vp * sizeof(floatX),
+        CUDA_CHECK(cudaMemcpyAsync(host_logits_.p, logits_, which.size() * (size_t)c.Vp * sizeof(floatX),
                                    cudaMemcpyDeviceToHost, m_.stream.stream));
         m_.stream.wait();
-        for (size_t s = 0; s < N_; s++)
-            to_floats(&out_[s * c.V], (const floatX*)host_logits_.p + s * c.Vp, (size_t)c.V);
+        for (size_t k = 0; k < which.size(); k++)
+            to_floats(&out_[k * c.V], (const floatX*)host_logits_.p + k * c.Vp, (size_t)c.V);
         return out_.data();
     }
 
@@ -4273,25 +4292,31 @@ class Decoder final : public ::Decoder {
         const Config& c = m_.cfg;
         size_t C = c.C;
         cache_ = a.take<floatX>(checked_mul(c.L, N_, "sequences"), T_, 2 * C);
-        tokens_ = a.take<int>(rows_);
+        tokens_ = a.take<int>(rows_), places_ = a.take<DecodePlace>(N_);
         x_ = a.take<floatX>(rows_, C), ln_ = a.take<floatX>(rows_, C), qkv_ = a.take<floatX>(rows_, 3 * C);
         att_ = a.take<floatX>(rows_, C), branch_ = a.take<floatX>(rows_, C),
         fc_ = a.take<floatX>(rows_, 4 * C);
         fc_gelu_ = a.take<floatX>(rows_, 4 * C), mean_ = a.take<float>(rows_), rstd_ = a.take<float>(rows_);
         logits_ = a.take<floatX>(N_, c.Vp);
     }
-    // One chunk through all layers: the first n of `stride` tokens of each sequence. The final LayerNorm's
-    // output is then in ln_.
-    void run(const int* tokens, size_t stride, size_t n) {
+    // One chunk through all layers: the first n of the `stride` tokens of each of the sequences `which`. The
+    // final LayerNorm's output is then in ln_. Single tokens have N_ rows, however many sequences there are,
+    // so that products have one shape; what is in the rows too many is not used.
+    void run(const std::vector<size_t>& which, const int* tokens, size_t stride, size_t n) {
         const Config& c = m_.cfg;
         const Params<floatX>& params = m_.params;
         Matmul& matmul = m_.matmul();
         cudaStream_t s = m_.stream.stream;
-        size_t C = c.C, M = N_ * n;
+        size_t C = c.C, rows = which.size() * n, M = n == 1 ? N_ : rows;
         m_.stream.wait();  // until the previous chunk's tokens have been copied
-        for (size_t r = 0; r < M; r++) ((int*)host_tokens_.p)[r] = tokens[r / n * stride + r % n];
-        CUDA_CHECK(cudaMemcpyAsync(tokens_, host_tokens_.p, M * sizeof(int), cudaMemcpyHostToDevice, s));
-        embedding_forward(x_, tokens_, params.wte, params.wpe + pos_ * C, N_, n, C, Dropout{}, s);
+        for (size_t r = 0; r < rows; r++) ((int*)host_tokens_.p)[r] = tokens[r / n * stride + r % n];
+        for (size_t k = 0; k < which.size(); k++)
+            ((DecodePlace*)host_places_.p)[k] = {(int)which[k], (int)length_[which[k]]};
+        CUDA_CHECK(cudaMemcpyAsync(tokens_, host_tokens_.p, rows * sizeof(int), cudaMemcpyHostToDevice, s));
+        CUDA_CHECK(cudaMemcpyAsync(places_, host_places_.p, which.size() * sizeof(DecodePlace),
+                                   cudaMemcpyHostToDevice, s));
+        launch(decode_embedding_kernel, dim3((unsigned)rows), 256, 0, s, x_, tokens_, places_, params.wte,
+               params.wpe, n, C);
         LayerNormForward norm;  // used again for each LayerNorm
         norm.x = norm.sum = x_, norm.y = ln_, norm.mean = mean_, norm.rstd = rstd_, norm.branch = branch_;
         norm.w = params.layer(0).ln1w, norm.b = params.layer(0).ln1b;
@@ -4299,10 +4324,10 @@ class Decoder final : public ::Decoder {
         for (size_t l = 0; l < (size_t)c.L; l++) {
             Layer<floatX> w = params.layer(l);
             matmul.forward(qkv_, ln_, w.qkvw, w.qkvb, M, C, 3 * C);
-            dim3 grid((unsigned)M, (unsigned)c.NH);
+            dim3 grid((unsigned)rows, (unsigned)c.NH);
             floatX* cache = cache_ + l * N_ * T_ * 2 * C;
-            launch(decode_attention_kernel, grid, DECODE_WARPS * WARP, 0, s, att_, cache, qkv_, pos_, n, T_,
-                   C, c.hs());
+            launch(decode_attention_kernel, grid, DECODE_WARPS * WARP, 0, s, att_, cache, qkv_, places_, n,
+                   T_, C, c.hs());
             matmul.forward(branch_, att_, w.attprojw, w.attprojb, M, C, C);
             norm.x = c.arch == GROVER_ARCH ? ln_ : x_, norm.w = w.ln2w, norm.b = w.ln2b;
             residual_layernorm_forward(norm, M, n, C, Dropout{}, c.eps, s);
@@ -4313,14 +4338,16 @@ class Decoder final : public ::Decoder {
             norm.b = last ? params.lnfb : params.layer(l + 1).ln1b;
             residual_layernorm_forward(norm, M, n, C, Dropout{}, c.eps, s);
         }
-        pos_ += n;
+        for (size_t k : which) length_[k] += n;
     }
 
     GPT2& m_;
-    size_t N_, T_, rows_, pos_ = 0;
+    size_t N_, T_, rows_;
+    std::vector<size_t> length_;  // of each sequence, in tokens
     DeviceMemory memory_;
-    PinnedMemory host_tokens_, host_logits_;
+    PinnedMemory host_tokens_, host_places_, host_logits_;
     int* tokens_;
+    DecodePlace* places_;
     floatX *cache_, *x_, *ln_, *qkv_, *att_, *branch_, *fc_, *fc_gelu_, *logits_;
     float *mean_, *rstd_;
     std::vector<float> out_;

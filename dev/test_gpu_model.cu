@@ -274,7 +274,7 @@ TEST_CASE("GPU model: head size 128 trains and samples with 99 and with 227 KiB 
     cpu::GPT2 reference(c, 0, 0, false);
     set_state(reference, PARAMS, random_weights(c, 23));
     cpu::Decoder decoder(reference, 1, 1000);
-    const float* logits = decoder.append(d.x[0].data(), 70);
+    const float* logits = decoder.append_to_all(d.x[0].data(), 70);
     for (int architecture : {86, 90}) {
         emu::options().architecture = architecture;
         std::string what = strf("sm_%d", architecture);
@@ -286,7 +286,7 @@ TEST_CASE("GPU model: head size 128 trains and samples with 99 and with 227 KiB 
         gpu::GPT2 model(c, 0, 0, false);
         set_state(model, PARAMS, random_weights(c, 23));
         gpu::Decoder sampler(model, 1, 1000);
-        check_close("decoder: logits", sampler.append(d.x[0].data(), 70), logits, (size_t)c.V,
+        check_close("decoder: logits", sampler.append_to_all(d.x[0].data(), 70), logits, (size_t)c.V,
                     ALLOWED.logits);
     }
 }
@@ -671,7 +671,7 @@ TEST_CASE("GPU decoder: logits are the CPU's for prompts of any length, and agre
             Tokens tokens;
             for (size_t s = 0; s < N; s++)
                 tokens.insert(tokens.end(), &d.x[0][s * T + at], &d.x[0][s * T + at] + n);
-            const float *a = got.append(tokens.data(), n), *b = want.append(tokens.data(), n);
+            const float *a = got.append_to_all(tokens.data(), n), *b = want.append_to_all(tokens.data(), n);
             check_close("decoder: logits", a, b, N * (size_t)c.V, ALLOWED.logits);
             at += n;
             CHECK(got.length() == at);
@@ -691,10 +691,18 @@ TEST_CASE("GPU decoder: logits are the CPU's for prompts of any length, and agre
         double mean = loss / (double)counted, forward = whole.forward(d.x[0].data(), d.y[0].data(), N, T);
         CHECK(whole.counted() == counted);
         check_close("decoder: loss against the forward pass", &mean, &forward, 1, BUILT_BF16 ? 5e-3 : 1e-5);
+        // Sequences of different lengths, side by side and alone
+        got.truncate(0, 60), want.truncate(0, 60), got.truncate(1, 33), want.truncate(1, 33);
+        for (std::vector<size_t> which : {std::vector<size_t>{1}, {1, 0}, {0, 1}, {0}})
+            for (size_t n : {(size_t)1, (size_t)2}) {
+                Tokens tokens(which.size() * n, (int)(at + n) % c.V);
+                check_close("decoder: logits", got.append(which, tokens.data(), n),
+                            want.append(which, tokens.data(), n), which.size() * (size_t)c.V, ALLOWED.logits);
+            }
         got.reset(), want.reset();
         Tokens two = {5, 9};
-        check_close("decoder: logits", got.append(two.data(), 1), want.append(two.data(), 1), N * (size_t)c.V,
-                    ALLOWED.logits);
+        check_close("decoder: logits", got.append_to_all(two.data(), 1), want.append_to_all(two.data(), 1),
+                    N * (size_t)c.V, ALLOWED.logits);
     }
 }
 

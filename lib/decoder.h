@@ -23,7 +23,7 @@ class Decoder final : public ::Decoder {
   public:
     // N sequences at once, contexts of up to `context` tokens (at most maxT).
     Decoder(const States& model, size_t N, size_t context)
-        : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK) {
+        : m_(model), N_(N), T_(std::min<size_t>(context, model.cfg.maxT)), rows_(N * CHUNK), length_(N) {
         Arena count, placed;
         place(count);
         if (size_t have = machine::memory_available(); count.used > have)
@@ -37,21 +37,23 @@ class Decoder final : public ::Decoder {
         owned_ = std::move(model);
     }
 
-    size_t length() const override { return pos_; }
+    size_t sequences() const override { return N_; }
     size_t capacity() const override { return T_; }
-    void reset() override { pos_ = 0; }
+    size_t length(size_t s = 0) const override { return length_[s]; }
+    void truncate(size_t s, size_t length) override { length_[s] = std::min(length_[s], length); }
 
-    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one. A
-    // long prompt is processed in chunks, which bounds the memory for activations.
-    const float* append(const int* tokens, size_t n) override {
-        if (pos_ + n > T_) throw std::logic_error("decoder: context is full");
+    // A long prompt is processed in chunks, which bounds the memory for activations. A sequence's logits have
+    // the same bits whatever the other sequences are.
+    const float* append(const std::vector<size_t>& which, const int* tokens, size_t n) override {
+        for (size_t s : which)
+            if (length_[s] + n > T_) throw std::logic_error("decoder: context is full");
         if (omp_get_max_threads() > threads_)
             throw std::logic_error("decoder: more threads than it was built for");
         for (size_t i = 0; i < n; i += CHUNK) {
             size_t count = std::min(CHUNK, n - i);
             bool last = i + CHUNK >= n;
-            if (m_.params_bf16.wte) run(m_.params_bf16, tokens + i, n, count, last);
-            else run(m_.params, tokens + i, n, count, last);
+            if (m_.params_bf16.wte) run(m_.params_bf16, which, tokens + i, n, count, last);
+            else run(m_.params, which, tokens + i, n, count, last);
         }
         return logits_;
     }
@@ -103,25 +105,26 @@ class Decoder final : public ::Decoder {
         for (size_t i = 0; i < n; i += BLOCK)
             simd::gelu_forward(x + i, x + i, std::min(BLOCK, n - i), m_.cfg.activation);
     }
-    // Attention of each sequence's n new tokens to all tokens so far, att_ (N_*n,C) from qkv_ (N_*n,3C).
-    // cache, of one layer, holds for each sequence and head the keys (T_,hs), then the values (T_,hs), so
-    // that both are read from memory in order.
-    void attend(float* cache, size_t n) {
-        size_t C = m_.cfg.C, NH = m_.cfg.NH, hs = m_.cfg.hs(), rows = N_ * n * NH;
+    // Attention of the n new tokens of each of the sequences `which` to all tokens so far, att_
+    // (which.size()*n,C) from qkv_ (which.size()*n,3C). cache, of one layer, holds for each sequence and head
+    // the keys (T_,hs), then the values (T_,hs), so that both are read from memory in order.
+    void attend(float* cache, const std::vector<size_t>& which, size_t n) {
+        size_t C = m_.cfg.C, NH = m_.cfg.NH, hs = m_.cfg.hs(), rows = which.size() * n * NH;
         float scale = 1.0f / std::sqrt((float)hs);
-        auto keys = [&](size_t r, size_t h) { return cache + (r / n * NH + h) * 2 * T_ * hs; };
+        auto keys = [&](size_t r, size_t h) { return cache + (which[r / n] * NH + h) * 2 * T_ * hs; };
+        auto position = [&](size_t r) { return length_[which[r / n]] + r % n; };
 #pragma omp parallel
         {
 #pragma omp for schedule(static)
             for (size_t rh = 0; rh < rows; rh++) {
                 size_t r = rh / NH, h = rh % NH;
                 const float* k = qkv_ + r * 3 * C + C + h * hs;
-                float* to = keys(r, h) + (pos_ + r % n) * hs;
+                float* to = keys(r, h) + position(r) * hs;
                 memcpy(to, k, hs * sizeof(float)), memcpy(to + T_ * hs, k + C, hs * sizeof(float));
             }
 #pragma omp for schedule(static)
             for (size_t rh = 0; rh < rows; rh++) {
-                size_t r = rh / NH, h = rh % NH, len = pos_ + r % n + 1;
+                size_t r = rh / NH, h = rh % NH, len = position(r) + 1;
                 const float *q = qkv_ + r * 3 * C + h * hs, *k = keys(r, h), *v = k + T_ * hs;
                 float *s = scores_ + (size_t)omp_get_thread_num() * T_, *o = att_ + r * C + h * hs, sum = 0;
                 gemm::few_rows(s, q, k, nullptr, 1, hs, len);
@@ -139,14 +142,15 @@ class Decoder final : public ::Decoder {
         }
     }
 
-    // One chunk: the first n of each sequence's `stride` tokens.
+    // One chunk: the first n of the `stride` tokens of each of the sequences `which`.
     template <class W>
-    void run(const Params<W>& params, const int* tokens, size_t stride, size_t n, bool want_logits) {
+    void run(const Params<W>& params, const std::vector<size_t>& which, const int* tokens, size_t stride,
+             size_t n, bool want_logits) {
         const Config& c = m_.cfg;
-        size_t C = c.C, M = N_ * n;
+        size_t C = c.C, N = which.size(), M = N * n;
         for (size_t r = 0; r < M; r++) {
             const W *e = params.wte + tokens[r / n * stride + r % n] * C,
-                    *p = params.wpe + (pos_ + r % n) * C;
+                    *p = params.wpe + (length_[which[r / n]] + r % n) * C;
             for (size_t i = 0; i < C; i += VL)
                 store(x_ + r * C + i, load(e + i, C - i) + load(p + i, C - i), C - i);
         }
@@ -154,7 +158,7 @@ class Decoder final : public ::Decoder {
             Layer<W> p = params.layer(l);
             norm(x_, p.ln1w, p.ln1b, M, c.arch == GROVER_ARCH ? x_ : nullptr);
             matmul(qkv_, ln_, p.qkvw, floats(p.qkvb, 3 * C, b_), M, C, 3 * C, n == 1);
-            attend(cache_ + l * N_ * T_ * 2 * C, n);
+            attend(cache_ + l * N_ * T_ * 2 * C, which, n);
             matmul(br_, att_, p.attprojw, floats(p.attprojb, C, b_), M, C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
             norm(x_, p.ln2w, p.ln2b, M);
@@ -163,16 +167,17 @@ class Decoder final : public ::Decoder {
             matmul(br_, fc_, p.fcprojw, floats(p.fcprojb, C, b_), M, 4 * C, C, n == 1);
             for (size_t i = 0; i < M * C; i++) x_[i] += br_[i];
         }
-        pos_ += n;
+        for (size_t s : which) length_[s] += n;
         if (!want_logits) return;
-        for (size_t s = 0; s < N_; s++) memcpy(last_ + s * C, x_ + (s * n + n - 1) * C, C * sizeof(float));
-        norm(last_, params.lnfw, params.lnfb, N_);
-        matmul(logits_, ln_, params.wte, nullptr, N_, C, c.V, true);
+        for (size_t k = 0; k < N; k++) memcpy(last_ + k * C, x_ + (k * n + n - 1) * C, C * sizeof(float));
+        norm(last_, params.lnfw, params.lnfb, N);
+        matmul(logits_, ln_, params.wte, nullptr, N, C, c.V, true);
     }
 
     std::shared_ptr<const States> owned_;
     const States& m_;
-    size_t N_, T_, rows_, pos_ = 0;
+    size_t N_, T_, rows_;
+    std::vector<size_t> length_;  // of each sequence, in tokens
     int threads_ = omp_get_max_threads();
     machine::Memory memory_;
     float *cache_, *x_, *ln_, *qkv_, *att_, *br_, *fc_, *scores_, *logits_, *last_, *w_, *b_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -20,8 +21,7 @@ struct SampleOptions {
     // are positive, else multiplied (Keskar et al. 2019).
     float repetition_penalty = 1.0f;
     int below = 0;  // only tokens below this one; 0: all. Tags are the last tokens, and are not written.
-    std::vector<int>
-        keep;  // put before what remains of a text that has become longer than the context: its tags
+    std::vector<int> prefix;  // put before the rest of a text that no longer fits into the context: its tags
 };
 
 class Sampler {
@@ -31,13 +31,14 @@ class Sampler {
 
     // Draws a token from softmax(logits / temperature), logits (V), restricted to the top_k, then to the
     // top_p most likely tokens: the one whose part of the cumulative distribution contains u, in [0,1).
-    // seen (V): whether the text has the token, for the repetition penalty; may be null without one.
-    int pick(const float* logits, int V, const SampleOptions& o, double u, const char* seen = nullptr) {
+    // times (V): how often the text has each token, for the repetition penalty; may be null without one.
+    // never: a token that is not drawn; -1: none.
+    int pick(const float* logits, int V, const SampleOptions& o, double u, const int* times = nullptr) {
         if (o.below > 0) V = std::min(V, o.below);
-        if (o.repetition_penalty != 1 && seen) {
+        if (o.repetition_penalty != 1 && times) {
             penalized_.assign(logits, logits + V);
             for (int v = 0; v < V; v++)
-                if (float& x = penalized_[(size_t)v]; seen[v])
+                if (float& x = penalized_[(size_t)v]; times[v])
                     x = x > 0 ? x / o.repetition_penalty : x * o.repetition_penalty;
             logits = penalized_.data();
         }
@@ -98,15 +99,27 @@ class Utf8Stream {
     std::string pending_;
 };
 
-// A model that continues N sequences at once, and keeps what it needs to remember of their tokens.
+// A model that continues several sequences, and keeps what it needs to remember of their tokens.
 struct Decoder {
     virtual ~Decoder() = default;
-    virtual size_t length() const = 0;    // tokens of each sequence seen so far
-    virtual size_t capacity() const = 0;  // the most it can hold
-    virtual void reset() = 0;             // forgets all tokens
-    // Appends n tokens to each sequence, tokens (N,n); returns the logits (N,V) that follow the last one,
-    // valid until the next call. length() + n is at most capacity().
-    virtual const float* append(const int* tokens, size_t n) = 0;
+    virtual size_t sequences() const = 0;                // how many it holds
+    virtual size_t capacity() const = 0;                 // the most tokens of one
+    virtual size_t length(size_t s = 0) const = 0;       // tokens that sequence s has
+    virtual void truncate(size_t s, size_t length) = 0;  // forgets its tokens from number `length` on
+    // Appends n tokens to each of the sequences `which`, tokens (which.size(), n); returns the logits
+    // (which.size(), V) that follow their last ones, valid until the next call. `which` names no sequence
+    // twice; length() + n is at most capacity() for each.
+    virtual const float* append(const std::vector<size_t>& which, const int* tokens, size_t n) = 0;
+
+    void reset() {
+        for (size_t s = 0; s < sequences(); s++) truncate(s, 0);
+    }
+    // The same for all sequences.
+    const float* append_to_all(const int* tokens, size_t n) {
+        std::vector<size_t> all(sequences());
+        std::iota(all.begin(), all.end(), size_t(0));
+        return append(all, tokens, n);
+    }
 };
 
 // A decoder for N sequences, as long as the model's context, with the parameters of `file`, which it reads to
@@ -114,58 +127,170 @@ struct Decoder {
 // train_gpt2.cpp defines it.
 std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype);
 
-// Continues the prompt in all N sequences of the decoder by up to max_tokens tokens each. Sequence s draws
-// its i-th token with rng::Key(seed, s, SAMPLE).uniform(i), and ends when it draws end-of-text (eot; -1:
-// never). emit(s, token) is called with every other new token. When the context is full, the text continues
-// with the second half of it as its context. V: vocabulary.
+// Watches over a text while it is written: may change the logits, and have the last tokens drawn again.
+struct Steering {
+    virtual ~Steering() = default;
+    // Changes the logits (V) from which the token after the text is drawn, e.g. to -INFINITY for none.
+    virtual void adjust(const std::vector<int>& text, float* logits) = 0;
+    // The text has a new token, or it has ended after the last token that it has. Returns how many tokens of
+    // the text stay: what comes after them is drawn again. May end the text, or take its end back.
+    virtual size_t judge(const std::vector<int>& text, bool& ended) = 0;
+    // How many tokens of the text will certainly stay.
+    virtual size_t settled(size_t length) const = 0;
+};
+
+// A text that a decoder's sequence continues, one token after the other:
+//
+//     while (!text.ended()) {
+//         text.missing(decoder, s, tokens);                       // what the decoder has not seen yet
+//         text.draw(decoder.append({s}, tokens.data(), tokens.size()), sampler);
+//         text.take_settled([](int token) { ... });
+//     }
+//
+// Its i-th draw uses key.uniform(i). It ends when it draws end-of-text (eot; -1: never), after max_tokens new
+// tokens, or when its steering ends it. When the context is full, it goes on with the second half of it as
+// its context, after o.prefix.
+class Continuation {
+  public:
+    Continuation(std::vector<int> prompt, int V, int eot, int max_tokens, rng::Key key,
+                 const SampleOptions& o, Steering* steering = nullptr)
+        : text_(std::move(prompt)),
+          V_(V),
+          eot_(eot),
+          most_(text_.size() + (size_t)max_tokens),
+          taken_(text_.size()),
+          key_(key),
+          o_(o),
+          steering_(steering) {
+        ended_ = max_tokens <= 0;
+        if (o.repetition_penalty == 1) return;
+        times_.resize((size_t)V);
+        for (int t : text_) times_[(size_t)t]++;
+    }
+    bool ended() const { return ended_; }
+    bool ended_by_itself() const { return by_itself_; }  // not by max_tokens
+    const std::vector<int>& text() const { return text_; }
+
+    // Sets `tokens` to those that sequence s of the decoder must be given before the next draw. Makes room
+    // for them in the sequence, and makes it forget what has been taken back.
+    void missing(Decoder& decoder, size_t s, std::vector<int>& tokens) {
+        tokens.clear();
+        if (seen_ == 0) decoder.truncate(s, 0);
+        if (seen_ >= text_.size()) {  // tokens were taken back: the one before them is given once more
+            const size_t back = seen_ - (text_.size() - 1);
+            if (back > decoder.length(s) - prefix_) return start_anew(decoder, s, tokens);
+            decoder.truncate(s, decoder.length(s) - back);
+            seen_ = text_.size() - 1;
+        }
+        if (decoder.length(s) + text_.size() - seen_ > decoder.capacity())
+            return start_anew(decoder, s, tokens);
+        tokens.assign(text_.begin() + (ptrdiff_t)seen_, text_.end());
+        seen_ = text_.size();
+    }
+    // Draws the next token from the logits (V) that follow the text.
+    void draw(const float* logits, Sampler& sampler) {
+        if (steering_) {
+            adjusted_.assign(logits, logits + V_);
+            steering_->adjust(text_, adjusted_.data());
+            logits = adjusted_.data();
+        }
+        const int token =
+            sampler.pick(logits, V_, o_, key_.uniform(draws_++), times_.empty() ? nullptr : times_.data());
+        if (token == eot_) ended_ = by_itself_ = true;
+        else text_.push_back(token);
+        if (token != eot_ && !times_.empty()) times_[(size_t)token]++;
+        if (steering_) {
+            const size_t stays = steering_->judge(text_, ended_);
+            by_itself_ = ended_;
+            if (stays < text_.size()) take_back(stays);
+        }
+        if (text_.size() >= most_) ended_ = true;
+    }
+    // Calls f(token) for each new token that has settled since the last call.
+    template <class F>
+    void take_settled(F f) {
+        const size_t settled = steering_ && !ended_ ? steering_->settled(text_.size()) : text_.size();
+        for (; taken_ < settled; taken_++) f(text_[taken_]);
+    }
+
+  private:
+    void take_back(size_t stays) {
+        if (!times_.empty())
+            for (size_t i = stays; i < text_.size(); i++) times_[(size_t)text_[i]]--;
+        text_.resize(stays);
+    }
+    // Gives the decoder the prefix and the text's end, half its capacity in all.
+    void start_anew(Decoder& decoder, size_t s, std::vector<int>& tokens) {
+        decoder.truncate(s, 0);
+        const size_t half = std::max<size_t>(decoder.capacity() / 2, 1);
+        prefix_ = o_.prefix.size() < half ? o_.prefix.size() : 0;
+        const size_t of_text = std::min(half - prefix_, text_.size());
+        tokens.assign(o_.prefix.begin(), o_.prefix.begin() + (ptrdiff_t)prefix_);
+        tokens.insert(tokens.end(), text_.end() - (ptrdiff_t)of_text, text_.end());
+        seen_ = text_.size();
+    }
+
+    std::vector<int> text_;  // with the prompt
+    const int V_, eot_;
+    const size_t most_;  // tokens of the text
+    size_t taken_;       // tokens given to take_settled()'s f, and the prompt's
+    size_t seen_ = 0;    // how many tokens of the text the decoder has been given, forgotten ones included
+    size_t prefix_ = 0;  // of o.prefix, how many are at the beginning of the decoder's sequence
+    uint64_t draws_ = 0;
+    const rng::Key key_;
+    const SampleOptions o_;
+    Steering* const steering_;
+    std::vector<int> times_;       // how often the text has each token, if that matters
+    std::vector<float> adjusted_;  // logits
+    bool ended_ = false, by_itself_ = false;
+};
+
+// Continues all texts, text i in sequence i of the decoder, to their ends. emit(i, token) is called with
+// every new token that has settled.
 template <class Emit>
-void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V, int eot, int max_tokens,
-              uint64_t seed, const SampleOptions& o, Emit emit) {
-    if (prompt.empty() || prompt.size() > decoder.capacity())
-        fail("the prompt has %zu tokens, the context takes 1 to %zu", prompt.size(), decoder.capacity());
-    std::vector<std::vector<int>> text(N, prompt);
-    std::vector<bool> ended(N, false);
-    std::vector<int> next;
-    size_t alive = N,
-           shown = 0;  // shown: tokens of each text that the decoder has seen, forgotten ones included
+void continue_texts(Decoder& decoder, std::vector<Continuation>& texts, int V, Emit emit) {
+    const size_t N = texts.size();
     // Samplers work in parallel, each on a part of the texts.
     std::vector<Sampler> samplers(std::min<size_t>(N, 16), Sampler(V));
-    std::vector<int> picked(N, eot);
-    std::vector<std::vector<char>> seen(N);
-    if (o.repetition_penalty != 1)
-        for (auto& s : seen) {
-            s.resize((size_t)V);
-            for (int t : prompt) s[(size_t)t] = 1;
-        }
-    decoder.reset();
-    for (int i = 0; i < max_tokens && alive; i++) {
-        size_t length = text[0].size(), n = length - shown, kept = 0;  // kept: of o.keep
-        if (decoder.length() + n > decoder.capacity()) {
-            decoder.reset();
-            n = std::max<size_t>(decoder.capacity() / 2, 1);
-            kept = o.keep.size() < n ? o.keep.size() : 0;
-        }
-        next.clear();
-        for (auto& t : text) {
-            next.insert(next.end(), o.keep.begin(), o.keep.begin() + (ptrdiff_t)kept);
-            next.insert(next.end(), t.end() - (ptrdiff_t)(n - kept), t.end());
-        }
-        const float* logits = decoder.append(next.data(), n);
-        shown = length;
+    std::vector<std::vector<int>> missing(N);
+    std::vector<size_t> left, group;
+    std::vector<int> tokens;
+    for (;;) {
+        left.clear();
+        for (size_t i = 0; i < N; i++)
+            if (!texts[i].ended()) left.push_back(i), texts[i].missing(decoder, i, missing[i]);
+        if (left.empty()) return;
+        while (!left.empty()) {  // those that lack the same number of tokens go through the model together
+            const size_t n = missing[left[0]].size();
+            group.clear(), tokens.clear();
+            for (size_t i : left)
+                if (missing[i].size() == n)
+                    group.push_back(i), tokens.insert(tokens.end(), missing[i].begin(), missing[i].end());
+            left.erase(
+                std::remove_if(left.begin(), left.end(), [&](size_t i) { return missing[i].size() == n; }),
+                left.end());
+            const float* logits = decoder.append(group, tokens.data(), n);
+            const size_t parts = samplers.size(), m = group.size();
 #pragma omp parallel for schedule(static)
-        for (size_t part = 0; part < samplers.size(); part++)
-            for (size_t s = N * part / samplers.size(); s < N * (part + 1) / samplers.size(); s++)
-                if (!ended[s])
-                    picked[s] =
-                        samplers[part].pick(logits + s * (size_t)V, V, o,
-                                            rng::Key(seed, (uint32_t)s, rng::SAMPLE).uniform((uint64_t)i),
-                                            seen[s].empty() ? nullptr : seen[s].data());
-        for (size_t s = 0; s < N; s++) {
-            text[s].push_back(picked[s]);
-            if (!seen[s].empty()) seen[s][(size_t)picked[s]] = 1;
-            if (ended[s]) continue;
-            if (picked[s] == eot) ended[s] = true, alive--;
-            else emit(s, picked[s]);
+            for (size_t part = 0; part < parts; part++)
+                for (size_t k = m * part / parts; k < m * (part + 1) / parts; k++)
+                    texts[group[k]].draw(logits + k * (size_t)V, samplers[part]);
+            for (size_t i : group) texts[i].take_settled([&](int token) { emit(i, token); });
         }
     }
+}
+
+// Continues the prompt in the first N sequences of the decoder by up to max_tokens tokens each; text s draws
+// with rng::Key(seed, s, SAMPLE). V: vocabulary. steering: null, or one for each text.
+template <class Emit>
+void generate(Decoder& decoder, size_t N, const std::vector<int>& prompt, int V, int eot, int max_tokens,
+              uint64_t seed, const SampleOptions& o, Emit emit, const std::vector<Steering*>& steering = {}) {
+    if (prompt.empty() || prompt.size() > decoder.capacity())
+        fail("the prompt has %zu tokens, the context takes 1 to %zu", prompt.size(), decoder.capacity());
+    std::vector<Continuation> texts;
+    texts.reserve(N);
+    for (size_t s = 0; s < N; s++)
+        texts.emplace_back(prompt, V, eot, max_tokens, rng::Key(seed, (uint32_t)s, rng::SAMPLE), o,
+                           steering.empty() ? nullptr : steering[s]);
+    continue_texts(decoder, texts, V, emit);
 }

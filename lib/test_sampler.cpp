@@ -10,21 +10,32 @@ using namespace test;
 
 namespace {
 
-// Stands in for a model: the next token is always the last one plus one, modulo 100. Notes what it was asked.
+// Stands in for a model: the next token is always the last one plus one, modulo 100. Notes what it was asked,
+// and what its sequences hold.
 struct CountingDecoder : ::Decoder {
-    size_t N, limit, held = 0;
-    std::vector<size_t> appended, resets_at;
+    size_t limit;
+    std::vector<Tokens> held, asked;
+    std::vector<size_t> appended, resets_at;  // of sequence 0
     Floats logits;
-    CountingDecoder(size_t N_, size_t limit_) : N(N_), limit(limit_), logits(N_ * 100) {}
-    size_t length() const override { return held; }
+    CountingDecoder(size_t N, size_t limit_) : limit(limit_), held(N), logits(N * 100) {}
+    size_t sequences() const override { return held.size(); }
     size_t capacity() const override { return limit; }
-    void reset() override { resets_at.push_back(appended.size()), held = 0; }
-    const float* append(const int* tokens, size_t n) override {
-        held += n, appended.push_back(n);
-        REQUIRE(held <= limit);
-        for (size_t s = 0; s < N; s++)
+    size_t length(size_t s = 0) const override { return held[s].size(); }
+    void truncate(size_t s, size_t length) override {
+        REQUIRE(length <= held[s].size());
+        held[s].resize(length);
+        if (s == 0 && length == 0) resets_at.push_back(appended.size());
+    }
+    const float* append(const std::vector<size_t>& which, const int* tokens, size_t n) override {
+        for (size_t k = 0; k < which.size(); k++) {
+            Tokens& h = held[which[k]];
+            asked.push_back(Tokens(tokens + k * n, tokens + (k + 1) * n));
+            h.insert(h.end(), asked.back().begin(), asked.back().end());
+            REQUIRE(h.size() <= limit);
             for (int v = 0; v < 100; v++)
-                logits[s * 100 + (size_t)v] = v == (tokens[s * n + n - 1] + 1) % 100 ? 50.0f : 0.0f;
+                logits[k * 100 + (size_t)v] = v == (h.back() + 1) % 100 ? 50.0f : 0.0f;
+            if (which[k] == 0) appended.push_back(n);
+        }
         return logits.data();
     }
 };
@@ -171,14 +182,14 @@ TEST_CASE(
     "the repetition penalty divides positive logits of tokens seen, multiplies negative ones, and no "
     "others") {
     const float logits[] = {2, 1.5f, -1, -1.5f, 0.5f};
-    const char seen[] = {1, 0, 1, 0, 0};
+    const int seen[] = {1, 0, 1, 0, 0};
     SampleOptions o;
     o.temperature = 0;
     CHECK(Sampler(5).pick(logits, 5, o, 0, seen) == 0);
     o.repetition_penalty = 1.5f;  // 2 becomes 1.33
     CHECK(Sampler(5).pick(logits, 5, o, 0, seen) == 1);
     const float negative[] = {-1, -1.2f};
-    const char first[] = {1, 0};
+    const int first[] = {1, 0};
     CHECK(Sampler(2).pick(negative, 2, o, 0, first) == 1);
     o.repetition_penalty = 1.1f;  // -1 becomes -1.1
     CHECK(Sampler(2).pick(negative, 2, o, 0, first) == 0);
@@ -201,20 +212,90 @@ TEST_CASE("tokens from SampleOptions::below on are never drawn") {
 }
 
 TEST_CASE("when the context is full, the tags stay before what remains of the text") {
-    std::vector<Tokens> asked;
-    struct Noting : CountingDecoder {
-        std::vector<Tokens>& asked;
-        Noting(std::vector<Tokens>& a) : CountingDecoder(1, 8), asked(a) {}
-        const float* append(const int* tokens, size_t n) override {
-            asked.push_back(Tokens(tokens, tokens + n));
-            return CountingDecoder::append(tokens, n);
-        }
-    } noting(asked);
+    CountingDecoder noting(1, 8);
     SampleOptions o;
-    o.temperature = 0, o.keep = {90, 91};
+    o.temperature = 0, o.prefix = {90, 91};
     Tokens text;
     generate(noting, 1, {5, 90, 91, 10}, 100, 99, 8, 1, o, [&](size_t, int token) { text.push_back(token); });
     CHECK(text == Tokens{11, 12, 13, 14, 15, 16, 17, 18});
-    CHECK(asked ==
+    CHECK(noting.asked ==
           std::vector<Tokens>{{5, 90, 91, 10}, {11}, {12}, {13}, {14}, {90, 91, 14, 15}, {16}, {17}});
+}
+
+namespace {
+
+// Takes back the last `count` tokens, once, when the text has `at` tokens, and ends it at `end`. Forbids a
+// token.
+struct TakingBack : Steering {
+    size_t at, count, end, calls = 0;
+    int never = -1;
+    TakingBack(size_t at_, size_t count_, size_t end_) : at(at_), count(count_), end(end_) {}
+    void adjust(const Tokens&, float* l) override {
+        if (never >= 0) l[never] = -INFINITY;
+    }
+    size_t judge(const Tokens& text, bool& ended) override {
+        if (text.size() == at && !calls++) return ended = false, at - count;
+        ended = text.size() >= end;
+        return text.size();
+    }
+    size_t settled(size_t length) const override { return calls ? length : 0; }
+};
+
+}  // namespace
+
+TEST_CASE("tokens that steering takes back are drawn again after the same text, also past a full context") {
+    SampleOptions greedy;
+    greedy.temperature = 0;
+    for (size_t limit : {64, 8})  // with 8, the context begins anew before and after the cut
+        for (size_t count : {1, 2, 3, 6}) {
+            TakingBack steering(15, count, 25);
+            CountingDecoder decoder(1, limit);
+            Tokens text;
+            generate(decoder, 1, {10, 11, 12}, 100, -1, 100, 1, greedy,
+                     [&](size_t, int t) { text.push_back(t); }, {&steering});
+            Tokens want(22);
+            std::iota(want.begin(), want.end(), 13);
+            CHECK(text == want);  // nothing twice, nothing left out
+            for (size_t i = 1; i < decoder.held[0].size(); i++)
+                CHECK(decoder.held[0][i] == decoder.held[0][i - 1] + 1);
+        }
+}
+
+TEST_CASE(
+    "a token that steering forbids is not drawn; a repeated token counts until all of it are taken back") {
+    SampleOptions o;
+    o.temperature = 0;
+    TakingBack steering(100, 1, 8);
+    steering.never = 13;
+    CountingDecoder decoder(1, 50);
+    Tokens text;
+    generate(decoder, 1, {10, 11}, 100, 13, 100, 1, o, [&](size_t, int t) { text.push_back(t); },
+             {&steering});
+    CHECK(text == Tokens{12, 0, 1, 2, 3, 4});  // in place of 13 the first of the others
+
+    // 12 is taken back, so that it is new and drawn again.
+    o.repetition_penalty = 1000;
+    TakingBack again(3, 1, 5);
+    text.clear();
+    generate(decoder, 1, {10, 11}, 100, -1, 100, 1, o, [&](size_t, int t) { text.push_back(t); }, {&again});
+    CHECK(text == Tokens{12, 13, 14});
+}
+
+TEST_CASE("texts of different lengths go on side by side as they do alone") {
+    SampleOptions greedy;
+    greedy.temperature = 0;
+    CountingDecoder decoder(3, 16);
+    std::vector<Continuation> texts;
+    texts.reserve(3);
+    for (int i = 0; i < 3; i++)
+        texts.emplace_back(Tokens((size_t)i + 1, 20 * i), 100, -1, 5 + 10 * i, rng::Key(1, 0, rng::SAMPLE),
+                           greedy);
+    std::vector<Tokens> out(3);
+    continue_texts(decoder, texts, 100, [&](size_t i, int t) { out[i].push_back(t); });
+    for (int i = 0; i < 3; i++) {
+        Tokens want((size_t)(5 + 10 * i));
+        std::iota(want.begin(), want.end(), 20 * i + 1);
+        CHECK(out[(size_t)i] == want);
+        CHECK(!texts[(size_t)i].ended_by_itself());
+    }
 }

@@ -365,10 +365,11 @@ class Model {
 class Decoder final : public ::Decoder {
   public:
     explicit Decoder(Model& m) : m_(m) {}
-    size_t length() const override { return 0; }
+    size_t sequences() const override { return 1; }
     size_t capacity() const override { return SIZE_MAX; }
-    void reset() override { window_.clear(); }
-    const float* append(const int* tokens, size_t n) override {
+    size_t length(size_t = 0) const override { return window_.size(); }
+    void truncate(size_t, size_t length) override { window_.resize(length); }
+    const float* append(const std::vector<size_t>&, const int* tokens, size_t n) override {
         window_.insert(window_.end(), tokens, tokens + n);
         if (window_.size() > m_.T) window_.erase(window_.begin(), window_.end() - (ptrdiff_t)m_.T);
         return m_.logits(window_.data(), 1, window_.size()) + (window_.size() - 1) * m_.V;
