@@ -58,6 +58,9 @@ struct Recipe {
             fail("%s: keep is '%s', wanted letters or all", path.c_str(), r.keep.c_str());
         if (r.map != "arabic" && r.map != "none")
             fail("%s: map is '%s', wanted arabic or none", path.c_str(), r.map.c_str());
+        if (utf8::find_invalid(r.hemistich_separator) != utf8::VALID)
+            fail("%s: hemistich_separator is %s, wanted UTF-8", path.c_str(),
+                 utf8::quote(r.hemistich_separator).c_str());
         return r;
     }
 
@@ -75,6 +78,8 @@ struct Recipe {
 // ---------------------------------------------------------------------------------------------
 // Kinds of characters
 
+// Is c among the characters of `set`? (strchr would find NUL in any.)
+inline bool is_one_of(char c, std::string_view set) { return set.find(c) != set.npos; }
 // Characters that end a verse. CR LF counts as one line break, because empty lines are removed.
 inline bool is_newline(uint32_t c) { return c == '\n' || c == '\r' || c == 0x2028 || c == 0x2029; }
 inline bool is_other_space(uint32_t c) {
@@ -101,6 +106,9 @@ inline bool is_mark(uint32_t c) {
            !(c >= 0x0600 && c <= 0x0605);
 }
 inline bool is_letter(uint32_t c) { return in_ranges(unicode::LETTERS, c); }
+// A letter of any script without which a word is another one: not a tatweel, which only stretches a word.
+inline bool is_lost_letter(uint32_t c) { return is_letter(c) && !is_mark(c) && c != TATWEEL; }
+// U+FEFF, the end of a block, is a byte order mark.
 inline bool is_arabic_letter(uint32_t c) {
     bool block = (c >= 0x600 && c <= 0x6FF) || (c >= 0x750 && c <= 0x77F) || (c >= 0x870 && c <= 0x8FF) ||
                  (c >= 0xFB50 && c <= 0xFDFF) || (c >= 0xFE70 && c <= 0xFEFE) ||
@@ -202,9 +210,9 @@ class Cleaner {
     }
 
   private:
-    // What can become of a character besides being kept or replaced by another. Without a trace: it is
-    // removed, and what is around it is joined. GAP: a space remains, so that words are not joined. COMPOSES:
-    // a mark that may change the letter before it, else removed. FORM: see arabic_form().
+    // What can become of a character besides being kept or replaced by another. REMOVED: nothing remains, and
+    // the characters around it are joined. GAP: a space remains, so that words are not joined. COMPOSES: a
+    // mark that may change the letter before it, else removed. FORM: see arabic_form().
     enum : uint32_t { REMOVED = utf8::MAX_CODE_POINT + 1, GAP, COMPOSES, FORM };
     static constexpr uint32_t TABLE = 0x800;  // characters of one or two UTF-8 bytes, which include Arabic
     static constexpr size_t NOWHERE = SIZE_MAX;
@@ -274,12 +282,12 @@ void for_each_line(std::string_view text, F f) {
 // Characters that people put between hemistichs or poems; not those of sentences, such as , ; : ? ! and
 // quotes.
 inline bool may_separate(uint32_t c) {
-    return (c < 0x80 && c && strchr("*#=-|/\\~_+^@%&<>.", (char)c)) || (c >= 0x2010 && c <= 0x2015) ||
+    return (c < 0x80 && is_one_of((char)c, "*#=-|/\\~_+^@%&<>.")) || (c >= 0x2010 && c <= 0x2015) ||
            c == 0xB7 || c == 0x2022 || c == 0x2026 || c == TATWEEL || c == 0x066D || c == 0x06DE ||
            c == 0x00A7 || (c >= 0x25A0 && c <= 0x2606) || (c >= 0x2731 && c <= 0x274B);
 }
-// What stands between the hemistichs of a verse, other than a TAB, which always does: a run of one character,
-// in which spaces may stand (##, ***, * * *, ...); a run of spaces; or nothing.
+// What separates the hemistichs of a verse. A TAB always does. There may be one more separator: a run of one
+// sign, perhaps with spaces in it (##, * * *), or a run of spaces.
 class Separator {
   public:
     // tab: only TABs separate; spaces: also two or more spaces in a row; another text: a run of its
@@ -292,8 +300,10 @@ class Separator {
         }
         size_t n = 0;
         bool same = true;
-        utf8::for_each(name,
-                       [&](uint32_t c, size_t) { same = same && (!n++ || c == c_), c_ = n == 1 ? c : c_; });
+        utf8::for_each(name, [&](uint32_t c, size_t) {
+            if (n++ == 0) c_ = c;
+            same = same && c == c_;
+        });
         if (same) least_ = n;
         else text_ = name;
     }
@@ -322,9 +332,10 @@ class Separator {
         out += text.substr(at);
         return out;
     }
-    // The name of the separator that most verses of at least two words have exactly once, if it is in at
-    // least SHARE of them; "tab" otherwise. A TAB comes before all others. In a few verses, only a sign with
-    // white space on both sides counts: others may be within a word, or slips.
+    // The name of the separator that most verses of at least two words have exactly once, if at least SHARE
+    // of them do; "tab" otherwise. A TAB comes before all others: it is enough that half of SHARE of them
+    // have one, or several. With fewer than FEW verses there is little evidence, so a sign counts only with
+    // white space on both sides.
     static std::string detect(const std::vector<std::string_view>& verses) {
         constexpr double SHARE = 0.8;
         constexpr size_t FEW = 8;
@@ -401,16 +412,13 @@ class Separator {
         size_t space_from = 0;  // where the white space begins that ends at i
         for (size_t i = 0; i < last_letter;) {
             const size_t n = decode_or_byte(line, i, &c);
-            const size_t end = run_end(line, i, c);
-            if (end && letters && end <= last_letter &&
-                (c_ != TATWEEL || is_apart(line, space_from, i, end))) {
-                size_t to = end;
-                for (uint32_t s; to < line.size();) {
-                    size_t k = decode_or_byte(line, to, &s);
-                    if (!is_other_space(s)) break;
-                    to += k;
-                }
-                f(space_from, to);
+            // A tatweel within a word only stretches it: as a separator it has white space on both sides.
+            const bool may_begin = letters && (c_ != TATWEEL || space_from < i);
+            const size_t end = may_begin ? run_end(line, i, c) : 0;
+            if (end > last_letter) return;
+            if (end) {
+                const size_t to = spaces_end(line, end);
+                if (c_ != TATWEEL || to > end) f(space_from, to);
                 i = space_from = to;
                 continue;
             }
@@ -419,12 +427,14 @@ class Separator {
             if (!is_other_space(c)) space_from = i;
         }
     }
-    // Is there white space before i, from space_from on, and after end? A tatweel within a word only
-    // stretches it.
-    static bool is_apart(std::string_view line, size_t space_from, size_t i, size_t end) {
-        uint32_t next = 0;
-        if (end < line.size()) decode_or_byte(line, end, &next);
-        return space_from < i && is_other_space(next);
+    // Where the white space ends that begins at i; i if none does.
+    static size_t spaces_end(std::string_view line, size_t i) {
+        for (uint32_t c; i < line.size();) {
+            const size_t n = decode_or_byte(line, i, &c);
+            if (!is_other_space(c)) break;
+            i += n;
+        }
+        return i;
     }
     // Where the separator ends that begins at i with the character c; 0 if none begins there.
     size_t run_end(std::string_view line, size_t i, uint32_t c) const {
@@ -458,7 +468,7 @@ inline size_t verse_number(std::string_view line) {
         const bool digit =
             (c >= '0' && c <= '9') || (c >= 0x0660 && c <= 0x0669) || (c >= 0x06F0 && c <= 0x06F9);
         const bool around = is_other_space(c) || c == '\t' || is_control(c) ||
-                            (c < 0x80 && strchr("()[]{}.-:/", (char)c)) || c == 0xFD3E || c == 0xFD3F ||
+                            (c < 0x80 && is_one_of((char)c, "()[]{}.-:/")) || c == 0xFD3E || c == 0xFD3F ||
                             c == 0x2013;
         if (!digit && !around) return digits ? i : 0;
         digits = digits || digit;

@@ -38,6 +38,20 @@ std::string text_of(const Value& v) {
     }
     return s;
 }
+// How many lists and objects are within each other. dump() calls itself for each, which takes stack.
+size_t depth_of(std::string_view value) {
+    size_t depth = 0, deepest = 0;
+    bool quoted = false;
+    for (size_t i = 0; i < value.size(); i++) {
+        const char c = value[i];
+        if (quoted && c == '\\') i++;
+        else if (c == '"') quoted = !quoted;
+        else if (quoted) continue;
+        else if (c == '{' || c == '[') deepest = std::max(deepest, ++depth);
+        else if ((c == '}' || c == ']') && depth) depth--;
+    }
+    return deepest;
+}
 // The value with null for NaN and Infinity, which Python writes although JSON has none.
 std::string without_nan(std::string_view value) {
     std::string s;
@@ -59,13 +73,7 @@ std::string without_nan(std::string_view value) {
 
 std::string members(std::string_view value, std::vector<std::pair<std::string, std::string>>* found) {
     found->clear();
-    // Nested deeper, the parser's own recursion could exhaust the stack.
-    size_t depth = 0, deepest = 0;
-    for (char c : value) {
-        if (c == '{' || c == '[') deepest = std::max(deepest, ++depth);
-        if ((c == '}' || c == ']') && depth) depth--;
-    }
-    if (deepest > 1000) return "is nested more than 1,000 levels deep";
+    if (depth_of(value) > 1000) return "is nested more than 1,000 levels deep";
     Value v = Value::parse(value.begin(), value.end(), nullptr, false);
     if (v.is_discarded()) v = Value::parse(without_nan(value), nullptr, false);
     if (v.is_discarded()) return "is not JSON";

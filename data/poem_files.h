@@ -9,7 +9,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,17 +26,18 @@ class Input {
     // The beginning of the file, from which its format is recognised
     static constexpr size_t SAMPLE = (size_t)1 << 20;
     const std::string path;  // for messages
+    size_t first_line = 1;   // the number of the line with which view() begins before anything is read
 
     explicit Input(const std::string& p) : path(p == "-" ? "standard input" : p) {
         if (p == "-") fd_ = dup(0);
         else fd_ = open(p.c_str(), O_RDONLY | O_CLOEXEC);
         if (fd_ < 0) fail("%s: cannot open: %s", path.c_str(), strerror(errno));
-        while (buffer_.size() < SAMPLE && more()) {}
+        more();
         if (buffer_.empty()) fail("%s: is empty", path.c_str());
         if (view().substr(0, 3) == "\xEF\xBB\xBF") drop(3);
     }
     // A text that is in memory, under the name of the file that it comes from
-    Input(const std::string& name, std::string_view text) : path(name), buffer_(text) {}
+    Input(const std::string& name, std::string_view text) : path(name), buffer_(text), ended_(true) {}
     ~Input() {
         if (fd_ >= 0) close(fd_);
     }
@@ -46,28 +46,37 @@ class Input {
 
     // What is in memory and not yet dropped; valid until the next call of more().
     std::string_view view() const { return std::string_view(buffer_).substr(at_); }
-    // Makes view() longer; false at the end of the file.
+    // Makes view() longer by half, and by SAMPLE at least, or as far as the file goes; false at its end. A
+    // reader that begins its record anew with each longer view takes linear time.
     bool more() {
-        if (fd_ < 0) return false;
+        if (ended_) return false;
         buffer_.erase(0, at_), before_ += at_, at_ = 0;
-        const size_t had = buffer_.size(), block = std::max(SAMPLE, had / 2);
-        buffer_.resize(had + block);
-        ssize_t n;
-        do n = ::read(fd_, &buffer_[had], block);
-        while (n < 0 && errno == EINTR);
-        if (n < 0) fail("%s: cannot read: %s", path.c_str(), strerror(errno));
-        buffer_.resize(had + (size_t)n);
-        return n > 0;
+        const size_t had = buffer_.size(), want = had + std::max(SAMPLE, had / 2);
+        size_t have = had;
+        buffer_.resize(want);
+        while (have < want && !ended_) {  // a pipe gives less at a time
+            const ssize_t n = ::read(fd_, &buffer_[have], want - have);
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0) fail("%s: cannot read: %s", path.c_str(), strerror(errno));
+            have += (size_t)n, ended_ = n == 0;
+        }
+        buffer_.resize(have);
+        return have > had;
     }
     void drop(size_t n) { at_ += n; }
     // How many bytes of the file come before view()
     uint64_t offset() const { return before_ + at_; }
     uint64_t bytes_read() const { return before_ + buffer_.size(); }
-    // The complete lines at the beginning of view(), or all of it where the file ends
+    // Passes over the first line, which has n bytes with its end.
+    void drop_line(size_t n) { drop(n), first_line++; }
+    // Is the rest of the file in view()?
+    bool ended() const { return ended_; }
+    // The complete lines at the beginning of view(); all of it if the file ends there, or if the lines would
+    // be less than half of it, because the next one is very long.
     std::string_view sample() const {
-        std::string_view v = view();
-        const size_t end = v.size() < SAMPLE ? v.npos : v.rfind('\n');
-        return end == v.npos ? v : v.substr(0, end + 1);
+        const std::string_view v = view();
+        const size_t end = ended_ ? v.npos : v.rfind('\n');
+        return end == v.npos || end < v.size() / 2 ? v : v.substr(0, end + 1);
     }
 
   private:
@@ -75,6 +84,7 @@ class Input {
     std::string buffer_;
     size_t at_ = 0;
     uint64_t before_ = 0;
+    bool ended_ = false;  // the end of the file has been read
 };
 
 // Cuts an input into lines, which end at LF, CR LF or CR.
@@ -82,10 +92,10 @@ class LineReader {
   public:
     std::string_view line;  // without its end; valid until the next call
     std::string_view raw;   // with its end
-    size_t number = 0;      // the first line is 1
+    size_t number;          // the file's first line is 1
     uint64_t offset = 0;    // in the file
 
-    explicit LineReader(Input& in) : in_(in) {}
+    explicit LineReader(Input& in) : number(in.first_line - 1), in_(in) {}
     bool next() {
         in_.drop(raw.size());
         for (size_t from = 0;;) {
@@ -113,6 +123,7 @@ class LineReader {
 // A list of verses or hemistichs in one cell of a table. It is kept as a text: LIST, then the items with ITEM
 // between them. Cleaning removes control characters, so no poem has them.
 constexpr char LIST = '\x1D', ITEM = '\x1E';
+inline bool is_list(std::string_view cell) { return !cell.empty() && cell[0] == LIST; }
 // What a JSON value begins with that is neither a text nor a list of verses.
 constexpr char NOT_A_POEM = '\x1C';
 
@@ -157,7 +168,7 @@ class Rows {
 // a quote too many costs one row and not the rest of the file.
 class CsvRows : public Rows {
   public:
-    CsvRows(Input& in, char delimiter) : in_(in), delimiter_(delimiter) {
+    CsvRows(Input& in, char delimiter) : in_(in), delimiter_(delimiter), line_(in.first_line) {
         std::string_view v = in.view();
         const size_t end = v.find_first_of("\r\n");
         if (end != v.npos && v[end] == '\r' && v.substr(end, 2) != "\r\n") newline_ = '\r';
@@ -171,17 +182,18 @@ class CsvRows : public Rows {
     }
 
     bool next() override {
-        in_.drop(length_), line_ += lines_;
-        length_ = lines_ = 0, bad.clear(), ragged = false;
+        ragged = false;
         do {
-            in_.drop(length_), line_ += lines_, length_ = 0;
+            in_.drop(length_), line_ += lines_;
+            length_ = lines_ = 0;
             if (!read(0)) return false;
         } while (cells_.size() == 1 && cells_[0].raw.empty() && bad.empty());
         line = line_;
         if (names.empty()) return true;  // the header
         if (bad.empty() && cells_.size() != names.size()) {
             bad = strf("%zu fields, the header has %zu", cells_.size(), names.size());
-            // A quote in a field that has none around it is what a quote too many in the row before leaves.
+            // An unquoted field with a quote in it: the row before probably has a quote too many and took the
+            // beginning of this one. That is damage, not a wrong number of fields.
             ragged = std::all_of(cells_.begin(), cells_.end(), [](const Cell& c) {
                 return c.doubled || c.raw.find('"') == std::string_view::npos;
             });
@@ -193,6 +205,7 @@ class CsvRows : public Rows {
     }
     Cell cell(size_t column) const override { return cells_[column]; }
     uint64_t offset(const Cell& cell) const override {
+        if (cell.doubled) return NONE;
         return in_.offset() + (uint64_t)(cell.raw.data() - in_.view().data());
     }
 
@@ -226,15 +239,12 @@ class CsvRows : public Rows {
             if (at(i) == '"') {
                 const size_t begin = ++i;
                 bool doubled = false;
-                for (;;
-                     i += 2, doubled = true) {  // a single quote ends the cell, a doubled one is part of it
-                    i = text.find('"', i);
-                    if (i == text.npos) {
-                        bad = "a quoted field begins here but never ends";
-                        length_ = text.size();
-                        return false;
-                    }
-                    if (at(i + 1) != '"') break;
+                // A single quote ends the cell, a doubled one is part of it.
+                while ((i = text.find('"', i)) != text.npos && at(i + 1) == '"') i += 2, doubled = true;
+                if (i == text.npos) {
+                    bad = "a quoted field begins here but never ends";
+                    length_ = text.size();
+                    return false;
                 }
                 const std::string_view raw = text.substr(begin, i - begin);
                 lines_ += (size_t)std::count(raw.begin(), raw.end(), newline_);
@@ -258,25 +268,25 @@ class CsvRows : public Rows {
         return true;
     }
 
-    // What a cell looks like, as far as it tells the lines of a poem from rows: digits, ASCII, or anything
-    enum CellKind : char { DIGITS, ASCII, ANY };
+    // What a cell looks like, as far as it tells the lines of a poem from rows: nothing, digits, ASCII,
+    // anything. Each kind allows all that those before it allow.
+    enum CellKind : char { EMPTY, DIGITS, ASCII, ANY };
     static CellKind kind_of(const Cell& c) {
-        if (c.raw.empty()) return ANY;
-        if (std::all_of(c.raw.begin(), c.raw.end(), [](char x) { return x >= '0' && x <= '9'; }))
-            return DIGITS;
-        return std::all_of(c.raw.begin(), c.raw.end(), [](char x) { return (unsigned char)x < 0x80; }) ? ASCII
-                                                                                                       : ANY;
+        if (c.raw.empty()) return EMPTY;
+        auto all = [&](auto is) { return std::all_of(c.raw.begin(), c.raw.end(), is); };
+        if (all([](char x) { return x >= '0' && x <= '9'; })) return DIGITS;
+        return all([](char x) { return (unsigned char)x < 0x80; }) ? ASCII : ANY;
     }
     void note_kinds() {
-        kinds_.clear();
-        for (const Cell& c : cells_) kinds_.push_back(kind_of(c));
+        kinds_.resize(cells_.size(), EMPTY);
+        for (size_t c = 0; c < cells_.size(); c++) kinds_[c] = std::max(kinds_[c], kind_of(cells_[c]));
     }
-    // Is the record like the last good one: the same number of cells, and each ASCII where it was ASCII
-    // there?
-    bool like_the_last() const {
+    // Is the record like the good ones so far: the same number of cells, and only digits, or only ASCII, in
+    // the columns that had nothing else? An empty cell is like any other.
+    bool like_the_good() const {
         if (cells_.size() != names.size()) return false;
         for (size_t c = 0; c < kinds_.size(); c++)
-            if (kind_of(cells_[c]) > kinds_[c]) return false;
+            if (kinds_[c] != EMPTY && kind_of(cells_[c]) > kinds_[c]) return false;
         return true;
     }
     // After a damaged record: makes it end before the first line after its own first that begins a good one.
@@ -297,7 +307,7 @@ class CsvRows : public Rows {
             // A ragged record is well formed, so the next one may begin after it in any case.
             if (lines == own_lines || !read(i)) break;
             const bool starts_alike = names.size() > 1 || !was_quoted || in_.view()[i] == '"';
-            if (bad.empty() && like_the_last() && starts_alike) break;
+            if (bad.empty() && like_the_good() && starts_alike) break;
         }
         length_ = i, lines_ = lines, cells_.clear(), bad = why;
     }
@@ -307,9 +317,9 @@ class CsvRows : public Rows {
     char newline_ = '\n';
     std::string_view text_;  // what parse() looks at
     std::vector<Cell> cells_;
-    std::vector<CellKind> kinds_;    // of the last good record
+    std::vector<CellKind> kinds_;    // of each column, the loosest in all good records
     size_t length_ = 0, lines_ = 0;  // of the current record
-    size_t line_ = 1;
+    size_t line_;                    // on which it begins
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -327,15 +337,15 @@ std::string members(std::string_view value, std::vector<std::pair<std::string, s
 // JSON lines (a value a line), or an array of values, or values one after the other.
 class JsonRows : public Rows {
   public:
-    explicit JsonRows(Input& in) : in_(in) {
+    explicit JsonRows(Input& in) : in_(in), line_(in.first_line) {
         const std::string_view v = in.view();
         const size_t begin = skip(v, 0), inner = skip(v, begin + 1),
-                     line_end = std::min(v.find('\n'), v.size()), end = value_end(v, begin);
-        // A first line with a whole value, and more lines: each has a value. But an array of objects is never
-        // one poem, and an array that is followed by nothing has the poems in it.
+                     newline = std::min(v.find('\n'), v.size()), end = value_end(v, begin);
+        // A first line with a whole value, and more lines: each line has a value. Exceptions: an array of
+        // objects always holds many poems, and so does an array that is the whole file.
         const bool objects = begin < v.size() && v[begin] == '[' && inner < v.size() && v[inner] == '{';
-        lines_only_ = !objects && end != v.npos && end <= line_end &&
-                      is_blank(v.substr(end, line_end - end)) && !is_blank(v.substr(line_end));
+        lines_only_ = !objects && end != v.npos && end <= newline && is_blank(v.substr(end, newline - end)) &&
+                      !is_blank(v.substr(newline));
         if (!lines_only_ && begin < v.size() && v[begin] == '[') {
             count_lines(v.substr(0, begin + 1));
             in_.drop(begin + 1), in_array_ = is_array_ = true;
@@ -391,7 +401,7 @@ class JsonRows : public Rows {
                 continue;
             } else if (c == '}' || c == ']') {
                 if (depth) depth--;
-            } else if (depth || !strchr(" \t\r\n,", c)) {
+            } else if (depth || !is_one_of(c, " \t\r\n,")) {
                 continue;
             }
             if (!depth && !quoted) return i + (c == '"' || c == '}' || c == ']');
@@ -461,12 +471,12 @@ class JsonRows : public Rows {
     std::vector<std::pair<std::string, std::string>> members_;
     std::string_view value_;
     uint64_t value_offset_ = 0;
-    size_t length_ = 0, line_ = 1;
+    size_t length_ = 0, line_;
 };
 
-// The list that pandas or numpy print, such as ['a', 'b'], ['a' 'b'], [('a', 'b'), ('c', None)], in the form
-// of LIST: true, or false if the text is none. Of two levels the inner ones are verses. `cut`: numpy left out
-// items, for which it prints three dots.
+// A list that pandas or numpy print, such as ['a', 'b'], ['a' 'b'], [('a', 'b'), ('c', None)], in the form of
+// LIST. parse() returns false if the text is no such list. In a list of lists the inner ones are verses.
+// `cut`: numpy left out items, for which it prints three dots.
 class PrintedList {
   public:
     std::string list;
@@ -475,13 +485,13 @@ class PrintedList {
     bool parse(std::string_view text) {
         list.assign(1, LIST), cut = false, text_ = text, i_ = 0, items_ = 0;
         skip_space();
-        if (i_ >= text.size() || !strchr("[({", text[i_]) || !items(1)) return false;
+        if (i_ >= text.size() || !is_one_of(text[i_], "[({") || !items(1)) return false;
         skip_space();
         return i_ == text.size() && items_ > 0;
     }
 
   private:
-    static bool is_space(char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t' || c == ','; }
+    static bool is_space(char c) { return is_one_of(c, " \t\r\n,"); }
     void skip_space() {
         while (i_ < text_.size() && is_space(text_[i_])) i_++;
     }
@@ -501,7 +511,7 @@ class PrintedList {
             if (i_ >= text_.size()) return false;
             if (text_[i_] == close) return i_++, true;
             if (word("...")) cut = true;
-            else if (strchr("[({", text_[i_])) {
+            else if (is_one_of(text_[i_], "[({")) {
                 if (depth == 2 || !items(depth + 1)) return false;
             } else if (word("None") || word("nan") || word("NaN") || word("<NA>")) {
             } else if (word("np.str_(")) {
@@ -556,31 +566,28 @@ class PrintedList {
 // ---------------------------------------------------------------------------------------------
 // What is in a file
 
-// Fails if the file is of a kind that must be converted first; the message has the command that does it. A
-// text of another encoding than UTF-8 is recognised by what Arabic text would be in it.
-inline void refuse_other_kinds(const Input& in) {
-    const std::string_view v = in.view().substr(0, 65536);
-    const std::string name = in.path == "standard input" ? "FILE" : shell_quoted(in.path);
-    const char *path = in.path.c_str(), *n = name.c_str();
+// Fails if the file is an archive, a table in a binary format, a picture or the like. The message has the
+// command that converts it, if there is one.
+inline void refuse_containers(std::string_view v, const char* path, const char* name) {
     auto begins = [&](std::string_view s) { return v.substr(0, s.size()) == s; };
-    if (begins("\x1F\x8B")) fail("%s: is compressed with gzip, wanted text: gunzip -k %s", path, n);
+    if (begins("\x1F\x8B")) fail("%s: is compressed with gzip, wanted text: gunzip -k %s", path, name);
     if (begins("BZh") && v.size() > 9 && v.substr(4, 6) == "1AY&SY")
-        fail("%s: is compressed with bzip2, wanted text: bunzip2 -k %s", path, n);
+        fail("%s: is compressed with bzip2, wanted text: bunzip2 -k %s", path, name);
     if (begins("\xFD"
                "7zXZ"))
-        fail("%s: is compressed with xz, wanted text: unxz -k %s", path, n);
-    if (begins("\x28\xB5\x2F\xFD")) fail("%s: is compressed with zstd, wanted text: unzstd %s", path, n);
+        fail("%s: is compressed with xz, wanted text: unxz -k %s", path, name);
+    if (begins("\x28\xB5\x2F\xFD")) fail("%s: is compressed with zstd, wanted text: unzstd %s", path, name);
     if (begins("PAR1"))
         fail(
             "%s: is a Parquet file, wanted text: python3 -c 'import sys, pandas; "
             "pandas.read_parquet(sys.argv[1]).to_json(\"poems.jsonl\", orient=\"records\", lines=True)' %s",
-            path, n);
+            path, name);
     if (begins("PK\x03\x04") && v.find("xl/") != v.npos)
         fail(
             "%s: is an Excel file, wanted text: python3 -c 'import sys, pandas; "
             "pandas.read_excel(sys.argv[1]).to_csv(\"poems.csv\", index=False)' %s",
-            path, n);
-    if (begins("PK\x03\x04")) fail("%s: is a ZIP archive, wanted text: unzip %s", path, n);
+            path, name);
+    if (begins("PK\x03\x04")) fail("%s: is a ZIP archive, wanted text: unzip %s", path, name);
     for (auto [magic, kind] : {std::pair<std::string_view, const char*>{"%PDF", "a PDF file"},
                                {"\x89PNG", "a picture"},
                                {"\xFF\xD8\xFF", "a picture"},
@@ -590,40 +597,56 @@ inline void refuse_other_kinds(const Input& in) {
                                 "ELF",
                                 "a program"}})
         if (begins(magic)) fail("%s: is %s, wanted text: CSV, JSON or plain", path, kind);
-    const char* encoding = nullptr;
-    const bool utf32 =
-        begins(std::string_view("\xFF\xFE\0\0", 4)) || begins(std::string_view("\0\0\xFE\xFF", 4));
-    if (utf32) encoding = "UTF-32";
-    else if (begins("\xFF\xFE") || begins("\xFE\xFF")) encoding = "UTF-16";
-    // Without a byte order mark. Arabic letters, spaces and line ends are U+0600 to U+06FF and U+0000 to
-    // U+00FF, so that their high bytes, at every second or fourth place, are 06 or 00.
+}
+
+// UTF-16 or UTF-32, by their byte order mark or, without one, by zero bytes; null if the text is neither.
+// Arabic letters, spaces and line ends are U+0600 to U+06FF and U+0000 to U+00FF, so that their high bytes,
+// at every second or fourth place, are 06 or 00.
+inline const char* encoding_by_zero_bytes(std::string_view v) {
+    auto begins = [&](std::string_view s) { return v.substr(0, s.size()) == s; };
+    if (begins(std::string_view("\xFF\xFE\0\0", 4)) || begins(std::string_view("\0\0\xFE\xFF", 4)))
+        return "UTF-32";
+    if (begins("\xFF\xFE") || begins("\xFE\xFF")) return "UTF-16";
     const size_t units = v.size() / 4;
-    if (!encoding && units) {
-        size_t high[4] = {};
-        for (size_t i = 0; i < 4 * units; i++) high[i % 4] += v[i] == 0 || v[i] == 6;
-        auto most = [&](size_t k) { return high[k] * 10 > units * 9; };
-        if (most(0) && most(1) && most(2) && !most(3)) encoding = "UTF-32BE";
-        else if (most(1) && most(2) && most(3) && !most(0)) encoding = "UTF-32LE";
-        else if (most(0) && most(2) && !most(1) && !most(3)) encoding = "UTF-16BE";
-        else if (most(1) && most(3) && !most(0) && !most(2)) encoding = "UTF-16LE";
+    if (!units) return nullptr;
+    size_t high[4] = {};
+    for (size_t i = 0; i < 4 * units; i++) high[i % 4] += v[i] == 0 || v[i] == 6;
+    auto most = [&](size_t k) { return high[k] * 10 > units * 9; };
+    if (most(0) && most(1) && most(2) && !most(3)) return "UTF-32BE";
+    if (most(1) && most(2) && most(3) && !most(0)) return "UTF-32LE";
+    if (most(0) && most(2) && !most(1) && !most(3)) return "UTF-16BE";
+    if (most(1) && most(3) && !most(0) && !most(2)) return "UTF-16LE";
+    return nullptr;
+}
+
+// The two Arabic encodings of 8 bits a letter, where most letters are not UTF-8: alef and lam, with which
+// words begin, tell them apart. Null for UTF-8. Fails if the file is no text.
+inline const char* encoding_by_letters(std::string_view v, const char* path) {
+    size_t high = 0, valid = 0, windows = 0, iso = 0, control = 0;
+    uint32_t c;
+    for (size_t i = 0; i < v.size();) {
+        const size_t k = utf8::decode(v, i, &c);
+        if (k > 1) valid++;
+        if (!k) high++;
+        control += (unsigned char)v[i] < 0x20 && !is_one_of(v[i], "\t\n\v\f\r");
+        const bool starts = i == 0 || !((unsigned char)v[i - 1] & 0x80);
+        if (starts && v.substr(i, 2) == "\xC7\xE1") windows++;
+        if (starts && v.substr(i, 2) == "\xC7\xE4") iso++;
+        i += std::max<size_t>(k, 1);
     }
-    if (!encoding) {  // 8 bits a letter: alef and lam, with which words begin, tell the two Arabic encodings
-                      // apart
-        size_t high = 0, valid = 0, windows = 0, iso = 0, control = 0;
-        uint32_t c;
-        for (size_t i = 0; i < v.size();) {
-            const size_t k = utf8::decode(v, i, &c);
-            if (k > 1) valid++;
-            if (!k) high++;
-            control += (unsigned char)v[i] < 0x20 && !strchr("\t\n\v\f\r", v[i]);
-            const bool starts = i == 0 || !((unsigned char)v[i - 1] & 0x80);
-            if (starts && v.substr(i, 2) == "\xC7\xE1") windows++;
-            if (starts && v.substr(i, 2) == "\xC7\xE4") iso++;
-            i += std::max<size_t>(k, 1);
-        }
-        if (control && high > valid) fail("%s: is not text, wanted CSV, JSON or plain text in UTF-8", path);
-        if (high > 4 * valid && high * 20 > v.size()) encoding = iso > windows ? "ISO-8859-6" : "CP1256";
-    }
+    if (control && high > valid) fail("%s: is not text, wanted CSV, JSON or plain text in UTF-8", path);
+    if (high <= 4 * valid || high * 20 <= v.size()) return nullptr;
+    return iso > windows ? "ISO-8859-6" : "CP1256";
+}
+
+// Fails if the file is of a kind that must be converted first; the message has the command that does it.
+inline void refuse_other_kinds(const Input& in) {
+    const std::string_view v = in.view().substr(0, 65536);
+    const std::string name = in.path == "standard input" ? "FILE" : shell_quoted(in.path);
+    const char *path = in.path.c_str(), *n = name.c_str();
+    refuse_containers(v, path, n);
+    const char* encoding = encoding_by_zero_bytes(v);
+    if (!encoding) encoding = encoding_by_letters(v, path);
     if (encoding)
         fail("%s: is %s, wanted UTF-8: iconv -f %s -t UTF-8 %s > utf8.txt", path, encoding, encoding, n);
 }

@@ -24,16 +24,6 @@ struct ReadOptions {
                 list = "auto", poem_separator = "auto", tags;
 };
 
-// The beginning of the user's text for an error message: one line, at most MOST bytes and "...".
-inline std::string excerpt(std::string_view text) {
-    constexpr size_t MOST = 60;
-    std::string s(
-        text.substr(0, text.size() > MOST ? utf8::printable_prefix(text.substr(0, MOST)) : text.size()));
-    for (char& c : s)
-        if ((unsigned char)c < 0x20) c = ' ';
-    return s.size() < text.size() ? s + "..." : s;
-}
-
 // How the verses of a file are written, and how to bring them into the form that cleaning expects.
 struct VerseForm {
     bool hemistichs = false;  // lists in cells are of hemistichs, else of verses
@@ -42,11 +32,11 @@ struct VerseForm {
     Separator separator = Separator("tab");
 
     bool needs_arranging(std::string_view raw) const {
-        return numbers || breaks || !separator.is_tab() || (!raw.empty() && raw[0] == LIST);
+        return numbers || breaks || !separator.is_tab() || is_list(raw);
     }
     // The text with a verse a line, a TAB between hemistichs, and without verse numbers.
     std::string arranged(std::string_view raw) const {
-        std::string text = !raw.empty() && raw[0] == LIST ? unfolded(raw) : std::string(raw);
+        std::string text = is_list(raw) ? unfolded(raw) : std::string(raw);
         if (breaks) text = with_breaks(text);
         if (numbers) {
             std::string bare;
@@ -57,8 +47,8 @@ struct VerseForm {
         return separator.apply(text);
     }
 
-    // The length of a line end at s[i] that is written as \n, \r\n, <br>, <br/> or <br />; 0 if there is
-    // none.
+    // The length of a line end at s[i] that is written as \n, \r, \r\n, <br>, <BR>, <br/> or <br />; 0 if
+    // there is none.
     static size_t written_break(std::string_view s, size_t i) {
         for (std::string_view b : {"\\r\\n", "\\n", "\\r", "<br>", "<br/>", "<br />", "<BR>"})
             if (s.substr(i, b.size()) == b) return b.size();
@@ -99,7 +89,8 @@ struct PoemSink {
     virtual ~PoemSink() = default;
     // Before and after the poems of a file; path and form stay valid in between.
     virtual void begin_file(const std::string& path, const VerseForm& form) = 0;
-    virtual void end_file() = 0;
+    // rows: of a table, damaged ones and those left out included
+    virtual void end_file(size_t rows) = 0;
     // A poem, as it is written in the file, or a list of verses (LIST). It begins on `line` of the file, at
     // the byte `offset`, or Rows::NONE where it is not in the file as it is. tags: the values of the columns
     // of --tags.
@@ -130,9 +121,9 @@ class PoemReader {
     std::string read(Input& in, bool of_folder) {
         refuse_other_kinds(in);
         path_ = in.path;
-        // Excel reads the delimiter from such a line, and shows it to nobody.
+        // A first line 'sep=;' is for Excel; it is no row. The header shows the delimiter all the same.
         if (const std::string_view v = in.view(); v.substr(0, 4) == "sep=" && line_end(v, 0) == 5)
-            in.drop(v.substr(5, 2) == "\r\n" ? 7 : 6);
+            in.drop_line(v.substr(5, 2) == "\r\n" ? 7 : 6);
         Layout l;
         choose_kind(in, l);
         const bool unsaid = o_.layout == "auto" && o_.poem_separator == "auto";
@@ -187,8 +178,7 @@ class PoemReader {
         size_t i = std::min(v.find_first_not_of(" \t\r\n"), v.size());
         const bool open = i < v.size() && (v[i] == '{' || v[i] == '[');
         const size_t inner = open ? std::min(v.find_first_not_of(" \t\r\n", i + 1), v.size()) : v.size();
-        const bool like_json = inner < v.size() && (v[i] == '{' ? v[inner] == '"' || v[inner] == '}'
-                                                                : strchr("{[\"", v[inner]) != nullptr);
+        const bool like_json = inner < v.size() && is_one_of(v[inner], v[i] == '{' ? "\"}" : "{[\"");
         if (o_.format == "json" ||
             (by_content && (named(".json") || named(".jsonl") || named(".ndjson") || like_json))) {
             l.kind = JSON;
@@ -219,7 +209,7 @@ class PoemReader {
             const std::vector<std::string> names = header_names(in, delimiter);
             bool ascii = names.size() > 1;
             for (const std::string& n : names)
-                for (char c : n) ascii = ascii && (isalnum((unsigned char)c) || strchr("_ -", c));
+                for (char c : n) ascii = ascii && (isalnum((unsigned char)c) || is_one_of(c, "_ -"));
             if (!ascii) continue;
             Input start(in.path, in.sample());
             CsvRows rows(start, delimiter);
@@ -284,7 +274,7 @@ class PoemReader {
         for (const std::string& n : l.names) {
             if (utf8::find_invalid(n) != std::string::npos)
                 fail("%s: is not UTF-8 text: its header line has other bytes", path_.c_str());
-            found += (found.empty() ? "" : ", ") + excerpt(n);
+            found += (found.empty() ? "" : ", ") + utf8::quote(n);
         }
         fail("%s: has no %s '%s'; its %s are %s (%s chooses one)", path_.c_str(),
              l.kind == CSV ? "column" : "key", name.c_str(), l.kind == CSV ? "columns" : "keys",
@@ -318,40 +308,30 @@ class PoemReader {
             l.tags.push_back(column_named(l, name, "--tags"));
 
         Sample sample;
+        ListStatistics lists;
         std::vector<size_t> changes(l.names.size());
         std::vector<std::string> last(l.names.size());
-        size_t n = 0, lists = 0, even = 0, items = 0, letters = 0;
+        size_t n = 0;
         for (; row; row = rows->next()) {
             if (!rows->bad.empty()) continue;
-            if (l.verse_rows) {
-                for (size_t c = 0; c < changes.size(); c++) {
-                    std::string value = rows->cell(c).text();
-                    changes[c] += n && value != last[c];
-                    last[c] = std::move(value);
-                }
-                sample.add(verse_of(*rows, l));
-            } else {
-                std::string text = rows->cell(l.parts[0]).text();
-                if (PrintedList printed; l.kind == CSV && printed.parse(text)) text = printed.list;
-                if (!text.empty() && text[0] == LIST) {
-                    const size_t before = items;
-                    VerseForm::for_each_item(text, [&](std::string_view item) {
-                        // An item with a TAB has both hemistichs, however short it is.
-                        items++,
-                            letters += item.find('\t') == item.npos ? count_letters(item) : 2 * HEMISTICH;
-                    });
-                    lists++, even += (items - before) % 2 == 0;
-                    for (char& c : text)
-                        if (c == LIST || c == ITEM) c = '\n';
-                }
-                sample.add(std::move(text));
+            for (size_t c = 0; c < changes.size() && l.verse_rows; c++) {
+                std::string value = rows->cell(c).text();
+                changes[c] += n && value != last[c];
+                last[c] = std::move(value);
             }
             n++;
+            std::string text = l.verse_rows ? verse_of(*rows, l) : rows->cell(l.parts[0]).text();
+            if (PrintedList printed; !l.verse_rows && l.kind == CSV && printed.parse(text))
+                text = printed.list;
+            if (is_list(text)) {
+                lists.add(text);
+                for (char& c : text)
+                    if (c == LIST || c == ITEM) c = '\n';
+            }
+            sample.add(std::move(text));
         }
-        l.lists = lists > 0;
-        l.form.hemistichs =
-            o_.list == "hemistichs" || (o_.list == "auto" && lists && (double)even >= 0.8 * (double)lists &&
-                                        letters <= HEMISTICH * items);
+        l.lists = lists.lists > 0;
+        l.form.hemistichs = o_.list == "hemistichs" || (o_.list == "auto" && lists.like_hemistichs());
         if (l.verse_rows) choose_group(l, changes, n);
         survey_verses(sample, l);
     }
@@ -364,6 +344,22 @@ class PoemReader {
         for (size_t i = 0; i < text.size();) i += decode_or_byte(text, i, &c), n += is_letter(c);
         return n;
     }
+    // What tells lists of hemistichs from lists of verses
+    struct ListStatistics {
+        size_t lists = 0, even = 0, items = 0, letters = 0;  // even: lists with an even number of items
+        void add(std::string_view list) {
+            const size_t before = items;
+            VerseForm::for_each_item(list, [&](std::string_view item) {
+                // An item with a TAB has both hemistichs, however short it is.
+                letters += item.find('\t') == item.npos ? count_letters(item) : 2 * HEMISTICH;
+                items++;
+            });
+            lists++, even += (items - before) % 2 == 0;
+        }
+        bool like_hemistichs() const {
+            return lists && (double)even >= 0.8 * (double)lists && letters <= HEMISTICH * items;
+        }
+    };
     // The keys of the values at the beginning of the file; an Error if there is none.
     std::vector<std::string> json_names(const Input& in) const {
         const std::string_view sample = in.sample();
@@ -372,7 +368,7 @@ class PoemReader {
         std::string why = "it has none";
         while (rows.next())
             if (!rows.bad.empty() && why == "it has none") why = strf("line %zu: ", rows.line) + rows.bad;
-        if (rows.names.empty() && sample.size() + 1 >= Input::SAMPLE)
+        if (rows.names.empty() && !in.ended() && sample.size() == in.view().size())
             why =
                 "the first one is longer than 1 MiB; wanted JSON lines, or an array with a value for each "
                 "poem";
@@ -387,11 +383,11 @@ class PoemReader {
         size_t found = usual_column(l.names), lists = 0, list = 0;
         if (found != Rows::NONE) return found;
         for (size_t c = 0; row && l.kind == JSON && c < l.names.size(); c++)
-            if (Rows::Cell cell = row->cell(c); !cell.raw.empty() && cell.raw[0] == LIST) list = c, lists++;
+            if (is_list(row->cell(c).raw)) list = c, lists++;
         return lists == 1 ? list : column_named(l, USUAL[0], "--column");
     }
-    // The columns that tell poems apart. With auto, those that are at times the same for a verse and the next
-    // one: not the parts of the verse, its text or its number, which change with nearly every row.
+    // The columns that tell poems apart. auto: every column that keeps its value in at least a tenth of the
+    // steps from one row to the next. The verse's own text and number, which change nearly always, are none.
     void choose_group(Layout& l, const std::vector<size_t>& changes, size_t rows) const {
         if (o_.group != "auto") {
             for (const std::string& name : split_names(o_.group))
@@ -416,15 +412,18 @@ class PoemReader {
         l.form.separator = Separator(recipe_.hemistich_separator == "auto" ? Separator::detect(sample.verses)
                                                                            : recipe_.hemistich_separator);
     }
-    // The parts of a verse with a TAB between those that are not empty.
+    // The parts of a verse with a TAB between those that are not empty. A list has several parts.
     static std::string verse_of(const Rows& rows, const Layout& l) {
         std::string verse;
+        auto add = [&](std::string_view part, std::string_view spaces) {
+            if (is_blank(part)) return;
+            if (!verse.empty()) verse += '\t';
+            for (char c : part) verse += is_one_of(c, spaces) ? ' ' : c;
+        };
         for (size_t c : l.parts) {
-            std::string part = rows.cell(c).text();
-            for (char& ch : part)
-                if (ch == '\n' || ch == '\r' || ch == '\t') ch = ' ';
-            if (is_blank(part)) continue;
-            verse += (verse.empty() ? "" : "\t") + part;
+            const std::string part = rows.cell(c).text();
+            if (is_list(part)) VerseForm::for_each_item(part, [&](std::string_view i) { add(i, "\n\r"); });
+            else add(part, "\n\r\t");
         }
         return verse;
     }
@@ -434,53 +433,63 @@ class PoemReader {
         const Condition where = condition(l, o_.where, "--where"),
                         except = condition(l, o_.except, "--except");
         std::unique_ptr<Rows> rows = open_rows(in, l);
+        size_t count = 0;
         sink_.begin_file(path_, l.form);
-        std::vector<std::string> group, last_group, tags;
-        std::string poem;  // the verses of the poem so far, where a row is a verse
-        size_t first_line = 0;
-        auto flush = [&] {
-            if (!poem.empty()) sink_.poem(poem, first_line, Rows::NONE, tags);
-            poem.clear();
-        };
-        while (rows->next()) {
-            if (!rows->bad.empty()) {
-                sink_.bad_row(*rows);
-                continue;
-            }
-            if ((!o_.where.empty() && !where.met(*rows)) || except.met(*rows)) {
-                sink_.left_out();
-                continue;
-            }
-            if (!l.verse_rows) {
-                read_tags(*rows, l, tags);
-                const Rows::Cell cell = rows->cell(l.parts[0]);
-                PrintedList printed;
-                if (l.kind == JSON && !cell.raw.empty() && cell.raw[0] == NOT_A_POEM) {
-                    rows->bad =
-                        strf("'%s' is neither a text nor a list of verses", l.names[l.parts[0]].c_str());
-                    sink_.bad_row(*rows);
-                } else if (l.kind == CSV && l.lists && printed.parse(cell.doubled ? cell.text() : cell.raw)) {
-                    if (printed.cut)
-                        rows->bad = "numpy left out items of the list ('...')", sink_.bad_row(*rows);
-                    else sink_.poem(printed.list, rows->line, Rows::NONE, tags);
-                } else if (cell.doubled) {
-                    sink_.poem(cell.text(), rows->line, rows->offset(cell), tags);
-                } else {
-                    sink_.poem(cell.raw, rows->line, rows->offset(cell), tags);
-                }
-                continue;
-            }
-            group.clear();
-            for (size_t c : l.group) group.push_back(rows->cell(c).text());
-            if (group != last_group) flush(), last_group = group;
-            if (poem.empty()) first_line = rows->line, read_tags(*rows, l, tags);
-            const std::string verse = verse_of(*rows, l);
-            if (!verse.empty()) poem += verse + "\n";
+        VerseRows verses{sink_, l};
+        for (; rows->next(); count++) {
+            if (!rows->bad.empty()) sink_.bad_row(*rows);
+            else if ((!o_.where.empty() && !where.met(*rows)) || except.met(*rows)) sink_.left_out();
+            else if (!(rows->bad = why_no_poem(*rows, l)).empty()) sink_.bad_row(*rows);
+            else if (l.verse_rows) verses.add(*rows);
+            else read_poem(*rows, l);
         }
-        flush();
-        sink_.end_file();
+        verses.end_poem();
+        sink_.end_file(count);
         return how_rows(l, rows.get());
     }
+    // Why a row has no poem, or no verse; "" if it has.
+    static std::string why_no_poem(const Rows& rows, const Layout& l) {
+        for (size_t c : l.parts)
+            if (const std::string_view raw = rows.cell(c).raw;
+                l.kind == JSON && !raw.empty() && raw[0] == NOT_A_POEM)
+                return strf("'%s' is neither a text nor a list of verses", l.names[c].c_str());
+        return "";
+    }
+    // A row that is a poem
+    void read_poem(Rows& rows, const Layout& l) {
+        const Rows::Cell cell = rows.cell(l.parts[0]);
+        const std::string text = cell.doubled ? cell.text() : "";
+        const std::string_view raw = cell.doubled ? std::string_view(text) : cell.raw;
+        PrintedList printed;
+        if (l.kind == CSV && l.lists && printed.parse(raw)) {
+            if (printed.cut) rows.bad = "numpy left out items of the list ('...')", sink_.bad_row(rows);
+            else sink_.poem(printed.list, rows.line, Rows::NONE, tags_of(rows, l));
+        } else {
+            sink_.poem(raw, rows.line, rows.offset(cell), tags_of(rows, l));
+        }
+    }
+    // Poems of rows that are verses: those that follow each other and have the same values in the columns of
+    // the group
+    struct VerseRows {
+        PoemSink& sink;
+        const Layout& l;
+        std::vector<std::string> group = {}, tags = {};
+        std::string poem = "";
+        size_t first_line = 0;
+
+        void add(const Rows& rows) {
+            std::vector<std::string> values;
+            for (size_t c : l.group) values.push_back(rows.cell(c).text());
+            if (values != group) end_poem(), group = std::move(values);
+            if (poem.empty()) first_line = rows.line, tags = tags_of(rows, l);
+            const std::string verse = verse_of(rows, l);
+            if (!verse.empty()) poem += verse + "\n";
+        }
+        void end_poem() {
+            if (!poem.empty()) sink.poem(poem, first_line, Rows::NONE, tags);
+            poem.clear();
+        }
+    };
     std::string how_rows(const Layout& l, const Rows* rows) const {
         std::string how;
         if (l.kind == CSV)
@@ -503,10 +512,12 @@ class PoemReader {
         }
         return how;
     }
-    void read_tags(const Rows& rows, const Layout& l, std::vector<std::string>& tags) const {
-        tags.clear();
+    static std::vector<std::string> tags_of(const Rows& rows, const Layout& l) {
+        std::vector<std::string> tags;
         for (size_t c : l.tags) tags.push_back(rows.cell(c).text());
+        return tags;
     }
+
     // --- text
 
     std::string read_text(Input& in, Layout& l) {
@@ -541,7 +552,7 @@ class PoemReader {
             if (!l.whole && !l.blank_lines && l.mark.empty()) flush();
         }
         flush();
-        sink_.end_file();
+        sink_.end_file(0);
         return l.whole           ? "text, a poem a file"
                : !l.mark.empty() ? "text, poems separated by lines of " + utf8::quote(l.mark)
                : l.blank_lines   ? "text, poems separated by blank lines"
@@ -577,12 +588,13 @@ class PoemReader {
         if (o_.poem_separator != "auto") {
             l.mark = o_.poem_separator;
             if (std::string one = mark_line(l.mark); !one.empty()) l.mark = one;
-        } else if (o_.layout != "lines") {
+        } else if (o_.layout == "auto") {
             size_t most = 0;
             for (auto& [mark, n] : marks)
                 if (n > most) l.mark = mark, most = n;
-            // A few ornaments among many blank lines divide the book, not its poems; between poems of a few
-            // stanzas, which blank lines divide, they are not so rare. Two marks exist for nothing else.
+            // Marks that are much rarer than blank lines divide the book into parts; then the blank lines
+            // divide the poems. If there is at least one mark for every STANZAS blank lines, the blank lines
+            // divide stanzas. $ and <|endoftext|> always divide poems.
             constexpr size_t STANZAS = 4;
             const bool certain = l.mark == "$" || l.mark == "<|endoftext|>";
             if (!certain && gaps && (most < 2 || most * STANZAS < gaps)) l.mark.clear();

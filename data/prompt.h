@@ -1,7 +1,9 @@
 // prompt.h - how a poem begins: what the trainers and the sampler give a model to go on from.
 #pragma once
 
+#include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "data/clean.h"
@@ -11,7 +13,7 @@ struct Prompt {
     std::string text;         // cleaned as the training text was
     std::vector<int> tokens;  // end-of-text, tags, the text
     size_t tag_count = 0;
-    // What stays in sight of the model when the text has become longer than its context
+    // The tags, which generate() puts before the rest of a text that no longer fits into the context.
     std::vector<int> tags() const { return {tokens.begin() + 1, tokens.begin() + 1 + (ptrdiff_t)tag_count}; }
 };
 
@@ -20,34 +22,68 @@ inline std::string recipe_beside(const std::string& tokenizer_path) {
     return dirname_of(tokenizer_path) + "/recipe.txt";
 }
 
-// The prompt for a text and tags (COLUMN=VALUE,COLUMN=VALUE). The text is cleaned by the recipe that is
-// beside the tokenizer, so that vowel signs and other forms of letters may be written; white space at its end
-// is kept, because it says whether a word, a hemistich or a verse is complete. An Error names a letter that
-// the model does not know.
+// A prompt's text, cleaned by the recipe. White space or a separator of hemistichs at its end is kept, as a
+// space, a TAB or a newline, because it says whether a word, a hemistich or a verse is complete. An Error
+// names a letter that the poems do not have.
+inline std::string clean_prompt(const std::string& text, const Recipe& recipe) {
+    if (const size_t bad = utf8::find_invalid(text); bad != utf8::VALID)
+        fail("invalid UTF-8 at byte %zu (0x%02X)", bad, (unsigned)(unsigned char)text[bad]);
+    const bool known = recipe.hemistich_separator != "auto";
+    const Separator separator(known ? recipe.hemistich_separator : "tab");
+    // Separators stand before a letter. So one is put at the end, and taken away.
+    const std::string alef = "\u0627";
+    std::string divided = separator.apply(text + alef);
+    divided.resize(divided.size() - alef.size());
+
+    Cleaner clean(recipe);
+    std::string cleaned = clean(divided);
+    const std::map<uint32_t, size_t> removed = clean.removed();
+    utf8::for_each(text, [&](uint32_t c, size_t offset) {
+        if (removed.count(c) && is_lost_letter(c))
+            fail("character %s at byte %zu is not among those that the poems have", utf8::name(c).c_str(),
+                 offset);
+    });
+    if (cleaned.empty()) return "";
+    const std::string_view rest = std::string_view(divided).substr(divided.find_last_not_of(" \t\r\n") + 1);
+    if (rest.find_first_of("\r\n") != rest.npos) cleaned += '\n';
+    else if (!rest.empty()) cleaned += rest.find('\t') == rest.npos ? ' ' : '\t';
+    return cleaned;
+}
+
+// The prompt for a text, after `beginning`: end-of-text and tags, as Tokenizer::beginning() returns them. The
+// text is cleaned by the recipe that is beside the tokenizer, so that vowel signs and other forms of letters
+// may be written; without a recipe it is taken as it is. An Error names a letter that the model does not
+// know.
 inline Prompt make_prompt(const Tokenizer& tokenizer, const std::string& tokenizer_path,
-                          const std::string& text, const std::string& tags) {
-    Prompt p = {text, tokenizer.beginning(tags)};
-    p.tag_count = p.tokens.size() - 1;
-    if (std::string path = recipe_beside(tokenizer_path); file_exists(path)) {
-        const Recipe recipe = Recipe::load(path);
-        Cleaner clean(recipe);
-        const bool detected = recipe.hemistich_separator != "auto";
-        if (const size_t bad = utf8::find_invalid(text); bad != utf8::VALID)
-            fail("invalid UTF-8 at byte %zu (0x%02X)", bad, (unsigned)(unsigned char)text[bad]);
-        p.text = clean(Separator(detected ? recipe.hemistich_separator : "tab").apply(text));
-        const std::map<uint32_t, size_t> removed = clean.removed();
-        utf8::for_each(text, [&](uint32_t c, size_t offset) {
-            if (removed.count(c) && is_letter(c) && !is_mark(c))
-                fail("character %s at byte %zu is not among those that the poems have", utf8::name(c).c_str(),
-                     offset);
-        });
-        size_t end = text.size();
-        while (end && strchr(" \t\r\n", text[end - 1])) end--;
-        const std::string_view rest = std::string_view(text).substr(end);
-        if (rest.find_first_of("\r\n") != rest.npos) p.text += '\n';
-        else if (!rest.empty()) p.text += rest.find('\t') == rest.npos ? ' ' : '\t';
-        if (p.text == " " || p.text == "\t" || p.text == "\n") p.text.clear();
-    }
+                          const std::string& text, const std::vector<int>& beginning) {
+    Prompt p = {text, beginning, beginning.size() - 1};
+    if (std::string path = recipe_beside(tokenizer_path); file_exists(path))
+        p.text = clean_prompt(text, Recipe::load(path));
     for (int t : tokenizer.encode(p.text)) p.tokens.push_back(t);
+    return p;
+}
+
+// The prompt for a program's flags: --prompt is `text`, and `tags_flag` is `tags`, COLUMN=VALUE,COLUMN=VALUE.
+// T: the model's context. A UsageError names the flag whose value the model cannot take.
+inline Prompt prompt_of_flags(const Tokenizer& tokenizer, const std::string& tokenizer_path,
+                              const std::string& text, const char* tags_flag, const std::string& tags,
+                              size_t T) {
+    std::vector<int> beginning;
+    try {
+        beginning = tokenizer.beginning(tags);
+    } catch (const Error& e) {
+        throw UsageError(strf("%s: %s", tags_flag, e.what()));
+    }
+    Prompt p;
+    try {
+        p = make_prompt(tokenizer, tokenizer_path, text, beginning);
+    } catch (const Error& e) {
+        throw UsageError(strf("--prompt: %s", e.what()));
+    }
+    if (p.tokens.size() > T)
+        throw UsageError(
+            strf("--prompt has %zu tokens with end-of-text and tags, the context takes %zu: wanted at most "
+                 "%zu of text, found %zu",
+                 p.tokens.size(), T, T - std::min(T, beginning.size()), p.tokens.size() - beginning.size()));
     return p;
 }

@@ -5,6 +5,9 @@
 
 #include <doctest/doctest.h>
 
+#include <ctime>
+#include <thread>
+
 #include "data/prompt.h"
 #include "dev/test_util.h"
 
@@ -230,7 +233,7 @@ TEST_CASE("a JSON value that cannot be read costs itself, and only with --on_err
     CHECK(contains(got->report.where_damaged[1], "line 2: a value begins here but does not end"));
     CHECK(got->report.train.poems == 2);
     CHECK(contains(error("{\"id\": 1, \"body\": \"\u0628\"}", "p.jsonl"),
-                   "has no key 'poem_text'; its keys are id, body (--column chooses one)"));
+                   "has no key 'poem_text'; its keys are 'id', 'body' (--column chooses one)"));
     CHECK(contains(error("{\"poem_text\": \"\u062A\"}\n{\"poem_text\": \"\u0628\xFF\"}\n", "p.jsonl"),
                    "line 2: invalid UTF-8 at byte 37 (0xFF)"));
     CHECK(
@@ -238,6 +241,37 @@ TEST_CASE("a JSON value that cannot be read costs itself, and only with --on_err
     std::string deep = "{\"poem_text\": " + std::string(100000, '[') + std::string(100000, ']') + "}";
     CHECK(contains(error(deep + "\n{\"poem_text\": \"\u0628\"}", "p.jsonl"),
                    "nested more than 1,000 levels deep"));
+    // Brackets in texts are no levels, in either direction.
+    const std::string many(2000, '[');
+    CHECK(prepare("{\"poem_text\": \"\\\"" + many + "\u0628\"}", "p.jsonl")->report.train.chars == 1);
+    std::string closing = "{\"poem_text\": ";
+    for (int i = 0; i < 100000; i++) closing += "[\"]\",";
+    closing += "1" + std::string(100000, ']') + "}";
+    CHECK(contains(error(closing + "\n{\"poem_text\": \"\u0628\"}", "p.jsonl"),
+                   "nested more than 1,000 levels deep"));
+}
+
+TEST_CASE("a verse in a row of its own may be a list of its hemistichs") {
+    if (!json::available()) return skip("built without nlohmann-json");
+    std::string pairs, nested;
+    for (size_t i = 0; i < count(); i++)
+        for_each_line(text_of(i), [&](std::string_view v) {
+            const std::string sadr = json_text(std::string(v.substr(0, v.find('\t'))), false),
+                              ajuz = json_text(std::string(v.substr(v.find('\t') + 1)), false);
+            pairs += strf("{\"poem\": %zu, \"verse\": [%s, %s]}\n", i, sadr.c_str(), ajuz.c_str());
+            nested += strf("{\"poem\": %zu, \"verse\": [[%s, %s]]}\n", i, sadr.c_str(), ajuz.c_str());
+        });
+    const Set verses = [](prep::Options& o) { o.columns = "verse", o.group = "poem"; };
+    same("a list", pairs, "p.jsonl", verses, "keys verse, poems by poem");
+    same("a list in a list", nested, "p.jsonl", verses);
+    const std::string bad = "{\"poem\": 1, \"verse\": {\"a\": \"\u0628\"}}\n";
+    CHECK(contains(error(bad + pairs, "p.jsonl", verses),
+                   "line 1: 'verse' is neither a text nor a list of verses"));
+    // A row that --except leaves out is not looked at.
+    same("--except", replaced(bad, "1", "99") + pairs, "p.jsonl", [&](prep::Options& o) {
+        verses(o);
+        o.except = "poem=99";
+    });
 }
 
 TEST_CASE("--columns and --group make poems of rows that are verses") {
@@ -342,11 +376,28 @@ TEST_CASE("--hemistich_separator says what separates hemistichs, and nothing els
     CHECK(text("..", "a .. b. c \u2026 d") == "a\tb. c \u2026 d");
     CHECK(text("#", "# a # \n#\nb #") == "# a # \n#\nb #");  // letters on both sides are wanted
     CHECK(text("*", "a * * * b") == "a\tb");
+    CHECK(text("b", "a bbb") == "a bbb");
+    CHECK(text("\u0640", "a\u0640 \u0640 b\u0640\u0640c \u0640\u0640d") ==
+          "a\u0640\tb\u0640\u0640c \u0640\u0640d");
     auto got =
         prepare("\u0628 # \u062A | \u062B\n", "p.txt", [](prep::Options& o) { o.hemistich_separator = "|"; });
     CHECK(contains(got->source(), "separated by '|'"));
     CHECK(contains(error("\u0628\n", "p.txt", [](prep::Options& o) { o.hemistich_separator = ""; }),
                    "--hemistich_separator: wanted auto, tab, spaces or a text"));
+}
+
+TEST_CASE("long runs of a sign or of spaces that separate nothing take linear time") {
+    const clock_t start = clock();
+    for (const char* sign : {" ", "=", "-", "\u0640"}) {
+        std::string run;
+        for (int i = 0; i < 300000; i++) run += sign;
+        const std::string name = *sign == ' ' ? "spaces" : sign;
+        CHECK(Separator(name).apply(run + "\u0628") == run + "\u0628");
+        CHECK(Separator(name).apply("\u0628" + run) == "\u0628" + run);
+        const std::string within = "\u0628" + run + "\u062A \u062B";
+        if (name == "\u0640") CHECK(Separator(name).apply(within) == within);
+    }
+    CHECK((double)(clock() - start) / CLOCKS_PER_SEC < 5);
 }
 
 TEST_CASE("poems may end at lines of a sign, at <|endoftext|>, and at lines that only look blank") {
@@ -366,6 +417,11 @@ TEST_CASE("poems may end at lines of a sign, at <|endoftext|>, and at lines that
     same(
         "--poem_separator", text_file("\t", "END OF POEM\n"), "p.txt",
         [](prep::Options& o) { o.poem_separator = "END OF POEM"; }, "lines of 'END OF POEM'");
+    // --layout blank: such lines do not end a poem.
+    auto blank = prepare("\u0628\n***\n\u062A\n***\n\u062B\n\n\u062C\n", "p.txt",
+                         [](prep::Options& o) { o.layout = "blank", o.val_fraction = 0; });
+    CHECK(contains(blank->source(), "poems separated by blank lines"));
+    CHECK(blank->report.train.poems == 2);
     // An ellipsis is not a separator.
     CHECK(contains(prepare("\u0628\n...\n\u062A\n", "p.txt")->source(), "one poem per line"));
 }
@@ -473,6 +529,20 @@ TEST_CASE("a damaged row costs itself with --on_error skip, wherever it stands, 
             CHECK(got->val == wanted().val);
         }
     }
+    // Between rows with another kind of value than a column usually has, or with none
+    for (auto [before, after] : {std::pair<const char*, const char*>{"98,Unknown,-,7,\"\u062B\"\n", ""},
+                                 {"98,,,,\"\u062B\"\n", ""},
+                                 {"", ",x,y,z,\"\u062B\"\n"}}) {
+        std::string s = good;
+        s.insert(third, std::string(before) + "99,x,y,z,\"\u0628 \u062A\n" + after);
+        INFO(s.substr(third, 40));
+        auto got = prepare(s, "p.csv", [](prep::Options& o) { o.on_error = "skip", o.val_fraction = 0; });
+        CHECK(got->report.damaged == 1);
+        CHECK(got->report.train.poems == count() + 1);
+    }
+    // A column that was empty so far may have anything.
+    CHECK(prepare("id,note,poem_text\n1,,\u0628\n2,,\"\u062A\n3,\u062C,\u062B\n", "p.csv", skips)
+              ->report.train.poems == 2);
     // A row with too many fields whose text has lines that look like rows
     std::string s = good;
     s.insert(third, "99,x,y,z,\"\u0628\n\u062A\",more\n");
@@ -502,6 +572,19 @@ TEST_CASE("lines of a damaged poem that look like rows are not read as rows") {
     const std::string cut = "id,poem_text\n1,\"\u0627 \u0628\"\n\u062A \u062B\"\n2,\"\u062C\"\n3,\u062D\n";
     CHECK(contains(error(cut, "p.csv"), "line 3: 1 fields, the header has 2, and a quote without its pair"));
     CHECK(prepare(cut, "p.csv", skips)->report.damaged == 1);
+}
+
+TEST_CASE("a message names the byte where a file is not UTF-8, unless its quotes are doubled, and the line") {
+    CHECK(contains(error("id,poem_text\n1,\"\u0628\xFF\"\n", "p.csv"), "invalid UTF-8 at byte 18 (0xFF)"));
+    CHECK(contains(error("id,poem_text\n1,\"\"\"\u0628\"\"\xFF\"\n", "p.csv"),
+                   "invalid UTF-8 (0xFF), in the poem that begins on line 2"));
+    const Set skips = [](prep::Options& o) { o.on_error = "skip"; };
+    for (const char* line_end : {"\n", "\r\n"}) {
+        const std::string text = "sep=;\nid;poem_text\n1;\u0628\n2;\u062A;x\n3;\u062B\xFF\n";
+        auto got = prepare(replaced(text, "\n", line_end), "p.csv", skips);
+        CHECK(contains(got->report.where_ragged.at(0), "line 4: 3 fields, the header has 2"));
+        CHECK(contains(got->report.where_invalid.at(0), "in the poem that begins on line 5"));
+    }
 }
 
 TEST_CASE("cells that are neither texts nor lists of verses are damaged rows, not poems") {
@@ -549,6 +632,21 @@ TEST_CASE("lists of Python's other kinds are read as lists") {
     }
 }
 
+TEST_CASE("a zero byte is no bracket, space or sign of a name, but a control character") {
+    const std::string zero(1, '\0');
+    PrintedList list;
+    CHECK(!list.parse(zero + "'\u0628'}"));
+    CHECK(!list.parse("[" + zero + "'\u0628'}]"));
+    CHECK(contains(error("\xC7\xE1" + zero + "\xE1\xED\xE1 \xC7\xE1\n", "p"), "is not text"));
+    CHECK(contains(prepare("[" + zero + "\u0628\n", "p")->source(), "text, one poem per line"));
+    CHECK(contains(prepare("a,b" + zero + "\n\u0628,\u062A\n", "p")->source(), "text, one poem per line"));
+    CHECK(verse_number(zero + "1 \u0628") == 3);
+    if (!json::available()) return;
+    // It begins a value, which is no JSON.
+    const std::string e = error("{\"poem_text\": \"\u0628\"} " + zero + "x\n", "p.json");
+    CHECK_MESSAGE(contains(e, "line 1: is not JSON"), e);
+}
+
 TEST_CASE(
     "forms that people also use: sep=, written line ends, tatweels between hemistichs, couplets, ornaments") {
     same("Excel's first line", "sep=;\n" + csv(';', 4, true, "\n"), "p.csv");
@@ -577,7 +675,7 @@ TEST_CASE(
         "a poem a file, 1 poem"));
     // A table without a usual column is named as one.
     CHECK(contains(error("id;qasida\n1;\u0628\n2;\u062A\n", "p.txt"),
-                   "has no column 'poem_text'; its columns are id, qasida"));
+                   "has no column 'poem_text'; its columns are 'id', 'qasida'"));
     CHECK(contains(error("%PDF-1.4 ...", "p"), "is a PDF file"));
     CHECK(contains(error(std::string("\x01\x02\xC7\xE1\0\xFF", 6), "p"), "is not text"));
     CHECK(Cleaner(Recipe())("\u0628\u200B\u062A\u06DD\u062B") == "\u0628 \u062A \u062B");
@@ -596,6 +694,45 @@ TEST_CASE("a folder is read as --poem_separator or --layout say, and links do no
     CHECK(prep::prepare(o).train.poems == 2);
     o.poem_separator = "auto", o.layout = "lines";
     CHECK(prep::prepare(o).train.poems == 2);
+}
+
+TEST_CASE("a file whose lines are longer than its sample is read whole; a pipe gives whole pieces, too") {
+    // The last row of the first MiB is incomplete, also where a byte order mark takes three bytes of it.
+    std::string rows = "\xEF\xBB\xBFid,poem_text\n", poem;
+    for (int i = 0; i < 3000; i++) poem += "\u0628\u062A ";
+    for (int i = 0; i < 200; i++) rows += strf("%d,%s%d\n", i, poem.c_str(), i);
+    TempDir dir;
+    write_file(dir / "p.csv", rows);
+    Input in(dir / "p.csv");
+    CHECK(!in.ended());
+    CHECK(in.sample().back() == '\n');
+    CHECK(in.sample().size() > Input::SAMPLE / 2);
+
+    int ends[2];
+    REQUIRE(pipe(ends) == 0);
+    std::thread writer([&] {
+        FILE* to = fdopen(ends[1], "w");
+        fwrite(rows.data(), 1, rows.size(), to), fclose(to);
+    });
+    {
+        Input from(strf("/dev/fd/%d", ends[0]));
+        close(ends[0]);
+        const size_t had = from.view().size();
+        CHECK(had == Input::SAMPLE - 3);
+        CHECK(from.more());
+        CHECK(from.view().size() == had + Input::SAMPLE);
+        while (from.more()) {}
+        CHECK(from.view().size() == rows.size() - 3);
+    }
+    writer.join();
+
+    if (!json::available()) return;
+    std::string array = "[\n";
+    for (int i = 0; i < 100; i++)
+        array += strf("%s{\"poem_text\": \"%s%c\"}", i ? ", " : "", poem.c_str(), 'a' + i % 26);
+    auto got = prepare(array + "]\n", "p.json");
+    CHECK(contains(got->source(), "JSON array key poem_text"));
+    CHECK(got->report.poems_read == 100);
 }
 
 TEST_CASE("a file is read in pieces: rows and lines are the same wherever a piece ends") {
@@ -756,7 +893,8 @@ TEST_CASE(
     CHECK(!r.normalize_ya);
     CHECK(r.hemistich_separator == "#");
     CHECK(r.keep == "letters");
-    for (const char* line : {"keep=some", "map=x", "normalize_ya=2", "nothing=1", "keep", "keep="}) {
+    for (const char* line :
+         {"keep=some", "map=x", "normalize_ya=2", "nothing=1", "keep", "keep=", "hemistich_separator=\xFF"}) {
         write_file(path, std::string("keep=all\n") + line + "\n");
         INFO(line);
         CHECK(contains(error_of([&] { Recipe::load(path); }), path + ": "));
@@ -770,7 +908,7 @@ TEST_CASE("a prompt is cleaned as the training text was, and keeps the white spa
     auto got = prepare(text_file(" # ", "\n"), "p.txt", [](prep::Options& o) { o.normalize_alef = true; });
     const std::string path = got->dir / "out/tokenizer.bin";
     Tokenizer t = Tokenizer::load(path);
-    auto text = [&](const char* prompt) { return make_prompt(t, path, prompt, "").text; };
+    auto text = [&](const char* prompt) { return make_prompt(t, path, prompt, t.beginning("")).text; };
     CHECK(text("\u0642\u0650\u0641\u0627 \u0646\u064E\u0628\u0643") ==
           "\u0642\u0641\u0627 \u0646\u0628\u0643");
     CHECK(text("\u0623\u06A9") == "\u0627\u0643");
@@ -779,12 +917,51 @@ TEST_CASE("a prompt is cleaned as the training text was, and keeps the white spa
     CHECK(text("\u0628\u060C \t") == "\u0628\t");
     CHECK(text("\u0628 \n") == "\u0628\n");
     CHECK(text(" ") == "");
-    CHECK(make_prompt(t, path, "\u0628", "").tokens == std::vector<int>{t.eot(), t.encode("\u0628")[0]});
+    CHECK(make_prompt(t, path, "\u0628", t.beginning("")).tokens ==
+          std::vector<int>{t.eot(), t.encode("\u0628")[0]});
     CHECK(contains(error_of([&] { text("abc"); }),
                    "character 'a' U+0061 at byte 0 is not among those that the poems have"));
     CHECK(contains(error_of([&] { text("\xFF"); }), "invalid UTF-8 at byte 0"));
     unlink((got->dir / "out/recipe.txt").c_str());  // without a recipe, as it is
     CHECK(contains(error_of([&] { text("\u0628\u064E"); }), "U+064E"));
+}
+
+TEST_CASE("a prompt may have a tatweel that the poems lost, and end in a separator of hemistichs") {
+    auto prompt = [](const char* hemistichs, const char* text, bool remove_tatweel) {
+        auto got = prepare(text_file(hemistichs, "\n"), "p.txt",
+                           [&](prep::Options& o) { o.remove_tatweel = remove_tatweel; });
+        const std::string path = got->dir / "out/tokenizer.bin";
+        const Tokenizer t = Tokenizer::load(path);
+        return make_prompt(t, path, text, t.beginning("")).text;
+    };
+    CHECK(prompt("\t", "\u0642\u0641\u0640\u0627", true) == "\u0642\u0641\u0627");
+    CHECK(prompt(" # ", "\u0642\u0641\u0627 #", false) == "\u0642\u0641\u0627\t");
+    CHECK(prompt(" # ", "\u0642\u0641\u0627 ## ", false) == "\u0642\u0641\u0627\t");
+    CHECK(prompt(" # ", "\u0642\u0641\u0627 # \n", false) == "\u0642\u0641\u0627\n");
+    CHECK(prompt(" # ", "# ", false) == "");
+    CHECK(prompt("   ", "\u0642\u0641\u0627  ", false) == "\u0642\u0641\u0627\t");
+    CHECK(prompt("   ", "\u0642\u0641\u0627 ", false) == "\u0642\u0641\u0627 ");
+}
+
+TEST_CASE("a prompt or tag that a program cannot take is a usage error that names its flag") {
+    TempDir dir;
+    const Tokenizer t = Tokenizer::characters("\u0628\u062A", {"<|m=x|>", "<|m=other|>"});
+    auto says = [&](const char* text, const char* tags, size_t T) {
+        try {
+            prompt_of_flags(t, dir / "t.bin", text, "--some_tags", tags, T);
+        } catch (const UsageError& e) {
+            return std::string(e.what());
+        }
+        return std::string();
+    };
+    CHECK(says("\u0628\u062A", "m=x", 4) == "");
+    CHECK(
+        contains(says("\u0628\u062A", "m=x", 3),
+                 "--prompt has 4 tokens with end-of-text and tags, the context takes 3: wanted at most 1 of "
+                 "text, found 2"));
+    CHECK(contains(says("\u0628\u062A", "m=x", 1), "wanted at most 0 of text, found 2"));
+    CHECK(contains(says("a", "", 9), "--prompt: character 'a'"));
+    CHECK(contains(says("", "m=y", 9), "--some_tags: m has no value 'y'"));
 }
 
 TEST_CASE(
@@ -924,6 +1101,31 @@ TEST_CASE("a tokenizer file with tags reads back; damaged tags are refused") {
     CHECK(contains(says(replaced(good, "<|m=x|>", "x|m=x|>")), "wanted a tag"));
     CHECK(contains(says(replaced(replaced(good, "\x0B<|m=other|>", "\x07<|m=x|>"), "<|m=y|>", "")),
                    "as an earlier one is"));
+    // The tags of a column are together, and one is "other".
+    auto of = [](const Strings& tags) { return error_of([&] { Tokenizer::characters("\u0628", tags); }); };
+    CHECK(of({"<|m=other|>", "<|m=x|>", "<|p=other|>"}) == "");
+    CHECK(contains(of({"<|m=x|>", "<|p=other|>", "<|m=other|>"}),
+                   "token 4 is '<|m=other|>', wanted it next to the other tags of its column"));
+    CHECK(contains(of({"<|m=other|>", "<|p=x|>"}), "has tags of 'p', but not '<|p=other|>'"));
+    // A tag of more than 255 bytes is named, and the file.
+    const std::string column(250, 'c');
+    CHECK(
+        contains(error_of([&] { Tokenizer::characters("a", {"<|" + column + "=other|>"}).save(dir / "t"); }),
+                 dir / "t" + ": token 2 '<|cccc"));
+}
+
+TEST_CASE("a hundred thousand tags are read and looked up in linear time") {
+    Strings tags;
+    for (int i = 0; i < 100000; i++) tags.push_back(Tokenizer::tag_text("title", std::to_string(i)));
+    tags.push_back("<|title=other|>");
+    const clock_t start = clock();
+    const Tokenizer t = Tokenizer::characters("\u0628", tags);
+    size_t found = 0;
+    for (int i = 0; i < 100000; i++) found += t.tag("title", std::to_string(i)) == 2 + i;
+    CHECK(found == 100000);
+    CHECK(t.tag("title=7") == 9);
+    CHECK(t.tag("title", "none") == -1);
+    CHECK((double)(clock() - start) / CLOCKS_PER_SEC < 5);
 }
 
 }  // namespace

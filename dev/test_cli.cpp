@@ -1394,7 +1394,7 @@ TEST_CASE("cli: poems that cannot be read are named, with what is wrong") {
         {d / "latin.csv", {"nothing is left", "1 empty", "--keep all"}},
         {d / "binary.csv", {d / "binary.csv", "compressed with gzip", "gunzip -k"}},
         {d / "open.csv", {d / "open.csv", "line 2", "quote"}},
-        {tiny().csv + " --column verse", {tiny().csv, "no column 'verse'", "id, poet, poem_text"}},
+        {tiny().csv + " --column verse", {tiny().csv, "no column 'verse'", "'id', 'poet', 'poem_text'"}},
         {tiny().csv + " --tokenizer " + (d / "none"), {d / "none", "No such file"}},
         {tiny().csv + " --tokenizer " + tiny().other + "/tokenizer.bin",
          {tiny().other + "/tokenizer.bin", "U+"}},

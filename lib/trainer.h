@@ -734,20 +734,7 @@ class Run {
     // A prompt that cannot be written fails now, not at the first poem.
     void check_prompt() {
         if (!tokenizer_ || !o_.sample_every || !o_.max_steps) return;
-        try {
-            tokenizer_->beginning(o_.prompt_tags);
-        } catch (const Error& e) {
-            throw UsageError(strf("--prompt_tags: %s", e.what()));
-        }
-        try {
-            prompt_ = make_prompt(*tokenizer_, o_.tokenizer, o_.prompt, o_.prompt_tags);
-        } catch (const Error& e) {
-            throw UsageError(strf("--prompt: %s", e.what()));
-        }
-        if (prompt_.tokens.size() > T_)
-            throw UsageError(
-                strf("--prompt has %zu tokens with the end-of-text before it, the context takes %zu",
-                     prompt_.tokens.size(), T_));
+        prompt_ = prompt_of_flags(*tokenizer_, o_.tokenizer, o_.prompt, "--prompt_tags", o_.prompt_tags, T_);
     }
 
     // The checkpoint's sizes are used; a flag that asks for another one is refused.
@@ -1426,7 +1413,7 @@ class Run {
         end_line();
         if (!decoder_) decoder_ = std::make_unique<Decoder>(*model_, 1, T_);
         SampleOptions so;
-        so.temperature = o_.temperature, so.below = tokenizer_->first_tag(), so.keep = prompt_.tags();
+        so.temperature = o_.temperature, so.below = tokenizer_->first_tag(), so.prefix = prompt_.tags();
         Utf8Stream stream;
         printf("\n--- a poem after step %d ---\n%s", progress_.step, prompt_.text.c_str());
         generate(*decoder_, 1, prompt_.tokens, cfg_.V, tokenizer_->eot(), o_.sample_tokens,

@@ -26,7 +26,7 @@ namespace exporter {
 using Json = nlohmann::json;
 using utf8::quote;
 
-// A published tokenizer, with tokens spelled as in the folder's files (see bytes_of below).
+// A published tokenizer, with tokens spelled as in the folder's files (see huggingface::bytes_of).
 struct Published {
     std::string vocab_path, merges_path;
     std::vector<std::string> tokens;  // by id
@@ -77,6 +77,9 @@ class Folder {
         } else {
             fail("%s: has neither tokenizer.json nor vocab.json and merges.txt", dir_.c_str());
         }
+        for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"})
+            if (const std::string path = dir_ + name; file_exists(path))
+                configs_.push_back({path, read_json(path)});
         if (const std::string path = dir_ + "/added_tokens.json"; file_exists(path)) {
             const Json added = read_json(path);
             for (auto& [token, id] : added.items()) add_listed(token, id, path);
@@ -116,15 +119,13 @@ class Folder {
                  known->second);
         return i;
     }
-    // A token of added_tokens.json, a file that does not say which tokens are special: those that another one
-    // names as such.
+    // A token of added_tokens.json, which does not say which of its tokens are special. Those are special
+    // that special_tokens_map.json or tokenizer_config.json names.
     void add_listed(const std::string& token, const Json& number, const std::string& path) {
         int i = add_beyond(token, number, path);
         if (p_.special.count(i) || p_.added.count(i)) return;
         bool special = false;
-        for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"}) {
-            if (!file_exists(dir_ + name)) continue;
-            const Json j = read_json(dir_ + name);
+        for (const auto& [config, j] : configs_) {
             const Json &flags = member(member(j, "added_tokens_decoder"), std::to_string(i).c_str()),
                        &flag = member(flags, "special");
             auto names = [&](const Json& t) { return (t.is_object() ? member(t, "content") : t) == token; };
@@ -134,7 +135,7 @@ class Folder {
             for (const char* list : {"additional_special_tokens", "extra_special_tokens"})
                 for (const Json& t : member(j, list)) special = special || names(t);
             special = special || flag == true;
-            check_flags(token, flags, dir_ + name);
+            check_flags(token, flags, config);
         }
         (special ? p_.special : p_.added).insert(i);
     }
@@ -228,11 +229,8 @@ class Folder {
     // as in transformers.
     void read_config() {
         std::string eos = "<|endoftext|>", from = dir_;
-        for (const char* name : {"/special_tokens_map.json", "/tokenizer_config.json"}) {
-            std::string path = dir_ + name;
-            if (!file_exists(path)) continue;
-            const Json j = read_json(path), &token = member(j, "eos_token"),
-                       &space = member(j, "add_prefix_space");
+        for (const auto& [path, j] : configs_) {
+            const Json &token = member(j, "eos_token"), &space = member(j, "add_prefix_space");
             const Json& text = token.is_object() ? member(token, "content") : token;
             if (text.is_string()) eos = text.get<std::string>(), from = path;
             else if (!text.is_null())
@@ -269,6 +267,7 @@ class Folder {
     }
 
     std::string dir_;
+    std::vector<std::pair<std::string, Json>> configs_;  // the path and content of each, as far as they exist
     std::map<int, std::string> by_id_;
     Published p_;
 };
@@ -327,7 +326,7 @@ inline Tokenizer make_characters(const Published& p) {
         else if (i > p.eot) tags.push_back(p.tokens[(size_t)i]);
     Tokenizer tok = Tokenizer::characters(text, tags);
     for (int i = 0; i < (int)p.tokens.size(); i++)
-        if (tok.vocab_size() != (int)p.tokens.size() || tok.bytes(i) != p.tokens[(size_t)i])
+        if (i >= tok.vocab_size() || tok.bytes(i) != p.tokens[(size_t)i])
             fail(
                 "%s: token %d is %s, wanted characters in the order of their code points, then "
                 "<|endoftext|>, then tags",

@@ -1,7 +1,7 @@
 // huggingface.h - our tokenizers in Hugging Face's files: what convert_gpt2 to-hf writes and export_tokenizer
 // reads.
 //
-//     for (auto& [name, content] : huggingface::files_of(tokenizer, 1024)) ...   // tokenizer.json and others
+//     for (auto& [name, content] : huggingface::files_of(tokenizer, 1024, "tokenizer.bin")) ...
 //
 // tokenizer.json (the format of the tokenizers library) describes a pipeline. Added tokens are cut out of the
 // text; the pre-tokenizer cuts what is between them into pieces; the model turns each piece into tokens; the
@@ -69,6 +69,81 @@ inline Json every_character() {
             {"invert", false}};
 }
 
+inline bool is_special(const Tokenizer& t, int id) {
+    return id == t.eot() || (t.kind() == Tokenizer::CHARACTERS && id >= t.first_tag());
+}
+// Is the token one of those that tokenizer.json lists as added?
+inline bool is_listed(const Tokenizer& t, int id) {
+    return is_special(t, id) || (t.kind() == Tokenizer::BYTE_BPE && t.is_added(id));
+}
+inline std::string name_of(const Tokenizer& t, int id) {
+    const bool plain = t.kind() == Tokenizer::CHARACTERS || is_listed(t, id);
+    return plain ? t.bytes(id) : spelled(t.bytes(id));
+}
+
+// All tokens with their numbers. Keys are appended unchecked: operator[] would search all earlier ones for
+// each.
+inline Json vocabulary(const Tokenizer& t, const std::string& where) {
+    Json vocab = Json::object();
+    std::set<std::string> names;
+    for (int id = 0; id < t.vocab_size(); id++) {
+        const std::string name = name_of(t, id);
+        const bool valid = utf8::find_invalid(name) == utf8::VALID;
+        if (!valid || !names.insert(name).second)
+            fail("%s: token %d %s cannot be written to tokenizer.json: its name is %s", where.c_str(), id,
+                 utf8::quote(t.bytes(id)).c_str(), valid ? "taken" : "not UTF-8");
+        vocab.get_ref<Json::object_t&>().push_back({name, id});
+    }
+    return vocab;
+}
+inline Json added_tokens(const Tokenizer& t) {
+    Json added = Json::array();
+    for (int id = 0; id < t.vocab_size(); id++)
+        if (is_listed(t, id))
+            added.push_back({{"id", id},
+                             {"content", name_of(t, id)},
+                             {"single_word", false},
+                             {"lstrip", false},
+                             {"rstrip", false},
+                             {"normalized", !is_special(t, id)},
+                             {"special", is_special(t, id)}});
+    return added;
+}
+inline Json bpe_model(const Tokenizer& t, const Json& vocab) {
+    Json merges = Json::array();
+    for (int id = 0; id < t.vocab_size(); id++)
+        if (auto [left, right] = t.parts(id); left >= 0)
+            merges.push_back(name_of(t, left) + " " + name_of(t, right));
+    return {{"type", "BPE"},
+            {"dropout", nullptr},
+            {"unk_token", nullptr},
+            {"continuing_subword_prefix", ""},
+            {"end_of_word_suffix", ""},
+            {"fuse_unk", false},
+            {"byte_fallback", false},
+            {"vocab", vocab},
+            {"merges", merges}};
+}
+// The post-processor that puts what begins a poem before a text, or before each of two.
+inline Json template_processor(const Tokenizer& t) {
+    Json special_tokens = Json::object(), single = Json::array(), pair;
+    for (int id : t.beginning("")) {
+        const std::string name = name_of(t, id);
+        special_tokens[name] = {{"id", name}, {"ids", Json::array({id})}, {"tokens", Json::array({name})}};
+        single.push_back({{"SpecialToken", {{"id", name}, {"type_id", 0}}}});
+    }
+    pair = single;
+    auto text = [](const char* which) { return Json{{"Sequence", {{"id", which}, {"type_id", 0}}}}; };
+    pair.push_back(text("A"));
+    pair.insert(pair.end(), single.begin(), single.end());
+    pair.push_back(text("B"));
+    single.push_back(text("A"));
+    return {{"type", "TemplateProcessing"},
+            {"single", single},
+            {"pair", pair},
+            {"special_tokens", special_tokens}};
+}
+
 // tokenizer.json. `where` names the tokenizer in error messages.
 //
 // encode() of the result returns the tokens that Tokenizer::encode does, after those that begin a poem in
@@ -77,74 +152,21 @@ inline Json every_character() {
 // encoded as it, where Tokenizer::encode takes the spelling for text.
 inline Json tokenizer_json(const Tokenizer& t, const std::string& where) {
     const bool characters = t.kind() == Tokenizer::CHARACTERS;
-    Json added = Json::array();
-    auto special = [&](int id) { return id == t.eot() || (characters && id >= t.first_tag()); };
-    auto plain = [&](int id) { return special(id) || (!characters && t.is_added(id)); };
-    auto name = [&](int id) { return characters || plain(id) ? t.bytes(id) : spelled(t.bytes(id)); };
-    // Keys are appended unchecked: operator[] would search all earlier ones for each.
-    Json vocab = Json::object();
-    std::set<std::string> names;
-    for (int id = 0; id < t.vocab_size(); id++) {
-        if (utf8::find_invalid(name(id)) != std::string::npos || !names.insert(name(id)).second)
-            fail("%s: token %d %s cannot be written to tokenizer.json: its name is %s", where.c_str(), id,
-                 utf8::quote(t.bytes(id)).c_str(), names.count(name(id)) ? "taken" : "not UTF-8");
-        vocab.get_ref<Json::object_t&>().push_back({name(id), id});
-        if (plain(id))
-            added.push_back({{"id", id},
-                             {"content", name(id)},
-                             {"single_word", false},
-                             {"lstrip", false},
-                             {"rstrip", false},
-                             {"normalized", !special(id)},
-                             {"special", special(id)}});
-    }
-    Json model;
-    if (characters) {
-        model = {{"type", "WordLevel"}, {"vocab", vocab}, {"unk_token", "<unknown>"}};
-    } else {
-        Json merges = Json::array();
-        for (int id = 0; id < t.vocab_size(); id++)
-            if (auto [left, right] = t.parts(id); left >= 0) merges.push_back(name(left) + " " + name(right));
-        model = {{"type", "BPE"},
-                 {"dropout", nullptr},
-                 {"unk_token", nullptr},
-                 {"continuing_subword_prefix", ""},
-                 {"end_of_word_suffix", ""},
-                 {"fuse_unk", false},
-                 {"byte_fallback", false},
-                 {"vocab", vocab},
-                 {"merges", merges}};
-    }
-    Json special_tokens = Json::object(), single = Json::array(), pair;
-    for (int id : t.beginning("")) {
-        special_tokens[name(id)] = {{"id", name(id)},
-                                    {"ids", Json::array({id})},
-                                    {"tokens", Json::array({name(id)})}};
-        single.push_back({{"SpecialToken", {{"id", name(id)}, {"type_id", 0}}}});
-    }
-    pair = single;
-    auto text = [](const char* which) { return Json{{"Sequence", {{"id", which}, {"type_id", 0}}}}; };
-    pair.push_back(text("A"));
-    pair.insert(pair.end(), single.begin(), single.end());
-    pair.push_back(text("B"));
-    single.push_back(text("A"));
-    Json byte_level = {{"type", "ByteLevel"},
-                       {"add_prefix_space", t.add_prefix_space()},
-                       {"trim_offsets", true},
-                       {"use_regex", true}};
+    const Json vocab = vocabulary(t, where);
+    const Json word_level = {{"type", "WordLevel"}, {"vocab", vocab}, {"unk_token", "<unknown>"}};
+    const Json byte_level = {{"type", "ByteLevel"},
+                             {"add_prefix_space", t.add_prefix_space()},
+                             {"trim_offsets", true},
+                             {"use_regex", true}};
     return {{"version", "1.0"},
             {"truncation", nullptr},
             {"padding", nullptr},
-            {"added_tokens", added},
+            {"added_tokens", added_tokens(t)},
             {"normalizer", nullptr},
             {"pre_tokenizer", characters ? every_character() : byte_level},
-            {"post_processor",
-             {{"type", "TemplateProcessing"},
-              {"single", single},
-              {"pair", pair},
-              {"special_tokens", special_tokens}}},
+            {"post_processor", template_processor(t)},
             {"decoder", characters ? Json{{"type", "Fuse"}} : byte_level},
-            {"model", model}};
+            {"model", characters ? word_level : bpe_model(t, vocab)}};
 }
 
 // The names and contents of the files that transformers needs to load the tokenizer of a model whose context

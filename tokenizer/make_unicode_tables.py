@@ -40,6 +40,8 @@ SAME_LETTER = {
     "FEH WITH DOT MOVED BELOW": "FEH", "DOTLESS FEH": "FEH",
     "QAF WITH DOT ABOVE": "QAF", "DOTLESS QAF": "QAF",
 }
+# The blocks of is_arabic_letter() in data/clean.h. It has one more, U+10EC0 to U+10EFF, whose letters are not
+# made of U+0621 to U+064A; its four marks are not in MARKS.
 ARABIC_BLOCKS = [(0x600, 0x6FF), (0x750, 0x77F), (0x870, 0x8FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF),
                  (0x1EE00, 0x1EEFF)]
 FIRST, LAST, TATWEEL = 0x621, 0x64A, 0x640
@@ -94,16 +96,20 @@ def ranges(belongs):
     return found
 
 
-def table(name, comment, belongs):
-    print(f"\n// {comment}\nconstexpr Range {name}[] = {{")
+def print_items(items):
+    """The items of an array and its end, in lines of at most 110 columns."""
     line = "   "
-    for first, last in ranges(belongs):
-        item = f" {{0x{first:X}, 0x{last:X}}},"
-        if len(line) + len(item) > 130:
+    for item in items:
+        if len(line) + 1 + len(item) > 110:
             print(line)
             line = "   "
-        line += item
+        line += " " + item
     print(line + "\n};")
+
+
+def table(name, comment, belongs):
+    print(f"\n// {comment}\nconstexpr Range {name}[] = {{")
+    print_items(f"{{0x{first:X}, 0x{last:X}}}," for first, last in ranges(belongs))
 
 
 print(f"""\
@@ -132,12 +138,5 @@ struct Form {
     const char* to;  // UTF-8
 };
 constexpr Form ARABIC_FORMS[] = {""")
-line = "   "
-for c, to in arabic_forms():
-    item = f' {{0x{c:X}, "{to}"}},'
-    if len(line) + len(item) > 110:
-        print(line)
-        line = "   "
-    line += item
-print(line + "\n};")
+print_items(f'{{0x{c:X}, "{to}"}},' for c, to in arabic_forms())
 print("\n}  // namespace unicode")

@@ -20,8 +20,7 @@
 // The file format is llm.c's: a header of 256 int32, then one length byte and the bytes of each token.
 //     [0] magic number 20240328  [1] version 2  [2] V  [3] end-of-text
 //     [4] kind, [5] add_prefix_space, [6] how many of the last tokens are tags: added here; 0 in llm.c's
-//     files,
-//         which hold GPT-2's byte-level BPE
+//         files, which hold GPT-2's byte-level BPE
 // There is no list of merges, because the order of the tokens is the order of the merges: encode the bytes of
 // token t with the merges that make tokens below t, and the two tokens that merge into t remain. If not
 // exactly two remain, t is special: text is never encoded as it. export_tokenizer checks that the merges
@@ -36,8 +35,10 @@
 #include <functional>
 #include <map>
 #include <queue>
+#include <set>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -374,25 +375,22 @@ class Tokenizer {
     }
 
     void save(const std::string& path) const {
-        AtomicFile out(path);
-        write(out);
-        out.commit();
-    }
-    // Writes the file but does not commit it, so that a program can commit several files together.
-    void write(AtomicFile& out) const {
         std::vector<int32_t> h(256);
         h[0] = MAGIC, h[1] = VERSION, h[2] = vocab_size(), h[3] = eot_, h[4] = kind_,
         h[5] = add_prefix_space_, h[6] = tags_, h[7] = (int)added_.size();
         std::string body((const char*)h.data(), 1024);
         for (size_t i = 0; i < tokens_.size(); i++) {
             if (tokens_[i].size() > 255)
-                fail("token %zu has %zu bytes, a tokenizer file holds at most 255", i, tokens_[i].size());
+                fail("%s: token %zu %s has %zu bytes, a tokenizer file holds at most 255", path.c_str(), i,
+                     utf8::quote(tokens_[i]).c_str(), tokens_[i].size());
             body += (char)tokens_[i].size();
             body += tokens_[i];
         }
         for (int id = 0; id < vocab_size(); id++)
             if (is_added(id)) body.append((const char*)&id, 4);
+        AtomicFile out(path);
         out.write(body);
+        out.commit();
     }
 
     Kind kind() const { return kind_; }
@@ -455,13 +453,14 @@ class Tokenizer {
     static constexpr const char* OTHER = "other";  // the value of a tag whose own value has no token
     int first_tag() const { return vocab_size() - tags_; }
     int tags() const { return tags_; }
-    // How a tag is written, and its value as it is written there: without line breaks and the like, cut at
-    // MOST bytes, and "other" where it is missing or no UTF-8.
+    // The text of a tag, <|COLUMN=VALUE|>.
     static std::string tag_text(const std::string& column, const std::string& value) {
         return "<|" + column + "=" + value + "|>";
     }
+    // A cell as a tag's value: control characters and white space become single spaces, at most MOST bytes;
+    // "other" where it is empty, a sign for "missing", or not UTF-8.
     static std::string tag_value(std::string_view text) {
-        constexpr size_t MOST = 120;  // bytes; a token has at most 255
+        constexpr size_t MOST = 120;  // a token has at most 255
         std::string value;
         for (char c : text)
             if ((unsigned char)c > ' ') value += c;
@@ -473,13 +472,12 @@ class Tokenizer {
             if (value == missing) return OTHER;
         return utf8::find_invalid(value) != utf8::VALID ? OTHER : value;
     }
-    // The token of a tag; -1 if there is none.
-    int tag(const std::string& column, const std::string& value) const {
-        const std::string text = tag_text(column, value);
-        for (int t = first_tag(); t < vocab_size(); t++)
-            if (tokens_[(size_t)t] == text) return t;
-        return -1;
+    // The token of a tag, COLUMN=VALUE; -1 if there is none.
+    int tag(const std::string& column_and_value) const {
+        const auto at = tag_of_.find("<|" + column_and_value + "|>");
+        return at == tag_of_.end() ? -1 : at->second;
     }
+    int tag(const std::string& column, const std::string& value) const { return tag(column + "=" + value); }
     // The columns that tags are of, in the order in which they follow end-of-text, and the values of one.
     std::vector<std::string> tag_columns() const {
         std::vector<std::string> columns;
@@ -527,8 +525,7 @@ class Tokenizer {
             values[(size_t)(column - columns.begin())] = value;
             at = end + 1;
         }
-        for (size_t k = 0; k < columns.size(); k++)
-            if (int t = tag(columns[k], values[k]); t >= 0) ids.push_back(t);
+        for (size_t k = 0; k < columns.size(); k++) ids.push_back(tag(columns[k], values[k]));
         return ids;
     }
     static std::string joined(const std::vector<std::string>& words) {
@@ -565,20 +562,37 @@ class Tokenizer {
         return s.substr(2, s.find('=') - 2);
     }
 
-    // Fills token_of_. Checks that end-of-text is spelled EOT_TEXT, that tags are spelled as such, and that
-    // the other tokens are distinct single characters.
-    void index_characters(const std::string& where) {
-        const char* w = where.c_str();
-        if (tokens_[(size_t)eot_] != EOT_TEXT)
-            fail("%s: end-of-text token %d is not written %s", w, eot_, EOT_TEXT);
+    // Fills tag_of_. Checks that tags are spelled as such and differ, that those of a column follow each
+    // other, and that each column has OTHER.
+    void index_tags(const char* where) {
+        std::set<std::string> columns;
+        std::string last;
         for (int i = first_tag(); i < vocab_size(); i++) {
             const std::string& s = tokens_[(size_t)i];
             if (s.size() < 6 || s.compare(0, 2, "<|") || s.compare(s.size() - 2, 2, "|>") ||
                 s.find('=') == s.npos || utf8::find_invalid(s) != s.npos)
-                fail("%s: token %d is %s, wanted a tag <|COLUMN=VALUE|>", w, i, utf8::quote(s).c_str());
-            if (std::find(tokens_.begin(), tokens_.begin() + i, s) != tokens_.begin() + i)
-                fail("%s: token %d is %s, as an earlier one is", w, i, utf8::quote(s).c_str());
+                fail("%s: token %d is %s, wanted a tag <|COLUMN=VALUE|>", where, i, utf8::quote(s).c_str());
+            if (!tag_of_.insert({s, i}).second)
+                fail("%s: token %d is %s, as an earlier one is", where, i, utf8::quote(s).c_str());
+            const std::string column = column_of(i);
+            if ((i == first_tag() || column != last) && !columns.insert(column).second)
+                fail("%s: token %d is %s, wanted it next to the other tags of its column", where, i,
+                     utf8::quote(s).c_str());
+            last = column;
         }
+        for (const std::string& column : columns)
+            if (tag(column, OTHER) < 0)
+                fail("%s: has tags of %s, but not %s", where, utf8::quote(column).c_str(),
+                     utf8::quote(tag_text(column, OTHER)).c_str());
+    }
+
+    // Fills token_of_ and the tags. Checks that end-of-text is spelled EOT_TEXT, and that the tokens before
+    // the tags are distinct single characters.
+    void index_characters(const std::string& where) {
+        const char* w = where.c_str();
+        if (tokens_[(size_t)eot_] != EOT_TEXT)
+            fail("%s: end-of-text token %d is not written %s", w, eot_, EOT_TEXT);
+        index_tags(w);
         for (int i = 0; i < first_tag(); i++) {
             if (i == eot_) continue;
             const std::string& s = tokens_[(size_t)i];
@@ -680,6 +694,7 @@ class Tokenizer {
     int eot_ = 0, tags_ = 0;
     std::vector<std::string> tokens_;
     std::vector<int> token_of_;  // code point, or byte in a BPE -> its token; -1 if there is none
+    std::unordered_map<std::string, int> tag_of_;    // text of a tag -> the token
     std::map<std::string, int, std::less<>> added_;  // bytes of an added token -> the token
     size_t longest_added_ = 0;                       // bytes
     bpe::Merges merges_;

@@ -753,6 +753,10 @@ struct Companions {
     int bos = -1, eos = -1;                                  // the tokens that begin and end a text
     Json generation = Json::object();                        // generation_config.json as far as it is given
     Json auto_map;  // config.json's field that leads transformers to AraGPT2's modelling code
+
+    bool has(const char* name) const {
+        return std::any_of(files.begin(), files.end(), [&](auto& f) { return f.first == name; });
+    }
 };
 
 // Tokens by name, as far as the files of a tokenizer give their numbers.
@@ -833,10 +837,7 @@ inline Companions read_companions(const std::string& src, const Config& c) {
                 if (t.is_object() && t.contains("content") && t["content"].is_string() && t.contains("id"))
                     note_token(&ids, path, t["content"].get<std::string>(), t["id"], c);
     }
-    auto has = [&](const char* name) {
-        return std::any_of(k.files.begin(), k.files.end(), [&](auto& f) { return f.first == name; });
-    };
-    if (!has("tokenizer.json") && !(has("vocab.json") && has("merges.txt")))
+    if (!k.has("tokenizer.json") && !(k.has("vocab.json") && k.has("merges.txt")))
         fail("%s: holds no tokenizer: wanted tokenizer.json, or vocab.json and merges.txt", src.c_str());
     find_special_tokens(src, ids, &k);
     const std::string generation = src + "/generation_config.json";
@@ -869,7 +870,7 @@ inline Json generation_config(Json given, const Companions& k, const Config& c) 
     if (!eos.is_array() || std::find(eos.begin(), eos.end(), Json(k.eos)) == eos.end()) eos = k.eos;
     given.emplace("pad_token_id", k.eos);
     if (Json& pad = given["pad_token_id"]; pad.is_number() && pad >= c.V) pad = k.eos;  // has no embedding
-    given.emplace("max_length", c.maxT);
+    if (Json& length = given["max_length"]; !length.is_number() || length > c.maxT) length = c.maxT;
     return given;
 }
 
@@ -939,35 +940,19 @@ inline std::string how_to_load(const std::string& dir, const std::string& tokeni
         tokenizer_dir.c_str());
 }
 
-// Converts the model file `in` to the folder `dir` in the form in which Hugging Face publishes models. Its
-// tokenizer is copied from the folder tokenizer_dir; or, if that is "", made from our file `tokenizer`, by
-// default tokenizer.bin beside the model, if there is one.
-inline Summary to_hf(const std::string& in, const std::string& dir, const std::string& tokenizer_dir = "",
-                     std::string tokenizer = "") {
-    ModelReader reader(in);
-    const Config c = reader.cfg;
-    bool bf16 = reader.version == MODEL_BF16;
+// What goes along with the model of the file `in`; see to_hf.
+inline Companions choose_companions(const std::string& in, const Config& c, const std::string& tokenizer_dir,
+                                    std::string tokenizer) {
     const std::string beside = dirname_of(in) + "/tokenizer.bin";
     if (tokenizer.empty() && file_exists(beside)) tokenizer = beside;
-    Companions along;
-    if (!tokenizer_dir.empty()) along = read_companions(tokenizer_dir, c);
-    else if (!tokenizer.empty()) along = read_tokenizer(tokenizer, in, c);
-    else if (c.V == preset_config("gpt2").V) along.bos = along.eos = c.V - 1;  // only GPT-2's has this size
-    const bool has_tokenizer = !along.files.empty();
-    auto writes = [&](const char* name) {
-        return std::any_of(along.files.begin(), along.files.end(), [&](auto& f) { return f.first == name; });
-    };
-    for (const char* name : TOKENIZER_FILES)
-        if (has_tokenizer && !writes(name) && file_exists(dir + "/" + name))
-            fail(
-                "%s/%s: is there already, and would be loaded with the tokenizer of %s; remove it, or name "
-                "another folder",
-                dir.c_str(), name, along.tokenizer.c_str());
+    if (!tokenizer_dir.empty()) return read_companions(tokenizer_dir, c);
+    if (!tokenizer.empty()) return read_tokenizer(tokenizer, in, c);
+    Companions none;
+    if (c.V == preset_config("gpt2").V) none.bos = none.eos = c.V - 1;  // only GPT-2's has this size
+    return none;
+}
 
-    // All files are complete under temporary names before the first is renamed to its final name.
-    make_dirs(dir);
-    std::vector<Slot> slots = slots_of(c);
-    SafetensorsWriter model(dir + "/model.safetensors", slots, bf16);
+inline void write_model(ModelReader& reader, const std::vector<Slot>& slots, SafetensorsWriter& model) {
     for (const Slot& s : slots) {
         auto read = [&](size_t, size_t n, float* dst) { reader.read(dst, n); };
         auto write = [&](const float* x, size_t n) { model.add(x, n); };
@@ -975,6 +960,35 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
         std::vector<float> unused(s.cols);
         for (size_t r = 0; r < s.pad_rows; r++) reader.read(unused.data(), s.cols);
     }
+}
+
+// The files of JSON and text, complete under temporary names
+inline std::vector<std::unique_ptr<AtomicFile>> write_small_files(const std::string& dir,
+                                                                  const Companions& along) {
+    std::vector<std::unique_ptr<AtomicFile>> small;
+    for (auto& f : along.files) {
+        small.push_back(std::make_unique<AtomicFile>(dir + "/" + f.first));
+        small.back()->write(f.second);
+    }
+    return small;
+}
+
+// Converts the model file `in` to the folder `dir` in the form in which Hugging Face publishes models. Its
+// tokenizer is copied from the folder tokenizer_dir; or, if that is "", made from our file `tokenizer`, by
+// default tokenizer.bin beside the model, if there is one.
+inline Summary to_hf(const std::string& in, const std::string& dir, const std::string& tokenizer_dir = "",
+                     const std::string& tokenizer = "") {
+    ModelReader reader(in);
+    const Config c = reader.cfg;
+    const bool bf16 = reader.version == MODEL_BF16;
+    Companions along = choose_companions(in, c, tokenizer_dir, tokenizer);
+    const bool has_tokenizer = !along.files.empty();
+    for (const char* name : TOKENIZER_FILES)
+        if (has_tokenizer && !along.has(name) && file_exists(dir + "/" + name))
+            fail(
+                "%s/%s: is there already, and would be loaded with the tokenizer of %s; remove it, or name "
+                "another folder",
+                dir.c_str(), name, along.tokenizer.c_str());
     nlohmann::ordered_json config = json_of_config(c, bf16, along.bos, along.eos);
     if (!along.auto_map.is_null()) config["auto_map"] = along.auto_map;
     along.files.push_back({"config.json", config.dump(2) + "\n"});
@@ -982,16 +996,18 @@ inline Summary to_hf(const std::string& in, const std::string& dir, const std::s
         Json generation = along.eos < 0 ? along.generation : generation_config(along.generation, along, c);
         along.files.push_back({"generation_config.json", generation.dump(2) + "\n"});
     }
-    std::vector<std::unique_ptr<AtomicFile>> small;
-    std::string names;
-    for (auto& f : along.files) {
-        small.push_back(std::make_unique<AtomicFile>(dir + "/" + f.first));
-        small.back()->write(f.second);
-        names += ", " + f.first;
-    }
+
+    // All files are complete under temporary names before the first is renamed to its final name.
+    make_dirs(dir);
+    const std::vector<Slot> slots = slots_of(c);
+    SafetensorsWriter model(dir + "/model.safetensors", slots, bf16);
+    write_model(reader, slots, model);
+    std::vector<std::unique_ptr<AtomicFile>> small = write_small_files(dir, along);
     model.commit();
     for (auto& f : small) f->commit();
 
+    std::string names;
+    for (auto& f : along.files) names += ", " + f.first;
     auto token = [](int id) { return id < 0 ? "unknown" : std::to_string(id); };
     return {c, strf("%s, %s; tokenizer: %s", in.c_str(), bf16 ? "bf16" : "fp32", along.tokenizer.c_str()),
             strf("%s/model.safetensors, %zu tensors, %s, %s%s; a text begins with token %s, ends with %s",
@@ -1016,13 +1032,12 @@ inline void print(const Summary& s) {
 // The program
 
 constexpr const char* EPILOGUE =
-    "from-hf reads DIR/config.json and DIR/model.safetensors (or the shards that "
-    "model.safetensors.index.json\n"
-    "lists) in the form in which Hugging Face publishes gpt2 ... gpt2-xl and aragpt2-base ... -mega. It "
-    "detects\n"
-    "whether the model is a GPT-2 or a GROVER (aragpt2-large, -mega), and refuses a model that the trainer\n"
-    "would compute wrongly. to-hf writes a folder that transformers loads: config.json, model.safetensors,\n"
-    "generation_config.json, and the tokenizer's files, made from tokenizer.bin or copied from SRC.\n"
+    "from-hf reads DIR/config.json and DIR/model.safetensors (or the shards that\n"
+    "model.safetensors.index.json lists) in the form in which Hugging Face publishes gpt2 ... gpt2-xl\n"
+    "and aragpt2-base ... -mega. It detects whether the model is a GPT-2 or a GROVER (aragpt2-large,\n"
+    "-mega), and refuses a model that the trainer would compute wrongly. to-hf writes a folder that\n"
+    "transformers loads: config.json, model.safetensors, generation_config.json, and the tokenizer's\n"
+    "files, made from tokenizer.bin or copied from SRC.\n"
     "\n"
     "To continue with a model trained here in transformers:\n"
     "  ./convert_gpt2 to-hf out/model.bin poet\n"

@@ -1155,6 +1155,8 @@ TEST_CASE("convert: bos, eos and generation_config.json come from the tokenizer 
           Json({{"bos_token_id", 1}, {"eos_token_id", {9, 2}}, {"pad_token_id", 0}, {"max_length", T}}));
     CHECK(generation("{\"eos_token_id\": [9, 50256]}")["eos_token_id"] == 2);
     CHECK(generation("{\"pad_token_id\": 50256}")["pad_token_id"] == 2);
+    CHECK(generation("{\"max_length\": 1024}")["max_length"] == T);  // more than the context
+    CHECK(generation("{\"max_length\": null}")["max_length"] == T);
     CHECK(generation("{\"pad_token_id\": null}")["pad_token_id"].is_null());
     CHECK(contains(error_of([&] { generation("[]"); }), "generation_config.json: is [], wanted an object"));
 }
@@ -1287,6 +1289,20 @@ TEST_CASE("export: added tokens and padding of a published folder are those of t
     t = read_published(hf);
     for (int id = 259; id < 263; id++) CHECK(t.is_added(id) == (id == 259));
 
+    // The files that say so are read once, not for each token.
+    exporter::Json many, decoder;
+    for (int id = 259; id < 5000; id++) {
+        const std::string token = strf("<|%d|>", id);
+        many[token] = id, decoder[std::to_string(id)] = {{"content", token}, {"special", id % 2 == 0}};
+    }
+    write_file(hf + "/added_tokens.json", many.dump());
+    write_file(hf + "/tokenizer_config.json", exporter::Json({{"added_tokens_decoder", decoder}}).dump());
+    const clock_t start = clock();
+    t = read_published(hf);
+    CHECK((double)(clock() - start) / CLOCKS_PER_SEC < 5);
+    for (int id = 259; id < 5000; id++) REQUIRE(t.is_added(id) == (id % 2 == 1));
+    write_file(hf + "/added_tokens.json", "{\"[v]\": 259, \"<pad>\": 260, \"<c>\": 261, \"<d>\": 262}");
+
     // Padding
     write_file(hf + "/config.json", "{\"vocab_size\": 270}");
     t = read_published(hf);
@@ -1320,6 +1336,7 @@ TEST_CASE("export: a WordLevel tokenizer that is not one of ours is refused") {
     CHECK(contains(error("/normalizer", {{"type", "NFC"}}), "has a normalizer, wanted none"));
     CHECK(contains(error("/model/vocab", {{"b", 0}, {"a", 1}, {"<|endoftext|>", 2}}),
                    "token 0 is 'b', wanted characters in the order of their code points"));
-    CHECK(contains(error("/model/vocab", {{"a", 0}, {"bc", 1}, {"<|endoftext|>", 2}}), "wanted characters"));
+    CHECK(contains(error("/model/vocab", {{"a", 0}, {"bc", 1}, {"<|endoftext|>", 2}}),
+                   "token 1 is 'bc', wanted characters"));
     CHECK(contains(error("/model/vocab", Json::array()), "has no vocabulary"));
 }
