@@ -22,35 +22,53 @@
 
 #include "lib/io.h"
 #include "lib/rng.h"
+#include "lib/run_folder.h"
 
 constexpr int32_t TOKEN_FILE_MAGIC = 20240520, TOKEN_FILE_VERSION = 1;
 
-// Writes the tokens to `out` but does not commit it, so that a program can commit several files together.
-// `path` is for error messages.
-inline void write_tokens(AtomicFile& out, const std::string& path, const std::vector<uint16_t>& tokens) {
-    if (tokens.empty() || tokens.size() > INT32_MAX)
-        fail("%s: a token file holds 1 to %d tokens, not %zu", path.c_str(), INT32_MAX, tokens.size());
-    std::vector<int32_t> h(256);
-    h[0] = TOKEN_FILE_MAGIC, h[1] = TOKEN_FILE_VERSION, h[2] = (int32_t)tokens.size();
-    out.write(h.data(), 1024);
-    out.write(tokens.data(), tokens.size() * sizeof(uint16_t));
-}
+// Writes a token file in pieces. It takes its name with commit(); without that nothing remains.
+class TokenFileWriter {
+  public:
+    explicit TokenFileWriter(const std::string& path) : path_(path), out_(path) {
+        out_.write(header(0).data(), HEADER);
+    }
+    void add(const std::vector<uint16_t>& tokens) {
+        out_.write(tokens.data(), tokens.size() * sizeof(uint16_t)), size_ += tokens.size();
+    }
+    size_t size() const { return size_; }
+    void commit() {
+        if (size_ < 1 || size_ > INT32_MAX)
+            fail("%s: a token file holds 1 to %d tokens, not %zu", path_.c_str(), INT32_MAX, size_);
+        out_.overwrite(0, header((int32_t)size_).data(), HEADER);
+        out_.commit();
+    }
+
+  private:
+    static constexpr size_t HEADER = 256 * sizeof(int32_t);
+    static std::vector<int32_t> header(int32_t tokens) {
+        std::vector<int32_t> h(256);
+        h[0] = TOKEN_FILE_MAGIC, h[1] = TOKEN_FILE_VERSION, h[2] = tokens;
+        return h;
+    }
+    const std::string path_;
+    AtomicFile out_;
+    size_t size_ = 0;
+};
 inline void write_tokens(const std::string& path, const std::vector<uint16_t>& tokens) {
-    AtomicFile out(path);
-    write_tokens(out, path, tokens);
+    TokenFileWriter out(path);
+    out.add(tokens);
     out.commit();
 }
 
-// A data folder has train.bin, val.bin (or not), tokenizer.bin and recipe.txt, which belong together. A new
-// set of them is written to DIR/.writing, which is then renamed to DIR/.arriving; from there the files move
-// to DIR. So a crash at any moment leaves the whole old set, or a move that finish_data_set() completes.
-constexpr const char* DATA_FILES[] = {"train.bin", "val.bin", "tokenizer.bin", "recipe.txt"};
+// The files of a data folder, DATA_FILES, belong together; val.bin may be missing. A new set of them is
+// written to DIR/.writing, which is then renamed to DIR/.arriving; from there the files move to DIR. So a
+// crash at any moment leaves the whole old set, or a move that finish_data_set() completes.
 
 // Completes the move, if one was stopped. Programs that read a data folder call it first.
 inline void finish_data_set(const std::string& dir) {
     const std::string from = dir + "/.arriving";
     if (!file_exists(from)) return;
-    for (const char* name : DATA_FILES)  // another program may move them at the same time
+    for (const char* name : trainer::DATA_FILES)  // another program may move them at the same time
         if (rename((from + "/" + name).c_str(), (dir + "/" + name).c_str()) && errno != ENOENT)
             fail("%s/%s: cannot move it to %s: %s", from.c_str(), name, dir.c_str(), strerror(errno));
     if (file_exists(from + "/no_val.bin")) {
@@ -65,13 +83,19 @@ inline void finish_data_set(const std::string& dir) {
 
 class DataSetWriter {
   public:
-    explicit DataSetWriter(const std::string& dir) : dir_(dir) {
+    // Locks the folder: two programs that write to it at once would mix their sets.
+    explicit DataSetWriter(const std::string& dir) : dir_(dir), is_new_(!file_exists(dir)) {
         make_dirs(dir);
+        lock_.take(dir);
         finish_data_set(dir);
         clear();  // what a program that was killed has left
         make_dirs(writing());
     }
-    ~DataSetWriter() { clear(); }
+    ~DataSetWriter() {
+        clear();
+        lock_.release();
+        if (is_new_) rmdir(dir_.c_str());  // if nothing was committed
+    }
     DataSetWriter(const DataSetWriter&) = delete;
     DataSetWriter& operator=(const DataSetWriter&) = delete;
 
@@ -91,7 +115,9 @@ class DataSetWriter {
         std::error_code ignored;
         std::filesystem::remove_all(writing(), ignored);
     }
-    std::string dir_;
+    const std::string dir_;
+    const bool is_new_;
+    trainer::FolderLock lock_;
 };
 
 // A token file, or several as one stream: "data/train_*.bin" is the files that match, in name order (llm.c's
@@ -178,7 +204,7 @@ class TokenFile {
 [[noreturn]] inline void fail_without_data(const std::string& dir, const std::string& name,
                                            const char* program) {
     const std::string path = dir + "/" + name;
-    for (const char* other : DATA_FILES)
+    for (const char* other : trainer::DATA_FILES)
         if (file_exists(dir + "/" + other))
             fail("%s: not found; prepare the poems into another folder and name that one: %s --data OTHER%s",
                  path.c_str(), beside_program(program).c_str(),
@@ -198,24 +224,29 @@ struct TagTokens {
 // follows the last. A target is the token after its input; -1 means "ignore".
 //
 // Where poems have tags, a window that begins within a poem has the poem's tags before it, so that the model
-// always sees them (as the control codes of Keskar et al. 2019); then it has so many tokens less. No tag is a
-// target.
+// always sees them (as the control codes of Keskar et al. 2019). The tags take the first `count` places, and
+// the window has that many fewer tokens of the text. Tags are inputs only, never targets.
 class Windows {
   public:
     Windows(const TokenFile& file, size_t T, TagTokens tags) : file_(file), T_(T), tags_(tags) {
-        if (tags.count && T < tags.count + 1)
-            fail("no windows of %zu tokens: %zu tags are before each, and one token more is wanted", T,
-                 tags.count);
+        if (!tags.count) return;
+        if (T < tags.count + 1)
+            fail("--seq_len: %zu is too small: %zu tags are before each window, and one more token is wanted",
+                 T, tags.count);
+        size_t i = 0;
+        while (i < file.size() && file[i] != tags.eot) i++;
+        if (i == file.size())
+            fail("%s: has no end-of-text token, wanted one before each poem and its tags", file.path.c_str());
     }
     // How many of its inputs have a target: the distance from one window to the next
     size_t stride() const { return T_ - tags_.count; }
+    bool has_tags() const { return tags_.count > 0; }
     // Writes the window whose first input is token i, or has the tags before it.
     void cut(size_t i, int* inputs, int* targets) const {
         size_t t = 0;
-        if (tags_before(i)) {
+        if (tag_count_before(i)) {
             size_t start = i;  // of the poem
-            while (file_[start] != tags_.eot && start + file_.size() > i + 1)
-                start = start ? start - 1 : file_.size() - 1;
+            while (file_[start] != tags_.eot) start = start ? start - 1 : file_.size() - 1;
             for (; t < tags_.count; t++) inputs[t] = file_[(start + 1 + t) % file_.size()], targets[t] = -1;
         }
         for (size_t k = 0; t < T_; t++, k++) {
@@ -226,7 +257,7 @@ class Windows {
         }
     }
     // How many tags are put before the window that begins at token i
-    size_t tags_before(size_t i) const { return tags_.count && file_[i] != tags_.eot ? tags_.count : 0; }
+    size_t tag_count_before(size_t i) const { return tags_.count && file_[i] != tags_.eot ? tags_.count : 0; }
     // How many targets it has.
     size_t targets(size_t i) const {
         if (!tags_.count) return T_;
@@ -279,6 +310,7 @@ class TrainLoader {
     }
     // How many targets the next n windows have, of all processes together.
     uint64_t targets(uint64_t n) {
+        if (!windows_.has_tags()) return n * T_;
         uint64_t count = 0;
         for (uint64_t w = position_; w < position_ + n; w++) count += windows_.targets(start_of(w));
         return count;
@@ -339,7 +371,7 @@ class EvalLoader {
             if (begin + 1 < file_.size()) windows_.cut(begin, x, y);
             // Nothing goes on from the last token to the first.
             const size_t inside = begin + 1 < file_.size() ? file_.size() - 1 - begin : 0,
-                         before = inside ? windows_.tags_before(begin) : 0;
+                         before = inside ? windows_.tag_count_before(begin) : 0;
             for (size_t t = inside + before; t < T_; t++) x[t] = 0, y[t] = -1;
         }
     }

@@ -8,10 +8,9 @@
 // then come the poem's tags (--tags), if any.
 #include <algorithm>
 #include <deque>
-#include <functional>
 #include <map>
-#include <memory>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -40,14 +39,14 @@ struct Options : Recipe, ReadOptions {
 
 struct Poem {
     std::string text;
-    size_t chars, verses;
+    size_t chars, verses, tabs;  // the last: how many verses have a TAB
     std::vector<uint32_t> tags;  // for each column of --tags, the number of its value
 };
 
 // The size of one side of the split, train or val.
 struct Side {
     size_t poems = 0, verses = 0, chars = 0, tokens = 0;
-    size_t divided = 0;  // verses with a TAB, so with two hemistichs
+    size_t divided = 0;  // verses with a TAB between hemistichs
 };
 
 // What a run found and did, for the user and for the tests.
@@ -140,17 +139,16 @@ class Collector : PoemSink {
     }
 
     void begin_file(const std::string& path, const VerseForm& form) override {
-        path_ = path, form_ = &form, before_ = r_.poems_read, ragged_before_ = r_.ragged;
+        path_ = path, form_ = &form, ragged_ = 0;
     }
-    void end_file() override {
+    void end_file(size_t rows) override {
         add_batch(), form_ = nullptr;
-        const size_t rows = r_.poems_read - before_, ragged = r_.ragged - ragged_before_;
-        if (o_.on_error == "fail" && 2 * ragged > rows)
+        if (o_.on_error == "fail" && 2 * ragged_ > rows)
             fail(
                 "%s: %zu of %zu rows have more or fewer fields than the header, e.g. %s (another delimiter, "
-                "or quotes "
-                "that are not doubled?); --on_error skip drops such rows",
-                path_.c_str(), ragged, rows, r_.where_ragged.back().c_str());
+                "or "
+                "quotes that are not doubled?); --on_error skip drops such rows",
+                path_.c_str(), ragged_, rows, last_ragged_.c_str());
     }
     void left_out() override { r_.filtered++; }
     void bad_row(const Rows& row) override {
@@ -158,6 +156,7 @@ class Collector : PoemSink {
         r_.poems_read++;
         if (row.ragged) {
             if (r_.ragged++ < EXAMPLES) r_.where_ragged.push_back(where);
+            ragged_++, last_ragged_ = where;
             return;
         }
         if (o_.on_error == "fail")
@@ -168,7 +167,7 @@ class Collector : PoemSink {
     void poem(std::string_view raw, size_t line, uint64_t offset,
               const std::vector<std::string>& tags) override {
         constexpr size_t BATCH = 4 << 20;  // bytes
-        batch_.push_back({std::string(raw), "", utf8::VALID, line, offset, tags});
+        batch_.push_back({std::string(raw), {}, utf8::VALID, line, offset, tags});
         batched_ += raw.size();
         if (batched_ >= BATCH) add_batch();
     }
@@ -182,14 +181,20 @@ class Collector : PoemSink {
                 Taken& t = batch_[i];
                 t.invalid = utf8::find_invalid(t.raw);
                 if (t.invalid != utf8::VALID) continue;
-                t.text = cleaners_[part](form_->needs_arranging(t.raw) ? form_->arranged(t.raw) : t.raw);
+                Poem& p = t.poem;
+                p.text = cleaners_[part](form_->needs_arranging(t.raw) ? form_->arranged(t.raw) : t.raw);
+                p.chars = utf8::count(p.text);
+                for_each_line(p.text, [&](std::string_view verse) {
+                    p.verses++, p.tabs += verse.find('\t') != verse.npos;
+                });
             }
         for (Taken& t : batch_) keep(t);
         batch_.clear(), batched_ = 0;
     }
     struct Taken {
-        std::string raw, text;  // as in the file; cleaned
-        size_t invalid;         // the first byte of raw that is not UTF-8, or VALID
+        std::string raw;  // as in the file
+        Poem poem;        // cleaned
+        size_t invalid;   // the first byte of raw that is not UTF-8, or VALID
         size_t line;
         uint64_t offset;
         std::vector<std::string> tags;
@@ -207,12 +212,12 @@ class Collector : PoemSink {
             if (r_.invalid++ < EXAMPLES) r_.where_invalid.push_back(where);
             return;
         }
-        const size_t chars = utf8::count(t.text);
-        if (chars == 0) r_.empty++;
-        else if (chars < (size_t)o_.min_chars) r_.too_short++;
-        else {
-            const size_t verses = 1 + (size_t)std::count(t.text.begin(), t.text.end(), '\n');
-            poems.push_back({std::move(t.text), chars, verses, {}});
+        if (t.poem.chars == 0) {
+            r_.empty++;
+        } else if (t.poem.chars < (size_t)o_.min_chars) {
+            r_.too_short++;
+        } else {
+            poems.push_back(std::move(t.poem));
             if (!seen_.insert(poems.back().text).second) {
                 poems.pop_back(), r_.duplicates++;
                 return;
@@ -243,19 +248,34 @@ class Collector : PoemSink {
     std::vector<std::unordered_map<std::string, uint32_t>> tag_numbers_;
     std::string path_;  // of the file being read
     const VerseForm* form_ = nullptr;
-    size_t before_ = 0, ragged_before_ = 0;  // poems read, and ragged rows, before that file
+    size_t ragged_ = 0;  // rows of that file
+    std::string last_ragged_;
 };
 
 // ---------------------------------------------------------------------------------------------
 // Splitting
+
+// A verse's hash. with_marks: without its vowel signs, so that verses are equal that differ only in these.
+inline uint64_t verse_hash(std::string_view verse, bool with_marks) {
+    if (!with_marks) return std::hash<std::string_view>()(verse);
+    std::string bare;
+    uint32_t last = 0;
+    utf8::for_each(verse, [&](uint32_t c, size_t) {
+        const uint32_t one = c >= 0x0653 && c <= 0x0655 ? composed(last, c) : 0;
+        if (one) bare.resize(bare.size() - 2), utf8::append(bare, last = one);
+        else if (c != TATWEEL && !is_mark(c)) utf8::append(bare, last = c);
+    });
+    return std::hash<std::string_view>()(bare);
+}
 
 // Poems that share a pair of consecutive verses are related, as is a poem of a single verse with every poem
 // that contains this verse. Verses that differ only in vowel signs count as equal. A family is everything
 // that such relations connect, directly or through other poems. Returns each poem's family, identified by the
 // index of its first poem.
 //
-// with_marks: the poems may have vowel signs. The families are a union-find forest: parent[i] leads from poem
-// i to an earlier poem of its family, and the first poem of a family is its own parent.
+// with_marks: the poems may have vowel signs. Verses are compared by a 64-bit hash; a collision would put two
+// unrelated poems into one family, which does no harm. The families are a union-find forest: parent[i] leads
+// from poem i to an earlier poem of its family, and the first poem of a family is its own parent.
 inline std::vector<size_t> find_families(const std::deque<Poem>& poems, bool with_marks) {
     std::vector<size_t> parent(poems.size());
     std::iota(parent.begin(), parent.end(), size_t(0));
@@ -268,42 +288,35 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems, bool wit
         parent[std::max(a, b)] = std::min(a, b);
     };
 
-    // Verses are compared by a 64-bit hash. A collision would put two unrelated poems into one family, which
-    // does no harm.
-    auto hash = [&](std::string_view verse) {
-        if (!with_marks) return (uint64_t)std::hash<std::string_view>()(verse);
-        std::string bare;
-        uint32_t last = 0;
-        utf8::for_each(verse, [&](uint32_t c, size_t) {
-            const uint32_t one = c >= 0x0653 && c <= 0x0655 ? composed(last, c) : 0;
-            if (one) bare.resize(bare.size() - 2), utf8::append(bare, last = one);
-            else if (c != TATWEEL && !is_mark(c)) utf8::append(bare, last = c);
-        });
-        return (uint64_t)std::hash<std::string_view>()(bare);
-    };
     std::vector<size_t> first(poems.size() + 1);  // where a poem's verses begin in `hashes`
     for (size_t i = 0; i < poems.size(); i++) first[i + 1] = first[i] + poems[i].verses;
     std::vector<uint64_t> hashes(first.back());
 #pragma omp parallel for schedule(dynamic, 256)
     for (size_t i = 0; i < poems.size(); i++) {
         size_t k = first[i];
-        for_each_line(poems[i].text, [&](std::string_view verse) { hashes[k++] = hash(verse); });
+        for_each_line(poems[i].text,
+                      [&](std::string_view verse) { hashes[k++] = verse_hash(verse, with_marks); });
     }
     std::unordered_map<uint64_t, size_t> single;  // the verse of a poem of one verse -> the first such poem
     for (size_t i = 0; i < poems.size(); i++)
         if (poems[i].verses == 1)
             if (auto [at, is_new] = single.insert({hashes[first[i]], i}); !is_new) unite(at->second, i);
-    std::vector<std::pair<uint64_t, size_t>> pairs;  // hash of two consecutive verses, poem
+    // The hash of two consecutive verses, and their poem; in parts that are sorted at the same time
+    constexpr size_t PARTS = 16;
+    std::vector<std::pair<uint64_t, size_t>> pairs[PARTS];
     for (size_t i = 0; i < poems.size(); i++)
         for (size_t k = first[i]; k < first[i + 1]; k++) {
-            if (k > first[i]) pairs.push_back({hashes[k - 1] * 0x9E3779B97F4A7C15u + hashes[k], i});
+            const uint64_t pair = k > first[i] ? hashes[k - 1] * 0x9E3779B97F4A7C15u + hashes[k] : 0;
+            if (k > first[i]) pairs[pair % PARTS].push_back({pair, i});
             if (single.empty()) continue;
             auto lone = single.find(hashes[k]);
             if (lone != single.end()) unite(lone->second, i);
         }
-    std::sort(pairs.begin(), pairs.end());
-    for (size_t k = 1; k < pairs.size(); k++)
-        if (pairs[k].first == pairs[k - 1].first) unite(pairs[k].second, pairs[k - 1].second);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (auto& part : pairs) std::sort(part.begin(), part.end());
+    for (const auto& part : pairs)
+        for (size_t k = 1; k < part.size(); k++)
+            if (part[k].first == part[k - 1].first) unite(part[k].second, part[k - 1].second);
 
     for (size_t i = 0; i < poems.size(); i++) parent[i] = root(i);
     return parent;
@@ -312,8 +325,17 @@ inline std::vector<size_t> find_families(const std::deque<Poem>& poems, bool wit
 // How often each code point occurs in a set of poems.
 class CharacterCount {
   public:
-    void add(const Poem& p) {
-        utf8::for_each(p.text, [&](uint32_t c, size_t) { n_[c]++; });
+    // Adds all the poems.
+    explicit CharacterCount(const std::deque<Poem>& poems = {}) {
+#pragma omp parallel
+        {
+            std::vector<size_t> n(n_.size());
+#pragma omp for schedule(dynamic, 256)
+            for (size_t i = 0; i < poems.size(); i++)
+                utf8::for_each(poems[i].text, [&](uint32_t c, size_t) { n[c]++; });
+#pragma omp critical
+            for (size_t c = 0; c < n.size(); c++) n_[c] += n[c];
+        }
     }
     // Removes the poems from the set and returns true, unless one of their characters would then no longer
     // occur in the set; in that case nothing changes and the result is false.
@@ -323,7 +345,7 @@ class CharacterCount {
         for (size_t i : which)
             utf8::for_each(poems[i].text, [&](uint32_t c, size_t) { covered = covered && n_[c] > 0; });
         if (!covered)
-            for (size_t i : which) add(poems[i]);
+            for (size_t i : which) utf8::for_each(poems[i].text, [&](uint32_t c, size_t) { n_[c]++; });
         return covered;
     }
     // Each character of the set once
@@ -346,8 +368,7 @@ class CharacterCount {
 inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, Report& r,
                                CharacterCount& in_train) {
     std::vector<bool> in_val(poems.size());
-    if (o.tokenizer.empty())
-        for (const Poem& p : poems) in_train.add(p);
+    if (o.tokenizer.empty()) in_train = CharacterCount(poems);
     std::vector<size_t> family = find_families(poems, o.keep == "all");
     std::vector<std::vector<size_t>> members(poems.size());
     for (size_t i = 0; i < poems.size(); i++) members[family[i]].push_back(i);
@@ -396,38 +417,76 @@ inline std::vector<bool> split(const std::deque<Poem>& poems, const Options& o, 
 // ---------------------------------------------------------------------------------------------
 // Writing
 
-// The token stream of one side: each poem after an end-of-text token and its tags, in the order of the input.
-// tag_tokens[k][v] is the token of value v of the tag k. Counts the side's poems, verses, characters and
-// tokens in `side`.
-inline std::vector<uint16_t> tokenize(const Tokenizer& tok, const std::deque<Poem>& poems,
-                                      const std::vector<std::vector<int>>& tag_tokens,
-                                      const std::vector<bool>& in_val, bool val, const Options& o,
-                                      Side& side) {
-    std::vector<uint16_t> stream;
-    auto put = [&](int id) {
-        if (id > UINT16_MAX)
-            fail("%s: token %d (%s) does not fit into a token file, whose tokens have 16 bits",
-                 o.tokenizer.c_str(), id, utf8::quote(tok.bytes(id)).c_str());
-        stream.push_back((uint16_t)id);
-    };
-    for (size_t i = 0; i < poems.size(); i++) {
-        if (in_val[i] != val) continue;
-        put(tok.eot());
-        for (size_t k = 0; k < tag_tokens.size(); k++)
-            put(tag_tokens[k][k < poems[i].tags.size() ? poems[i].tags[k] : 0]);
+// How a poem of the data set becomes tokens: end-of-text, its tags, its text.
+class PoemTokens {
+  public:
+    // tags[k][v] is the token of value v of the tag k. file: where the tokenizer comes from, for messages
+    PoemTokens(const Tokenizer& tok, std::vector<std::vector<int>> tags, const std::string& file)
+        : tok_(tok), tags_(std::move(tags)), file_(file.empty() ? "the new tokenizer" : file) {}
+    // Appends the tokens of the poem that is number `index` of those kept.
+    void append(const Poem& p, size_t index, std::vector<uint16_t>& stream) const {
+        put(tok_.eot(), stream);
+        for (size_t k = 0; k < tags_.size(); k++) put(tags_[k][k < p.tags.size() ? p.tags[k] : 0], stream);
+        std::vector<int> ids;
         try {
-            for (int id : tok.encode(poems[i].text)) put(id);
+            ids = tok_.encode(p.text);
         } catch (const Error& e) {
-            fail("%s: cannot tokenize poem %zu of those kept: %s%s", o.tokenizer.c_str(), i + 1, e.what(),
-                 tok.kind() == Tokenizer::CHARACTERS
+            fail("%s: cannot tokenize poem %zu of those kept: %s%s", file_.c_str(), index + 1, e.what(),
+                 tok_.kind() == Tokenizer::CHARACTERS
                      ? "; use the cleaning switches that the tokenizer was made with"
                      : "");
         }
-        side.poems++, side.verses += poems[i].verses, side.chars += poems[i].chars;
-        for_each_line(poems[i].text, [&](std::string_view v) { side.divided += v.find('\t') != v.npos; });
+        for (int id : ids) put(id, stream);
     }
-    side.tokens = stream.size();
-    return stream;
+
+  private:
+    void put(int id, std::vector<uint16_t>& stream) const {
+        if (id > UINT16_MAX)
+            fail("%s: token %d (%s) does not fit into a token file, whose tokens have 16 bits", file_.c_str(),
+                 id, utf8::quote(tok_.bytes(id)).c_str());
+        stream.push_back((uint16_t)id);
+    }
+    const Tokenizer tok_;  // a copy for each thread, because encode() caches words
+    const std::vector<std::vector<int>> tags_;
+    const std::string file_;
+};
+
+// Writes the poems' tokens to train and val (null without validation poems), in the order of the input, and
+// counts each side. Threads tokenize a part of the poems each, and write in turn.
+inline void write_poems(const PoemTokens& tokens, const std::deque<Poem>& poems,
+                        const std::vector<bool>& in_val, TokenFileWriter& train, TokenFileWriter* val,
+                        Report& r) {
+    constexpr size_t PART = 256;  // poems
+    const size_t parts = ceil_div(poems.size(), PART);
+    PoemTokens mine = tokens;
+    std::string error;  // the first in the order of the input
+#pragma omp parallel for ordered schedule(static, 1) firstprivate(mine)
+    for (size_t part = 0; part < parts; part++) {
+        std::vector<uint16_t> to_train, to_val;
+        std::string failed;
+        const size_t end = std::min(poems.size(), (part + 1) * PART);
+        try {
+            for (size_t i = part * PART; i < end; i++)
+                mine.append(poems[i], i, in_val[i] ? to_val : to_train);
+        } catch (const Error& e) {
+            failed = e.what();
+        }
+#pragma omp ordered
+        if (error.empty()) try {
+                error = failed;
+                train.add(to_train);
+                if (val) val->add(to_val);
+            } catch (const Error& e) {
+                error = e.what();
+            }
+    }
+    if (!error.empty()) throw Error(error);
+    for (size_t i = 0; i < poems.size(); i++) {
+        Side& side = in_val[i] ? r.val : r.train;
+        side.poems++, side.verses += poems[i].verses, side.chars += poems[i].chars;
+        side.divided += poems[i].tabs;
+    }
+    r.train.tokens = train.size(), r.val.tokens = val ? val->size() : 0;
 }
 
 // The tokens of the tags: for each tag, one for each of its values that at least --tag_min poems of the
@@ -495,6 +554,7 @@ inline void check_options(const Options& o) {
         throw UsageError("--column and --columns: one is for a poem a row, the other for a verse a row");
     if (o.group != "auto" && o.columns.empty())
         throw UsageError("--group: needs --columns, which name the columns of a verse");
+    if (o.group.empty()) throw UsageError("--group: is empty, wanted auto or names of columns");
     for (auto [flag, list] : {std::pair<const char*, const std::string*>{"--tags", &o.tags},
                               {"--columns", &o.columns},
                               {"--group", &o.group}})
@@ -512,17 +572,22 @@ inline void check_options(const Options& o) {
         throw UsageError("--hemistich_separator: wanted auto, tab, spaces or a text");
 }
 
-inline void write_data_set(const std::string& dir, const Tokenizer& tok, const Recipe& recipe,
-                           const std::vector<uint16_t>& train, const std::vector<uint16_t>& val) {
-    DataSetWriter set(dir);
+inline void write_data_set(const Options& o, const Recipe& recipe, const Tokenizer& tok,
+                           const PoemTokens& tokens, const std::deque<Poem>& poems,
+                           const std::vector<bool>& in_val, Report& r) {
+    DataSetWriter set(o.out);
     tok.save(set.path("tokenizer.bin"));
-    const std::string old = dir + "/tokenizer.bin";
-    if (trainer::holds_run(dir) && file_exists(old) &&
+    const std::string old = o.out + "/tokenizer.bin";
+    if (trainer::holds_run(o.out) && file_exists(old) &&
         Reader(old).rest() != Reader(set.path("tokenizer.bin")).rest())
         fail("%s: holds a run whose tokenizer would be replaced by another one; take another folder with -o",
-             dir.c_str());
-    write_tokens(set.path("train.bin"), train);
-    if (!val.empty()) write_tokens(set.path("val.bin"), val);
+             o.out.c_str());
+    TokenFileWriter train(set.path("train.bin"));
+    std::optional<TokenFileWriter> val;
+    if (r.no_val.empty()) val.emplace(set.path("val.bin"));
+    write_poems(tokens, poems, in_val, train, val ? &*val : nullptr, r);
+    train.commit();
+    if (val) val->commit();
     AtomicFile text(set.path("recipe.txt"));
     text.write(recipe.text());
     text.commit();
@@ -539,8 +604,10 @@ inline Report prepare(const Options& o) {
     collector.finish();
     const std::deque<Poem>& poems = collector.poems;
     if (r.filtered && !r.poems_read)
-        fail("--where '%s' and --except '%s' leave none of %zu rows", o.where.c_str(), o.except.c_str(),
-             r.filtered);
+        fail("%s%s%s leave%s none of %zu rows", o.where.empty() ? "" : ("--where '" + o.where + "'").c_str(),
+             o.where.empty() || o.except.empty() ? "" : " and ",
+             o.except.empty() ? "" : ("--except '" + o.except + "'").c_str(),
+             o.where.empty() || o.except.empty() ? "s" : "", r.filtered);
     if (poems.empty())
         fail(
             "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged and %zu "
@@ -558,72 +625,76 @@ inline Report prepare(const Options& o) {
         tok = Tokenizer::load(o.tokenizer);
     }
     r.vocab_size = tok.vocab_size(), r.byte_bpe = tok.kind() == Tokenizer::BYTE_BPE;
-    const std::vector<std::vector<int>> tags = find_tag_tokens(tok, collector, o);
-    std::vector<uint16_t> train = tokenize(tok, poems, tags, in_val, false, o, r.train);
-    std::vector<uint16_t> val = tokenize(tok, poems, tags, in_val, true, o, r.val);
+    const PoemTokens tokens(tok, find_tag_tokens(tok, collector, o), o.tokenizer);
     Recipe recipe = o;
     recipe.hemistich_separator = r.hemistich_separator;
-    write_data_set(o.out, tok, recipe, train, val);
+    write_data_set(o, recipe, tok, tokens, poems, in_val, r);
     return r;
 }
 
-inline void print_report(const Report& r, const Options& o, FILE* f) {
-    auto row = [&](const char* what, const std::string& text) {
-        fprintf(f, "%-11s %s\n", what, text.c_str());
-    };
-    auto count = [](size_t n, const char* one, const char* many) {
-        return commas(n) + " " + (n == 1 ? one : many);
-    };
-    for (const std::string& s : r.sources) row(&s == &r.sources[0] ? "read" : "", s);
+// ---------------------------------------------------------------------------------------------
+// The report
 
-    if (r.filtered) row("", commas(r.filtered) + " rows left out by --where and --except");
+// "1 poem", "2,000 poems"
+inline std::string count_of(size_t n, const char* one, const char* many) {
+    return commas(n) + " " + (n == 1 ? one : many);
+}
+inline void print_row(FILE* f, const char* what, const std::string& text) {
+    fprintf(f, "%-11s %s\n", what, text.c_str());
+}
+// "12 characters removed: 'x' U+0078 9, ...": how many, and which were the most frequent
+inline std::string characters(const std::map<uint32_t, size_t>& times, const char* what) {
+    size_t all = 0;
+    std::vector<std::pair<size_t, uint32_t>> most;
+    for (auto& [c, n] : times) all += n, most.push_back({n, c});
+    std::stable_sort(most.begin(), most.end(), [](auto& a, auto& b) { return a.first > b.first; });
+    std::string s = count_of(all, "character", "characters") + " " + what;
+    for (size_t i = 0; i < most.size() && i < 5; i++)
+        s += (i ? ", " : ": ") + utf8::name(most[i].second) + " " + commas(most[i].first);
+    return s + (most.size() > 5 ? ", ..." : "");
+}
+
+inline void print_read(const Report& r, FILE* f) {
+    for (const std::string& s : r.sources) print_row(f, &s == &r.sources[0] ? "read" : "", s);
+    if (r.filtered) print_row(f, "", commas(r.filtered) + " rows left out by --where and --except");
     std::string dropped;
-    auto drop = [&](size_t n, const char* why) {
+    for (auto [n, why] : {std::pair<size_t, const char*>{r.duplicates, "equal to an earlier poem"},
+                          {r.empty, "empty after cleaning"},
+                          {r.too_short, "shorter than --min_chars"},
+                          {r.ragged, "with more or fewer fields than the header"},
+                          {r.damaged, "in damaged rows"},
+                          {r.invalid, "with invalid UTF-8"}})
         if (n) dropped += (dropped.empty() ? "" : ", ") + commas(n) + " " + why;
-    };
-    drop(r.duplicates, "equal to an earlier poem");
-    drop(r.empty, "empty after cleaning");
-    drop(r.too_short, "shorter than --min_chars");
-    drop(r.ragged, "with more or fewer fields than the header");
-    drop(r.damaged, "in damaged rows");
-    drop(r.invalid, "with invalid UTF-8");
-    row("dropped", dropped.empty() ? "no poem" : dropped);
-    for (const std::string& s : r.where_ragged) row("", s);
-    for (const std::string& s : r.where_damaged) row("", s);
-    for (const std::string& s : r.where_invalid) row("", s);
+    print_row(f, "dropped", dropped.empty() ? "no poem" : dropped);
+    for (auto* places : {&r.where_ragged, &r.where_damaged, &r.where_invalid})
+        for (const std::string& s : *places) print_row(f, "", s);
+}
 
-    // "12 characters removed: 'x' U+0078 9, ...": how many, and which were the most frequent
-    auto characters = [&](const std::map<uint32_t, size_t>& times, const char* what) {
-        size_t all = 0;
-        std::vector<std::pair<size_t, uint32_t>> most;
-        for (auto& [c, n] : times) all += n, most.push_back({n, c});
-        std::stable_sort(most.begin(), most.end(), [](auto& a, auto& b) { return a.first > b.first; });
-        std::string s = count(all, "character", "characters") + " " + what;
-        for (size_t i = 0; i < most.size() && i < 5; i++)
-            s += (i ? ", " : ": ") + utf8::name(most[i].second) + " " + commas(most[i].first);
-        return s + (most.size() > 5 ? ", ..." : "");
-    };
-    row("cleaned",
+inline void print_cleaned(const Report& r, FILE* f) {
+    print_row(
+        f, "cleaned",
         characters(r.removed, "removed") + (r.replaced ? "; " + commas(r.replaced) + " normalized" : ""));
-    if (!r.mapped.empty()) row("", characters(r.mapped, "mapped to letters"));
+    if (!r.mapped.empty()) print_row(f, "", characters(r.mapped, "mapped to letters"));
     std::map<uint32_t, size_t> lost;
     for (auto& [c, n] : r.removed)
-        if (is_arabic_letter(c) || is_kept_letter(c)) lost[c] = n;
-    lost.erase(TATWEEL);
+        if ((is_arabic_letter(c) || is_kept_letter(c)) && is_lost_letter(c)) lost[c] = n;
     if (!lost.empty())
-        row("warning", characters(lost, "removed that are Arabic letters") + " (--keep all keeps them)");
-    for (const std::string& s : r.tags) row(&s == &r.tags[0] ? "tags" : "", s);
-
+        print_row(f, "warning",
+                  characters(lost, "removed that are Arabic letters") + " (--keep all keeps them)");
+    for (const std::string& s : r.tags) print_row(f, &s == &r.tags[0] ? "tags" : "", s);
     if (r.families)
-        row("related",
-            strf("%s poems share verse pairs, in %s families (largest %s); a family is never split",
-                 commas(r.related_poems).c_str(), commas(r.families).c_str(),
-                 commas(r.largest_family).c_str()));
+        print_row(f, "related",
+                  strf("%s poems share verse pairs, in %s families (largest %s); a family is never split",
+                       commas(r.related_poems).c_str(), commas(r.families).c_str(),
+                       commas(r.largest_family).c_str()));
     if (r.kept_for_characters)
-        row("", strf("%s drawn for validation, but kept in training, which needs their rare characters",
-                     count(r.kept_for_characters, "poem", "poems").c_str()));
+        print_row(f, "",
+                  strf("%s drawn for validation, but kept in training, which needs their rare characters",
+                       count_of(r.kept_for_characters, "poem", "poems").c_str()));
+}
 
-    double chars = (double)(r.train.chars + r.val.chars);
+inline void print_sizes(const Report& r, const Options& o, FILE* f) {
+    const double chars = (double)(r.train.chars + r.val.chars);
     fprintf(f, "\n%-8s %10s %10s %12s %12s %8s\n", "", "poems", "verses", "characters", "tokens", "share");
     for (const Side* s : {&r.train, &r.val})
         fprintf(f, "%-8s %10s %10s %12s %12s %7.1f%%\n", s == &r.train ? "train" : "val",
@@ -632,24 +703,31 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
     fprintf(f, "\n");
 
     const size_t verses = r.train.verses + r.val.verses;
-    row("hemistichs", strf("%.1f%% of the verses have two",
-                           100.0 * (double)(r.train.divided + r.val.divided) / (double)verses));
-    double text_tokens = (double)(r.train.tokens - r.train.poems + r.val.tokens - r.val.poems);
-    row("vocabulary",
+    print_row(f, "hemistichs",
+              strf("%.1f%% of the verses have two",
+                   100.0 * (double)(r.train.divided + r.val.divided) / (double)verses));
+    const double text_tokens = (double)(r.train.tokens - r.train.poems + r.val.tokens - r.val.poems);
+    print_row(
+        f, "vocabulary",
         strf("%d tokens", r.vocab_size) +
             (o.tokenizer.empty()
                  ? strf(": the characters of train, %send-of-text", r.tags.empty() ? "and " : "tags, and ")
                  : " of " + o.tokenizer) +
             (r.byte_bpe ? strf(": byte-level BPE, %.2f characters per token", chars / text_tokens) : ""));
-    row("wrote", strf("%s/{train.bin, %stokenizer.bin, recipe.txt}", o.out.c_str(),
-                      r.no_val.empty() ? "val.bin, " : ""));
-    if (!r.no_val.empty()) row("", "no val.bin: " + r.no_val);
-    row("next", beside_program("train_gpt2") + " --data " + shell_quoted(o.out));
 }
 
-inline int prepare_main(int argc, char** argv) {
-    Options o;
-    Flags f("prepare_data", "turns poems into token files for the trainers");
+inline void print_report(const Report& r, const Options& o, FILE* f) {
+    print_read(r, f);
+    print_cleaned(r, f);
+    print_sizes(r, o, f);
+    print_row(f, "wrote",
+              strf("%s/{train.bin, %stokenizer.bin, recipe.txt}", o.out.c_str(),
+                   r.no_val.empty() ? "val.bin, " : ""));
+    if (!r.no_val.empty()) print_row(f, "", "no val.bin: " + r.no_val);
+    print_row(f, "next", beside_program("train_gpt2") + " --data " + shell_quoted(o.out));
+}
+
+inline void add_flags(Flags& f, Options& o) {
     f.positional(&o.files, "poems.csv [more files, folders of text files, or - for standard input]");
     f.section("Files");
     f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin, tokenizer.bin; created if missing");
@@ -661,7 +739,7 @@ inline int prepare_main(int argc, char** argv) {
     f.add("columns", "", &o.columns, "A,B", "where each row is a verse: the columns of its hemistichs");
     f.add("group", "", &o.group, "NAME",
           "with --columns: rows that follow each other and have the same value in this column (or several: "
-          "A,B) are a poem; auto: in all columns that most neighbours share");
+          "A,B) are a poem; auto: in all columns that at least every tenth row shares with the one before");
     f.add("list", "", &o.list, "L", "what the lists in cells contain; auto decides by their length")
         .choices({"auto", "verses", "hemistichs"});
     f.add("where", "", &o.where, "COL=VALUE",
@@ -678,8 +756,7 @@ inline int prepare_main(int argc, char** argv) {
           "have once");
     f.add("on_error", "", &o.on_error, "E",
           "damaged rows and invalid UTF-8: stop at the first, or skip and count them; rows with too few or "
-          "too many "
-          "fields are counted, and stop only where they are the most")
+          "too many fields are counted, and stop only where they are the most")
         .choices({"fail", "skip"});
     f.add("tags", "", &o.tags, "A,B",
           "columns whose values, e.g. metre and poet, go before each poem as tokens, to be asked for later");
@@ -714,6 +791,12 @@ inline int prepare_main(int argc, char** argv) {
         "  ./prepare_data diwan.txt more.txt --layout blank --keep all --remove_tashkeel -o diwan\n"
         "  ./prepare_data verses.csv --columns sadr,ajuz --group poem_id -o verses\n"
         "  ./prepare_data poems.csv --tags poem_meter,poet_name -o tagged\n");
+}
+
+inline int prepare_main(int argc, char** argv) {
+    Options o;
+    Flags f("prepare_data", "turns poems into token files for the trainers");
+    add_flags(f, o);
     f.parse(argc, argv);
     Report r = prepare(o);
     print_report(r, o, stdout);

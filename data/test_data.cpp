@@ -310,6 +310,18 @@ TEST_CASE("a token file with a wrong header field or a wrong size is refused") {
     CHECK(!file_exists(dir / "u.bin"));
 }
 
+TEST_CASE("windows with tags need end-of-text tokens and room for a token beside the tags") {
+    TempDir dir;
+    write_tokens(dir / "t.bin", {1, 2, 3, 4, 5, 6, 7, 8, 9});
+    TokenFile file(dir / "t.bin");
+    TagTokens tags;
+    tags.first = 8, tags.eot = 0, tags.count = 2;
+    CHECK(contains(error_of([&] { TrainLoader(file, 4, 1, true, 0, 1, tags); }),
+                   "t.bin: has no end-of-text token"));
+    CHECK(contains(error_of([&] { TrainLoader(file, 2, 1, true, 0, 1, tags); }),
+                   "--seq_len: 2 is too small: 2 tags are before each window"));
+}
+
 TEST_CASE("check_vocab() names the first token outside the vocabulary and its position") {
     IotaFile f(10);
     CHECK(error_of([&] { f.file.check_vocab(10); }) == "");
@@ -519,7 +531,7 @@ TEST_CASE("a CSV may have CRLF, a byte order mark, blank lines, a quoted header,
 TEST_CASE("--column chooses the column; a missing one is an error that lists the columns") {
     Run run("id,body,\"long\nname\"\n1,\u0628,\u062A\n");
     std::string e = run.error();
-    CHECK(contains(e, "has no column 'poem_text'; its columns are id, body, long name"));
+    CHECK(contains(e, "has no column 'poem_text'; its columns are 'id', 'body', 'long\\x0Aname'"));
     CHECK(!file_exists(run.o.out));
     run.o.column = "body";
     CHECK(run.go().train == Strings{"\u0628"});
@@ -549,11 +561,26 @@ TEST_CASE("--where and --except choose rows by a column's value; impossible ones
     CHECK(
         contains(error(csv, "poems.csv", "poet"), "--where: 'poet' is not a condition, wanted COLUMN=VALUE"));
     CHECK(contains(error(csv, "poems.csv", "age=3"),
-                   "has no column 'age'; its columns are poet, poem_text (--where chooses one)"));
-    CHECK(
-        contains(error(csv, "poems.csv", "poet=W"), "--where 'poet=W' and --except '' leave none of 5 rows"));
+                   "has no column 'age'; its columns are 'poet', 'poem_text' (--where chooses one)"));
+    CHECK(contains(error(csv, "poems.csv", "poet=W"), "--where 'poet=W' leaves none of 5 rows"));
     CHECK(contains(error("a\nb\n", "poems.txt", "poet=X"),
                    "is plain text, but --where needs the columns of a CSV"));
+}
+
+TEST_CASE("rows of a verse count as rows where most must have as many fields as the header") {
+    std::string csv = "id,sadr,ajuz\n";
+    for (int i = 0; i < 100; i++) csv += strf("%d,\u0628,\u062A\n", i / 10);
+    for (int i = 0; i < 60; i++) csv += "11,\u0628\n";
+    Run run(csv);
+    run.o.columns = "sadr,ajuz", run.o.group = "id";
+    CHECK(run.go().r.ragged == 60);
+    write_file(run.o.files[0], csv + "x\n");
+    CHECK(run.error() == "");
+    for (int i = 0; i < 60; i++) csv += "11,\u0628\n";
+    write_file(run.o.files[0], csv);
+    CHECK(contains(run.error(), "120 of 220 rows have more or fewer fields than the header"));
+    run.o.group = "";
+    CHECK(contains(run.error(), "--group: is empty"));
 }
 
 TEST_CASE("unbalanced quotes in a CSV are an error that names the line") {
@@ -856,6 +883,46 @@ TEST_CASE("--tokenizer is used unchanged; a character it lacks or a token over 1
     for (uint32_t c = 0x10000; c < 0x21000; c++) utf8::append(many, c);
     Tokenizer::characters(many + "\u0628\u062A").save(run.o.tokenizer);
     CHECK(contains(run.error(), "token 69634 ('<|endoftext|>') does not fit into a token file"));
+}
+
+TEST_CASE("poems that several threads tokenize are written in their order; the first error is told") {
+    std::string text;
+    Strings want;
+    auto poem = [](int i) {  // 1 to 40 letters, all poems different
+        std::string s;
+        for (int k = 0; k < i % 40; k++) s += "\u062A";
+        for (int bit = 0; bit < 12; bit++) s += i >> bit & 1 ? "\u0628" : "\u062C";
+        return s;
+    };
+    for (int i = 0; i < 3000; i++) text += poem(i) + "\n", want.push_back(poem(i));
+    Run run(text, "poems.txt");
+    CHECK(run.go().train == want);
+    CHECK(run.r.train.tokens == TokenFile(run.o.out + "/train.bin").size());
+    run.o.val_fraction = 0.3f;
+    run.go();
+    CHECK(run.val.size() > 500);
+    std::merge(run.train.begin(), run.train.end(), run.val.begin(), run.val.end(), want.begin(),
+               [&](const std::string& a, const std::string& b) {
+                   return text.find("\n" + a + "\n") + 1 < text.find("\n" + b + "\n") + 1;
+               });
+    for (int i = 0; i < 3000; i++) CHECK(want[(size_t)i] == poem(i));
+
+    Run bad(text + "\u062E\n" + text + "\u062F\n", "poems.txt");
+    bad.o.tokenizer = bad.dir / "t.bin";
+    Tokenizer::characters("\u0628\u062A\u062C").save(bad.o.tokenizer);
+    for (int i = 0; i < 5; i++) {
+        CHECK(contains(bad.error(), "cannot tokenize poem 3001 of those kept"));
+        CHECK(!file_exists(bad.o.out));
+    }
+}
+
+TEST_CASE("two programs cannot write data into one folder at the same time") {
+    TempDir dir;
+    DataSetWriter first(dir / "out");
+    write_tokens(first.path("train.bin"), {1, 2});
+    CHECK(contains(error_of([&] { DataSetWriter second(dir / "out"); }), "is at work in it; wait for it"));
+    first.commit();
+    CHECK(TokenFile(dir / "out/train.bin").size() == 2);
 }
 
 // Saves a byte-level BPE whose tokens are end-of-text, the 256 bytes in order, and the given ones.

@@ -133,6 +133,8 @@ inline void remove_leftovers(const std::string& dir) {
         if (is_run_file(file) || file == "leaving") unlink((dir + "/" + name).c_str());
     }
 }
+// The files that ./prepare_data writes to a folder
+constexpr const char* DATA_FILES[] = {"train.bin", "val.bin", "tokenizer.bin", "recipe.txt"};
 // Is this what a run may move: a folder of token files, or what `make finetune` converted?
 inline bool is_run_data(const std::string& path) {
     const std::string name = path.substr(path.rfind('/') + 1);
@@ -140,7 +142,7 @@ inline bool is_run_data(const std::string& path) {
     struct stat st;
     if (lstat(path.c_str(), &st) || !S_ISDIR(st.st_mode)) return false;
     for (const std::string& file : names_in(path))
-        if (file != "train.bin" && file != "val.bin" && file != "tokenizer.bin" && file != "recipe.txt" &&
+        if (std::find(std::begin(DATA_FILES), std::end(DATA_FILES), file) == std::end(DATA_FILES) &&
             file[0] != '.')
             return false;
     return true;
@@ -183,7 +185,7 @@ class RunFolder {
         lock_.take(out);
         for (const std::string& dir : {out, out + "/.new"}) remove_leftovers(dir);
         const std::string done = recover();
-        rmdir((out + "/.new").c_str());  // empty where a crash came just before this was done
+        rmdir((out + "/.new").c_str());  // empty where a crash came just before arrive() removed it
         return done;
     }
     // A new run begins: in OUT/.new where there is an earlier run, or where its data have been put there
