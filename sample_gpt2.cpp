@@ -1,6 +1,7 @@
 // sample_gpt2.cpp - writes poems with a trained model. It links train_gpt2.o, which defines open_decoder().
 // sample_gpt2.cu includes this file, and defines it for a GPU.
 #include "data/prompt.h"
+#include "data/verses.h"
 #include "lib/flags.h"
 #include "lib/machine.h"
 #include "lib/sampler.h"
@@ -17,113 +18,163 @@ constexpr Dtype DEFAULT_DTYPE = FP32;
 void take_gpu(int) {}
 #endif
 
+namespace {
+
+struct Settings {
+    std::string checkpoint = "out/model.bin", tokenizer, prompt, tags,
+                dtype = DEFAULT_DTYPE == BF16 ? "bf16" : "fp32";
+    int tokens = 0, num = 1, threads = 0, device = -1;
+    uint64_t seed = 1337;
+    bool ignore_end = false, list_tags = false;
+    verses::Wish wish;
+    SampleOptions sampling;
+};
+
+void add_flags(Flags& f, Settings& s) {
+    f.add("init_from", "e", &s.checkpoint, "FILE", "the model");
+    f.add("tokenizer", "", &s.tokenizer, "FILE",
+          "its tokenizer; by default tokenizer.bin in the model's folder");
+    f.add("prompt", "p", &s.prompt, "TEXT", "how the poems begin; cleaned as the training poems were");
+    f.add("tags", "", &s.tags, "COL=VALUE",
+          "what the poems are to be, separated by commas, e.g. poem_meter=\u0637\u0648\u064A\u0644, for a "
+          "model that learnt tags");
+    f.add("list_tags", "", &s.list_tags, "print the tags that the model knows, a line each, and end");
+    f.add("verses", "", &s.wish.verses, "N", "end each poem after N verses (lines); 0: where the model does")
+        .range(0, 10000);
+    f.add(
+        "rhyme", "", &s.wish.rhyme, "R",
+        "keep a rhyme: auto: that of the poem's first verse; or the letter, e.g. \u0628, or letters that all "
+        "verses end in. Verses are drawn again until they do; how often is told at the end");
+    f.add("tokens", "n", &s.tokens, "N", "longest poem, in tokens; 0: 400, or 200 for each of --verses")
+        .range(1, INFINITY)
+        .unset(0);
+    f.add("num", "", &s.num, "N", "how many poems; they are written in parallel").range(1, 4096);
+    f.add("temperature", "", &s.sampling.temperature, "X",
+          "below 1 is safer, above 1 is wilder, 0 always takes the likeliest")
+        .range(0, 1e6);
+    f.add("top_k", "", &s.sampling.top_k, "K", "choose among the K likeliest tokens; 0: all")
+        .range(0, INFINITY);
+    f.add("top_p", "", &s.sampling.top_p, "P", "choose among the likeliest that together reach probability P")
+        .range(1e-6, 1);
+    f.add("repetition_penalty", "", &s.sampling.repetition_penalty, "X",
+          "above 1, tokens that the text already has become less likely")
+        .range(0.01, 100);
+    f.add("ignore_end", "", &s.ignore_end, "do not stop where the model ends the poem");
+    f.add("seed", "", &s.seed, "N", "the same seed writes the same poems");
+    f.add("dtype", "", &s.dtype, "NAME",
+          ON_GPU
+              ? "how weights are kept and multiplied: fp32 or bf16, as this program was built"
+              : "how weights are kept and multiplied: fp32, or bf16, which is half as large and up to twice "
+                "as fast")
+        .choices({"fp32", "bf16"});
+    if (ON_GPU)
+        f.add("device", "", &s.device, "N", "the GPU to use, by nvidia-smi's number; -1: the first of CUDA")
+            .range(0, 63)
+            .unset(-1);
+    else f.add("threads", "", &s.threads, "N", "threads; 0: all cores").range(0, 4096);
+    f.epilogue(
+        strf("Example:\n  ./%s -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 "
+             "--top_k 50 --top_p 0.95 --seed 7 --num 3\n",
+             PROGRAM));
+}
+
+// The tokenizer of the model in `reader`. Sets s.tokenizer where no flag did.
+Tokenizer load_tokenizer(Settings& s, const ModelReader& reader) {
+    if (s.tokenizer.empty()) s.tokenizer = dirname_of(s.checkpoint) + "/tokenizer.bin";
+    if (!file_exists(s.tokenizer))
+        fail("%s: tokenizer not found; name it with --tokenizer FILE", s.tokenizer.c_str());
+    Tokenizer tokenizer = Tokenizer::load(s.tokenizer);
+    if (tokenizer.vocab_size() != reader.cfg.V)
+        fail("%s: has %d tokens, %s has a vocabulary of %d", s.tokenizer.c_str(), tokenizer.vocab_size(),
+             s.checkpoint.c_str(), reader.cfg.V);
+    return tokenizer;
+}
+
+void list_tags(const Tokenizer& tokenizer) {
+    for (const std::string& column : tokenizer.tag_columns())
+        for (const std::string& value : tokenizer.tag_values(column))
+            printf("%s=%s\n", column.c_str(), value.c_str());
+}
+
+// Says on stderr how the wished rhyme was kept.
+void report_rhymes(const std::vector<verses::Keeper>& poems) {
+    size_t count = 0, redraws = 0, unrhymed = 0;
+    for (size_t i = 0; i < poems.size(); i++) {
+        count += poems[i].count(), redraws += poems[i].redraws(), unrhymed += poems[i].unrhymed().size();
+        for (size_t verse : poems[i].unrhymed())
+            fprintf(stderr, "poem %zu, verse %zu: does not rhyme in %s, none of %d tries did\n", i + 1, verse,
+                    poems[i].rhyme().c_str(), verses::Keeper::MOST_TRIES);
+    }
+    fprintf(stderr, "%zu of %zu verses keep the rhyme; %.2f were drawn again for each\n", count - unrhymed,
+            count, (double)redraws / (double)std::max<size_t>(count, 1));
+}
+
+// Prints s.num poems: the first as it is written, the others once all are finished.
+void write_poems(ModelReader& reader, const Tokenizer& tokenizer, const Settings& s, const Prompt& start) {
+    SampleOptions sampling = s.sampling;
+    sampling.below = tokenizer.first_tag(), sampling.prefix = start.tags();
+    auto decoder = open_decoder(reader, (size_t)s.num, s.dtype == "bf16" ? BF16 : FP32);
+    std::vector<verses::Keeper> keepers;
+    keepers.reserve((size_t)s.num);
+    std::vector<Steering*> steering;
+    for (int i = 0; (s.wish.verses || !s.wish.rhyme.empty()) && i < s.num; i++) {
+        keepers.emplace_back(tokenizer, s.wish, start.tokens, 1 + start.tag_count);
+        steering.push_back(&keepers.back());
+    }
+    std::vector<std::string> rest((size_t)s.num);
+    Utf8Stream stream;
+    auto title = [&](int i) {
+        if (s.num > 1) printf("%s--- %d ---\n", i ? "\n\n" : "", i + 1);
+        fputs(start.text.c_str(), stdout);
+    };
+    title(0);
+    fflush(stdout);
+    const int most = s.tokens ? s.tokens : s.wish.verses ? 200 * s.wish.verses : 400;
+    generate(
+        *decoder, (size_t)s.num, start.tokens, reader.cfg.V, s.ignore_end ? -1 : tokenizer.eot(), most,
+        s.seed, sampling,
+        [&](size_t i, int token) {
+            std::string text = token == tokenizer.eot() ? "\n\n" : tokenizer.bytes(token);
+            if (i) rest[i] += text;
+            else fputs(stream.feed(text).c_str(), stdout), fflush(stdout);
+        },
+        steering);
+    for (int i = 1; i < s.num; i++) title(i), fputs(Utf8Stream().feed(rest[(size_t)i]).c_str(), stdout);
+    printf("\n");
+    if (!s.wish.rhyme.empty()) report_rhymes(keepers);
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
     machine::spin_less(argv);
     return run_main(PROGRAM, [&]() -> int {
-        const std::string default_dtype = DEFAULT_DTYPE == BF16 ? "bf16" : "fp32";
-        std::string checkpoint = "out/model.bin", tokenizer_path, prompt, tags, dtype = default_dtype;
-        int tokens = 400, num = 1, threads = 0, device = -1;
-        uint64_t seed = 1337;
-        bool ignore_end = false, list_tags = false;
-        SampleOptions so;
+        Settings s;
+        const std::string built_dtype = s.dtype;
         Flags f(PROGRAM,
                 ON_GPU ? "writes poems from a checkpoint, on a GPU" : "writes poems from a checkpoint");
-        f.add("init_from", "e", &checkpoint, "FILE", "the model");
-        f.add("tokenizer", "", &tokenizer_path, "FILE",
-              "its tokenizer; by default tokenizer.bin in the model's folder");
-        f.add("prompt", "p", &prompt, "TEXT", "how the poems begin; cleaned as the training poems were");
-        f.add(
-            "tags", "", &tags, "COL=VALUE",
-            "what the poems are to be, separated by commas, e.g. poem_meter=\u0637\u0648\u064A\u0644, for a "
-            "model that learnt tags");
-        f.add("list_tags", "", &list_tags, "print the tags that the model knows, a line each, and end");
-        f.add("tokens", "n", &tokens, "N", "longest poem, in tokens").range(1, INFINITY);
-        f.add("num", "", &num, "N", "how many poems; they are written in parallel").range(1, 4096);
-        f.add("temperature", "", &so.temperature, "X",
-              "below 1 is safer, above 1 is wilder, 0 always takes the likeliest")
-            .range(0, 1e6);
-        f.add("top_k", "", &so.top_k, "K", "choose among the K likeliest tokens; 0: all").range(0, INFINITY);
-        f.add("top_p", "", &so.top_p, "P", "choose among the likeliest that together reach probability P")
-            .range(1e-6, 1);
-        f.add("repetition_penalty", "", &so.repetition_penalty, "X",
-              "above 1, tokens that the text already has become less likely")
-            .range(0.01, 100);
-        f.add("ignore_end", "", &ignore_end, "do not stop where the model ends the poem");
-        f.add("seed", "", &seed, "N", "the same seed writes the same poems");
-        f.add("dtype", "", &dtype, "NAME",
-              ON_GPU ? "how weights are kept and multiplied: fp32 or bf16, as this program was built"
-                     : "how weights are kept and multiplied: fp32, or bf16, which is half as large and up to "
-                       "twice as fast")
-            .choices({"fp32", "bf16"});
-        if (ON_GPU)
-            f.add("device", "", &device, "N", "the GPU to use, by nvidia-smi's number; -1: the first of CUDA")
-                .range(0, 63)
-                .unset(-1);
-        else f.add("threads", "", &threads, "N", "threads; 0: all cores").range(0, 4096);
-        f.epilogue(
-            strf("Example:\n  ./%s -e out/model.bin --prompt \"قفا نبك\" --tokens 400 --temperature 0.8 "
-                 "--top_k 50 --top_p 0.95 --seed 7 --num 3\n",
-                 PROGRAM));
+        add_flags(f, s);
         f.parse(argc, argv);
-        if (threads) machine::set_threads(threads);
-        if (ON_GPU && dtype != default_dtype)
+        if (s.threads) machine::set_threads(s.threads);
+        if (ON_GPU && s.dtype != built_dtype)
             throw UsageError(
                 strf("--dtype: this program computes in %s; the other is built by: "
                      "make sample_gpt2cu PRECISION=%s",
-                     default_dtype.c_str(), DEFAULT_DTYPE == BF16 ? "FP32" : "BF16"));
-        take_gpu(device);
+                     built_dtype.c_str(), DEFAULT_DTYPE == BF16 ? "FP32" : "BF16"));
+        if (s.wish.verses && s.ignore_end)
+            throw UsageError("--verses and --ignore_end: give only one of them, both say where poems end");
+        if (const std::string bad = s.wish.error(); !bad.empty()) throw UsageError("--rhyme: " + bad);
+        take_gpu(s.device);
 
-        ModelReader reader(checkpoint);
-        if (tokenizer_path.empty()) tokenizer_path = dirname_of(checkpoint) + "/tokenizer.bin";
-        if (!file_exists(tokenizer_path))
-            fail("%s: tokenizer not found; name it with --tokenizer FILE", tokenizer_path.c_str());
-        Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
-        if (tokenizer.vocab_size() != reader.cfg.V)
-            fail("%s: has %d tokens, %s has a vocabulary of %d", tokenizer_path.c_str(),
-                 tokenizer.vocab_size(), checkpoint.c_str(), reader.cfg.V);
-        if (list_tags) {
-            for (const std::string& column : tokenizer.tag_columns())
-                for (const std::string& value : tokenizer.tag_values(column))
-                    printf("%s=%s\n", column.c_str(), value.c_str());
+        ModelReader reader(s.checkpoint);
+        const Tokenizer tokenizer = load_tokenizer(s, reader);
+        if (s.list_tags) {
+            list_tags(tokenizer);
             return 0;
         }
-        size_t before;  // tokens that begin a poem before its text
-        try {
-            before = tokenizer.beginning(tags).size();
-        } catch (const Error& e) {
-            throw UsageError(strf("--tags: %s", e.what()));
-        }
-        Prompt start;
-        try {
-            start = make_prompt(tokenizer, tokenizer_path, prompt, tags);
-        } catch (const Error& e) {
-            throw UsageError(strf("--prompt: %s", e.what()));
-        }
-        if (start.tokens.size() > (size_t)reader.cfg.maxT)
-            throw UsageError(strf("--prompt has %zu tokens, %s takes at most %d after the %s a poem",
-                                  start.tokens.size() - before, checkpoint.c_str(),
-                                  reader.cfg.maxT - (int)before,
-                                  before == 1 ? "one that begins" : strf("%zu that begin", before).c_str()));
-        so.below = tokenizer.first_tag(), so.keep = start.tags();
-
-        auto decoder = open_decoder(reader, (size_t)num, dtype == "bf16" ? BF16 : FP32);
-        // The first poem is printed as it is written; the others once all are finished.
-        std::vector<std::string> rest((size_t)num);
-        Utf8Stream stream;
-        auto title = [&](int i) {
-            if (num > 1) printf("%s--- %d ---\n", i ? "\n\n" : "", i + 1);
-            fputs(start.text.c_str(), stdout);
-        };
-        title(0);
-        fflush(stdout);
-        generate(*decoder, (size_t)num, start.tokens, reader.cfg.V, ignore_end ? -1 : tokenizer.eot(), tokens,
-                 seed, so, [&](size_t s, int token) {
-                     std::string text = token == tokenizer.eot() ? "\n\n" : tokenizer.bytes(token);
-                     if (s) rest[s] += text;
-                     else fputs(stream.feed(text).c_str(), stdout), fflush(stdout);
-                 });
-        for (int i = 1; i < num; i++) title(i), fputs(Utf8Stream().feed(rest[(size_t)i]).c_str(), stdout);
-        printf("\n");
+        const Prompt start =
+            prompt_of_flags(tokenizer, s.tokenizer, s.prompt, "--tags", s.tags, (size_t)reader.cfg.maxT);
+        write_poems(reader, tokenizer, s, start);
         return 0;
     });
 }

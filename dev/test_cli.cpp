@@ -1701,6 +1701,33 @@ TEST_CASE("cli: --repetition_penalty makes what the text has less likely, and 1 
     check_failure(sample(flags + "0", ""), "sample_gpt2", 2, {"--repetition_penalty", "0.01"});
 }
 
+TEST_CASE("cli: --rhyme and --verses shape the poems, and stderr tells how the rhyme was kept") {
+    const std::string flags = "-e " + tiny().model + " --num 3 --verses 4 ";
+    const std::string rhyme = "\u0631";
+    Result free = sample(flags, ""), rhymed = sample(flags + "--rhyme " + rhyme, "");
+    check_success(free);
+    CHECK(rhymed.code == 0);
+    CHECK(contains(rhymed.err, " of 12 verses keep the rhyme; "));
+    CHECK(rhymed.out == sample(flags + "--rhyme " + rhyme, "").out);
+    // Every verse ends in the letter, or in it and long vowels, unless stderr names the verse.
+    size_t unrhymed = 0, told = 0;
+    for (size_t at = 0; (at = rhymed.err.find("does not rhyme", at)) != std::string::npos; at++) told++;
+    for (size_t at = 0, end; at < rhymed.out.size(); at = end + 1) {
+        end = std::min(rhymed.out.find('\n', at), rhymed.out.size());
+        std::string line = rhymed.out.substr(at, end - at);
+        if (line.empty() || line[0] == '-') continue;
+        for (const char* ending : {"\u0627", "\u0648", "\u064A", "\u0647", "\u0629", "\u0649"})
+            for (int i = 0; i < 2; i++)
+                if (line.size() > 2 && !line.compare(line.size() - 2, 2, ending))
+                    line.resize(line.size() - 2);
+        unrhymed += line.size() < 2 || line.compare(line.size() - 2, 2, rhyme) != 0;
+    }
+    CHECK(unrhymed <= told);
+    check_failure(sample(flags + "--rhyme z", ""), "sample_gpt2", 2,
+                  {"--rhyme", "'z'", "auto or 1 to 8 Arabic"});
+    check_failure(sample(flags + "--ignore_end", ""), "sample_gpt2", 2, {"--verses and --ignore_end"});
+}
+
 // ---------------------------------------------------------------------------------------------
 // The GPU trainer, which dev/emulator runs here in both precisions
 

@@ -5,8 +5,9 @@
 //
 // Compares poems with the training text (--data: train.bin, decoded with tokenizer.bin) and prints a Markdown
 // table with a column for each file. A file is text with blank lines between poems (what ./sample_gpt2 and
-// ./ladder write), a CSV, or a token file with poems between end-of-text tokens; val.bin has real poems that
-// the model has not seen. A line is a verse (bayt), and a TAB separates its two hemistichs.
+// ./ladder write), anything else that ./prepare_data reads, "-" for standard input, or a token file with
+// poems between end-of-text tokens; val.bin has real poems that the model has not seen. A line is a verse
+// (bayt), and a TAB separates its two hemistichs.
 //
 // The measures:
 //   words known       share of the words that occur in the training text. Even real poems have unknown words,
@@ -21,19 +22,21 @@
 //                     be rhyme letters, too.
 //   by chance         the same measure after the verse endings of all poems in the file have been shuffled
 //   two hemistichs    share of the verses that have exactly two hemistichs
-//   letters           letters in a verse and in a hemistich, without spaces: mean and standard deviation
+//   letters           letters in a verse and in a hemistich, without spaces, vowel signs and punctuation:
+//                     mean and standard deviation
 //   usual length      share of the hemistichs, and of the verses, whose length is in the middle 95% of the
 //                     training text's, or of those of its poems that have the tag of --tag
 //   distance          earth mover's distance between the hemistichs' lengths and the training text's: how
-//   many
-//                     letters per hemistich would have to be added or removed, on average, to turn one
+//                     many letters per hemistich would have to be added or removed, on average, to turn one
 //                     distribution into the other
 //   evenness          standard deviation of the hemistichs' lengths within a poem; metre keeps it small
 //   repeated          share of the verses that also occur earlier in the file
 //   copied            share of the verses that also occur in the training text
 //   longest run       longest run of characters, including spaces and line ends, that also occurs in the
 //                     training text: the longest of all, and the mean over the verses of the longest run that
-//                     ends in the verse and begins in the same verse
+//                     ends in the verse and begins in the same verse. The rarest characters count as equal,
+//                     if there are more than 253 different ones.
+#include <filesystem>
 #include <map>
 #include <unordered_set>
 
@@ -42,45 +45,14 @@
 #define SCORE_MAIN
 #endif
 #include "data/prepare_data.cpp"
+#include "data/verses.h"
 
 namespace score {
 
 using Poems = std::vector<std::string>;
-
-// ---------------------------------------------------------------------------------------------
-// Dividing text into verses, hemistichs, words and letters
-
-// Splits the text at each character of `at` and calls f(piece) for each piece that is not empty.
-template <class F>
-void for_each_piece(std::string_view text, const char* at, F f) {
-    for (size_t i = 0; (i = text.find_first_not_of(at, i)) != text.npos;) {
-        size_t end = std::min(text.find_first_of(at, i), text.size());
-        f(text.substr(i, end - i));
-        i = end;
-    }
-}
-inline bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n'; }
-inline size_t letters(std::string_view text) {
-    return utf8::count(text) - (size_t)std::count_if(text.begin(), text.end(), is_space);
-}
-
-// The letters of a verse's rhyme, the last one first, as the head of this file defines them. Empty for a
-// verse without letters.
-inline std::u32string rhyme(std::string_view verse, bool last_letter_only) {
-    std::u32string all, found;
-    utf8::for_each(verse, [&](uint32_t c, size_t) {
-        if (c < 0x80) return;
-        all += c == 0x0629 ? U'\u0647' : c == 0x0649 ? U'\u0627' : (char32_t)c;
-    });
-    while (!all.empty() && found.size() < 3) {
-        char32_t c = all.back();
-        all.pop_back(), found += c;
-        bool ending =
-            c == U'\u0627' || c == U'\u0648' || c == U'\u064A' || c == U'\u0647';  // alif, waw, ya, ha
-        if (last_letter_only || !ending) break;
-    }
-    return found;
-}
+using verses::for_each_piece;
+using verses::letters;
+using verses::rhyme;
 
 // ---------------------------------------------------------------------------------------------
 // Runs of characters that two texts share
@@ -165,20 +137,30 @@ class SuffixAutomaton {
     std::vector<int> next_;
 };
 
+// A byte for each character of the texts, numbered from `first`, the most frequent one. The characters beyond
+// the 255 - `first` most frequent ones share the byte 255.
+inline std::map<uint32_t, unsigned char> bytes_for(const std::vector<const Poems*>& texts, size_t first) {
+    std::map<uint32_t, size_t> times;
+    for (const Poems* poems : texts)
+        for (const std::string& poem : *poems) utf8::for_each(poem, [&](uint32_t c, size_t) { times[c]++; });
+    std::vector<std::pair<size_t, uint32_t>> order;
+    for (auto [c, n] : times) order.push_back({n, c});
+    std::sort(order.rbegin(), order.rend());
+    std::map<uint32_t, unsigned char> byte_of;
+    for (size_t i = 0; i < order.size(); i++)
+        byte_of[order[i].second] = (unsigned char)std::min<size_t>(first + i, 255);
+    return byte_of;
+}
+
 // For each character of each poem, the longest run that ends there, lies in the poem, and occurs in
 // a training poem.
 inline std::vector<std::vector<int>> shared_runs(const Poems& poems, const Poems& training) {
     constexpr char TRAINING_END = 0, POEM_END = 1;  // different, so that no shared run crosses a poem's end
     constexpr size_t BATCH =
         50000;  // bytes of poems per automaton, so that its memory does not grow with them
-    std::map<uint32_t, unsigned char> byte_of;  // the characters, numbered from 2
+    const std::map<uint32_t, unsigned char> byte_of = bytes_for({&poems, &training}, 2);
     auto encode = [&](const std::string& poem, std::string& bytes) {
-        utf8::for_each(poem, [&](uint32_t c, size_t) {
-            auto [at, is_new] = byte_of.insert({c, (unsigned char)(byte_of.size() + 2)});
-            if (is_new && byte_of.size() > 253)
-                fail("the texts have more than 253 different characters, too many to compare");
-            bytes += (char)at->second;
-        });
+        utf8::for_each(poem, [&](uint32_t c, size_t) { bytes += (char)byte_of.at(c); });
     };
     std::string corpus;
     for (const std::string& p : training) encode(p, corpus), corpus += TRAINING_END;
@@ -188,7 +170,7 @@ inline std::vector<std::vector<int>> shared_runs(const Poems& poems, const Poems
         std::vector<size_t> ends;
         for (; i < poems.size() && text.size() < BATCH; i++)
             encode(poems[i], text), text += POEM_END, ends.push_back(text.size());
-        SuffixAutomaton automaton(text, byte_of.size() + 2);
+        SuffixAutomaton automaton(text, std::min<size_t>(byte_of.size() + 2, 256));
         automaton.read(corpus);
         std::vector<int> runs = automaton.longest_runs(text);
         for (size_t k = 0; k < ends.size(); k++)
@@ -298,69 +280,97 @@ inline double agreement_by_chance(std::vector<std::vector<std::u32string>> poems
     return sum;
 }
 
-// All measures of the poems, compared with the training text.
-inline Scores measure(const Poems& poems, const Reference& ref) {
-    Scores s;
-    auto share = [](size_t part, size_t all) { return all ? (double)part / (double)all : NAN; };
-    std::vector<std::vector<std::u32string>> last, rhymes;
-    std::unordered_set<std::string> before;
-    size_t known = 0, long_known = 0, two = 0, usual = 0, repeated = 0, copied = 0, runs = 0,
-           lo = ref.hemistich.quantile(0.025), hi = ref.hemistich.quantile(0.975), usual_verses = 0,
-           verse_lo = ref.verse.quantile(0.025), verse_hi = ref.verse.quantile(0.975);
-    double within = 0;
-    std::vector<std::vector<int>> shared = shared_runs(poems, ref.poems);
-    for (size_t i = 0; i < poems.size(); i++) {
-        const std::string& poem = poems[i];
-        s.poems++;
-        for_each_piece(poem, " \t\n", [&](std::string_view w) {
-            bool found = ref.words.count(std::string(w)), is_long = utf8::count(w) >= 5;
-            s.words++, known += found, s.long_words += is_long, long_known += is_long && found;
-        });
-        Lengths here;
-        last.emplace_back(), rhymes.emplace_back();
+// Adds up what the measures are the means of, poem by poem.
+class Measurement {
+  public:
+    explicit Measurement(const Reference& ref)
+        : ref_(ref), hemistich_(usual(ref.hemistich)), verse_(usual(ref.verse)) {}
+
+    // runs: for each character of the poem, as shared_runs() returns them
+    void add(const std::string& poem, const std::vector<int>& runs) {
+        s_.poems++;
+        for_each_piece(poem, " \t\n", [&](std::string_view w) { add_word(w); });
+        Lengths hemistichs;
+        last_.emplace_back(), rhymes_.emplace_back();
         size_t at = 0;  // the position of the verse's first character in the poem
         for (size_t begin = 0, end; begin <= poem.size(); begin = end + 1) {
             end = std::min(poem.find('\n', begin), poem.size());
-            std::string_view v(poem.data() + begin, end - begin);
-            size_t chars = utf8::count(v), hemistichs = 0;
-            if (letters(v)) {
-                s.verses++, s.verse.add(letters(v));
-                usual_verses += letters(v) >= verse_lo && letters(v) <= verse_hi;
-                for_each_piece(v, "\t", [&](std::string_view h) {
-                    size_t n = letters(h);
-                    hemistichs++, here.add(n), s.hemistich.add(n), usual += n >= lo && n <= hi;
-                });
-                two += hemistichs == 2;
-                last.back().push_back(rhyme(v, true)), rhymes.back().push_back(rhyme(v, false));
-                repeated += !before.emplace(v).second, copied += ref.verses.count(std::string(v));
-                size_t longest = 0;
-                for (size_t k = 0; k < chars; k++)
-                    longest = std::max(longest, std::min(k + 1, (size_t)shared[i][at + k]));
-                runs += longest;
-            }
+            const std::string_view v(poem.data() + begin, end - begin);
+            const size_t chars = utf8::count(v);
+            if (letters(v)) add_verse(v, &runs[at], chars, hemistichs);
             at += chars + 1;
         }
-        within += here.sd() * here.sd() * (double)here.n;
-        for (size_t k = 0; k < shared[i].size(); k++) {
-            if ((size_t)shared[i][k] <= s.longest_run) continue;
-            s.longest_run = (size_t)shared[i][k], s.longest_text.clear();
-            size_t number = 0;
-            utf8::for_each(poem, [&](uint32_t c, size_t) {
-                if (number + s.longest_run > k && number <= k) utf8::append(s.longest_text, c);
-                number++;
-            });
-        }
+        within_ += hemistichs.sd() * hemistichs.sd() * (double)hemistichs.n;
+        note_longest_run(poem, runs);
     }
-    s.known = share(known, s.words), s.long_known = share(long_known, s.long_words);
-    s.last_letter = agreement(last), s.last_letter_chance = agreement_by_chance(last);
-    s.rhyme = agreement(rhymes), s.rhyme_chance = agreement_by_chance(rhymes);
-    s.two_hemistichs = share(two, s.verses), s.usual_length = share(usual, s.hemistich.n);
-    s.usual_verse = share(usual_verses, s.verses);
-    s.repeated = share(repeated, s.verses), s.copied = share(copied, s.verses),
-    s.mean_run = share(runs, s.verses);
-    s.distance = s.hemistich.distance(ref.hemistich),
-    s.evenness = std::sqrt(within / (double)std::max<size_t>(s.hemistich.n, 1));
-    return s;
+    Scores scores() const {
+        Scores s = s_;
+        auto share = [](size_t part, size_t all) { return all ? (double)part / (double)all : NAN; };
+        s.known = share(known_, s.words), s.long_known = share(long_known_, s.long_words);
+        s.last_letter = agreement(last_), s.last_letter_chance = agreement_by_chance(last_);
+        s.rhyme = agreement(rhymes_), s.rhyme_chance = agreement_by_chance(rhymes_);
+        s.two_hemistichs = share(two_, s.verses);
+        s.usual_length = share(usual_, s.hemistich.n), s.usual_verse = share(usual_verses_, s.verses);
+        s.repeated = share(repeated_, s.verses), s.copied = share(copied_, s.verses);
+        s.mean_run = share(runs_, s.verses);
+        s.distance = s.hemistich.distance(ref_.hemistich);
+        s.evenness = std::sqrt(within_ / (double)std::max<size_t>(s.hemistich.n, 1));
+        return s;
+    }
+
+  private:
+    struct Range {
+        size_t lo, hi;
+        bool has(size_t n) const { return n >= lo && n <= hi; }
+    };
+    static Range usual(const Lengths& l) { return {l.quantile(0.025), l.quantile(0.975)}; }
+
+    void add_word(std::string_view w) {
+        const bool found = ref_.words.count(std::string(w)), is_long = letters(w) >= 5;
+        s_.words++, known_ += found, s_.long_words += is_long, long_known_ += is_long && found;
+    }
+    // runs: of the verse's characters. Adds the lengths of its hemistichs to those of its poem.
+    void add_verse(std::string_view v, const int* runs, size_t chars, Lengths& of_poem) {
+        s_.verses++, s_.verse.add(letters(v)), usual_verses_ += verse_.has(letters(v));
+        size_t hemistichs = 0, longest = 0;
+        for_each_piece(v, "\t", [&](std::string_view h) {
+            const size_t n = letters(h);
+            hemistichs++, of_poem.add(n), s_.hemistich.add(n), usual_ += hemistich_.has(n);
+        });
+        two_ += hemistichs == 2;
+        last_.back().push_back(rhyme(v, true)), rhymes_.back().push_back(rhyme(v, false));
+        repeated_ += !before_.emplace(v).second, copied_ += ref_.verses.count(std::string(v));
+        for (size_t k = 0; k < chars; k++) longest = std::max(longest, std::min(k + 1, (size_t)runs[k]));
+        runs_ += longest;
+    }
+    void note_longest_run(const std::string& poem, const std::vector<int>& runs) {
+        const size_t k =
+            (size_t)(std::max_element(runs.begin(), runs.end()) - runs.begin());  // where it ends
+        if (k == runs.size() || (size_t)runs[k] <= s_.longest_run) return;
+        s_.longest_run = (size_t)runs[k], s_.longest_text.clear();
+        size_t number = 0;
+        utf8::for_each(poem, [&](uint32_t c, size_t) {
+            if (number + s_.longest_run > k && number <= k) utf8::append(s_.longest_text, c);
+            number++;
+        });
+    }
+
+    const Reference& ref_;
+    const Range hemistich_, verse_;  // lengths
+    Scores s_;
+    std::vector<std::vector<std::u32string>> last_, rhymes_;  // of each poem's verses
+    std::unordered_set<std::string> before_;                  // verses
+    size_t known_ = 0, long_known_ = 0, two_ = 0, usual_ = 0, usual_verses_ = 0, repeated_ = 0, copied_ = 0,
+           runs_ = 0;
+    double within_ = 0;  // squared deviations from the mean length in the hemistich's poem
+};
+
+// All measures of the poems, compared with the training text.
+inline Scores measure(const Poems& poems, const Reference& ref) {
+    Measurement m(ref);
+    const std::vector<std::vector<int>> shared = shared_runs(poems, ref.poems);
+    for (size_t i = 0; i < poems.size(); i++) m.add(poems[i], shared[i]);
+    return m.scores();
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -395,9 +405,17 @@ inline Poems decode_tokens(const std::string& path, const Tokenizer& tokenizer, 
     }
     return poems;
 }
+// The poem without the line "--- 1 ---" that ./sample_gpt2 writes before it.
+inline std::string without_title(const std::string& poem) {
+    const std::string line = poem.substr(0, poem.find('\n'));
+    const bool title = line.size() > 8 && line.compare(0, 4, "--- ") == 0 &&
+                       line.find_first_not_of("0123456789", 4) == line.size() - 4 &&
+                       line.compare(line.size() - 4, 4, " ---") == 0;
+    return title ? poem.substr(std::min(line.size() + 1, poem.size())) : poem;
+}
 // Poems from a token file, or from any file that ./prepare_data reads, cleaned by the training text's recipe.
 inline Poems read_poems(const std::string& path, const Tokenizer& tokenizer, const Recipe& recipe) {
-    if (path != "-" && is_token_file(path)) return decode_tokens(path, tokenizer);
+    if (std::filesystem::is_regular_file(path) && is_token_file(path)) return decode_tokens(path, tokenizer);
     prep::Options o;
     static_cast<Recipe&>(o) = recipe;
     o.hemistich_separator = "auto";
@@ -405,11 +423,16 @@ inline Poems read_poems(const std::string& path, const Tokenizer& tokenizer, con
     prep::Report report;
     prep::Collector collector(o, report);
     collector.read_file(path);
-    if (report.duplicates)
-        printf("%s: %zu poems are equal to an earlier one and are not counted\n", path.c_str(),
-               report.duplicates);
     Poems poems;
-    for (const prep::Poem& p : collector.poems) poems.push_back(p.text);
+    size_t equal = report.duplicates;
+    std::unordered_set<std::string> seen;
+    for (const prep::Poem& p : collector.poems) {
+        const std::string text = without_title(p.text);
+        if (text.empty()) continue;
+        if (seen.insert(text).second) poems.push_back(text);
+        else equal++;
+    }
+    if (equal) printf("%s: %zu poems are equal to an earlier one and are not counted\n", path.c_str(), equal);
     return poems;
 }
 
@@ -448,68 +471,85 @@ inline std::string table(const std::vector<std::pair<std::string, Scores>>& colu
     return t;
 }
 
-inline int score_main(int argc, char** argv) {
+struct Settings {
     std::vector<std::string> files;
     std::string data = "out/data", tag;
     int most = 0;
     bool skip_last = false;
-    Flags f("score_poems", "compares poems with the text that their model was trained on");
-    f.positional(&files, "poems.txt [more files]");
-    f.add("data", "", &data, "DIR",
+};
+
+inline void add_flags(Flags& f, Settings& s) {
+    f.positional(&s.files, "poems.txt [more files, or - for standard input]");
+    f.add("data", "", &s.data, "DIR",
           "folder made by ./prepare_data, with the training text train.bin and with tokenizer.bin");
     f.add(
-        "tag", "", &tag, "COL=VALUE",
+        "tag", "", &s.tag, "COL=VALUE",
         "compare lengths with those training poems that have this tag (./prepare_data --tags), e.g. a metre");
-    f.add("poems", "", &most, "N", "only the first N poems of each file; 0: all").range(0, INFINITY);
-    f.add("skip_last", "", &skip_last,
+    f.add("poems", "", &s.most, "N", "only the first N poems of each file; 0: all").range(0, INFINITY);
+    f.add("skip_last", "", &s.skip_last,
           "leave out each poem's last verse, which a limit on the length may have truncated");
     f.epilogue(
-        "A file is text with blank lines between poems, a CSV, or a token file such as DIR/val.bin, which "
-        "has the\n"
-        "real poems that were held out. A line is a verse, and a TAB separates its hemistichs. The head of\n"
-        "dev/ladder/score_poems.cpp explains the measures.\n\n"
+        "A file is text with blank lines between poems, anything else that ./prepare_data reads, or a\n"
+        "token file such as DIR/val.bin, which has the real poems that were held out. A line is a verse,\n"
+        "and a TAB separates its hemistichs. The head of dev/ladder/score_poems.cpp explains the measures.\n"
+        "\n"
         "Example\n"
         "  ./sample_gpt2 -e out/model.bin --num 50 > poems.txt\n"
         "  ./score_poems poems.txt out/data/val.bin --data out/data --skip_last\n");
-    f.parse(argc, argv);
-    if (files.empty()) throw UsageError("no poems are given: ./score_poems poems.txt --data DIR; see --help");
-    for (const char* name : {"train.bin", "tokenizer.bin"})
-        if (std::string path = data + "/" + name; !file_exists(path))
-            fail("%s: not found; --data is the folder that ./prepare_data made", path.c_str());
-    Tokenizer tokenizer = Tokenizer::load(data + "/tokenizer.bin");
-    const std::string recipe_path = data + "/recipe.txt";
-    const Recipe recipe = file_exists(recipe_path) ? Recipe::load(recipe_path) : Recipe();
-    int tag_token = -1;
-    if (!tag.empty()) {
-        const size_t equals = std::min(tag.find('='), tag.size());
-        tag_token = tokenizer.tag(tag.substr(0, equals), tag.substr(std::min(equals + 1, tag.size())));
-        if (tag_token < 0) throw UsageError(strf("--tag: %s has no tag '%s'", data.c_str(), tag.c_str()));
-    }
+}
+
+// The training text of the data folder. With --tag its lengths are those of the poems that have the tag.
+inline Reference load_reference(const Settings& s, const Tokenizer& tokenizer) {
+    const int tag = s.tag.empty() ? -1 : tokenizer.tag(s.tag);
+    if (!s.tag.empty() && tag < 0)
+        throw UsageError(strf("--tag: %s has no tag '%s'", s.data.c_str(), s.tag.c_str()));
     std::vector<bool> has_tag;
-    Poems training = decode_tokens(data + "/train.bin", tokenizer, tag_token, &has_tag);
-    if (tag.empty()) has_tag.clear();
-    Reference ref(std::move(training), has_tag);
+    Poems training = decode_tokens(s.data + "/train.bin", tokenizer, tag, &has_tag);
+    if (s.tag.empty()) has_tag.clear();
+    return Reference(std::move(training), has_tag);
+}
+
+// The poems of a file as far as the flags choose them.
+inline Poems chosen_poems(const std::string& path, const Settings& s, const Tokenizer& tokenizer,
+                          const Recipe& recipe) {
+    Poems poems = read_poems(path, tokenizer, recipe);
+    if (s.most && poems.size() > (size_t)s.most) poems.resize((size_t)s.most);
+    if (s.skip_last)
+        for (std::string& p : poems) p.resize(p.find('\n') == p.npos ? 0 : p.rfind('\n'));
+    poems.erase(std::remove(poems.begin(), poems.end(), ""), poems.end());
+    if (poems.empty())
+        fail("%s: has no poem%s", path.c_str(),
+             s.skip_last ? " of two verses, and --skip_last leaves out the last verse" : "");
+    return poems;
+}
+
+inline int score_main(int argc, char** argv) {
+    Settings s;
+    Flags f("score_poems", "compares poems with the text that their model was trained on");
+    add_flags(f, s);
+    f.parse(argc, argv);
+    if (s.files.empty())
+        throw UsageError("no poems are given: ./score_poems poems.txt --data DIR; see --help");
+    finish_data_set(s.data);
+    for (const char* name : {"train.bin", "tokenizer.bin"})
+        if (std::string path = s.data + "/" + name; !file_exists(path))
+            fail("%s: not found; --data is the folder that ./prepare_data made", path.c_str());
+    const Tokenizer tokenizer = Tokenizer::load(s.data + "/tokenizer.bin");
+    const std::string recipe_path = s.data + "/recipe.txt";
+    const Recipe recipe = file_exists(recipe_path) ? Recipe::load(recipe_path) : Recipe();
+    const Reference ref = load_reference(s, tokenizer);
     printf(
         "training text %s/train.bin: %s poems, %s verses, %s different words; letters in a verse %.1f ± "
         "%.1f, in a hemistich %.1f ± %.1f, usually %zu to %zu\n\n",
-        data.c_str(), commas(ref.poems.size()).c_str(), commas(ref.verse.n).c_str(),
+        s.data.c_str(), commas(ref.poems.size()).c_str(), commas(ref.verse.n).c_str(),
         commas(ref.words.size()).c_str(), ref.verse.mean(), ref.verse.sd(), ref.hemistich.mean(),
         ref.hemistich.sd(), ref.hemistich.quantile(0.025), ref.hemistich.quantile(0.975));
     std::vector<std::pair<std::string, Scores>> columns;
     std::string longest;
-    for (const std::string& path : files) {
-        Poems poems = read_poems(path, tokenizer, recipe);
-        if (most && poems.size() > (size_t)most) poems.resize((size_t)most);
-        if (skip_last)
-            for (std::string& p : poems) p.resize(p.find('\n') == p.npos ? 0 : p.rfind('\n'));
-        poems.erase(std::remove(poems.begin(), poems.end(), ""), poems.end());
-        if (poems.empty())
-            fail("%s: has no poem%s", path.c_str(),
-                 skip_last ? " of two verses, and --skip_last leaves out the last verse" : "");
-        columns.push_back({path, measure(poems, ref)});
+    for (const std::string& path : s.files) {
+        columns.push_back({path, measure(chosen_poems(path, s, tokenizer, recipe), ref)});
         std::string text = columns.back().second.longest_text;
-        for (char& c : text)
-            if (c == '\n') c = '/';
+        std::replace(text.begin(), text.end(), '\n', '/');
         longest += strf("longest run of %s: %s\n", path.c_str(), text.c_str());
     }
     printf("%s\n%s", table(columns).c_str(), longest.c_str());

@@ -46,6 +46,17 @@ TEST_CASE("a rhyme is the rhyme letter and the vowels or pronoun endings after i
     CHECK(rhyme("\t ") == "");
 }
 
+TEST_CASE("vowel signs, digits and punctuation count neither as letters nor in a rhyme") {
+    CHECK(score::letters("قِفَا، نَبْكِ\t(12)!") == 6);
+    CHECK(rhyme("فَهَلْ تُسْرِعُ") == "ع");
+    CHECK(rhyme("كِتَابُهَا؟ »") == "اهب");
+    CHECK(rhyme("سيرًا!", true) == "ا");
+    score::Scores s = score::measure({"قِفَا نَبْكِ\nأَبْكَانِي"}, score::Reference({"قفا"}));
+    CHECK(s.verses == 2);
+    CHECK(s.long_words == 1);  // of 6 letters; the others have 3
+    CHECK(s.verse.mean() == 6);
+}
+
 TEST_CASE("agreement is the share of verses with their poem's main rhyme, without lone verses") {
     CHECK(score::agreement({{U"a", U"a", U"b", U"a"}, {U"c", U"d"}, {U"e"}}) == doctest::Approx(4.0 / 6));
     CHECK(std::isnan(score::agreement({{U"a"}, {}})));
@@ -96,6 +107,21 @@ TEST_CASE("the longest shared runs are those that trying all substrings finds, w
     // "ab" ends one training poem and "cd" begins the next; "abcd" occurs in neither.
     CHECK(score::shared_runs({"abcd"}, {"xab", "cdx"})[0] == std::vector<int>{1, 2, 1, 2});
     CHECK(score::shared_runs({"ab", "cd"}, {"abcd"})[1] == std::vector<int>{1, 2});
+}
+
+TEST_CASE("texts of more different characters than bytes are compared; the rarest count as equal") {
+    std::string rare, frequent;
+    for (uint32_t c = 0x4E00; c < 0x4E00 + 300; c++) utf8::append(rare, c);
+    for (int i = 0; i < 5; i++) frequent += "قفا نبك من ذكرى حبيب ومنزل\n";
+    const std::string verse = "بسقط اللوى بين الدخول فحومل";
+    auto runs = score::shared_runs({frequent + verse, rare}, {frequent + rare, verse});
+    CHECK(runs[0].back() == 27);
+    CHECK(runs[1].back() == 300);
+    CHECK(*std::max_element(runs[1].begin(), runs[1].end()) == 300);
+    // Of 300 rare characters most have a byte of their own.
+    std::string other;
+    utf8::append(other, 0x4E00 + 299), utf8::append(other, 0x4E00), utf8::append(other, 0x4E00 + 298);
+    CHECK(score::shared_runs({other, frequent}, {frequent + rare})[0][2] < 3);
 }
 
 TEST_CASE("the longest shared runs of long and very repetitive texts are found") {
@@ -149,6 +175,45 @@ TEST_CASE("poems are read from the output of sample_gpt2 and ladder, and from to
         CAPTURE(name);
         CHECK(score::read_poems(dir / name, t, Recipe()) == want);
     }
+    make_dirs(dir / "folder");
+    write_file(dir / "folder/1.txt", want[0]), write_file(dir / "folder/2.txt", want[1]);
+    CHECK(score::read_poems(dir / "folder", t, Recipe()).size() == 2);
+    // --keep all: the titles of sample_gpt2 are no verses, and poems that differ only in them are equal.
+    Recipe all;
+    all.keep = "all";
+    write_file(dir / "all.txt",
+               "--- 1 ---\nقفا نبك\nنبك\n\n\n--- 2 ---\nقفا نبك\nنبك\n\n\n--- 13 ---\n\n\n"
+               "--- 4 ---\n--- x ---\n--- 5 ---\n");
+    CHECK(score::read_poems(dir / "all.txt", t, all) == score::Poems{"قفا نبك\nنبك", "--- x ---\n--- 5 ---"});
+    // Lines of a sign within a poem do not end it.
+    write_file(dir / "signs.txt", "قفا\n***\nنبك\n\nنبك\n***\n***\nقفا\n");
+    CHECK(score::read_poems(dir / "signs.txt", t, all) ==
+          score::Poems{"قفا\n***\nنبك", "نبك\n***\n***\nقفا"});
+}
+
+TEST_CASE("a data set that did not finish arriving is completed, as by the trainers") {
+    TempDir dir;
+    make_dirs(dir / ".arriving");
+    Tokenizer t = Tokenizer::characters("قفا\n");
+    t.save(dir / ".arriving/tokenizer.bin");
+    write_tokens(dir / ".arriving/train.bin", {(uint16_t)t.eot(), 0, 1});
+    write_file(dir / "poems.txt", "قفا\n");
+    const std::string poems = dir / "poems.txt";
+    CHECK(score_error({poems.c_str(), "--data", dir.path.c_str()}) == "");
+    CHECK(file_exists(dir / "train.bin"));
+}
+
+TEST_CASE("--tag names a tag of the data set") {
+    TempDir dir;
+    Tokenizer t = Tokenizer::characters("قفا\n", {"<|metre=kamil|>", "<|metre=other|>"});
+    t.save(dir / "tokenizer.bin");
+    write_tokens(dir / "train.bin", {(uint16_t)t.eot(), (uint16_t)t.tag("metre=kamil"), 0, 1});
+    const std::string poems = dir / "poems.txt";
+    write_file(poems, "قفا\n");
+    CHECK(score_error({poems.c_str(), "--data", dir.path.c_str(), "--tag", "metre=kamil"}) == "");
+    for (const char* tag : {"metre=x", "metre", "other"})
+        CHECK(contains(score_error({poems.c_str(), "--data", dir.path.c_str(), "--tag", tag}),
+                       strf("has no tag '%s'", tag)));
 }
 
 TEST_CASE("a wrong flag or file of score_poems is an error that names it") {
