@@ -153,7 +153,7 @@ TEST_CASE("the decoder's logits agree with PyTorch's to 1e-4, token by token and
                 std::vector<int> tokens;
                 for (size_t b = 0; b < g.B; b++)
                     tokens.insert(tokens.end(), &g.tokens[b * g.T + t], &g.tokens[b * g.T + t] + n);
-                const float* logits = decoder.append(tokens.data(), n);
+                const float* logits = decoder.append_to_all(tokens.data(), n);
                 for (size_t b = 0; b < g.B; b++) {
                     double error =
                         max_abs(logits + b * g.cfg.V, &g.logits[(b * g.T + t + n - 1) * g.cfg.V], g.cfg.V);

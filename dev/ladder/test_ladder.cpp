@@ -296,7 +296,7 @@ TEST_CASE("a decoder's logits depend on exactly the last T tokens") {
     ladder::Decoder decoder(m);
     std::vector<int> text = {3, 1, 4, 1, 5, 8, 2, 6};
     const float* got = nullptr;
-    for (int token : text) got = decoder.append(&token, 1);
+    for (int token : text) got = decoder.append_to_all(&token, 1);
     std::vector<float> stepwise(got, got + 9);
     std::vector<int> end(text.end() - 4, text.end());
     const float* whole = m.logits(end.data(), 1, 4) + 3 * 9;
