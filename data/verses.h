@@ -3,7 +3,6 @@
 // In a text a verse (bayt) is a line, and a TAB separates its two hemistichs.
 #pragma once
 
-#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -36,7 +35,7 @@ inline size_t letters(std::string_view text) {
 inline std::u32string rhyme_letters(std::string_view verse) {
     std::u32string all;
     utf8::for_each(verse, [&](uint32_t c, size_t) {
-        if (c < 0x80 || !is_counted(c)) return;
+        if (c < 0x80 || !is_counted(c) || c == TATWEEL) return;
         all += c == 0x0629 ? U'\u0647' : c == 0x0649 ? U'\u0627' : (char32_t)c;
     });
     return all;
@@ -60,23 +59,32 @@ struct Wish {
     int verses = 0;     // it ends after so many; 0: where the model ends it
     std::string rhyme;  // "": any; "auto": all verses rhyme as the first; else the letters that all end in
 
-    // Why there can be no such rhyme; "" if there can.
+    // Why there can be no such rhyme; "" if there can. Vowel signs and tatweels may be written.
     std::string error() const {
-        const size_t letters = utf8::find_invalid(rhyme) == utf8::VALID ? rhyme_letters(rhyme).size() : 0;
-        if (rhyme.empty() || rhyme == "auto" || (letters >= 1 && letters <= 8)) return "";
-        return utf8::quote(rhyme) + " is no rhyme, wanted auto or 1 to 8 Arabic letters";
+        if (rhyme.empty() || rhyme == "auto") return "";
+        bool valid = utf8::find_invalid(rhyme) == utf8::VALID;
+        if (valid)
+            utf8::for_each(rhyme, [&](uint32_t c, size_t) {
+                valid = valid && (is_arabic_letter(c) || (c >= 0x600 && is_mark(c)));
+            });
+        const size_t letters = valid ? rhyme_letters(rhyme).size() : 0;
+        if (letters >= 1 && letters <= MOST_RHYME) return "";
+        return strf("%s is no rhyme, wanted auto or 1 to %zu Arabic letters", utf8::quote(rhyme).c_str(),
+                    MOST_RHYME);
     }
+    static constexpr size_t MOST_RHYME = 8;
 };
 
 // Keeps a poem's verses to a wish. A verse that does not rhyme is taken back from its last word on and drawn
-// again; after some tries from the word before, and so on. After FREE_TRIES the drawing is guided: the verse
-// does not end before a word with the rhyme, where the model would end such a word the verse ends, and
-// letters that lead to the rhyme become likelier, with each try more. If none of MOST_TRIES rhymes, the last
-// one stays, and is counted. A single wished consonant may be followed by long vowels or a pronoun's ending,
-// as in rhyme(): the first verse decides which, and the others follow it.
+// again; every TRIES_A_WORD tries from one word earlier. After FREE_TRIES the drawing is guided: (1) the
+// verse cannot end until its last word rhymes; (2) once it does, a space or TAB becomes a line end; (3)
+// tokens that bring the ending closer to the rhyme gain logits, more with each try. A verse is taken back at
+// most MOST_TRIES times; one more, unguided, then stays, whether it rhymes or not, and is reported. A single
+// wished consonant may be followed by long vowels or a pronoun's ending, as in rhyme(): the first verse
+// decides which, and the others follow it.
 class Keeper final : public Steering {
   public:
-    static constexpr int FREE_TRIES = 24, MOST_TRIES = 96;
+    static constexpr int FREE_TRIES = 24, MOST_TRIES = 96, TRIES_A_WORD = 8;
 
     // prompt: the tokens that the text begins with, of which the first `skip` (end-of-text and tags) are no
     // verse. Throws Error where wish.rhyme is no Arabic letters.
@@ -93,13 +101,15 @@ class Keeper final : public Steering {
             if (ends_verse(prompt[i])) end_verse(verse_of(prompt, i), i + 1);
     }
 
-    size_t redraws() const { return redraws_; }                        // verses taken back
+    size_t redraws() const { return redraws_; }                        // tries taken back, of all verses
     const std::vector<size_t>& unrhymed() const { return unrhymed_; }  // numbers of verses, from 1
     size_t count() const { return count_; }                            // verses that are complete
-    // The rhyme that the poem's verses have, in reading order; empty if no verse is complete.
+    bool finished() const override { return wish_.verses && (int)count_ >= wish_.verses; }
+    // The rhyme of the poem's verses, in reading order: the first verse's, or until one has it, the wished
+    // one.
     std::string rhyme() const {
         std::string s;
-        for (auto c = rhyme_.rbegin(); c != rhyme_.rend(); ++c) utf8::append(s, (uint32_t)*c);
+        for (char32_t c : wanted_letters()) utf8::append(s, (uint32_t)c);
         return s;
     }
 
@@ -115,24 +125,15 @@ class Keeper final : public Steering {
         if (verse.find('\t') != verse.npos)
             for (int t : after_words_)
                 if (tokenizer_.bytes(t).find('\t') != std::string::npos) logits[t] = -INFINITY;
-        const std::u32string wanted = wanted_letters(), have = rhyme_letters(verse);
-        const size_t done = progress(have, wanted);
-        const float more = 0.1f * (float)(tries_ - FREE_TRIES);
-        for (int t = 0; t < tokenizer_.first_tag(); t++) {
-            const std::string& bytes = tokenizer_.bytes(t);
-            if (t == tokenizer_.eot() || utf8::find_invalid(bytes) != utf8::VALID) continue;
-            const std::u32string added = rhyme_letters(bytes);
-            if (added.empty()) continue;
-            const size_t now = progress(have + added, wanted);
-            if (now > done || now == wanted.size()) logits[t] += done ? 2 * more : more;
-        }
+        lead_to_rhyme(verse, logits);
     }
     size_t settled(size_t length) const override { return rhymes() ? std::max(begin_, prompt_) : length; }
     size_t judge(const std::vector<int>& text, bool& ended) override {
         const bool complete = ended || (text.size() > prompt_ && ends_verse(text.back()));
         if (!complete && !guides()) return text.size();
         const std::string verse = verse_of(text, text.size());
-        // A line without letters is no verse; but it is no way out of one that is to be drawn again.
+        // A line without letters is not judged, unless a verse is being drawn again: an empty line must not
+        // count as its success.
         const bool fails = rhymes() && (verses::letters(verse) ? !keeps(verse) : tries_ > 0);
         if (complete ? fails : is_too_long(verse)) {
             if (tries_ < MOST_TRIES) {
@@ -143,12 +144,12 @@ class Keeper final : public Steering {
                 tries_++, redraws_++, ended = false;
                 return cut(text);
             }
-            unrhymed_.push_back(count_ + 1);
+            if (verses::letters(verse)) unrhymed_.push_back(count_ + 1);
         } else if (!complete) {
             return text.size();
         }
         end_verse(verse, text.size());
-        if (wish_.verses && (int)count_ >= wish_.verses) ended = true;
+        if (finished()) ended = true;
         return text.size();
     }
 
@@ -168,7 +169,9 @@ class Keeper final : public Steering {
         std::string verse;
         for (size_t i = begin_; i < end; i++)
             if (text[i] != tokenizer_.eot()) verse += tokenizer_.bytes(text[i]);
-        return utf8::find_invalid(verse) == utf8::VALID ? verse : "";
+        // A byte-level model may end a line within a letter.
+        for (size_t bad; (bad = utf8::find_invalid(verse)) != utf8::VALID;) verse.erase(bad, 1);
+        return verse;
     }
     // Whether a verse has the poem's rhyme; the first one has it if its letters are the wished ones.
     bool keeps(const std::string& verse) const {
@@ -179,6 +182,26 @@ class Keeper final : public Steering {
         const std::u32string all = rhyme_letters(verse);
         return all.size() >= letters_.size() &&
                !all.compare(all.size() - letters_.size(), all.npos, letters_);
+    }
+    // Makes tokens likelier that bring the verse's ending closer to the rhyme.
+    void lead_to_rhyme(const std::string& verse, float* logits) {
+        if (letters_of_.empty())
+            for (int t = 0; t < tokenizer_.first_tag(); t++) {
+                const std::string& bytes = tokenizer_.bytes(t);
+                const bool text = t != tokenizer_.eot() && utf8::find_invalid(bytes) == utf8::VALID;
+                letters_of_.push_back(text ? rhyme_letters(bytes) : std::u32string());
+            }
+        const std::u32string wanted = wanted_letters();
+        std::u32string have = rhyme_letters(verse);
+        if (have.size() > wanted.size())
+            have.erase(0, have.size() - wanted.size());  // the rest does not matter
+        const size_t done = progress(have, wanted);
+        const float more = 0.1f * (float)(tries_ - FREE_TRIES);
+        for (size_t t = 0; t < letters_of_.size(); t++) {
+            if (letters_of_[t].empty()) continue;
+            const size_t now = progress(have + letters_of_[t], wanted);
+            if (now > done || now == wanted.size()) logits[t] += done ? 2 * more : more;
+        }
     }
     // The letters that the verse is to end in, in reading order
     std::u32string wanted_letters() const {
@@ -211,7 +234,6 @@ class Keeper final : public Steering {
     }
     // Where to draw again from: words before the first try's end, every TRIES_A_WORD tries one more.
     size_t cut(const std::vector<int>& text) const {
-        constexpr int TRIES_A_WORD = 8;
         size_t at = std::min(text.size(), first_end_);
         for (int words = 1 + tries_ / TRIES_A_WORD; words > 0 && at > begin_; words--) {
             while (at > begin_ && !has_letter(text[at - 1])) at--;
@@ -239,6 +261,7 @@ class Keeper final : public Steering {
     std::vector<size_t> unrhymed_;
     // Tokens that end a verse; that come after a word; a line's end alone
     std::vector<int> ends_, after_words_;
+    std::vector<std::u32string> letters_of_;  // of each token, as a rhyme takes them; made when first needed
     int newline_ = -1;
 };
 

@@ -127,22 +127,25 @@ struct Decoder {
 // train_gpt2.cpp defines it.
 std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype);
 
-// Watches over a text while it is written: may change the logits, and have the last tokens drawn again.
+// Watches over a text while it is written.
 struct Steering {
     virtual ~Steering() = default;
-    // Changes the logits (V) from which the token after the text is drawn, e.g. to -INFINITY for none.
+    // Whether the text is complete, so that nothing is drawn.
+    virtual bool finished() const { return false; }
+    // Called before each draw. Changes the logits (V) from which the token after the text is drawn, e.g. to
+    // -INFINITY for a token that must not be.
     virtual void adjust(const std::vector<int>& text, float* logits) = 0;
-    // The text has a new token, or it has ended after the last token that it has. Returns how many tokens of
-    // the text stay: what comes after them is drawn again. May end the text, or take its end back.
+    // Called after each draw. `ended`: end-of-text was drawn, which is not in the text. Returns the length to
+    // cut the text to; what is cut off is drawn again. May also end the text, or take its end back.
     virtual size_t judge(const std::vector<int>& text, bool& ended) = 0;
-    // How many tokens of the text will certainly stay.
+    // How many of the text's `length` tokens can no longer be taken back. Only these are given to the reader.
     virtual size_t settled(size_t length) const = 0;
 };
 
 // A text that a decoder's sequence continues, one token after the other:
 //
 //     while (!text.ended()) {
-//         text.missing(decoder, s, tokens);                       // what the decoder has not seen yet
+//         text.prepare(decoder, s, tokens);                       // what the decoder has not seen yet
 //         text.draw(decoder.append({s}, tokens.data(), tokens.size()), sampler);
 //         text.take_settled([](int token) { ... });
 //     }
@@ -162,7 +165,8 @@ class Continuation {
           key_(key),
           o_(o),
           steering_(steering) {
-        ended_ = max_tokens <= 0;
+        by_itself_ = steering && steering->finished();
+        ended_ = by_itself_ || max_tokens <= 0;
         if (o.repetition_penalty == 1) return;
         times_.resize((size_t)V);
         for (int t : text_) times_[(size_t)t]++;
@@ -173,10 +177,10 @@ class Continuation {
 
     // Sets `tokens` to those that sequence s of the decoder must be given before the next draw. Makes room
     // for them in the sequence, and makes it forget what has been taken back.
-    void missing(Decoder& decoder, size_t s, std::vector<int>& tokens) {
+    void prepare(Decoder& decoder, size_t s, std::vector<int>& tokens) {
         tokens.clear();
         if (seen_ == 0) decoder.truncate(s, 0);
-        if (seen_ >= text_.size()) {  // tokens were taken back: the one before them is given once more
+        if (seen_ >= text_.size()) {  // tokens, or an end, were taken back: the last token is given once more
             const size_t back = seen_ - (text_.size() - 1);
             if (back > decoder.length(s) - prefix_) return start_anew(decoder, s, tokens);
             decoder.truncate(s, decoder.length(s) - back);
@@ -223,7 +227,8 @@ class Continuation {
     void start_anew(Decoder& decoder, size_t s, std::vector<int>& tokens) {
         decoder.truncate(s, 0);
         const size_t half = std::max<size_t>(decoder.capacity() / 2, 1);
-        prefix_ = o_.prefix.size() < half ? o_.prefix.size() : 0;
+        // Where all of the text fits, it begins with the prefix itself.
+        prefix_ = o_.prefix.size() < half && text_.size() > half ? o_.prefix.size() : 0;
         const size_t of_text = std::min(half - prefix_, text_.size());
         tokens.assign(o_.prefix.begin(), o_.prefix.begin() + (ptrdiff_t)prefix_);
         tokens.insert(tokens.end(), text_.end() - (ptrdiff_t)of_text, text_.end());
@@ -258,7 +263,7 @@ void continue_texts(Decoder& decoder, std::vector<Continuation>& texts, int V, E
     for (;;) {
         left.clear();
         for (size_t i = 0; i < N; i++)
-            if (!texts[i].ended()) left.push_back(i), texts[i].missing(decoder, i, missing[i]);
+            if (!texts[i].ended()) left.push_back(i), texts[i].prepare(decoder, i, missing[i]);
         if (left.empty()) return;
         while (!left.empty()) {  // those that lack the same number of tokens go through the model together
             const size_t n = missing[left[0]].size();
