@@ -4301,7 +4301,7 @@ class Decoder final : public ::Decoder {
     }
     // One chunk through all layers: the first n of the `stride` tokens of each of the sequences `which`. The
     // final LayerNorm's output is then in ln_. Single tokens have N_ rows, however many sequences there are,
-    // so that products have one shape; what is in the rows too many is not used.
+    // so that products have one shape; the surplus rows hold old values, whose results nobody reads.
     void run(const std::vector<size_t>& which, const int* tokens, size_t stride, size_t n) {
         const Config& c = m_.cfg;
         const Params<floatX>& params = m_.params;

@@ -7,6 +7,7 @@
 // files an end-of-text token precedes each poem, so that a model that is given end-of-text begins a new poem;
 // then come the poem's tags (--tags), if any.
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <map>
 #include <numeric>
@@ -446,7 +447,7 @@ class PoemTokens {
                  id, utf8::quote(tok_.bytes(id)).c_str());
         stream.push_back((uint16_t)id);
     }
-    const Tokenizer tok_;  // a copy for each thread, because encode() caches words
+    const Tokenizer tok_;  // copied with the object: encode() caches words, so each thread needs its own
     const std::vector<std::vector<int>> tags_;
     const std::string file_;
 };
@@ -459,28 +460,29 @@ inline void write_poems(const PoemTokens& tokens, const std::deque<Poem>& poems,
     constexpr size_t PART = 256;  // poems
     const size_t parts = ceil_div(poems.size(), PART);
     PoemTokens mine = tokens;
-    std::string error;  // the first in the order of the input
+    std::exception_ptr error;                 // the first in the order of the input
+    std::atomic<size_t> first_bad{SIZE_MAX};  // the part that it is in, as far as is known
 #pragma omp parallel for ordered schedule(static, 1) firstprivate(mine)
     for (size_t part = 0; part < parts; part++) {
         std::vector<uint16_t> to_train, to_val;
-        std::string failed;
-        const size_t end = std::min(poems.size(), (part + 1) * PART);
+        std::exception_ptr failed;
+        const size_t end = part > first_bad ? 0 : std::min(poems.size(), (part + 1) * PART);
         try {
             for (size_t i = part * PART; i < end; i++)
                 mine.append(poems[i], i, in_val[i] ? to_val : to_train);
-        } catch (const Error& e) {
-            failed = e.what();
+        } catch (...) {
+            failed = std::current_exception(), first_bad = std::min<size_t>(first_bad, part);
         }
 #pragma omp ordered
-        if (error.empty()) try {
+        if (!error) try {
                 error = failed;
-                train.add(to_train);
-                if (val) val->add(to_val);
-            } catch (const Error& e) {
-                error = e.what();
+                if (!error) train.add(to_train);
+                if (!error && val) val->add(to_val);
+            } catch (...) {
+                error = std::current_exception(), first_bad = 0;
             }
     }
-    if (!error.empty()) throw Error(error);
+    if (error) std::rethrow_exception(error);
     for (size_t i = 0; i < poems.size(); i++) {
         Side& side = in_val[i] ? r.val : r.train;
         side.poems++, side.verses += poems[i].verses, side.chars += poems[i].chars;
@@ -513,7 +515,7 @@ inline std::vector<std::string> tag_texts(const Collector& c, const std::vector<
     }
     return texts;
 }
-// tag_tokens of tokenize(). A tokenizer that has tags begins every poem with all of them: those that --tags
+// The tags of PoemTokens. A tokenizer that has tags begins every poem with all of them: those that --tags
 // does not name are "other".
 inline std::vector<std::vector<int>> find_tag_tokens(const Tokenizer& tok, const Collector& c,
                                                      const Options& o) {
@@ -727,7 +729,7 @@ inline void print_report(const Report& r, const Options& o, FILE* f) {
     print_row(f, "next", beside_program("train_gpt2") + " --data " + shell_quoted(o.out));
 }
 
-inline void add_flags(Flags& f, Options& o) {
+inline void add_file_flags(Flags& f, Options& o) {
     f.positional(&o.files, "poems.csv [more files, folders of text files, or - for standard input]");
     f.section("Files");
     f.add("out", "o", &o.out, "DIR", "folder for train.bin, val.bin, tokenizer.bin; created if missing");
@@ -764,6 +766,8 @@ inline void add_flags(Flags& f, Options& o) {
         .range(1, INFINITY);
     f.add("tokenizer", "", &o.tokenizer, "FILE",
           "use this tokenizer instead of making one (for fine-tuning)");
+}
+inline void add_other_flags(Flags& f, Options& o) {
     f.section("Cleaning (always: a run of white space becomes one newline, TAB or space)");
     f.add("keep", "", &o.keep, "WHAT",
           "letters = only U+0621..U+064A, no vowel signs; all = everything but control characters")
@@ -796,7 +800,8 @@ inline void add_flags(Flags& f, Options& o) {
 inline int prepare_main(int argc, char** argv) {
     Options o;
     Flags f("prepare_data", "turns poems into token files for the trainers");
-    add_flags(f, o);
+    add_file_flags(f, o);
+    add_other_flags(f, o);
     f.parse(argc, argv);
     Report r = prepare(o);
     print_report(r, o, stdout);
