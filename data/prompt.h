@@ -51,16 +51,22 @@ inline std::string clean_prompt(const std::string& text, const Recipe& recipe) {
 }
 
 // The prompt for a text, after `beginning`: end-of-text and tags, as Tokenizer::beginning() returns them. The
-// text is cleaned by the recipe that is beside the tokenizer, so that vowel signs and other forms of letters
-// may be written; without a recipe it is taken as it is. An Error names a letter that the model does not
-// know.
-inline Prompt make_prompt(const Tokenizer& tokenizer, const std::string& tokenizer_path,
-                          const std::string& text, const std::vector<int>& beginning) {
+// text is cleaned by the recipe, so that vowel signs and other forms of letters may be written; without one
+// (null) it is taken as it is. An Error names a letter that the model does not know.
+inline Prompt make_prompt(const Tokenizer& tokenizer, const Recipe* recipe, const std::string& text,
+                          const std::vector<int>& beginning) {
     Prompt p = {text, beginning, beginning.size() - 1};
-    if (std::string path = recipe_beside(tokenizer_path); file_exists(path))
-        p.text = clean_prompt(text, Recipe::load(path));
+    if (recipe) p.text = clean_prompt(text, *recipe);
     for (int t : tokenizer.encode(p.text)) p.tokens.push_back(t);
     return p;
+}
+// The same with the recipe that is beside the tokenizer, if any.
+inline Prompt make_prompt(const Tokenizer& tokenizer, const std::string& tokenizer_path,
+                          const std::string& text, const std::vector<int>& beginning) {
+    const std::string path = recipe_beside(tokenizer_path);
+    if (!file_exists(path)) return make_prompt(tokenizer, nullptr, text, beginning);
+    const Recipe recipe = Recipe::load(path);
+    return make_prompt(tokenizer, &recipe, text, beginning);
 }
 
 // The prompt for a program's flags: --prompt is `text`, and `tags_flag` is `tags`, COLUMN=VALUE,COLUMN=VALUE.

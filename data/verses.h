@@ -173,13 +173,12 @@ class Keeper final : public Steering {
         for (size_t bad; (bad = utf8::find_invalid(verse)) != utf8::VALID;) verse.erase(bad, 1);
         return verse;
     }
-    // Whether a verse has the poem's rhyme; the first one has it if its letters are the wished ones.
+    // Whether a verse has the first one's rhyme, and ends in the wished letters.
     bool keeps(const std::string& verse) const {
-        const std::u32string own = verses::rhyme(verse, false);
-        if (!rhyme_.empty()) return own == rhyme_;
-        if (letters_.empty()) return true;
-        if (letters_.size() == 1 && !own.empty() && own.back() == letters_[0]) return true;
-        const std::u32string all = rhyme_letters(verse);
+        const std::u32string own = verses::rhyme(verse, false), all = rhyme_letters(verse);
+        if (!rhyme_.empty() && own != rhyme_) return false;
+        if (letters_.empty() || (letters_.size() == 1 && !own.empty() && own.back() == letters_[0]))
+            return true;
         return all.size() >= letters_.size() &&
                !all.compare(all.size() - letters_.size(), all.npos, letters_);
     }
@@ -205,7 +204,7 @@ class Keeper final : public Steering {
     }
     // The letters that the verse is to end in, in reading order
     std::u32string wanted_letters() const {
-        return rhyme_.empty() ? letters_ : std::u32string(rhyme_.rbegin(), rhyme_.rend());
+        return rhyme_.size() < letters_.size() ? letters_ : std::u32string(rhyme_.rbegin(), rhyme_.rend());
     }
     // How many of the wanted letters, from the first on, the text ends in.
     static size_t progress(const std::u32string& text, const std::u32string& wanted) {
