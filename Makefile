@@ -46,7 +46,7 @@ all: $(PROGRAMS)
 
 help:
 	@echo "make train                     teach a small GPT-2 the built-in poems (a minute on 2 cores)"
-	@echo "make train POEMS=poems.csv     the same on your poems: CSV with a column poem_text, or plain text"
+	@echo "make train POEMS=poems.csv     the same on your poems: CSV, JSON, plain text, or a folder of these"
 	@echo "  PRESET=char OUT=out/mine     a larger model (tiny, char, gpt2, gpt2-medium, ...), another folder"
 	@echo "  TRAIN_FLAGS='--max_steps 9'  more flags for ./train_gpt2; PREPARE_FLAGS= for ./prepare_data"
 	@echo "make finetune HF=DIR POEMS=..  fine-tune a checkpoint in Hugging Face's form (GPT-2, AraGPT2)"
@@ -54,6 +54,8 @@ help:
 	@echo "make export OUT=out/mine       write it in Hugging Face's form to OUT/hf (HF=DIR: with its tokenizer)"
 	@echo "make plot                      draw the losses of OUT/log.csv to OUT/loss.png"
 	@echo "make ladder                    from a bigram table to GPT-2's block, rung by rung (dev/ladder)"
+	@echo "make demo                      a page where you write with the poet: http://127.0.0.1:8080"
+	@echo "  MODEL=out/mine/model.bin     another model; PORT=9000, GPU=1"
 	@echo "make test                      build and run all tests that need no GPU"
 	@echo "make train_gpt2cu              the GPU trainer ./train_gpt2cu (PRECISION=BF16 or FP32; needs nvcc)"
 	@echo "make sample_gpt2cu             the same for ./sample_gpt2: ./sample_gpt2cu writes poems on a GPU"
@@ -142,10 +144,10 @@ $(BUILD)/ladder: $(BUILD)/dev/ladder/ladder.o $(GEMM:%=$(BUILD)/%)
 flags.build/programs = $(flags.$(BUILD)) $(BUILD) $(portable) $(mpi)
 
 clean:
-	rm -f $(PROGRAMS) $(TOOLS) train_gpt2cu sample_gpt2cu
+	rm -f $(PROGRAMS) $(TOOLS) serve_gpt2 train_gpt2cu sample_gpt2cu serve_gpt2cu
 	test -d ladder || rm -f ladder
 	rm -rf build $(if $(wildcard $(BUILD)/flags),$(BUILD))
 
-include dev/emulator.mk dev/test.mk dev/portable.mk dev/gpu.mk dev/gpu_pack.mk dev/bench.mk
+include dev/emulator.mk dev/test.mk dev/portable.mk dev/gpu.mk dev/gpu_pack.mk dev/bench.mk dev/demo.mk
 # The dependencies that the compiler found
 -include $(shell find build $(BUILD) -name '*.d' 2>/dev/null)

@@ -1,4 +1,5 @@
 // sample_gpt2.cu - sample_gpt2.cpp with the model of train_gpt2.cu: writes poems on a GPU. It includes both.
+// With SERVE_GPT2 it is dev/demo/serve_gpt2.cpp on a GPU.
 #define ARAPOET_NO_MAIN
 #define SAMPLE_ON_GPU
 #include "train_gpt2.cu"
@@ -44,4 +45,8 @@ std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype dtype) 
     return std::make_unique<OwningDecoder>(std::move(model), N);
 }
 
+#ifdef SERVE_GPT2
+#include "dev/demo/serve_gpt2.cpp"
+#else
 #include "sample_gpt2.cpp"
+#endif

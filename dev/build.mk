@@ -22,6 +22,7 @@ help-dev:
 	@echo "make test-layers               only the tests of the model's layers and of the matrix product"
 	@echo "make test-mpi                  the CPU trainer on several ranks, over MPI"
 	@echo "make test-ranks                ranks of the GPU trainer in the emulator, all combinations of settings"
+	@echo "make test-demo                 the page where people write with the poet, and its server, in Chromium"
 	@echo "make test-slurm                the scripts in dev/slurm, without Slurm"
 	@echo "make test-asan                 all tests with AddressSanitizer and UBSan"
 	@echo "make test-portable             the layers' tests for every set of instructions of make PORTABLE=1"

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs what a target needs in addition to g++ and make, or says how to install it:
-#     dev/setup.sh tests|convert|plot|mpi|fuzz|clang|format
+#     dev/setup.sh tests|convert|plot|mpi|fuzz|clang|format|demo|browser
 # Several may run at the same time. A lock on this file makes them install one after the other.
 
 # Whether a header, command or library is installed
@@ -40,6 +40,8 @@ case "$1" in
     convert) json ;;
     mpi) need mpic++ libopenmpi-dev open-mpi; need mpirun openmpi-bin open-mpi ;;
     plot) need gnuplot gnuplot-nox gnuplot ;;
+    demo) json; need httplib.h libcpp-httplib-dev cpp-httplib; need pkg-config pkg-config pkg-config ;;
+    browser) need chromium chromium chromium; need chromedriver chromium-driver chromedriver ;;
     format) need clang-format clang-format clang-format ;;
     # libFuzzer is in a separate package, which is named after clang's version.
     fuzz)
@@ -49,5 +51,5 @@ case "$1" in
         ;;
     # clang++-15 needs clang-15 and its OpenMP, libomp-15-dev.
     clang) need "${CXX%% *}" "clang${CXX##*clang++}" llvm; need omp.h "libomp${CXX##*clang++}-dev" libomp ;;
-    *) echo "usage: dev/setup.sh tests|convert|plot|mpi|fuzz|clang|format" >&2; exit 2 ;;
+    *) echo "usage: dev/setup.sh tests|convert|plot|mpi|fuzz|clang|format|demo|browser" >&2; exit 2 ;;
 esac

@@ -1,0 +1,44 @@
+# The page where people write with the poet (dev/demo): ./serve_gpt2, and its tests.
+.PHONY: demo test-demo need-demo need-browser
+# The model that `make demo` serves, or several. Without OUT/model.bin, `make train` makes it first.
+MODEL ?= $(OUT)/model.bin
+PORT ?= 8080
+DEMO_FLAGS ?=
+# GPU=1 serves with the model of train_gpt2.cu.
+GPU ?=
+SERVER = ./serve_gpt2$(if $(filter-out 0,$(GPU)),cu)
+
+need-demo:
+	@dev/setup.sh demo
+HTTP_FLAGS = $(shell pkg-config --cflags cpp-httplib)
+HTTP_LIBS = $(shell pkg-config --libs cpp-httplib) -pthread
+$(BUILD)/dev/demo/serve_gpt2.o: DEFINE = $(HTTP_FLAGS)
+PAGE = dev/demo/page.html dev/demo/page.css dev/demo/page.js
+$(BUILD)/dev/demo/serve_gpt2.o: $(PAGE) | need-demo
+serve_gpt2: $(BUILD)/dev/demo/serve_gpt2.o $(BUILD)/train_gpt2.o $(BUILD)/data/json.o \
+	$(BUILD)/lib/version.o $(GEMM:%=$(BUILD)/%) build/programs/flags
+	$(call link,$(BUILD)) $(HTTP_LIBS)
+
+# sample_gpt2.cu serves, too, if SERVE_GPT2 is defined.
+serve_gpt2cu: sample_gpt2.cu $(BUILD)/data/json.o $(BUILD)/lib/version.o $(PAGE) build/nvcc/flags | need-demo
+	$(flags.build/nvcc) -DSERVE_GPT2 $(HTTP_FLAGS) -MMD -MP -MF build/nvcc/$@.d $(filter %.cu %.o,$^) -o $@ \
+	  $(CUDA_LIBS) $(filter-out -pthread,$(HTTP_LIBS))
+
+demo: $(PROGRAMS) $(SERVER:./%=%) | $(call named,train ladder finetune)
+	$(if $(filter file,$(origin MODEL)),test -e $(call quote,$(MODEL)) || $(MAKE) train)
+	$(SERVER) $(if $(filter file,$(origin MODEL)),$(call quote,$(MODEL)),$(MODEL)) --port $(PORT) $(DEMO_FLAGS)
+
+# The server's promises, and the page's in a real browser: three minutes at most
+need-browser: | need-demo
+	@dev/setup.sh browser
+SELENIUM = build/selenium
+$(SELENIUM)/installed: | need-python need-browser
+	$(PYTHON) -m venv $(SELENIUM) && $(SELENIUM)/bin/pip install -q selenium openai && touch $@
+DEMO_TEST = $(BUILD)/test_demo
+$(DEMO_TEST)/model.bin: $(PROGRAMS)
+	mkdir -p $(DEMO_TEST)
+	./prepare_data data/sample_poems.csv -o $(DEMO_TEST)/data >/dev/null
+	./train_gpt2 --data $(DEMO_TEST)/data -o $(DEMO_TEST) --overwrite --max_steps 200 --log_every 100 >/dev/null
+test-demo: serve_gpt2 $(DEMO_TEST)/model.bin $(SELENIUM)/installed
+	$(SELENIUM)/bin/python dev/demo/test_serve.py --openai --command './serve_gpt2 $(DEMO_TEST)/model.bin'
+	$(SELENIUM)/bin/python dev/demo/test_page.py --command './serve_gpt2 $(DEMO_TEST)/model.bin --port 8123'

@@ -1,0 +1,343 @@
+// engine.h - a model that writes for many at once: requests share the sequences of one decoder.
+//
+//     Engine engine("out/model.bin", settings);
+//     auto texts = engine.write({request});           // throws Busy where too many wait
+//     while (!news.ended) news = texts[0]->next();    // waits for what is new
+//
+// One thread runs the model. Between two tokens a new text takes a free sequence, and one that has ended, or
+// that nobody waits for any more, leaves its own. Texts that need one token each go through the model
+// together; a prompt goes alone. So a text has the same bits whatever else is written.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "data/prompt.h"
+#include "data/verses.h"
+#include "lib/sampler.h"
+
+namespace demo {
+
+using Clock = std::chrono::steady_clock;
+
+// Too many texts wait already.
+struct Busy : Error {
+    using Error::Error;
+};
+// The program is ending.
+struct Ending : Error {
+    using Error::Error;
+};
+
+// A token that was written, and the likeliest in its place, with log probabilities: of softmax(logits).
+struct TokenInfo {
+    int token = 0;
+    float logprob = 0;
+    std::vector<std::pair<int, float>> likeliest;
+};
+
+// What one text is to be like.
+struct Request {
+    Prompt prompt;
+    int max_tokens = 256;
+    int logprobs = -1;  // alternatives reported with each token; -1: nothing
+    uint64_t seed = 0;
+    uint32_t index = 0;  // of several texts with one seed
+    SampleOptions sampling;
+    verses::Wish wish;
+    std::vector<std::string> stop;  // the text ends before any of these
+    int seconds = 300;              // and after so long
+};
+
+// A text that is being written. The engine's thread adds to it, another one reads.
+class Text {
+  public:
+    struct News {
+        std::string text;  // whole characters
+        std::vector<TokenInfo> tokens;
+        bool ended = false;
+        std::string finish_reason;  // once it has ended: "stop", "length", or "error"
+        std::string error;
+    };
+
+    Text(const Tokenizer& tokenizer, Request r, int V) : request_(std::move(r)), tokenizer_(tokenizer) {
+        const Prompt& p = request_.prompt;
+        if (request_.wish.verses || !request_.wish.rhyme.empty())
+            keeper_.emplace(tokenizer, request_.wish, p.tokens, 1 + p.tag_count);
+        request_.sampling.below = tokenizer.first_tag(), request_.sampling.prefix = p.tags();
+        continuation_.emplace(p.tokens, V, tokenizer.eot(), request_.max_tokens,
+                              rng::Key(request_.seed, request_.index, rng::SAMPLE), request_.sampling,
+                              keeper_ ? &*keeper_ : nullptr);
+    }
+    // Waits for something new, for at most a while; without it, returns news that are empty.
+    News next(std::chrono::milliseconds longest = std::chrono::hours(1)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait_for(lock, longest,
+                          [&] { return news_.ended || !news_.text.empty() || !news_.tokens.empty(); });
+        return std::exchange(news_, News());
+    }
+    // Nobody waits for it any more.
+    void cancel() { cancelled_ = true; }
+
+    const Request& request() const { return request_; }
+    // How the wish for a rhyme was kept; null without one. Complete once the text has ended.
+    const verses::Keeper* keeper() const { return keeper_ ? &*keeper_ : nullptr; }
+    // How many tokens it has, without those taken back. Only once the text has ended.
+    size_t tokens_written() const { return continuation_->text().size() - request_.prompt.tokens.size(); }
+
+  private:
+    friend class Engine;
+
+    // Draws the next token from the logits (V), and reports what has settled.
+    void go_on(const float* logits, int V, Sampler& sampler) {
+        Continuation& c = *continuation_;
+        const size_t before = c.text().size(), prompt = request_.prompt.tokens.size();
+        c.draw(logits, sampler);
+        if (request_.logprobs >= 0) {
+            if (c.text().size() > before) infos_.push_back(info(logits, V, c.text().back()));
+            else infos_.resize(c.text().size() - prompt);
+        }
+        std::string bytes;
+        c.take_settled([&](int token) {
+            if (request_.logprobs >= 0) held_tokens_.push_back({settled_bytes_, infos_[settled_]});
+            bytes += tokenizer_.bytes(token);
+            settled_++, settled_bytes_ += tokenizer_.bytes(token).size();
+        });
+        held_ += stream_.feed(bytes);
+        report_settled();
+    }
+    // Reports the text that is held, but for what may be the beginning of a stop text, and its tokens.
+    void report_settled() {
+        size_t end = std::string::npos, longest = 1;
+        for (const std::string& s : request_.stop)
+            end = std::min(end, held_.find(s)), longest = std::max(longest, s.size());
+        const bool stopped = end != std::string::npos, late = Clock::now() >= deadline_;
+        News fresh;
+        fresh.ended = stopped || late || continuation_->ended();
+        fresh.finish_reason = stopped || continuation_->ended_by_itself() ? "stop" : "length";
+        if (stopped) held_.resize(end);
+        size_t n = fresh.ended ? held_.size() : held_.size() - std::min(held_.size(), longest - 1);
+        while (n < held_.size() && n > 0 && utf8::is_continuation(held_[n])) n--;
+        fresh.text = held_.substr(0, n), held_.erase(0, n), reported_bytes_ += n;
+        while (!held_tokens_.empty() &&
+               (held_tokens_[0].first < reported_bytes_ || (fresh.ended && !stopped)))
+            fresh.tokens.push_back(std::move(held_tokens_[0].second)), held_tokens_.pop_front();
+        report(std::move(fresh));
+    }
+    void report(News fresh) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        news_.text += fresh.text;
+        for (TokenInfo& t : fresh.tokens) news_.tokens.push_back(std::move(t));
+        if (fresh.ended)
+            news_.ended = ended_ = true, news_.finish_reason = fresh.finish_reason, news_.error = fresh.error;
+        changed_.notify_all();
+    }
+    // Ends the text from outside.
+    void finish(const char* reason, const std::string& error = "") {
+        News last;
+        last.ended = true, last.finish_reason = reason, last.text = std::move(held_), last.error = error;
+        report(std::move(last));
+    }
+    TokenInfo info(const float* logits, int V, int token) const {
+        TokenInfo t;
+        V = std::min(V, request_.sampling.below);
+        const float max = *std::max_element(logits, logits + V);
+        double sum = 0;
+        for (int v = 0; v < V; v++) sum += std::exp((double)logits[v] - max);
+        auto logprob = [&](int v) { return (float)(logits[v] - max - std::log(sum)); };
+        std::vector<int> order((size_t)V);
+        std::iota(order.begin(), order.end(), 0);
+        const size_t n = std::min((size_t)request_.logprobs, order.size());
+        std::partial_sort(order.begin(), order.begin() + (ptrdiff_t)n, order.end(), [&](int a, int b) {
+            return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+        });
+        t.token = token, t.logprob = logprob(token);
+        for (size_t i = 0; i < n; i++) t.likeliest.push_back({order[i], logprob(order[i])});
+        return t;
+    }
+
+    Request request_;
+    const Tokenizer& tokenizer_;
+    std::optional<verses::Keeper> keeper_;
+    std::optional<Continuation> continuation_;
+    std::vector<TokenInfo> infos_;  // of all its new tokens, settled or not
+    size_t settled_ = 0;            // how many of them have settled
+    size_t settled_bytes_ = 0, reported_bytes_ = 0;
+    std::deque<std::pair<size_t, TokenInfo>> held_tokens_;  // not yet reported; where each begins, in bytes
+    Utf8Stream stream_;
+    std::string held_;
+    Clock::time_point deadline_ = Clock::time_point::max();
+    std::atomic<bool> cancelled_{false};
+    bool ended_ = false;
+    std::mutex mutex_;  // of news_
+    std::condition_variable changed_;
+    News news_;
+};
+
+struct EngineSettings {
+    size_t slots = 8, queue = 32;  // texts written at once, texts that wait
+    Dtype dtype = FP32;
+    std::string tokenizer;  // its file; "": beside the model
+};
+
+class Engine {
+  public:
+    const std::string model_path, tokenizer_path;
+
+    // Loads the model and its tokenizer, and starts the engine's thread. An Error names the file that is
+    // wrong.
+    Engine(const std::string& path, const EngineSettings& s)
+        : model_path(path),
+          tokenizer_path(s.tokenizer.empty() ? dirname_of(path) + "/tokenizer.bin" : s.tokenizer),
+          settings_(s),
+          texts_(s.slots),
+          samplers_(s.slots) {
+        ModelReader reader(path);
+        config_ = reader.cfg;
+        if (!file_exists(tokenizer_path)) fail("%s: tokenizer not found", tokenizer_path.c_str());
+        tokenizer_ = Tokenizer::load(tokenizer_path);
+        if (tokenizer_.vocab_size() != config_.V)
+            fail("%s: has %d tokens, %s has a vocabulary of %d", tokenizer_path.c_str(),
+                 tokenizer_.vocab_size(), path.c_str(), config_.V);
+        if (const std::string recipe = recipe_beside(tokenizer_path); file_exists(recipe))
+            recipe_ = Recipe::load(recipe);
+        decoder_ = open_decoder(reader, s.slots, s.dtype);
+        thread_ = std::thread([this] { run(); });
+    }
+    ~Engine() {
+        end(Clock::now());
+        thread_.join();
+    }
+
+    const Config& config() const { return config_; }
+    const Tokenizer& tokenizer() const { return tokenizer_; }
+    // The most texts that are written and wait.
+    size_t most() const { return settings_.slots + settings_.queue; }
+    // The prompt for a text, after `beginning` (Tokenizer::beginning()); an Error as make_prompt()'s.
+    Prompt prompt(const std::string& text, const std::vector<int>& beginning) const {
+        return make_prompt(tokenizer_, recipe_ ? &*recipe_ : nullptr, text, beginning);
+    }
+
+    // Begins one text for each request, all or none: otherwise throws Busy or Ending.
+    std::vector<std::shared_ptr<Text>> write(const std::vector<Request>& requests) {
+        std::vector<std::shared_ptr<Text>> texts;
+        for (const Request& r : requests) texts.push_back(std::make_shared<Text>(tokenizer_, r, config_.V));
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (ending_) throw Ending("the server is ending");
+        size_t free = 0;
+        for (auto& t : texts_) free += !t;
+        if (waiting_.size() + texts.size() > settings_.queue + free)
+            throw Busy(strf("%zu texts are being written and %zu wait, which is the most",
+                            settings_.slots - free, waiting_.size()));
+        for (auto& t : texts) waiting_.push_back(t);
+        changed_.notify_all();
+        return texts;
+    }
+    // Takes no more texts, and ends those that are not complete by then. Of several calls the earliest
+    // counts.
+    void end(Clock::time_point by) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        ending_ = true, end_by_ = std::min(end_by_, by);
+        changed_.notify_all();
+    }
+
+  private:
+    void run() {
+        omp_set_num_threads(threads_);  // the setting is a thread's own
+        std::vector<size_t> at_work;
+        while (take_texts(at_work)) {
+            std::string error;
+            try {
+                step(at_work);
+            } catch (const std::exception& e) {
+                error = e.what();
+            }
+            for (size_t s : at_work)
+                if (!error.empty() && !texts_[s]->ended_) texts_[s]->finish("error", error);
+        }
+    }
+    // Frees the sequences of texts that have ended, gives free ones to those that wait, and sets at_work to
+    // the sequences in use. Waits where there are none; false when the engine has ended.
+    bool take_texts(std::vector<size_t>& at_work) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            const bool late = ending_ && Clock::now() >= end_by_;
+            for (auto& t : waiting_)
+                if (late || t->cancelled_) t->finish("length");
+            waiting_.erase(
+                std::remove_if(waiting_.begin(), waiting_.end(), [](auto& t) { return t->ended_; }),
+                waiting_.end());
+            at_work.clear();
+            for (size_t s = 0; s < texts_.size(); s++) {
+                std::shared_ptr<Text>& t = texts_[s];
+                if (t && (late || t->cancelled_) && !t->ended_) t->finish("length");
+                if (t && t->ended_) t.reset();
+                while (!t && !waiting_.empty()) {
+                    t = waiting_.front(), waiting_.pop_front();
+                    t->deadline_ = Clock::now() + std::chrono::seconds(t->request_.seconds);
+                    if (t->continuation_->ended()) t->finish("stop"), t.reset();  // the prompt is complete
+                }
+                if (t) at_work.push_back(s);
+            }
+            if (!at_work.empty()) return true;
+            if (ending_) return false;
+            changed_.wait(lock);
+        }
+    }
+    // One token for each text.
+    void step(const std::vector<size_t>& at_work) {
+        static std::mutex processor;  // only one engine works at a time, because each uses all cores
+        std::lock_guard<std::mutex> lock(processor);
+        together_.clear(), tokens_.clear();
+        for (size_t s : at_work) {
+            Text& t = *texts_[s];
+            t.continuation_->prepare(*decoder_, s, missing_);
+            if (missing_.size() == 1) together_.push_back(s), tokens_.push_back(missing_[0]);
+            else t.go_on(decoder_->append({s}, missing_.data(), missing_.size()), config_.V, samplers_[s]);
+        }
+        if (together_.empty()) return;
+        const float* logits = decoder_->append(together_, tokens_.data(), 1);
+        const size_t n = together_.size();
+        std::exception_ptr failed;  // none may leave the parallel loop
+#pragma omp parallel for schedule(dynamic, 1) if (n > 1 && config_.V > 1000)
+        for (size_t k = 0; k < n; k++) try {
+                Text& t = *texts_[together_[k]];
+                t.go_on(logits + k * (size_t)config_.V, config_.V, samplers_[together_[k]]);
+            } catch (...) {
+#pragma omp critical
+                failed = std::current_exception();
+            }
+        if (failed) std::rethrow_exception(failed);
+    }
+
+    const EngineSettings settings_;
+    const int threads_ = omp_get_max_threads();
+    Config config_;
+    Tokenizer tokenizer_;
+    std::optional<Recipe> recipe_;  // how prompts are cleaned; read once
+    std::unique_ptr<Decoder> decoder_;
+    // The engine thread's:
+    std::vector<std::shared_ptr<Text>> texts_;  // in each sequence of the decoder; written under mutex_
+    std::vector<Sampler> samplers_;
+    std::vector<size_t> together_;
+    std::vector<int> tokens_, missing_;
+
+    std::mutex mutex_;  // of what follows
+    std::condition_variable changed_;
+    std::deque<std::shared_ptr<Text>> waiting_;
+    bool ending_ = false;
+    Clock::time_point end_by_ = Clock::time_point::max();
+    std::thread thread_;
+};
+
+}  // namespace demo
