@@ -24,9 +24,12 @@ serve_gpt2cu: sample_gpt2.cu $(BUILD)/data/json.o $(BUILD)/lib/version.o $(PAGE)
 	$(flags.build/nvcc) -DSERVE_GPT2 $(HTTP_FLAGS) -MMD -MP -MF build/nvcc/$@.d $(filter %.cu %.o,$^) -o $@ \
 	  $(CUDA_LIBS) $(filter-out -pthread,$(HTTP_LIBS))
 
+# One file, whose name may have spaces, or several without
+models = $(if $(or $(filter file,$(origin MODEL)),$(shell test -e $(call quote,$(MODEL)) && echo one)),\
+	$(call quote,$(MODEL)),$(MODEL))
 demo: $(PROGRAMS) $(SERVER:./%=%) | $(call named,train ladder finetune)
 	$(if $(filter file,$(origin MODEL)),test -e $(call quote,$(MODEL)) || $(MAKE) train)
-	$(SERVER) $(if $(filter file,$(origin MODEL)),$(call quote,$(MODEL)),$(MODEL)) --port $(PORT) $(DEMO_FLAGS)
+	$(SERVER) $(models) --port $(PORT) $(DEMO_FLAGS)
 
 # The server's promises, and the page's in a real browser: three minutes at most
 need-browser: | need-demo
