@@ -23,7 +23,7 @@ namespace {
 struct Settings {
     std::string checkpoint = "out/model.bin", tokenizer, prompt, tags,
                 dtype = DEFAULT_DTYPE == BF16 ? "bf16" : "fp32";
-    int tokens = 0, num = 1, threads = 0, device = -1;
+    int tokens = -1, num = 1, threads = 0, device = -1;
     uint64_t seed = 1337;
     bool ignore_end = false, list_tags = false;
     verses::Wish wish;
@@ -44,10 +44,10 @@ void add_flags(Flags& f, Settings& s) {
     f.add(
         "rhyme", "", &s.wish.rhyme, "R",
         "keep a rhyme: auto: that of the poem's first verse; or the letter, e.g. \u0628, or letters that all "
-        "verses end in. Verses are drawn again until they do; how often is told at the end");
-    f.add("tokens", "n", &s.tokens, "N", "longest poem, in tokens; 0: 400, or 200 for each of --verses")
+        "verses end in. Verses are drawn again until they do; the number of redraws is printed at the end");
+    f.add("tokens", "n", &s.tokens, "N", "longest poem, in tokens; -1: 400, or 200 for each of --verses")
         .range(1, INFINITY)
-        .unset(0);
+        .unset(-1);
     f.add("num", "", &s.num, "N", "how many poems; they are written in parallel").range(1, 4096);
     f.add("temperature", "", &s.sampling.temperature, "X",
           "below 1 is safer, above 1 is wilder, 0 always takes the likeliest")
@@ -78,18 +78,6 @@ void add_flags(Flags& f, Settings& s) {
              PROGRAM));
 }
 
-// The tokenizer of the model in `reader`. Sets s.tokenizer where no flag did.
-Tokenizer load_tokenizer(Settings& s, const ModelReader& reader) {
-    if (s.tokenizer.empty()) s.tokenizer = dirname_of(s.checkpoint) + "/tokenizer.bin";
-    if (!file_exists(s.tokenizer))
-        fail("%s: tokenizer not found; name it with --tokenizer FILE", s.tokenizer.c_str());
-    Tokenizer tokenizer = Tokenizer::load(s.tokenizer);
-    if (tokenizer.vocab_size() != reader.cfg.V)
-        fail("%s: has %d tokens, %s has a vocabulary of %d", s.tokenizer.c_str(), tokenizer.vocab_size(),
-             s.checkpoint.c_str(), reader.cfg.V);
-    return tokenizer;
-}
-
 void list_tags(const Tokenizer& tokenizer) {
     for (const std::string& column : tokenizer.tag_columns())
         for (const std::string& value : tokenizer.tag_values(column))
@@ -105,8 +93,8 @@ void report_rhymes(const std::vector<verses::Keeper>& poems) {
             fprintf(stderr, "poem %zu, verse %zu: does not rhyme in %s, none of %d tries did\n", i + 1, verse,
                     poems[i].rhyme().c_str(), verses::Keeper::MOST_TRIES);
     }
-    fprintf(stderr, "%zu of %zu verses keep the rhyme; %.2f were drawn again for each\n", count - unrhymed,
-            count, (double)redraws / (double)std::max<size_t>(count, 1));
+    fprintf(stderr, "%zu of %zu verses keep the rhyme; %.2f redraws per verse\n", count - unrhymed, count,
+            (double)redraws / (double)std::max<size_t>(count, 1));
 }
 
 // Prints s.num poems: the first as it is written, the others once all are finished.
@@ -129,7 +117,7 @@ void write_poems(ModelReader& reader, const Tokenizer& tokenizer, const Settings
     };
     title(0);
     fflush(stdout);
-    const int most = s.tokens ? s.tokens : s.wish.verses ? 200 * s.wish.verses : 400;
+    const int most = s.tokens > 0 ? s.tokens : s.wish.verses ? 200 * s.wish.verses : 400;
     generate(
         *decoder, (size_t)s.num, start.tokens, reader.cfg.V, s.ignore_end ? -1 : tokenizer.eot(), most,
         s.seed, sampling,
@@ -167,7 +155,8 @@ int main(int argc, char** argv) {
         take_gpu(s.device);
 
         ModelReader reader(s.checkpoint);
-        const Tokenizer tokenizer = load_tokenizer(s, reader);
+        if (s.tokenizer.empty()) s.tokenizer = tokenizer_beside(s.checkpoint);
+        const Tokenizer tokenizer = tokenizer_for(s.checkpoint, reader.cfg.V, s.tokenizer);
         if (s.list_tags) {
             list_tags(tokenizer);
             return 0;

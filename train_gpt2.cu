@@ -39,7 +39,10 @@
 namespace gpu {
 
 // This program, the one for CPUs, and what errors advise. sample_gpt2.cu includes this file.
-#if defined(SAMPLE_ON_GPU)
+#if defined(SERVE_GPT2)
+constexpr const char *PROGRAM = "serve_gpt2cu", *CPU_PROGRAM = "./serve_gpt2",
+                     *WITHOUT_GPU = "./serve_gpt2 writes on the CPU", *LESS_MEMORY = "try fewer --slots";
+#elif defined(SAMPLE_ON_GPU)
 constexpr const char *PROGRAM = "sample_gpt2cu", *CPU_PROGRAM = "./sample_gpt2",
                      *WITHOUT_GPU = "./sample_gpt2 writes on the CPU", *LESS_MEMORY = "try a smaller --num";
 #else

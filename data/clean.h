@@ -106,7 +106,8 @@ inline bool is_mark(uint32_t c) {
            !(c >= 0x0600 && c <= 0x0605);
 }
 inline bool is_letter(uint32_t c) { return in_ranges(unicode::LETTERS, c); }
-// A letter of any script without which a word is another one: not a tatweel, which only stretches a word.
+// A letter of any script whose removal changes the word. A tatweel does not count: it only stretches the
+// word.
 inline bool is_lost_letter(uint32_t c) { return is_letter(c) && !is_mark(c) && c != TATWEEL; }
 // U+FEFF, the end of a block, is a byte order mark.
 inline bool is_arabic_letter(uint32_t c) {

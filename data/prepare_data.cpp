@@ -146,9 +146,8 @@ class Collector : PoemSink {
         add_batch(), form_ = nullptr;
         if (o_.on_error == "fail" && 2 * ragged_ > rows)
             fail(
-                "%s: %zu of %zu rows have more or fewer fields than the header, e.g. %s (another delimiter, "
-                "or "
-                "quotes that are not doubled?); --on_error skip drops such rows",
+                "%s: %zu of %zu rows have more or fewer fields than the header, e.g. %s (another "
+                "delimiter, or quotes that are not doubled?); --on_error skip drops such rows",
                 path_.c_str(), ragged_, rows, last_ragged_.c_str());
     }
     void left_out() override { r_.filtered++; }
@@ -256,7 +255,8 @@ class Collector : PoemSink {
 // ---------------------------------------------------------------------------------------------
 // Splitting
 
-// A verse's hash. with_marks: without its vowel signs, so that verses are equal that differ only in these.
+// A verse's hash. with_marks: the verse may have vowel signs; they are ignored, so that verses are equal that
+// differ only in them.
 inline uint64_t verse_hash(std::string_view verse, bool with_marks) {
     if (!with_marks) return std::hash<std::string_view>()(verse);
     std::string bare;
@@ -612,9 +612,8 @@ inline Report prepare(const Options& o) {
              o.where.empty() || o.except.empty() ? "s" : "", r.filtered);
     if (poems.empty())
         fail(
-            "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged and %zu "
-            "damaged "
-            "rows, %zu with invalid UTF-8%s",
+            "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged "
+            "and %zu damaged rows, %zu with invalid UTF-8%s",
             r.poems_read, r.empty, r.too_short, r.ragged, r.damaged, r.invalid,
             r.empty && o.keep == "letters" ? " (--keep all keeps more than Arabic letters)" : "");
 

@@ -22,6 +22,18 @@ inline std::string recipe_beside(const std::string& tokenizer_path) {
     return dirname_of(tokenizer_path) + "/recipe.txt";
 }
 
+// Where a model's tokenizer is, if no flag says otherwise.
+inline std::string tokenizer_beside(const std::string& model) { return dirname_of(model) + "/tokenizer.bin"; }
+// The tokenizer in the file `path`, for a model with V tokens.
+inline Tokenizer tokenizer_for(const std::string& model, int V, const std::string& path) {
+    if (!file_exists(path)) fail("%s: tokenizer not found; name it with --tokenizer FILE", path.c_str());
+    Tokenizer tokenizer = Tokenizer::load(path);
+    if (tokenizer.vocab_size() != V)
+        fail("%s: has %d tokens, %s has a vocabulary of %d", path.c_str(), tokenizer.vocab_size(),
+             model.c_str(), V);
+    return tokenizer;
+}
+
 // A prompt's text, cleaned by the recipe. White space or a separator of hemistichs at its end is kept, as a
 // space, a TAB or a newline, because it says whether a word, a hemistich or a verse is complete. An Error
 // names a letter that the poems do not have.

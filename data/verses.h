@@ -35,7 +35,7 @@ inline size_t letters(std::string_view text) {
 inline std::u32string rhyme_letters(std::string_view verse) {
     std::u32string all;
     utf8::for_each(verse, [&](uint32_t c, size_t) {
-        if (c < 0x80 || !is_counted(c) || c == TATWEEL) return;
+        if (!is_arabic_letter(c) || c == TATWEEL) return;
         all += c == 0x0629 ? U'\u0647' : c == 0x0649 ? U'\u0627' : (char32_t)c;
     });
     return all;

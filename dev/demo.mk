@@ -8,13 +8,15 @@ DEMO_FLAGS ?=
 GPU ?=
 SERVER = ./serve_gpt2$(if $(filter-out 0,$(GPU)),cu)
 
-need-demo:
-	@dev/setup.sh demo
+need-demo need-browser:
+	@dev/setup.sh $(@:need-%=%)
 HTTP_FLAGS = $(shell pkg-config --cflags cpp-httplib)
 HTTP_LIBS = $(shell pkg-config --libs cpp-httplib) -pthread
 $(BUILD)/dev/demo/serve_gpt2.o: DEFINE = $(HTTP_FLAGS)
 PAGE = dev/demo/page.html dev/demo/page.css dev/demo/page.js
-$(BUILD)/dev/demo/serve_gpt2.o: $(PAGE) | need-demo
+$(BUILD)/dev/demo/serve_gpt2.o: $(PAGE) build/http/flags | need-demo
+# It is made anew when the library is another one.
+flags.build/http = $(shell pkg-config --modversion cpp-httplib 2>/dev/null)
 serve_gpt2: $(BUILD)/dev/demo/serve_gpt2.o $(BUILD)/train_gpt2.o $(BUILD)/data/json.o \
 	$(BUILD)/lib/version.o $(GEMM:%=$(BUILD)/%) build/programs/flags
 	$(call link,$(BUILD)) $(HTTP_LIBS)
@@ -27,19 +29,20 @@ serve_gpt2cu: sample_gpt2.cu $(BUILD)/data/json.o $(BUILD)/lib/version.o $(PAGE)
 # One file, whose name may have spaces, or several without
 models = $(if $(or $(filter file,$(origin MODEL)),$(shell test -e $(call quote,$(MODEL)) && echo one)),\
 	$(call quote,$(MODEL)),$(MODEL))
-demo: $(PROGRAMS) $(SERVER:./%=%) | $(call named,train ladder finetune)
+demo: need-demo $(PROGRAMS) $(SERVER:./%=%) | $(call named,train ladder finetune)
+	$(if $(and $(filter file,$(origin MODEL)),$(filter-out file,$(origin POEMS))),\
+	  @test ! -e $(call quote,$(MODEL)) || { \
+	  echo "make demo: $(OUT) has a model, so POEMS would not be read; name another folder: OUT=DIR" >&2; exit 1; })
 	$(if $(filter file,$(origin MODEL)),test -e $(call quote,$(MODEL)) || $(MAKE) train)
 	$(SERVER) $(models) --port $(PORT) $(DEMO_FLAGS)
 
 # The server's promises, and the page's in a real browser: three minutes at most
-need-browser: | need-demo
-	@dev/setup.sh browser
 SELENIUM = build/selenium
-$(SELENIUM)/installed: | need-python need-browser
+$(SELENIUM)/installed: | need-python need-demo need-browser
 	$(PYTHON) -m venv $(SELENIUM) && $(SELENIUM)/bin/pip install -q selenium openai && touch $@
 DEMO_TEST = $(BUILD)/test_demo
 $(DEMO_TEST)/model.bin: $(PROGRAMS)
-	mkdir -p $(DEMO_TEST)
+	rm -rf $(DEMO_TEST) && mkdir -p $(DEMO_TEST)
 	./prepare_data data/sample_poems.csv -o $(DEMO_TEST)/data >/dev/null
 	./train_gpt2 --data $(DEMO_TEST)/data -o $(DEMO_TEST) --overwrite --max_steps 200 --log_every 100 >/dev/null
 test-demo: serve_gpt2 $(DEMO_TEST)/model.bin $(SELENIUM)/installed

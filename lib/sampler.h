@@ -32,7 +32,6 @@ class Sampler {
     // Draws a token from softmax(logits / temperature), logits (V), restricted to the top_k, then to the
     // top_p most likely tokens: the one whose part of the cumulative distribution contains u, in [0,1).
     // times (V): how often the text has each token, for the repetition penalty; may be null without one.
-    // never: a token that is not drawn; -1: none.
     int pick(const float* logits, int V, const SampleOptions& o, double u, const int* times = nullptr) {
         if (o.below > 0) V = std::min(V, o.below);
         if (o.repetition_penalty != 1 && times) {

@@ -146,6 +146,7 @@ class Text {
     void finish(const char* reason, const std::string& error = "") {
         News last;
         last.ended = true, last.finish_reason = reason, last.text = std::move(held_), last.error = error;
+        for (auto& held : held_tokens_) last.tokens.push_back(std::move(held.second));
         report(std::move(last));
     }
     TokenInfo info(const float* logits, int V, int token) const {
@@ -198,17 +199,13 @@ class Engine {
     // wrong.
     Engine(const std::string& path, const EngineSettings& s)
         : model_path(path),
-          tokenizer_path(s.tokenizer.empty() ? dirname_of(path) + "/tokenizer.bin" : s.tokenizer),
+          tokenizer_path(s.tokenizer.empty() ? tokenizer_beside(path) : s.tokenizer),
           settings_(s),
           texts_(s.slots),
           samplers_(s.slots) {
         ModelReader reader(path);
         config_ = reader.cfg;
-        if (!file_exists(tokenizer_path)) fail("%s: tokenizer not found", tokenizer_path.c_str());
-        tokenizer_ = Tokenizer::load(tokenizer_path);
-        if (tokenizer_.vocab_size() != config_.V)
-            fail("%s: has %d tokens, %s has a vocabulary of %d", tokenizer_path.c_str(),
-                 tokenizer_.vocab_size(), path.c_str(), config_.V);
+        tokenizer_ = tokenizer_for(path, config_.V, tokenizer_path);
         if (const std::string recipe = recipe_beside(tokenizer_path); file_exists(recipe))
             recipe_ = Recipe::load(recipe);
         decoder_ = open_decoder(reader, s.slots, s.dtype);
@@ -236,9 +233,11 @@ class Engine {
         if (ending_) throw Ending("the server is ending");
         size_t free = 0;
         for (auto& t : texts_) free += !t;
-        if (waiting_.size() + texts.size() > settings_.queue + free)
-            throw Busy(strf("%zu texts are being written and %zu wait, which is the most",
-                            settings_.slots - free, waiting_.size()));
+        const size_t room = settings_.queue + free - std::min(settings_.queue + free, waiting_.size());
+        if (texts.size() > room)
+            throw Busy(
+                strf("texts: %zu are asked for, there is room for %zu more: %zu are being written, %zu wait",
+                     texts.size(), room, settings_.slots - free, waiting_.size()));
         for (auto& t : texts) waiting_.push_back(t);
         changed_.notify_all();
         return texts;

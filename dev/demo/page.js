@@ -72,7 +72,7 @@ const WORDS = {  // in English, in Arabic; \u2068 and \u2069 keep Arabic letters
   full: [`A poem has ${MOST_VERSES} verses at most, and this one has them.`,
          `أقصى طول للقصيدة ${MOST_VERSES} بيت، وقد بلغته هذه.`],
   caption: ['{model}, seed {seed}', '{model}، البذرة {seed}'],
-  redraws: ['Tries taken back for the rhyme: {n}.', 'محاولات أُعيدت لأجل القافية: {n}.'],
+  redraws: ['Attempts discarded for the rhyme: {n}.', 'محاولات أُعيدت لأجل القافية: {n}.'],
   unrhymed: ['Verses not rhyming in \u2068{letters}\u2069: {n}.', 'أبيات ليست على روي {letters}: {n}.'],
   rhymeKept: ['{n} of the verses keep the rhyme.', '{n} من الأبيات على القافية.'],
   wordsKnown: ['{n} of the words occur in the poems it learnt from.',
@@ -123,7 +123,7 @@ function word(key, values = {}) {
 
 function percent(p) {
   const format = new Intl.NumberFormat(language === 'ar' ? 'ar-u-nu-latn' : 'en', {style: 'percent'});
-  return p < 0.005 ? '< ' + format.format(0.01) : format.format(p);
+  return p > 0 && p < 0.005 ? '< ' + format.format(0.01) : format.format(p);
 }
 
 // A new element. `word` among its properties is the key of its text; children are elements or strings.
@@ -416,7 +416,8 @@ class Panel {
       if (poem.state === 'failed') failure = error;
       if (poem.state === 'cut') showLost(this, () => this.write(request, kept, id));
     }
-    const written = poem.units.length > poem.kept;
+    // A beginning that has all the verses is a poem, too.
+    const written = poem.units.length > (poem.state === 'done' ? 0 : poem.kept);
     if (written) remember(poem);
     if (this.abort !== abort) return;  // the next poem has begun
     this.abort = null;
@@ -790,9 +791,8 @@ function numberOf(text) {
 
 const isCount = number => Number.isInteger(number) && number >= 1;
 
-// The request that the form describes; null where it misses something, after saying so. Without a number of
-// verses (0) the model ends the poem. Other numbers of verses are refused by the server, and for its answer
-// to be about them max_tokens is a right one.
+// The form's request, or null after telling the reader what is missing. verses = 0: the model ends the poem.
+// For an invalid number of verses max_tokens is still valid, so that the server's error is about `verses`.
 function readForm() {
   const request = {prompt: toPrompt($('prompt').value), stream: true, logprobs: 8};
   for (const name of NUMBERS) request[name] = numberOf($(name).value);

@@ -82,28 +82,31 @@ class Fields {
     }
     std::string text(const char* name, const std::string& otherwise) const {
         const Json* v = find(name);
-        if (v && !v->is_string()) throw HttpError(400, strf("%s: wanted a string", name), name);
+        if (v && !v->is_string()) refuse_kind(name, *v, "a string");
         return v ? v->get<std::string>() : otherwise;
     }
     // Those that are out of range, no numbers, or no whole numbers, are HttpErrors that name the field.
     double number(const char* name, double lo, double hi, double otherwise) const {
         const Json* v = find(name);
         if (!v) return otherwise;
-        if (!v->is_number())
-            throw HttpError(400, strf("%s: wanted a number from %g to %g", name, lo, hi), name);
+        if (!v->is_number()) refuse_kind(name, *v, "a number from " + shown(lo) + " to " + shown(hi));
         const double x = v->get<double>();
         if (!(x >= lo && x <= hi))
-            throw HttpError(400, strf("%s: %g is out of range, wanted %g to %g", name, x, lo, hi), name);
+            throw HttpError(400,
+                            strf("%s: %s is out of range, wanted %s to %s", name, shown(x).c_str(),
+                                 shown(lo).c_str(), shown(hi).c_str()),
+                            name);
         return x;
     }
     int64_t integer(const char* name, double lo, double hi, int64_t otherwise) const {
         const double x = number(name, lo, hi, (double)otherwise);
-        if (x != std::floor(x)) throw HttpError(400, strf("%s: %g is not a whole number", name, x), name);
+        if (x != std::floor(x))
+            throw HttpError(400, strf("%s: %s is not a whole number", name, shown(x).c_str()), name);
         return (int64_t)x;
     }
     bool flag(const char* name) const {
         const Json* v = find(name);
-        if (v && !v->is_boolean()) throw HttpError(400, strf("%s: wanted true or false", name), name);
+        if (v && !v->is_boolean()) refuse_kind(name, *v, "true or false");
         return v && v->get<bool>();
     }
     // A text, or a list of at most `most` texts.
@@ -128,6 +131,14 @@ class Fields {
     }
 
   private:
+    // A number in full where it is whole
+    static std::string shown(double x) {
+        return strf(x == std::floor(x) && std::fabs(x) < 1e17 ? "%.0f" : "%g", x);
+    }
+    [[noreturn]] static void refuse_kind(const char* name, const Json& found, const std::string& wanted) {
+        throw HttpError(400, strf("%s: is of type %s, wanted %s", name, found.type_name(), wanted.c_str()),
+                        name);
+    }
     Json json_;
 };
 
@@ -171,6 +182,7 @@ inline std::string id_of(const std::string& path, const std::vector<std::unique_
 // Completions
 
 constexpr int MOST_TEXTS = 8, MOST_LOGPROBS = 20, MOST_VERSES = 100, MOST_TOKENS = 16384;
+constexpr size_t MOST_MEASURED = 32 << 10;  // bytes
 
 struct Completion {
     Model* model;
@@ -408,8 +420,7 @@ class Server {
     void end_texts(std::chrono::seconds grace) {
         for (auto& m : models_) m->engine->end(Clock::now() + grace);
     }
-    // Takes no more connections; false before run() listens, when there is nothing to stop yet. To be called
-    // until it is true, and not again.
+    // Takes no more connections. False before run() listens: call it until it is true, and then no more.
     bool stop_serving() {
         if (!http_.is_running()) return false;
         http_.stop();
@@ -427,8 +438,8 @@ class Server {
         http_.new_task_queue = [=] { return new httplib::ThreadPool(texts + 64); };
         http_.set_payload_max_length(256 << 10);
         http_.set_read_timeout(5), http_.set_write_timeout(5), http_.set_keep_alive_timeout(5);
-        // One request a connection: idle ones hold no thread, and no rest of a refused body is taken for a
-        // request.
+        // One request per connection, so that idle connections hold no thread, and the unread rest of a
+        // refused body is never parsed as a request.
         http_.set_keep_alive_max_count(1);
         http_.set_tcp_nodelay(true);
         httplib::Headers headers = {{"Content-Security-Policy", "default-src 'self'"},
@@ -507,7 +518,11 @@ class Server {
         const bool here = host == "localhost" || host == "127.0.0.1" || host == "[::1]" || host == s_.host;
         if (is_loopback() && !here && !host.empty())
             throw HttpError(403, "wanted 127.0.0.1 or localhost as the Host");
-        // The library limits only the length of bodies that are neither chunked nor compressed.
+        // The library limits only bodies whose length is told, and that are not compressed.
+        const bool has_body =
+            request.method == "POST" || request.method == "PUT" || request.method == "PATCH";
+        if (has_body && !request.has_header("Content-Length"))
+            throw HttpError(411, "wanted a Content-Length");
         if (request.has_header("Transfer-Encoding")) throw HttpError(411, "wanted a Content-Length");
         if (request.has_header("Content-Encoding"))
             throw HttpError(415, "wanted a body that is not compressed");
@@ -585,6 +600,12 @@ class Server {
                                  m.id.c_str()),
                             "model");
         const std::string text = f.text("text", "");
+        if (text.size() > MOST_MEASURED)
+            throw HttpError(400, strf("text: is %zu bytes, wanted at most %zu", text.size(), MOST_MEASURED),
+                            "text");
+        // One at a time: a text is compared with all of the training text.
+        static std::mutex measuring;
+        std::lock_guard<std::mutex> lock(measuring);
         const score::Scores s = score::measure({text}, m.training());
         auto share = [](double x) { return x == x ? Json(x) : Json(nullptr); };
         return {{"verses", s.verses},
@@ -630,9 +651,10 @@ inline int serve_main(int argc, char** argv) {
     if (!SERVES_ON_GPU)
         f.add("dtype", "", &s.dtype, "NAME", "how weights are kept and multiplied").choices({"fp32", "bf16"});
     f.add("threads", "", &s.threads, "N", "threads; 0: all cores").range(0, 4096);
-    f.epilogue("Example:\n  ./serve_gpt2 out/model.bin out/mine/model.bin --port 9000\n");
+    f.epilogue(strf("Example:\n  ./%s out/model.bin out/mine/model.bin --port 9000\n", SERVER_NAME));
     f.parse(argc, argv);
-    if (s.models.empty()) throw UsageError("no model is given: ./serve_gpt2 out/model.bin; see --help");
+    if (s.models.empty())
+        throw UsageError(strf("no model is given: ./%s out/model.bin; see --help", SERVER_NAME));
     if (s.threads) machine::set_threads(s.threads);
     signal(SIGPIPE, SIG_IGN);
     take_gpu(-1);

@@ -168,7 +168,8 @@ TEST_CASE("more texts than may wait are refused, all of a request; a cancelled o
     auto second = s.begin(s.request("", 2, 5));
     CHECK_THROWS_AS(s.engine->write({s.request("", 3), s.request("", 4)}), demo::Busy);
     auto third = s.begin(s.request("", 3, 5));
-    CHECK(contains(error_of([&] { s.begin(s.request("", 4)); }), "1 texts are being written and 2 wait"));
+    CHECK(contains(error_of([&] { s.begin(s.request("", 4)); }),
+                   "texts: 1 are asked for, there is room for 0 more: 1 are being written, 2 wait"));
     first->cancel();
     CHECK(whole(*second).ended);
     CHECK(whole(*third).ended);

@@ -700,7 +700,7 @@ def _(page):
 def _(page):
     if not page.server:
         raise Skipped("needs --command")
-    page.start(verses="40")
+    page.start(verses="100")
     wait_for("some letters", lambda: len(page.all(".token")) > 5)
     page.server.stop()
     wait_for("the notice", lambda: page.one("#lost").is_displayed(), 10)

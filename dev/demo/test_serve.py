@@ -385,6 +385,7 @@ def _(server):
     same(m["verses"], len(verses_of(text)), "verses")
     check(0 <= m["rhyme_kept"] <= 1 and 0 <= m["words_known"] <= 1 and m["words"] > 3, m)
     check(m["longest_run_text"] in text, m)
+    refused(server.post({"text": "\u0628 " * 11000}, "/v1/measures"), 400, "text")
     m = json.loads(server.post({"text": ""}, "/v1/measures").body)
     same((m["verses"], m["rhyme_kept"], m["words_known"]), (0, None, None), "of an empty text")
 
@@ -462,11 +463,12 @@ def _(server):
     same(server.post({"prompt": "ا" * 120000, "max_tokens": 1}).status, 200, "240 KB")
 
 
-@test("chunked and compressed bodies, whose length the library does not limit, are refused")
+@test("bodies whose length the library does not limit are refused: chunked, compressed, of unknown length")
 def _(server):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    for header, status in (b"Transfer-Encoding: chunked", b"411"), (b"Content-Encoding: gzip", b"415"):
-        answer = server.raw(head + header + b"\r\n\r\n")
+    for header, status in ((b"Transfer-Encoding: chunked\r\n", b"411"), (b"", b"411"),
+                           (b"Content-Length: 2\r\nContent-Encoding: gzip\r\n", b"415")):
+        answer = server.raw(head + header + b"\r\n{}")
         check(answer.startswith(b"HTTP/1.1 " + status), answer)
 
 
@@ -552,12 +554,12 @@ def _(server):
     started = time.monotonic()
     same(server.ask("GET", "/health").status, 200)
     server.text(max_tokens=5)
-    check(time.monotonic() - started < 2, f"{time.monotonic() - started:.1f} s")
+    check(time.monotonic() - started < 4, f"{time.monotonic() - started:.1f} s")
     for s in halves:
         s.close()
 
 
-@test("clients that connect all at once are answered within a second")
+@test("clients that connect all at once are answered within three seconds")
 def _(server):
     started = time.monotonic()
     sockets = [server.connect() for _ in range(60)]
@@ -566,7 +568,7 @@ def _(server):
     for s in sockets:
         check(s.recv(100).startswith(b"HTTP/1.1 200"))
         s.close()
-    check(time.monotonic() - started < 1, f"{time.monotonic() - started:.1f} s")
+    check(time.monotonic() - started < 3, f"{time.monotonic() - started:.1f} s")
 
 
 def cut_connections(server, count, rng):
