@@ -32,7 +32,7 @@ models = $(if $(or $(filter file,$(origin MODEL)),$(shell test -e $(call quote,$
 demo: need-demo $(PROGRAMS) $(SERVER:./%=%) | $(call named,train ladder finetune)
 	$(if $(and $(filter file,$(origin MODEL)),$(filter-out file,$(origin POEMS))),\
 	  @test ! -e $(call quote,$(MODEL)) || { \
-	  echo "make demo: $(OUT) has a model, so POEMS would not be read; name another folder: OUT=DIR" >&2; exit 1; })
+	  echo "make demo: $(OUT) has a model; to train on POEMS name another folder: OUT=DIR" >&2; exit 1; })
 	$(if $(filter file,$(origin MODEL)),test -e $(call quote,$(MODEL)) || $(MAKE) train)
 	$(SERVER) $(models) --port $(PORT) $(DEMO_FLAGS)
 
