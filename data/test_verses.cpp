@@ -12,7 +12,7 @@ using Strings = std::vector<std::string>;
 
 const char* const LETTERS = "\t\n ابتثجحدرسعفقكلمنهوي";
 
-// Stands in for a model that babbles: the same logits after every text.
+// A fake model whose logits are the same after every text.
 struct Babbler : ::Decoder {
     const Tokenizer& tokenizer;
     std::vector<size_t> lengths;

@@ -595,10 +595,11 @@ class Server {
     Json measures(const Fields& f) {
         Model& m = model_of(f);
         if (m.data.empty())
-            throw HttpError(400,
-                            strf("model: the training text of '%s' is not beside it, and --data is not given",
-                                 m.id.c_str()),
-                            "model");
+            throw HttpError(
+                400,
+                strf("model: '%s' has no training text to compare with, wanted data/ beside it or --data",
+                     m.id.c_str()),
+                "model");
         const std::string text = f.text("text", "");
         if (text.size() > MOST_MEASURED)
             throw HttpError(400, strf("text: is %zu bytes, wanted at most %zu", text.size(), MOST_MEASURED),
