@@ -30,7 +30,7 @@ $(filter $1/bin/test_%,$(CHECK_GPU:%=$1/bin/%)): $1/dev/test_main.o $(GEMM:%=$1/
 $1/dev/test_main.o: | need-doctest
 $1/bin/train_gpt2: $1/train_gpt2.o $(GEMM:%=$1/%)
 $1/bin/sample_gpt2: $1/sample_gpt2.o $1/train_gpt2.o $(GEMM:%=$1/%)
-$1/bin/prepare_data: $1/data/prepare_data.o
+$1/bin/prepare_data: $1/data/prepare_data.o $1/data/json.o
 $(CHECK_CPU:%=$1/bin/%): $1/lib/version.o
 	@mkdir -p $$(@D)
 	$$(flags.$1) $$(filter %.o,$$^) -o $$@ $$(LDLIBS) $$(CHECK_CPU_LIBS)
