@@ -660,7 +660,7 @@ TEST_CASE("losses, norms and weights have the same bits with 1, 2, 3 and 4 threa
                 now.losses.push_back(batch.forward(m, training_pass(batch.counted(), step)));
                 m.backward();
                 now.losses.push_back(m.grad_norm());
-                AdamW a;
+                StepSettings a;
                 a.lr = 1e-2f;
                 m.update(a, step + 1, 0.5f);
                 now.losses.push_back(batch.forward(m));
@@ -796,7 +796,7 @@ TEST_CASE("bf16: losses, norms and weights have the same bits on any threads, re
             Batch batch(r, 3, step % 2 ? 37 : 101, c.V);
             m.accumulate(batch.tokens.data(), batch.targets.data(), 3, batch.T,
                          training_pass(batch.counted(), step));
-            StepResult s = m.step(AdamW(), step + 1);
+            StepResult s = m.step(StepSettings(), step + 1);
             seen.push_back((float)s.loss), seen.push_back((float)s.norm);
         }
         Floats p = parameters(m);
@@ -834,7 +834,7 @@ TEST_CASE("training on a repetitive text goes from ln V to a loss below 0.5 in 6
                 m.backward();
                 if (!step) first = loss;
                 double norm = m.grad_norm();
-                AdamW a;
+                StepSettings a;
                 a.lr = (float)trainer::learning_rate("cosine", 1e-2, (int)step, 5, 60, 0.1);
                 m.update(a, step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
             }
@@ -858,7 +858,7 @@ TEST_CASE("AdamW follows its formulas over six steps, and decays only matrices a
     const size_t n = num_params(c), used = (size_t)c.V * c.C, pad_end = off[WPE];
     Floats start = parameters(m);
     Doubles w(start.begin(), start.end()), m1(n), m2(n);
-    AdamW a;
+    StepSettings a;
     a.beta1 = 0.85f, a.beta2 = 0.96f, a.eps = 1e-6f, a.weight_decay = 0.3f;
     Random r(51);
     for (uint32_t t = 1; t <= 6; t++) {
@@ -894,7 +894,7 @@ TEST_CASE("AdamW's first step is the learning rate against the gradient, whateve
     Floats g(n);
     for (size_t j = 0; j < n; j++) g[j] = j % 2 ? 1e-3f * (float)(1 + j) : -2.0f;
     set_piece(m, GRADS, g);
-    AdamW a;
+    StepSettings a;
     a.lr = 0.1f;
     m.update(a, 1, 1);
     Floats w = parameters(m);
@@ -913,7 +913,7 @@ TEST_CASE("after a step all views of a model are updated: tensors, pieces, logit
         Batch batch(r, 2, 40, c.V);
         m.accumulate(batch.tokens.data(), batch.targets.data(), 2, 40, training_pass(batch.counted()));
         Floats before = parameters(m), g = gradients(m);
-        AdamW a;
+        StepSettings a;
         a.lr = 0.1f;
         CHECK(m.step(a, 1).finite());
         // From moments of zero, and corrected, the first is g and the second g^2.
@@ -950,7 +950,7 @@ TEST_CASE("a step whose loss or norm is above its limit, or not finite, changes 
     Random r(57);
     Batch batch(r, 1, 5, c.V);
     auto take = [&](double max_loss, double max_norm) {
-        AdamW a;
+        StepSettings a;
         a.max_loss = max_loss, a.max_norm = max_norm;
         m.accumulate(batch.tokens.data(), batch.targets.data(), 1, 5, training_pass(batch.counted()));
         return m.step(a, 1);
@@ -1016,7 +1016,7 @@ TEST_CASE("clipping: a gradient longer than the limit counts as one of the limit
         for (float& x : g) x *= (float)(length / std::sqrt(norm));
         set_piece(m, GRADS, g);
         double measured = m.grad_norm(), limit = 1;
-        AdamW a;
+        StepSettings a;
         m.update(a, 1, measured > limit ? (float)(limit / measured) : 1.0f);  // as trainer.h does
         Doubles want(n);
         for (size_t j = 0; j < n; j++) want[j] = 0.1 * g[j] * std::min(1.0, limit / length);
@@ -1263,7 +1263,7 @@ TEST_CASE("training goes on from model and state files with the same bits as wit
             Batch batch(r, 3, 19, c.V);
             losses.push_back(batch.forward(m, training_pass(batch.counted(), step)));
             m.backward();
-            m.update(AdamW(), step + 1, 1);
+            m.update(StepSettings(), step + 1, 1);
         }
         return losses;
     };

@@ -1,10 +1,10 @@
 // train_gpt2.cpp - GPT-2 on the CPU, with forward and backward written out by hand. It is also the reference
 // that the GPU kernels of train_gpt2.cu are tested against.
 //
-// Read it from top to bottom: the layers, each with its forward and its backward function; AdamW; the model,
-// which calls the layers in order; and a main that hands the model to the trainer in lib/trainer.h. Matrix
-// products are in lib/gemm.h, vectors of floats in lib/vec.h, the tiles of attention in
-// lib/attention_tiles.h. The forward pass that generates text, one token at a time, is in lib/decoder.h.
+// Read it from top to bottom: the layers, each with its forward and its backward function; the optimizers
+// AdamW and Muon; the model, which calls the layers in order; and a main that hands the model to the trainer
+// in lib/trainer.h. Matrix products are in lib/gemm.h, vectors of floats in lib/vec.h, the tiles of attention
+// in lib/attention_tiles.h. The forward pass that generates text, one token at a time, is in lib/decoder.h.
 //
 // Shapes: B sequences of T tokens, M = B*T rows (one for each token), C channels, NH heads of hs = C/NH
 // channels, V tokens in the vocabulary. Matrices are row-major. For a value x, dx is the gradient of the loss
@@ -469,6 +469,105 @@ inline void adamw(float* w, float* m, float* v, const float* grad, size_t n, con
 }
 
 // ---------------------------------------------------------------------------------------------
+// Muon
+
+// What Muon works on: one matrix at a time, as (n,m) with n <= m. A is the type of the products' operands.
+template <class A>
+struct MuonScratch {
+    float *sums, *gram, *square;   // (n,m), (n,n), (n,n): what products compute
+    A *x, *gram_operand, *factor;  // the same numbers as operands; factor (n,n)
+    float* gathered;               // with several ranks: an (n,m) of each
+    double* squares;               // of blocks of gradients
+
+    // For the largest matrices of a model; see muon_groups().
+    void place(Arena& a, const Config& c, size_t world) {
+        const size_t C = (size_t)c.C, n = C * 4 * C;
+        const bool floats = std::is_same<A, float>::value;
+        sums = a.take<float>(n), gram = a.take<float>(C, C), square = a.take<float>(C, C);
+        x = a.take<A>(n), factor = a.take<A>(C, C);
+        gram_operand = floats ? (A*)gram : a.take<A>(C, C);
+        gathered = world > 1 ? a.take<float>(world, n) : nullptr;
+        squares = a.take<double>(ceil_div(n, gemm::SQUARES));
+    }
+};
+
+// One step of Muon on an (n,m) matrix w, stored transposed or not, is
+//     g = scale grad,  m = beta m + (1 - beta) g,  d = beta m + (1 - beta) g       (Nesterov's momentum)
+//     w = w (1 - lr decay) - lr muon_scale() X,  X = d with all singular values moved to about 1
+// muon_direction() is the first line, muon_orthogonalise() makes X of d, muon_apply() is the last line.
+struct MuonStep {
+    float beta, lr, decay, scale;
+};
+// momentum and direction have n values; direction may be null where only the momentum is wanted.
+inline void muon_direction(float* direction, float* momentum, const float* grad, size_t n,
+                           const MuonStep& s) {
+    constexpr size_t BLOCK = 1 << 14;
+#pragma omp parallel for schedule(static)
+    for (size_t block = 0; block < n; block += BLOCK)
+        for (size_t i = block; i < std::min(n, block + BLOCK); i += VL) {
+            const size_t count = std::min(VL, n - i);
+            const vec g = (1 - s.beta) * s.scale * load(grad + i, count),
+                      m = s.beta * load(momentum + i, count) + g;
+            store(momentum + i, m, count);
+            if (direction) store(direction + i, s.beta * m + g, count);
+        }
+}
+// to (n,m) = from times factor, or of from (m,n) its transpose.
+template <class A>
+inline void scaled(A* to, const float* from, size_t n, size_t m, bool transposed, float factor) {
+    constexpr size_t BLOCK = 32;
+#pragma omp parallel for schedule(static)
+    for (size_t i0 = 0; i0 < n; i0 += BLOCK)
+        for (size_t j0 = 0; j0 < m; j0 += BLOCK) {
+            const size_t rows = std::min(BLOCK, n - i0), columns = std::min(BLOCK, m - j0);
+            alignas(64) float line[BLOCK] = {};
+            for (size_t i = i0; i < i0 + rows; i++) {
+                for (size_t j = 0; j < columns; j++)
+                    line[j] = factor * (transposed ? from[(j0 + j) * n + i] : from[i * m + j0 + j]);
+                for (size_t j = 0; j < columns; j += VL)
+                    store(to + i * m + j0 + j, load(line + j), columns - j);
+            }
+        }
+}
+// s.sums, the direction of an (n,m) matrix as it is stored, becomes X (n,m), not transposed.
+template <class A>
+inline void muon_orthogonalise(const MuonScratch<A>& s, size_t n, size_t m, bool transposed) {
+    using NS = NewtonSchulz;
+    gemm::sum_squares(s.squares, s.sums, n * m);
+    double sum = 0;
+    for (size_t i = 0; i < ceil_div(n * m, gemm::SQUARES); i++) sum += s.squares[i];
+    scaled(s.x, s.sums, n, m, transposed, 1.0f / std::max((float)std::sqrt(sum), NS::EPS));
+    for (int i = 0; i < NS::ITERATIONS; i++) {
+        // X = (a I + b G + c G^2) X, with G = X X^T
+        gemm::gram(s.gram, s.x, n, m);
+        gemm::gram(s.square, simd::rounded(s.gram_operand, s.gram, n * n), n, n);
+#pragma omp parallel for schedule(static)
+        for (size_t r = 0; r < n; r++) {
+            float* row = s.square + r * n;
+            for (size_t c = 0; c < n; c++) row[c] = NS::B * s.gram[r * n + c] + NS::C * row[c];
+            row[r] += NS::A;
+            for (size_t c = 0; c < n; c += VL) store(s.factor + r * n + c, load(row + c, n - c), n - c);
+        }
+        gemm::product(s.sums, s.factor, s.x, n, n, m);
+        if (i + 1 < NS::ITERATIONS) scaled(s.x, s.sums, n, m, false, 1);
+    }
+}
+// w = w (1 - lr decay) - lr muon_scale() X
+inline void muon_apply(float* w, const float* X, size_t n, size_t m, bool transposed, const MuonStep& s) {
+    const float shrink = 1.0f - s.lr * s.decay, factor = s.lr * muon_scale(m);
+    const size_t rows = transposed ? m : n, columns = transposed ? n : m;  // of w
+    constexpr size_t BLOCK = 32;
+#pragma omp parallel for schedule(static)
+    for (size_t r0 = 0; r0 < rows; r0 += BLOCK)
+        for (size_t c0 = 0; c0 < columns; c0 += BLOCK)
+            for (size_t r = r0; r < std::min(rows, r0 + BLOCK); r++)
+                for (size_t c = c0; c < std::min(columns, c0 + BLOCK); c++) {
+                    float& x = w[r * columns + c];
+                    x = x * shrink - factor * (transposed ? X[c * m + r] : X[r * m + c]);
+                }
+}
+
+// ---------------------------------------------------------------------------------------------
 // The model
 //
 // Of GPT-2's block, with x the residual stream and LN a LayerNorm (for GROVER see lib/gpt2.h):
@@ -487,9 +586,8 @@ struct Norm {
     float* copy = nullptr;  // the same in floats, or null
 };
 
-// States (lib/memory.h) holds the sizes, parameters, gradients and moments, with init_weights() and
-// each_piece().
-struct GPT2 : States, HoldsAll<GPT2> {
+// States (lib/memory.h) holds the sizes, parameters, gradients and the optimizer's arrays.
+struct GPT2 : States {
     const size_t B, T;  // largest batch; both 0 for a model that only generates
     const bool trains;
     const int recompute;
@@ -525,14 +623,17 @@ struct GPT2 : States, HoldsAll<GPT2> {
     }
     static size_t memory_available(int on_host = 1) { return machine::memory_available() / (size_t)on_host; }
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
-                                  Precision precision = {}, const Ranks& = {}) {
+                                  Precision precision = {}, const Ranks& ranks = {},
+                                  Optimizer optimizer = ADAMW) {
         MemoryNeed n;
         n.params = checked_mul(num_params(c), in_bf16(B, precision) ? 2 : 4, "parameters");
         n.grads = trains ? n.params : 0;
-        n.optimizer = 2 * n.grads;
+        n.optimizer = trains ? optimizer_bytes(c, optimizer) : 0;
         Arena activations, scratch;
         with_operands(precision, [&](auto operand) {
-            Tensors<decltype(operand)>().place(activations, scratch, c, B, T, trains, recompute);
+            Tensors<decltype(operand)> tensors;
+            tensors.place(activations, scratch, c, B, T, trains, recompute);
+            if (trains && optimizer == MUON) tensors.muon.place(scratch, c, (size_t)ranks.world());
         });
         n.activations = activations.used;
         n.scratch = scratch.used + gemm::workspace_bytes(omp_get_max_threads());
@@ -541,8 +642,8 @@ struct GPT2 : States, HoldsAll<GPT2> {
 
     // recompute: see Activations::place.
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0, Precision precision_ = {},
-         const Ranks& ranks_ = {})
-        : States(c),
+         const Ranks& ranks_ = {}, Optimizer optimizer_ = ADAMW)
+        : States(c, optimizer_),
           B(B_),
           T(T_),
           trains(trains_),
@@ -550,7 +651,7 @@ struct GPT2 : States, HoldsAll<GPT2> {
           precision(precision_),
           ranks(ranks_) {
         check_config(c, "model"), check_precision(precision);
-        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision);
+        MemoryNeed need = memory_need(c, B, T, trains, recompute, precision, ranks, optimizer);
         threads_ = omp_get_max_threads();
         States::allocate(need, in_bf16(B, precision));
         size_t sums = 0;
@@ -561,7 +662,9 @@ struct GPT2 : States, HoldsAll<GPT2> {
         Arena activations, scratch;
         activations.base = activations_mem_.as<char>(), scratch.base = scratch_mem_.as<char>();
         with_operands(precision, [&](auto operand) {
-            tensors<decltype(operand)>().place(activations, scratch, c, B, T, trains, recompute);
+            auto& t = tensors<decltype(operand)>();
+            t.place(activations, scratch, c, B, T, trains, recompute);
+            if (trains && optimizer == MUON) t.muon.place(scratch, c, (size_t)ranks.world());
         });
         gemm::reserve(threads_);
     }
@@ -585,7 +688,7 @@ struct GPT2 : States, HoldsAll<GPT2> {
         });
         step_loss_ += loss * (double)counted_ * pass.grad_scale;
     }
-    StepResult step(const AdamW& a, uint32_t t) {
+    StepResult step(const StepSettings& a, uint32_t t) {
         if (ranks.several()) ranks.comm->finish(), ranks.comm->all_reduce(&step_loss_, 1);
         StepResult r = {step_loss_, grad_norm(), t};
         if (ranks.several())
@@ -599,9 +702,13 @@ struct GPT2 : States, HoldsAll<GPT2> {
     StepResult last_result() const { return last_; }
 
     template <class F>
-    void each_piece(State s, F f) {
+    void each_range(State s, F f) {
         if (s == GRADS) squared_ = false;  // f may write
-        States::each_piece(s, f);
+        States::each_range(s, f);
+    }
+    template <class F>
+    void each_piece(State s, F f) {
+        each_range(s, [&](float* x, size_t n, size_t) { f(x, n); });
     }
     void resumed(uint32_t) {}
 
@@ -630,15 +737,20 @@ struct GPT2 : States, HoldsAll<GPT2> {
         return std::sqrt(sum);
     }
 
-    // AdamW on all parameters, step number t from 1, with gradients times grad_scale; weight decay where
-    // param_table() says so. Afterwards the gradients count as zero.
-    void update(const AdamW& a, uint32_t t, float grad_scale) {
+    // The optimizer, step number t from 1, with gradients times grad_scale; weight decay where param_table()
+    // says so. Afterwards the gradients count as zero.
+    void update(const StepSettings& a, uint32_t t, float grad_scale) {
         float *w = array(PARAMS), *g = array(GRADS), *m = array(ADAM_M), *v = array(ADAM_V);
         auto correct = [t](double beta) { return (float)(1 / (1 - std::pow(beta, t))); };
         AdamWStep s = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2), grad_scale};
-        for (const ParamPiece& p : pieces_)
-            adamw(w + p.memory, m + p.memory, v + p.memory, g + p.memory, p.size, s,
-                  p.decay ? a.weight_decay : 0.0f);
+        for (const OwnedPiece& p : owned_)
+            if (state_has(ADAM_V, optimizer, p.block_matrix))
+                adamw(w + p.memory, m + p.memory, v + p.second, g + p.memory, p.size, s,
+                      p.decay ? a.weight_decay : 0.0f);
+        if (optimizer == MUON)
+            with_operands(precision, [&](auto operand) {
+                update_by_muon<decltype(operand)>({a.muon_momentum, a.muon_lr, a.weight_decay, grad_scale});
+            });
         grads_are_zero_ = true;
     }
 
@@ -667,6 +779,7 @@ struct GPT2 : States, HoldsAll<GPT2> {
     struct Tensors {
         Activations<float, A> act;
         Workspace<A> work;
+        MuonScratch<A> muon;
         void place(Arena& activations, Arena& scratch, const Config& c, size_t B, size_t T, bool trains,
                    int recompute) {
             size_t M = checked_mul(B, T, "batch size x sequence length");
@@ -799,7 +912,8 @@ struct GPT2 : States, HoldsAll<GPT2> {
     // exist at once. Their gradients, of type A, overwrite them from the start of each row on.
     template <class A, bool BACKWARD>
     double head() {
-        auto& [act, work] = tensors<A>();
+        auto& act = tensors<A>().act;
+        auto& work = tensors<A>().work;
         size_t C = cfg.C, V = cfg.V, M = rows(), R = head_rows(cfg, M), ld = round_up(V, 16);
         for (size_t m = 0; m < M; m += R) {
             size_t n = std::min(R, M - m);
@@ -823,7 +937,8 @@ struct GPT2 : States, HoldsAll<GPT2> {
     // From the loss, which it returns, back to the embeddings.
     template <class A>
     double backward_pass() {
-        auto& [act, work] = tensors<A>();
+        auto& act = tensors<A>().act;
+        auto& work = tensors<A>().work;
         accumulates_ = !std::exchange(grads_are_zero_, false);
         double loss = head<A, true>();
         for (size_t l = cfg.L; l-- > 0;) {
@@ -906,6 +1021,33 @@ struct GPT2 : States, HoldsAll<GPT2> {
         gelu_forward(a.fch_gelu, a.fch, M * 4 * C, cfg.activation);
     }
 
+    // Muon on the blocks' matrices. Ranks have the same momentum, and share out the orthogonalising: in each
+    // round every rank takes one matrix, and all get all results.
+    template <class A>
+    void update_by_muon(const MuonStep& step) {
+        const MuonScratch<A>& s = tensors<A>().muon;
+        float *w = array(PARAMS), *g = array(GRADS), *momentum = array(MUON_M);
+        const size_t world = (size_t)ranks.world(), mine = world > 1 ? (size_t)ranks.comm->rank : 0;
+        for (const MuonGroup& group : muon_groups_) {
+            const size_t n = group.n, m = group.m, count = group.matrices.size();
+            for (size_t first = 0; first < count; first += world) {
+                for (size_t i = first; i < std::min(count, first + world); i++) {
+                    const size_t at = group.matrices[i].memory;
+                    muon_direction(i - first == mine ? s.sums : nullptr, momentum + at, g + at, n * m, step);
+                }
+                if (first + mine < count)
+                    muon_orthogonalise(s, n, m, group.matrices[first + mine].transposed);
+                const float* results = s.sums;
+                if (world > 1)
+                    ranks.comm->all_gather(s.gathered, s.sums, n * m * sizeof(float)), results = s.gathered;
+                for (size_t i = first; i < std::min(count, first + world); i++)
+                    muon_apply(w + group.matrices[i].memory, results + (i - first) * n * m, n, m,
+                               group.matrices[i].transposed, step);
+            }
+        }
+    }
+
+    const std::array<MuonGroup, 2> muon_groups_ = muon_groups(cfg);
     int threads_ = 0;
     machine::Memory activations_mem_, scratch_mem_;
     std::tuple<Tensors<float>, Tensors<bf16>> tensors_{};  // those of the model's precision are in use

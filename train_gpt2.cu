@@ -2494,8 +2494,8 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(AdamWArrays arrays
     group_sum(sum, blockDim.x / WARP);
     double norm = sqrt(sum[0]), loss = *arrays.loss;
     if (blockIdx.x == 0 && threadIdx.x == 0) arrays.report->loss = loss, arrays.report->norm = norm;
-    // AdamW::takes(), which cpu::GPT2::step asks before update(). Here it is the only check: the host reads
-    // loss and norm after this kernel.
+    // StepSettings::takes(), which cpu::GPT2::step asks before update(). Here it is the only check: the host
+    // reads loss and norm after this kernel.
     if (!isfinite(loss) || !isfinite(norm) || loss > s.max_loss || norm > s.max_norm) return;
 
     float scale = s.grad_clip > 0 && norm > s.grad_clip ? (float)(s.grad_clip / norm) : 1.0f;
@@ -2535,12 +2535,12 @@ inline int grad_norm(const AdamWArrays& arrays, cudaStream_t s) {
 }
 
 // cpu::GPT2::step. The gradients' norm is the root of the sum of arrays.scratch's first `parts` numbers. If
-// AdamW::takes() loss and norm, takes one step of AdamW (Loshchilov and Hutter 2019), number t from 1.
+// StepSettings::takes() loss and norm, takes one step of AdamW (Loshchilov and Hutter 2019), number t from 1.
 // Gradients whose norm exceeds grad_clip are scaled down to it; weight decay applies where param_table says
 // so. bf16 parameters are rounded stochastically, keyed by seed and t. (cpu::GPT2::update takes the
 // gradients' factor as an argument. Here the host does not know it: to read the norm it would have to wait
 // for pass 1.)
-inline void update(const AdamWArrays& arrays, int parts, const AdamW& a, uint32_t t, uint64_t seed,
+inline void update(const AdamWArrays& arrays, int parts, const StepSettings& a, uint32_t t, uint64_t seed,
                    cudaStream_t s) {
     auto correct = [t](float beta) { return (float)(1 / (1 - std::pow((double)beta, t))); };
     AdamWStep step = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2)};
@@ -3320,6 +3320,7 @@ struct GPT2 {
     float dropout = 0;
     uint64_t seed = 1337;
     const Ranks ranks;
+    const Optimizer optimizer;
     bool use_graphs = true;  // false launches each kernel separately
     Params<floatX> params;
     Params<float> grads;  // empty in a model that does not train
@@ -3381,16 +3382,18 @@ struct GPT2 {
     // With the switch large_head it depends on free memory, and all ranks must call it. The next constructor
     // then plans with the same free memory, and so takes what this said.
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
-                                  Precision precision = {BUILD_DTYPE}, const Ranks& ranks = {}) {
+                                  Precision precision = {BUILD_DTYPE}, const Ranks& ranks = {},
+                                  Optimizer optimizer = ADAMW) {
+        check_optimizer(optimizer);
         large_head_memory_ = large_head_memory(trains, precision, ranks);
         return plan(c, B, T, trains, recompute, precision, ranks, large_head_memory_).need;
     }
 
     // recompute: see Activations::place.
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0,
-         Precision precision = {BUILD_DTYPE}, const Ranks& ranks_ = {})
-        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), ranks(ranks_) {
-        check_precision(precision);
+         Precision precision = {BUILD_DTYPE}, const Ranks& ranks_ = {}, Optimizer optimizer_ = ADAMW)
+        : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), ranks(ranks_), optimizer(optimizer_) {
+        check_precision(precision), check_optimizer(optimizer);
         const size_t for_head =
             large_head_memory(trains, precision, ranks, std::exchange(large_head_memory_, 0));
         const auto [need, rows] = plan(c, B, T, trains, recompute, precision, ranks, for_head);
@@ -3464,7 +3467,7 @@ struct GPT2 {
     }
     // One AdamW step, number t from 1, with the gradient clipped. Where loss or norm is not finite,
     // parameters and moments stay as they are, and the gradients are discarded: the kernel decides that.
-    StepResult step(const AdamW& a, uint32_t t) {
+    StepResult step(const StepSettings& a, uint32_t t) {
         if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
         AdamWArrays arrays;
         arrays.report = &mem_.report->step, arrays.loss = &mem_.report->loss;
@@ -3500,7 +3503,9 @@ struct GPT2 {
     }
 
     bool sharded() const { return sharding_.shards_state(); }
-    bool has(State s) const { return s == MASTER ? mem_.master && sharded() : s == PARAMS || trains; }
+    bool has(State s) const {
+        return s == MASTER ? mem_.master && sharded() : s != MUON_M && (s == PARAMS || trains);
+    }
     // State out and in through pinned memory, piece by piece in the model file's order: f(pointer, number of
     // floats). An f that takes a pointer to const reads, any other writes. A piece lies within one tensor of
     // one layer. PARAMS are the master weights where this rank has all of them; GRADS those of the step so
@@ -3608,6 +3613,10 @@ struct GPT2 {
         return n;
     }
 
+    static void check_optimizer(Optimizer o) {
+        if (o == MUON)
+            throw UsageError(strf("--optimizer muon: %s has only adamw; %s has both", PROGRAM, CPU_PROGRAM));
+    }
     // Throws Error where the kernels do not support the model.
     static void check_sizes(const Config& c, size_t T) {
         check_config(c, "model");

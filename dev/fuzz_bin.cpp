@@ -17,7 +17,7 @@ enum Mode { MODEL, TOKENS, STATE, SHARDED_STATE, SHARD, NUM_MODES };
 // A model's parameters, gradients and moments without a model, which is all that the files need.
 struct Numbers : HoldsAll<Numbers> {
     Config cfg;
-    std::vector<float> x[5];  // indexed by State
+    std::vector<float> x[NUM_STATES];  // indexed by State
     explicit Numbers(const Config& c) : cfg(c) {
         for (auto& v : x)
             for (size_t i = 0; i < num_params(c); i++) v.push_back((float)i);
@@ -32,7 +32,7 @@ struct Numbers : HoldsAll<Numbers> {
 struct Half : Numbers {
     const size_t rank;
     Half(const Config& c, size_t rank_) : Numbers(c), rank(rank_) {}
-    bool has(State) const { return true; }
+    bool has(State s) const { return s != MUON_M; }
     template <class F>
     void each_range(State s, F f) {
         const size_t half = x[s].size() / 2;

@@ -602,7 +602,7 @@ struct Optimizer {
         }
         d.set(x);
     }
-    void step(const AdamW& a, uint32_t t, uint64_t seed) {
+    void step(const StepSettings& a, uint32_t t, uint64_t seed) {
         gpu::AdamWArrays arrays;
         arrays.report = report, arrays.loss = loss, arrays.scratch = scratch;
         arrays.map = arrays.norm_map = map();
@@ -612,12 +612,12 @@ struct Optimizer {
     }
 };
 
-const AdamW SETTINGS[] = {{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0},
-                          {3e-3f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f},
-                          {1e-2f, 0.8f, 0.99f, 1e-6f, 0, 1e6f}};
+const StepSettings SETTINGS[] = {{1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 0},
+                                 {3e-3f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f},
+                                 {1e-2f, 0.8f, 0.99f, 1e-6f, 0, 1e6f}};
 
 TEST_CASE("AdamW over several steps is the CPU's, clipped or not, and keeps the gradients") {
-    for (const AdamW& a : SETTINGS) {
+    for (const StepSettings& a : SETTINGS) {
         Optimizer o(gpu::BUILD_DTYPE == BF16);
         for (uint32_t t = 1; t <= 4; t++) {
             Values g = normals(o.n, t, 0.01 * t);
@@ -726,7 +726,7 @@ bool is_neighbour(float x, float w) {
 }
 
 TEST_CASE("without master weights a parameter is a bf16 neighbour of the CPU's result") {
-    for (const AdamW& a : SETTINGS) {
+    for (const StepSettings& a : SETTINGS) {
         Optimizer o(false);
         for (uint32_t t = 1; t <= 3; t++) {
             Values start = o.get(o.params), g = normals(o.n, t, 0.01);

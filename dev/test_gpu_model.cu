@@ -89,8 +89,8 @@ void accumulate(Model& m, const Data& d, size_t first, size_t count, uint32_t st
 }
 // eps is larger than the gradients' rounding noise in fp32: otherwise AdamW would scale the noise up to full
 // steps.
-AdamW settings() {
-    AdamW a;
+StepSettings settings() {
+    StepSettings a;
     a.lr = 3e-3f, a.weight_decay = 0.1f, a.grad_clip = 1, a.eps = 1e-6f;
     return a;
 }

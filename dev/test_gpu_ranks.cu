@@ -122,7 +122,7 @@ void train(const Settings& s, Comm& comm, Result& result) {
             model.accumulate(&x[pass.seq0 * T], &y[pass.seq0 * T], (size_t)s.batch, T, pass);
         }
         hand_out(GRADS);
-        AdamW a;
+        StepSettings a;
         a.lr = 1e-3f, a.grad_clip = 0.5f, a.eps = 1e-4f;
         result.steps[(size_t)comm.rank * s.steps + step - 1] = model.step(a, step);
     }
@@ -292,7 +292,7 @@ struct RankModel : gpu::GPT2 {
     static constexpr uint32_t SIGNAL_STEP = 4;
     static inline int told = -1, signal = 0;
     static inline int wanted_device = -1;  // -1: any
-    StepResult step(const AdamW& a, uint32_t t) {
+    StepResult step(const StepSettings& a, uint32_t t) {
         if (wanted_device >= 0 && gpu::device_number() != wanted_device) fail("another device");
         if (ranks.comm->rank == told && t == SIGNAL_STEP) {
             if (signal == BREAK_NCCL)

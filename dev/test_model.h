@@ -95,7 +95,7 @@ class PlainModel : public HoldsAll<PlainModel> {
     }
 
   private:
-    Floats arrays_[4];  // by State
+    Floats arrays_[NUM_STATES];  // by State
 };
 
 // The same for one rank of a sharded model. With master weights, parameters are rounded to bf16 when they are
@@ -113,7 +113,7 @@ class ShardedModel {
         for (const OwnedPiece& p : owned_) n = std::max(n, p.shard + p.size);
         for (State s : {ADAM_M, ADAM_V, MASTER}) arrays_[s].resize(n);
     }
-    bool has(State s) const { return s != MASTER || masters_; }
+    bool has(State s) const { return s == MASTER ? masters_ : s != MUON_M; }
     bool sharded() const { return true; }
     template <class F>
     void each_piece(State s, F f) {
@@ -131,7 +131,7 @@ class ShardedModel {
 
   private:
     const bool masters_;
-    Floats params_, arrays_[5];  // params_ in the file's order; arrays_ by State
+    Floats params_, arrays_[NUM_STATES];  // params_ in the file's order; arrays_ by State
     std::vector<OwnedPiece> owned_;
 };
 

@@ -1,17 +1,17 @@
 // checkpoint.h - the files of a run's folder from which training resumes: models and training states.
 //
 //     model_00000500.bin     the model after 500 steps (lib/gpt2.h), and
-//     state_00000500.bin     what is needed beyond it: settings, progress, AdamW's moments
+//     state_00000500.bin     what is needed beyond it: settings, progress, the optimizer's arrays
 //
 // Where each rank holds only a share of the optimizer's arrays (a sharded model, see lib/model.h), each
 // writes its share to a file of its own, a shard:
 //
 //     state_00000500_rank0of8.bin
 //
-// The state file then holds the shards' checksums instead of the moments. It is written last, when all shards
-// and the model are there: a checkpoint is whole exactly if its model and its state file exist. All ranks
-// write to one folder, on a file system that they share. A resuming run may have another number of ranks, or
-// not be sharded at all: each reader takes from each file the elements that it needs.
+// The state file then holds the shards' checksums instead of these arrays. It is written last, when all
+// shards and the model are there: a checkpoint is whole exactly if its model and its state file exist. All
+// ranks write to one folder, on a file system that they share. A resuming run may have another number of
+// ranks, or not be sharded at all: each reader takes from each file the elements that it needs.
 //
 // The state file is a header, a table of named sections, and the sections. Its layout is fixed; what a
 // version of the program adds is a new section. A program that does not know a section skips it, unless the
@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <map>
 #include <memory>
 
 #include "lib/gpt2.h"
@@ -83,7 +84,7 @@ uint64_t load_model(Model& model, ModelReader& r) {
 // ---------------------------------------------------------------------------------------------
 // What a state file holds
 
-// Where a run is, beyond the model and AdamW's moments.
+// Where a run is, beyond the model and the optimizer's arrays.
 struct Progress {
     int step = 0;                // updates done
     uint64_t position = 0;       // of the training data, in windows
@@ -272,30 +273,8 @@ uint64_t write_sections(const std::string& path, const ShortSections& first,
     return out.commit();
 }
 
-// Saves the state of a model that is not sharded.
-template <class Model>
-void save_state(Model& model, Progress progress, const std::string& settings, const std::string& path,
-                const std::string& program = "", Fingerprints fingerprints = {}) {
-    std::vector<Section> arrays;
-    for (auto& a : OPTIMIZER_ARRAYS) arrays.emplace_back(a.section, FLOAT32, num_params(model.cfg));
-    const RunRecord run = {progress, settings, program, fingerprints};
-    write_sections(path, record_sections(run, model_checksum(model)), arrays, [&](StateWriter& out) {
-        for (auto& a : OPTIMIZER_ARRAYS) {
-            model.each_piece(a.state, [&](const float* x, size_t n) { out.write(x, n * sizeof(float)); });
-            out.end();
-        }
-    });
-}
-// Saves the state file of a sharded model, whose shards have these checksums, rank after rank.
-inline void save_sharded_state(const RunRecord& run, uint64_t model_checksum,
-                               const std::vector<uint64_t>& shards, const std::string& path) {
-    ShortSections sections = record_sections(run, model_checksum);
-    sections.push_back(number_section("shards", shards));
-    write_sections(path, sections, {}, [](StateWriter&) {});
-}
-
 // ---------------------------------------------------------------------------------------------
-// Shards
+// Which elements of an array a rank or a file holds
 
 // Elements [first, first + count) of a model's arrays, in the model file's order.
 struct Range {
@@ -324,17 +303,57 @@ void each_held(Model& model, State s, F f) {
     size_t first = 0;
     model.each_piece(s, [&](float* x, size_t n) { f(x, n, first), first += n; });
 }
+// Adds elements that come after all that are there.
+inline void append(std::vector<Range>& ranges, uint64_t first, uint64_t count) {
+    if (ranges.empty() || ranges.back().end() != first) ranges.push_back({first, 0});
+    ranges.back().count += count;
+}
 // The elements that a model holds of a state.
 template <class Model>
 std::vector<Range> ranges_of(Model& model, State s) {
     if (s == PARAMS) return {{0, num_params(model.cfg)}};
     std::vector<Range> ranges;
-    model.each_range(s, [&](const float*, size_t n, size_t first) {
-        if (ranges.empty() || ranges.back().end() != first) ranges.push_back({first, 0});
-        ranges.back().count += n;
-    });
+    model.each_range(s, [&](const float*, size_t n, size_t first) { append(ranges, first, n); });
     return ranges;
 }
+// The elements that there are of a state, on all ranks together.
+inline std::vector<Range> all_ranges(const Config& c, State s, Optimizer optimizer) {
+    std::vector<Range> ranges;
+    for (const ParamPiece& p : param_pieces(c))
+        if (state_has(s, optimizer, p.block_matrix)) append(ranges, p.file, p.size);
+    return ranges;
+}
+// A model's optimizer.
+template <class Model>
+Optimizer optimizer_of(const Model& model) {
+    return model.has(MUON_M) ? MUON : ADAMW;
+}
+
+// Saves the state of a model that is not sharded.
+template <class Model>
+void save_state(Model& model, Progress progress, const std::string& settings, const std::string& path,
+                const std::string& program = "", Fingerprints fingerprints = {}) {
+    std::vector<Section> sections;
+    const std::vector<OptimizerArray> arrays = optimizer_arrays(optimizer_of(model));
+    for (auto& a : arrays) sections.emplace_back(a.section, FLOAT32, elements_of(ranges_of(model, a.state)));
+    const RunRecord run = {progress, settings, program, fingerprints};
+    write_sections(path, record_sections(run, model_checksum(model)), sections, [&](StateWriter& out) {
+        for (auto& a : arrays) {
+            model.each_piece(a.state, [&](const float* x, size_t n) { out.write(x, n * sizeof(float)); });
+            out.end();
+        }
+    });
+}
+// Saves the state file of a sharded model, whose shards have these checksums, rank after rank.
+inline void save_sharded_state(const RunRecord& run, uint64_t model_checksum,
+                               const std::vector<uint64_t>& shards, const std::string& path) {
+    ShortSections sections = record_sections(run, model_checksum);
+    sections.push_back(number_section("shards", shards));
+    write_sections(path, sections, {}, [](StateWriter&) {});
+}
+
+// ---------------------------------------------------------------------------------------------
+// Shards
 
 // Which share of which state a shard holds.
 struct ShardOf {
@@ -345,16 +364,19 @@ struct ShardOf {
 // Saves what this rank holds of the optimizer's arrays. Returns the file's checksum.
 template <class Model>
 uint64_t save_shard(Model& model, const ShardOf& shard, const std::string& dir) {
-    std::vector<OptimizerArray> arrays(std::begin(OPTIMIZER_ARRAYS), std::end(OPTIMIZER_ARRAYS));
+    std::vector<OptimizerArray> arrays = optimizer_arrays(optimizer_of(model));
     if (model.has(MASTER)) arrays.push_back(MASTER_ARRAY);
-    const std::vector<Range> ranges = ranges_of(model, ADAM_M);
-    std::vector<uint64_t> numbers;
-    for (const Range& r : ranges) numbers.insert(numbers.end(), {r.first, r.count});
+    ShortSections first = {number_section(
+        "shard", {(uint64_t)shard.step, (uint64_t)shard.rank, (uint64_t)shard.world, num_params(model.cfg)})};
     std::vector<Section> table;
-    for (auto& a : arrays) table.emplace_back(a.section, FLOAT32, elements_of(ranges));
-    const ShortSections first = {number_section("shard", {(uint64_t)shard.step, (uint64_t)shard.rank,
-                                                          (uint64_t)shard.world, num_params(model.cfg)}),
-                                 number_section("ranges", numbers)};
+    for (auto& a : arrays) {
+        const std::vector<Range> ranges = ranges_of(model, a.state);
+        table.emplace_back(a.section, FLOAT32, elements_of(ranges));
+        if (std::any_of(first.begin(), first.end(), [&](auto& s) { return s.first.is(a.ranges); })) continue;
+        std::vector<uint64_t> numbers;
+        for (const Range& r : ranges) numbers.insert(numbers.end(), {r.first, r.count});
+        first.push_back(number_section(a.ranges, numbers));
+    }
     return write_sections(shard.path(dir), first, table, [&](StateWriter& out) {
         for (auto& a : arrays) {
             model.each_range(a.state,
@@ -374,6 +396,8 @@ class SectionReader {
     bool has(const char* name) const {
         return std::any_of(table_.begin(), table_.end(), [&](const Section& s) { return s.is(name); });
     }
+    // The optimizer whose arrays it has.
+    Optimizer optimizer() const { return has("muon_m") ? MUON : ADAMW; }
     // Reads a section of floats from front to back, f(pointer, number of floats) piece by piece, and checks
     // it.
     template <class F>
@@ -486,14 +510,12 @@ class SectionReader {
 // Opens a shard, and checks that it is the one of this step and rank, and that it has this checksum.
 class ShardReader : public SectionReader {
   public:
-    std::vector<Range> ranges;
-
     ShardReader(const std::string& dir, const ShardOf& want, uint64_t checksum)
         : SectionReader(existing(want.path(dir), want.world)) {
         const char* file = file_.path.c_str();
         if (header_[1] == 1) fail("%s: is a whole state of version 1, wanted a rank's share", file);
         const uint64_t check = read_table();
-        refuse_unknown({"shard", "ranges", OPTIMIZER_ARRAYS[0].section, OPTIMIZER_ARRAYS[1].section,
+        refuse_unknown({"shard", "ranges", "muon_ranges", "adam_ranges", "muon_m", "adam_m", "adam_v",
                         MASTER_ARRAY.section});
         const std::vector<uint64_t> is = numbers("shard");
         if (is.size() != 4) fail("%s: section 'shard' has %zu numbers, wanted 4", file, is.size());
@@ -506,7 +528,12 @@ class ShardReader : public SectionReader {
                  ", wanted %016" PRIx64,
                  file, numbered("state", want.step).c_str(), check, checksum);
         parameters_ = is[3];
-        read_ranges();
+        for (auto& a : optimizer_arrays(optimizer())) read_ranges(a, *find(a.section, FLOAT32, true));
+        if (const Section* s = find(MASTER_ARRAY.section, FLOAT32, false)) read_ranges(MASTER_ARRAY, *s);
+    }
+    // The elements that it holds of an array.
+    const std::vector<Range>& ranges_of(const OptimizerArray& array) const {
+        return ranges_.at(array.ranges);
     }
     void expect_parameters(size_t n) const {
         if (parameters_ != n)
@@ -521,27 +548,28 @@ class ShardReader : public SectionReader {
                  path.c_str(), world);
         return path;
     }
-    void read_ranges() {
+    void read_ranges(const OptimizerArray& array, const Section& section) {
         const char* file = file_.path.c_str();
-        const std::vector<uint64_t> x = numbers("ranges");
-        uint64_t end = 0;
-        for (size_t i = 0; i + 1 < x.size(); i += 2) {
-            if (!x[i + 1] || x[i] < end || x[i] > parameters_ || x[i + 1] > parameters_ - x[i])
-                fail("%s: range %zu is %" PRIu64 " elements from %" PRIu64
-                     " on, wanted at least one, after the range before, among %" PRIu64,
-                     file, i / 2, x[i + 1], x[i], parameters_);
-            ranges.push_back({x[i], x[i + 1]}), end = x[i] + x[i + 1];
+        std::vector<Range>& ranges = ranges_[array.ranges];
+        if (ranges.empty()) {
+            const std::vector<uint64_t> x = numbers(array.ranges);
+            uint64_t end = 0;
+            for (size_t i = 0; i + 1 < x.size(); i += 2) {
+                if (!x[i + 1] || x[i] < end || x[i] > parameters_ || x[i + 1] > parameters_ - x[i])
+                    fail("%s: section '%s': range %zu is %" PRIu64 " elements from %" PRIu64
+                         " on, wanted at least one, after the range before, among %" PRIu64,
+                         file, array.ranges, i / 2, x[i + 1], x[i], parameters_);
+                ranges.push_back({x[i], x[i + 1]}), end = x[i] + x[i + 1];
+            }
+            if (x.size() % 2)
+                fail("%s: section '%s' has %zu numbers, wanted pairs", file, array.ranges, x.size());
         }
-        if (x.size() % 2) fail("%s: section 'ranges' has %zu numbers, wanted pairs", file, x.size());
-        for (auto& a : OPTIMIZER_ARRAYS) expect_length(*find(a.section, FLOAT32, true));
-        if (const Section* s = find(MASTER_ARRAY.section, FLOAT32, false)) expect_length(*s);
-    }
-    void expect_length(const Section& s) const {
-        if (s.count != elements_of(ranges))
-            fail("%s: section '%s' has %" PRIu64 " elements, its ranges have %" PRIu64, file_.path.c_str(),
-                 s.name, s.count, elements_of(ranges));
+        if (section.count != elements_of(ranges))
+            fail("%s: section '%s' has %" PRIu64 " elements, its ranges have %" PRIu64, file, section.name,
+                 section.count, elements_of(ranges));
     }
 
+    std::map<std::string, std::vector<Range>> ranges_;  // by the name of their section
     uint64_t parameters_ = 0;
 };
 
@@ -555,8 +583,8 @@ class StateReader : public SectionReader, public RunRecord {
         }
         read_table();
         if (has("shard")) fail("%s: is one rank's share of a state, wanted the state file", path.c_str());
-        refuse_unknown({"program", "settings", "progress", "fingerprints", "model_checksum",
-                        OPTIMIZER_ARRAYS[0].section, OPTIMIZER_ARRAYS[1].section, "shards"});
+        refuse_unknown({"program", "settings", "progress", "fingerprints", "model_checksum", "muon_m",
+                        "adam_m", "adam_v", "shards"});
         settings = text("settings", true), program = text("program", false);
         progress.each_field(FieldReader{text("progress", true)});
         fingerprints.each_field(FieldReader{text("fingerprints", false)});
@@ -567,8 +595,7 @@ class StateReader : public SectionReader, public RunRecord {
                 fail("%s: has %zu shards, wanted at least 1", path.c_str(), shards_.size());
             open_.resize(shards_.size());
         } else {
-            count_ = find("adam_m", FLOAT32, true)->count;
-            if (find("adam_v", FLOAT32, true)->count != count_)
+            if (elements("adam_m") != elements("adam_v"))
                 fail("%s: adam_m and adam_v differ in length", path.c_str());
         }
         if (find("model_checksum", UINT64, true)->count != 1)
@@ -578,21 +605,28 @@ class StateReader : public SectionReader, public RunRecord {
     // The number of shards; 0: the moments are in the state file.
     size_t shards() const { return shards_.size(); }
 
-    // Fills what this rank holds of AdamW's moments and of the master weights. The model's parameters must be
-    // loaded: `params_checksum`, the checksum that load_model() returned, must be that of the model that was
-    // saved together with this state. Of several shards, only those are read that hold what this rank needs,
-    // first the one of the same number.
+    // Fills what this rank holds of the optimizer's arrays and of the master weights. The model's parameters
+    // must be loaded: `params_checksum`, the checksum that load_model() returned, must be that of the model
+    // that was saved together with this state. Of several shards, only those are read that hold what this
+    // rank needs, first the one of the same number.
     template <class Model>
     void load_moments(Model& model, uint64_t params_checksum, int rank = 0) {
         const char* path = file_.path.c_str();
-        if (!shards() && count_ != num_params(model.cfg))
-            fail("%s: holds %" PRIu64 " parameters, the model has %zu", path, count_, num_params(model.cfg));
+        const Optimizer saved = shards() ? shard((size_t)rank % shards()).optimizer() : optimizer(),
+                        wanted = optimizer_of(model);
+        if (saved != wanted)
+            fail("%s: was saved with --optimizer %s, this run has %s", path, name_of(saved), name_of(wanted));
+        if (!shards())
+            if (const uint64_t held = elements("adam_m") + (saved == MUON ? elements("muon_m") : 0);
+                held != num_params(model.cfg))
+                fail("%s: holds %" PRIu64 " parameters, the model has %zu", path, held,
+                     num_params(model.cfg));
         if (header_[1] == 1) check_version_1(model);
         else if (params_checksum != numbers("model_checksum")[0])
             fail("%s: checksum does not match: this file or its model file is damaged", path);
-        for (auto& a : OPTIMIZER_ARRAYS) load_array(model, a, rank);
+        for (auto& a : optimizer_arrays(saved)) load_array(model, a, a.state, rank);
         if (shards() && shard((size_t)rank % shards()).has(MASTER_ARRAY.section))
-            load_array(model, {model.has(MASTER) ? MASTER : PARAMS, MASTER_ARRAY.section}, rank);
+            load_array(model, MASTER_ARRAY, model.has(MASTER) ? MASTER : PARAMS, rank);
     }
     // For a model that keeps its parameters as they are in the model file.
     template <class Model>
@@ -604,10 +638,11 @@ class StateReader : public SectionReader, public RunRecord {
     // `params_checksum`: see load_moments().
     void rewrite(const RunRecord& run, uint64_t params_checksum) {
         if (shards()) return save_sharded_state(run, params_checksum, shards_, path());
-        std::vector<Section> arrays;
-        for (auto& a : OPTIMIZER_ARRAYS) arrays.emplace_back(a.section, FLOAT32, count_);
-        write_sections(path(), record_sections(run, params_checksum), arrays, [&](StateWriter& out) {
-            for (auto& a : OPTIMIZER_ARRAYS) {
+        std::vector<Section> sections;
+        const std::vector<OptimizerArray> arrays = optimizer_arrays(optimizer());
+        for (auto& a : arrays) sections.emplace_back(a.section, FLOAT32, elements(a.section));
+        write_sections(path(), record_sections(run, params_checksum), sections, [&](StateWriter& out) {
+            for (auto& a : arrays) {
                 stream(a.section, [&](const float* x, size_t n) { out.write(x, n * sizeof(float)); });
                 out.end();
             }
@@ -622,18 +657,22 @@ class StateReader : public SectionReader, public RunRecord {
         SectionReader* file;
     };
 
-    // Reads what the model holds of an array. Each file that has some of it is first checked as a whole.
+    uint64_t elements(const char* section) const { return find(section, FLOAT32, true)->count; }
+    // Reads what the model holds of a state from the sections of an array. Each file that has some of it is
+    // first checked as a whole.
     template <class Model>
-    void load_array(Model& model, const OptimizerArray& array, int rank) {
-        const std::vector<Range> need = ranges_of(model, array.state);
+    void load_array(Model& model, const OptimizerArray& array, State state, int rank) {
+        const std::vector<Range> need = ranges_of(model, state);
         if (shards()) shard((size_t)rank % shards()).expect_parameters(num_params(model.cfg));
-        const std::vector<Extent> extents = find_elements(need, rank);
+        const std::vector<Extent> extents =
+            shards() ? find_elements(array, need, rank)
+                     : extents_of(all_ranges(model.cfg, array.state, optimizer()), this);
         std::vector<SectionReader*> files;
         for (const Extent& e : extents) files.push_back(e.file);
         std::sort(files.begin(), files.end());
         files.erase(std::unique(files.begin(), files.end()), files.end());
         for (SectionReader* file : files) file->stream(array.section, [](const float*, size_t) {});
-        each_held(model, array.state, [&](float* x, size_t n, size_t first) {
+        each_held(model, state, [&](float* x, size_t n, size_t first) {
             auto after = [](uint64_t element, const Extent& e) { return element < e.range.first; };
             auto e = std::upper_bound(extents.begin(), extents.end(), (uint64_t)first, after) - 1;
             for (uint64_t k; n; x += k, n -= k, first += k, ++e) {
@@ -643,19 +682,25 @@ class StateReader : public SectionReader, public RunRecord {
             }
         });
     }
-    // The extents that hold these elements, in their order.
-    std::vector<Extent> find_elements(const std::vector<Range>& need, int rank) {
-        if (!shards()) return {{{0, count_}, 0, this}};
+    // A file's, whose sections hold these ranges.
+    static std::vector<Extent> extents_of(const std::vector<Range>& ranges, SectionReader* file) {
+        std::vector<Extent> extents;
+        uint64_t at = 0;
+        for (const Range& r : ranges) extents.push_back({r, at, file}), at += r.count;
+        return extents;
+    }
+    // Those of the shards that hold these elements of an array, in the elements' order.
+    std::vector<Extent> find_elements(const OptimizerArray& array, const std::vector<Range>& need, int rank) {
         std::vector<Extent> extents;
         const uint64_t wanted = elements_of(need);
         uint64_t found = 0;
         for (size_t i = 0; i < shards() && found < wanted; i++) {
             ShardReader& s = shard(((size_t)rank + i) % shards());
-            const uint64_t common = common_elements(s.ranges, need);
+            const uint64_t common = common_elements(s.ranges_of(array), need);
             if (!common) continue;
             found += common;
-            uint64_t at = 0;
-            for (const Range& r : s.ranges) extents.push_back({r, at, &s}), at += r.count;
+            const std::vector<Extent> all = extents_of(s.ranges_of(array), &s);
+            extents.insert(extents.end(), all.begin(), all.end());
         }
         std::sort(extents.begin(), extents.end(),
                   [](const Extent& a, const Extent& b) { return a.range.first < b.range.first; });
@@ -681,24 +726,25 @@ class StateReader : public SectionReader, public RunRecord {
         const std::vector<int32_t>& h = header_;
         const char* path = file_.path.c_str();
         double d[9];
-        memcpy(&count_, &h[8], 8), memcpy(&progress.position, &h[10], 8), memcpy(d, &h[12], sizeof d);
+        uint64_t count;  // elements of a moment
+        memcpy(&count, &h[8], 8), memcpy(&progress.position, &h[10], 8), memcpy(d, &h[12], sizeof d);
         progress.step = h[2], progress.best_step = h[4], progress.pending = h[5];
         progress.best_val = d[0], progress.smoothed = d[1], progress.smoothed_weight = d[2];
         progress.seconds = d[3], progress.last = {d[4], d[5], d[6], d[7], d[8]};
         if (h[2] < 0) fail("%s: step is %d, wanted at least 0", path, h[2]);
         if (h[3] < 0 || h[3] > 1 << 20)
             fail("%s: settings have %d bytes, wanted 0 to %d", path, h[3], 1 << 20);
-        if (count_ > file_.size / 8)
-            fail("%s: parameter count is %" PRIu64 ", too many for its %" PRIu64 " bytes", path, count_,
+        if (count > file_.size / 8)
+            fail("%s: parameter count is %" PRIu64 ", too many for its %" PRIu64 " bytes", path, count,
                  file_.size);
-        file_.expect_size(1024 + (uint64_t)h[3] + 8 * count_ + 8);
+        file_.expect_size(1024 + (uint64_t)h[3] + 8 * count + 8);
         sum_1_.add(h.data(), 1024);
         settings.resize((size_t)h[3]);
         file_.read(&settings[0], settings.size(), "settings");
         sum_1_.add(settings.data(), settings.size()), sum_1_.end_section();
         uint64_t at = file_.pos;
-        for (auto& a : OPTIMIZER_ARRAYS) {
-            table_.emplace_back(a.section, FLOAT32, count_);
+        for (auto& a : optimizer_arrays(ADAMW)) {
+            table_.emplace_back(a.section, FLOAT32, count);
             table_.back().offset = at, at += table_.back().bytes();
         }
     }
@@ -709,7 +755,7 @@ class StateReader : public SectionReader, public RunRecord {
                 "%s: is of version 1, whose checksum a rank cannot compute that keeps bf16 weights; go on "
                 "for a step with --zero_stage 0, which saves a new one",
                 file_.path.c_str());
-        for (auto& a : OPTIMIZER_ARRAYS) {
+        for (auto& a : optimizer_arrays(ADAMW)) {
             stream(a.section, [&](const float* x, size_t n) { sum_1_.add(x, n * sizeof(float)); });
             sum_1_.end_section();
         }
@@ -721,7 +767,6 @@ class StateReader : public SectionReader, public RunRecord {
             fail("%s: checksum does not match: this file or its model file is damaged", file_.path.c_str());
     }
 
-    uint64_t count_ = 0;            // elements of a moment
     std::vector<uint64_t> shards_;  // their checksums
     std::vector<std::unique_ptr<ShardReader>> open_;
     Checksum sum_1_;

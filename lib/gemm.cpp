@@ -1005,6 +1005,33 @@ void weight_gradient(float* dW, float* db, const bf16* dY, const bf16* X, size_t
     weight_gradient_of(dW, db, dY, X, M, K, N, accumulate, squares, ldy);
 }
 
+void product(float* Y, const float* A, const float* B, size_t M, size_t K, size_t N) {
+    multiply({M, N, K, Operand(A, K, 1), Operand(B, N, 1), Y, N});
+}
+void product(float* Y, const bf16* A, const bf16* B, size_t M, size_t K, size_t N) {
+    multiply({M, N, K, Operand(A, K, 1), Operand(B, N, 1), Y, N});
+}
+
+// The rows are divided into parts, of which each is multiplied with the columns up to its last row's: of p
+// parts the share (1 + 1/p) / 2 of the whole product. More parts compute less, but their products are small.
+template <class T>
+static void gram_of(float* Y, const T* X, size_t N, size_t K) {
+    constexpr size_t PARTS = 6, BLOCK = 32;
+    const size_t part = round_up(ceil_div(N, PARTS), MR);
+    for (size_t i = 0; i < N; i += part) {
+        const size_t rows = std::min(part, N - i);
+        multiply({rows, i + rows, K, Operand(X + i * K, K, 1), Operand(X, 1, K), Y + i * N, N});
+    }
+#pragma omp parallel for schedule(dynamic, 1)
+    for (size_t i0 = 0; i0 < N; i0 += BLOCK)
+        for (size_t j0 = i0; j0 < N; j0 += BLOCK)
+            for (size_t i = i0; i < std::min(N, i0 + BLOCK); i++)
+                for (size_t j = std::max(j0, i + 1); j < std::min(N, j0 + BLOCK); j++)
+                    Y[i * N + j] = Y[j * N + i];
+}
+void gram(float* Y, const float* X, size_t N, size_t K) { gram_of(Y, X, N, K); }
+void gram(float* Y, const bf16* X, size_t N, size_t K) { gram_of(Y, X, N, K); }
+
 template <class TY>
 static void bias_gradient_of(float* db, const TY* dY, size_t M, size_t N, bool accumulate, size_t ldy) {
     constexpr size_t VECS = 4, STRIP = VECS * VL;

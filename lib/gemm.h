@@ -1,5 +1,5 @@
-// gemm.h - matrix products on the CPU: those of a linear layer, products of few rows for text generation, and
-// small products of packed matrices for attention.
+// gemm.h - matrix products on the CPU: those of a linear layer, plain ones for the optimizer, products of few
+// rows for text generation, and small products of packed matrices for attention.
 //
 // The words used here and in lib/gemm.cpp, for a product C (M,N) = A (M,K) B (K,N):
 //     tile          a rectangle of C, up to MR rows by NR columns, that is computed in registers
@@ -82,6 +82,17 @@ constexpr size_t SQUARES = 1024;
 void sum_squares(double* sums, const float* g, size_t n);
 // Computes the sums that the last weight_gradient() has left for the next product, if none has followed.
 void finish_squares();
+
+// ---------------------------------------------------------------------------------------------
+// Plain products, for the optimizer Muon
+
+// Y (M,N) = A (M,K) B (K,N).
+void product(float* Y, const float* A, const float* B, size_t M, size_t K, size_t N);
+void product(float* Y, const bf16* A, const bf16* B, size_t M, size_t K, size_t N);
+
+// Y (N,N) = X X^T, of X (N,K). It computes half of this symmetric matrix and copies it to the other half.
+void gram(float* Y, const float* X, size_t N, size_t K);
+void gram(float* Y, const bf16* X, size_t N, size_t K);
 
 // ---------------------------------------------------------------------------------------------
 // Generation

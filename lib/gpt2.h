@@ -100,7 +100,8 @@ struct ParamInfo {
     bool in_block;      // one in each of the L blocks; else one in the model
     bool decay;         // weight decay applies: matrices and embeddings, as in nanoGPT
     Init init;
-    size_t layers;  // L or 1
+    size_t layers;                                           // L or 1
+    bool block_matrix() const { return in_block && decay; }  // what the optimizer Muon updates
     size_t per_layer() const { return rows * cols; }
     size_t size() const { return rows * cols * layers; }
 };
@@ -185,7 +186,7 @@ class ParamLayout {
 struct ParamPiece {
     int id;
     size_t layer, file, memory, size;
-    bool decay;
+    bool decay, block_matrix;  // as ParamInfo says
 };
 // All pieces in the file's order, laid out in memory as ParamLayout(c, multiple) says.
 inline std::vector<ParamPiece> param_pieces(const Config& c, size_t multiple = 1) {
@@ -196,7 +197,8 @@ inline std::vector<ParamPiece> param_pieces(const Config& c, size_t multiple = 1
     for (int id = 0; id < NUM_PARAMS; id++)
         for (size_t l = 0; l < table[id].layers; l++) {
             size_t n = table[id].per_layer();
-            pieces.push_back({id, l, file, layout.at(id, l), n, table[id].decay}), file += n;
+            pieces.push_back({id, l, file, layout.at(id, l), n, table[id].decay, table[id].block_matrix()});
+            file += n;
         }
     return pieces;
 }
@@ -230,8 +232,10 @@ struct Params {
 
 // What a model can hand out or take in, array by array. MASTER is this rank's share of the fp32 weights, and
 // exists only where ranks share out the optimizer's arrays of a bf16 model. Everywhere else PARAMS reads and
-// writes the fp32 weights, if there are any.
-enum State { PARAMS, GRADS, ADAM_M, ADAM_V, MASTER };
+// writes the fp32 weights, if there are any. ADAM_M and ADAM_V are AdamW's moments, of all parameters or of
+// those that Muon leaves to AdamW. MUON_M is the momentum of those that Muon updates (lib/optimizer.h).
+enum State { PARAMS, GRADS, ADAM_M, ADAM_V, MASTER, MUON_M };
+constexpr int NUM_STATES = 6;
 
 // Bytes of the keys and values that generation keeps for N sequences of T tokens, in fp32.
 inline size_t key_value_bytes(const Config& c, size_t N, size_t T) {

@@ -127,9 +127,10 @@ struct Workspace {
     }
 };
 
-// A model's states: its parameters and, if it trains, their gradients and AdamW's two moments.
+// A model's states: its parameters and, if it trains, their gradients and what the optimizer keeps.
 struct States {
     const Config cfg;
+    const Optimizer optimizer;
     Params<float> params, grads;
     Params<uint16_t> params_bf16;  // instead of params where parameters are kept in bf16
 
@@ -137,36 +138,45 @@ struct States {
         for (const ParamPiece& t : pieces_)
             initial_weights(params.tensor(t.id, t.layer), cfg, t.id, t.layer * t.size, t.size, seed);
     }
-    // Passes a whole state to f, in the file's order, piece by piece: f(pointer, number of floats). f may
-    // write. A model that does not train has only PARAMS.
+    bool has(State s) const { return s == MUON_M ? optimizer == MUON : s != MASTER; }
+    bool sharded() const { return false; }
+    // Passes a whole state to f, in the file's order, piece by piece: f(pointer, number of floats, number in
+    // the file of the first one). f may write. A model that does not train has only PARAMS.
     template <class F>
-    void each_piece(State s, F f) {
+    void each_range(State s, F f) {
         if (s == PARAMS && params_bf16.wte) return each_piece_of_bf16(f);
         float* p = array(s);
-        for (const ParamPiece& t : pieces_) f(p + t.memory, t.size);
+        for (const OwnedPiece& t : owned_)
+            if (state_has(s, optimizer, t.block_matrix))
+                f(p + (s == ADAM_V ? t.second : t.memory), t.size, t.file);
     }
 
   protected:
-    explicit States(const Config& c) : cfg(c) {}
+    States(const Config& c, Optimizer o) : cfg(c), optimizer(o) {}
     void allocate(const MemoryNeed& need, bool in_bf16) {
-        pieces_ = param_pieces(cfg);
         params_mem_ = {need.params, "parameters"};
         if (in_bf16) params_bf16 = {params_mem_.as<uint16_t>(), cfg};
         else params = {params_mem_.as<float>(), cfg};
         if (!need.grads) return;
-        grads_mem_ = {need.grads, "gradients"}, moments_ = {need.optimizer, "optimizer state"};
+        grads_mem_ = {need.grads, "gradients"}, optimizer_mem_ = {need.optimizer, "optimizer state"};
         grads = {grads_mem_.as<float>(), cfg};
     }
-    // A state's array, laid out as ParamLayout says. Gradients that only count as zero are set to zero first.
+    // Bytes that the optimizer keeps.
+    static size_t optimizer_bytes(const Config& c, Optimizer o) {
+        return checked_mul(first_moments(c, {}) + second_moments(c, {}, o), sizeof(float), "optimizer state");
+    }
+    // A state's array, laid out as ParamLayout says; ADAM_V as OwnedPiece::second says. Gradients that only
+    // count as zero are set to zero first.
     float* array(State s) {
         size_t n = num_params(cfg);
         if (s == GRADS && std::exchange(grads_are_zero_, false)) memset(grads.wte, 0, n * sizeof(float));
         return s == PARAMS  ? params.wte
                : s == GRADS ? grads.wte
-                            : moments_.as<float>() + (s == ADAM_V ? n : 0);
+                            : optimizer_mem_.as<float>() + (s == ADAM_V ? first_moments(cfg, {}) : 0);
     }
 
-    std::vector<ParamPiece> pieces_;
+    const std::vector<ParamPiece> pieces_ = param_pieces(cfg);
+    const std::vector<OwnedPiece> owned_ = owned_pieces(cfg, {}, true, optimizer);  // the same pieces
     // After a step the gradients only count as zero, whatever memory holds: the next backward pass overwrites
     // them, which is cheaper than setting them to zero and adding to them.
     bool grads_are_zero_ = false;
@@ -182,12 +192,12 @@ struct States {
                 size_t n = std::min(PIECE, t.size - i);
                 uint16_t* p = params_bf16.tensor(t.id, t.layer) + i;
                 for (size_t j = 0; j < n; j++) buf[j] = bf16_to_float(p[j]);
-                f(buf.data(), n);
+                f(buf.data(), n, t.file + i);
                 for (size_t j = 0; j < n; j++) p[j] = float_to_bf16(buf[j]);
             }
     }
 
-    machine::Memory params_mem_, grads_mem_, moments_;
+    machine::Memory params_mem_, grads_mem_, optimizer_mem_;
 };
 
 }  // namespace cpu

@@ -17,17 +17,18 @@
 //     open_ranks(options)          the Comm (lib/comm.h) of the processes that train together; throws
 //                                  UsageError, naming the flag, for what the program cannot do
 //     memory_available(on_host)    bytes of memory that are free for each of so many ranks on this machine
-//     memory_need(config, B, T, trains, recompute, precision, ranks)
+//     memory_need(config, B, T, trains, recompute, precision, ranks, optimizer)
 //                                  bytes that a model needs, by purpose; throws Error if sizes cannot be
 //                                  addressed
 //
-// A model M(config, B, T, trains, recompute, precision, ranks): B x T is its largest batch; B = T = 0 makes a
-// model that only generates. recompute, 0 to 3, is how much backward computes again instead of keeping it.
+// A model M(config, B, T, trains, recompute, precision, ranks, optimizer): B x T is its largest batch;
+// B = T = 0 makes a model that only generates. recompute, 0 to 3, is how much backward computes again instead
+// of keeping it.
 // The constructor takes all memory that memory_need() says, and throws Error if it cannot. After that, a step
 // allocates nothing.
 //     cfg                          the sizes
 //     dropout, seed                may be set between steps; they determine the dropout masks
-//     ranks                        the ranks, as the constructor was given them
+//     ranks, optimizer             as the constructor was given them
 //     init_weights(seed)           initial_weights() of every tensor
 //     forward(tokens, targets, B, T, pass)
 //                                  the mean loss over the targets >= 0, without dropout (pass.train is
@@ -38,20 +39,22 @@
 //                                  each token's share multiplied by pass.grad_scale. It may return before
 //                                  they are computed. pass.last says that no other follows in this step:
 //                                  ranks then begin to add up their gradients.
-//     step(adamw, t)               takes step number t, from 1, with what all ranks accumulated. If
-//                                  adamw.takes() refuses the loss or the norm, parameters and moments do not
-//                                  change; the model decides that where it computes the two. Returns the
-//                                  result of step t; or of step t - 1, if a device still computes step t and
-//                                  is not waited for. StepResult::step tells which. The next accumulate()
-//                                  begins a new step.
+//     step(settings, t)            takes step number t, from 1, with what all ranks accumulated. If
+//                                  settings.takes() refuses the loss or the norm, parameters and what the
+//                                  optimizer keeps do not change; the model decides that where it computes
+//                                  the two. Returns the result of step t; or of step t - 1, if a device still
+//                                  computes step t and is not waited for. StepResult::step tells which. The
+//                                  next accumulate() begins a new step.
 //     last_result()                waits for the step that was started last, and returns its result. It is
 //                                  called before the state is read, and before forward() and generating.
 //     each_piece(state, f)         passes a whole state to f, in the model file's order, piece by piece:
-//                                  f(pointer, number of floats). An f that takes const float* reads; one that
-//                                  takes float* writes. The pointer is valid only during the call.
+//                                  f(pointer, number of floats). AdamW's moments and Muon's momentum are
+//                                  each of the parameters that the optimizer updates so. An f that takes
+//                                  const float* reads; one that takes float* writes. The pointer is valid
+//                                  only during the call.
 //     each_range(state, f)         the same for what this rank holds of a state, which may be a part:
 //                                  f(pointer, number of floats, number in the file of the first one)
-//     has(state)                   whether the model has it. MASTER: see State in lib/gpt2.h.
+//     has(state)                   whether the model has it. MASTER, MUON_M: see State in lib/gpt2.h.
 //     sharded()                    whether each rank holds only a part of the optimizer's arrays, so that
 //                                  each_piece() cannot pass them. All ranks then save and load together.
 //     resumed(t)                   says that the state just loaded is the one after step t
@@ -109,7 +112,7 @@ struct HoldsAll {
         size_t first = 0;
         static_cast<M*>(this)->each_piece(s, [&](float* x, size_t n) { f(x, n, first), first += n; });
     }
-    bool has(State s) const { return s != MASTER; }
+    bool has(State s) const { return s != MASTER && s != MUON_M; }
     bool sharded() const { return false; }
 };
 
@@ -124,16 +127,18 @@ constexpr void check_model() {
     };
     const int* const tokens = nullptr;
     M* const m = nullptr;
-    static_assert(std::is_constructible<M, const Config&, size_t, size_t, bool, int, Precision, Ranks>::value,
+    static_assert(std::is_constructible<M, const Config&, size_t, size_t, bool, int, Precision, Ranks,
+                                        Optimizer>::value,
                   "constructor");
     static_assert(is_same<decltype(M::device()), std::string>::value, "device()");
     static_assert(is_same<decltype(M::peak_flops(Precision())), Peak>::value, "peak_flops()");
     static_assert(is_same<decltype(M::open_ranks(RankOptions())), std::unique_ptr<Comm>>::value,
                   "open_ranks()");
     static_assert(is_same<decltype(M::ranks), const Ranks>::value, "ranks");
+    static_assert(is_same<decltype(M::optimizer), const Optimizer>::value, "optimizer");
     static_assert(is_same<decltype(M::memory_available(1)), size_t>::value, "memory_available()");
     static_assert(
-        is_same<decltype(M::memory_need(declval<const Config&>(), 0, 0, true, 0, Precision(), Ranks())),
+        is_same<decltype(M::memory_need(declval<const Config&>(), 0, 0, true, 0, Precision(), Ranks(), MUON)),
                 MemoryNeed>::value,
         "memory_need()");
     static_assert(is_same<decltype(M::require_device()), void>::value, "require_device()");
@@ -143,7 +148,7 @@ constexpr void check_model() {
     static_assert(is_same<decltype(m->counted()), size_t>::value, "counted()");
     static_assert(is_same<decltype(m->accumulate(tokens, tokens, 0, 0, Pass())), void>::value,
                   "accumulate()");
-    static_assert(is_same<decltype(m->step(AdamW(), 1)), StepResult>::value, "step()");
+    static_assert(is_same<decltype(m->step(StepSettings(), 1)), StepResult>::value, "step()");
     static_assert(is_same<decltype(m->last_result()), StepResult>::value, "last_result()");
     static_assert(is_same<decltype(m->each_piece(PARAMS, Reads())), void>::value, "each_piece()");
     static_assert(is_same<decltype(m->each_range(PARAMS, Reads())), void>::value, "each_range()");

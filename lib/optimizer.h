@@ -1,5 +1,9 @@
-// optimizer.h - the optimizer: its settings, the names of the arrays that it keeps, and which of their
-// elements a rank holds.
+// optimizer.h - the optimizers on paper: their settings, what each of them updates, the names of the arrays
+// that they keep, and which of their elements a rank holds. train_gpt2.cpp and train_gpt2.cu compute them.
+//
+//     AdamW (Loshchilov and Hutter 2019)   all parameters; two moments for each
+//     Muon (Jordan et al. 2024)            the blocks' matrices; one momentum for each parameter. Embeddings,
+//                                          biases and LayerNorms are left to AdamW.
 #pragma once
 
 #include <cmath>
@@ -13,23 +17,75 @@ struct StepResult {
     bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
 };
 
-// AdamW's settings for one step. If the gradient's global norm exceeds grad_clip, the gradient is scaled down
-// to that norm; 0: no limit. A step whose loss or norm is not finite, or exceeds max_loss or max_norm,
-// changes nothing. (Where it is not finite, the trainer ends the run.)
-struct AdamW {
+enum Optimizer { ADAMW, MUON };
+inline const char* name_of(Optimizer o) { return o == MUON ? "muon" : "adamw"; }
+
+// The optimizer's settings for one step. If the gradient's global norm exceeds grad_clip, the gradient is
+// scaled down to that norm; 0: no limit. A step whose loss or norm is not finite, or exceeds max_loss or
+// max_norm, changes nothing. (Where it is not finite, the trainer ends the run.)
+struct StepSettings {
     float lr = 3e-4f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f, grad_clip = 0;
+    float muon_lr = 1.5e-3f, muon_momentum = 0.95f;  // of what Muon updates; the others are AdamW's
     double max_loss = INFINITY, max_norm = INFINITY;
     bool takes(const StepResult& r) const { return r.finite() && r.loss <= max_loss && r.norm <= max_norm; }
 };
 
-// The arrays that the optimizer keeps for each parameter, and the names of their sections in a state file.
+// Muon replaces each element of an update by that of the nearest matrix whose singular values are all about
+// 1. Such a matrix of `larger` rows or columns has elements of root mean square 1 / sqrt(larger), AdamW's
+// updates have about 0.2; with this factor Muon's have 0.2 too (Liu et al. 2025, "Muon is scalable for LLM
+// training"), and the two optimizers' learning rates have one unit.
+inline float muon_scale(size_t larger) { return 0.2f * std::sqrt((float)larger); }
+
+// The Newton-Schulz iteration X = a X + (b G + c G^2) X, G = X X^T, moves the singular values of X from (0,
+// 1] towards 1. With these coefficients (Jordan et al. 2024) five iterations bring all that are not tiny to
+// between 0.68 and 1.13, which is near enough.
+struct NewtonSchulz {
+    static constexpr int ITERATIONS = 5;
+    static constexpr float A = 3.4445f, B = -4.7750f, C = 2.0315f;
+    static constexpr float EPS = 1e-7f;  // of the norm that X is divided by at first
+};
+
+// The matrices that Muon updates, each by itself; qkvw is three of them. Those of one shape form a group.
+// They are orthogonalised as (n,m) with n <= m: one with more rows than columns is transposed.
+struct MuonMatrix {
+    size_t memory, file;  // its first element, in arrays laid out as ParamLayout says, and in the file
+    bool transposed;      // stored as (m,n)
+};
+struct MuonGroup {
+    size_t n, m;
+    std::vector<MuonMatrix> matrices;
+};
+inline std::array<MuonGroup, 2> muon_groups(const Config& c, size_t multiple = 1) {
+    const size_t C = (size_t)c.C;
+    std::array<MuonGroup, 2> groups = {{{C, C, {}}, {C, 4 * C, {}}}};
+    for (const ParamPiece& p : param_pieces(c, multiple))
+        if (p.block_matrix) {
+            MuonGroup& group = groups[p.id == FCW || p.id == FCPROJW];
+            for (size_t at = 0; at < p.size; at += group.n * group.m)
+                group.matrices.push_back({p.memory + at, p.file + at, p.id == FCW});
+        }
+    return groups;
+}
+
+// An array that the optimizer keeps, the name of its section in a state file, and that of the section in a
+// rank's shard that tells which elements it holds (lib/checkpoint.h).
 struct OptimizerArray {
     State state;
-    const char* section;
+    const char *section, *ranges;
 };
-constexpr OptimizerArray OPTIMIZER_ARRAYS[] = {{ADAM_M, "adam_m"}, {ADAM_V, "adam_v"}};
+inline std::vector<OptimizerArray> optimizer_arrays(Optimizer optimizer) {
+    if (optimizer == ADAMW) return {{ADAM_M, "adam_m", "ranges"}, {ADAM_V, "adam_v", "ranges"}};
+    return {{MUON_M, "muon_m", "muon_ranges"},
+            {ADAM_M, "adam_m", "adam_ranges"},
+            {ADAM_V, "adam_v", "adam_ranges"}};
+}
 // The fp32 weights, in the state files of ranks that hold a part of them each.
-constexpr OptimizerArray MASTER_ARRAY = {MASTER, "master"};
+constexpr OptimizerArray MASTER_ARRAY = {MASTER, "master", "ranges"};
+// Whether a state has elements for a tensor.
+inline bool state_has(State s, Optimizer optimizer, bool block_matrix) {
+    const bool muon = optimizer == MUON && block_matrix;
+    return s == MUON_M ? muon : s == ADAM_M || s == ADAM_V ? !muon : true;
+}
 
 // How the optimizer's arrays are spread over the ranks (ZeRO, Rajbhandari et al. 2020). Each part of the
 // model (embeddings, block, final LayerNorm) is padded so that `world` ranks hold equal shards of it.
@@ -49,13 +105,16 @@ struct Sharding {
 };
 
 // A run of elements of one tensor of one layer that a rank's optimizer updates: where it is in the file, in
-// arrays that hold the whole model, and in arrays that hold only this rank's shards.
+// arrays that hold the whole model, and in arrays that hold only this rank's shards. The first moment and
+// Muon's momentum share an array of the latter kind. `second`: where it is in the array of second moments,
+// which has no room for what Muon updates.
 struct OwnedPiece {
-    size_t file, memory, shard, size;
-    bool decay;
+    size_t file, memory, shard, second, size;
+    bool decay, block_matrix;
 };
 // All of them in the file's order. `whole`: the pieces of all ranks; `shard` then equals `memory`.
-inline std::vector<OwnedPiece> owned_pieces(const Config& c, const Sharding& s, bool whole) {
+inline std::vector<OwnedPiece> owned_pieces(const Config& c, const Sharding& s, bool whole,
+                                            Optimizer optimizer = ADAMW) {
     const ParamLayout layout(c, s.multiple());
     auto part_of = [&](const ParamPiece& p) {
         return layout.range(p.id == WTE || p.id == WPE     ? EMBEDDINGS
@@ -64,13 +123,27 @@ inline std::vector<OwnedPiece> owned_pieces(const Config& c, const Sharding& s, 
                             p.layer);
     };
     std::vector<OwnedPiece> owned;
+    size_t seconds = 0;
     for (const ParamPiece& p : param_pieces(c, s.multiple())) {
         const auto part = part_of(p), mine = whole ? part : s.shard(part);
         const size_t from = std::max(p.memory, mine.first),
                      to = std::min(p.memory + p.size, mine.first + mine.second);
         if (from >= to) continue;
         const size_t shard = whole ? from : part.first / (size_t)s.world + from - mine.first;
-        owned.push_back({p.file + from - p.memory, from, shard, to - from, p.decay});
+        const size_t second = optimizer == ADAMW ? shard : seconds;
+        owned.push_back({p.file + from - p.memory, from, shard, second, to - from, p.decay, p.block_matrix});
+        if (state_has(ADAM_V, optimizer, p.block_matrix)) seconds += to - from;
     }
     return owned;
+}
+// Elements of this rank's array of first moments and momentum, and of that of second moments.
+inline size_t first_moments(const Config& c, const Sharding& s) {
+    return ParamLayout(c, s.multiple()).size() / (s.shards_state() ? (size_t)s.world : 1);
+}
+inline size_t second_moments(const Config& c, const Sharding& s, Optimizer optimizer) {
+    if (optimizer == ADAMW) return first_moments(c, s);
+    size_t n = 0;
+    for (const OwnedPiece& p : owned_pieces(c, s, !s.shards_state(), optimizer))
+        if (!p.block_matrix) n += p.size;
+    return n;
 }

@@ -633,11 +633,14 @@ TEST_CASE("shards: ranges that overlap, leave a gap, or do not fit their element
           strf("%s: its 2 shards hold 10 of the %d elements that are needed", state.c_str(), (int)n));
     const std::string bad = ", wanted at least one, after the range before, among " + std::to_string(n);
     CHECK(error({0, 10}, 10, {10, n - 9}, n - 9) ==
-          second + strf(": range 0 is %d elements from 10 on", (int)n - 9) + bad);
-    CHECK(error({0, 10}, 10, {12, 1, 11, 1}, 2) == second + ": range 1 is 1 elements from 11 on" + bad);
-    CHECK(error({0, 10}, 10, {10, 0}, 0) == second + ": range 0 is 0 elements from 10 on" + bad);
-    CHECK(contains(error({0, 10}, 10, {~(uint64_t)0, 2}, 2), second + ": range 0 is 2 elements from "));
-    CHECK(contains(error({0, 10}, 10, {10, ~(uint64_t)0}, 2), second + ": range 0 is "));
+          second + strf(": section 'ranges': range 0 is %d elements from 10 on", (int)n - 9) + bad);
+    CHECK(error({0, 10}, 10, {12, 1, 11, 1}, 2) ==
+          second + ": section 'ranges': range 1 is 1 elements from 11 on" + bad);
+    CHECK(error({0, 10}, 10, {10, 0}, 0) ==
+          second + ": section 'ranges': range 0 is 0 elements from 10 on" + bad);
+    CHECK(contains(error({0, 10}, 10, {~(uint64_t)0, 2}, 2),
+                   second + ": section 'ranges': range 0 is 2 elements from "));
+    CHECK(contains(error({0, 10}, 10, {10, ~(uint64_t)0}, 2), second + ": section 'ranges': range 0 is "));
     CHECK(error({0, 10}, 10, {10, 5, 20}, 5) == second + ": section 'ranges' has 3 numbers, wanted pairs");
     CHECK(error({0, 10}, 10, {10, n - 10}, n - 11) ==
           second + strf(": section 'adam_m' has %d elements, its ranges have %d", (int)n - 11, (int)n - 10));

@@ -96,7 +96,7 @@ struct RankModel : cpu::GPT2 {
     static std::unique_ptr<Comm> open_ranks(const RankOptions&) {
         return std::make_unique<SharedComm>(shared, rank);
     }
-    StepResult step(const AdamW& a, uint32_t t) {
+    StepResult step(const StepSettings& a, uint32_t t) {
         if (rank == told_to_stop && t == STOP_STEP) raise(SIGTERM);
         if (before_step) before_step(t);
         return cpu::GPT2::step(a, t);

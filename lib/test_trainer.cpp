@@ -242,7 +242,7 @@ namespace {
 struct LateModel : cpu::GPT2 {
     using cpu::GPT2::GPT2;
     StepResult known;
-    StepResult step(const AdamW& a, uint32_t t) {
+    StepResult step(const StepSettings& a, uint32_t t) {
         StepResult before = known;
         known = cpu::GPT2::step(a, t);
         return before;

@@ -47,7 +47,8 @@ struct Options {
     bool shuffle = true;
     float learning_rate = 0, final_lr_fraction = -1, weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
           eps = 1e-8f, grad_clip = 1, skip_loss_z = 0, skip_norm_z = 0;
-    std::string lr_schedule;
+    std::string lr_schedule, optimizer;
+    float muon_learning_rate = 0;
     uint64_t seed = 1337;
     int threads = 0, recompute = 0;
     std::string dtype;
@@ -65,7 +66,8 @@ struct Options {
     bool resume = false, overwrite = false;
 };
 
-constexpr double MOST = INFINITY;  // the limit of a flag that has none
+constexpr double MOST = INFINITY;   // the limit of a flag that has none
+constexpr float MUON_MULTIPLE = 5;  // Muon's learning rate by default: so many times AdamW's
 inline void add_data_and_model_flags(Flags& f, Options& o) {
     f.section("Data");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
@@ -121,7 +123,13 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
     f.add("patience", "", &o.patience, "N",
           "end after N validations without a better one; 0: never before --max_steps")
         .range(0, MOST);
+    f.add("optimizer", "", &o.optimizer, "NAME",
+          "muon: Muon for the blocks' matrices, AdamW for the rest; \"\": the preset's")
+        .choices({"adamw", "muon"});
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's").range(0, 1e3);
+    f.add("muon_learning_rate", "", &o.muon_learning_rate, "LR",
+          "Muon's peak learning rate, in AdamW's units; 0: 5 times --learning_rate")
+        .range(0, 1e3);
     f.add("lr_schedule", "k", &o.lr_schedule, "NAME",
           "how the learning rate falls; wsd: constant, then a fast decay")
         .choices({"constant", "cosine", "linear", "wsd"});
@@ -133,8 +141,7 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
           "where the schedule ends, as a share of the peak; -1: 0.1")
         .range(0, 1)
         .unset(-1);
-    f.add("weight_decay", "c", &o.weight_decay, "W", "AdamW's decay of matrices and embeddings")
-        .range(0, 1e3);
+    f.add("weight_decay", "c", &o.weight_decay, "W", "decay of matrices and embeddings").range(0, 1e3);
     f.add("beta1", "", &o.beta1, "X", "AdamW's beta1").range(0, 0.99999);
     f.add("beta2", "", &o.beta2, "X", "AdamW's beta2").range(0, 0.999999);
     f.add("eps", "", &o.eps, "X", "AdamW's epsilon").range(1e-12, 1);
@@ -168,7 +175,7 @@ inline void add_rank_flags(Flags& f, Options& o) {
         .range(1, 64)
         .on_resume(Flags::NOT_KEPT);
     f.add("zero_stage", "z", &o.zero_stage, "N",
-          "what each GPU keeps only its share of: 0 nothing, 1 AdamW's state, 2 also the gradients")
+          "what each GPU keeps only its share of: 0 nothing, 1 the optimizer's state, 2 also the gradients")
         .range(0, 2);
     f.add("rank_timeout", "", &o.rank_timeout, "S", "seconds after which a silent rank counts as dead (GPU)")
         .range(1, 86400)
@@ -233,6 +240,8 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     if (!o.batch_size) o.batch_size = small ? 16 : middle ? 32 : 4;
     if (o.max_steps < 0) o.max_steps = fine_tune ? 1000 : small ? 700 : 5000;
     if (o.learning_rate == 0) o.learning_rate = fine_tune ? 3e-5f : small ? 2e-3f : middle ? 5e-4f : 3e-4f;
+    if (o.optimizer.empty()) o.optimizer = "adamw";
+    if (o.muon_learning_rate == 0) o.muon_learning_rate = MUON_MULTIPLE * o.learning_rate;
     if (o.lr_schedule.empty()) o.lr_schedule = fine_tune ? "constant" : "cosine";
     if (o.dropout < 0) o.dropout = fine_tune || !middle ? 0.0f : small ? 0.1f : 0.2f;
     if (o.final_lr_fraction < 0) o.final_lr_fraction = 0.1f;
@@ -556,6 +565,7 @@ class Run {
             } catch (const Error& e) {
                 fail("%s: %s", state_path.c_str(), e.what());
             }
+            take_saved_optimizer(*state, model_path);
             progress_ = state->progress;
             FieldReader{state->settings}("val_tokens", val_tokens_before_);
             o_.init_from = model_path;
@@ -579,6 +589,21 @@ class Run {
         if (o_.max_steps > 0 && comm_->leads())
             open_folder(), print_table();  // says what memory is needed before any is taken
         build_model(state.get());
+    }
+
+    // A run goes on with the optimizer that it was saved with. (Earlier programs, whose states do not name
+    // it, had only AdamW.)
+    void take_saved_optimizer(const StateReader& state, const std::string& model_path) {
+        std::string saved;
+        FieldReader{state.settings}("optimizer", saved);
+        if (saved.empty()) saved = name_of(ADAMW);
+        if (flags_.on_command_line("optimizer") && o_.optimizer != saved)
+            throw UsageError(strf(
+                "--optimizer %s: %s was saved with %s, whose momentum is of no use to it; to go on with %s, "
+                "start anew from its model: --init_from %s --out DIR",
+                o_.optimizer.c_str(), state.path().c_str(), saved.c_str(), o_.optimizer.c_str(),
+                shell_quoted(model_path).c_str()));
+        o_.optimizer = saved;
     }
 
     // Locks --out, and finishes what an earlier run in it had begun. Rank 0 does it for all.
@@ -817,6 +842,7 @@ class Run {
         return p;
     }
 
+    Optimizer optimizer() const { return o_.optimizer == "muon" ? MUON : ADAMW; }
     TagTokens tag_tokens() const {
         if (!tokenizer_ || !tokenizer_->tags()) return {};
         return {tokenizer_->first_tag(), tokenizer_->eot(), tokenizer_->tag_columns().size()};
@@ -848,7 +874,9 @@ class Run {
         size_t have = *std::min_element(free.begin(), free.end());
         size_t poem = trains && o_.sample_every && tokenizer_ ? key_value_bytes(cfg_, 1, T_) : 0;
         auto need_of = [&](size_t B, int recompute) {
-            return Model::memory_need(cfg_, B, T_, trains, recompute, precision_, ranks()).total() + poem;
+            return Model::memory_need(cfg_, B, T_, trains, recompute, precision_, ranks(), optimizer())
+                       .total() +
+                   poem;
         };
         size_t wanted = need_of(B_, o_.recompute), B = B_;
         int r = o_.recompute;
@@ -875,13 +903,14 @@ class Run {
                 o_.total_batch_size);
         micro_steps_ *= B_ / B;
         B_ = B, o_.batch_size = (int)B, o_.recompute = r;
-        need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_, ranks());
+        need_ = Model::memory_need(cfg_, B_, T_, trains, r, precision_, ranks(), optimizer());
         need_.scratch += poem;
     }
 
     void build_model(StateReader* state) {
         bool trains = o_.max_steps > 0;
-        model_ = std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute, precision_, ranks());
+        model_ =
+            std::make_unique<Model>(cfg_, B_, T_, trains, o_.recompute, precision_, ranks(), optimizer());
         model_->dropout = o_.dropout, model_->seed = o_.seed;
         if (checkpoint_) params_checksum_ = load_model(*model_, *checkpoint_), checkpoint_.reset();
         else model_->init_weights(o_.seed);
@@ -1093,8 +1122,8 @@ class Run {
     // What each rank keeps only its share of.
     static const char* shares(int zero_stage) {
         return zero_stage == 0   ? ""
-               : zero_stage == 1 ? "; each keeps a share of AdamW's state"
-                                 : "; each keeps a share of the gradients and of AdamW's state";
+               : zero_stage == 1 ? "; each keeps a share of the optimizer's state"
+                                 : "; each keeps a share of the gradients and of the optimizer's state";
     }
     void print_table() {
         Peak peak = Model::peak_flops(precision_);
@@ -1134,12 +1163,15 @@ class Run {
             strf("%g, %s to %g, warm-up %d steps", o_.learning_rate, o_.lr_schedule.c_str(),
                  o_.lr_schedule == "constant" ? o_.learning_rate : o_.learning_rate * o_.final_lr_fraction,
                  o_.warmup_steps));
+        if (optimizer() == MUON)
+            row("Muon", strf("the blocks' matrices, learning rate %g, momentum %g; the rest by AdamW",
+                             o_.muon_learning_rate, StepSettings().muon_momentum));
         row("AdamW", strf("beta %g %g, eps %g, weight decay %g, gradient clip %g, dropout %g", o_.beta1,
                           o_.beta2, o_.eps, o_.weight_decay, o_.grad_clip, o_.dropout));
-        row("memory", strf("%s: parameters %s, gradients %s, AdamW %s, activations %s, scratch %s",
+        row("memory", strf("%s: parameters %s, gradients %s, %s %s, activations %s, scratch %s",
                            size(need_.total()).c_str(), size(need_.params).c_str(), size(need_.grads).c_str(),
-                           size(need_.optimizer).c_str(), size(need_.activations).c_str(),
-                           size(need_.scratch).c_str()));
+                           optimizer() == MUON ? "Muon and AdamW" : "AdamW", size(need_.optimizer).c_str(),
+                           size(need_.activations).c_str(), size(need_.scratch).c_str()));
         row("output", o_.out + "/" +
                           (folder_.aside() && holds_run(o_.out)
                                ? "; the run that is there moves to previous/ when this one has a model"
@@ -1271,12 +1303,13 @@ class Run {
             pass.grad_scale = scale, pass.last = m + 1 == micro_steps_;
             model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
         }
-        AdamW a;
+        StepSettings a;
         a.lr = lr_of(step);
+        a.muon_lr = a.lr * (o_.muon_learning_rate / o_.learning_rate);
         a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay,
         a.grad_clip = o_.grad_clip;
         a.max_loss = losses_.limit(o_.skip_loss_z), a.max_norm = norms_.limit(o_.skip_norm_z);
-        adamw_[started_ % 2] = a;
+        step_settings_[started_ % 2] = a;
         record(model_->step(a, (uint32_t)started_));
     }
     // Waits for the step that was started last, and records it.
@@ -1318,7 +1351,7 @@ class Run {
         if (!comm_->leads()) return;
         log_loss();
         report();
-        if (const AdamW& a = adamw_[r.step % 2]; !a.takes(r)) {
+        if (const StepSettings& a = step_settings_[r.step % 2]; !a.takes(r)) {
             end_line();
             bool loss = r.loss > a.max_loss;
             printf("step %u was skipped: its %s is %.4f, wanted at most %.4f (--skip_%s_z)\n", r.step,
@@ -1553,7 +1586,7 @@ class Run {
     std::vector<int> x_, y_;
     Progress progress_;
     Outliers losses_, norms_;
-    AdamW adamw_[2];  // of the last two steps that were started
+    StepSettings step_settings_[2];  // of the last two steps that were started
     RunFolder folder_;
     Fingerprints fingerprints_;
     int val_tokens_before_ = -1;            // the resumed run's --val_tokens

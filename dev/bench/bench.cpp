@@ -66,7 +66,7 @@ int work_step(const Row& r, const std::string& dtype, int steps) {
     rng::Key key(1, 0, rng::SAMPLE);
     for (size_t i = 0; i < B * T; i++)
         x[i] = (int)(key.u32(i) % (uint32_t)c.V), y[i] = (int)(key.u32(B * T + i) % (uint32_t)c.V);
-    AdamW adam;
+    StepSettings adam;
     adam.grad_clip = 1;
     for (uint32_t s = 0; s < (uint32_t)steps; s++) {
         Pass pass;

@@ -135,7 +135,7 @@ class Bench {
         model.accumulate(x_.data(), y_.data(), model.B, model.T, pass);
     }
     void update() {
-        AdamW a;
+        StepSettings a;
         a.grad_clip = 1;
         model.step(a, ++step_);
     }

@@ -85,7 +85,7 @@ std::map<std::string, Sum> count_step(const Sizes& s) {
         pass.train = true, pass.grad_scale = 1.0f / (float)M, pass.last = i + 1 == s.micro_steps;
         model.accumulate(x.data(), y.data(), s.B, s.T, pass);
     }
-    AdamW a;
+    StepSettings a;
     a.grad_clip = 1;
     model.step(a, 1);
     sums = nullptr;

@@ -115,7 +115,7 @@ TEST_CASE("the losses of ten AdamW steps with decay and clipping agree with PyTo
         Golden g = read_golden(PATH, name);
         cpu::GPT2 model(g.cfg, g.B, g.T, true);
         load(model, g);
-        AdamW adam;
+        StepSettings adam;
         adam.lr = 1e-3f, adam.beta1 = 0.9f, adam.beta2 = 0.95f, adam.eps = 1e-8f, adam.weight_decay = 0.1f;
         double worst = 0, worst_norm = 0;
         for (size_t step = 0; step < g.losses.size(); step++) {

@@ -258,7 +258,7 @@ class Model {
 
     // Step t = 1, 2, ... of AdamW. All tensors decay, as by PyTorch's default, which the post used. Sets the
     // gradients to zero.
-    void update(const AdamW& a, uint32_t t) {
+    void update(const StepSettings& a, uint32_t t) {
         float c1 = (float)(1 / (1 - std::pow((double)a.beta1, t))),
               c2 = (float)(1 / (1 - std::pow((double)a.beta2, t)));
         float b1 = a.beta1, b2 = a.beta2, lr = a.lr, eps = a.eps, shrink = 1 - a.lr * a.weight_decay;
@@ -488,7 +488,7 @@ template <class Report>
 void train(Model& m, const Data& data, const Options& o, Report report) {
     size_t B = (size_t)o.batch_size, T = (size_t)o.context;
     std::vector<int> x(B * T), y(B * T);
-    AdamW adam;
+    StepSettings adam;
     adam.lr = o.learning_rate, adam.beta2 = 0.999f, adam.weight_decay = 0.01f;  // PyTorch's defaults
     for (int step = 0;; step++) {
         if (step % o.eval_every == 0 || step == o.steps) {

@@ -177,7 +177,7 @@ TEST_CASE("the losses of five AdamW steps of each rung agree with PyTorch's to 1
     for (const std::string name : CASES) {
         CAPTURE(name);
         Case c = read_case(name);
-        AdamW adam;
+        StepSettings adam;
         adam.lr = 1e-2f, adam.beta2 = 0.999f, adam.weight_decay = 0.01f;
         for (uint32_t step = 0; step < c.losses.size(); step++) {
             CAPTURE(step);
