@@ -642,7 +642,8 @@ TEST_CASE("the head in several chunks of rows equals the head in one; relative L
 }
 
 TEST_CASE("losses, norms and weights have the same bits with 1, 2, 3 and 4 threads") {
-    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
+    for (auto [arch, optimizer] :
+         {std::pair<int, Optimizer>{GPT2_ARCH, ADAMW}, {GROVER_ARCH, ADAMW}, {GROVER_ARCH, MUON}}) {
         struct {
             Floats params, moments;
             Doubles losses;
@@ -650,7 +651,7 @@ TEST_CASE("losses, norms and weights have the same bits with 1, 2, 3 and 4 threa
         for (int threads : {1, 2, 3, 4}) {
             Threads guard(threads);
             Config c = config(2, 3, 69, 97, 101, arch);
-            cpu::GPT2 m(c, 3, 101, true);  // 303 rows
+            cpu::GPT2 m(c, 3, 101, true, 0, {}, {}, optimizer);  // 303 rows
             m.init_weights(5);
             m.dropout = 0.1f;
             now = {};
@@ -665,7 +666,7 @@ TEST_CASE("losses, norms and weights have the same bits with 1, 2, 3 and 4 threa
                 m.update(a, step + 1, 0.5f);
                 now.losses.push_back(batch.forward(m));
             }
-            now.params = parameters(m), now.moments = piece(m, ADAM_V);
+            now.params = parameters(m), now.moments = piece(m, optimizer == MUON ? MUON_M : ADAM_V);
             if (threads == 1) first = now;
             INFO("threads ", threads);
             CHECK(now.losses == first.losses);
@@ -784,10 +785,12 @@ TEST_CASE("bf16: loss, logits and gradients are fp32's within rounding: relative
 
 TEST_CASE("bf16: losses, norms and weights have the same bits on any threads, recomputed or not") {
     Floats first;
-    for (int threads : {1, 2, 3, 4}) {
+    for (int run = 0; run < 8; run++) {
+        const int threads = run % 4 + 1;
+        const Optimizer optimizer = run < 4 ? ADAMW : MUON;
         Threads guard(threads);
         Config c = config(2, 3, 69, 97, 101);
-        cpu::GPT2 m(c, 3, 101, true, threads - 1, Precision{BF16, true});
+        cpu::GPT2 m(c, 3, 101, true, threads - 1, Precision{BF16, true}, {}, optimizer);
         m.init_weights(5);
         m.dropout = 0.1f;
         Random r(44);
@@ -886,6 +889,186 @@ TEST_CASE("AdamW follows its formulas over six steps, and decays only matrices a
         CHECK(std::all_of(left.begin(), left.end(), [](float f) { return f == 0; }));
         CHECK(std::all_of(&got[used], &got[pad_end], [](float f) { return f == 0; }));
     }
+}
+
+namespace {
+
+// An (n,m) matrix in double precision.
+struct Wide {
+    size_t n, m;
+    Doubles x;
+    double& at(size_t i, size_t j) { return x[i * m + j]; }
+    double at(size_t i, size_t j) const { return x[i * m + j]; }
+};
+Wide transpose(const Wide& a) {
+    Wide t = {a.m, a.n, Doubles(a.x.size())};
+    for (size_t i = 0; i < a.n; i++)
+        for (size_t j = 0; j < a.m; j++) t.at(j, i) = a.at(i, j);
+    return t;
+}
+Wide times(const Wide& a, const Wide& b) {
+    Wide c = {a.n, b.m, Doubles(a.n * b.m)};
+    for (size_t i = 0; i < a.n; i++)
+        for (size_t k = 0; k < a.m; k++)
+            for (size_t j = 0; j < b.m; j++) c.at(i, j) += a.at(i, k) * b.at(k, j);
+    return c;
+}
+// The Newton-Schulz iteration as Jordan et al. write it: X = a X + (b G + c G^2) X.
+Wide orthogonalised(Wide x) {
+    if (x.n > x.m) return transpose(orthogonalised(transpose(x)));
+    double sum = 0;
+    for (double v : x.x) sum += v * v;
+    for (double& v : x.x) v /= std::sqrt(sum);
+    for (int i = 0; i < 5; i++) {
+        const Wide g = times(x, transpose(x)), gx = times(g, x), ggx = times(g, gx);
+        for (size_t j = 0; j < x.x.size(); j++)
+            x.x[j] = 3.4445 * x.x[j] - 4.7750 * gx.x[j] + 2.0315 * ggx.x[j];
+    }
+    return x;
+}
+// What the five iterations make of one singular value.
+double five_times(double s) {
+    for (int i = 0; i < 5; i++) s = 3.4445 * s - 4.7750 * std::pow(s, 3) + 2.0315 * std::pow(s, 5);
+    return s;
+}
+// muon_orthogonalise() of a matrix stored as (rows,cols); the result is so, too.
+template <class A>
+Floats orthogonalised_by(const Floats& x, size_t rows, size_t cols) {
+    const size_t n = std::min(rows, cols), m = std::max(rows, cols);
+    Config c = config(1, 1, 1, 3, 2);
+    c.C = (int)std::max(n, ceil_div(m, 4));  // the scratch memory is that of matrices (C,4C)
+    cpu::MuonScratch<A> s;
+    Arena count, arena;
+    s.place(count, c, 1);
+    std::vector<float> memory(count.used / 4 + 16);
+    arena.base = (char*)round_up((size_t)memory.data(), 64);
+    s.place(arena, c, 1);
+    std::copy(x.begin(), x.end(), s.sums);
+    cpu::muon_orthogonalise(s, n, m, rows > cols);
+    Floats y(s.sums, s.sums + n * m), t(n * m);
+    if (rows <= cols) return y;
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = 0; j < m; j++) t[j * n + i] = y[i * m + j];
+    return t;
+}
+
+}  // namespace
+
+TEST_CASE(
+    "Muon follows its formulas over ten steps, on square, tall and wide matrices; the rest by AdamW: 1e-4") {
+    for (int C : {12, 40}) {
+        const Config c = config(2, 2, C, 23, 9);
+        cpu::GPT2 m(c, 1, 1, true, 0, {}, {}, MUON), adam(c, 1, 1, true);
+        randomise(m, 50), randomise(adam, 50);
+        const Floats start = parameters(m);
+        struct Matrix {
+            size_t file, rows, cols;
+            Doubles w, momentum;
+        };
+        std::vector<Matrix> matrices;
+        for (const ParamPiece& p : param_pieces(c)) {
+            const size_t n = (size_t)C, rows = p.id == FCW ? 4 * n : n, cols = p.id == FCPROJW ? 4 * n : n;
+            for (size_t at = 0; p.block_matrix && at < p.size; at += rows * cols) {
+                const float* w = &start[p.file + at];
+                matrices.push_back(
+                    {p.file + at, rows, cols, Doubles(w, w + rows * cols), Doubles(rows * cols)});
+            }
+        }
+        CHECK(matrices.size() == 2 * 6);
+        StepSettings a;
+        a.weight_decay = 0.3f;
+        Random r(51);
+        for (uint32_t t = 1; t <= 10; t++) {
+            a.lr = 0.002f, a.muon_lr = 0.01f * (float)t;
+            const float scale = t % 2 ? 1.0f : 0.25f;
+            const Floats g = r.floats(num_params(c), t == 3 ? 1e-5 : 0.1);
+            set_piece(m, GRADS, g), set_piece(adam, GRADS, g);
+            m.update(a, t, scale), adam.update(a, t, scale);
+            for (Matrix& x : matrices) {
+                Wide d = {x.rows, x.cols, Doubles(x.rows * x.cols)};
+                for (size_t i = 0; i < d.x.size(); i++) {
+                    const double gi = (double)scale * g[x.file + i];
+                    x.momentum[i] = 0.95 * x.momentum[i] + 0.05 * gi;
+                    d.x[i] = 0.95 * x.momentum[i] + 0.05 * gi;
+                }
+                d = orthogonalised(d);
+                const double rms = 0.2 * std::sqrt((double)std::max(x.rows, x.cols));
+                for (size_t i = 0; i < d.x.size(); i++)
+                    x.w[i] -= (double)a.muon_lr * ((double)a.weight_decay * x.w[i] + rms * d.x[i]);
+            }
+        }
+        const Floats got = parameters(m), others = parameters(adam);
+        Floats momentum;
+        Doubles want_momentum;
+        const Floats all_momentum = piece(m, MUON_M);
+        size_t at = 0;
+        for (const Matrix& x : matrices) {
+            const size_t n = x.rows * x.cols;
+            const char* what = x.rows > x.cols   ? "Muon: tall"
+                               : x.rows < x.cols ? "Muon: wide"
+                                                 : "Muon: square";
+            check_close(what, &got[x.file], x.w.data(), n, 1e-4);
+            check_close("Muon: momentum", &all_momentum[at], x.momentum.data(), n, 1e-6), at += n;
+        }
+        CHECK(at == all_momentum.size());
+        // Everything else has the bits of a model that AdamW updates.
+        for (const ParamPiece& p : param_pieces(c))
+            if (!p.block_matrix) CHECK(!memcmp(&got[p.file], &others[p.file], p.size * sizeof(float)));
+        CHECK(piece(m, ADAM_V).size() + at == num_params(c));
+    }
+}
+
+TEST_CASE("Muon moves each singular value as the iteration does, and those above 0.002 to 0.68 to 1.21") {
+    Random r(60);
+    for (auto [rows, cols] : {std::pair<size_t, size_t>{31, 31}, {16, 64}, {64, 16}, {1, 4}, {48, 192}}) {
+        // x = U diag(s) V^T, with U = I - 2 u u^T and V likewise: reflections.
+        const size_t n = std::min(rows, cols);
+        Doubles u, v, s(n);
+        for (float x : r.floats(rows)) u.push_back(x);
+        for (float x : r.floats(cols)) v.push_back(x);
+        for (Doubles* w : {&u, &v}) {
+            double sum = 0;
+            for (double x : *w) sum += x * x;
+            for (double& x : *w) x /= std::sqrt(sum);
+        }
+        double sum = 0;
+        for (size_t k = 0; k < n; k++) s[k] = std::pow(0.8, (double)k), sum += s[k] * s[k];
+        auto compose = [&](const Doubles& values) {
+            Doubles x(rows * cols);
+            for (size_t i = 0; i < rows; i++)
+                for (size_t j = 0; j < cols; j++)
+                    for (size_t k = 0; k < n; k++)
+                        x[i * cols + j] +=
+                            ((i == k) - 2 * u[i] * u[k]) * values[k] * ((j == k) - 2 * v[j] * v[k]);
+            return x;
+        };
+        const Doubles x = compose(s);
+        Doubles moved(n);
+        for (size_t k = 0; k < n; k++) {
+            moved[k] = five_times(s[k] / std::sqrt(sum));
+            if (s[k] / std::sqrt(sum) >= 0.002) CHECK((moved[k] > 0.68 && moved[k] < 1.21));
+        }
+        const Floats in(x.begin(), x.end());
+        check_close("Muon: singular values", orthogonalised_by<float>(in, rows, cols), compose(moved), 2e-5);
+        // In bf16, numbers near 3, the iteration's coefficients, are rounded to multiples of 2^-6.
+        check_close("Muon, bf16: singular values", orthogonalised_by<simd::bf16>(in, rows, cols),
+                    compose(moved), 5e-2);
+    }
+}
+
+TEST_CASE("Muon of a gradient of zeros changes only what weight decay does") {
+    const Config c = config(1, 1, 8, 11, 4);
+    cpu::GPT2 m(c, 1, 1, true, 0, {}, {}, MUON);
+    randomise(m, 3);
+    const Floats before = piece(m, PARAMS);
+    StepSettings a;
+    a.weight_decay = 0.5f, a.muon_lr = 0.1f;
+    set_piece(m, GRADS, Floats(num_params(c)));
+    m.update(a, 1, 1);
+    const Floats after = piece(m, PARAMS);
+    for (const ParamPiece& p : param_pieces(c))
+        for (size_t i = p.file; i < p.file + p.size && p.block_matrix; i++)
+            CHECK(after[i] == before[i] * (1.0f - 0.1f * 0.5f));
 }
 
 TEST_CASE("AdamW's first step is the learning rate against the gradient, whatever its size") {
@@ -1255,28 +1438,35 @@ TEST_CASE("generated text is what forward would choose, whatever its neighbours 
 TEST_CASE("training goes on from model and state files with the same bits as without a stop") {
     TempDir dir;
     Config c = config(2, 3, 24, 31, 19);
-    auto train = [&](cpu::GPT2& m, uint32_t from, uint32_t to) {
-        Doubles losses;
-        m.dropout = 0.2f;
-        for (uint32_t step = from; step < to; step++) {
-            Random r(step);
-            Batch batch(r, 3, 19, c.V);
-            losses.push_back(batch.forward(m, training_pass(batch.counted(), step)));
-            m.backward();
-            m.update(StepSettings(), step + 1, 1);
-        }
-        return losses;
-    };
-    cpu::GPT2 unbroken(c, 3, 19, true), stopped(c, 3, 19, true), resumed(c, 3, 19, true);
-    unbroken.init_weights(1), stopped.init_weights(1);
-    Doubles want = train(unbroken, 0, 6);
-    train(stopped, 0, 3);
-    trainer::save_model(stopped, dir / "model.bin"), trainer::save_state(stopped, {}, "", dir / "state.bin");
-    ModelReader reader(dir / "model.bin");
-    trainer::load_model(resumed, reader);
-    trainer::StateReader state(dir / "state.bin");
-    state.load_moments(resumed);
-    Doubles got = train(resumed, 3, 6);
-    CHECK(got == Doubles(want.begin() + 3, want.end()));
-    CHECK(same_bits(parameters(unbroken), parameters(resumed)));
+    for (const Optimizer optimizer : {ADAMW, MUON}) {
+        auto train = [&](cpu::GPT2& m, uint32_t from, uint32_t to) {
+            Doubles losses;
+            m.dropout = 0.2f;
+            for (uint32_t step = from; step < to; step++) {
+                Random r(step);
+                Batch batch(r, 3, 19, c.V);
+                losses.push_back(batch.forward(m, training_pass(batch.counted(), step)));
+                m.backward();
+                m.update(StepSettings(), step + 1, 1);
+            }
+            return losses;
+        };
+        auto model = [&] {
+            return std::make_unique<cpu::GPT2>(c, 3, 19, true, 0, Precision(), Ranks(), optimizer);
+        };
+        auto first = model(), second = model(), third = model();
+        cpu::GPT2 &unbroken = *first, &stopped = *second, &resumed = *third;
+        unbroken.init_weights(1), stopped.init_weights(1);
+        Doubles want = train(unbroken, 0, 6);
+        train(stopped, 0, 3);
+        trainer::save_model(stopped, dir / "model.bin"),
+            trainer::save_state(stopped, {}, "", dir / "state.bin");
+        ModelReader reader(dir / "model.bin");
+        trainer::load_model(resumed, reader);
+        trainer::StateReader state(dir / "state.bin");
+        state.load_moments(resumed);
+        Doubles got = train(resumed, 3, 6);
+        CHECK(got == Doubles(want.begin() + 3, want.end()));
+        CHECK(same_bits(parameters(unbroken), parameters(resumed)));
+    }
 }

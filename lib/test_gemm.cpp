@@ -519,6 +519,31 @@ TEST_CASE("weight_gradient overwrites dW and db, or adds to them, from rows with
                 }
 }
 
+namespace {
+
+template <class T>
+void check_plain_products(Random& r, const LayerSize& s) {
+    auto [M, K, N] = s;
+    INFO(text(s), ", bytes ", sizeof(T));
+    Matrix<T> A(r, M, K, false), B(r, K, N, false);
+    Floats Y(M * N, NAN), whole(M * M), half(M * M, NAN);
+    gemm::product(Y.data(), A.data.data(), B.data.data(), M, K, N);
+    check_sums("product", Y,
+               sums(M, N, K, [&](size_t m, size_t n, size_t k) { return A.at(m, k) * B.at(k, n); }), K);
+    gemm::multiply(sizeof(T) == 2 ? BF16 : FP32,
+                   {M, M, K, {A.data.data(), K, 1}, {A.data.data(), 1, K}, whole.data(), M});
+    gemm::gram(half.data(), A.data.data(), M, K);
+    CHECK(same_bits(half, whole));
+}
+
+}  // namespace
+
+TEST_CASE("product computes Y = A B, and gram X X^T, with the bits of the whole product, fp32 and bf16") {
+    Random r(17);
+    for (const LayerSize& s : LAYERS) check_plain_products<float>(r, s), check_plain_products<bf16>(r, s);
+    check_plain_products<float>(r, {200, 100, 30}), check_plain_products<bf16>(r, {200, 100, 30});
+}
+
 TEST_CASE("bias_gradient sums the columns of dY, overwriting or adding, fp32 and bf16") {
     Random r(15);
     for (size_t N : {1, 7, 8, 15, 16, 17, 63, 64, 65, 200})

@@ -9,8 +9,8 @@ Three cases share the same weights, tokens and targets:
     grover_erf   GROVER, the architecture of AraGPT2-large and -mega, implemented below from its definition
     grover_tanh  the same with the tanh GELU
 Everything is computed in float64 by one thread and stored as float32, so every run writes the same bytes. It
-needs torch 2.0 or newer (torch.func) and a transformers that accepts it; Debian 12's python3-torch 1.13 is
-too old.
+needs torch 2.9 or newer (torch.optim.Muon) and a transformers that accepts it; Debian 12's python3-torch 1.13
+is too old.
 
 The sizes are chosen to reveal mistakes. T < maxT and V < Vp, and no two of B, T, L, NH, hs, C and V are
 equal, so that swapped sizes are noticed. Weights are far larger than GPT-2's initial ones, biases are not
@@ -28,6 +28,8 @@ Its tensors:
     config (8)       maxT V L NH C Vp arch activation of the case "gpt2", as in lib/gpt2.h's header
     tokens, targets  (B,T)
     PARAMETER        each of the 16, with lib/gpt2.h's names and shapes; wte is padded with zero rows to Vp
+    muon/losses (11), muon/norms (10), muon/PARAMETER: of the case "gpt2", below, with Muon instead of AdamW
+                     for the blocks' matrices; the matrices after the last step
 and for each CASE:
     CASE/switches    (2), arch and activation
     CASE/logits      (B,T,V)
@@ -157,6 +159,38 @@ def train(model, weights, tokens, targets):
     return out
 
 
+def train_by_muon(model, weights, tokens, targets):
+    """Losses and norms as train() gives them, and the blocks' matrices after the last step, for
+    torch.optim.Muon on these matrices (qkvw as three) and AdamW on the rest. Muon's Newton-Schulz iteration is
+    in bfloat16."""
+    def leaf(w):
+        return torch.tensor(w, dtype=torch.float64, requires_grad=True)
+
+    matrices = {n: [[leaf(m) for m in np.split(layer, 3 if n == "qkvw" else 1)] for layer in weights[n]]
+                for n in ("qkvw", "attprojw", "fcw", "fcprojw")}
+    others = {n: leaf(w) for n, w in weights.items() if n not in matrices}
+    muon = torch.optim.Muon([m for layers in matrices.values() for parts in layers for m in parts], lr=5e-3,
+                            weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [{"params": [others[n] for n in others if n in DECAYED], "weight_decay": 0.1},
+         {"params": [others[n] for n in others if n not in DECAYED], "weight_decay": 0.0}],
+        lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    leaves = [m for layers in matrices.values() for parts in layers for m in parts] + list(others.values())
+    losses, norms = [], []
+    for step in range(STEPS + 1):
+        p = others | {n: torch.stack([torch.cat(parts) for parts in layers])
+                      for n, layers in matrices.items()}
+        loss = F.cross_entropy(model(p, tokens).view(-1, V), targets.view(-1), ignore_index=-1)
+        losses.append(loss.item())
+        if step == STEPS:
+            break
+        muon.zero_grad(), adamw.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(leaves, 1.0).item())
+        muon.step(), adamw.step()
+    return {"losses": losses, "norms": norms} | {n: p[n].detach().numpy() for n in matrices}
+
+
 def pad(name, x):
     return np.concatenate([x, np.zeros((VP - V, C), x.dtype)]) if name == "wte" else x
 
@@ -208,6 +242,9 @@ def main():
         tensors.update((f"{case}/{name}", x) for name, x in result.items())
         print(f"{case}: losses {result['losses'][0]:.6f} to {result['losses'][-1]:.6f}, "
               f"gradient norms {min(result['norms']):.3f} to {max(result['norms']):.3f}")
+    result = train_by_muon(published, weights, tokens, targets)
+    tensors.update((f"muon/{name}", x) for name, x in result.items())
+    print(f"muon: losses {result['losses'][0]:.6f} to {result['losses'][-1]:.6f}")
     text = (f"dev/golden/golden.py, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, numpy {np.__version__}")
     write(out, text, tensors)

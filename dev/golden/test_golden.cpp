@@ -137,6 +137,49 @@ TEST_CASE("the losses of ten AdamW steps with decay and clipping agree with PyTo
     }
 }
 
+TEST_CASE("ten steps of Muon change the matrices as PyTorch's do, whose iteration is in bf16: to 5%") {
+    for (Dtype dtype : {FP32, BF16}) {
+        CAPTURE(dtype);
+        Golden g = read_golden(PATH, "gpt2");
+        GoldenFile file(PATH);
+        cpu::GPT2 model(g.cfg, g.B, g.T, true, 0, Precision{dtype, true}, {}, MUON);
+        load(model, g);
+        StepSettings settings;
+        settings.lr = 1e-3f, settings.muon_lr = 5e-3f;
+        const std::vector<float>&losses = file.floats("muon/losses", {11}),
+              &norms = file.floats("muon/norms", {10});
+        double worst = 0;
+        for (size_t step = 0; step < losses.size(); step++) {
+            CAPTURE(step);
+            const double error = std::fabs(forward(model, g, training_pass(g)) - losses[step]);
+            CHECK(error <= (dtype == FP32 ? 1e-3 : 6e-3));
+            worst = std::max(worst, error);
+            if (step == norms.size()) break;
+            model.backward();
+            const double norm = model.grad_norm();
+            model.update(settings, (uint32_t)step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
+        }
+        printf("muon, %s   ten steps   losses %.1e  changes", dtype == FP32 ? "fp32" : "bf16", worst);
+        const std::vector<float> after = test::piece(model, PARAMS);
+        const auto off = param_offsets(g.cfg);
+        const size_t L = g.cfg.L, C = g.cfg.C;
+        for (auto [id, rows, cols] : {std::tuple<int, size_t, size_t>{QKVW, 3 * C, C},
+                                      {ATTPROJW, C, C},
+                                      {FCW, 4 * C, C},
+                                      {FCPROJW, C, 4 * C}}) {
+            const char* name = param_table(g.cfg)[id].name;
+            CAPTURE(name);
+            std::vector<float> want = file.floats(strf("muon/%s", name), {L, rows, cols}), got(want.size());
+            for (size_t i = 0; i < want.size(); i++)
+                got[i] = after[off[id] + i] - g.params[off[id] + i], want[i] -= g.params[off[id] + i];
+            const double error = relative_l2(got.data(), want.data(), want.size());
+            CHECK(error <= 5e-2);
+            printf(" %s %.1e", name, error);
+        }
+        printf(" (relative)\n");
+    }
+}
+
 TEST_CASE("the decoder's logits agree with PyTorch's to 1e-4, token by token and in pieces") {
     for (const std::string name : CASES) {
         CAPTURE(name);
