@@ -78,20 +78,29 @@ struct Batch {
     }
 };
 
-// Parameters and moments in memory as a trainer lays them out, and nothing that computes: for tests of files.
-class PlainModel : public HoldsAll<PlainModel> {
+// Parameters and the optimizer's arrays in memory as a trainer lays them out, and nothing that computes: for
+// tests of files.
+class PlainModel {
   public:
     const Config cfg;
+    const Optimizer optimizer;
     Params<float> params;
 
-    explicit PlainModel(const Config& c) : cfg(c) {
+    explicit PlainModel(const Config& c, Optimizer o = ADAMW) : cfg(c), optimizer(o) {
         for (Floats& array : arrays_) array.resize(num_params(c));
         params = {arrays_[PARAMS].data(), c};
     }
     PlainModel(PlainModel&&) = default;  // `params` stays valid: the arrays keep their memory
+    bool has(State s) const { return s == MUON_M ? optimizer == MUON : s != MASTER; }
+    bool sharded() const { return false; }
+    template <class F>
+    void each_range(State s, F f) {
+        for (const ParamPiece& t : param_pieces(cfg))
+            if (state_has(s, optimizer, t.block_matrix)) f(&arrays_[s][t.memory], t.size, t.file);
+    }
     template <class F>
     void each_piece(State s, F f) {
-        for (const ParamPiece& t : param_pieces(cfg)) f(&arrays_[s][t.memory], t.size);
+        each_range(s, [&](float* x, size_t n, size_t) { f(x, n); });
     }
 
   private:
@@ -103,17 +112,19 @@ class PlainModel : public HoldsAll<PlainModel> {
 class ShardedModel {
   public:
     const Config cfg;
+    const Optimizer optimizer;
 
-    ShardedModel(const Config& c, int world, int rank, bool masters)
+    ShardedModel(const Config& c, int world, int rank, bool masters, Optimizer o = ADAMW)
         : cfg(c),
+          optimizer(o),
           masters_(masters),
           params_(num_params(c)),
-          owned_(owned_pieces(c, {world, rank, 1}, false)) {
+          owned_(owned_pieces(c, {world, rank, 1}, false, o)) {
         size_t n = 0;
         for (const OwnedPiece& p : owned_) n = std::max(n, p.shard + p.size);
-        for (State s : {ADAM_M, ADAM_V, MASTER}) arrays_[s].resize(n);
+        for (State s : {ADAM_M, ADAM_V, MASTER, MUON_M}) arrays_[s].resize(n);
     }
-    bool has(State s) const { return s == MASTER ? masters_ : s != MUON_M; }
+    bool has(State s) const { return s == MASTER ? masters_ : s == MUON_M ? optimizer == MUON : true; }
     bool sharded() const { return true; }
     template <class F>
     void each_piece(State s, F f) {
@@ -126,7 +137,8 @@ class ShardedModel {
     }
     template <class F>
     void each_range(State s, F f) {
-        for (const OwnedPiece& p : owned_) f(&arrays_[s][p.shard], p.size, p.file);
+        for (const OwnedPiece& p : owned_)
+            if (state_has(s, optimizer, p.block_matrix)) f(&arrays_[s][p.shard], p.size, p.file);
     }
 
   private:

@@ -370,11 +370,21 @@ TEST_CASE("a state that version 1 wrote is read: settings, progress, moments, bo
 namespace {
 
 // What a state holds, by State, in the file's order; [PARAMS] are the most exact weights that there are.
-using Arrays = std::array<Floats, 4>;
+using Arrays = std::array<Floats, NUM_STATES>;
 
 Arrays random_arrays(const Config& c, uint64_t seed) {
     PlainModel m = random_model(c, seed);
-    return {piece(m, PARAMS), {}, piece(m, ADAM_M), piece(m, ADAM_V)};
+    return {piece(m, PARAMS), {}, piece(m, ADAM_M),
+            piece(m, ADAM_V), {}, Random(seed + 9).floats(num_params(c))};
+}
+// Sets what the model holds of the optimizer's arrays.
+template <class Model>
+void set_arrays(Model& m, const Arrays& arrays) {
+    for (State s : {ADAM_M, ADAM_V, MUON_M})
+        if (m.has(s))
+            m.each_range(s, [&](float* x, size_t n, size_t first) {
+                std::copy(&arrays[s][first], &arrays[s][first] + n, x);
+            });
 }
 trainer::RunRecord some_record(int step) {
     trainer::RunRecord run = {some_progress(), "a=1\n", "me", {1, 2, 3}};
@@ -382,24 +392,22 @@ trainer::RunRecord some_record(int step) {
     return run;
 }
 // A rank's share of the arrays.
-ShardedModel rank_of(const Config& c, int world, int rank, bool masters, const Arrays& arrays) {
-    ShardedModel m(c, world, rank, masters);
+ShardedModel rank_of(const Config& c, int world, int rank, bool masters, const Arrays& arrays,
+                     Optimizer optimizer = ADAMW) {
+    ShardedModel m(c, world, rank, masters, optimizer);
     set_piece(m, PARAMS, arrays[PARAMS]);
-    for (State s : {ADAM_M, ADAM_V})
-        m.each_range(s, [&](float* x, size_t n, size_t first) {
-            std::copy(&arrays[s][first], &arrays[s][first] + n, x);
-        });
+    set_arrays(m, arrays);
     return m;
 }
 // What the trainer does when the ranks save after a step, until `writes` files are written.
 void save_ranks(const std::string& dir, int step, const Config& c, int world, bool masters,
-                const Arrays& arrays, int writes = 99) {
+                const Arrays& arrays, int writes = 99, Optimizer optimizer = ADAMW) {
     std::vector<uint64_t> shards;
     for (int r = 0; r < world && writes-- > 0; r++) {
-        ShardedModel m = rank_of(c, world, r, masters, arrays);
+        ShardedModel m = rank_of(c, world, r, masters, arrays, optimizer);
         shards.push_back(trainer::save_shard(m, {step, r, world}, dir));
     }
-    ShardedModel first = rank_of(c, world, 0, masters, arrays);
+    ShardedModel first = rank_of(c, world, 0, masters, arrays, optimizer);
     if (writes-- > 0) trainer::save_model(first, trainer::numbered(dir, "model", step));
     if (writes > 0)
         trainer::save_sharded_state(some_record(step), trainer::model_checksum(first), shards,
@@ -416,15 +424,15 @@ std::string load(Model& m, const std::string& dir, int step, int rank = 0) {
 }
 // Loads on as many ranks, and compares. `exact`: the weights of the checkpoint.
 void check_loads(const std::string& dir, const Config& c, int world, bool masters, const Arrays& arrays,
-                 const Floats& exact) {
+                 const Floats& exact, Optimizer optimizer = ADAMW) {
     CAPTURE(world);
     CAPTURE(masters);
     for (int r = 0; r < world; r++) {
-        ShardedModel m(c, world, r, masters);
+        ShardedModel m(c, world, r, masters, optimizer);
         REQUIRE(load(m, dir, 7, r) == "");
         CHECK(same_bits(piece(m, PARAMS), masters ? rounded(exact) : exact));
         CHECK((!masters || holds(m, MASTER, exact)));
-        for (State s : {ADAM_M, ADAM_V}) CHECK(holds(m, s, arrays[s]));
+        for (auto& a : optimizer_arrays(optimizer)) CHECK(holds(m, a.state, arrays[a.state]));
     }
 }
 // With sizes that no number of ranks divides; and so small that most ranks hold nothing.
@@ -471,6 +479,40 @@ TEST_CASE("shards: a state that is not sharded is read by any number of ranks, w
         for (int world = 1; world <= 4; world++)
             for (bool masters : {false, true})
                 check_loads(dir.path, c, world, masters, arrays, arrays[PARAMS]);
+    }
+}
+
+TEST_CASE("Muon's momentum and AdamW's moments come back, whole or in shards, on any number of ranks") {
+    for (const Config& c : odd_configs()) {
+        CAPTURE(c.text());
+        const Arrays arrays = random_arrays(c, 104);
+        PlainModel whole(c, MUON), back(c, MUON), adam(c);
+        set_piece(whole, PARAMS, arrays[PARAMS]), set_arrays(whole, arrays);
+        TempDir one;
+        const std::string state = trainer::numbered(one.path, "state", 7);
+        trainer::save_model(whole, trainer::numbered(one.path, "model", 7));
+        trainer::save_state(whole, some_record(7).progress, "a=1\n", state);
+        const size_t floats = std::filesystem::file_size(state) / sizeof(float);
+        CHECK(floats < 2 * num_params(c) - piece(whole, MUON_M).size() + 1500);  // one momentum, not two
+        trainer::StateReader(state).rewrite(some_record(7), trainer::model_checksum(whole));
+        REQUIRE(load(back, one.path, 7) == "");
+        for (auto& a : optimizer_arrays(MUON)) CHECK(same_bits(piece(back, a.state), piece(whole, a.state)));
+        const std::string refused = ": was saved with --optimizer ";
+        CHECK(load(adam, one.path, 7) == state + refused + "muon, this run has adamw");
+        for (int world = 1; world <= 4; world++)
+            for (bool masters : {false, true}) {
+                check_loads(one.path, c, world, masters, arrays, arrays[PARAMS], MUON);
+                TempDir dir;
+                save_ranks(dir.path, 7, c, world, masters, arrays, 99, MUON);
+                for (int others = 1; others <= 4; others++)
+                    check_loads(dir.path, c, others, masters, arrays, arrays[PARAMS], MUON);
+                PlainModel again(c, MUON);
+                REQUIRE(load(again, dir.path, 7) == "");
+                for (State s : {PARAMS, MUON_M, ADAM_M, ADAM_V}) CHECK(holds(again, s, arrays[s]));
+                CHECK(contains(load(adam, dir.path, 7), refused + "muon, this run has adamw"));
+                save_ranks(dir.path, 8, c, world, masters, arrays);
+                CHECK(contains(load(again, dir.path, 8), refused + "adamw, this run has muon"));
+            }
     }
 }
 

@@ -110,27 +110,24 @@ struct RankModel : cpu::GPT2 {
     template <class F>
     void each_range(State s, F f) {
         const std::vector<OwnedPiece> owned = owned_pieces(cfg, ranks.sharding(), !sharded());
-        size_t at = 0;
-        cpu::GPT2::each_piece(s, [&](float* x, size_t n) {
+        cpu::GPT2::each_range(s, [&](float* x, size_t n, size_t at) {
             for (const OwnedPiece& p : owned)
                 if (p.file >= at && p.file < at + n) f(x + p.file - at, p.size, p.file);
-            at += n;
         });
     }
     // Fetches the other ranks' shares: the sum of each number's bits, which only one rank has.
     void resumed(uint32_t t) {
         cpu::GPT2::resumed(t);
-        for (State s : {ADAM_M, ADAM_V}) {
+        for (auto& a : optimizer_arrays(optimizer)) {
             if (!sharded()) continue;
             Doubles bits(num_params(cfg));
-            each_range(s, [&](const float* x, size_t n, size_t first) {
+            each_range(a.state, [&](const float* x, size_t n, size_t first) {
                 for (size_t i = 0; i < n; i++) bits[first + i] = bits_of(x[i]);
             });
             ranks.comm->all_reduce(bits.data(), bits.size());
-            size_t at = 0;
-            cpu::GPT2::each_piece(s, [&](float* x, size_t n) {
+            cpu::GPT2::each_range(a.state, [&](float* x, size_t n, size_t first) {
                 for (size_t i = 0; i < n; i++) {
-                    const uint32_t b = (uint32_t)bits[at++];
+                    const uint32_t b = (uint32_t)bits[first + i];
                     memcpy(&x[i], &b, 4);
                 }
             });
@@ -285,11 +282,15 @@ struct Fixture {
 
 TEST_CASE("ranks: N ranks with the same total batch come to one rank's losses and weights") {
     Fixture f;
-    for (const char* dtype : {"fp32", "bf16"}) {
+    struct {
+        const char *dtype, *optimizer;
+    } kinds[] = {{"fp32", "adamw"}, {"bf16", "adamw"}, {"fp32", "muon"}};
+    for (auto [dtype, optimizer] : kinds) {
         const double most = *dtype == 'f' ? 1e-6 : 1e-3;
+        const std::string kind = strf("%s, %s", dtype, optimizer);
         auto train = [&](int world, const char* batch) {
-            const std::string out = strf("%s_%d_%s", dtype, world, batch);
-            Outcome o = f.run(world, out, {"-b", batch, "--dtype", dtype});
+            const std::string out = strf("%s_%s_%d_%s", dtype, optimizer, world, batch);
+            Outcome o = f.run(world, out, {"-b", batch, "--dtype", dtype, "--optimizer", optimizer});
             check_all_succeed(o);
             if (world > 1)
                 CHECK(contains(o.out, strf("ranks            %d processes, %d of them", world, world)));
@@ -306,9 +307,25 @@ TEST_CASE("ranks: N ranks with the same total batch come to one rank's losses an
         for (auto& c : cases) {
             CAPTURE(c.world);
             const std::string out = train(c.world, c.batch);
-            check_close(strf("ranks, weights, %s", dtype), f.weights(out), want, most);
-            check_close(strf("ranks, losses and norms, %s", dtype), f.logged(out), want_losses, most);
+            check_close("ranks, weights, " + kind, f.weights(out), want, most);
+            check_close("ranks, losses and norms, " + kind, f.logged(out), want_losses, most);
         }
+    }
+}
+
+TEST_CASE("ranks: a sharded run by Muon resumes bit for bit on as many ranks, and to 1e-6 on others") {
+    Fixture f;
+    const std::vector<std::string> muon = {"-b", "6", "--optimizer", "muon", "-z", "1"};
+    check_all_succeed(f.run(2, "whole", muon));
+    const Floats whole = f.weights("whole");
+    for (int world : {2, 1, 3}) {
+        CAPTURE(world);
+        const std::string out = strf("resumed_%d", world);
+        f.copy_at_3("whole", out);
+        check_all_succeed(f.resume(
+            world, out, world == 3 ? std::vector<std::string>{"-b", "4"} : std::vector<std::string>()));
+        if (world == 2) CHECK(f.weights(out) == whole);
+        check_close("ranks, resumed, muon", f.weights(out), Doubles(whole.begin(), whole.end()), 1e-6);
     }
 }
 
