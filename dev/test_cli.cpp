@@ -646,6 +646,32 @@ TEST_CASE("cli: a resumed run skips the same outliers as one that was never stop
     check_same_run(d / "run", d / "whole", 160);
 }
 
+TEST_CASE("cli: a run by Muon says so, resumes bit for bit, and goes on with AdamW only from its model") {
+    TempDir d;
+    const std::string flags = "--data " + tiny().data + MODEL + "--keep 9 --save_every 3 ";
+    Result r = train(flags + "--optimizer muon --learning_rate 1e-3 --max_steps 6 -o " + (d / "whole"));
+    check_success(r);
+    CHECK(contains(r.out, "Muon             the blocks' matrices, learning rate 0.005, momentum 0.95; "));
+    CHECK(contains(r.out, ", Muon and AdamW "));
+    std::filesystem::copy(d / "whole", d / "run");
+    for (const char* kind : {"model", "state"})
+        std::filesystem::remove(d / strf("run/%s_00000006.bin", kind));
+    check_success(train("--resume -o " + (d / "run")));
+    check_same_run(d / "run", d / "whole", 6);
+    check_failure(train("--resume --optimizer adamw --max_steps 8 -o " + (d / "run")), "train_gpt2", 2,
+                  {"--optimizer adamw: " + (d / "run/state_00000006.bin was saved with muon"),
+                   "start anew from its model: --init_from " + (d / "run/model_00000006.bin --out DIR")});
+    check_success(train("--init_from " + (d / "run/model_00000006.bin") + " --data " + tiny().data +
+                        " --optimizer adamw --max_steps 2 -o " + (d / "adamw")));
+    check_failure(train("--resume --optimizer muon --max_steps 8 -o " + (d / "adamw")), "train_gpt2", 2,
+                  {"--optimizer muon: ", "was saved with adamw"});
+    check_failure(train(flags + "--optimizer sgd -o " + (d / "x")), "train_gpt2", 2,
+                  {"--optimizer", "'sgd'", "adamw, muon"});
+    for (const char* rate : {"nan", "-1", "1e9", "fast"})
+        check_failure(train(flags + "--optimizer muon --muon_learning_rate " + rate + " -o " + (d / "x")),
+                      "train_gpt2", 2, {"--muon_learning_rate"});
+}
+
 TEST_CASE("cli: a run that was given relative paths is resumed from any folder") {
     TempDir d;
     std::filesystem::copy(tiny().data, d / "data");
