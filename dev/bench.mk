@@ -3,13 +3,13 @@
 
 # For example: make bench ROWS=char RUNS=5
 #   ROWS         some of 124m-4x64 124m-4x256 124m-1x1024 char
-#   PARTS        some of steps sampling scaling
+#   PARTS        some of steps optimizers sampling scaling
 #   RUNS, STEPS  processes of each contestant, and steps of each process
 #   PATIENCE     how many seconds each process may wait while the machine is slow
 #   PYTHON       one that has PyTorch, or several
 #   LLMC         a checkout of llm.c
 ROWS ?=
-PARTS ?= steps sampling scaling
+PARTS ?= steps optimizers sampling scaling
 RUNS ?=
 STEPS ?=
 PATIENCE ?=

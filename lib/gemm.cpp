@@ -548,6 +548,11 @@ class Multiplication {
         by_columns_ = direct_ ? 2 * N >= M : N > M;
         if (by_columns_) divide_by_columns();
         else divide_by_rows();
+        // A tile that is left out cannot pack a panel for others; and since tasks are of different length,
+        // there are more of them, so that no thread ends long before another.
+        if (p_.lower)
+            tile_packs_ = PACKS_NOTHING, before_tile_ = kc_,
+            tasks_ = std::min(steps_, std::max(tasks_, 4 * threads_));
         // C can be streamed if it is finished in one chunk, and written in whole, aligned vectors.
         streams_ = p_.start == FOR_LATER && chunks_ == 1 && M * N >= STREAMED && p_.ldc % VL == 0 &&
                    !direct_ && (uintptr_t)p_.C % sizeof(vec) == 0 && !p_.bias &&
@@ -725,6 +730,7 @@ class Multiplication {
                rows = by_columns_ ? shared_width : own_width;
         size_t col = by_columns_ ? c.d0 + own_r : c.s0 + shared_r,
                cols = by_columns_ ? own_width : shared_width;
+        if (p_.lower && row + rows <= col) return end;
         const float *shared = c.shared + shared_r * c.units, *own = t.own + own_r * c.units;
         const float *a = by_columns_ ? shared : own, *b = by_columns_ ? own : shared;
         if (direct_) a = (const float*)(A_ + row * A.row + c.k);
@@ -1012,16 +1018,12 @@ void product(float* Y, const bf16* A, const bf16* B, size_t M, size_t K, size_t 
     multiply({M, N, K, Operand(A, K, 1), Operand(B, N, 1), Y, N});
 }
 
-// The rows are divided into parts, of which each is multiplied with the columns up to its last row's: of p
-// parts the share (1 + 1/p) / 2 of the whole product. More parts compute less, but their products are small.
 template <class T>
 static void gram_of(float* Y, const T* X, size_t N, size_t K) {
-    constexpr size_t PARTS = 6, BLOCK = 32;
-    const size_t part = round_up(ceil_div(N, PARTS), MR);
-    for (size_t i = 0; i < N; i += part) {
-        const size_t rows = std::min(part, N - i);
-        multiply({rows, i + rows, K, Operand(X + i * K, K, 1), Operand(X, 1, K), Y + i * N, N});
-    }
+    constexpr size_t BLOCK = 32;
+    Product p = {N, N, K, Operand(X, K, 1), Operand(X, 1, K), Y, N};
+    p.lower = true;
+    multiply(p);
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t i0 = 0; i0 < N; i0 += BLOCK)
         for (size_t j0 = i0; j0 < N; j0 += BLOCK)

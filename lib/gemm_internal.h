@@ -76,6 +76,7 @@ struct Product {
     Start start = OVERWRITE;
     const float* bias = nullptr;  // (N), added where C is overwritten
     Epilogue epilogue{};
+    bool lower = false;  // leaves out tiles that lie wholly above the diagonal
 };
 
 // Computes the product with all threads, of floats, or of numbers rounded to bf16. With FP32 both operands

@@ -57,10 +57,12 @@ Precision precision_of(const std::string& dtype) {
     return p;
 }
 
-int work_step(const Row& r, const std::string& dtype, int steps) {
+// A step of `micro_steps` batches: its time, and that of the optimizer, the gradient's norm included.
+int work_step(const Row& r, const std::string& dtype, int steps, Optimizer optimizer = ADAMW,
+              size_t micro_steps = 1) {
     Config c = r.config();
     size_t B = r.B, T = r.T;
-    cpu::GPT2 model(c, B, T, true, 0, precision_of(dtype));
+    cpu::GPT2 model(c, B, T, true, 0, precision_of(dtype), {}, optimizer);
     model.init_weights(1);
     std::vector<int> x(B * T), y(B * T);
     rng::Key key(1, 0, rng::SAMPLE);
@@ -70,14 +72,44 @@ int work_step(const Row& r, const std::string& dtype, int steps) {
     adam.grad_clip = 1;
     for (uint32_t s = 0; s < (uint32_t)steps; s++) {
         Pass pass;
-        pass.train = true, pass.step = s, pass.grad_scale = 1.0f / (float)(B * T);
+        pass.train = true, pass.step = s, pass.grad_scale = 1.0f / (float)(B * T * micro_steps);
         double t0 = bench::now();
-        model.accumulate(x.data(), y.data(), B, T, pass);
+        for (size_t i = 0; i < micro_steps; i++) model.accumulate(x.data(), y.data(), B, T, pass);
+        double t1 = bench::now();
         StepResult result = model.step(adam, s + 1);
-        printf("ms %.2f\n", 1e3 * (bench::now() - t0));
+        printf("ms %.2f\nupdate_ms %.2f\n", 1e3 * (bench::now() - t0), 1e3 * (bench::now() - t1));
         if (!s && !(std::fabs(result.loss - std::log(c.V)) < 1))
             fail("the first loss is %g, wanted about %g", result.loss, std::log(c.V));
     }
+    return 0;
+}
+
+// The operations a second of Muon's iteration on matrices (C,C) and (C,4C), symmetric products counted as
+// half: as a share of the processor's peak, which is measured just before.
+template <class A>
+int work_muon(int C) {
+    Config c;
+    c.C = C;
+    Arena count, arena;
+    cpu::MuonScratch<A> scratch;
+    scratch.place(count, c, 1);
+    machine::Memory memory(count.used, "scratch memory");
+    arena.base = memory.as<char>();
+    scratch.place(arena, c, 1);
+    const double n = C;
+    for (const size_t m : {(size_t)C, 4 * (size_t)C})
+        for (int run = 0; run < 12; run++) {
+            rng::Key key(1, 0, rng::SAMPLE);
+            for (size_t i = 0; i < (size_t)C * m; i++)
+                scratch.sums[i] = (float)(int32_t)key.u32(i) * 0x1p-31f;
+            const double flops = NewtonSchulz::ITERATIONS *
+                                 (n * n * (double)m + n * n * n + 2 * n * n * (double)m),
+                         peak = gemm::measure_peak_flops(std::is_same<A, float>::value ? FP32 : BF16),
+                         t0 = bench::now();
+            cpu::muon_orthogonalise(scratch, (size_t)C, m, false);
+            const double share = flops / (bench::now() - t0) / peak;
+            if (run >= 2) printf("%s %.3f\n", m == (size_t)C ? "square" : "wide", share);
+        }
     return 0;
 }
 
@@ -271,7 +303,8 @@ struct Python {
 
 struct Options {
     int runs = 3, steps = 3, threads = 0, patience = 0;
-    std::string rows, parts = "steps sampling scaling", python = "python3", llmc, out = "out/bench.md";
+    std::string rows, parts = "steps optimizers sampling scaling", python = "python3", llmc,
+                      out = "out/bench.md";
     std::string self, build;  // this program's file, and its folder
     std::vector<Python> pythons;
     Words common_env() const {
@@ -458,6 +491,56 @@ void bench_sampling(const Options& o, Report& report) {
     }
 }
 
+// What the optimizer takes of a step of 16,384 tokens, which are accumulated over several batches; and how
+// near to the peak Muon's iteration comes.
+void bench_optimizers(const Options& o, Report& report) {
+    constexpr size_t TOKENS = 16384;
+    report.add(
+        "\n### Optimizers, 16,384 tokens a step\n\n| | | optimizer | a step, ms | the optimizer, ms | its "
+        "share "
+        "| peak memory | others |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    for (const char* name : {"char", "124m-4x256"}) {
+        const Row& r = find_row(name);
+        std::vector<Contestant> all;
+        for (const char* dtype : {"fp32", "bf16"})
+            for (const char* optimizer : {"adamw", "muon"}) {
+                all.push_back(ours(o, dtype,
+                                   {"step", r.name, dtype, std::to_string(o.steps + 1), optimizer,
+                                    std::to_string(TOKENS / r.tokens())}));
+                all.back().name = optimizer;
+            }
+        race(all, o);
+        for (Contestant& c : all) {
+            bool busy;
+            const Samples step = c.samples(&busy);
+            c.key = "update_ms";
+            const Samples update = c.samples();
+            if (!c.missing.empty())
+                report.add(strf("| %s | %s | %s | %s | | | | |\n", r.title, c.dtype.c_str(), c.name.c_str(),
+                                c.missing.c_str()));
+            else
+                report.add(strf("| %s | %s | %s | %s | %s | %.1f%% | %s | %s |\n", r.title, c.dtype.c_str(),
+                                c.name.c_str(), spread(step, "", 1, 0).c_str(),
+                                spread(update, "", 1, 1).c_str(), 100 * update.median() / step.median(),
+                                human_bytes(c.rss()).c_str(), others_text(c, busy).c_str()));
+        }
+    }
+    report.add(
+        "\n| Muon's iteration | | share of peak, (C,C) | (C,4C) | others |\n| --- | --- | --- | --- | --- "
+        "|\n");
+    for (int C : {384, 768})
+        for (const char* dtype : {"fp32", "bf16"}) {
+            std::vector<Contestant> all = {ours(o, dtype, {"muon", dtype, std::to_string(C)}, "square")};
+            race(all, o);
+            bool busy;
+            const Samples square = all[0].samples(&busy);
+            all[0].key = "wide";
+            report.add(strf("| C = %d | %s | %s | %s | %s |\n", C, dtype, spread(square, "%", 100, 0).c_str(),
+                            spread(all[0].samples(), "%", 100, 0).c_str(),
+                            others_text(all[0], busy).c_str()));
+        }
+}
+
 // The gain from several threads, and the serial share that explains it. By Amdahl's law (1967), a program
 // whose share s is serial gains g = 1 / (s + (1-s)/n) from n threads, so s = (n/g - 1) / (n - 1).
 void bench_scaling(const Options& o, const std::vector<const Row*>& rows, Report& report) {
@@ -497,7 +580,7 @@ Options parse_options(int argc, char** argv) {
     Flags f("bench", "times training steps and sampling, in comparison with PyTorch and llm.c");
     f.add("rows", "", &o.rows, "NAMES",
           "124m-4x64, 124m-4x256, 124m-1x1024, char, or parts of these names; \"\": all");
-    f.add("parts", "", &o.parts, "NAMES", "which tables: steps, sampling, scaling");
+    f.add("parts", "", &o.parts, "NAMES", "which tables: steps, optimizers, sampling, scaling");
     f.add("runs", "", &o.runs, "N", "processes of each contestant, which alternate").range(1, 1000);
     f.add("steps", "", &o.steps, "N", "timed steps of each process").range(1, 1e6);
     f.add("threads", "", &o.threads, "N", "threads; 0: all cores").range(0, 4096);
@@ -568,6 +651,7 @@ int bench_all(int argc, char** argv) {
     Peak peak = measure_peak(o, o.threads, report);
     if (wants("steps"))
         for (const Row* r : rows) bench_steps(o, *r, peak, report);
+    if (wants("optimizers")) bench_optimizers(o, report);
     if (wants("sampling")) bench_sampling(o, report);
     if (wants("scaling")) bench_scaling(o, rows, report);
     report.add(strf(
@@ -588,9 +672,16 @@ int bench_all(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     std::string what = argc > 1 ? argv[1] : "";
-    if (what == "step" || what == "sample") machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 do
+    if (what == "step" || what == "sample" || what == "muon")
+        machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 do
     return run_main("bench", [&] {
         if (what == "step" && argc == 5) return work_step(find_row(argv[2]), argv[3], atoi(argv[4]));
+        if (what == "step" && argc == 7)
+            return work_step(find_row(argv[2]), argv[3], atoi(argv[4]),
+                             argv[5] == std::string("muon") ? MUON : ADAMW, (size_t)atoi(argv[6]));
+        if (what == "muon" && argc == 4)
+            return argv[2] == std::string("bf16") ? work_muon<gemm::bf16>(atoi(argv[3]))
+                                                  : work_muon<float>(atoi(argv[3]));
         if (what == "sample" && argc == 5) return work_sample(argv[2], atoi(argv[3]), atoi(argv[4]));
         if (what == "peak" && argc == 3) return work_peak(atoi(argv[2]));
         if (what == "llmc_files" && argc == 4) return write_llmc_files(find_row(argv[2]), argv[3]);
