@@ -32,6 +32,9 @@ PREPARE_FLAGS ?=
 # the same folder
 HF ?=
 FROM ?=
+# `make plot OUT="out/a out/b"` compares runs: against steps, tokens or seconds of training, in this image
+AXIS ?= steps
+COMPARED ?= out/compared.png
 # Where `make ladder` writes
 LADDER ?= $(OUT)/ladder
 LADDER_FLAGS ?=
@@ -53,6 +56,7 @@ help:
 	@echo "make finetune FROM=FILE ..     the same from a checkpoint trained here, e.g. FROM=out/model.bin"
 	@echo "make export OUT=out/mine       write it in Hugging Face's form to OUT/hf (HF=DIR: with its tokenizer)"
 	@echo "make plot                      draw the losses of OUT/log.csv to OUT/loss.png"
+	@echo "  OUT='out/a out/b'            several runs in $(COMPARED); AXIS=steps, tokens or seconds"
 	@echo "make ladder                    from a bigram table to GPT-2's block, rung by rung (dev/ladder)"
 	@echo "make demo                      a page where you write with the poet: http://127.0.0.1:8080"
 	@echo "  MODEL=out/mine/model.bin     another model; PORT=9000, GPU=1"
@@ -112,10 +116,17 @@ export: convert_gpt2 | $(call named,train ladder finetune)
 	./convert_gpt2 to-hf $(call quote,$(OUT)/model.bin) $(call quote,$(OUT)/hf)$(if $(HF), \
 	  --tokenizer_dir $(call quote,$(HF)))
 
+# Several runs, unless the name of one has spaces
+several = $(and $(word 2,$(OUT)),$(if $(shell test -e $(call quote,$(OUT)) && echo one),,several))
 plot: | need-plot $(call named,train ladder finetune export)
+ifneq ($(several),)
+	@mkdir -p $(dir $(COMPARED))
+	dev/plot/compare.sh $(AXIS) $(COMPARED) $(OUT)
+else
 	@test -s $(call quote,$(OUT)/log.csv) || { \
 	  echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }
 	gnuplot -c dev/plot/loss.gp $(call quote,$(OUT))
+endif
 
 # --- the programs. They are in the root, whichever BUILD they come from, and are relinked when BUILD changes.
 ifeq ($(portable),)

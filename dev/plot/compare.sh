@@ -1,0 +1,42 @@
+#!/bin/sh
+# Draws the validation losses of several runs in one plot, and faintly their smoothed training losses:
+#
+#     dev/plot/compare.sh steps|tokens|seconds IMAGE.png DIR...
+#
+# Each DIR is a run's folder with log.csv. Tokens and seconds are those of training, summed over the steps.
+set -e
+[ $# -ge 3 ] || { echo "usage: dev/plot/compare.sh steps|tokens|seconds IMAGE.png DIR..." >&2; exit 2; }
+axis=$1 image=$2
+shift 2
+case $axis in
+steps | tokens | seconds) ;;
+*) echo "compare.sh: the axis is '$axis', wanted steps, tokens or seconds" >&2; exit 2 ;;
+esac
+for dir; do
+    [ -s "$dir/log.csv" ] || { echo "compare.sh: $dir/log.csv is missing or empty" >&2; exit 1; }
+done
+
+# One text in gnuplot's single quotes
+quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
+{
+    echo 'set terminal pngcairo size 1100,650 font "sans,12"'
+    echo "set output $(quoted "$image")"
+    echo "set xlabel '$axis of training'; set ylabel 'loss, nats per token'; set grid; set key top right"
+    echo 'set datafile missing "?"'
+    plot=plot i=0
+    for dir; do
+        i=$((i + 1))
+        # x, smoothed training loss, validation loss
+        echo "\$run$i << END"
+        awk -F, -v axis="$axis" 'NR > 1 {
+            if ($8 != "") seconds += $8 / 1000
+            if ($8 != "") tokens += $8 / 1000 * $9
+            x = axis == "steps" ? $1 : axis == "tokens" ? tokens + 0 : seconds + 0
+            print x, $3 == "" ? "?" : $3, $4 == "" ? "?" : $4
+        }' "$dir/log.csv"
+        echo END
+        plot="$plot \$run$i using 1:2 with lines lc $i dt 3 notitle, \$run$i using 1:3 with linespoints lw 2 \
+lc $i pt 7 ps 0.6 title $(quoted "$dir") noenhanced,"
+    done
+    echo "${plot%,}"
+} | gnuplot
