@@ -672,6 +672,26 @@ TEST_CASE("cli: a run by Muon says so, resumes bit for bit, and goes on with Ada
                       "train_gpt2", 2, {"--muon_learning_rate"});
 }
 
+TEST_CASE("cli: dev/ladder/optimizers.py tables both optimizers, and goes on where it was stopped") {
+    if (run({"/bin/sh", "-c", "command -v python3"}).code) return skip("python3: not found");
+    TempDir d;
+    const std::vector<std::string> script = {
+        "/bin/sh", "-c",
+        "dev/ladder/optimizers.py data/sample_poems.csv --parts a --steps 2 "
+        "--out " +
+            (d / "runs")};
+    Result r = run(script);
+    check_success(r);
+    const std::string report = read_file(d / "runs/report.md");
+    for (const char* row : {"| adamw | 0.001 | ", "| muon | 0.004 | ", "| muon, AdamW's seconds | "})
+        CHECK(contains(report, row));
+    const auto first = std::filesystem::last_write_time(d / "runs/a/muon_0.001_seed1_cosine_2/log.csv");
+    std::filesystem::remove_all(d / "runs/a/adamw_0.002_seed1_cosine_2");
+    check_success(run(script));
+    CHECK(std::filesystem::last_write_time(d / "runs/a/muon_0.001_seed1_cosine_2/log.csv") == first);
+    CHECK(file_exists(d / "runs/a/adamw_0.002_seed1_cosine_2/model.bin"));
+}
+
 TEST_CASE("cli: a run that was given relative paths is resumed from any folder") {
     TempDir d;
     std::filesystem::copy(tiny().data, d / "data");

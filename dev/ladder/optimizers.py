@@ -18,6 +18,7 @@ import argparse
 import csv
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -122,6 +123,9 @@ class Experiment:
                   (f"Muon first validates at AdamW's lowest loss or below after {reached[0]} of "
                    f"{self.steps} steps." if reached else "Muon does not reach AdamW's lowest loss."), ""]
         for axis in ("steps", "seconds"):
+            if not shutil.which("gnuplot"):
+                print("no curves: gnuplot is missing; sudo apt-get install gnuplot-nox")
+                break
             image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.png")
             command(["dev/plot/compare.sh", axis, image, first["adamw"].folder, first["muon"].folder,
                      timed[0].folder], image + ".txt")
