@@ -51,6 +51,12 @@ ranks() { train "$1" "ranks$1" -b $((12 / $1)) --max_steps 12 && same_losses one
 check "one rank trains" one_rank
 for n in 2 3 4; do check "$n ranks come to one rank's losses" ranks $n; done
 
+muon() {
+    train 1 muon1 -b 12 --max_steps 12 --optimizer muon &&
+        train 3 muon3 -b 4 --max_steps 12 --optimizer muon && same_losses muon1 muon3
+}
+check "three ranks come to one rank's losses by Muon" muon
+
 stopped() {
     train 2 stopped -b 6 --max_steps 100000 &
     wait_for_step stopped 20
