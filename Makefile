@@ -40,7 +40,7 @@ LADDER ?= $(OUT)/ladder
 LADDER_FLAGS ?=
 
 PROGRAMS = train_gpt2 sample_gpt2 prepare_data
-TOOLS = convert_gpt2 export_tokenizer tokenize score_poems export_run
+TOOLS = convert_gpt2 export_tokenizer tokenize score_poems ngram export_run
 # The matrix product, compiled for bf16 and for fp32. The object that takes longest comes first.
 GEMM = lib/gemm_bf16.o lib/gemm_fp32.o
 
@@ -145,6 +145,7 @@ prepare_data: $(BUILD)/data/prepare_data.o $(BUILD)/data/json.o
 convert_gpt2: $(BUILD)/dev/convert/convert_gpt2.o
 export_tokenizer tokenize: %: $(BUILD)/tokenizer/%.o
 score_poems: $(BUILD)/dev/ladder/score_poems.o $(BUILD)/data/json.o
+ngram: $(BUILD)/dev/ladder/ngram.o
 export_run: $(BUILD)/dev/ladder/export_run.o $(GEMM:%=$(BUILD)/%)
 prepare_data $(TOOLS): build/programs/flags
 	$(call link,$(BUILD))
