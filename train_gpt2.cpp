@@ -474,27 +474,30 @@ inline void adamw(float* w, float* m, float* v, const float* grad, size_t n, con
 // What Muon works on: one matrix at a time, as (n,m) with n <= m. A is the type of the products' operands.
 template <class A>
 struct MuonScratch {
-    float *sums, *gram, *square;   // (n,m), (n,n), (n,n): what products compute
-    A *x, *gram_operand, *factor;  // the same numbers as operands; factor (n,n)
-    float* gathered;               // with several ranks: an (n,m) of each
-    double* squares;               // of blocks of gradients
+    float *sums, *gram, *square;  // (n,m), (n,n), (n,n): what products compute
+    // Operands: (n,m), (n,n), (n,n). gram_operand is the memory that gram is rounded to; with floats the
+    // products read gram itself.
+    A *x, *gram_operand, *factor;
+    float* gathered;  // with several ranks: some rows of each one's result
+    double* squares;  // sums of blocks of squares, for the norm
 
+    static constexpr size_t GATHERED = 1 << 18;  // floats of each rank that are gathered at once, or a row
     // For the largest matrices of a model; see muon_groups().
     void place(Arena& a, const Config& c, size_t world) {
         const size_t C = (size_t)c.C, n = C * 4 * C;
-        const bool floats = std::is_same<A, float>::value;
         sums = a.take<float>(n), gram = a.take<float>(C, C), square = a.take<float>(C, C);
         x = a.take<A>(n), factor = a.take<A>(C, C);
-        gram_operand = floats ? (A*)gram : a.take<A>(C, C);
-        gathered = world > 1 ? a.take<float>(world, n) : nullptr;
+        gram_operand = std::is_same<A, float>::value ? nullptr : a.take<A>(C, C);
+        gathered = world > 1 ? a.take<float>(world, std::max(GATHERED, 4 * C)) : nullptr;
         squares = a.take<double>(ceil_div(n, gemm::SQUARES));
     }
 };
 
-// One step of Muon on an (n,m) matrix w, stored transposed or not, is
-//     g = scale grad,  m = beta m + (1 - beta) g,  d = beta m + (1 - beta) g       (Nesterov's momentum)
-//     w = w (1 - lr decay) - lr muon_scale() X,  X = d with all singular values moved to about 1
-// muon_direction() is the first line, muon_orthogonalise() makes X of d, muon_apply() is the last line.
+// One step of Muon on a matrix w (n,m), or stored as its transpose (m,n), is
+//     g = scale grad,  momentum = beta momentum + (1 - beta) g
+//     d = beta momentum + (1 - beta) g                                        Nesterov's step
+//     w = w (1 - lr decay) - lr muon_scale(m) X,  X = d with its singular values moved to about 1
+// muon_direction() is the first two lines, muon_orthogonalise() makes X of d, muon_apply() is the last line.
 struct MuonStep {
     float beta, lr, decay, scale;
 };
@@ -512,7 +515,7 @@ inline void muon_direction(float* direction, float* momentum, const float* grad,
             if (direction) store(direction + i, s.beta * m + g, count);
         }
 }
-// to (n,m) = from times factor, or of from (m,n) its transpose.
+// to (n,m) = factor times `from`, which is (n,m), or transposed: (m,n).
 template <class A>
 inline void scaled(A* to, const float* from, size_t n, size_t m, bool transposed, float factor) {
     constexpr size_t BLOCK = 32;
@@ -529,7 +532,7 @@ inline void scaled(A* to, const float* from, size_t n, size_t m, bool transposed
             }
         }
 }
-// s.sums, the direction of an (n,m) matrix as it is stored, becomes X (n,m), not transposed.
+// s.sums, the direction of a matrix as it is stored, becomes X (n,m), not transposed.
 template <class A>
 inline void muon_orthogonalise(const MuonScratch<A>& s, size_t n, size_t m, bool transposed) {
     using NS = NewtonSchulz;
@@ -537,9 +540,14 @@ inline void muon_orthogonalise(const MuonScratch<A>& s, size_t n, size_t m, bool
     double sum = 0;
     for (size_t i = 0; i < ceil_div(n * m, gemm::SQUARES); i++) sum += s.squares[i];
     scaled(s.x, s.sums, n, m, transposed, 1.0f / std::max((float)std::sqrt(sum), NS::EPS));
+    // x is an iteration's operand, out its result. A result of floats is the next operand as it is, and the
+    // two take turns.
+    const A* x = s.x;
+    float *out = s.sums, *other = std::is_same<A, float>::value ? (float*)s.x : s.sums;
+    static_assert(NS::ITERATIONS % 2, "so that the last result is in s.sums");
     for (int i = 0; i < NS::ITERATIONS; i++) {
         // X = (a I + b G + c G^2) X, with G = X X^T
-        gemm::gram(s.gram, s.x, n, m);
+        gemm::gram(s.gram, x, n, m);
         gemm::gram(s.square, simd::rounded(s.gram_operand, s.gram, n * n), n, n);
 #pragma omp parallel for schedule(static)
         for (size_t r = 0; r < n; r++) {
@@ -548,23 +556,27 @@ inline void muon_orthogonalise(const MuonScratch<A>& s, size_t n, size_t m, bool
             row[r] += NS::A;
             for (size_t c = 0; c < n; c += VL) store(s.factor + r * n + c, load(row + c, n - c), n - c);
         }
-        gemm::product(s.sums, s.factor, s.x, n, n, m);
-        if (i + 1 < NS::ITERATIONS) scaled(s.x, s.sums, n, m, false, 1);
+        gemm::product(out, s.factor, x, n, n, m);
+        if (i + 1 < NS::ITERATIONS) x = simd::rounded(s.x, out, n * m), std::swap(out, other);
     }
 }
-// w = w (1 - lr decay) - lr muon_scale() X
-inline void muon_apply(float* w, const float* X, size_t n, size_t m, bool transposed, const MuonStep& s) {
+// w = w (1 - lr decay) - lr muon_scale(m) X, for the rows [first, first + rows) of X, which X points to.
+inline void muon_apply(float* w, const float* X, size_t n, size_t m, size_t first, size_t rows,
+                       bool transposed, const MuonStep& s) {
     const float shrink = 1.0f - s.lr * s.decay, factor = s.lr * muon_scale(m);
-    const size_t rows = transposed ? m : n, columns = transposed ? n : m;  // of w
     constexpr size_t BLOCK = 32;
 #pragma omp parallel for schedule(static)
-    for (size_t r0 = 0; r0 < rows; r0 += BLOCK)
-        for (size_t c0 = 0; c0 < columns; c0 += BLOCK)
-            for (size_t r = r0; r < std::min(rows, r0 + BLOCK); r++)
-                for (size_t c = c0; c < std::min(columns, c0 + BLOCK); c++) {
-                    float& x = w[r * columns + c];
-                    x = x * shrink - factor * (transposed ? X[c * m + r] : X[r * m + c]);
-                }
+    for (size_t j0 = 0; j0 < m; j0 += BLOCK)
+        for (size_t i0 = 0; i0 < rows; i0 += BLOCK) {
+            const size_t j1 = std::min(m, j0 + BLOCK), i1 = std::min(rows, i0 + BLOCK);
+            auto update = [&](float& x, size_t i, size_t j) { x = x * shrink - factor * X[i * m + j]; };
+            if (transposed)
+                for (size_t j = j0; j < j1; j++)
+                    for (size_t i = i0; i < i1; i++) update(w[j * n + first + i], i, j);
+            else
+                for (size_t i = i0; i < i1; i++)
+                    for (size_t j = j0; j < j1; j++) update(w[(first + i) * m + j], i, j);
+        }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -650,7 +662,7 @@ struct GPT2 : States {
           recompute(recompute_),
           precision(precision_),
           ranks(ranks_) {
-        check_config(c, "model"), check_precision(precision);
+        check_precision(precision);
         MemoryNeed need = memory_need(c, B, T, trains, recompute, precision, ranks, optimizer);
         threads_ = omp_get_max_threads();
         States::allocate(need, in_bf16(B, precision));
@@ -1022,7 +1034,7 @@ struct GPT2 : States {
     }
 
     // Muon on the blocks' matrices. Ranks have the same momentum, and share out the orthogonalising: in each
-    // round every rank takes one matrix, and all get all results.
+    // round every rank takes one matrix, and all get all results, some rows at a time.
     template <class A>
     void update_by_muon(const MuonStep& step) {
         const MuonScratch<A>& s = tensors<A>().muon;
@@ -1031,18 +1043,24 @@ struct GPT2 : States {
         for (const MuonGroup& group : muon_groups_) {
             const size_t n = group.n, m = group.m, count = group.matrices.size();
             for (size_t first = 0; first < count; first += world) {
-                for (size_t i = first; i < std::min(count, first + world); i++) {
+                const size_t end = std::min(count, first + world);
+                for (size_t i = first; i < end; i++) {
                     const size_t at = group.matrices[i].memory;
                     muon_direction(i - first == mine ? s.sums : nullptr, momentum + at, g + at, n * m, step);
                 }
-                if (first + mine < count)
-                    muon_orthogonalise(s, n, m, group.matrices[first + mine].transposed);
-                const float* results = s.sums;
-                if (world > 1)
-                    ranks.comm->all_gather(s.gathered, s.sums, n * m * sizeof(float)), results = s.gathered;
-                for (size_t i = first; i < std::min(count, first + world); i++)
-                    muon_apply(w + group.matrices[i].memory, results + (i - first) * n * m, n, m,
-                               group.matrices[i].transposed, step);
+                if (first + mine < end) muon_orthogonalise(s, n, m, group.matrices[first + mine].transposed);
+                const size_t at_once = world > 1 ? std::max<size_t>(1, MuonScratch<A>::GATHERED / m) : n;
+                for (size_t row = 0; row < n; row += at_once) {
+                    const size_t rows = std::min(at_once, n - row), floats = rows * m;
+                    const float* results = s.sums + row * m;  // of the matrices of this round
+                    if (world > 1) {
+                        ranks.comm->all_gather(s.gathered, results, floats * sizeof(float));
+                        results = s.gathered;
+                    }
+                    for (size_t i = first; i < end; i++)
+                        muon_apply(w + group.matrices[i].memory, results + (i - first) * floats, n, m, row,
+                                   rows, group.matrices[i].transposed, step);
+                }
             }
         }
     }

@@ -12,31 +12,45 @@ namespace {
 
 using fuzz::read, fuzz::require, fuzz::write;
 
-enum Mode { MODEL, TOKENS, STATE, SHARDED_STATE, SHARD, NUM_MODES };
+// SHARD: the first shard of a state of two ranks. The last two are of a run by Muon.
+enum Mode { MODEL, TOKENS, STATE, SHARDED_STATE, SHARD, MUON_STATE, MUON_SHARD, NUM_MODES };
+Optimizer optimizer_of(int mode) { return mode == MUON_STATE || mode == MUON_SHARD ? MUON : ADAMW; }
 
-// A model's parameters, gradients and moments without a model, which is all that the files need.
-struct Numbers : HoldsAll<Numbers> {
+// A model's parameters, gradients and the optimizer's arrays without a model, which is all that the files
+// need.
+struct Numbers {
     Config cfg;
+    Optimizer optimizer;
     std::vector<float> x[NUM_STATES];  // indexed by State
-    explicit Numbers(const Config& c) : cfg(c) {
+    explicit Numbers(const Config& c, Optimizer o) : cfg(c), optimizer(o) {
         for (auto& v : x)
             for (size_t i = 0; i < num_params(c); i++) v.push_back((float)i);
     }
+    bool has(State s) const { return s != MASTER; }
+    bool sharded() const { return false; }
+    template <class F>
+    void each_range(State s, F f) {
+        for (const ParamPiece& p : param_pieces(cfg))
+            if (state_has(s, optimizer, p.block_matrix)) f(&x[s][p.file], p.size, p.file);
+    }
     template <class F>
     void each_piece(State s, F f) {
-        f(x[s].data(), x[s].size());
+        each_range(s, [&](float* p, size_t n, size_t) { f(p, n); });
     }
 };
 
 // What one of two ranks holds of it, master weights among it.
 struct Half : Numbers {
     const size_t rank;
-    Half(const Config& c, size_t rank_) : Numbers(c), rank(rank_) {}
-    bool has(State s) const { return s != MUON_M; }
+    Half(const Config& c, Optimizer o, size_t rank_) : Numbers(c, o), rank(rank_) {}
+    bool has(State) const { return true; }
     template <class F>
     void each_range(State s, F f) {
-        const size_t half = x[s].size() / 2;
-        f(x[s].data() + rank * half, rank ? x[s].size() - half : half, rank * half);
+        const size_t half = num_params(cfg) / 2, begin = rank * half, end = rank ? num_params(cfg) : half;
+        Numbers::each_range(s, [&](float* p, size_t n, size_t first) {
+            const size_t from = std::max(first, begin), to = std::min(first + n, end);
+            if (from < to) f(p + (from - first), to - from, from);
+        });
     }
 };
 
@@ -55,26 +69,32 @@ std::string settings() {
 
 // Saves the state of two ranks whose shards have these checksums.
 void save_sharded(const std::string& path, const std::vector<uint64_t>& shards) {
-    Numbers model(tiny());
+    Numbers model(tiny(), ADAMW);
     trainer::save_sharded_state({{}, settings(), "", {}}, trainer::model_checksum(model), shards, path);
 }
 
-// A temporary folder with the shards of a state in it, and the contents of valid files.
+// A temporary folder with the shards of a state in it, by AdamW and, in its folder muon, by Muon; and the
+// contents of valid files.
 struct Valid : fuzz::Folder {
     std::string content[NUM_MODES];
-    std::vector<uint64_t> shards;  // their checksums
+    std::vector<uint64_t> shards[2];  // by the optimizer: their checksums
+    std::string folder(Optimizer o) const { return o == MUON ? dir + "/muon" : dir; }
     Valid() {
-        Numbers model(tiny());
-        trainer::save_model(model, dir + "/model"), content[MODEL] = read(dir + "/model");
+        make_dirs(folder(MUON));
         write_tokens(dir + "/tokens", {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}),
             content[TOKENS] = read(dir + "/tokens");
-        trainer::save_state(model, {}, settings(), dir + "/state"), content[STATE] = read(dir + "/state");
-        for (int r : {0, 1}) {
-            Half half(tiny(), (size_t)r);
-            shards.push_back(trainer::save_shard(half, {0, r, 2}, dir));
+        for (Optimizer o : {ADAMW, MUON}) {
+            Numbers model(tiny(), o);
+            trainer::save_model(model, dir + "/model"), content[MODEL] = read(dir + "/model");
+            trainer::save_state(model, {}, settings(), dir + "/state");
+            content[o == MUON ? MUON_STATE : STATE] = read(dir + "/state");
+            for (int r : {0, 1}) {
+                Half half(tiny(), o, (size_t)r);
+                shards[o].push_back(trainer::save_shard(half, {0, r, 2}, folder(o)));
+            }
+            content[o == MUON ? MUON_SHARD : SHARD] = read(trainer::ShardOf{0, 0, 2}.path(folder(o)));
         }
-        content[SHARD] = read(trainer::ShardOf{0, 0, 2}.path(dir));
-        save_sharded(dir + "/state", shards), content[SHARDED_STATE] = read(dir + "/state");
+        save_sharded(dir + "/state", shards[ADAMW]), content[SHARDED_STATE] = read(dir + "/state");
     }
 };
 const Valid& valid() {
@@ -118,13 +138,13 @@ void read_tokens(const std::string& path) {
     file.check_vocab(50257);
 }
 
-// Restores the flags and the moments as --resume does, writes the state, and reads it again.
-void read_state(const std::string& path) {
+// Restores the flags and the optimizer's arrays as --resume does, writes the state, and reads it again.
+void read_state(const std::string& path, Optimizer optimizer) {
     trainer::StateReader r(path);
     trainer::Options o;
     Flags f("fuzz", "");
     trainer::add_flags(f, o, "train_gpt2");
-    Numbers model(tiny());
+    Numbers model(tiny(), optimizer);
     try {
         f.restore(r.settings);
     } catch (const UsageError&) {}
@@ -138,18 +158,19 @@ void read_state(const std::string& path) {
 }
 
 // The same with a file as the first shard of a state, which knows its checksum.
-void read_shard(const std::string& content) {
-    const std::string first = trainer::ShardOf{0, 0, 2}.path(valid().dir);
+void read_shard(const std::string& content, Optimizer optimizer) {
+    const std::string dir = valid().folder(optimizer), first = trainer::ShardOf{0, 0, 2}.path(dir),
+                      &good = valid().content[optimizer == MUON ? MUON_SHARD : SHARD];
     uint64_t checksum = 0;
     if (content.size() >= 24) memcpy(&checksum, content.data() + 16, 8);
-    write(first, content), save_sharded(valid().dir + "/in", {checksum, valid().shards[1]});
+    write(first, content), save_sharded(dir + "/in", {checksum, valid().shards[optimizer][1]});
     try {
-        read_state(valid().dir + "/in");
+        read_state(dir + "/in", optimizer);
     } catch (...) {
-        write(first, valid().content[SHARD]);
+        write(first, good);
         throw;
     }
-    write(first, valid().content[SHARD]);
+    write(first, good);
 }
 
 // Makes a state's checksums right, so that mutations reach past them.
@@ -161,7 +182,7 @@ void sign_state(uint8_t* data, size_t size) {
     std::vector<trainer::Section> table((size_t)n);
     const size_t bytes = table.size() * sizeof(trainer::Section);
     memcpy(table.data(), data + 1024, bytes);
-    Numbers model(tiny());
+    Numbers model(tiny(), ADAMW);  // whose checksum is that of its parameters alone
     for (trainer::Section& s : table) {
         if (s.element > 64 || s.count > size || s.offset > size || s.bytes() > size - s.offset) continue;
         const uint64_t check = trainer::model_checksum(model);
@@ -189,8 +210,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     try {
         if (mode == MODEL) read_model(path);
         else if (mode == TOKENS) read_tokens(path);
-        else if (mode == SHARD) read_shard(std::string((const char*)data + 1, size - 1));
-        else read_state(path);
+        else if (mode == SHARD || mode == MUON_SHARD)
+            read_shard(std::string((const char*)data + 1, size - 1), optimizer_of(mode));
+        else read_state(path, optimizer_of(mode));
     } catch (const Error& e) {
         require(!strchr(e.what(), '\n'));
     }

@@ -660,7 +660,7 @@ TEST_CASE("cli: a run by Muon says so, resumes bit for bit, and goes on with Ada
     check_same_run(d / "run", d / "whole", 6);
     check_failure(train("--resume --optimizer adamw --max_steps 8 -o " + (d / "run")), "train_gpt2", 2,
                   {"--optimizer adamw: " + (d / "run/state_00000006.bin was saved with muon"),
-                   "start anew from its model: --init_from " + (d / "run/model_00000006.bin --out DIR")});
+                   "start a new run from it: --init_from " + (d / "run/model_00000006.bin --out DIR")});
     check_success(train("--init_from " + (d / "run/model_00000006.bin") + " --data " + tiny().data +
                         " --optimizer adamw --max_steps 2 -o " + (d / "adamw")));
     check_failure(train("--resume --optimizer muon --max_steps 8 -o " + (d / "adamw")), "train_gpt2", 2,

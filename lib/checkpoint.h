@@ -323,18 +323,12 @@ inline std::vector<Range> all_ranges(const Config& c, State s, Optimizer optimiz
         if (state_has(s, optimizer, p.block_matrix)) append(ranges, p.file, p.size);
     return ranges;
 }
-// A model's optimizer.
-template <class Model>
-Optimizer optimizer_of(const Model& model) {
-    return model.has(MUON_M) ? MUON : ADAMW;
-}
-
 // Saves the state of a model that is not sharded.
 template <class Model>
 void save_state(Model& model, Progress progress, const std::string& settings, const std::string& path,
                 const std::string& program = "", Fingerprints fingerprints = {}) {
     std::vector<Section> sections;
-    const std::vector<OptimizerArray> arrays = optimizer_arrays(optimizer_of(model));
+    const std::vector<OptimizerArray> arrays = optimizer_arrays(model.optimizer);
     for (auto& a : arrays) sections.emplace_back(a.section, FLOAT32, elements_of(ranges_of(model, a.state)));
     const RunRecord run = {progress, settings, program, fingerprints};
     write_sections(path, record_sections(run, model_checksum(model)), sections, [&](StateWriter& out) {
@@ -364,7 +358,7 @@ struct ShardOf {
 // Saves what this rank holds of the optimizer's arrays. Returns the file's checksum.
 template <class Model>
 uint64_t save_shard(Model& model, const ShardOf& shard, const std::string& dir) {
-    std::vector<OptimizerArray> arrays = optimizer_arrays(optimizer_of(model));
+    std::vector<OptimizerArray> arrays = optimizer_arrays(model.optimizer);
     if (model.has(MASTER)) arrays.push_back(MASTER_ARRAY);
     ShortSections first = {number_section(
         "shard", {(uint64_t)shard.step, (uint64_t)shard.rank, (uint64_t)shard.world, num_params(model.cfg)})};
@@ -450,7 +444,9 @@ class SectionReader {
         file_.expect_size(at);
         return check;
     }
-    void refuse_unknown(std::initializer_list<const char*> known) const {
+    // `known`: besides the optimizer's arrays, of whichever optimizer.
+    void refuse_unknown(std::vector<const char*> known) const {
+        for (const OptimizerArray& a : optimizer_arrays(MUON)) known.push_back(a.section);
         for (const Section& s : table_)
             if (s.required &&
                 std::none_of(known.begin(), known.end(), [&](const char* name) { return s.is(name); }))
@@ -515,8 +511,7 @@ class ShardReader : public SectionReader {
         const char* file = file_.path.c_str();
         if (header_[1] == 1) fail("%s: is a whole state of version 1, wanted a rank's share", file);
         const uint64_t check = read_table();
-        refuse_unknown({"shard", "ranges", "muon_ranges", "adam_ranges", "muon_m", "adam_m", "adam_v",
-                        MASTER_ARRAY.section});
+        refuse_unknown({"shard", "ranges", "muon_ranges", "adam_ranges", MASTER_ARRAY.section});
         const std::vector<uint64_t> is = numbers("shard");
         if (is.size() != 4) fail("%s: section 'shard' has %zu numbers, wanted 4", file, is.size());
         if (is[0] != (uint64_t)want.step || is[1] != (uint64_t)want.rank || is[2] != (uint64_t)want.world)
@@ -533,7 +528,9 @@ class ShardReader : public SectionReader {
     }
     // The elements that it holds of an array.
     const std::vector<Range>& ranges_of(const OptimizerArray& array) const {
-        return ranges_.at(array.ranges);
+        const auto found = ranges_.find(array.ranges);
+        if (found == ranges_.end()) fail("%s: lacks section '%s'", file_.path.c_str(), array.ranges);
+        return found->second;
     }
     void expect_parameters(size_t n) const {
         if (parameters_ != n)
@@ -613,14 +610,10 @@ class StateReader : public SectionReader, public RunRecord {
     void load_moments(Model& model, uint64_t params_checksum, int rank = 0) {
         const char* path = file_.path.c_str();
         const Optimizer saved = shards() ? shard((size_t)rank % shards()).optimizer() : optimizer(),
-                        wanted = optimizer_of(model);
+                        wanted = model.optimizer;
         if (saved != wanted)
             fail("%s: was saved with --optimizer %s, this run has %s", path, name_of(saved), name_of(wanted));
-        if (!shards())
-            if (const uint64_t held = elements("adam_m") + (saved == MUON ? elements("muon_m") : 0);
-                held != num_params(model.cfg))
-                fail("%s: holds %" PRIu64 " parameters, the model has %zu", path, held,
-                     num_params(model.cfg));
+        if (!shards()) check_lengths(model.cfg);
         if (header_[1] == 1) check_version_1(model);
         else if (params_checksum != numbers("model_checksum")[0])
             fail("%s: checksum does not match: this file or its model file is damaged", path);
@@ -657,6 +650,14 @@ class StateReader : public SectionReader, public RunRecord {
         SectionReader* file;
     };
 
+    // Whether a whole state is of a model of these sizes.
+    void check_lengths(const Config& c) const {
+        for (auto& a : optimizer_arrays(optimizer()))
+            if (const uint64_t want = elements_of(all_ranges(c, a.state, optimizer()));
+                elements(a.section) != want)
+                fail("%s: section '%s' holds %" PRIu64 " parameters, the model has %" PRIu64 " for it",
+                     path().c_str(), a.section, elements(a.section), want);
+    }
     uint64_t elements(const char* section) const { return find(section, FLOAT32, true)->count; }
     // Reads what the model holds of a state from the sections of an array. Each file that has some of it is
     // first checked as a whole.

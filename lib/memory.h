@@ -152,7 +152,7 @@ struct States {
     }
 
   protected:
-    States(const Config& c, Optimizer o) : cfg(c), optimizer(o) {}
+    States(const Config& c, Optimizer o) : cfg(checked(c)), optimizer(o) {}
     void allocate(const MemoryNeed& need, bool in_bf16) {
         params_mem_ = {need.params, "parameters"};
         if (in_bf16) params_bf16 = {params_mem_.as<uint16_t>(), cfg};
@@ -161,12 +161,16 @@ struct States {
         grads_mem_ = {need.grads, "gradients"}, optimizer_mem_ = {need.optimizer, "optimizer state"};
         grads = {grads_mem_.as<float>(), cfg};
     }
+    static const Config& checked(const Config& c) {
+        check_config(c, "model");
+        return c;
+    }
     // Bytes that the optimizer keeps.
     static size_t optimizer_bytes(const Config& c, Optimizer o) {
         return checked_mul(first_moments(c, {}) + second_moments(c, {}, o), sizeof(float), "optimizer state");
     }
-    // A state's array, laid out as ParamLayout says; ADAM_V as OwnedPiece::second says. Gradients that only
-    // count as zero are set to zero first.
+    // A state's array, laid out as ParamLayout says; ADAM_V as OwnedPiece::second says. ADAM_M and MUON_M are
+    // parts of one array. Gradients that only count as zero are set to zero first.
     float* array(State s) {
         size_t n = num_params(cfg);
         if (s == GRADS && std::exchange(grads_are_zero_, false)) memset(grads.wte, 0, n * sizeof(float));
@@ -176,7 +180,8 @@ struct States {
     }
 
     const std::vector<ParamPiece> pieces_ = param_pieces(cfg);
-    const std::vector<OwnedPiece> owned_ = owned_pieces(cfg, {}, true, optimizer);  // the same pieces
+    const std::vector<OwnedPiece> owned_ =
+        owned_pieces(cfg, {}, true, optimizer);  // the same, for the optimizer
     // After a step the gradients only count as zero, whatever memory holds: the next backward pass overwrites
     // them, which is cheaper than setting them to zero and adding to them.
     bool grads_are_zero_ = false;

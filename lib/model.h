@@ -48,8 +48,8 @@
 //     last_result()                waits for the step that was started last, and returns its result. It is
 //                                  called before the state is read, and before forward() and generating.
 //     each_piece(state, f)         passes a whole state to f, in the model file's order, piece by piece:
-//                                  f(pointer, number of floats). AdamW's moments and Muon's momentum are
-//                                  each of the parameters that the optimizer updates so. An f that takes
+//                                  f(pointer, number of floats). ADAM_M, ADAM_V and MUON_M have only the
+//                                  elements of the parameters that AdamW, or Muon, updates. An f that takes
 //                                  const float* reads; one that takes float* writes. The pointer is valid
 //                                  only during the call.
 //     each_range(state, f)         the same for what this rank holds of a state, which may be a part:
@@ -102,18 +102,6 @@ struct Peak {
 struct MemoryNeed {
     size_t params = 0, grads = 0, optimizer = 0, activations = 0, scratch = 0;
     size_t total() const { return params + grads + optimizer + activations + scratch; }
-};
-
-// The base of a model M that is never sharded: its each_range(), has() and sharded().
-template <class M>
-struct HoldsAll {
-    template <class F>
-    void each_range(State s, F f) {
-        size_t first = 0;
-        static_cast<M*>(this)->each_piece(s, [&](float* x, size_t n) { f(x, n, first), first += n; });
-    }
-    bool has(State s) const { return s != MASTER && s != MUON_M; }
-    bool sharded() const { return false; }
 };
 
 // Compiles only if M has the members above, with these types.

@@ -217,7 +217,8 @@ TEST_CASE("a state with any byte changed, cut, prolonged, or of another model is
         set_piece(m, PARAMS, before);
     }
     PlainModel other(config(1, 1, 4, 3, 2));
-    CHECK(contains(reading_error(dir / "state.bin", other), strf("holds %zu parameters", num_params(c))));
+    CHECK(contains(reading_error(dir / "state.bin", other),
+                   strf("section 'adam_m' holds %zu parameters", num_params(c))));
 }
 
 namespace {

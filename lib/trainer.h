@@ -66,8 +66,7 @@ struct Options {
     bool resume = false, overwrite = false;
 };
 
-constexpr double MOST = INFINITY;   // the limit of a flag that has none
-constexpr float MUON_MULTIPLE = 5;  // Muon's learning rate by default: so many times AdamW's
+constexpr double MOST = INFINITY;  // the limit of a flag that has none
 inline void add_data_and_model_flags(Flags& f, Options& o) {
     f.section("Data");
     f.add("data", "", &o.data, "DIR", "folder made by ./prepare_data: train.bin, val.bin, tokenizer.bin");
@@ -124,11 +123,11 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
           "end after N validations without a better one; 0: never before --max_steps")
         .range(0, MOST);
     f.add("optimizer", "", &o.optimizer, "NAME",
-          "muon: Muon for the blocks' matrices, AdamW for the rest; \"\": the preset's")
+          "adamw, or muon for the blocks' matrices and adamw for the rest; \"\": the preset's")
         .choices({"adamw", "muon"});
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's").range(0, 1e3);
     f.add("muon_learning_rate", "", &o.muon_learning_rate, "LR",
-          "Muon's peak learning rate, in AdamW's units; 0: 5 times --learning_rate")
+          "Muon's peak learning rate; 0: 5 times --learning_rate, at which both do best")
         .range(0, 1e3);
     f.add("lr_schedule", "k", &o.lr_schedule, "NAME",
           "how the learning rate falls; wsd: constant, then a fast decay")
@@ -141,7 +140,9 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
           "where the schedule ends, as a share of the peak; -1: 0.1")
         .range(0, 1)
         .unset(-1);
-    f.add("weight_decay", "c", &o.weight_decay, "W", "decay of matrices and embeddings").range(0, 1e3);
+    f.add("weight_decay", "c", &o.weight_decay, "W",
+          "decay of matrices and embeddings, times their learning rate")
+        .range(0, 1e3);
     f.add("beta1", "", &o.beta1, "X", "AdamW's beta1").range(0, 0.99999);
     f.add("beta2", "", &o.beta2, "X", "AdamW's beta2").range(0, 0.999999);
     f.add("eps", "", &o.eps, "X", "AdamW's epsilon").range(1e-12, 1);
@@ -241,7 +242,6 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     if (o.max_steps < 0) o.max_steps = fine_tune ? 1000 : small ? 700 : 5000;
     if (o.learning_rate == 0) o.learning_rate = fine_tune ? 3e-5f : small ? 2e-3f : middle ? 5e-4f : 3e-4f;
     if (o.optimizer.empty()) o.optimizer = "adamw";
-    if (o.muon_learning_rate == 0) o.muon_learning_rate = MUON_MULTIPLE * o.learning_rate;
     if (o.lr_schedule.empty()) o.lr_schedule = fine_tune ? "constant" : "cosine";
     if (o.dropout < 0) o.dropout = fine_tune || !middle ? 0.0f : small ? 0.1f : 0.2f;
     if (o.final_lr_fraction < 0) o.final_lr_fraction = 0.1f;
@@ -597,10 +597,10 @@ class Run {
         std::string saved;
         FieldReader{state.settings}("optimizer", saved);
         if (saved.empty()) saved = name_of(ADAMW);
-        if (flags_.on_command_line("optimizer") && o_.optimizer != saved)
+        if (flags_.on_command_line("optimizer") && !o_.optimizer.empty() && o_.optimizer != saved)
             throw UsageError(strf(
-                "--optimizer %s: %s was saved with %s, whose momentum is of no use to it; to go on with %s, "
-                "start anew from its model: --init_from %s --out DIR",
+                "--optimizer %s: %s was saved with %s, which keeps other numbers; to train its model on with "
+                "%s, start a new run from it: --init_from %s --out DIR, with a --learning_rate",
                 o_.optimizer.c_str(), state.path().c_str(), saved.c_str(), o_.optimizer.c_str(),
                 shell_quoted(model_path).c_str()));
         o_.optimizer = saved;
@@ -1165,7 +1165,7 @@ class Run {
                  o_.warmup_steps));
         if (optimizer() == MUON)
             row("Muon", strf("the blocks' matrices, learning rate %g, momentum %g; the rest by AdamW",
-                             o_.muon_learning_rate, StepSettings().muon_momentum));
+                             muon_peak(), StepSettings().muon_momentum));
         row("AdamW", strf("beta %g %g, eps %g, weight decay %g, gradient clip %g, dropout %g", o_.beta1,
                           o_.beta2, o_.eps, o_.weight_decay, o_.grad_clip, o_.dropout));
         row("memory", strf("%s: parameters %s, gradients %s, %s %s, activations %s, scratch %s",
@@ -1304,8 +1304,7 @@ class Run {
             model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
         }
         StepSettings a;
-        a.lr = lr_of(step);
-        a.muon_lr = a.lr * (o_.muon_learning_rate / o_.learning_rate);
+        a.lr = lr_of(step), a.muon_lr = scheduled(muon_peak(), step);
         a.beta1 = o_.beta1, a.beta2 = o_.beta2, a.eps = o_.eps, a.weight_decay = o_.weight_decay,
         a.grad_clip = o_.grad_clip;
         a.max_loss = losses_.limit(o_.skip_loss_z), a.max_norm = norms_.limit(o_.skip_norm_z);
@@ -1316,8 +1315,12 @@ class Run {
     void drain() {
         if (progress_.step < started_) record(model_->last_result());
     }
-    float lr_of(int step) const {
-        return (float)learning_rate(o_.lr_schedule, o_.learning_rate, step, o_.warmup_steps, o_.max_steps,
+    float lr_of(int step) const { return scheduled(o_.learning_rate, step); }
+    float muon_peak() const {
+        return o_.muon_learning_rate > 0 ? o_.muon_learning_rate : MUON_MULTIPLE * o_.learning_rate;
+    }
+    float scheduled(float peak, int step) const {
+        return (float)learning_rate(o_.lr_schedule, peak, step, o_.warmup_steps, o_.max_steps,
                                     o_.final_lr_fraction);
     }
 
@@ -1329,12 +1332,13 @@ class Run {
             std::vector<int> kept = checkpoints_in(folder_.dir());
             fail(
                 "step %d: the %s is %s; training stops before it spoils a checkpoint (%s). Try a lower "
-                "--learning_rate or --grad_clip",
+                "--learning_rate%s or --grad_clip",
                 step + 1, std::isfinite(r.loss) ? "gradient norm" : "loss",
                 std::isnan(std::isfinite(r.loss) ? r.norm : r.loss) ? "NaN" : "infinite",
                 kept.empty()
                     ? "none written yet"
-                    : ("the last good one is " + numbered(folder_.dir(), "model", kept.back())).c_str());
+                    : ("the last good one is " + numbered(folder_.dir(), "model", kept.back())).c_str(),
+                optimizer() == MUON ? ", --muon_learning_rate" : "");
         }
         // A step during which the process was stopped (Ctrl-Z) counts as long as the one before.
         const double time = now(), s = g_continued && session_steps_ ? progress_.last.seconds : time - clock_;

@@ -1,5 +1,5 @@
-// ngram.cpp - how far counting goes: an n-gram model of a token file, and its loss on other token files. It is
-// what a trained model is compared with.
+// ngram.cpp - how far counting goes: an n-gram model of a token file, and its loss on other token files. It
+// is what a trained model is compared with.
 //
 //     make ngram && ./ngram --data out/data                  a 5-gram of train.bin, on val.bin
 //     ./ngram --data out/data --order 3 poet.bin             a 3-gram, on another file of the same tokens
@@ -10,8 +10,9 @@
 // and at the end of this chain P(t | no context) is mixed in the same way with 1/V. A context that was never
 // seen has N = D = 0 and leaves the whole probability to the shorter one.
 //
-// Losses are in nats, of every token but the first, as the trainer's validation counts them: poems follow each
-// other, with the end-of-text token between them. Tags (./prepare_data --tags) are contexts but not predicted.
+// Losses are in nats, of every token but the first, as the trainer's validation counts them: poems follow
+// each other, with the end-of-text token between them. Tags (./prepare_data --tags) are contexts but not
+// predicted.
 #include <cmath>
 #include <unordered_map>
 
@@ -29,8 +30,9 @@ class Model {
     Model(const TokenFile& file, int V, int order) : V_(V), order_((size_t)order), nexts_((size_t)order) {
         while (V >> bits_) bits_++;
         if (bits_ * order_ > 64)
-            throw UsageError(strf("--order %d: %d tokens of a vocabulary of %d take %zu bits, wanted at most 64",
-                                  order, order, V, bits_ * order_));
+            throw UsageError(
+                strf("--order %d: %d tokens of a vocabulary of %d take %zu bits, wanted at most 64", order,
+                     order, V, bits_ * order_));
         counts_.resize(order_ + 1);
         for (size_t n = 1; n <= order_; n++)
             for (size_t i = 0; i + n <= file.size(); i++) counts_[n][sequence(file, i, n)]++;

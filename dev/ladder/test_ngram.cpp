@@ -22,8 +22,8 @@ double by_definition(const Text& text, Text context, uint16_t next, int V) {
         if (std::equal(context.begin(), context.end(), text.begin() + (long)(i - context.size())))
             times++, hits += text[i] == next, followed[text[i]] = true;
     const auto different = (double)std::count(followed.begin(), followed.end(), true);
-    const double shorter = context.empty() ? 1.0 / V
-                                           : by_definition(text, Text(context.begin() + 1, context.end()), next, V);
+    const double shorter =
+        context.empty() ? 1.0 / V : by_definition(text, Text(context.begin() + 1, context.end()), next, V);
     return times ? ((double)hits + different * shorter) / ((double)times + different) : shorter;
 }
 
