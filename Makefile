@@ -120,8 +120,8 @@ export: convert_gpt2 | $(call named,train ladder finetune)
 several = $(and $(word 2,$(OUT)),$(if $(shell test -e $(call quote,$(OUT)) && echo one),,several))
 plot: | need-plot $(call named,train ladder finetune export)
 ifneq ($(several),)
-	@mkdir -p $(dir $(COMPARED))
-	dev/plot/compare.sh $(AXIS) $(COMPARED) $(OUT)
+	@mkdir -p "$$(dirname $(call quote,$(COMPARED)))"
+	dev/plot/compare.sh $(call quote,$(AXIS)) $(call quote,$(COMPARED)) $(foreach run,$(OUT),$(call quote,$(run)))
 else
 	@test -s $(call quote,$(OUT)/log.csv) || { \
 	  echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }

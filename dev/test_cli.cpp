@@ -692,6 +692,46 @@ TEST_CASE("cli: dev/ladder/optimizers.py tables both optimizers, and goes on whe
     CHECK(file_exists(d / "runs/a/adamw_0.002_seed1_cosine_2/model.bin"));
 }
 
+TEST_CASE("cli: a resumed run's learning rate reaches Muon, too, unless Muon was given one of its own") {
+    TempDir d;
+    const std::string flags = "--data " + tiny().data + MODEL + "--optimizer muon --learning_rate 1e-3 ";
+    check_success(train(flags + "--max_steps 2 -o " + (d / "a")));
+    Result r = train("--resume --learning_rate 1e-4 --max_steps 3 -o " + (d / "a"));
+    check_success(r);
+    CHECK(contains(r.out, "Muon             the blocks' matrices, learning rate 0.0005,"));
+    check_success(train(flags + "--muon_learning_rate 3e-3 --max_steps 2 -o " + (d / "b")));
+    r = train("--resume --learning_rate 1e-4 --max_steps 3 -o " + (d / "b"));
+    check_success(r);
+    CHECK(contains(r.out, "Muon             the blocks' matrices, learning rate 0.003,"));
+    // A rate so small that a quotient by it would overflow
+    check_success(
+        train(flags + "--learning_rate 1e-44 --muon_learning_rate 0.01 --max_steps 2 -o " + (d / "c")));
+}
+
+TEST_CASE("cli: dev/plot/compare.sh draws runs, and names what it cannot draw") {
+    TempDir d;
+    check_success(train("--data " + tiny().data + MODEL + "--max_steps 2 -o " + (d / "run's")));
+    auto compare = [&](const std::string& axis, const std::string& image, const std::string& run_folder) {
+        return run({"dev/plot/compare.sh", axis, image, run_folder});
+    };
+    Result r = compare("hours", d / "x.png", d / "run's");
+    CHECK(r.code == 2);
+    CHECK(r.err == "compare.sh: the axis is 'hours', wanted steps, tokens or seconds\n");
+    r = compare("steps", d / "x.png", d / "none");
+    CHECK(r.code == 1);
+    CHECK(r.err == "compare.sh: " + (d / "none") + "/log.csv is missing or has no rows\n");
+    r = compare("steps", d / "no/x.png", d / "run's");
+    CHECK(r.code == 1);
+    CHECK(r.err == "compare.sh: " + (d / "no/x.png") + ": cannot write\n");
+    if (run({"/bin/sh", "-c", "command -v gnuplot"}).code) return skip("gnuplot: not found");
+    for (const char* axis : {"steps", "tokens", "seconds"}) {
+        r = compare(axis, d / "x.png", d / "run's");
+        check_success(r);
+        CHECK(r.out + r.err == "");
+        CHECK(contains(read_file(d / "x.png").substr(0, 8), "PNG"));
+    }
+}
+
 TEST_CASE("cli: a run that was given relative paths is resumed from any folder") {
     TempDir d;
     std::filesystem::copy(tiny().data, d / "data");

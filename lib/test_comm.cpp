@@ -44,6 +44,7 @@ class SharedComm final : public Comm {
         started_.clear();
     }
     void all_gather(void* all, const void* mine, size_t bytes) override {
+        if (bytes > Shared::BYTES) fail("all_gather: %zu bytes, a slot has %zu", bytes, Shared::BYTES);
         memcpy(s_->slots[rank], mine, bytes);
         barrier();
         for (int r = 0; r < world; r++) memcpy((char*)all + (size_t)r * bytes, s_->slots[r], bytes);
@@ -326,6 +327,23 @@ TEST_CASE("ranks: a sharded run by Muon resumes bit for bit on as many ranks, an
             world, out, world == 3 ? std::vector<std::string>{"-b", "4"} : std::vector<std::string>()));
         if (world == 2) CHECK(f.weights(out) == whole);
         check_close("ranks, resumed, muon", f.weights(out), Doubles(whole.begin(), whole.end()), 1e-6);
+    }
+}
+
+TEST_CASE("ranks: Muon on more ranks than there are matrices of a shape comes to one rank's weights") {
+    Fixture f;
+    const std::vector<std::string> muon = {"--optimizer", "muon", "--depth", "1"};
+    auto train = [&](int world, const char* batch, const char* dtype) {
+        const std::string out = strf("%s_%d", dtype, world);
+        std::vector<std::string> flags = muon;
+        flags.insert(flags.end(), {"-b", batch, "--dtype", dtype});
+        check_all_succeed(f.run(world, out, flags));
+        return f.weights(out);
+    };
+    for (const char* dtype : {"fp32", "bf16"}) {
+        const Floats one = train(1, "12", dtype);
+        check_close(strf("ranks, Muon on three, %s", dtype), train(3, "4", dtype),
+                    Doubles(one.begin(), one.end()), *dtype == 'f' ? 1e-6 : 1e-3);
     }
 }
 

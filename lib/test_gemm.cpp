@@ -542,6 +542,10 @@ TEST_CASE("product computes Y = A B, and gram X X^T, with the bits of the whole 
     Random r(17);
     for (const LayerSize& s : LAYERS) check_plain_products<float>(r, s), check_plain_products<bf16>(r, s);
     check_plain_products<float>(r, {200, 100, 30}), check_plain_products<bf16>(r, {200, 100, 30});
+    for (int threads : {1, 3}) {
+        Threads guard(threads);
+        check_plain_products<float>(r, {1400, 9, 1}), check_plain_products<bf16>(r, {1400, 9, 1});
+    }
 }
 
 TEST_CASE("bias_gradient sums the columns of dY, overwriting or adding, fp32 and bf16") {

@@ -108,7 +108,7 @@ int work_muon(int C) {
                          t0 = bench::now();
             cpu::muon_orthogonalise(scratch, (size_t)C, m, false);
             const double share = flops / (bench::now() - t0) / peak;
-            if (run >= 2) printf("%s %.3f\n", m == (size_t)C ? "square" : "wide", share);
+            printf("%s %.3f\n", m == (size_t)C ? "square" : "wide", share);
         }
     return 0;
 }
@@ -493,14 +493,15 @@ void bench_sampling(const Options& o, Report& report) {
 
 // What the optimizer takes of a step of 16,384 tokens, which are accumulated over several batches; and how
 // near to the peak Muon's iteration comes.
-void bench_optimizers(const Options& o, Report& report) {
+void bench_optimizers(const Options& o, const std::vector<const Row*>& rows, Report& report) {
     constexpr size_t TOKENS = 16384;
     report.add(
         "\n### Optimizers, 16,384 tokens a step\n\n| | | optimizer | a step, ms | the optimizer, ms | its "
         "share "
         "| peak memory | others |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n");
-    for (const char* name : {"char", "124m-4x256"}) {
-        const Row& r = find_row(name);
+    for (const Row* row : rows) {
+        const Row& r = *row;
+        if (TOKENS % r.tokens() || r.tokens() < 1024) continue;
         std::vector<Contestant> all;
         for (const char* dtype : {"fp32", "bf16"})
             for (const char* optimizer : {"adamw", "muon"}) {
@@ -651,7 +652,7 @@ int bench_all(int argc, char** argv) {
     Peak peak = measure_peak(o, o.threads, report);
     if (wants("steps"))
         for (const Row* r : rows) bench_steps(o, *r, peak, report);
-    if (wants("optimizers")) bench_optimizers(o, report);
+    if (wants("optimizers")) bench_optimizers(o, rows, report);
     if (wants("sampling")) bench_sampling(o, report);
     if (wants("scaling")) bench_scaling(o, rows, report);
     report.add(strf(

@@ -8,7 +8,8 @@ Three cases share the same weights, tokens and targets:
     gpt2         transformers' GPT2LMHeadModel (tanh GELU)
     grover_erf   GROVER, the architecture of AraGPT2-large and -mega, implemented below from its definition
     grover_tanh  the same with the tanh GELU
-Everything is computed in float64 by one thread and stored as float32, so every run writes the same bytes. It
+Everything but Muon's iteration, which PyTorch computes in bfloat16, is computed in float64 by one thread and
+stored as float32, so every run writes the same bytes. It
 needs torch 2.9 or newer (torch.optim.Muon) and a transformers that accepts it; Debian 12's python3-torch 1.13
 is too old.
 

@@ -157,6 +157,7 @@ TEST_CASE("ten steps of Muon change the matrices as PyTorch's do, whose iteratio
             if (step == norms.size()) break;
             model.backward();
             const double norm = model.grad_norm();
+            CHECK(std::fabs(norm / norms[step] - 1) <= (dtype == FP32 ? 5e-3 : 2e-2));
             model.update(settings, (uint32_t)step + 1, norm > 1 ? (float)(1 / norm) : 1.0f);
         }
         printf("muon, %s   ten steps   losses %.1e  changes", dtype == FP32 ? "fp32" : "bf16", worst);

@@ -12,10 +12,12 @@
 Of each optimizer the best rate is trained with a second seed, too, and with the wsd schedule instead of
 cosine. Muon is also trained for as many seconds as AdamW: for fewer steps, by the median time of a step. A
 run's loss is its lowest validation loss. Runs alternate between the optimizers, so that slow phases of the
-machine meet both. OUT/report.md has the tables, OUT/a_steps.png, OUT/a_seconds.png, ... the curves."""
+machine meet both. OUT/a.md, OUT/b.md and OUT/c.md have the tables, OUT/report.md all that there are;
+OUT/a_steps.png, OUT/a_seconds.png, ... the curves. Other arguments need another OUT."""
 
 import argparse
 import csv
+import json
 import os
 import shlex
 import shutil
@@ -77,7 +79,7 @@ def command(words, log):
 class Experiment:
     def __init__(self, name, title, out, flags, steps, rates):
         self.name, self.title, self.steps, self.rates = name, title, steps, rates
-        self.out = os.path.join(out, name)
+        self.out, self.table = os.path.join(out, name), os.path.join(out, name + ".md")
         self.flags = flags + ["--val_every", max(1, steps // 20), "--sample_every", 0, "--log_every", 100]
         self.runs = {}
 
@@ -129,7 +131,8 @@ class Experiment:
             image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.png")
             command(["dev/plot/compare.sh", axis, image, first["adamw"].folder, first["muon"].folder,
                      timed[0].folder], image + ".txt")
-        return "\n".join(lines)
+        with open(self.table, "w") as f:
+            f.write("\n".join(lines))
 
 
 def main():
@@ -146,7 +149,18 @@ def main():
         parser.error("--steps is at least 1, --parts some of a, b and c")
     if not os.path.exists(o.poems):
         sys.exit(f"optimizers.py: {o.poems}: not found")
+    o.poems, o.out = os.path.abspath(o.poems), os.path.abspath(o.out)
+    os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../.."))
+    for program in ("train_gpt2", "prepare_data"):
+        if not os.path.exists(program):
+            sys.exit(f"optimizers.py: ./{program} is missing; make builds it")
     os.makedirs(o.out, exist_ok=True)
+    arguments = {"poems": o.poems, "steps": o.steps, "dtype": o.dtype, "poet": o.poet}
+    saved = os.path.join(o.out, "arguments.json")
+    if os.path.exists(saved) and json.load(open(saved)) != arguments:
+        sys.exit(f"optimizers.py: {o.out} has runs with other arguments ({saved}); take another --out")
+    with open(saved, "w") as f:
+        json.dump(arguments, f)
 
     def data(name, *flags, source=o.poems):
         folder = os.path.join(o.out, name)
@@ -178,7 +192,10 @@ def main():
         experiments.append(Experiment(
             "c", "(c) Fine-tuning on one poet", o.out,
             ["--init_from", model, "--data", one, "--batch_size", 32], min(300, o.steps), (1e-4, 3e-4, 1e-3)))
-    tables = [e.measure() for e in experiments]
+    for e in experiments:
+        e.measure()
+    tables = [open(path).read() for path in (os.path.join(o.out, part + ".md") for part in "abc")
+              if os.path.exists(path)]
     report = os.path.join(o.out, "report.md")
     with open(report, "w") as f:
         f.write("\n".join(tables))

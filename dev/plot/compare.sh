@@ -13,8 +13,10 @@ steps | tokens | seconds) ;;
 *) echo "compare.sh: the axis is '$axis', wanted steps, tokens or seconds" >&2; exit 2 ;;
 esac
 for dir; do
-    [ -s "$dir/log.csv" ] || { echo "compare.sh: $dir/log.csv is missing or empty" >&2; exit 1; }
+    [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
+        { echo "compare.sh: $dir/log.csv is missing or has no rows" >&2; exit 1; }
 done
+(: >"$image") 2>/dev/null || { echo "compare.sh: $image: cannot write" >&2; exit 1; }
 
 # One text in gnuplot's single quotes
 quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
