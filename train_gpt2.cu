@@ -2408,25 +2408,32 @@ __device__ inline __nv_bfloat16 round_stochastic(float x, uint32_t bits) {
 struct Segment {
     size_t end;  // number of the visit after its last one
     // Visit e is of the element with these indices: e + file in the model file, e + memory in arrays of the
-    // whole model, e + state in the optimizer's arrays, e + grads in the gradients.
-    ptrdiff_t file, memory, state, grads;
+    // whole model, e + state in the first moments and the masters, e + second in the second moments, e +
+    // grads in the gradients.
+    ptrdiff_t file, memory, state, second, grads;
     bool decays;  // weight decay applies
 };
 struct ParamMap {
     const Segment* segments = nullptr;
     size_t n = 0;  // visits
 };
-// The segments of the parameters that a rank updates, or of all.
-inline std::vector<Segment> param_segments(const Config& c, const Sharding& sharding = {}, bool all = true) {
+// The segments of these pieces, some of a model's owned_pieces().
+inline std::vector<Segment> param_segments(const std::vector<OwnedPiece>& pieces, const Sharding& sharding) {
     std::vector<Segment> segments;
     size_t visits = 0;
-    for (const OwnedPiece& p : owned_pieces(c, sharding, all)) {
+    for (const OwnedPiece& p : pieces) {
         auto shift = [&](size_t index) { return (ptrdiff_t)index - (ptrdiff_t)visits; };
-        segments.push_back({visits + p.size, shift(p.file), shift(p.memory), shift(p.shard),
+        segments.push_back({visits + p.size, shift(p.file), shift(p.memory), shift(p.shard), shift(p.second),
                             shift(sharding.shards_gradients() ? p.shard : p.memory), p.decay});
         visits += p.size;
     }
     return segments;
+}
+// Those of them that AdamW updates.
+inline std::vector<OwnedPiece> adamw_pieces(std::vector<OwnedPiece> pieces, Optimizer optimizer) {
+    auto by_muon = [&](const OwnedPiece& p) { return state_has(MUON_M, optimizer, p.block_matrix); };
+    pieces.erase(std::remove_if(pieces.begin(), pieces.end(), by_muon), pieces.end());
+    return pieces;
 }
 // Advances `segment` to the one that contains visit e, and returns it. A thread's visits ascend. Segments
 // begin at multiples of 8 elements, so that no vector spans two of them.
@@ -2464,26 +2471,44 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
     if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
 }
 
-// One step's settings, in cpu::AdamWStep's order; correct1 and correct2 are 1 / (1 - beta^t). In place of its
-// scale there is grad_clip: the gradients' norm is known only on the GPU.
-struct AdamWStep {
-    float beta1, beta2, lr, eps, correct1, correct2;
-    float grad_clip = 0, weight_decay = 0;
-    double max_loss = 0, max_norm = 0;
-    uint32_t t = 0;     // the step's number
-    uint64_t seed = 0;  // with t the key of the rounding to bf16
+// Whether a step is taken, and the factor that clips its gradients. cpu::GPT2::step knows both before it
+// calls update(). The host here would have to wait for the loss and the norm; so each kernel computes the
+// two.
+struct Verdict {
+    bool takes;
+    float scale;
+};
+struct Limits {
+    float grad_clip;
+    double max_loss, max_norm;
+    explicit Limits(const StepSettings& a)
+        : grad_clip(a.grad_clip), max_loss(a.max_loss), max_norm(a.max_norm) {}
+    __device__ Verdict judge(double loss, double norm) const {
+        const bool takes = isfinite(loss) && isfinite(norm) && loss <= max_loss && norm <= max_norm;
+        return {takes, grad_clip > 0 && norm > grad_clip ? (float)(grad_clip / norm) : 1.0f};
+    }
 };
 
-// What grad_norm() and update() read and write. The arrays are laid out as `map` says.
+// One step's settings, in cpu::AdamWStep's order, with limits in place of its scale; correct1 and correct2
+// are 1 / (1 - beta^t).
+struct AdamWStep {
+    float beta1, beta2, lr, eps, correct1, correct2;
+    Limits limits;
+    float weight_decay;
+    uint32_t t;     // the step's number
+    uint64_t seed;  // with t the key of the rounding to bf16
+};
+
+// What grad_norm(), update() and Muon read and write. The arrays are laid out as `map` says.
 struct AdamWArrays {
     StepResult* report = nullptr;  // receives *loss and the gradients' norm before clipping
     floatX* params = nullptr;
     float* master = nullptr;           // null without master weights, and in fp32
-    float *m = nullptr, *v = nullptr;  // the moments
+    float *m = nullptr, *v = nullptr;  // the moments; m is also Muon's momentum
     const float* grads = nullptr;      // not changed
     const double* loss = nullptr;
     double* scratch = nullptr;  // adamw_scratch() doubles
-    ParamMap map;               // the parameters that are updated
+    ParamMap map;               // the parameters that AdamW updates
     ParamMap norm_map;          // those whose gradients grad_norm() counts
 };
 
@@ -2494,29 +2519,27 @@ __global__ void __launch_bounds__(ADAMW_THREADS) adamw_kernel(AdamWArrays arrays
     group_sum(sum, blockDim.x / WARP);
     double norm = sqrt(sum[0]), loss = *arrays.loss;
     if (blockIdx.x == 0 && threadIdx.x == 0) arrays.report->loss = loss, arrays.report->norm = norm;
-    // StepSettings::takes(), which cpu::GPT2::step asks before update(). Here it is the only check: the host
-    // reads loss and norm after this kernel.
-    if (!isfinite(loss) || !isfinite(norm) || loss > s.max_loss || norm > s.max_norm) return;
+    const Verdict verdict = s.limits.judge(loss, norm);
+    if (!verdict.takes) return;
 
-    float scale = s.grad_clip > 0 && norm > s.grad_clip ? (float)(s.grad_clip / norm) : 1.0f;
     rng::Key key(s.seed, s.t, rng::ROUNDING);
     const Segment* segment = arrays.map.segments;
     size_t stride = (size_t)gridDim.x * blockDim.x * VEC;
     for (size_t e = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC; e < arrays.map.n; e += stride) {
         Segment at = find_segment(segment, e);
-        size_t i = e + at.state;
+        size_t i = e + at.state, i2 = e + at.second;
         floatX* param = arrays.params + e + at.memory;
         float shrink = 1.0f - (at.decays ? s.lr * s.weight_decay : 0.0f);
         Floats g = load_floats(arrays.grads + e + at.grads), m = load_floats(arrays.m + i),
-               v = load_floats(arrays.v + i);
+               v = load_floats(arrays.v + i2);
         Floats w = arrays.master ? load_floats(arrays.master + i) : widen(load_once(param));
         for (int k = 0; k < VEC; k++) {
-            float gk = g[k] * scale;
+            float gk = g[k] * verdict.scale;
             m[k] = s.beta1 * m[k] + (1 - s.beta1) * gk;
             v[k] = s.beta2 * v[k] + (1 - s.beta2) * gk * gk;
             w[k] = w[k] * shrink - s.lr * (m[k] * s.correct1) / (sqrtf(v[k] * s.correct2) + s.eps);
         }
-        store_floats(arrays.m + i, m), store_floats(arrays.v + i, v);
+        store_floats(arrays.m + i, m), store_floats(arrays.v + i2, v);
         if (arrays.master) store_floats(arrays.master + i, w);
         store_parameters(param, e + at.file, w, key);
     }
@@ -2534,18 +2557,15 @@ inline int grad_norm(const AdamWArrays& arrays, cudaStream_t s) {
     return parts;
 }
 
-// cpu::GPT2::step. The gradients' norm is the root of the sum of arrays.scratch's first `parts` numbers. If
+// The gradients' norm is the root of the sum of arrays.scratch's first `parts` numbers. If
 // StepSettings::takes() loss and norm, takes one step of AdamW (Loshchilov and Hutter 2019), number t from 1.
 // Gradients whose norm exceeds grad_clip are scaled down to it; weight decay applies where param_table says
-// so. bf16 parameters are rounded stochastically, keyed by seed and t. (cpu::GPT2::update takes the
-// gradients' factor as an argument. Here the host does not know it: to read the norm it would have to wait
-// for pass 1.)
+// so. bf16 parameters are rounded stochastically, keyed by seed and t.
 inline void update(const AdamWArrays& arrays, int parts, const StepSettings& a, uint32_t t, uint64_t seed,
                    cudaStream_t s) {
     auto correct = [t](float beta) { return (float)(1 / (1 - std::pow((double)beta, t))); };
-    AdamWStep step = {a.beta1, a.beta2, a.lr, a.eps, correct(a.beta1), correct(a.beta2)};
-    step.grad_clip = a.grad_clip, step.weight_decay = a.weight_decay, step.t = t, step.seed = seed;
-    step.max_loss = a.max_loss, step.max_norm = a.max_norm;
+    const AdamWStep step = {a.beta1,          a.beta2,   a.lr,           a.eps, correct(a.beta1),
+                            correct(a.beta2), Limits(a), a.weight_decay, t,     seed};
     size_t blocks = std::min<size_t>(4 * multiprocessors(), ceil_div(arrays.map.n, ADAMW_THREADS * VEC));
     launch(adamw_kernel, dim3((unsigned)blocks), ADAMW_THREADS, 0, s, arrays, parts, step);
 }
@@ -2833,6 +2853,19 @@ class Matmul {
                 return true;
             });
     }
+    // The next two are of `batch` matrices, which follow one another in memory: G (n,n) = X X^T, X (n,m).
+    void gram(floatX* G, const floatX* X, size_t n, size_t m, size_t batch) {
+        Operands o = {X, X, G, false};
+        o.batch = batch;
+        run_plain(FORWARD, n, m, n, o);
+    }
+    // Y (n,m) = alpha F X + beta Z; F (n,n), X and Z (n,m). Y is none of the others.
+    void combine(floatX* Y, float alpha, const floatX* F, const floatX* X, float beta, const floatX* Z,
+                 size_t n, size_t m, size_t batch) {
+        Operands o = {X, F, Y, false};
+        o.alpha = alpha, o.beta = beta, o.c = Z, o.batch = batch;
+        run_plain(INPUT_GRADIENT, n, m, n, o);
+    }
     ProductChoices choices;
 
   private:
@@ -2841,13 +2874,16 @@ class Matmul {
         cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
         std::vector<cublasLtMatmulAlgo_t> algos;  // the best first; those that fail are removed
     };
-    // What one call reads and writes: D = A B, or D += A B with accumulate.
+    // What one call reads and writes: D = A B, or D += A B with accumulate, or D = alpha A B + beta C.
     struct Operands {
         const floatX *a, *b;
         void* d;
         bool accumulate;
         const void* bias = nullptr;  // BIAS and GELU_AUX_BIAS read it, BGRADB writes it
         const void* aux = nullptr;   // GELU_AUX_BIAS writes the GELU's input there, DGELU reads it
+        const void* c = nullptr;
+        float alpha = 1, beta = 0;
+        size_t batch = 1;  // so many products, whose operands follow one another
     };
     static constexpr int CANDIDATES = 8;
     // The emulator's clock is exact, and its products are slow.
@@ -2887,15 +2923,15 @@ class Matmul {
     void run_plain(Product product, size_t M, size_t K, size_t N, const Operands& o) {
         if (!run(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, o))
             fail("cuBLASLt has no algorithm for %s (%s)",
-                 name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N).c_str(),
+                 name(product, CUBLASLT_EPILOGUE_DEFAULT, M, K, N, o.batch).c_str(),
                  cublasLtGetStatusString(failure_));
     }
     // Computes one product. Returns false, and computes nothing, where cuBLASLt has no algorithm with this
     // epilogue.
     bool run(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N, const Operands& o) {
-        auto [at, fresh] = plans_.try_emplace(name(product, epilogue, M, K, N));
+        auto [at, fresh] = plans_.try_emplace(name(product, epilogue, M, K, N, o.batch));
         Plan& p = at->second;
-        if (fresh) describe(p, product, epilogue, M, K, N);
+        if (fresh) describe(p, product, epilogue, M, K, N, o.batch);
         if (o.bias) set(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, o.bias);
         if (o.aux) set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, o.aux);
         if (fresh) choose(p, at->first, o, (K | N) * sizeof(floatX));
@@ -2908,18 +2944,20 @@ class Matmul {
         }
         return false;
     }
-    static std::string name(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N) {
+    static std::string name(Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N,
+                            size_t batch) {
         const char* names[] = {"forward", "input_gradient", "weight_gradient"};
         return strf("%s %s M %zu K %zu N %zu epilogue %d", names[product],
-                    BUILD_DTYPE == BF16 ? "bf16" : "fp32", M, K, N, (int)epilogue);
+                    BUILD_DTYPE == BF16 ? "bf16" : "fp32", M, K, N, (int)epilogue) +
+               (batch > 1 ? strf(" batch %zu", batch) : "");
     }
     template <class V>
     static void set(Plan& p, cublasLtMatmulDescAttributes_t attribute, const V& value) {
         CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(p.operation, attribute, &value, sizeof value));
     }
 
-    static void describe(Plan& p, Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K,
-                         size_t N) {
+    static void describe(Plan& p, Product product, cublasLtEpilogue_t epilogue, size_t M, size_t K, size_t N,
+                         size_t batch) {
         const cudaDataType_t type = BUILD_DTYPE == BF16 ? CUDA_R_16BF : CUDA_R_32F;
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&p.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         set(p, CUBLASLT_MATMUL_DESC_TRANSA, product == FORWARD ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -2929,17 +2967,22 @@ class Matmul {
         if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
             set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)out);
         // A row-major (rows, cols) matrix is a column-major (cols, rows) one.
-        auto layout = [](cublasLtMatrixLayout_t* l, cudaDataType_t t, size_t rows, size_t cols) {
+        auto layout = [&](cublasLtMatrixLayout_t* l, cudaDataType_t t, size_t rows, size_t cols) {
             CUBLAS_CHECK(cublasLtMatrixLayoutCreate(l, t, cols, rows, (int64_t)cols));
+            auto set = [&](cublasLtMatrixLayoutAttribute_t attribute, auto value) {
+                CUBLAS_CHECK(cublasLtMatrixLayoutSetAttribute(*l, attribute, &value, sizeof value));
+            };
+            set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, (int32_t)batch);
+            set(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, (int64_t)(rows * cols));
         };
         layout(&p.a, type, product == WEIGHT_GRADIENT ? M : N, K);
         layout(&p.b, type, M, product == FORWARD ? K : N);
         layout(&p.d, product == WEIGHT_GRADIENT ? CUDA_R_32F : type, product == WEIGHT_GRADIENT ? N : M, out);
     }
     cublasStatus_t multiply(const Plan& p, const cublasLtMatmulAlgo_t& algo, const Operands& o) {
-        const float one = 1, beta = o.accumulate ? 1 : 0;
-        return cublasLtMatmul(handle_, p.operation, &one, o.a, p.a, o.b, p.b, &beta, o.d, p.d, o.d, p.d,
-                              &algo, workspace_, WORKSPACE, stream_);
+        const float beta = o.accumulate ? 1 : o.beta;
+        return cublasLtMatmul(handle_, p.operation, &o.alpha, o.a, p.a, o.b, p.b, &beta, o.c ? o.c : o.d, p.d,
+                              o.d, p.d, &algo, workspace_, WORKSPACE, stream_);
     }
 
     // Finds the plan's algorithms: that of `choices` first, or with `timing` the fastest one (which
@@ -3018,6 +3061,240 @@ class Matmul {
     cublasLtHandle_t handle_ = nullptr;
     std::map<std::string, Plan> plans_;
 };
+
+// ---------------------------------------------------------------------------------------------
+// Muon (see lib/optimizer.h), on the matrices of the blocks. cpu::MuonStep says what a step computes. A GPU
+// computes it for several matrices of one shape at once, a round: direction, norm, scaling into X (n,m), n <=
+// m, the Newton-Schulz products, and the update of the parameters.
+
+// A matrix of a round. Its element e, counted row after row as it is stored, has these indices, like those of
+// a Segment: e + file in the model file, and so on.
+struct MuonTarget {
+    size_t begin, end;  // the elements that this rank updates
+    ptrdiff_t file, memory, state, grads;
+    bool transposed;  // stored as (m,n)
+};
+// A group's, in its order. `pieces` are the owned_pieces() that a rank updates.
+inline std::vector<MuonTarget> muon_targets(const MuonGroup& group, const std::vector<OwnedPiece>& pieces,
+                                            const Sharding& sharding) {
+    std::vector<MuonTarget> targets;
+    for (const MuonMatrix& x : group.matrices) {
+        MuonTarget t = {0, 0, (ptrdiff_t)x.file, (ptrdiff_t)x.memory, 0, 0, x.transposed};
+        for (const OwnedPiece& p : pieces) {  // at most one of which has some of the matrix
+            const size_t from = std::max(x.memory, p.memory),
+                         to = std::min(x.memory + group.n * group.m, p.memory + p.size);
+            if (from >= to) continue;
+            t.begin = from - x.memory, t.end = to - x.memory;
+            t.state = t.memory + (ptrdiff_t)p.shard - (ptrdiff_t)p.memory;
+            t.grads = sharding.shards_gradients() ? t.state : t.memory;
+        }
+        targets.push_back(t);
+    }
+    return targets;
+}
+
+struct MuonStep {
+    float beta, lr, weight_decay;
+    Limits limits;
+    uint32_t t;  // as in AdamWStep
+    uint64_t seed;
+};
+constexpr int MUON_THREADS = 256;
+constexpr size_t MUON_PART = 1 << 15;  // elements whose squares a block adds up
+// The kernels that may transpose work on a tile of a matrix in a block. Columns and rows are multiples of 16,
+// so that no vector extends beyond a matrix.
+constexpr size_t MUON_TILE = 64;
+
+// The momentum of this rank's elements, and the direction, in matrices [first, last) only: directions holds
+// them, (n,m) values each as they are stored. One row of blocks for each matrix.
+__global__ void __launch_bounds__(MUON_THREADS)
+    muon_direction_kernel(float* directions, size_t first, size_t last, AdamWArrays arrays,
+                          const MuonTarget* targets, size_t size, MuonStep s) {
+    const Verdict verdict = s.limits.judge(arrays.report->loss, arrays.report->norm);
+    if (!verdict.takes) return;
+    const MuonTarget at = targets[blockIdx.y];
+    const bool wanted = first <= blockIdx.y && blockIdx.y < last;
+    const float factor = (1 - s.beta) * verdict.scale;
+    const size_t stride = (size_t)gridDim.x * blockDim.x * 4;
+    for (size_t e = at.begin + ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; e < at.end; e += stride) {
+        float* momentum = arrays.m + e + at.state;
+        const Vec<float> g = load_once(arrays.grads + e + at.grads);
+        Vec<float> m = load_once(momentum), d;
+        for (int k = 0; k < 4; k++) {
+            const float gk = factor * g[k];
+            m[k] = s.beta * m[k] + gk, d[k] = s.beta * m[k] + gk;
+        }
+        store_once(momentum, m);
+        if (wanted) store(directions + blockIdx.y * size + e, d);
+    }
+}
+
+// squares (matrices, parts): sums of squares. One row of blocks for each matrix.
+__global__ void __launch_bounds__(MUON_THREADS)
+    muon_squares_kernel(double* squares, const float* directions, size_t size) {
+    const float* d = directions + blockIdx.y * size;
+    const size_t begin = blockIdx.x * MUON_PART, end = begin + MUON_PART < size ? begin + MUON_PART : size;
+    double sum[1] = {0};
+#pragma unroll 4
+    for (size_t e = begin + threadIdx.x * 4; e < end; e += blockDim.x * 4) {
+        const Vec<float> x = load(d + e);
+        for (int k = 0; k < 4; k++) sum[0] += (double)x[k] * x[k];
+    }
+    group_sum(sum, blockDim.x / WARP);
+    if (threadIdx.x == 0) squares[blockIdx.y * gridDim.x + blockIdx.x] = sum[0];
+}
+
+// The tile of a block in a matrix of these sizes: its first row and column.
+struct MuonTile {
+    size_t row, column;
+    __device__ MuonTile(size_t columns) {
+        const size_t across = (columns + MUON_TILE - 1) / MUON_TILE;
+        row = blockIdx.x / across * MUON_TILE, column = blockIdx.x % across * MUON_TILE;
+    }
+};
+// f(row, column) for the first element of each vector of a tile that lies in a matrix (rows, columns), which
+// has these rows and columns left from the tile's first element on.
+template <class F>
+__device__ inline void each_vector(size_t rows, size_t columns, F f) {
+    constexpr size_t ACROSS = MUON_TILE / VEC;
+    for (size_t v = threadIdx.x; v < MUON_TILE * ACROSS; v += blockDim.x) {
+        const size_t r = v / ACROSS, c = v % ACROSS * VEC;
+        if (r < rows && c < columns) f(r, c);
+    }
+}
+
+// X (n,m) = directions divided by their norm, transposed where the matrix is stored so.
+__global__ void __launch_bounds__(MUON_THREADS)
+    muon_scale_kernel(floatX* X, const float* directions, const double* squares, int parts,
+                      const MuonTarget* targets, size_t n, size_t m) {
+    __shared__ float tile[MUON_TILE][MUON_TILE + 1];  // its columns are rows of the stored matrix
+    double sum[1] = {0};
+    for (int i = threadIdx.x; i < parts; i += blockDim.x) sum[0] += squares[blockIdx.y * parts + i];
+    group_sum(sum, blockDim.x / WARP);
+    const float factor = 1.0f / fmaxf((float)sqrt(sum[0]), NewtonSchulz::EPS);
+
+    const bool transposed = targets[blockIdx.y].transposed;
+    const size_t rows = transposed ? m : n, columns = transposed ? n : m;
+    const MuonTile at(columns);
+    directions += blockIdx.y * n * m, X += blockIdx.y * n * m;
+    each_vector(rows - at.row, columns - at.column, [&](size_t r, size_t c) {
+        const size_t e = (at.row + r) * columns + at.column + c;
+        Floats x = load_floats(directions + e);
+        for (int k = 0; k < VEC; k++) x[k] *= factor;
+        if (!transposed) store(X + e, narrow(x));
+        else
+            for (int k = 0; k < VEC; k++) tile[c + k][r] = x[k];
+    });
+    if (!transposed) return;
+    __syncthreads();
+    each_vector(columns - at.column, rows - at.row, [&](size_t r, size_t c) {
+        Floats x;
+        for (int k = 0; k < VEC; k++) x[k] = tile[r][c + k];
+        store(X + (at.column + r) * m + at.row + c, narrow(x));
+    });
+}
+
+// w = w (1 - lr decay) - lr muon_scale() X, on this rank's elements; X (n,m).
+__global__ void __launch_bounds__(MUON_THREADS)
+    muon_apply_kernel(AdamWArrays arrays, const floatX* X, const MuonTarget* targets, size_t n, size_t m,
+                      float factor, MuonStep s) {
+    __shared__ float tile[MUON_TILE][MUON_TILE + 1];
+    if (!s.limits.judge(arrays.report->loss, arrays.report->norm).takes) return;
+    const MuonTarget target = targets[blockIdx.y];
+    const size_t rows = target.transposed ? m : n, columns = target.transposed ? n : m;
+    const MuonTile at(columns);
+    if (at.row * columns >= target.end || (at.row + MUON_TILE) * columns <= target.begin) return;
+    X += blockIdx.y * n * m;
+    if (target.transposed) {
+        each_vector(columns - at.column, rows - at.row, [&](size_t r, size_t c) {
+            const Floats x = widen(load_once(X + (at.column + r) * m + at.row + c));
+            for (int k = 0; k < VEC; k++) tile[r][c + k] = x[k];
+        });
+        __syncthreads();
+    }
+    const float shrink = 1.0f - s.lr * s.weight_decay;
+    const rng::Key key(s.seed, s.t, rng::ROUNDING);
+    each_vector(rows - at.row, columns - at.column, [&](size_t r, size_t c) {
+        const size_t e = (at.row + r) * columns + at.column + c;
+        if (e < target.begin || e >= target.end) return;
+        Floats x;
+        if (!target.transposed) x = widen(load_once(X + e));
+        else
+            for (int k = 0; k < VEC; k++) x[k] = tile[c + k][r];
+        floatX* param = arrays.params + e + target.memory;
+        float* master = arrays.master ? arrays.master + e + target.state : nullptr;
+        Floats w = master ? load_floats(master) : widen(load_once(param));
+        for (int k = 0; k < VEC; k++) w[k] = w[k] * shrink - factor * x[k];
+        if (master) store_floats(master, w);
+        store_parameters(param, e + target.file, w, key);
+    });
+}
+
+// Muon's buffers: each rank works on up to `most` matrices of a group at a time.
+struct MuonScratch {
+    float* directions;              // (ranks, most, n*m)
+    double* squares;                // (most, parts(n*m))
+    floatX *x, *gram, *polynomial;  // (most, n, m), (most, n, n), (most, n, n)
+    // X of all ranks (ranks, most, n, m); the directions are read before it is written
+    floatX* results() const { return (floatX*)directions; }
+
+    static size_t parts(size_t size) { return ceil_div(size, MUON_PART); }
+    // The matrices of a group that each of `world` ranks takes in one round, so that all of them together
+    // have about `elements` elements at most.
+    static size_t most(const MuonGroup& group, size_t world, size_t elements) {
+        const size_t all = ceil_div(group.matrices.size(), world),
+                     fit = std::max<size_t>(elements / (world * group.n * group.m), 1);
+        return ceil_div(all, ceil_div(all, fit));
+    }
+    void place(Arena& a, const Config& c, size_t world, size_t elements) {
+        size_t numbers = 0, squares_ = 0, grams = 0;
+        for (const MuonGroup& g : muon_groups(c)) {
+            const size_t k = most(g, world, elements), size = g.n * g.m;
+            numbers = std::max(numbers, k * size), grams = std::max(grams, k * g.n * g.n);
+            squares_ = std::max(squares_, k * parts(size));
+        }
+        directions = a.take<float>(world, numbers), squares = a.take<double>(squares_);
+        x = a.take<floatX>(numbers), gram = a.take<floatX>(grams), polynomial = a.take<floatX>(grams);
+    }
+};
+
+inline dim3 muon_tiles(size_t n, size_t m, size_t count) {
+    return dim3((unsigned)(ceil_div(n, MUON_TILE) * ceil_div(m, MUON_TILE)), (unsigned)count);
+}
+// Matrices [0, count), of `size` elements each: their momentum, and the direction of those in [first, last).
+inline void muon_direction(float* directions, size_t first, size_t last, const AdamWArrays& arrays,
+                           const MuonTarget* targets, size_t count, size_t size, const MuonStep& step,
+                           cudaStream_t s) {
+    const size_t blocks = std::min<size_t>(8 * multiprocessors(), ceil_div(size, MUON_THREADS * 4));
+    launch(muon_direction_kernel, dim3((unsigned)blocks, (unsigned)count), MUON_THREADS, 0, s, directions,
+           first, last, arrays, targets, size, step);
+}
+// results (count, n, m) = X of these directions.
+inline void muon_orthogonalise(floatX* results, const float* directions, const MuonScratch& scratch,
+                               Matmul& products, const MuonTarget* targets, size_t n, size_t m, size_t count,
+                               cudaStream_t s) {
+    using NS = NewtonSchulz;
+    static_assert(NS::ITERATIONS % 2, "the last iteration writes to results");
+    if (!count) return;
+    const size_t parts = MuonScratch::parts(n * m);
+    launch(muon_squares_kernel, dim3((unsigned)parts, (unsigned)count), MUON_THREADS, 0, s, scratch.squares,
+           directions, n * m);
+    launch(muon_scale_kernel, muon_tiles(n, m, count), MUON_THREADS, 0, s, scratch.x, directions,
+           scratch.squares, (int)parts, targets, n, m);
+    floatX *from = scratch.x, *to = results, *G = scratch.gram, *P = scratch.polynomial;
+    for (int i = 0; i < NS::ITERATIONS; i++, std::swap(from, to)) {
+        // P = b G + c G^2, X = a X + P X
+        products.gram(G, from, n, m, count);
+        products.combine(P, NS::C, G, G, NS::B, G, n, n, count);
+        products.combine(to, 1, P, from, NS::A, from, n, m, count);
+    }
+}
+// Updates the parameters of matrices [0, count) by X.
+inline void muon_apply(const AdamWArrays& arrays, const floatX* X, const MuonTarget* targets, size_t n,
+                       size_t m, size_t count, const MuonStep& step, cudaStream_t s) {
+    launch(muon_apply_kernel, muon_tiles(n, m, count), MUON_THREADS, 0, s, arrays, X, targets, n, m,
+           step.lr * muon_scale(m), step);
+}
 
 // ---------------------------------------------------------------------------------------------
 // The model
@@ -3331,6 +3608,8 @@ struct GPT2 {
     static constexpr size_t PIECE = 4 << 20;  // floats that are copied at once through pinned memory
     // Most logits held at once: 256 MiB in bf16, and with the switch large_head up to 2 GiB.
     static inline size_t head_logits = (size_t)1 << 27, large_head_logits = (size_t)1 << 30;
+    // About the most elements of matrices that Muon updates at once: in bf16, 320 MiB of buffers.
+    static inline size_t muon_elements = (size_t)1 << 25;
 
     static void require_device() { require_gpu(); }
     static void set_threads(int) {}
@@ -3384,19 +3663,18 @@ struct GPT2 {
     static MemoryNeed memory_need(const Config& c, size_t B, size_t T, bool trains, int recompute = 0,
                                   Precision precision = {BUILD_DTYPE}, const Ranks& ranks = {},
                                   Optimizer optimizer = ADAMW) {
-        check_optimizer(optimizer);
         large_head_memory_ = large_head_memory(trains, precision, ranks);
-        return plan(c, B, T, trains, recompute, precision, ranks, large_head_memory_).need;
+        return plan(c, B, T, trains, recompute, precision, ranks, optimizer, large_head_memory_).need;
     }
 
     // recompute: see Activations::place.
     GPT2(const Config& c, size_t B_, size_t T_, bool trains_, int recompute_ = 0,
          Precision precision = {BUILD_DTYPE}, const Ranks& ranks_ = {}, Optimizer optimizer_ = ADAMW)
         : cfg(c), B(B_), T(T_), trains(trains_), recompute(recompute_), ranks(ranks_), optimizer(optimizer_) {
-        check_precision(precision), check_optimizer(optimizer);
+        check_precision(precision);
         const size_t for_head =
             large_head_memory(trains, precision, ranks, std::exchange(large_head_memory_, 0));
-        const auto [need, rows] = plan(c, B, T, trains, recompute, precision, ranks, for_head);
+        const auto [need, rows] = plan(c, B, T, trains, recompute, precision, ranks, optimizer, for_head);
         size_t M = B * T;
         head_rows_ = rows;
         weights_.allocate(need.params + need.grads);
@@ -3405,16 +3683,16 @@ struct GPT2 {
         params = Params<floatX>(mem_.params, c, sharding_.multiple());
         if (trains) {
             grads = Params<float>(mem_.grads, c, sharding_.multiple(), grad_slots(c, sharding_));
-            optimizer_.allocate(need.optimizer);
-            a = device_arena(optimizer_.p);
-            mem_.place_optimizer(a, c, trains, precision, sharding_);
+            optimizer_state_.allocate(need.optimizer);
+            a = device_arena(optimizer_state_.p);
+            mem_.place_optimizer(a, c, trains, precision, sharding_, optimizer);
             begin_optimizer();
         }
         weight_bytes_ = need.params + need.grads, activation_bytes_ = need.activations + need.scratch;
         activations_.allocate(activation_bytes_);
         a = device_arena(activations_.p);
         mem_.place_activations(a, c, M, trains, recompute);
-        mem_.place_scratch(a, c, B, T, trains, rows);
+        mem_.place_scratch(a, c, B, T, trains, rows, sharding_, optimizer);
         staging_.allocate(PIECE * (sizeof(float) + sizeof(floatX)));
         report_.allocate(sizeof(Report));
         for (Slot& slot : slots_) {
@@ -3465,8 +3743,9 @@ struct GPT2 {
         run(tokens, targets, B_, T_, pass);
         micro_steps_++;
     }
-    // One AdamW step, number t from 1, with the gradient clipped. Where loss or norm is not finite,
-    // parameters and moments stay as they are, and the gradients are discarded: the kernel decides that.
+    // One step of the optimizer, number t from 1, with the gradient clipped. Where loss or norm is not
+    // finite, or above its limit, parameters and moments stay as they are, and the gradients are discarded:
+    // the kernels decide that.
     StepResult step(const StepSettings& a, uint32_t t) {
         if (!micro_steps_) throw std::logic_error("step: no gradients were accumulated");
         AdamWArrays arrays;
@@ -3474,7 +3753,7 @@ struct GPT2 {
         arrays.params = mem_.params, arrays.master = mem_.master;
         arrays.grads = sharding_.shards_gradients() ? mem_.grad_shards : mem_.grads;
         arrays.m = mem_.m, arrays.v = mem_.v, arrays.scratch = mem_.norm_parts;
-        arrays.map = update_map(), arrays.norm_map = norm_map();
+        arrays.map = adamw_map(), arrays.norm_map = norm_map();
         int parts = grad_norm(arrays, stream.stream);
         if (ranks.several()) {
             launch(rank_totals_kernel, 1, WARP, 0, stream.stream, mem_.totals, arrays.loss, arrays.scratch,
@@ -3483,6 +3762,8 @@ struct GPT2 {
             arrays.loss = mem_.totals, arrays.scratch = mem_.totals + 1, parts = 1;
         }
         update(arrays, parts, a, t, seed, stream.stream);
+        if (optimizer == MUON)
+            update_by_muon(arrays, {a.muon_momentum, a.muon_lr, a.weight_decay, Limits(a), t, seed});
         gather_parameters();
         micro_steps_ = 0;
         // The step before is over by now, or nearly: the GPU has its next work.
@@ -3504,7 +3785,9 @@ struct GPT2 {
 
     bool sharded() const { return sharding_.shards_state(); }
     bool has(State s) const {
-        return s == MASTER ? mem_.master && sharded() : s != MUON_M && (s == PARAMS || trains);
+        return s == MASTER   ? mem_.master && sharded()
+               : s == MUON_M ? trains && optimizer == MUON
+                             : s == PARAMS || trains;
     }
     // State out and in through pinned memory, piece by piece in the model file's order: f(pointer, number of
     // floats). An f that takes a pointer to const reads, any other writes. A piece lies within one tensor of
@@ -3526,8 +3809,9 @@ struct GPT2 {
         float* device = array(s);
         float* host = (float*)staging_.p;
         for (const OwnedPiece& piece : s == PARAMS || !sharded() ? all_ : owned_)
-            for (size_t done = 0; done < piece.size; done += PIECE) {
-                size_t i = (in_shards ? piece.shard : piece.memory) + done;
+            for (size_t done = 0; done < piece.size && state_has(s, optimizer, piece.block_matrix);
+                 done += PIECE) {
+                size_t i = (s == ADAM_V ? piece.second : in_shards ? piece.shard : piece.memory) + done;
                 size_t n = std::min(PIECE, piece.size - done), number = piece.file + done;
                 if (!writes && device) download(host, device + i, n);
                 else if (!writes) download_params(host, i, n);
@@ -3543,7 +3827,7 @@ struct GPT2 {
     // masters as that step rounded them, so that the run continues bit for bit.
     void resumed(uint32_t t) {
         if (!t || !mem_.master) return;
-        round_parameters(mem_.params, mem_.master, update_map(), seed, t, stream.stream);
+        round_parameters(mem_.params, mem_.master, held_map(), seed, t, stream.stream);
         gather_parameters();
     }
     Matmul& matmul() { return *matmul_; }
@@ -3580,12 +3864,12 @@ struct GPT2 {
     // more, up to large_head_logits, if these take at most half of what is left of them; the keys and values
     // of a poem, which the trainer writes, have their place first.
     static Plan plan(const Config& c, size_t B, size_t T, bool trains, int recompute, Precision precision,
-                     const Ranks& ranks, size_t for_head) {
+                     const Ranks& ranks, Optimizer optimizer, size_t for_head) {
         check_sizes(c, T);
         const size_t M = checked_mul(B, T, "batch size x sequence length");
         auto with = [&](size_t logits) {
             const size_t rows = equal_parts(M, logits / (size_t)c.Vp);
-            return Plan{need_with(rows, c, B, T, trains, recompute, precision, ranks), rows};
+            return Plan{need_with(rows, c, B, T, trains, recompute, precision, ranks, optimizer), rows};
         };
         const Plan usual = with(head_logits);
         const size_t taken = usual.need.total() + key_value_bytes(c, 1, T);
@@ -3597,26 +3881,22 @@ struct GPT2 {
     }
     // Parameters and gradients share one arena, activations and scratch another.
     static MemoryNeed need_with(size_t rows, const Config& c, size_t B, size_t T, bool trains, int recompute,
-                                Precision precision, const Ranks& ranks) {
+                                Precision precision, const Ranks& ranks, Optimizer optimizer) {
         const Sharding sharding = ranks.sharding();
         MemoryNeed n;
         Memory m;
         const Arena none = device_arena();
-        Arena params = none, all = none, optimizer = none, activations = none, scratch = none;
+        Arena params = none, all = none, state = none, activations = none, scratch = none;
         m.place_params(params, c, sharding), m.place_params(all, c, sharding);
         m.place_gradients(all, c, trains, sharding);
-        m.place_optimizer(optimizer, c, trains, precision, sharding);
+        m.place_optimizer(state, c, trains, precision, sharding, optimizer);
         m.place_activations(activations, c, B * T, trains, recompute);
-        m.place_scratch(scratch, c, B, T, trains, rows);
-        n.params = params.used, n.grads = all.used - params.used, n.optimizer = optimizer.used;
+        m.place_scratch(scratch, c, B, T, trains, rows, sharding, optimizer);
+        n.params = params.used, n.grads = all.used - params.used, n.optimizer = state.used;
         n.activations = activations.used, n.scratch = scratch.used;
         return n;
     }
 
-    static void check_optimizer(Optimizer o) {
-        if (o == MUON)
-            throw UsageError(strf("--optimizer muon: %s has only adamw; %s has both", PROGRAM, CPU_PROGRAM));
-    }
     // Throws Error where the kernels do not support the model.
     static void check_sizes(const Config& c, size_t T) {
         check_config(c, "model");
@@ -3647,9 +3927,11 @@ struct GPT2 {
         float *grads = nullptr, *m = nullptr, *v = nullptr, *master = nullptr;
         float *grad_shards = nullptr, *grad_sum = nullptr;  // stage 2: this rank's shards; a shard of a sum
         double *norm_parts = nullptr, *totals = nullptr;
-        Segment *segments = nullptr, *norm_segments = nullptr;
+        Segment *segments = nullptr, *norm_segments = nullptr, *adamw_segments = nullptr;
+        MuonTarget* muon_targets = nullptr;  // of muon_groups_, one group after the other
         Activations<floatX, floatX> act{};
         Workspace work{};
+        MuonScratch muon{};
         Batch batch;
         Report* report = nullptr;
 
@@ -3664,13 +3946,20 @@ struct GPT2 {
             grad_shards = a.take<float>(all.size() / (size_t)s.world);
             grad_sum = a.take<float>(all.range(BLOCK).second / (size_t)s.world);
         }
-        void place_optimizer(Arena& a, const Config& c, bool trains, Precision precision, const Sharding& s) {
+        void place_optimizer(Arena& a, const Config& c, bool trains, Precision precision, const Sharding& s,
+                             Optimizer optimizer) {
             if (!trains) return;
-            const size_t n = layout(c, s).size() / (s.shards_state() ? (size_t)s.world : 1);
-            m = a.take<float>(n), v = a.take<float>(n);
+            const size_t n = first_moments(c, s);
+            m = a.take<float>(n), v = a.take<float>(second_moments(c, s, optimizer));
             if (precision.dtype == BF16 && precision.master_weights) master = a.take<float>(n);
             norm_parts = a.take<double>(adamw_scratch());
             segments = a.take<Segment>(param_pieces(c).size());
+            adamw_segments = a.take<Segment>(param_pieces(c).size());
+            if (optimizer == MUON) {
+                size_t matrices = 0;
+                for (const MuonGroup& group : muon_groups(c)) matrices += group.matrices.size();
+                muon_targets = a.take<MuonTarget>(matrices);
+            }
             if (s.world == 1) return;
             norm_segments = a.take<Segment>(param_pieces(c).size());
             totals = a.take<double>(2);
@@ -3679,8 +3968,10 @@ struct GPT2 {
         void place_activations(Arena& a, const Config& c, size_t M, bool trains, int recompute) {
             act.place(a, c, M, trains, recompute);
         }
-        void place_scratch(Arena& a, const Config& c, size_t B, size_t T, bool trains, size_t head_rows) {
+        void place_scratch(Arena& a, const Config& c, size_t B, size_t T, bool trains, size_t head_rows,
+                           const Sharding& s, Optimizer optimizer) {
             work.place(a, c, B, T, head_rows, trains);
+            if (trains && optimizer == MUON) muon.place(a, c, (size_t)s.world, muon_elements);
             char* memory = a.take<char>(Batch::bytes(B * T));
             if (memory) batch = Batch(memory, B * T);
             report = a.take<Report>(1);
@@ -3721,10 +4012,13 @@ struct GPT2 {
     }
     // The activations of block l in the pass that is being launched.
     Block block(size_t l) const { return mem_.act.block(l, cfg, b_ * t_); }
-    // The parameters that this rank updates, and those whose gradients it counts for the norm.
-    ParamMap update_map() const { return {mem_.segments, elements(sharded() ? owned_ : all_)}; }
+    // The parameters that this rank updates; those of them that AdamW does; and those whose gradients this
+    // rank counts for the norm.
+    const std::vector<OwnedPiece>& held() const { return sharded() ? owned_ : all_; }
+    ParamMap held_map() const { return {mem_.segments, elements(held())}; }
+    ParamMap adamw_map() const { return {mem_.adamw_segments, elements(adamw_)}; }
     ParamMap norm_map() const {
-        return ranks.several() ? ParamMap{mem_.norm_segments, elements(owned_)} : update_map();
+        return ranks.several() ? ParamMap{mem_.norm_segments, elements(owned_)} : held_map();
     }
     static size_t elements(const std::vector<OwnedPiece>& pieces) {
         size_t n = 0;
@@ -3844,6 +4138,53 @@ struct GPT2 {
     void finish_adding_up() {
         if (!ranks.several() || !(last_micro_step_ || sharding_.shards_gradients())) return;
         handover_->record(adding_->stream), handover_->hold(stream.stream);
+    }
+    // cpu::GPT2::update_by_muon. Ranks share out the orthogonalising: in each round every rank takes up to k
+    // matrices, and all get all results. A rank that has only shards of the optimizer's arrays writes the
+    // directions of its own elements, beside zeros; adding up the ranks' gives each rank its k matrices
+    // whole.
+    void update_by_muon(const AdamWArrays& arrays, const MuonStep& step) {
+        const MuonScratch& scratch = mem_.muon;
+        cudaStream_t s = stream.stream;
+        each_muon_round([&](const MuonRound& r) {
+            const size_t size = r.group.n * r.group.m, own = r.own * size, shares = r.k * size;
+            float* directions = scratch.directions;
+            if (sharded())
+                CUDA_CHECK(cudaMemsetAsync(directions, 0, ranks.world() * shares * sizeof(float), s));
+            muon_direction(directions, sharded() ? 0 : r.own, sharded() ? r.count : r.own + r.mine, arrays,
+                           r.targets, r.count, size, step, s);
+            if (sharded()) nccl().reduce_scatter(directions + own, directions, shares, s);
+            orthogonalise(r);
+            if (ranks.several()) nccl().all_gather(scratch.results(), scratch.results() + own, shares, s);
+            muon_apply(arrays, scratch.results(), r.targets, r.group.n, r.group.m, r.count, step, s);
+        });
+    }
+    // Of a group: `count` matrices. Those of this rank, `mine` of at most k, begin with number `own`.
+    struct MuonRound {
+        const MuonGroup& group;
+        const MuonTarget* targets;
+        size_t count, k, own, mine;
+    };
+    template <class F>
+    void each_muon_round(F f) {
+        const size_t world = (size_t)sharding_.world, rank = (size_t)sharding_.rank;
+        const MuonTarget* targets = mem_.muon_targets;
+        for (const MuonGroup& group : muon_groups_) {
+            const size_t all = group.matrices.size(), k = MuonScratch::most(group, world, muon_elements_);
+            for (size_t first = 0; first < all; first += k * world) {
+                const size_t count = std::min(k * world, all - first), own = rank * k;
+                f(MuonRound{group, targets + first, count, k, own,
+                            std::min(k, count - std::min(own, count))});
+            }
+            targets += all;
+        }
+    }
+    // This rank's directions of a round become its results.
+    void orthogonalise(const MuonRound& r) {
+        const MuonScratch& scratch = mem_.muon;
+        const size_t own = r.own * r.group.n * r.group.m;
+        muon_orthogonalise(scratch.results() + own, scratch.directions + own, scratch, *matmul_,
+                           r.targets + r.own, r.group.n, r.group.m, r.mine, stream.stream);
     }
     // Where ranks have updated only their shards: all ranks get all parameters.
     void gather_parameters() {
@@ -4064,6 +4405,7 @@ struct GPT2 {
             matmul_->weight_gradient(grads.wte, nullptr, work.logits, lnf, n, C, Vp, true);
             matmul_->input_gradient(work.dln, work.logits, params.wte, n, C, Vp);
         }
+        if (trains && optimizer == MUON) each_muon_round([&](const MuonRound& r) { orthogonalise(r); });
         matmul_->timing = false;
     }
     // A product's speed depends on its numbers: with zeros a GPU takes less power, and its clocks rise. (The
@@ -4090,25 +4432,32 @@ struct GPT2 {
     // the stream on which gradients are added up, and its events.
     void begin_optimizer() {
         cudaStream_t s = stream.stream;
-        const size_t n = Memory::layout(cfg, sharding_).size() / (sharded() ? (size_t)sharding_.world : 1);
-        CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, n * sizeof(float), s));
-        CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, n * sizeof(float), s));
-        auto copy = [&](Segment* to, bool all) {
-            const std::vector<Segment> segments = param_segments(cfg, sharding_, all);
-            CUDA_CHECK(cudaMemcpyAsync(to, segments.data(), segments.size() * sizeof(Segment),
-                                       cudaMemcpyHostToDevice, s));
-            stream.wait();  // until `segments` has been read
+        const size_t firsts = first_moments(cfg, sharding_),
+                     seconds = second_moments(cfg, sharding_, optimizer);
+        CUDA_CHECK(cudaMemsetAsync(mem_.m, 0, firsts * sizeof(float), s));
+        CUDA_CHECK(cudaMemsetAsync(mem_.v, 0, seconds * sizeof(float), s));
+        auto copy = [&](auto* to, const auto& table) {
+            CUDA_CHECK(
+                cudaMemcpyAsync(to, table.data(), table.size() * sizeof table[0], cudaMemcpyHostToDevice, s));
+            stream.wait();  // until `table` has been read
         };
-        copy(mem_.segments, !sharded());
+        copy(mem_.segments, param_segments(held(), sharding_));
+        copy(mem_.adamw_segments, param_segments(adamw_, sharding_));
+        if (optimizer == MUON) {
+            std::vector<MuonTarget> all;
+            for (const MuonGroup& group : muon_groups_)
+                for (const MuonTarget& t : muon_targets(group, held(), sharding_)) all.push_back(t);
+            copy(mem_.muon_targets, all);
+        }
         if (!ranks.several()) return;
-        copy(mem_.norm_segments, false);
+        copy(mem_.norm_segments, param_segments(owned_, sharding_));
         adding_ = std::make_unique<Stream>(true), handover_ = std::make_unique<Event>();
         for (auto& event : slot_free_) event = std::make_unique<Event>();
     }
     float* array(State s) const {
         if (s == PARAMS) return sharded() ? nullptr : mem_.master;
         if (s == GRADS) return sharding_.shards_gradients() ? mem_.grad_shards : mem_.grads;
-        return s == ADAM_M ? mem_.m : s == ADAM_V ? mem_.v : mem_.master;
+        return s == ADAM_V ? mem_.v : s == MASTER ? mem_.master : mem_.m;
     }
     // Of n parameters, from number `first` of the file on: those whose masters this rank holds.
     void upload_masters(const float* host, size_t first, size_t n) {
@@ -4159,7 +4508,7 @@ struct GPT2 {
     }
 
     static constexpr size_t SLOTS = 2;
-    DeviceMemory weights_, optimizer_, activations_;
+    DeviceMemory weights_, optimizer_state_, activations_;
     size_t weight_bytes_ = 0, activation_bytes_ = 0;
     size_t head_rows_ = 0;                        // rows of the logits in memory
     static inline size_t large_head_memory_ = 0;  // measured by memory_need() for the next constructor, or 0
@@ -4167,8 +4516,11 @@ struct GPT2 {
     Memory mem_;
     const Sharding sharding_ = ranks.sharding();
     // The parameters in the file's order: all, and those that this rank updates if ranks share that out.
-    const std::vector<OwnedPiece> all_ = owned_pieces(cfg, sharding_, true),
-                                  owned_ = owned_pieces(cfg, sharding_, false);
+    const std::vector<OwnedPiece> all_ = owned_pieces(cfg, sharding_, true, optimizer),
+                                  owned_ = owned_pieces(cfg, sharding_, false, optimizer);
+    const std::vector<OwnedPiece> adamw_ = adamw_pieces(held(), optimizer);
+    const std::array<MuonGroup, 2> muon_groups_ = muon_groups(cfg, sharding_.multiple());
+    const size_t muon_elements_ = muon_elements;
     const ParamLayout grad_layout_{cfg, sharding_.multiple(), grad_slots(cfg, sharding_)};
     std::unique_ptr<Stream> adding_;  // with several ranks: where gradients are added up
     std::unique_ptr<Event> handover_, slot_free_[GRAD_SLOTS];  // from one stream to the other

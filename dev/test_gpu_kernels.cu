@@ -572,13 +572,13 @@ struct Optimizer {
     Device<float> master{n}, grads{n}, m{n}, v{n};
     Device<double> scratch{gpu::adamw_scratch()}, loss{std::vector<double>{1.25}};
     Device<StepResult> report{std::vector<StepResult>(1)};
-    std::vector<gpu::Segment> host_segments = gpu::param_segments(config);
+    std::vector<gpu::Segment> host_segments = gpu::param_segments(owned_pieces(config, {}, true), {});
     Device<gpu::Segment> segments{host_segments.size()};
 
     explicit Optimizer(bool with_master_, bool layered_ = true)
         : with_master(with_master_), layered(layered_) {
         for (gpu::Segment& s : host_segments)
-            if (!layered) s.memory = s.state = s.grads = 0;
+            if (!layered) s.memory = s.state = s.second = s.grads = 0;
         segments.set(host_segments);
         model.init_weights(1);
         Values w = get_state(model, PARAMS);
@@ -700,7 +700,7 @@ TEST_CASE("AdamW with a norm or loss that is not finite changes nothing but the 
 TEST_CASE("AdamW skips a step whose norm or loss is above its limit, and takes one that is not") {
     Optimizer o(true);
     o.set(o.grads, normals(o.n, 9, 0.1)), o.loss.set({2.5});
-    AdamW a = SETTINGS[0];
+    StepSettings a = SETTINGS[0];
     Values before[] = {o.params.values(), o.master.values(), o.m.values(), o.v.values()};
     a.max_loss = 2.4;
     o.step(a, 1, 5);
@@ -714,6 +714,193 @@ TEST_CASE("AdamW skips a step whose norm or loss is above its limit, and takes o
     a.max_loss = 2.5, a.max_norm = norm;
     o.step(a, 1, 5);
     CHECK(!same_bits(o.master.values(), before[1]));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Muon
+
+// A round of matrices (n,m), every other one stored transposed unless n = m, on the device and in
+// cpu::muon_*. The arrays hold them in different orders, so that no index can stand in for another.
+struct Muon {
+    size_t n, m, count, size = n * m, total = count * size;
+    std::vector<gpu::MuonTarget> targets;
+    Values w, momentum, grads;  // matrix after matrix
+    bool with_master = gpu::BUILD_DTYPE == BF16;
+    Device<floatX> params{total};
+    Device<float> master{total}, m_array{total}, g_array{total}, directions{total};
+    Device<double> squares{count * gpu::MuonScratch::parts(size)};
+    Device<floatX> x{total}, gram{count * n * n}, polynomial{count * n * n};
+    Device<char> workspace{gpu::Matmul::WORKSPACE};
+    Device<gpu::MuonTarget> on_device{count};
+    Device<StepResult> report{std::vector<StepResult>{{2.5, 3.0, 0}}};
+    gpu::MuonScratch scratch{};
+    gpu::AdamWArrays arrays;
+    gpu::Matmul products{workspace, nullptr, STREAM, true};
+
+    Muon(size_t n_, size_t m_, size_t count_)
+        : n(n_), m(m_), count(count_), w(normals_x(total, 31, 0.02)), momentum(normals(total, 32, 0.01)) {
+        // Singular values of very different sizes, as gradients have
+        for (size_t i = 0; i < count; i++) {
+            const Values a = normals(n * 4, 33 + i), b = normals(m * 4, 43 + i),
+                         noise = normals(size, 53 + i);
+            for (size_t r = 0; r < n; r++)
+                for (size_t c = 0; c < m; c++) {
+                    float sum = 0.3f * noise[r * m + c];
+                    for (size_t k = 0; k < 4; k++) sum += a[r * 4 + k] * b[c * 4 + k];
+                    grads.push_back(0.01f * sum);
+                }
+        }
+        for (size_t i = 0; i < count; i++) {
+            auto place = [&](size_t turn) { return (ptrdiff_t)((i + turn) % count * size); };
+            targets.push_back({0, size, place(0) + 4000, place(1), place(2), place(3), n != m && i % 2 == 0});
+        }
+        put(params, &gpu::MuonTarget::memory, w), put(master, &gpu::MuonTarget::state, w);
+        put(m_array, &gpu::MuonTarget::state, momentum), put(g_array, &gpu::MuonTarget::grads, grads);
+        scratch.directions = directions, scratch.squares = squares, scratch.x = x, scratch.gram = gram;
+        scratch.polynomial = polynomial;
+        arrays.report = report, arrays.params = params, arrays.m = m_array, arrays.grads = g_array;
+        arrays.master = with_master ? (float*)master : nullptr;
+    }
+    using Place = ptrdiff_t gpu::MuonTarget::*;
+    template <class T>
+    void put(Device<T>& to, Place place, const Values& x) {
+        std::vector<T> in_memory(total);
+        for (size_t e = 0; e < total; e++) {
+            T& t = in_memory[(size_t)(targets[e / size].*place) + e % size];
+            if constexpr (std::is_same<T, float>::value) t = x[e];
+            else t = as_floatX(x[e]);
+        }
+        to.set(in_memory);
+    }
+    template <class T>
+    Values get(const Device<T>& from, Place place) const {
+        const Values in_memory = from.values();
+        Values x(total);
+        for (size_t e = 0; e < total; e++) x[e] = in_memory[(size_t)(targets[e / size].*place) + e % size];
+        return x;
+    }
+    Values parameters() const {
+        return with_master ? get(master, &gpu::MuonTarget::state) : get(params, &gpu::MuonTarget::memory);
+    }
+    Values everything() const {
+        Values all;
+        for (const Values& x : {params.values(), master.values(), m_array.values()})
+            all.insert(all.end(), x.begin(), x.end());
+        return all;
+    }
+
+    static gpu::MuonStep settings(double max_norm = INFINITY) {
+        StepSettings a;
+        a.grad_clip = 1.5f, a.max_norm = max_norm;
+        return {0.9f, 0.02f, 0.1f, gpu::Limits(a), 7, 5};
+    }
+    void direction(const gpu::MuonStep& s, size_t first, size_t last) {
+        on_device.set(targets);
+        gpu::muon_direction(directions, first, last, arrays, on_device, count, size, s, STREAM);
+    }
+    void orthogonalise() {
+        gpu::muon_orthogonalise(scratch.results(), directions, scratch, products, on_device, n, m, count,
+                                STREAM);
+    }
+    void apply(const gpu::MuonStep& s) {
+        gpu::muon_apply(arrays, scratch.results(), on_device, n, m, count, s, STREAM);
+    }
+    void step(const gpu::MuonStep& s) { direction(s, 0, count), orthogonalise(), apply(s); }
+    // The first numbers in the memory of the directions, as what the results are.
+    Values results() const {
+        const std::vector<float> memory = directions.get();
+        std::vector<floatX> typed(total);
+        memcpy((void*)typed.data(), memory.data(), total * sizeof(floatX));
+        Values x(total);
+        for (size_t e = 0; e < total; e++) x[e] = as_float(typed[e]);
+        return x;
+    }
+};
+
+const std::array<size_t, 3> MUON_SHAPES[] = {
+    {48, 48, 5}, {96, 384, 3}, {80, 320, 2}, {16, 64, 1}, {128, 128, 3}};
+
+TEST_CASE("Muon: direction, orthogonalised matrices and parameters are the CPU's, in every shape") {
+    using Operand = std::conditional_t<gpu::BUILD_DTYPE == BF16, cpu::bf16, float>;
+    for (auto [n, m, count] : MUON_SHAPES) {
+        const std::string what = "Muon" + sizes({n, m, count}) + ": ";
+        CAPTURE(what);
+        Muon o(n, m, count);
+        Config c;
+        c.C = (int)n;
+        std::vector<char> memory;
+        cpu::MuonScratch<Operand> scratch;
+        Arena counts, arena;
+        scratch.place(counts, c, 1), memory.resize(counts.used + 64);
+        arena.base = (char*)round_up((size_t)memory.data(), 64), scratch.place(arena, c, 1);
+        const gpu::MuonStep s = Muon::settings();
+        const cpu::MuonStep cpu_step = {s.beta, s.lr, s.weight_decay, 0.5f};  // clips 3 to 1.5
+        Values momentum = o.momentum, direction(o.total), X, w = o.w;
+        o.direction(s, 0, count);
+        const Values got = o.directions.values();
+        for (size_t i = 0; i < count; i++) {
+            const size_t at = i * o.size;
+            const bool transposed = o.targets[i].transposed;
+            cpu::muon_direction(&direction[at], &momentum[at], &o.grads[at], o.size, cpu_step);
+            std::copy_n(&got[at], o.size, scratch.sums);  // the same input
+            cpu::muon_orthogonalise(scratch, n, m, transposed);
+            X.insert(X.end(), scratch.sums, scratch.sums + o.size);
+        }
+        check_float(what + "momentum", o.get(o.m_array, &gpu::MuonTarget::state), momentum);
+        check_float(what + "direction", got, direction);
+        o.orthogonalise();
+        const Values results = o.results();
+        check_close(what + "orthogonalised", results.data(), X.data(), o.total,
+                    gpu::BUILD_DTYPE == BF16 ? 4e-2 : 3 * FLOAT_TOLERANCE);
+        o.apply(s);
+        Values change = o.parameters();
+        for (size_t i = 0; i < count; i++)
+            cpu::muon_apply(&w[i * o.size], &results[i * o.size], n, m, o.targets[i].transposed, cpu_step);
+        for (size_t e = 0; e < o.total; e++) change[e] -= o.w[e], w[e] -= o.w[e];
+        check_close(what + "change of parameters", change.data(), w.data(), o.total, FLOAT_TOLERANCE);
+        CHECK(same_bits(o.get(o.g_array, &gpu::MuonTarget::grads), o.grads));
+    }
+}
+
+TEST_CASE("Muon gives the same bits under every schedule") {
+    repeatable([&] {
+        Muon o(96, 384, 3);
+        o.step(Muon::settings());
+        return std::vector<Values>{o.everything(), o.results()};
+    });
+}
+
+TEST_CASE("Muon touches only the elements of this rank, and writes only the directions it is asked for") {
+    Muon o(80, 320, 3);
+    for (size_t i = 0; i < 3; i++) o.targets[i].begin = 8 * (i + 1) * 331, o.targets[i].end = o.size - 8 * i;
+    o.targets[2].begin = o.targets[2].end = 0;
+    o.direction(Muon::settings(), 1, 2);
+    const Values got = o.directions.values(), moved = o.get(o.m_array, &gpu::MuonTarget::state);
+    o.directions.set(normals(o.total, 1));
+    o.apply(Muon::settings());
+    const Values w = o.parameters();
+    size_t wrong = 0;
+    for (size_t e = 0; e < o.total; e++) {
+        const size_t i = e / o.size, at = e % o.size;
+        const bool mine = o.targets[i].begin <= at && at < o.targets[i].end;
+        wrong += std::isnan(got[e]) != !(mine && i == 1);
+        wrong += (moved[e] != o.momentum[e]) != mine;
+        wrong += (w[e] != o.w[e]) != mine;
+    }
+    CHECK(wrong == 0);
+}
+
+TEST_CASE("Muon with a loss or norm that is not finite or above its limit changes nothing") {
+    for (StepResult r : {StepResult{NAN, 3, 0}, StepResult{2.5, INFINITY, 0}, StepResult{2.5, 3, 0}}) {
+        Muon o(48, 48, 2);
+        o.report.set({r});
+        const Values before = o.everything();
+        o.step(Muon::settings(2.99));
+        CHECK(same_bits(o.everything(), before));
+        o.report.set({{2.5, 2.99, 0}});
+        o.step(Muon::settings(2.99));
+        CHECK(!same_bits(o.everything(), before));
+    }
 }
 
 #if !defined(PRECISION_FP32)
@@ -779,7 +966,7 @@ TEST_CASE("stochastic rounding: to a neighbour, unbiased, independent from eleme
     memcpy(&w[8], &all_ones, 4);  // a NaN whose bits would overflow
     Device<float> master(w);
     Device<floatX> params(N);
-    Device<gpu::Segment> segment(std::vector<gpu::Segment>{{N, 0, 0, 0, 0, false}});
+    Device<gpu::Segment> segment(std::vector<gpu::Segment>{{N, 0, 0, 0, 0, 0, false}});
     double up[N] = {}, at[8] = {}, covariance[8][8] = {}, squares = 0;
     size_t wrong = 0;
     for (uint64_t seed = 0; seed < SEEDS; seed++) {

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "dev/test_gpu_util.h"
+#include "lib/checkpoint.h"
 
 namespace {
 
@@ -24,13 +25,14 @@ struct Tolerances {
     double ten_steps;  // of each of ten losses
     double logits;
     double weights;  // after ten steps
+    double muon;     // the change of a matrix that Muon updates: it magnifies the gradients' small directions
 };
 #ifdef EMULATOR
-constexpr Tolerances ALLOWED =
-    BUILT_BF16 ? Tolerances{1e-2, 1e-3, 2e-3, 1e-2, 2e-2} : Tolerances{1e-5, 1e-6, 1e-5, 1e-5, 2e-5};
+constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1e-2, 1e-3, 2e-3, 1e-2, 2e-2, 1.2e-1}
+                                          : Tolerances{1e-5, 1e-6, 1e-5, 1e-5, 2e-5, 3e-5};
 #else
-constexpr Tolerances ALLOWED =
-    BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2} : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 6e-5};
+constexpr Tolerances ALLOWED = BUILT_BF16 ? Tolerances{1.5e-2, 2e-3, 4e-3, 1.5e-2, 4e-2, 2e-1}
+                                          : Tolerances{3e-5, 3e-6, 3e-5, 3e-5, 6e-5, 1e-4};
 #endif
 
 // The file of timed algorithms is written to a temporary folder.
@@ -199,6 +201,52 @@ TEST_CASE("GPU model: ten steps' losses are the CPU's, with and without master w
                 if (i != QKVB)
                     check_close(std::string("weights after ten steps: ") + table[i].name, &weights[off[i]],
                                 &wanted[off[i]], table[i].size(), ALLOWED.weights);
+        }
+    }
+}
+
+TEST_CASE("GPU model: Muon's steps are the CPU's, whatever the number of matrices at once") {
+    for (int arch : {GPT2_ARCH, GROVER_ARCH}) {
+        const Config c = config(arch, GELU_TANH, 5, 1, 32);
+        const Data d(3, 3, 24, c.V, 24);  // more rows than channels: gradients are of full rank
+        const Values start = random_weights(c, 25);
+        const ParamTable table = param_table(c);
+        const auto off = param_offsets(c);
+        auto losses = [&](auto& m) {
+            set_state(m, PARAMS, start);
+            std::vector<double> l;
+            for (uint32_t t = 0; t < 3; t++) {
+                accumulate(m, d, t, 1, t);
+                StepSettings a = settings();
+                a.grad_clip = t ? 0.5f : 0.0f;
+                const StepResult r = m.step(a, t + 1);
+                CHECK(r.norm > 0.5);
+                l.push_back(r.loss);
+            }
+            return l;
+        };
+        cpu::GPT2 reference(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE}, {}, MUON);
+        const std::vector<double> want = losses(reference);
+        const size_t C = (size_t)c.C;
+        // Of 20 square and 10 wide matrices all at once; or in two rounds of 10, and four of 3, 3, 3 and 1
+        for (size_t elements : {(size_t)1 << 20, 12 * C * C}) {
+            CAPTURE(elements);
+            Temporarily at_once(gpu::GPT2::muon_elements, elements);
+            gpu::GPT2 m(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, true, true}, {}, MUON);
+            const std::vector<double> got = losses(m);
+            const std::string what = "Muon, " + name_of(c) + ": ";
+            check_close(what + "losses", got.data(), want.data(), 3, ALLOWED.ten_steps);
+            for (State s : {MUON_M, ADAM_M, ADAM_V}) {
+                const Values x = get_state(m, s), y = get_state(reference, s);
+                check_close(what + strf("state %d", (int)s), x.data(), y.data(), y.size(),
+                            2 * ALLOWED.gradient);
+            }
+            Values x = get_state(m, PARAMS), y = get_state(reference, PARAMS);
+            for (size_t i = 0; i < x.size(); i++) x[i] -= start[i], y[i] -= start[i];
+            for (int i = 0; i < NUM_PARAMS; i++)
+                if (table[i].block_matrix())
+                    check_close(what + "change of " + table[i].name, &x[off[i]], &y[off[i]], table[i].size(),
+                                ALLOWED.muon);
         }
     }
 }
@@ -447,10 +495,12 @@ TEST_CASE("GPU model: it allocates what memory_need says, and a step allocates n
     Data d(4, 2, 16, c.V, 15);
     for (bool trains : {false, true})
         for (int r : {0, 3}) {
+            const Optimizer optimizer = r == 3 ? MUON : ADAMW;
             Temporarily in_kernels(gpu::switches.bias_in_kernels, r == 3);
             size_t before = emu::statistics().memory_now;
-            gpu::GPT2 m(c, d.B, d.T, trains, r);
-            MemoryNeed need = gpu::GPT2::memory_need(c, d.B, d.T, trains, r);
+            gpu::GPT2 m(c, d.B, d.T, trains, r, {gpu::BUILD_DTYPE}, {}, optimizer);
+            MemoryNeed need =
+                gpu::GPT2::memory_need(c, d.B, d.T, trains, r, {gpu::BUILD_DTYPE}, {}, optimizer);
             CHECK(emu::statistics().memory_now - before == need.total());
             m.init_weights(1);
             if (!trains) continue;
@@ -615,10 +665,12 @@ TEST_CASE("GPU model: a tensor larger than the pinned memory is read and written
 TEST_CASE("GPU model: a run that was stopped and resumed continues bit for bit") {
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
     Data d(4, 2, 16, c.V, 16);
-    for (bool master : {true, false}) {
-        gpu::GPT2 through(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}),
-            before(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}),
-            after(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master});
+    for (auto [master, optimizer] :
+         {std::pair<bool, Optimizer>{true, ADAMW}, {false, ADAMW}, {true, MUON}, {false, MUON}}) {
+        if (!BUILT_BF16 && !master) continue;  // the same
+        gpu::GPT2 through(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}, {}, optimizer),
+            before(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}, {}, optimizer),
+            after(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE, master}, {}, optimizer);
         for (auto* m : {&through, &before}) {
             m->seed = 5;
             set_state(*m, PARAMS, random_weights(c, 17));
@@ -626,29 +678,65 @@ TEST_CASE("GPU model: a run that was stopped and resumed continues bit for bit")
                 accumulate(*m, d, t, 1, t), m->step(settings(), t + 1);
         }
         after.seed = 5;
-        for (auto s : {PARAMS, ADAM_M, ADAM_V}) set_state(after, s, get_state(before, s));
+        set_state(after, PARAMS, get_state(before, PARAMS));
+        for (auto& array : optimizer_arrays(optimizer))
+            set_state(after, array.state, get_state(before, array.state));
         after.resumed(2);
         for (uint32_t t = 2; t < 4; t++) accumulate(after, d, t, 1, t), after.step(settings(), t + 1);
         CHECK(same_bits(get_state(after, PARAMS), get_state(through, PARAMS)));
-        CHECK(same_bits(get_state(after, ADAM_V), get_state(through, ADAM_V)));
+        for (auto& array : optimizer_arrays(optimizer))
+            CHECK(same_bits(get_state(after, array.state), get_state(through, array.state)));
     }
+}
+
+TEST_CASE("GPU model: the CPU and the GPU take over each other's checkpoints of a run with Muon") {
+    const Config c = config(GPT2_ARCH, GELU_TANH, 2, 2);
+    const Data d(1, 2, 16, c.V, 26);
+    gpu::GPT2 first(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE}, {}, MUON),
+        third(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE}, {}, MUON);
+    cpu::GPT2 second(c, d.B, d.T, true, 0, {}, {}, MUON);
+    set_state(first, PARAMS, random_weights(c, 27));
+    accumulate(first, d, 0, 1, 0), first.step(settings(), 1);
+    TempDir dir;
+    auto hand_over = [&](auto& from, auto& to) {
+        trainer::save_model(from, dir / "model.bin");
+        trainer::save_state(from, {}, "", dir / "state.bin");
+        ModelReader model(dir / "model.bin");
+        trainer::StateReader state(dir / "state.bin");
+        const uint64_t checksum = trainer::load_model(to, model);
+        state.load_moments(to, checksum);
+    };
+    hand_over(first, second), hand_over(second, third);
+    for (State s : {PARAMS, MUON_M, ADAM_M, ADAM_V}) {
+        const Values want = get_state(first, s);
+        CHECK(!same_bits(want, Values(want.size())));
+        CHECK(same_bits(get_state(second, s), want));
+        CHECK(same_bits(get_state(third, s), want));
+    }
+    const size_t matrices = get_state(first, MUON_M).size();
+    CHECK(matrices == 2 * 12 * (size_t)c.C * c.C);
+    CHECK(get_state(first, ADAM_M).size() + matrices == num_params(c));
 }
 
 TEST_CASE("GPU model: a step whose gradient or loss is not finite does not change the model") {
     Config c = config(GPT2_ARCH, GELU_TANH, 1, 2);
     Data d(1, 2, 16, c.V, 18);
-    gpu::GPT2 m(c, d.B, d.T, true);
-    Values weights = random_weights(c, 19);
-    weights[param_offsets(c)[LNFB]] = INFINITY;
-    set_state(m, PARAMS, weights);
-    accumulate(m, d, 0, 1, 0);
-    CHECK(!m.step(settings(), 1).finite());
-    CHECK(same_bits(get_state(m, PARAMS), weights));
-    Values zeros(num_params(c));
-    CHECK(same_bits(get_state(m, ADAM_M), zeros));
-    set_state(m, PARAMS, random_weights(c, 19));  // the next step is not affected
-    accumulate(m, d, 0, 1, 0);
-    CHECK(m.step(settings(), 1).finite());
+    for (Optimizer optimizer : {ADAMW, MUON}) {
+        gpu::GPT2 m(c, d.B, d.T, true, 0, {gpu::BUILD_DTYPE}, {}, optimizer);
+        Values weights = random_weights(c, 19);
+        weights[param_offsets(c)[LNFB]] = INFINITY;
+        set_state(m, PARAMS, weights);
+        accumulate(m, d, 0, 1, 0);
+        CHECK(!m.step(settings(), 1).finite());
+        CHECK(same_bits(get_state(m, PARAMS), weights));
+        for (auto& array : optimizer_arrays(optimizer)) {
+            const Values x = get_state(m, array.state);
+            CHECK(same_bits(x, Values(x.size())));
+        }
+        set_state(m, PARAMS, random_weights(c, 19));  // the next step is not affected
+        accumulate(m, d, 0, 1, 0);
+        CHECK(m.step(settings(), 1).finite());
+    }
 }
 
 TEST_CASE("GPU decoder: logits are the CPU's for prompts of any length, and agree with forward") {
