@@ -3152,8 +3152,8 @@ struct MuonTile {
         row = blockIdx.x / across * MUON_TILE, column = blockIdx.x % across * MUON_TILE;
     }
 };
-// f(row, column) for the first element of each vector of a tile that lies in a matrix (rows, columns), which
-// has these rows and columns left from the tile's first element on.
+// Calls f(row, column) for the first element of each vector of a tile; rows and columns are those of the
+// matrix from the tile's first element on.
 template <class F>
 __device__ inline void each_vector(size_t rows, size_t columns, F f) {
     constexpr size_t ACROSS = MUON_TILE / VEC;
@@ -3247,13 +3247,13 @@ struct MuonScratch {
         return ceil_div(all, ceil_div(all, fit));
     }
     void place(Arena& a, const Config& c, size_t world, size_t elements) {
-        size_t numbers = 0, squares_ = 0, grams = 0;
+        size_t numbers = 0, sums = 0, grams = 0;
         for (const MuonGroup& g : muon_groups(c)) {
             const size_t k = most(g, world, elements), size = g.n * g.m;
             numbers = std::max(numbers, k * size), grams = std::max(grams, k * g.n * g.n);
-            squares_ = std::max(squares_, k * parts(size));
+            sums = std::max(sums, k * parts(size));
         }
-        directions = a.take<float>(world, numbers), squares = a.take<double>(squares_);
+        directions = a.take<float>(world, numbers), squares = a.take<double>(sums);
         x = a.take<floatX>(numbers), gram = a.take<floatX>(grams), polynomial = a.take<floatX>(grams);
     }
 };

@@ -847,9 +847,10 @@ def switches_section(data):
     if not base:
         return []
     rows = [[n, f"{v['step_ms']:.2f}", f"{100 * (v['step_ms'] / min(base) - 1):+.1f}%",
-             f"{v['host_gap_ms']:.2f}", f"{v['memory'] / 2**30:.2f} GiB"] for n, v in parts]
+             f"{v['update_ms']:.2f}", f"{v['host_gap_ms']:.2f}", f"{v['memory'] / 2**30:.2f} GiB"]
+            for n, v in parts]
     return ["## One switch at a time", "",
-            *table(["switch", "ms per step", "against none", "host gap", "memory"], rows)]
+            *table(["switch", "ms per step", "against none", "update", "host gap", "memory"], rows)]
 
 
 def kernels_section(data):

@@ -203,6 +203,8 @@ def speed_and_kernels(data, text):
           and "use_graphs=0" in switches and "head_logits=1073741824" in switches, switches)
     check("switches: the program was given them",
           all(p["values"]["switch"] == n for n, p in switches.items() if "=" in n), switches)
+    update = {n: switches[n]["values"]["update_ms"] for n in ("none", "muon=1")}
+    check("switches: Muon's update is timed", update["none"] == 2 and update["muon=1"] > 2, update)
     rows = parts(data, "kernels")["table"]["values"]["rows"]
     unknown = [r["name"] for r in rows if "bound_ms" not in r]
     check("kernels: each of the step's kernels is in KERNEL_ROWS and in roofline.py", unknown == [], unknown)

@@ -10,7 +10,7 @@
 //     step_ms      from the end of one step's update to the end of the next one's
 //     pass_ms      forward and backward, while the host is ahead of the GPU
 //     forward_ms   a pass without gradients; backward_ms is pass_ms without it
-//     update_ms    the gradient's norm, and AdamW
+//     update_ms    the gradient's norm, and the optimizer
 //     host_gap_ms  what is left of a step: the GPU waits for the host
 // MFU (model FLOPs utilisation) is a step's FLOPs per second, divided by the peak that train_gpt2cu prints:
 // mfu_full counts attention's full square (step_flops), as nanoGPT and PaLM do; mfu_causal only its half, as
@@ -30,7 +30,10 @@ namespace {
 using gpu::GPT2;
 
 // ---------------------------------------------------------------------------------------------
-// Ways to compute the same, which --switch NAME=VALUE chooses. A new one is a line in this table.
+// Ways to compute the same, and Muon instead of AdamW for the blocks' matrices; --switch NAME=VALUE chooses.
+// A new one is a line in this table.
+
+Optimizer optimizer = ADAMW;
 
 size_t number(const std::string& value) {
     char* end;
@@ -55,6 +58,7 @@ struct Switch {
     {"bias_in_kernels", "1", [](const std::string& v, GPT2*) { gpu::switches.bias_in_kernels = number(v); }},
     {"large_head", "1", [](const std::string& v, GPT2*) { gpu::switches.large_head = number(v); }},
     {"late_results", "1", [](const std::string& v, GPT2*) { gpu::switches.late_results = number(v); }},
+    {"muon", "1", [](const std::string& v, GPT2*) { optimizer = number(v) ? MUON : ADAMW; }},
 };
 
 // Applies "NAME=VALUE"; "" is none.
@@ -90,7 +94,7 @@ Config config(const Options& o) {
 constexpr Precision PRECISION = {gpu::BUILD_DTYPE, true};
 
 size_t need(const Config& c, size_t B, size_t T) {
-    return GPT2::memory_need(c, B, T, true, 0, PRECISION).total();
+    return GPT2::memory_need(c, B, T, true, 0, PRECISION, {}, optimizer).total();
 }
 
 // The batch sizes in "8,16,32"; "max" is the largest of 32, 16, 8 ... that fits into free memory.
@@ -115,7 +119,10 @@ std::vector<size_t> batch_sizes(const std::string& text, const Config& c, size_t
 class Bench {
   public:
     Bench(const Options& o, const Config& c, size_t B, size_t T)
-        : before_(GPT2::memory_available()), model(c, B, T, true, 0, PRECISION), x_(B * T), y_(B * T) {
+        : before_(GPT2::memory_available()),
+          model(c, B, T, true, 0, PRECISION, {}, optimizer),
+          x_(B * T),
+          y_(B * T) {
         apply_switch(o.way, &model);
         model.init_weights(1);
         memory = before_ - std::min(before_, GPT2::memory_available());
@@ -268,7 +275,7 @@ void time_kernels(const Options& o, const Config& c, size_t B, size_t T) {
     printf("]}\n");
 }
 
-// A mark at the end of the last kernel that is launched, which is AdamW's.
+// A mark at the end of the last kernel that is launched, which is the optimizer's.
 void mark_update(Bench& bench, Mark& end) {
     static Mark* at;
     at = &end;
