@@ -750,6 +750,8 @@ struct Muon {
                     grads.push_back(0.01f * sum);
                 }
         }
+        if (count == 5)  // the last one of zeros, whose norm nothing can be divided by
+            for (Values* x : {&momentum, &grads}) std::fill(x->begin() + 4 * (ptrdiff_t)size, x->end(), 0.0f);
         for (size_t i = 0; i < count; i++) {
             auto place = [&](size_t turn) { return (ptrdiff_t)((i + turn) % count * size); };
             targets.push_back({0, size, place(0) + 4000, place(1), place(2), place(3), n != m && i % 2 == 0});

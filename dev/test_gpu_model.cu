@@ -585,6 +585,12 @@ TEST_CASE("GPU model: the file of timed algorithms is kept, used, and repaired i
     CHECK(contains(path, std::to_string(cublasLtGetVersion())));
     { gpu::GPT2 m(c, 2, 16, true); }
     CHECK(read_file(path) == first);
+    // Muon's products: two for the 4 square matrices, three for the 2 wide ones
+    { gpu::GPT2 m(c, 2, 16, true, 0, {gpu::BUILD_DTYPE}, {}, MUON); }
+    size_t batches = 0;
+    const std::string with_muon = read_file(path);
+    for (size_t i = 0; (i = with_muon.find(" batch ", i)) != std::string::npos; i++) batches++;
+    CHECK(batches == 5);
     // Entries are used without timing: here the emulator's other algorithm, whose workspace is in bytes 8 to
     // 15.
     std::string other, algorithms;
