@@ -2,14 +2,14 @@
 // together as ranks, one process each (lib/comm.h).
 //
 // Read it from top to bottom: the build's number type, errors and launches, tensor-core instructions, the
-// kernels of each layer, matrix products by cuBLASLt, the model, the decoder with its key/value cache, and a
-// main that passes the model to lib/trainer.h. Each kernel's comment names the function of train_gpt2.cpp,
-// lib/vec.h or lib/gemm.h that it is tested against.
+// kernels of each layer, AdamW, matrix products by cuBLASLt, Muon, the model, the decoder with its key/value
+// cache, and a main that passes the model to lib/trainer.h. Each kernel's comment names the function of
+// train_gpt2.cpp, lib/vec.h or lib/gemm.h that it is tested against.
 //
 // Shapes: B sequences of T tokens, M = B*T rows, C channels, NH heads of hs = C/NH, V vocabulary padded to
-// Vp. floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, AdamW's
-// moments and master weights are always float. There are no atomics on floats: with the same choices of
-// products (ProductChoices) and without the switch large_head, a run repeats bit for bit.
+// Vp. floatX is bf16, or float when built with -DPRECISION_FP32; statistics, gradients of parameters, the
+// optimizer's moments and master weights are always float. There are no atomics on floats: with the same
+// choices of products (ProductChoices) and without the switch large_head, a run repeats bit for bit.
 //
 // Everything here also compiles as C++ and runs on a CPU through dev/emulator (macro EMULATOR). Therefore all
 // kernels are launched by launch(), the dynamic shared memory of every kernel is called `dynamic_smem`, and
@@ -2471,9 +2471,9 @@ __global__ void __launch_bounds__(ADAMW_THREADS)
     if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
 }
 
-// Whether a step is taken, and the factor that clips its gradients. cpu::GPT2::step knows both before it
-// calls update(). The host here would have to wait for the loss and the norm; so each kernel computes the
-// two.
+// Whether a step is taken, as StepSettings::takes() says, and the factor that clips its gradients.
+// cpu::GPT2::step knows both before it calls update(). Here the host would have to wait for the loss and the
+// norm; so each of the optimizer's kernels computes the two.
 struct Verdict {
     bool takes;
     float scale;
@@ -2969,6 +2969,7 @@ class Matmul {
         // A row-major (rows, cols) matrix is a column-major (cols, rows) one.
         auto layout = [&](cublasLtMatrixLayout_t* l, cudaDataType_t t, size_t rows, size_t cols) {
             CUBLAS_CHECK(cublasLtMatrixLayoutCreate(l, t, cols, rows, (int64_t)cols));
+            if (batch == 1) return;
             auto set = [&](cublasLtMatrixLayoutAttribute_t attribute, auto value) {
                 CUBLAS_CHECK(cublasLtMatrixLayoutSetAttribute(*l, attribute, &value, sizeof value));
             };
@@ -3093,20 +3094,21 @@ inline std::vector<MuonTarget> muon_targets(const MuonGroup& group, const std::v
     return targets;
 }
 
+// One step's settings, as in cpu::MuonStep and AdamWStep.
 struct MuonStep {
     float beta, lr, weight_decay;
     Limits limits;
-    uint32_t t;  // as in AdamWStep
+    uint32_t t;
     uint64_t seed;
 };
 constexpr int MUON_THREADS = 256;
 constexpr size_t MUON_PART = 1 << 15;  // elements whose squares a block adds up
 // The kernels that may transpose work on a tile of a matrix in a block. Columns and rows are multiples of 16,
 // so that no vector extends beyond a matrix.
-constexpr size_t MUON_TILE = 64;
+constexpr unsigned MUON_TILE = 64;
 
-// The momentum of this rank's elements, and the direction, in matrices [first, last) only: directions holds
-// them, (n,m) values each as they are stored. One row of blocks for each matrix.
+// cpu::muon_direction. The momentum of this rank's elements in all matrices of the round, of `size` elements
+// each, and their direction in matrices [first, last). One row of blocks for each matrix.
 __global__ void __launch_bounds__(MUON_THREADS)
     muon_direction_kernel(float* directions, size_t first, size_t last, AdamWArrays arrays,
                           const MuonTarget* targets, size_t size, MuonStep s) {
@@ -3129,7 +3131,7 @@ __global__ void __launch_bounds__(MUON_THREADS)
     }
 }
 
-// squares (matrices, parts): sums of squares. One row of blocks for each matrix.
+// squares (matrices, parts): sums of squares of directions (matrices, size). A block computes one.
 __global__ void __launch_bounds__(MUON_THREADS)
     muon_squares_kernel(double* squares, const float* directions, size_t size) {
     const float* d = directions + blockIdx.y * size;
@@ -3146,27 +3148,27 @@ __global__ void __launch_bounds__(MUON_THREADS)
 
 // The tile of a block in a matrix of these sizes: its first row and column.
 struct MuonTile {
-    size_t row, column;
-    __device__ MuonTile(size_t columns) {
-        const size_t across = (columns + MUON_TILE - 1) / MUON_TILE;
+    unsigned row, column;
+    __device__ MuonTile(unsigned columns) {
+        const unsigned across = (columns + MUON_TILE - 1) / MUON_TILE;
         row = blockIdx.x / across * MUON_TILE, column = blockIdx.x % across * MUON_TILE;
     }
 };
 // Calls f(row, column) for the first element of each vector of a tile; rows and columns are those of the
 // matrix from the tile's first element on.
 template <class F>
-__device__ inline void each_vector(size_t rows, size_t columns, F f) {
-    constexpr size_t ACROSS = MUON_TILE / VEC;
-    for (size_t v = threadIdx.x; v < MUON_TILE * ACROSS; v += blockDim.x) {
-        const size_t r = v / ACROSS, c = v % ACROSS * VEC;
+__device__ inline void each_vector(unsigned rows, unsigned columns, F f) {
+    constexpr unsigned ACROSS = MUON_TILE / VEC;
+    for (unsigned v = threadIdx.x; v < MUON_TILE * ACROSS; v += blockDim.x) {
+        const unsigned r = v / ACROSS, c = v % ACROSS * VEC;
         if (r < rows && c < columns) f(r, c);
     }
 }
 
-// X (n,m) = directions divided by their norm, transposed where the matrix is stored so.
+// Each matrix's X (n,m) = its direction divided by its norm, and transposed if it is stored as (m,n).
 __global__ void __launch_bounds__(MUON_THREADS)
     muon_scale_kernel(floatX* X, const float* directions, const double* squares, int parts,
-                      const MuonTarget* targets, size_t n, size_t m) {
+                      const MuonTarget* targets, unsigned n, unsigned m) {
     __shared__ float tile[MUON_TILE][MUON_TILE + 1];  // its columns are rows of the stored matrix
     double sum[1] = {0};
     for (int i = threadIdx.x; i < parts; i += blockDim.x) sum[0] += squares[blockIdx.y * parts + i];
@@ -3174,11 +3176,11 @@ __global__ void __launch_bounds__(MUON_THREADS)
     const float factor = 1.0f / fmaxf((float)sqrt(sum[0]), NewtonSchulz::EPS);
 
     const bool transposed = targets[blockIdx.y].transposed;
-    const size_t rows = transposed ? m : n, columns = transposed ? n : m;
+    const unsigned rows = transposed ? m : n, columns = transposed ? n : m;
     const MuonTile at(columns);
-    directions += blockIdx.y * n * m, X += blockIdx.y * n * m;
-    each_vector(rows - at.row, columns - at.column, [&](size_t r, size_t c) {
-        const size_t e = (at.row + r) * columns + at.column + c;
+    directions += (size_t)blockIdx.y * n * m, X += (size_t)blockIdx.y * n * m;
+    each_vector(rows - at.row, columns - at.column, [&](unsigned r, unsigned c) {
+        const size_t e = (size_t)(at.row + r) * columns + at.column + c;
         Floats x = load_floats(directions + e);
         for (int k = 0; k < VEC; k++) x[k] *= factor;
         if (!transposed) store(X + e, narrow(x));
@@ -3187,35 +3189,36 @@ __global__ void __launch_bounds__(MUON_THREADS)
     });
     if (!transposed) return;
     __syncthreads();
-    each_vector(columns - at.column, rows - at.row, [&](size_t r, size_t c) {
+    each_vector(columns - at.column, rows - at.row, [&](unsigned r, unsigned c) {
         Floats x;
         for (int k = 0; k < VEC; k++) x[k] = tile[r][c + k];
-        store(X + (at.column + r) * m + at.row + c, narrow(x));
+        store(X + (size_t)(at.column + r) * m + at.row + c, narrow(x));
     });
 }
 
-// w = w (1 - lr decay) - lr muon_scale() X, on this rank's elements; X (n,m).
+// cpu::muon_apply, on this rank's elements: w = w (1 - lr decay) - factor X; X (matrices, n, m).
 __global__ void __launch_bounds__(MUON_THREADS)
-    muon_apply_kernel(AdamWArrays arrays, const floatX* X, const MuonTarget* targets, size_t n, size_t m,
+    muon_apply_kernel(AdamWArrays arrays, const floatX* X, const MuonTarget* targets, unsigned n, unsigned m,
                       float factor, MuonStep s) {
     __shared__ float tile[MUON_TILE][MUON_TILE + 1];
     if (!s.limits.judge(arrays.report->loss, arrays.report->norm).takes) return;
     const MuonTarget target = targets[blockIdx.y];
-    const size_t rows = target.transposed ? m : n, columns = target.transposed ? n : m;
+    const unsigned rows = target.transposed ? m : n, columns = target.transposed ? n : m;
     const MuonTile at(columns);
-    if (at.row * columns >= target.end || (at.row + MUON_TILE) * columns <= target.begin) return;
-    X += blockIdx.y * n * m;
+    const size_t first = (size_t)at.row * columns, end = (size_t)(at.row + MUON_TILE) * columns;
+    if (first >= target.end || end <= target.begin) return;
+    X += (size_t)blockIdx.y * n * m;
     if (target.transposed) {
-        each_vector(columns - at.column, rows - at.row, [&](size_t r, size_t c) {
-            const Floats x = widen(load_once(X + (at.column + r) * m + at.row + c));
+        each_vector(columns - at.column, rows - at.row, [&](unsigned r, unsigned c) {
+            const Floats x = widen(load_once(X + (size_t)(at.column + r) * m + at.row + c));
             for (int k = 0; k < VEC; k++) tile[r][c + k] = x[k];
         });
         __syncthreads();
     }
     const float shrink = 1.0f - s.lr * s.weight_decay;
     const rng::Key key(s.seed, s.t, rng::ROUNDING);
-    each_vector(rows - at.row, columns - at.column, [&](size_t r, size_t c) {
-        const size_t e = (at.row + r) * columns + at.column + c;
+    each_vector(rows - at.row, columns - at.column, [&](unsigned r, unsigned c) {
+        const size_t e = (size_t)(at.row + r) * columns + at.column + c;
         if (e < target.begin || e >= target.end) return;
         Floats x;
         if (!target.transposed) x = widen(load_once(X + e));
@@ -3269,7 +3272,7 @@ inline void muon_direction(float* directions, size_t first, size_t last, const A
     launch(muon_direction_kernel, dim3((unsigned)blocks, (unsigned)count), MUON_THREADS, 0, s, directions,
            first, last, arrays, targets, size, step);
 }
-// results (count, n, m) = X of these directions.
+// cpu::muon_orthogonalise of `count` matrices: results (count, n, m). They may be where directions are.
 inline void muon_orthogonalise(floatX* results, const float* directions, const MuonScratch& scratch,
                                Matmul& products, const MuonTarget* targets, size_t n, size_t m, size_t count,
                                cudaStream_t s) {
