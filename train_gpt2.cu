@@ -3101,6 +3101,7 @@ struct MuonStep {
     uint32_t t;
     uint64_t seed;
 };
+// Kernels write with store_once() what the next one reads: a round is larger than the L2 cache.
 constexpr int MUON_THREADS = 256;
 constexpr size_t MUON_PART = 1 << 15;  // elements whose squares a block adds up
 // The kernels that may transpose work on a tile of a matrix in a block. Columns and rows are multiples of 16,
@@ -3127,7 +3128,7 @@ __global__ void __launch_bounds__(MUON_THREADS)
             m[k] = s.beta * m[k] + gk, d[k] = s.beta * m[k] + gk;
         }
         store_once(momentum, m);
-        if (wanted) store(directions + blockIdx.y * size + e, d);
+        if (wanted) store_once(directions + blockIdx.y * size + e, d);
     }
 }
 
@@ -3183,7 +3184,7 @@ __global__ void __launch_bounds__(MUON_THREADS)
         const size_t e = (size_t)(at.row + r) * columns + at.column + c;
         Floats x = load_floats(directions + e);
         for (int k = 0; k < VEC; k++) x[k] *= factor;
-        if (!transposed) store(X + e, narrow(x));
+        if (!transposed) store_once(X + e, narrow(x));
         else
             for (int k = 0; k < VEC; k++) tile[c + k][r] = x[k];
     });
@@ -3192,7 +3193,7 @@ __global__ void __launch_bounds__(MUON_THREADS)
     each_vector(columns - at.column, rows - at.row, [&](unsigned r, unsigned c) {
         Floats x;
         for (int k = 0; k < VEC; k++) x[k] = tile[r][c + k];
-        store(X + (size_t)(at.column + r) * m + at.row + c, narrow(x));
+        store_once(X + (size_t)(at.column + r) * m + at.row + c, narrow(x));
     });
 }
 
