@@ -3958,7 +3958,7 @@ struct GPT2 {
             if (precision.dtype == BF16 && precision.master_weights) master = a.take<float>(n);
             norm_parts = a.take<double>(adamw_scratch());
             segments = a.take<Segment>(param_pieces(c).size());
-            adamw_segments = a.take<Segment>(param_pieces(c).size());
+            adamw_segments = optimizer == MUON ? a.take<Segment>(param_pieces(c).size()) : segments;
             if (optimizer == MUON) {
                 size_t matrices = 0;
                 for (const MuonGroup& group : muon_groups(c)) matrices += group.matrices.size();

@@ -238,7 +238,7 @@ def memory(m, B, T, recompute=0, stage=0, world=1, machine=GPU):
         grads = [(p["embeddings"] + min(SLOTS, m.L) * p["block"] + p["final"]) * FP32, P // world * FP32,
                  p["block"] // world * FP32]
     state = P // world if stage and world > 1 else P
-    tables = (2 if world > 1 else 1) * [(12 * m.L + 4) * 48] + ([16] if world > 1 else [])
+    tables = (2 if world > 1 else 1) * [(12 * m.L + 4) * 56] + ([16] if world > 1 else [])
     return {"parameters": params, "gradients": arena(machine, grads, params) - params,
             "AdamW": arena(machine, 3 * [state * FP32] + [8 * sms * 8] + tables),
             "activations": activation_bytes(machine, m, B * T, recompute),
@@ -284,8 +284,8 @@ def check_emulator(program):
     with tempfile.TemporaryDirectory() as d:
         write_small_data(d, 40, 20000)
         for m, preset, B, recompute, world, stage in cases:
-            flags = ["--data", d, "--preset", preset, "-b", B, "-r", recompute, "-d", B * m.maxT * world * 2,
-                     "--max_steps", 2, "-s", 0, "-o", f"{d}/out", "--overwrite"]
+            flags = ["--data", d, "--preset", preset, "--optimizer", "adamw", "-b", B, "-r", recompute,
+                     "-d", B * m.maxT * world * 2, "--max_steps", 2, "-s", 0, "-o", f"{d}/out", "--overwrite"]
             flags += ["--gpus", world, "--zero_stage", stage] if world > 1 else []
             log = f"{d}/{preset}-{world}-ranks-stage-{stage}.txt"
             ran = subprocess.run([program] + [str(f) for f in flags], capture_output=True, text=True,

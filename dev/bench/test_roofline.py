@@ -18,7 +18,7 @@ sys.path[:0] = [os.path.abspath("dev"), os.path.abspath(os.path.join("dev", "ben
 import gpu_check
 import roofline
 
-# roofline.py leaves out small reads and writes: AdamW's table of tensors (48 bytes each), the step's state,
+# roofline.py leaves out small reads and writes: AdamW's table of tensors (56 bytes each), the step's state,
 # the report. TOLERANCE is their largest share of a row's bytes, in models as small as those below.
 TOLERANCE = 0.002
 HEAD_LOGITS = roofline.HEAD_LOGITS  # which compare() changes

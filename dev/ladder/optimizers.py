@@ -181,14 +181,16 @@ def main():
              o.dtype], o.steps, (5e-4, 1e-3, 2e-3)))
     if "c" in o.parts:
         others = data("others", "--except", f"poet_name={o.poet}")
-        small = ["--preset", "tiny", "--batch_size", 32, "--dropout", 0]
+        small = ["--preset", "tiny", "--batch_size", 32, "--dropout", 0, "--optimizer", "adamw"]
         pretrained = Run(os.path.join(o.out, "pretrained"),
-                         ["--data", others, *small, "--val_every", 0, "--sample_every", 0], min(2000, 4 * o.steps))
+                         ["--data", others, *small, "--val_every", 0, "--sample_every", 0],
+                         min(2000, 4 * o.steps))
         pretrained.done = lambda: os.path.exists(
             os.path.join(pretrained.folder, f"model_{pretrained.steps:08d}.bin"))
         pretrained.train()
         model = os.path.join(pretrained.folder, f"model_{pretrained.steps:08d}.bin")
-        one = data("one", "--where", f"poet_name={o.poet}", "--tokenizer", os.path.join(others, "tokenizer.bin"))
+        one = data("one", "--where", f"poet_name={o.poet}",
+                   "--tokenizer", os.path.join(others, "tokenizer.bin"))
         experiments.append(Experiment(
             "c", "(c) Fine-tuning on one poet", o.out,
             ["--init_from", model, "--data", one, "--batch_size", 32], min(300, o.steps), (1e-4, 3e-4, 1e-3)))

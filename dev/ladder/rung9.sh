@@ -10,7 +10,7 @@
 set -e
 poems=${1:?"usage: dev/ladder/rung9.sh POEMS.csv [OUT] [STEPS] [TUNING_STEPS]"}
 out=${2:-out/rung9} steps=${3:-2000} tuning=${4:-300} poet=${POET:-أبو نواس}
-size=${SIZE:---preset tiny --batch_size 32 --dropout 0}
+size=${SIZE:---preset tiny --batch_size 32 --dropout 0 --optimizer adamw --learning_rate 2e-3}
 logging="--val_every 25 --log_every 50 --sample_every 0"
 make -s train_gpt2 sample_gpt2 prepare_data score_poems
 make train POEMS="$poems" PREPARE_FLAGS="--except 'poet_name=$poet'" OUT="$out/pretrained" \
