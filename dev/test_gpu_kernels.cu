@@ -857,7 +857,8 @@ TEST_CASE("Muon: direction, orthogonalised matrices and parameters are the CPU's
         o.apply(s);
         Values change = o.parameters();
         for (size_t i = 0; i < count; i++)
-            cpu::muon_apply(&w[i * o.size], &results[i * o.size], n, m, o.targets[i].transposed, cpu_step);
+            cpu::muon_apply(&w[i * o.size], &results[i * o.size], n, m, 0, n, o.targets[i].transposed,
+                            cpu_step);
         for (size_t e = 0; e < o.total; e++) change[e] -= o.w[e], w[e] -= o.w[e];
         check_close(what + "change of parameters", change.data(), w.data(), o.total, FLOAT_TOLERANCE);
         CHECK(same_bits(o.get(o.g_array, &gpu::MuonTarget::grads), o.grads));
