@@ -2499,9 +2499,12 @@ struct AdamWStep {
     uint64_t seed;  // with t the key of the rounding to bf16
 };
 
-// What grad_norm(), update() and Muon read and write. The arrays are laid out as `map` says.
+// What grad_norm(), update() and Muon read and write. The arrays are laid out as `map` says, for AdamW, and
+// as MuonTarget says, for Muon.
 struct AdamWArrays {
-    StepResult* report = nullptr;  // receives *loss and the gradients' norm before clipping
+    // update() writes *loss and the gradients' norm before clipping to it; Muon's kernels, which follow, read
+    // them there.
+    StepResult* report = nullptr;
     floatX* params = nullptr;
     float* master = nullptr;           // null without master weights, and in fp32
     float *m = nullptr, *v = nullptr;  // the moments; m is also Muon's momentum
@@ -3101,7 +3104,8 @@ struct MuonStep {
     uint32_t t;
     uint64_t seed;
 };
-// Kernels write with store_once() what the next one reads: a round is larger than the L2 cache.
+// What one kernel writes for the next is stored past the caches (store_once): a round is often larger than
+// L2.
 constexpr int MUON_THREADS = 256;
 constexpr size_t MUON_PART = 1 << 15;  // elements whose squares a block adds up
 // The kernels that may transpose work on a tile of a matrix in a block. Columns and rows are multiples of 16,
@@ -3612,7 +3616,8 @@ struct GPT2 {
     static constexpr size_t PIECE = 4 << 20;  // floats that are copied at once through pinned memory
     // Most logits held at once: 256 MiB in bf16, and with the switch large_head up to 2 GiB.
     static inline size_t head_logits = (size_t)1 << 27, large_head_logits = (size_t)1 << 30;
-    // About the most elements of matrices that Muon updates at once: in bf16, 320 MiB of buffers.
+    // About the most elements of matrices that Muon updates at once, but each rank takes at least one matrix.
+    // On one GPU that is 320 MiB of buffers in bf16, and 512 MiB in fp32.
     static inline size_t muon_elements = (size_t)1 << 25;
 
     static void require_device() { require_gpu(); }
@@ -4177,14 +4182,18 @@ struct GPT2 {
             const size_t all = group.matrices.size(), k = MuonScratch::most(group, world, muon_elements_);
             for (size_t first = 0; first < all; first += k * world) {
                 const size_t count = std::min(k * world, all - first), own = rank * k;
-                f(MuonRound{group, targets + first, count, k, own,
-                            std::min(k, count - std::min(own, count))});
+                f(MuonRound{group, targets + first, count, k, own, share(count, k, rank)});
             }
             targets += all;
         }
     }
+    // How many of a round's matrices a rank has.
+    static size_t share(size_t count, size_t k, size_t rank) {
+        return std::min(k, count - std::min(rank * k, count));
+    }
     // This rank's directions of a round become its results.
     void orthogonalise(const MuonRound& r) {
+        if (!r.mine) return;
         const MuonScratch& scratch = mem_.muon;
         const size_t own = r.own * r.group.n * r.group.m;
         muon_orthogonalise(scratch.results() + own, scratch.directions + own, scratch, *matmul_,
@@ -4409,7 +4418,13 @@ struct GPT2 {
             matmul_->weight_gradient(grads.wte, nullptr, work.logits, lnf, n, C, Vp, true);
             matmul_->input_gradient(work.dln, work.logits, params.wte, n, C, Vp);
         }
-        if (trains && optimizer == MUON) each_muon_round([&](const MuonRound& r) { orthogonalise(r); });
+        // Those of all ranks: the choices must be the same on every rank, which may have fewer matrices.
+        if (trains && optimizer == MUON)
+            each_muon_round([&](MuonRound r) {
+                r.own = 0;
+                for (size_t rank = 0; rank < (size_t)sharding_.world; rank++)
+                    r.mine = share(r.count, r.k, rank), orthogonalise(r);
+            });
         matmul_->timing = false;
     }
     // A product's speed depends on its numbers: with zeros a GPU takes less power, and its clocks rise. (The
@@ -4446,8 +4461,8 @@ struct GPT2 {
             stream.wait();  // until `table` has been read
         };
         copy(mem_.segments, param_segments(held(), sharding_));
-        copy(mem_.adamw_segments, param_segments(adamw_, sharding_));
         if (optimizer == MUON) {
+            copy(mem_.adamw_segments, param_segments(adamw_, sharding_));
             std::vector<MuonTarget> all;
             for (const MuonGroup& group : muon_groups_)
                 for (const MuonTarget& t : muon_targets(group, held(), sharding_)) all.push_back(t);

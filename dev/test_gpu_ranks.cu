@@ -101,6 +101,10 @@ void train(const Settings& s, Comm& comm, Result& result) {
     if (s.world > 1) gpu::GPT2::muon_elements = 8 * 4 * (size_t)(c.C * c.C);
     gpu::GPT2 model(c, (size_t)s.batch, T, true, s.recompute,
                     {gpu::BUILD_DTYPE, s.master_weights, s.deterministic}, {&comm, s.stage}, s.optimizer);
+    const std::string choices = model.matmul().choices.text();
+    const uint64_t checksum = checksum_of(choices.data(), choices.size());
+    for (uint64_t other : comm.gather(checksum))
+        if (other != checksum) fail("the ranks have other choices of products than each other");
     model.use_graphs = s.graphs, model.dropout = s.dropout;
     model.init_weights(5);
     const size_t at_once = (size_t)(s.batch * s.world), micro_steps = SEQUENCES / at_once;
@@ -216,6 +220,12 @@ TEST_CASE("ranks: Muon comes to one rank's weights, in every stage") {
             s.world = world, s.stage = stage, s.batch = batch;
             check_equal(s, *want);
         }
+}
+
+TEST_CASE("ranks: all multiply by the same choices, also where Muon gives them other numbers of matrices") {
+    Settings s;
+    s.optimizer = MUON, s.world = 3, s.batch = 4, s.steps = 1;
+    CHECK(run(s)->code == 0);
 }
 
 // The results of a run, whose codes must be 0, as one array of bits to compare.

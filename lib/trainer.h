@@ -123,7 +123,8 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
           "end after N validations without a better one; 0: never before --max_steps")
         .range(0, MOST);
     f.add("optimizer", "", &o.optimizer, "NAME",
-          "adamw, or muon for the blocks' matrices and adamw for the rest; \"\": muon for up to 128 channels")
+          "muon: for the blocks' matrices, adamw for the rest; \"\": muon for new models of up to 128 "
+          "channels")
         .choices({"adamw", "muon"});
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's").range(0, 1e3);
     f.add("muon_learning_rate", "", &o.muon_learning_rate, "LR",
@@ -236,8 +237,8 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
 }
 
 // Defaults that depend on the model's size. Fine-tuning keeps the learning rate low and constant. The small
-// model learns by Muon: on the built-in poems it validates at 2.444 after 300 steps, by AdamW at 2.475 after
-// 700, which take longer.
+// model learns by Muon: on the built-in poems its best validation loss is 2.443 within 300 steps, and AdamW's
+// 2.475 within 700, which take longer.
 inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     const bool small = c.C <= 128, middle = c.C <= 512;
     if (o.optimizer.empty()) o.optimizer = name_of(small && !fine_tune ? MUON : ADAMW);

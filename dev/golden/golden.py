@@ -8,10 +8,9 @@ Three cases share the same weights, tokens and targets:
     gpt2         transformers' GPT2LMHeadModel (tanh GELU)
     grover_erf   GROVER, the architecture of AraGPT2-large and -mega, implemented below from its definition
     grover_tanh  the same with the tanh GELU
-Everything but Muon's iteration, which PyTorch computes in bfloat16, is computed in float64 by one thread and
-stored as float32, so every run writes the same bytes. It
-needs torch 2.9 or newer (torch.optim.Muon) and a transformers that accepts it; Debian 12's python3-torch 1.13
-is too old.
+Everything is computed in float64 by one thread, but for Muon's iteration, which PyTorch computes in bfloat16.
+It is stored as float32, so every run on one kind of processor writes the same bytes. It needs torch 2.9 or
+newer (torch.optim.Muon) and a transformers that accepts it; Debian 12's python3-torch 1.13 is too old.
 
 The sizes are chosen to reveal mistakes. T < maxT and V < Vp, and no two of B, T, L, NH, hs, C and V are
 equal, so that swapped sizes are noticed. Weights are far larger than GPT-2's initial ones, biases are not
@@ -162,8 +161,7 @@ def train(model, weights, tokens, targets):
 
 def train_by_muon(model, weights, tokens, targets):
     """Losses and norms as train() gives them, and the blocks' matrices after the last step, for
-    torch.optim.Muon on these matrices (qkvw as three) and AdamW on the rest. Muon's Newton-Schulz iteration is
-    in bfloat16."""
+    torch.optim.Muon on these matrices (qkvw as three) and AdamW on the rest. Muon iterates in bfloat16."""
     def leaf(w):
         return torch.tensor(w, dtype=torch.float64, requires_grad=True)
 

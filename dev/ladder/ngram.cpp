@@ -28,7 +28,7 @@ class Model {
   public:
     // Throws UsageError where a sequence does not fit 64 bits.
     Model(const TokenFile& file, int V, int order) : V_(V), order_((size_t)order), nexts_((size_t)order) {
-        while (V >> bits_) bits_++;
+        while ((V - 1) >> bits_) bits_++;
         if (bits_ * order_ > 64)
             throw UsageError(
                 strf("--order %d: %d tokens of a vocabulary of %d take %zu bits, wanted at most 64", order,

@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--out", default="out/optimizers", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--parts", default="abc", help="which experiments (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="steps of b (default: %(default)s); a has 700 "
-                        "and c 300, or fewer where this is less")
+                        "and c 300, or as many as b where these are fewer than 300")
     parser.add_argument("--dtype", default="bf16", help="numbers that b computes with (default: %(default)s)")
     parser.add_argument("--poet", default="أبو نواس", help="the poet of c (default: %(default)s)")
     o = parser.parse_args()
@@ -159,8 +159,9 @@ def main():
     saved = os.path.join(o.out, "arguments.json")
     if os.path.exists(saved) and json.load(open(saved)) != arguments:
         sys.exit(f"optimizers.py: {o.out} has runs with other arguments ({saved}); take another --out")
-    with open(saved, "w") as f:
+    with open(saved + ".part", "w") as f:
         json.dump(arguments, f)
+    os.replace(saved + ".part", saved)
 
     def data(name, *flags, source=o.poems):
         folder = os.path.join(o.out, name)
@@ -173,7 +174,7 @@ def main():
         experiments.append(Experiment(
             "a", "(a) The built-in diwan, tiny preset", o.out,
             ["--data", data("diwan", source="data/sample_poems.csv"), "--preset", "tiny"],
-            min(700, o.steps if o.steps < 300 else 700), (1e-3, 2e-3, 4e-3)))
+            o.steps if o.steps < 300 else 700, (1e-3, 2e-3, 4e-3)))
     if "b" in o.parts:
         experiments.append(Experiment(
             "b", "(b) Characters of many poets, char preset, 16 x 256 tokens", o.out,

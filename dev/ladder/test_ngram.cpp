@@ -88,5 +88,7 @@ TEST_CASE("ngram: tags are contexts and not predicted; what it cannot count is o
     write_tokens(d / "one.bin", {0});
     CHECK(contains(ngram_error({"--data", d.path, d / "one.bin"}), "has 1 token, wanted at least 2"));
     CHECK(contains(error_of([&] { ngram::Model(file, 50257, 5); }), "--order 5: 5 tokens of a vocabulary"));
+    CHECK(error_of([&] { ngram::Model(file, 256, 8); }) == "");
+    CHECK(contains(error_of([&] { ngram::Model(file, 257, 8); }), "take 72 bits, wanted at most 64"));
     CHECK(contains(ngram_error({"--order", "0", "--data", d.path}), "--order"));
 }

@@ -16,13 +16,14 @@ for dir; do
     [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
         { echo "compare.sh: $dir/log.csv is missing or has no rows" >&2; exit 1; }
 done
-(: >"$image") 2>/dev/null || { echo "compare.sh: $image: cannot write" >&2; exit 1; }
+part=$image.part  # renamed when it is complete, so that a failure leaves an earlier image
+(: >"$part") 2>/dev/null || { echo "compare.sh: $image: cannot write" >&2; exit 1; }
 
 # One text in gnuplot's single quotes
 quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
 {
     echo 'set terminal pngcairo size 1100,650 font "sans,12"'
-    echo "set output $(quoted "$image")"
+    echo "set output $(quoted "$part")"
     echo "set xlabel '$axis of training'; set ylabel 'loss, nats per token'; set grid; set key top right"
     echo 'set datafile missing "?"'
     plot=plot i=0
@@ -41,4 +42,5 @@ quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
 lc $i pt 7 ps 0.6 title $(quoted "$dir") noenhanced,"
     done
     echo "${plot%,}"
-} | gnuplot
+} | gnuplot || { rm -f "$part"; exit 1; }
+mv "$part" "$image"
