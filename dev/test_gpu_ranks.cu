@@ -362,6 +362,8 @@ struct Trainer {
                                       "32",
                                       "-t",
                                       "16",
+                                      "--optimizer",
+                                      "adamw",
                                       "-d",
                                       "192",
                                       "--max_steps",

@@ -21,7 +21,7 @@ check() { # PROMISE COMMAND...
     fi
 }
 flags=(--data "$dir/data" --depth 2 --heads 2 --channels 16 -t 16 --total_batch_size 192 --dropout 0.1 -s 0
-    --val_every 5 --save_every 0)
+    --val_every 5 --save_every 0 --optimizer adamw)
 train() { # RANKS OUT FLAGS...
     mpirun -n "$1" "$trainer" "${flags[@]}" -o "$dir/$2" "${@:3}"
 }
