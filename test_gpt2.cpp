@@ -1024,7 +1024,9 @@ TEST_CASE("Muon moves each singular value as the iteration does, and those above
         least = std::min(least, five_times(s)), most = std::max(most, five_times(s));
     CHECK((least > 0.68 && least < 0.69 && most > 1.19 && most < 1.21));
     Random r(60);
-    for (auto [rows, cols] : {std::pair<size_t, size_t>{31, 31}, {16, 64}, {64, 16}, {1, 4}, {48, 192}}) {
+    for (std::pair<size_t, size_t> shape :
+         {std::pair<size_t, size_t>{31, 31}, {16, 64}, {64, 16}, {1, 4}, {48, 192}}) {
+        const size_t rows = shape.first, cols = shape.second;
         // x = U diag(s) V^T, with U = I - 2 u u^T and V likewise: reflections.
         const size_t n = std::min(rows, cols);
         Doubles u, v, s(n);

@@ -286,7 +286,8 @@ TEST_CASE("ranks: N ranks with the same total batch come to one rank's losses an
     struct {
         const char *dtype, *optimizer;
     } kinds[] = {{"fp32", "adamw"}, {"bf16", "adamw"}, {"fp32", "muon"}};
-    for (auto [dtype, optimizer] : kinds) {
+    for (const auto& k : kinds) {
+        const char *dtype = k.dtype, *optimizer = k.optimizer;
         const double most = *dtype == 'f' ? 1e-6 : 1e-3;
         const std::string kind = strf("%s, %s", dtype, optimizer);
         auto train = [&](int world, const char* batch) {
