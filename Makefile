@@ -121,7 +121,8 @@ several = $(and $(word 2,$(OUT)),$(if $(shell test -e $(call quote,$(OUT)) && ec
 plot: | need-plot $(call named,train ladder finetune export)
 ifneq ($(several),)
 	@mkdir -p "$$(dirname $(call quote,$(COMPARED)))"
-	dev/plot/compare.sh $(call quote,$(AXIS)) $(call quote,$(COMPARED)) $(foreach run,$(OUT),$(call quote,$(run)))
+	dev/plot/compare.sh $(call quote,$(AXIS)) $(call quote,$(COMPARED)) \
+	  $(foreach run,$(OUT),$(call quote,$(run)))
 else
 	@test -s $(call quote,$(OUT)/log.csv) || { \
 	  echo "make plot: $(OUT)/log.csv is missing; make train writes it" >&2; exit 1; }

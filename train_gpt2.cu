@@ -2489,8 +2489,8 @@ struct Limits {
     }
 };
 
-// One step's settings, in cpu::AdamWStep's order, with limits in place of its scale; correct1 and correct2
-// are 1 / (1 - beta^t).
+// The settings of one step. correct1 and correct2 are 1 / (1 - beta^t) and correct the moments, which begin
+// at 0. `limits` decide whether the step is taken, and how far its gradients are scaled down.
 struct AdamWStep {
     float beta1, beta2, lr, eps, correct1, correct2;
     Limits limits;

@@ -491,8 +491,8 @@ void bench_sampling(const Options& o, Report& report) {
     }
 }
 
-// What the optimizer takes of a step of 16,384 tokens, which are accumulated over several batches; and how
-// near to the peak Muon's iteration comes.
+// The optimizer's share of the time of a step of 16,384 tokens, accumulated over several batches; and the
+// speed of Muon's iteration as a share of the processor's peak.
 void bench_optimizers(const Options& o, const std::vector<const Row*>& rows, Report& report) {
     constexpr size_t TOKENS = 16384;
     report.add(
