@@ -642,15 +642,23 @@ TEST_CASE("the head in several chunks of rows equals the head in one; relative L
 }
 
 TEST_CASE("losses, norms and weights have the same bits with 1, 2, 3 and 4 threads") {
-    for (auto [arch, optimizer] :
-         {std::pair<int, Optimizer>{GPT2_ARCH, ADAMW}, {GROVER_ARCH, ADAMW}, {GROVER_ARCH, MUON}}) {
+    struct {
+        int arch, layers;
+        Optimizer optimizer;
+    } cases[] = {{GPT2_ARCH, 2, ADAMW},
+                 {GROVER_ARCH, 2, ADAMW},
+                 {GROVER_ARCH, 2, MUON},  // each thread takes matrices of its own
+                 {GPT2_ARCH, 1, MUON}};   // and with 4 threads all share each matrix
+    for (auto& [arch, layers, optimizer] : cases) {
         struct {
             Floats params, moments;
             Doubles losses;
         } first, now;
         for (int threads : {1, 2, 3, 4}) {
             Threads guard(threads);
-            Config c = config(2, 3, 69, 97, 101, arch);
+            Config c = config(layers, 3, 69, 97, 101, arch);
+            if (optimizer == MUON)
+                CHECK(cpu::muon_at_once(c, 1) == (size_t)(threads <= 3 * layers ? threads : 1));
             cpu::GPT2 m(c, 3, 101, true, 0, {}, {}, optimizer);  // 303 rows
             m.init_weights(5);
             m.dropout = 0.1f;

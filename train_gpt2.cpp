@@ -471,7 +471,8 @@ inline void adamw(float* w, float* m, float* v, const float* grad, size_t n, con
 // ---------------------------------------------------------------------------------------------
 // Muon
 
-// What Muon works on: one matrix at a time, as (n,m) with n <= m. A is the type of the products' operands.
+// The scratch memory for Muon's work on one matrix, as (n,m) with n <= m. Threads that work on matrices of
+// their own have one each. A is the type of the products' operands.
 template <class A>
 struct MuonScratch {
     float *sums, *gram, *square;  // (n,m), (n,n), (n,n): what products compute
@@ -492,6 +493,18 @@ struct MuonScratch {
         squares = a.take<double>(ceil_div(n, gemm::SQUARES));
     }
 };
+
+// How many matrices Muon works on at once. Each thread takes matrices of its own, since threads that share
+// the products of a small matrix would wait for each other most of the time. But all threads share one matrix
+// if there are fewer than two for each thread (a block has six), so that some would wait long for the last
+// ones; if their scratch memory would take more than 64 MiB; and with several ranks.
+inline size_t muon_at_once(const Config& c, size_t world) {
+    constexpr size_t MOST_BYTES = 64 << 20;
+    const size_t threads = (size_t)omp_get_max_threads();
+    Arena scratch;
+    MuonScratch<float>().place(scratch, c, world);
+    return world == 1 && 6 * (size_t)c.L >= 2 * threads && scratch.used <= MOST_BYTES / threads ? threads : 1;
+}
 
 // One step of Muon on a matrix w (n,m), or stored as its transpose (m,n), is
 //     g = scale grad,  momentum = beta momentum + (1 - beta) g
@@ -645,10 +658,10 @@ struct GPT2 : States {
         with_operands(precision, [&](auto operand) {
             Tensors<decltype(operand)> tensors;
             tensors.place(activations, scratch, c, B, T, trains, recompute);
-            if (trains && optimizer == MUON) tensors.muon.place(scratch, c, (size_t)ranks.world());
+            if (trains && optimizer == MUON) tensors.place_muon(scratch, c, ranks);
         });
         n.activations = activations.used;
-        n.scratch = scratch.used + gemm::workspace_bytes(omp_get_max_threads());
+        n.scratch = scratch.used + workspace_bytes(c, ranks, trains, optimizer);
         return n;
     }
 
@@ -670,15 +683,16 @@ struct GPT2 : States {
         for (const ParamPiece& t : pieces_) sums += ceil_div(t.size, gemm::SQUARES);
         if (trains) squares_.resize(sums);
         activations_mem_ = {need.activations, "activations"};
-        scratch_mem_ = {need.scratch - gemm::workspace_bytes(threads_), "scratch memory"};
+        scratch_mem_ = {need.scratch - workspace_bytes(c, ranks, trains, optimizer), "scratch memory"};
         Arena activations, scratch;
         activations.base = activations_mem_.as<char>(), scratch.base = scratch_mem_.as<char>();
         with_operands(precision, [&](auto operand) {
             auto& t = tensors<decltype(operand)>();
             t.place(activations, scratch, c, B, T, trains, recompute);
-            if (trains && optimizer == MUON) t.muon.place(scratch, c, (size_t)ranks.world());
+            if (trains && optimizer == MUON) t.place_muon(scratch, c, ranks);
         });
         gemm::reserve(threads_);
+        gemm::reserve_own(lone_threads(c, ranks, trains, optimizer));
     }
 
     // The mean loss. For tests it may be a training pass, with dropout, which backward() may follow; until
@@ -791,7 +805,7 @@ struct GPT2 : States {
     struct Tensors {
         Activations<float, A> act;
         Workspace<A> work;
-        MuonScratch<A> muon;
+        std::vector<MuonScratch<A>> muon;  // of each thread, or a single one
         void place(Arena& activations, Arena& scratch, const Config& c, size_t B, size_t T, bool trains,
                    int recompute) {
             size_t M = checked_mul(B, T, "batch size x sequence length");
@@ -800,7 +814,21 @@ struct GPT2 : States {
             size_t threads = (size_t)omp_get_max_threads();
             work.place(scratch, c, M, head_rows(c, M), threads * Attention::scratch(T, c.hs()), trains);
         }
+        void place_muon(Arena& scratch, const Config& c, const Ranks& ranks) {
+            muon.resize(muon_at_once(c, (size_t)ranks.world()));
+            for (MuonScratch<A>& m : muon) m.place(scratch, c, (size_t)ranks.world());
+        }
     };
+    // How many threads compute products of their own; 0: none do.
+    static int lone_threads(const Config& c, const Ranks& ranks, bool trains, Optimizer optimizer) {
+        const size_t at_once = trains && optimizer == MUON ? muon_at_once(c, (size_t)ranks.world()) : 1;
+        return at_once > 1 ? (int)at_once : 0;
+    }
+    // Bytes of all workspaces of products.
+    static size_t workspace_bytes(const Config& c, const Ranks& ranks, bool trains, Optimizer optimizer) {
+        return gemm::workspace_bytes(omp_get_max_threads()) +
+               gemm::own_workspace_bytes(lone_threads(c, ranks, trains, optimizer));
+    }
     template <class A>
     Tensors<A>& tensors() {
         return std::get<Tensors<A>>(tensors_);
@@ -1033,13 +1061,36 @@ struct GPT2 : States {
         gelu_forward(a.fch_gelu, a.fch, M * 4 * C, cfg.activation);
     }
 
-    // Muon on the blocks' matrices. Ranks have the same momentum, and share out the orthogonalising: in each
-    // round every rank takes one matrix, and all get all results, some rows at a time.
+    // Muon on the blocks' matrices.
     template <class A>
     void update_by_muon(const MuonStep& step) {
-        const MuonScratch<A>& s = tensors<A>().muon;
+        if (ranks.several()) return update_by_muon_on_ranks(tensors<A>().muon[0], step);
         float *w = array(PARAMS), *g = array(GRADS), *momentum = array(MUON_M);
-        const size_t world = (size_t)ranks.world(), mine = world > 1 ? (size_t)ranks.comm->rank : 0;
+        const std::vector<MuonScratch<A>>& scratch = tensors<A>().muon;
+        const MuonGroup &square = muon_groups_[0], &wide = muon_groups_[1];
+        // The larger matrices first, so that threads end at about the same time
+        const size_t wides = wide.matrices.size(), count = wides + square.matrices.size();
+        auto update = [&](size_t i, const MuonScratch<A>& s) {
+            const MuonGroup& group = i < wides ? wide : square;
+            const MuonMatrix& matrix = group.matrices[i < wides ? i : i - wides];
+            const size_t n = group.n, m = group.m, at = matrix.memory;
+            muon_direction(s.sums, momentum + at, g + at, n * m, step);
+            muon_orthogonalise(s, n, m, matrix.transposed);
+            muon_apply(w + at, s.sums, n, m, 0, n, matrix.transposed, step);
+        };
+        if (scratch.size() == 1) {
+            for (size_t i = 0; i < count; i++) update(i, scratch[0]);
+        } else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads((int)scratch.size())
+            for (size_t i = 0; i < count; i++) update(i, scratch[(size_t)omp_get_thread_num()]);
+        }
+    }
+    // Ranks have the same momentum, and share out the orthogonalising: in each round every rank takes one
+    // matrix, and all get all results, some rows at a time.
+    template <class A>
+    void update_by_muon_on_ranks(const MuonScratch<A>& s, const MuonStep& step) {
+        float *w = array(PARAMS), *g = array(GRADS), *momentum = array(MUON_M);
+        const size_t world = (size_t)ranks.world(), mine = (size_t)ranks.comm->rank;
         for (const MuonGroup& group : muon_groups_) {
             const size_t n = group.n, m = group.m, count = group.matrices.size();
             for (size_t first = 0; first < count; first += world) {
@@ -1049,16 +1100,12 @@ struct GPT2 : States {
                     muon_direction(i - first == mine ? s.sums : nullptr, momentum + at, g + at, n * m, step);
                 }
                 if (first + mine < end) muon_orthogonalise(s, n, m, group.matrices[first + mine].transposed);
-                const size_t at_once = world > 1 ? std::max<size_t>(1, MuonScratch<A>::GATHERED / m) : n;
+                const size_t at_once = std::max<size_t>(1, MuonScratch<A>::GATHERED / m);
                 for (size_t row = 0; row < n; row += at_once) {
                     const size_t rows = std::min(at_once, n - row), floats = rows * m;
-                    const float* results = s.sums + row * m;  // of the matrices of this round
-                    if (world > 1) {
-                        ranks.comm->all_gather(s.gathered, results, floats * sizeof(float));
-                        results = s.gathered;
-                    }
+                    ranks.comm->all_gather(s.gathered, s.sums + row * m, floats * sizeof(float));
                     for (size_t i = first; i < end; i++)
-                        muon_apply(w + group.matrices[i].memory, results + (i - first) * floats, n, m, row,
+                        muon_apply(w + group.matrices[i].memory, s.gathered + (i - first) * floats, n, m, row,
                                    rows, group.matrices[i].transposed, step);
                 }
             }

@@ -28,6 +28,7 @@
 #include "lib/gemm_internal.h"
 
 #include <chrono>
+#include <deque>
 #include <type_traits>
 
 namespace gemm {
@@ -521,7 +522,8 @@ class Multiplication {
 
     void run() {
         if (!p_.M || !p_.N || !p_.K) return squares_.compute(0, squares_.n);
-        threads_ = p_.M * p_.N * p_.K < WORTH_WAKING ? 1 : (size_t)omp_get_max_threads();
+        const bool alone = omp_in_parallel() || p_.M * p_.N * p_.K < WORTH_WAKING;
+        threads_ = alone ? 1 : (size_t)omp_get_max_threads();
         ws_.reserve((int)threads_);
         plan();
         first_fill_ = ws_.fills;
@@ -580,14 +582,14 @@ class Multiplication {
     }
     // Chooses how many rows or columns (strip_) and chunks of k (at_once_) the shared memory holds.
     void plan_shared() {
-        strip_ = std::min(shared_side_, SHARED_WIDTH);
-        size_t room = SHARED_UNITS / (round_up(strip_, NR) * (kc_ / U)),
+        strip_ = std::min({shared_side_, SHARED_WIDTH, ws_.shared_units / (kc_ / U) / NR * NR});
+        size_t room = ws_.shared_units / (round_up(strip_, NR) * (kc_ / U)),
                most = Workspace::MOST_PANELS / panels(strip_, by_columns_);
         at_once_ = packs_shared_ ? std::max<size_t>(1, std::min(room, most)) : chunks_;
         // An unpacked A is read again by each task. If it is too large to stay in the cache meanwhile, all
         // tasks compute one chunk of k before any computes the next. Several threads would have to wait for
         // each other after each chunk, so only a single thread does this.
-        if (!packs_shared_ && threads_ == 1 && strip_ * p_.K * sizeof(TA) > SHARED_UNITS * sizeof(float))
+        if (!packs_shared_ && threads_ == 1 && strip_ * p_.K * sizeof(TA) > ws_.shared_units * sizeof(float))
             at_once_ = 1;
     }
 
@@ -854,7 +856,7 @@ void few_rows(float* Y, const float* X, const void* weights, const float* b, siz
     if (!std::is_same<Weight,
                       float>::value) {  // rows are rounded into the workspace, as many at a time as it holds
         workspace().reserve(1);
-        at_once = std::max<size_t>(1, SHARED_UNITS / ceil_div(K, U));
+        at_once = std::max<size_t>(1, workspace().shared_units / ceil_div(K, U));
     }
     for (size_t m = 0; m < M; m += at_once) {
         size_t rows = std::min(at_once, M - m);
@@ -910,12 +912,28 @@ const Kernels fp32_kernels = {run_product, few_rows, pack<float>, to_units, tile
 // ---------------------------------------------------------------------------------------------
 // The public functions
 
-Workspace& workspace() {
-    static Workspace w;
-    return w;
+// By the thread's number. Made at the first call, not when the program starts: a portable program has this
+// code for processors that it may not be running on.
+static std::deque<Workspace>& own_workspaces() {
+    static std::deque<Workspace> all;
+    return all;
 }
-size_t workspace_bytes(int threads) { return Workspace::bytes(threads); }
+
+Workspace& workspace() {
+    static Workspace shared_by_all(SHARED_UNITS);
+    if (!omp_in_parallel()) return shared_by_all;
+    const size_t thread = (size_t)omp_get_ancestor_thread_num(1);
+    if (thread >= own_workspaces().size())
+        throw std::logic_error("gemm: a product in a parallel region, without reserve_own()");
+    return own_workspaces()[thread];
+}
+size_t workspace_bytes(int threads) { return Workspace::bytes(SHARED_UNITS, threads); }
 void reserve(int threads) { workspace().reserve(threads); }
+size_t own_workspace_bytes(int threads) { return (size_t)threads * Workspace::bytes(OWN_UNITS, 1); }
+void reserve_own(int threads) {
+    while (own_workspaces().size() < (size_t)threads) own_workspaces().emplace_back(OWN_UNITS);
+    for (Workspace& w : own_workspaces()) w.reserve(1);
+}
 
 static const Kernels& kernels(Dtype dtype) { return dtype == BF16 ? bf16_kernels : fp32_kernels; }
 

@@ -20,8 +20,9 @@
 // processor may sum in another order.
 //
 // All products use all threads and share one workspace: call them from one thread at a time, outside parallel
-// regions. Exceptions are few_rows() of floats, and pack(), to_units() and tile(), which work on the calling
-// thread. A product of fewer than 8 rows is slow; few_rows() is made for it.
+// regions. Exceptions: inside a parallel region each thread may call product(), gram() and sum_squares() for
+// matrices of its own, if reserve_own() was called before; and few_rows() of floats, pack(), to_units() and
+// tile() work on the calling thread. A product of fewer than 8 rows is slow; few_rows() is made for it.
 #pragma once
 
 #include "lib/gpt2.h"
@@ -150,12 +151,16 @@ void tile(Dtype dtype, LayoutOfA layout, size_t rows, size_t cols, size_t units,
           const float* b, float* c, size_t ldc, bool accumulate);
 
 // ---------------------------------------------------------------------------------------------
-// The workspace that all products share
+// Workspaces
 
-// Its size in bytes for that many threads. reserve() allocates it, and throws Error if memory is short; if it
-// was not called, the first product allocates it.
+// The bytes, for that many threads, of the workspace that products on all threads share. reserve() allocates
+// it, and throws Error if memory is short; if it was not called, the first product allocates it.
 size_t workspace_bytes(int threads);
 void reserve(int threads);
+// The same for threads that compute products of their own. Call reserve_own() first, and outside of parallel
+// regions; without it such a product ends the program.
+size_t own_workspace_bytes(int threads);
+void reserve_own(int threads);
 
 // FLOP/s of the micro-kernel on all threads with operands in the L1 cache (best of 5 trials): the most that a
 // product can reach on this machine.

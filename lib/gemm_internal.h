@@ -28,6 +28,7 @@ constexpr size_t KC = 512;                 // units of k that are packed at a ti
 constexpr size_t MB = 8 * MR, NB = 128;
 constexpr size_t SHARED_UNITS = 2 << 20;  // the operand shared by all threads: 8 MiB of the last-level cache
 constexpr size_t SHARED_WIDTH = 1344;     // its most rows or columns; a multiple of every panel's width
+constexpr size_t OWN_UNITS = 1 << 19;     // the same operand of a product that one thread computes: 2 MiB
 constexpr size_t WORTH_WAKING = 1 << 17;  // multiplications from which all threads compute a product
 constexpr size_t LINE = 64 / sizeof(float);  // floats in a cache line
 // Addresses this many bytes apart share a set of the L1 cache, and at least L1_WAYS lines fit in a set.
@@ -105,8 +106,8 @@ struct Squares {
     }
 };
 
-// The memory that all products use, allocated for the largest number of threads so far, and the counters by
-// which threads divide a product's work without locks.
+// The memory that products use, allocated for the largest number of threads so far, and the counters by which
+// threads divide a product's work without locks.
 //
 // The shared memory holds the packed panels of one operand, or of part of it if it is large. Each content is
 // a "fill". Fills are numbered through all products, so that the counters need no reset between products: a
@@ -114,6 +115,7 @@ struct Squares {
 struct Workspace {
     static constexpr size_t PRIVATE_UNITS = std::max(round_up(MB, MR), NB) * KC, MOST_PANELS = 2048,
                             TASK_BITS = 24;
+    const size_t shared_units;
     float *shared = nullptr, *private_ = nullptr;
     int threads = 0;
     Squares squares;     // not yet computed
@@ -123,15 +125,16 @@ struct Workspace {
     // For each thread: f << TASK_BITS plus the first of its tasks for fill f that no thread has begun.
     std::unique_ptr<std::atomic<uint64_t>[]> next;
 
-    static size_t bytes(int threads) {
-        return (SHARED_UNITS + (size_t)threads * PRIVATE_UNITS) * sizeof(float);
+    explicit Workspace(size_t units) : shared_units(units) {}
+    static size_t bytes(size_t shared_units, int threads) {
+        return (shared_units + (size_t)threads * PRIVATE_UNITS) * sizeof(float);
     }
     void reserve(int n) {
         if (n <= threads) return;
-        machine::release(shared, bytes(threads));
+        machine::release(shared, bytes(shared_units, threads));
         shared = private_ = nullptr, threads = 0;
-        shared = (float*)machine::allocate(bytes(n), "scratch memory of the matrix product");
-        private_ = shared + SHARED_UNITS, threads = n;
+        shared = (float*)machine::allocate(bytes(shared_units, n), "scratch memory of the matrix product");
+        private_ = shared + shared_units, threads = n;
         next.reset(new std::atomic<uint64_t>[n]());
     }
     // The next task for a thread of the team, of fill f's tasks [0, tasks), or `tasks` if all are begun. A
@@ -164,7 +167,7 @@ struct Workspace {
         }
     }
 };
-// The only workspace of a program.
+// The workspace of products that all threads compute, or, inside a parallel region, the calling thread's own.
 Workspace& workspace();
 
 }  // namespace gemm

@@ -204,7 +204,7 @@ TEST_CASE("gemm: bits depend neither on an element's place, A's layout nor the t
 }
 
 TEST_CASE("gemm: a thread takes its own tasks, then those that others have not begun") {
-    gemm::Workspace w;
+    gemm::Workspace w(gemm::OWN_UNITS);
     w.reserve(3);
     for (uint64_t fill : {1, 2, 7}) {  // 10 tasks: 0 to 2, 3 to 5 and 6 to 9
         std::vector<size_t> taken;
@@ -215,7 +215,7 @@ TEST_CASE("gemm: a thread takes its own tasks, then those that others have not b
         for (size_t thread : {0, 1, 2}) CHECK(w.take_task(thread, 3, fill, 10) == 10);
     }
     for (size_t want : {3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 10}) CHECK(w.take_task(1, 3, 8, 10) == want);  // alone
-    machine::release(w.shared, gemm::Workspace::bytes(3));
+    machine::release(w.shared, gemm::Workspace::bytes(gemm::OWN_UNITS, 3));
 }
 
 TEST_CASE("gemm: FOR_LATER gives the same bits, aligned or not, and writes nothing else") {
@@ -546,6 +546,41 @@ TEST_CASE("product computes Y = A B, and gram X X^T, with the bits of the whole 
         Threads guard(threads);
         check_plain_products<float>(r, {1400, 9, 1}), check_plain_products<bf16>(r, {1400, 9, 1});
     }
+}
+
+// Several threads compute a product and a gram each, of matrices of their own, with the bits of all threads.
+template <class T>
+static void check_own_products(Random& r, size_t M, size_t K, size_t N) {
+    INFO("M ", M, " K ", K, " N ", N, ", bytes ", sizeof(T));
+    constexpr int THREADS = 3;
+    gemm::reserve_own(THREADS);
+    std::vector<std::vector<T>> A, B;
+    std::vector<Floats> Y(THREADS), G(THREADS), own_Y(THREADS), own_G(THREADS);
+    for (size_t i = 0; i < THREADS; i++) {
+        A.push_back(typed<T>(r.floats(M * K))), B.push_back(typed<T>(r.floats(K * N)));
+        for (Floats* f : {&Y[i], &own_Y[i]}) f->assign(M * N, NAN);
+        for (Floats* f : {&G[i], &own_G[i]}) f->assign(M * M, NAN);
+        gemm::product(Y[i].data(), A[i].data(), B[i].data(), M, K, N);
+        gemm::gram(G[i].data(), A[i].data(), M, K);
+    }
+    for (int round = 0; round < 3; round++) {
+#pragma omp parallel for schedule(static, 1) num_threads(THREADS)
+        for (size_t i = 0; i < THREADS; i++) {
+            gemm::product(own_Y[i].data(), A[i].data(), B[i].data(), M, K, N);
+            gemm::gram(own_G[i].data(), A[i].data(), M, K);
+        }
+        for (size_t i = 0; i < THREADS; i++) {
+            CHECK(same_bits(Y[i], own_Y[i]));
+            CHECK(same_bits(G[i], own_G[i]));
+        }
+    }
+}
+
+TEST_CASE("threads may compute products of their own at once, fp32 and bf16") {
+    Random r(23);
+    // Rows of the last are divided, and B, which they share, is larger than a thread's own workspace.
+    const size_t sizes[][3] = {{1, 1, 1}, {37, 64, 95}, {128, 128, 512}, {40, 600, 1500}, {2100, 520, 1040}};
+    for (auto [M, K, N] : sizes) check_own_products<float>(r, M, K, N), check_own_products<bf16>(r, M, K, N);
 }
 
 TEST_CASE("bias_gradient sums the columns of dY, overwriting or adding, fp32 and bf16") {

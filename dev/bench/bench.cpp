@@ -84,29 +84,36 @@ int work_step(const Row& r, const std::string& dtype, int steps, Optimizer optim
     return 0;
 }
 
-// The operations a second of Muon's iteration on matrices (C,C) and (C,4C), symmetric products counted as
-// half: as a share of the processor's peak, which is measured just before.
+// Prints the speed of Muon's iteration on matrices (C,C) and (C,4C) as a share of the processor's peak, which
+// is measured just before. Symmetric products count half. The model's 12 layers only decide whether threads
+// take matrices of their own.
 template <class A>
 int work_muon(int C) {
     Config c;
-    c.C = C;
+    c.C = C, c.L = 12;
     Arena count, arena;
-    cpu::MuonScratch<A> scratch;
-    scratch.place(count, c, 1);
+    std::vector<cpu::MuonScratch<A>> scratch(cpu::muon_at_once(c, 1));
+    for (auto& s : scratch) s.place(count, c, 1);
     machine::Memory memory(count.used, "scratch memory");
     arena.base = memory.as<char>();
-    scratch.place(arena, c, 1);
+    for (auto& s : scratch) s.place(arena, c, 1);
+    gemm::reserve_own((int)scratch.size());
     const double n = C;
     for (const size_t m : {(size_t)C, 4 * (size_t)C})
         for (int run = 0; run < 12; run++) {
             rng::Key key(1, 0, rng::SAMPLE);
-            for (size_t i = 0; i < (size_t)C * m; i++)
-                scratch.sums[i] = (float)(int32_t)key.u32(i) * 0x1p-31f;
-            const double flops = NewtonSchulz::ITERATIONS *
+            for (auto& s : scratch)
+                for (size_t i = 0; i < (size_t)C * m; i++) s.sums[i] = (float)(int32_t)key.u32(i) * 0x1p-31f;
+            const double flops = (double)scratch.size() * NewtonSchulz::ITERATIONS *
                                  (n * n * (double)m + n * n * n + 2 * n * n * (double)m),
                          peak = gemm::measure_peak_flops(std::is_same<A, float>::value ? FP32 : BF16),
                          t0 = bench::now();
-            cpu::muon_orthogonalise(scratch, (size_t)C, m, false);
+            if (scratch.size() == 1) {
+                cpu::muon_orthogonalise(scratch[0], (size_t)C, m, false);
+            } else {
+#pragma omp parallel num_threads((int)scratch.size())
+                cpu::muon_orthogonalise(scratch[(size_t)omp_get_thread_num()], (size_t)C, m, false);
+            }
             const double share = flops / (bench::now() - t0) / peak;
             printf("%s %.3f\n", m == (size_t)C ? "square" : "wide", share);
         }
@@ -491,7 +498,7 @@ void bench_sampling(const Options& o, Report& report) {
     }
 }
 
-// The optimizer's share of the time of a step of 16,384 tokens, accumulated over several batches; and the
+// The optimizer's share of the time of a step that accumulates 16,384 tokens over several batches; and the
 // speed of Muon's iteration as a share of the processor's peak.
 void bench_optimizers(const Options& o, const std::vector<const Row*>& rows, Report& report) {
     constexpr size_t TOKENS = 16384;
