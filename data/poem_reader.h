@@ -98,13 +98,15 @@ struct PoemSink {
                       const std::vector<std::string>& tags) = 0;
     virtual void bad_row(const Rows& row) = 0;
     virtual void left_out() = 0;  // a row, by --where or --except
+    // A value that --where or --except names, e.g. "--where: poet=X", and whether a row of the file has it.
+    virtual void named(const std::string& value, bool found) = 0;
 };
 
-// The names in a list with commas; empty ones are left out.
-inline std::vector<std::string> split_names(const std::string& list) {
+// The names in a list, between separators; empty names are left out.
+inline std::vector<std::string> split_names(const std::string& list, char separator = ',') {
     std::vector<std::string> names;
     for (size_t at = 0; at < list.size();) {
-        const size_t end = std::min(list.find(',', at), list.size());
+        const size_t end = std::min(list.find(separator, at), list.size());
         if (end > at) names.push_back(list.substr(at, end - at));
         at = end + 1;
     }
@@ -280,16 +282,30 @@ class PoemReader {
              l.kind == CSV ? "column" : "key", name.c_str(), l.kind == CSV ? "columns" : "keys",
              found.c_str(), flag);
     }
-    // COLUMN=VALUE, met by rows whose column has that value. No row meets an empty condition.
+    // What --where and --except ask of a row: that a column has one of these values. Without a column no row
+    // meets it.
     struct Condition {
         size_t column = SIZE_MAX;
-        std::string value;
-        bool met(const Rows& rows) const { return column != SIZE_MAX && rows.cell(column).text() == value; }
+        std::vector<std::string> values;
+        std::vector<bool> found = std::vector<bool>(values.size());  // which of them a row has had
+        bool met(const Rows& rows) {
+            if (column == SIZE_MAX) return false;
+            const auto at = std::find(values.begin(), values.end(), rows.cell(column).text());
+            if (at == values.end()) return false;
+            return found[(size_t)(at - values.begin())] = true;
+        }
     };
+    // Reads COLUMN=VALUE or COLUMN=A|B, which means A or B. (A value with "|" in it cannot be named.)
     Condition condition(const Layout& l, const std::string& text, const char* flag) const {
         if (text.empty()) return {};
-        size_t equals = text.find('=');
-        return {column_named(l, text.substr(0, equals), flag), text.substr(equals + 1)};
+        const size_t equals = text.find('=');
+        std::vector<std::string> values = split_names(text.substr(equals + 1), '|');
+        if (values.empty()) values = {""};
+        return {column_named(l, text.substr(0, equals), flag), values};
+    }
+    void tell_found(const Condition& c, const Layout& l, const char* flag) {
+        for (size_t i = 0; i < c.values.size(); i++)
+            sink_.named(strf("%s: %s=%s", flag, l.names[c.column].c_str(), c.values[i].c_str()), c.found[i]);
     }
 
     // Looks at the first rows: the columns, the group, what the poems' verses are like.
@@ -430,20 +446,23 @@ class PoemReader {
 
     std::string read_rows(Input& in, Layout& l) {
         survey(in, l);
-        const Condition where = condition(l, o_.where, "--where"),
-                        except = condition(l, o_.except, "--except");
+        Condition where = condition(l, o_.where, "--where"), except = condition(l, o_.except, "--except");
         std::unique_ptr<Rows> rows = open_rows(in, l);
         size_t count = 0;
         sink_.begin_file(path_, l.form);
         VerseRows verses{sink_, l};
         for (; rows->next(); count++) {
-            if (!rows->bad.empty()) sink_.bad_row(*rows);
-            else if ((!o_.where.empty() && !where.met(*rows)) || except.met(*rows)) sink_.left_out();
+            // Both are asked of each row, so that they find their values.
+            const bool good = rows->bad.empty(), wanted = good && (o_.where.empty() || where.met(*rows)),
+                       excepted = good && except.met(*rows);
+            if (!good) sink_.bad_row(*rows);
+            else if (!wanted || excepted) sink_.left_out();
             else if (!(rows->bad = why_no_poem(*rows, l)).empty()) sink_.bad_row(*rows);
             else if (l.verse_rows) verses.add(*rows);
             else read_poem(*rows, l);
         }
         verses.end_poem();
+        tell_found(where, l, "--where"), tell_found(except, l, "--except");
         sink_.end_file(count);
         return how_rows(l, rows.get());
     }

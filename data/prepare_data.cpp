@@ -105,6 +105,12 @@ class Collector : PoemSink {
         }
         r_.hemistich_separator = separators_.size() == 1 ? *separators_.begin() : "tab";
     }
+    // The first value that --where or --except names in vain; "" if there is none.
+    std::string value_that_no_row_has() const {
+        for (auto& [value, found] : named_)
+            if (!found) return value;
+        return "";
+    }
 
   private:
     void add_source(const std::string& name, uint64_t bytes, const std::string& how, size_t poems) {
@@ -151,6 +157,7 @@ class Collector : PoemSink {
                 path_.c_str(), ragged_, rows, last_ragged_.c_str());
     }
     void left_out() override { r_.filtered++; }
+    void named(const std::string& value, bool found) override { named_[value] |= found; }
     void bad_row(const Rows& row) override {
         const std::string where = strf("%s line %zu: %s", path_.c_str(), row.line, row.bad.c_str());
         r_.poems_read++;
@@ -244,7 +251,8 @@ class Collector : PoemSink {
     std::vector<Taken> batch_;
     size_t batched_ = 0;  // bytes of it
     std::unordered_set<std::string_view> seen_;
-    std::set<std::string> separators_;  // of the files that poems were kept from
+    std::set<std::string> separators_;   // of the files that poems were kept from
+    std::map<std::string, bool> named_;  // the values of --where and --except, and whether a row has them
     std::vector<std::unordered_map<std::string, uint32_t>> tag_numbers_;
     std::string path_;  // of the file being read
     const VerseForm* form_ = nullptr;
@@ -604,12 +612,14 @@ inline Report prepare(const Options& o) {
     Collector collector(o, r);
     for (const std::string& path : o.files) collector.read_file(path);
     collector.finish();
+    const std::string missing = collector.value_that_no_row_has();
     const std::deque<Poem>& poems = collector.poems;
     if (r.filtered && !r.poems_read)
         fail("%s%s%s leave%s none of %zu rows", o.where.empty() ? "" : ("--where '" + o.where + "'").c_str(),
              o.where.empty() || o.except.empty() ? "" : " and ",
              o.except.empty() ? "" : ("--except '" + o.except + "'").c_str(),
              o.where.empty() || o.except.empty() ? "s" : "", r.filtered);
+    if (!missing.empty()) fail("%s: no row has this value", missing.c_str());
     if (poems.empty())
         fail(
             "nothing is left of %zu poems: %zu empty after cleaning, %zu too short, %zu ragged "
@@ -744,8 +754,10 @@ inline void add_file_flags(Flags& f, Options& o) {
     f.add("list", "", &o.list, "L", "what the lists in cells contain; auto decides by their length")
         .choices({"auto", "verses", "hemistichs"});
     f.add("where", "", &o.where, "COL=VALUE",
-          "only rows with this value, e.g. poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
-    f.add("except", "", &o.except, "COL=VALUE", "only rows without this value");
+          "only rows with this value, or with one of several: A|B; e.g. "
+          "poet_name=\u0627\u0644\u0645\u062A\u0646\u0628\u064A");
+    f.add("except", "", &o.except, "COL=VALUE",
+          "leaves out the rows with this value, or with one of several: A|B");
     f.add("layout", "", &o.layout, "L",
           "text: lines = one poem per line, blank = blank lines between poems, file = one poem a file")
         .choices({"auto", "lines", "blank", "file"});

@@ -553,6 +553,13 @@ TEST_CASE("--where and --except choose rows by a column's value; impossible ones
     CHECK(read("", "poet=X") == Strings{"b", "d", "e"});
     CHECK(read("poet=X", "poem_text=c") == Strings{"a"});
     CHECK(read("poet=X=1", "") == Strings{"e"});
+    CHECK(read("poet=X|Z", "") == Strings{"a", "c", "d"});
+    CHECK(read("", "poet=X|Z|Y") == Strings{"e"});
+    CHECK(read("poet=Y||", "poet=X") == Strings{"b"});
+    CHECK(read("poet=Y", "poem_text=c") == Strings{"b"});  // none of Y's rows is c
+    Run empty("poet,poem_text\n,a\nY,b\n");
+    empty.o.keep = "all", empty.o.except = "poet=";
+    CHECK(empty.go().train == Strings{"b"});
     auto error = [](const std::string& text, const char* name, const char* where) {
         Run run(text, name);
         run.o.where = where;
@@ -563,6 +570,16 @@ TEST_CASE("--where and --except choose rows by a column's value; impossible ones
     CHECK(contains(error(csv, "poems.csv", "age=3"),
                    "has no column 'age'; its columns are 'poet', 'poem_text' (--where chooses one)"));
     CHECK(contains(error(csv, "poems.csv", "poet=W"), "--where 'poet=W' leaves none of 5 rows"));
+    CHECK(contains(error(csv, "poems.csv", "poet=X|W"), "--where: poet=W: no row has this value"));
+    Run misspelt(csv);
+    misspelt.o.except = "poet=V";
+    CHECK(contains(misspelt.error(), "--except: poet=V: no row has this value"));
+    // A value of any of several files will do.
+    Run two(csv);
+    two.o.files.push_back(two.o.out + ".csv");
+    write_file(two.o.files[1], "poet,poem_text\nV,f\n");
+    two.o.keep = "all", two.o.where = "poet=V|Z";
+    CHECK(two.go().train == Strings{"d", "f"});
     CHECK(contains(error("a\nb\n", "poems.txt", "poet=X"),
                    "is plain text, but --where needs the columns of a CSV"));
 }
