@@ -30,6 +30,7 @@ help-dev:
 	@echo "make test-emulator-asan        the emulated CUDA code with AddressSanitizer and UBSan"
 	@echo "make test-emulator-tsan        the same with ThreadSanitizer, which finds races between CUDA threads"
 	@echo "make fuzz                      fuzz each reader of files for a minute (needs clang)"
+	@echo "make fuzz-request              fuzz the requests to the page's server (FUZZ_SECONDS=60)"
 	@echo "make soak                      kill and break the programs while they write (SOAK_SECONDS=60)"
 	@echo "make check-fuzzers             check that the fuzzers compile"
 	@echo "make format, format-check      format the sources as .clang-format says, or check that they are"

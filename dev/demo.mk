@@ -1,5 +1,5 @@
 # The page where people write with the poet (dev/demo): ./serve_gpt2, and its tests.
-.PHONY: demo test-demo need-demo need-browser
+.PHONY: demo test-demo fuzz-request need-demo need-browser
 # The model that `make demo` serves, or several. Without OUT/model.bin, `make train` makes it first.
 MODEL ?= $(OUT)/model.bin
 PORT ?= 8080
@@ -46,5 +46,14 @@ $(DEMO_TEST)/model.bin: $(PROGRAMS)
 	./prepare_data data/sample_poems.csv -o $(DEMO_TEST)/data >/dev/null
 	./train_gpt2 --data $(DEMO_TEST)/data -o $(DEMO_TEST) --overwrite --max_steps 200 --log_every 100 >/dev/null
 test-demo: serve_gpt2 $(DEMO_TEST)/model.bin $(SELENIUM)/installed
+	$(flags.$(BUILD)) $(HTTP_FLAGS) -fsyntax-only dev/demo/fuzz_request.cpp  # compiles without clang, too
 	$(SELENIUM)/bin/python dev/demo/test_serve.py --openai --command './serve_gpt2 $(DEMO_TEST)/model.bin'
 	$(SELENIUM)/bin/python dev/demo/test_page.py --command './serve_gpt2 $(DEMO_TEST)/model.bin --port 8123'
+
+# Mutated requests, for FUZZ_SECONDS
+FUZZ_REQUEST = dev/demo/fuzz_request.cpp data/json.cpp lib/version.cpp
+fuzz-request: $(FUZZ_REQUEST) $(PAGE) | need-demo need-fuzz
+	@mkdir -p $(FUZZ)
+	$(FUZZ_COMMAND) -march=$(ARCH) -fopenmp $(HTTP_FLAGS) $(FUZZ_REQUEST) -o $(FUZZ)/fuzz_request $(HTTP_LIBS)
+	$(FUZZ)/fuzz_request -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -artifact_prefix=$(FUZZ)/ \
+	  -print_final_stats=1

@@ -695,7 +695,9 @@ inline int serve_main(int argc, char** argv) {
 
 }  // namespace demo
 
+#ifndef SERVE_NO_MAIN
 int main(int argc, char** argv) {
     machine::spin_less(argv);
     return run_main(SERVER_NAME, [&] { return demo::serve_main(argc, argv); });
 }
+#endif
