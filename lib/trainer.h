@@ -929,11 +929,12 @@ class Run {
     int only_evaluate() {
         double t0 = now();
         const bool some = flags_.on_command_line("val_tokens") || flags_.on_command_line("val_batches");
-        Evaluation e = evaluate(*model_, *val_loader_, B_, T_, some ? (size_t)o_.val_tokens : 0,
-                                tokenizer_.get(), x_, y_);
+        const size_t tokens = some ? (size_t)o_.val_tokens : 0;
+        const bool part = tokens && tokens + 1 < val_file_->size();
+        Evaluation e = evaluate(*model_, *val_loader_, B_, T_, tokens, tokenizer_.get(), x_, y_);
         printf("%s on %s of %s: %s tokens in %.1f s\n", o_.init_from.c_str(),
-               e.tokens + 1 == val_file_->size() ? "the whole" : "the beginning", o_.val_data.c_str(),
-               commas(e.tokens).c_str(), now() - t0);
+               part ? "the beginning" : "the whole", o_.val_data.c_str(), commas(e.tokens).c_str(),
+               now() - t0);
         printf("validation loss %.6f nats per token, perplexity %.3f\n", e.nats, std::exp(e.nats));
         if (e.nats_per_char == e.nats_per_char)
             printf("%.6f nats per character, %.6f bits per character\n", e.nats_per_char,
