@@ -1238,13 +1238,14 @@ TEST_CASE("cli: fine-tuning starts from the checkpoint's weights and shape") {
     CHECK(ModelReader((d / "tuned") + "/model.bin").cfg.same_shape(ModelReader(f.model).cfg));
 }
 
-TEST_CASE("cli: fine-tuning has a constant rate of 3e-5; a large model accumulates 32 batches of 4") {
+TEST_CASE(
+    "cli: a large model is fine-tuned at 3e-5, with 32 batches of 4 a step; a small one by Muon at 1e-3") {
     const Fixture& f = tiny();
     TempDir d;
     Result small = train("--data " + f.data + " -e " + f.model + " -s 0 --max_steps 3 -o " + (d / "small"));
     check_success(small);
-    CHECK(contains(small.out, "learning rate    3e-05, constant to 3e-05, warm-up 0 steps\n"));
-    for (const std::string& lr : Log(d / "small").column("lr")) CHECK((lr.empty() || std::stof(lr) == 3e-5f));
+    CHECK(contains(small.out, "learning rate    0.001, cosine to 0.0001, warm-up 0 steps\n"));
+    CHECK(contains(small.out, "Muon             the blocks' matrices, learning rate 0.005,"));
     check_success(
         train("--data " + f.data +
               " --depth 1 --heads 1 --channels 516 --seq_len 4 --batch_size 1 -s 0 --max_steps 1 -o " +
@@ -1253,6 +1254,9 @@ TEST_CASE("cli: fine-tuning has a constant rate of 3e-5; a large model accumulat
                         (d / "tuned"));
     check_success(wide);
     CHECK(contains(wide.out, "batch            4 x 4 tokens, 32 accumulated: 512 a step\n"));
+    CHECK(contains(wide.out, "learning rate    3e-05, constant to 3e-05, warm-up 0 steps\n"));
+    CHECK(!contains(wide.out, "Muon  "));
+    for (const std::string& lr : Log(d / "tuned").column("lr")) CHECK((lr.empty() || std::stof(lr) == 3e-5f));
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ TEST_CASE("short memory: recomputes more, then takes smaller batches, says so, a
         std::vector<std::string> flags = {
             "-e",        file,          "--data",      data, "-o",
             dir / "run", "--overwrite", "--max_steps", "2",  "--total_batch_size",
-            "512"};
+            "512",       "--optimizer", "adamw"};
         flags.insert(flags.end(), more.begin(), more.end());
         SmallMachine::free_bytes = free_bytes;
         return run_trainer<SmallMachine>(flags);
