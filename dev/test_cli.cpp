@@ -683,13 +683,63 @@ TEST_CASE("cli: dev/ladder/optimizers.py tables both optimizers, and goes on whe
     Result r = run(script);
     check_success(r);
     const std::string report = read_file(d / "runs/report.md");
-    for (const char* row : {"| adamw | 0.001 | ", "| muon | 0.004 | ", "| muon, AdamW's seconds | "})
+    for (const char* row :
+         {"| adamw | 0.002 | ", "| muon | 0.004 | ", "After as many seconds as AdamW, Muon has "})
         CHECK(contains(report, row));
-    const auto first = std::filesystem::last_write_time(d / "runs/a/muon_0.001_seed1_cosine_2/log.csv");
+    const auto first = std::filesystem::last_write_time(d / "runs/a/muon_0.004_seed1_cosine_2/log.csv");
     std::filesystem::remove_all(d / "runs/a/adamw_0.002_seed1_cosine_2");
     check_success(run(script));
-    CHECK(std::filesystem::last_write_time(d / "runs/a/muon_0.001_seed1_cosine_2/log.csv") == first);
+    CHECK(std::filesystem::last_write_time(d / "runs/a/muon_0.004_seed1_cosine_2/log.csv") == first);
     CHECK(file_exists(d / "runs/a/adamw_0.002_seed1_cosine_2/model.bin"));
+}
+
+TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes, and skips what is done") {
+    TempDir d;
+    // The built-in poems, as if three poets had written them in turn
+    std::string poems = read_file("data/sample_poems.csv");
+    const std::string poet = "\u0623\u0631\u0627\u0628\u0648\u064A\u062A";
+    size_t n = 0;
+    for (size_t at = 0; (at = poems.find("," + poet + ",", at)) != poems.npos; at += 2)
+        poems.replace(at + 1, poet.size(), 1, "ABC"[n++ % 3]);
+    REQUIRE(n == 24);
+    write_file(d / "poems.csv", poems);
+    auto rung8 = [&](const std::string& runs) {
+        return run({"/bin/sh", "-c",
+                    "UNSEEN=B POET=A TUNED=B ASK=poem_meter=other STEPS=20 BATCH=2 WRITTEN=2 POEMS_WRITTEN=2 "
+                    "POEM_TOKENS=30 TRAIN_FLAGS='--depth 1 --channels 16 --heads 2 --seq_len 32' RUNS='" +
+                        runs + "' dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / "out")});
+    };
+    // Its programs tell on standard error which verses found no rhyme.
+    Result r = rung8("muon one_none tuned");
+    INFO(r.err);
+    REQUIRE(r.code == 0);
+    const std::string losses = read_file(d / "out/muon/losses.txt");
+    CHECK(losses.find("\nvalidation loss ") != losses.rfind("\nvalidation loss "));
+    for (const char* file : {"/poets/val.bin", "/unseen/train.bin"}) {
+        CHECK(contains(losses, "on the whole of " + (d / "out") + file));
+        CHECK(contains(losses, (d / "out") + file + ": 5-gram, loss "));
+    }
+    CHECK(!contains(read_file(d / "out/one_none/losses.txt"), "unseen"));
+    for (const char* name : {"muon", "one_none", "tuned"}) {
+        const std::string dir = d / "out/" + std::string(name) + "/";
+        CHECK(contains(read_file(dir + "scores.md"), "| poems, verses, words |"));
+        CHECK(contains(read_file(dir + "rhymed.txt"), "\n"));
+    }
+    CHECK(file_exists(d / "out/tuned/finetune.md"));
+    // A run that stopped after its last checkpoint goes on from there; one that is done is left alone.
+    const auto model = std::filesystem::last_write_time(d / "out/muon/model_00000020.bin");
+    std::filesystem::remove(d / "out/muon/scores.md");
+    r = rung8("muon one_none");
+    CHECK(r.code == 0);
+    CHECK(contains(r.out, "one_none is done\n"));
+    CHECK(file_exists(d / "out/muon/scores.md"));
+    CHECK(std::filesystem::last_write_time(d / "out/muon/model_00000020.bin") == model);
+    r = rung8("muon moun");
+    CHECK(r.code == 2);
+    CHECK(r.err == "rung8.sh: 'moun' is no run; the first lines of this script list them\n");
+    r = run({"/bin/sh", "-c", "STEPS=5 dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / "out")});
+    CHECK(r.code == 2);
+    CHECK(contains(r.err, "rung8.sh: " + (d / "out") + " has runs with other settings"));
 }
 
 TEST_CASE("cli: a resumed run's learning rate reaches Muon, too, unless Muon was given one of its own") {

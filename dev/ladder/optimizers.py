@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
-"""Compares Muon with AdamW: three experiments, each optimizer at its best of three learning rates.
+"""Compares Muon with AdamW in three experiments, each optimizer at its best of three learning rates.
 
     dev/ladder/optimizers.py poems.csv                  all three, to out/optimizers; resumes where it stopped
     dev/ladder/optimizers.py poems.csv --parts a        one of them
     dev/ladder/optimizers.py poems.csv --steps 20       a quick look
 
-    a   the built-in diwan, tiny preset
+    a   the built-in diwan, tiny preset, for 400 and for 700 steps
     b   characters of poems.csv, char preset without dropout, 16 x 256 tokens
     c   a small model of poems.csv without one poet, fine-tuned on that poet
 
-Of each optimizer the best rate is trained with a second seed, too, and with the wsd schedule instead of
-cosine. Muon is also trained for as many seconds as AdamW: for fewer steps, by the median time of a step. A
-run's loss is its lowest validation loss. Runs alternate between the optimizers, so that slow phases of the
-machine meet both. OUT/a.md, OUT/b.md and OUT/c.md have the tables, OUT/report.md all that there are;
-OUT/a_steps.png, OUT/a_seconds.png, ... the curves. Other arguments need another OUT."""
+Three learning rates are tried, in b for a quarter of the steps. A rate is --learning_rate; the blocks'
+matrices learn at 5 times that rate with Muon (--muon_learning_rate). Of each optimizer the best rate is tried
+with the wsd schedule instead of cosine, too, and trained for all steps with two seeds. Muon is also trained
+for as many seconds as AdamW: for fewer steps, by the median time of a step. A run's loss is its lowest
+validation loss, in b on the first 50,000 tokens of the validation file. Runs alternate between the
+optimizers, so that slow phases of the machine meet both.
+
+OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, rewritten as runs end, OUT/report.md all that
+there are; OUT/a_steps.png, OUT/a_seconds.png, ... the curves. Other arguments need another OUT."""
 
 import argparse
 import csv
@@ -46,6 +50,12 @@ class Run:
         return bool(rows) and int(rows[-1]["step"]) == self.steps and rows[-1]["val_loss"] != ""
 
     def train(self):
+        wanted, saved = " ".join(str(f) for f in self.flags), self.folder + ".flags"
+        if not os.path.exists(saved):
+            with open(saved, "w") as f:
+                f.write(wanted)
+        if open(saved).read() != wanted:
+            sys.exit(f"optimizers.py: {self.folder} was trained with other flags; take another --out")
         if self.done():
             return
         resume = any(name.startswith("state_") for name in os.listdir(self.folder)) \
@@ -77,62 +87,92 @@ def command(words, log):
 
 
 class Experiment:
-    def __init__(self, name, title, out, flags, steps, rates):
-        self.name, self.title, self.steps, self.rates = name, title, steps, rates
-        self.out, self.table = os.path.join(out, name), os.path.join(out, name + ".md")
-        self.flags = flags + ["--val_every", max(1, steps // 20), "--sample_every", 0, "--log_every", 100]
-        self.runs = {}
+    """Both optimizers with the model and data of `flags`: `tries` steps at each rate, then `steps`. `rates`
+    has three, or three for each optimizer."""
 
-    def run(self, optimizer, rate, seed=1, schedule="cosine", steps=None):
-        steps = steps or self.steps
+    def __init__(self, name, title, out, flags, rates, steps, tries, validations):
+        self.name, self.title, self.steps, self.tries = name, title, steps, tries
+        self.rates = rates if isinstance(rates, dict) else {o: rates for o in OPTIMIZERS}
+        self.out = os.path.join(out, name)
+        self.flags = flags + ["--sample_every", 0, "--log_every", 100]
+        self.validations = validations
+        # Runs by optimizer and rate, and of each optimizer's best rate by optimizer
+        self.tried, self.wsd, self.first, self.second, self.in_time = {}, {}, {}, {}, []
+
+    def run(self, optimizer, rate, steps, seed=1, schedule="cosine"):
         name = f"{optimizer}_{rate:g}_seed{seed}_{schedule}_{steps}"
         run = Run(os.path.join(self.out, name),
                   self.flags + ["--optimizer", optimizer, "--learning_rate", rate, "--seed", seed,
-                                "--lr_schedule", schedule], steps)
+                                "--lr_schedule", schedule, "--val_every", max(1, steps // self.validations)],
+                  steps)
         run.train()
         return run
 
+    def best(self, optimizer):
+        return min(self.rates[optimizer], key=lambda rate: self.tried[optimizer, rate].best())
+
     def measure(self):
         os.makedirs(self.out, exist_ok=True)
-        tried = {o: {} for o in OPTIMIZERS}
-        for rate in self.rates:
+        for i in range(3):
             for o in OPTIMIZERS:
-                tried[o][rate] = self.run(o, rate)
-        best = {o: min(self.rates, key=lambda rate: tried[o][rate].best()) for o in OPTIMIZERS}
-        second = {o: self.run(o, best[o], seed=2) for o in OPTIMIZERS}
-        wsd = {o: self.run(o, best[o], schedule="wsd") for o in OPTIMIZERS}
-        first = {o: tried[o][best[o]] for o in OPTIMIZERS}
-        ms = {o: min(first[o].ms(), second[o].ms()) for o in OPTIMIZERS}
-        fewer = max(1, min(self.steps, round(self.steps * ms["adamw"] / ms["muon"])))
-        timed = [self.run("muon", best["muon"], seed, steps=fewer) for seed in (1, 2)]
-
-        lines = [f"## {self.title}", "",
-                 "| optimizer | rate | loss, seed 1 | seed 2 | wsd, seed 1 | steps | ms a step |",
-                 "| --- | --- | --- | --- | --- | --- | --- |"]
+                rate = self.rates[o][i]
+                self.tried[o, rate] = self.run(o, rate, self.tries)
+        self.write()
         for o in OPTIMIZERS:
-            for rate in self.rates:
-                more = f"{second[o].best():.3f} | {wsd[o].best():.3f}" if rate == best[o] else " | "
-                lines.append(f"| {o} | {rate:g} | {tried[o][rate].best():.3f} | {more} | {self.steps} | "
-                             f"{tried[o][rate].ms():.0f} |")
-        lines.append(f"| muon, AdamW's seconds | {best['muon']:g} | {timed[0].best():.3f} | "
-                     f"{timed[1].best():.3f} | | {fewer} | {timed[0].ms():.0f} |")
-        mean = {o: (first[o].best() + second[o].best()) / 2 for o in OPTIMIZERS}
-        in_time = (timed[0].best() + timed[1].best()) / 2
-        reached = [step for step, loss in sorted(first["muon"].losses().items())
-                   if loss <= first["adamw"].best()]
-        lines += ["", f"Mean of two seeds: AdamW {mean['adamw']:.3f}, Muon {mean['muon']:.3f} after as many "
-                      f"steps, {in_time:.3f} after as many seconds. " +
-                  (f"Muon first validates at AdamW's lowest loss or below after {reached[0]} of "
-                   f"{self.steps} steps." if reached else "Muon does not reach AdamW's lowest loss."), ""]
-        for axis in ("steps", "seconds"):
-            if not shutil.which("gnuplot"):
-                print("no curves: gnuplot is missing; sudo apt-get install gnuplot-nox")
-                break
-            image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.png")
-            command(["dev/plot/compare.sh", axis, image, first["adamw"].folder, first["muon"].folder,
-                     timed[0].folder], image + ".txt")
-        with open(self.table, "w") as f:
+            self.first[o] = self.run(o, self.best(o), self.steps)
+            self.write()
+        ms = {o: self.first[o].ms() for o in OPTIMIZERS}
+        fewer = max(1, min(self.steps, round(self.steps * ms["adamw"] / ms["muon"])))
+        self.in_time.append(self.run("muon", self.best("muon"), fewer))
+        self.write()
+        for o in OPTIMIZERS:
+            self.wsd[o] = self.run(o, self.best(o), self.tries, schedule="wsd")
+        self.write()
+        for o in OPTIMIZERS:
+            self.second[o] = self.run(o, self.best(o), self.steps, seed=2)
+        self.in_time.append(self.run("muon", self.best("muon"), fewer, seed=2))
+        self.write()
+
+    def write(self):
+        """The table and the curves of the runs that are done."""
+        def loss(runs, o, rate):
+            return f"{runs[o].best():.3f}" if rate == self.best(o) and o in runs else ""
+
+        short = self.tries < self.steps
+        lines = [f"## {self.title}", "",
+                 f"| optimizer | rate | {self.tries} steps | wsd, {self.tries} steps | "
+                 + (f"{self.steps} steps | " if short else "") + f"{self.steps} steps, seed 2 | ms a step |",
+                 "| --- | --- | --- | --- | --- | --- |" + (" --- |" if short else "")]
+        for o in OPTIMIZERS:
+            for rate in self.rates[o]:
+                columns = (self.wsd, self.first, self.second) if short else (self.wsd, self.second)
+                more = " | ".join(loss(runs, o, rate) for runs in columns)
+                longest = self.first[o] if rate == self.best(o) and o in self.first else self.tried[o, rate]
+                lines.append(f"| {o} | {rate:g} | {self.tried[o, rate].best():.3f} | {more} | "
+                             f"{longest.ms():.0f} |")
+        lines.append("")
+        if self.in_time:
+            lines += ["After as many seconds as AdamW, Muon has " + ", ".join(
+                f"{run.best():.3f} (seed {seed}, {run.steps} steps)"
+                for seed, run in enumerate(self.in_time, 1)) + ".", self.reached(), ""]
+        with open(os.path.join(os.path.dirname(self.out), self.name + ".md"), "w") as f:
             f.write("\n".join(lines))
+
+        drawn = [os.path.relpath(run.folder) for run in (*self.first.values(), *self.in_time[:1])]
+        if not drawn:
+            return
+        if not shutil.which("gnuplot"):
+            print("no curves: gnuplot is missing; sudo apt-get install gnuplot-nox")
+            return
+        for axis in ("steps", "seconds"):
+            image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.png")
+            command(["dev/plot/compare.sh", axis, image, *drawn], image + ".txt")
+
+    def reached(self):
+        adamw = self.first["adamw"].best()
+        steps = [step for step, loss in sorted(self.first["muon"].losses().items()) if loss <= adamw]
+        return (f"Muon first validates at AdamW's lowest loss or below after step {steps[0]} of {self.steps}."
+                if steps else "Muon does not reach AdamW's lowest loss.")
 
 
 def main():
@@ -140,8 +180,8 @@ def main():
     parser.add_argument("poems", help="poems with a column poet_name, for b and c")
     parser.add_argument("--out", default="out/optimizers", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--parts", default="abc", help="which experiments (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="steps of b (default: %(default)s); a has 700 "
-                        "and c 300, or as many as b where these are fewer than 300")
+    parser.add_argument("--steps", type=int, default=600, help="steps of b (default: %(default)s); a and c "
+                        "have their own, or as many as b where these are fewer than 300")
     parser.add_argument("--dtype", default="bf16", help="numbers that b computes with (default: %(default)s)")
     parser.add_argument("--poet", default="أبو نواس", help="the poet of c (default: %(default)s)")
     o = parser.parse_args()
@@ -171,15 +211,18 @@ def main():
 
     experiments = []
     if "a" in o.parts:
-        experiments.append(Experiment(
-            "a", "(a) The built-in diwan, tiny preset", o.out,
-            ["--data", data("diwan", source="data/sample_poems.csv"), "--preset", "tiny"],
-            o.steps if o.steps < 300 else 700, (1e-3, 2e-3, 4e-3)))
+        for name, steps in (("a", 400), ("a_long", 700)) if o.steps >= 300 else (("a", o.steps),):
+            experiments.append(Experiment(
+                name, f"(a) The built-in diwan, tiny preset, {steps} steps", o.out,
+                ["--data", data("diwan", source="data/sample_poems.csv"), "--preset", "tiny"],
+                (2e-3, 4e-3, 8e-3), steps=steps, tries=steps, validations=20))
     if "b" in o.parts:
         experiments.append(Experiment(
             "b", "(b) Characters of many poets, char preset, 16 x 256 tokens", o.out,
             ["--data", data("corpus"), "--preset", "char", "--batch_size", 16, "--dropout", 0, "--dtype",
-             o.dtype], o.steps, (5e-4, 1e-3, 2e-3)))
+             o.dtype, "--val_tokens", 50000],
+            {"adamw": (2.5e-4, 5e-4, 1e-3), "muon": (1e-3, 2e-3, 4e-3)},
+            steps=o.steps, tries=max(1, o.steps // 4), validations=12))
     if "c" in o.parts:
         others = data("others", "--except", f"poet_name={o.poet}")
         small = ["--preset", "tiny", "--batch_size", 32, "--dropout", 0, "--optimizer", "adamw"]
@@ -194,11 +237,12 @@ def main():
                    "--tokenizer", os.path.join(others, "tokenizer.bin"))
         experiments.append(Experiment(
             "c", "(c) Fine-tuning on one poet", o.out,
-            ["--init_from", model, "--data", one, "--batch_size", 32], min(300, o.steps), (1e-4, 3e-4, 1e-3)))
+            ["--init_from", model, "--data", one, "--batch_size", 32], (3e-4, 1e-3, 3e-3),
+            steps=min(300, o.steps), tries=min(300, o.steps), validations=20))
     for e in experiments:
         e.measure()
-    tables = [open(path).read() for path in (os.path.join(o.out, part + ".md") for part in "abc")
-              if os.path.exists(path)]
+    tables = [open(path).read() for name in ("a", "a_long", "b", "c")
+              for path in [os.path.join(o.out, name + ".md")] if os.path.exists(path)]
     report = os.path.join(o.out, "report.md")
     with open(report, "w") as f:
         f.write("\n".join(tables))

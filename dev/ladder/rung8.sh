@@ -1,36 +1,138 @@
 #!/bin/sh
-# Rung 8: the trainer itself with the char preset, with and without dropout, on many poems and on few.
+# Rung 8: the trainer itself with the char preset, on many poems.
 #
-#     dev/ladder/rung8.sh POEMS.csv [OUT] [STEPS] [BATCH]     defaults: out/rung8 1500 16
+#     dev/ladder/rung8.sh POEMS.csv [OUT]     default: out/rung8; started again, it goes on where it stopped
 #
-# RUNS chooses among the four runs. Each OUT/RUN has log.csv, model.bin, poems.txt and the loss over the whole
-# validation file:
-#   all/dropout all/none    every poem. 1500 steps of 16 x 256 tokens do not read a corpus of 9 M characters
-#                           even once, and what is never seen twice cannot be learnt by heart
-#   one/dropout one/none    the poems of POET alone (default كشاجم, 0.13 M characters): the same steps read
-#                           them 54 times
-# TRAIN_FLAGS adds flags for ./train_gpt2, e.g. TRAIN_FLAGS='--dtype bf16'. When the script is started again,
-# it resumes a run that was stopped and skips a run that is done.
+# POEMS has the columns poet_name and poem_meter. Twelve poets (UNSEEN) are left out of the training. A model
+# is judged on val.bin, held-out poems of the poets it was trained on, and on those twelve. The runs, each in
+# OUT/RUN:
+#
+#   muon adamw            the large run with each optimizer: STEPS steps of BATCH x 256 tokens, no dropout
+#   small                 as many tokens, with muon, for a model of 4 layers and 192 channels
+#   try_none try_dropout  a fifth of the steps, with muon, without dropout and with 0.1
+#   one_none one_dropout  POET's poems alone, 3/10 of the steps, with adamw, without dropout and with 0.2:
+#                         what is read often enough is learnt by heart
+#   tuned                 muon's model, fine-tuned on TUNED, one of the twelve, by make finetune, which begins
+#                         anew when it was stopped; it is judged by TUNED's poems alone
+#
+# OUT/RUN/losses.txt has the model's losses beside those of a 5-gram of the run's training text. poems.txt has
+# WRITTEN poems of at most 8 verses, an equal number (rounded up) for each line of ASK, which is passed to
+# --tags; rhymed.txt as many with --rhyme auto; scores.md what ./score_poems says of both and of val.bin.
+# OUT/large.png compares the optimizers.
+#
+# RUNS, STEPS, BATCH, TAGS, UNSEEN, ASK, POET, TUNED, WRITTEN and TRAIN_FLAGS (more flags for ./train_gpt2,
+# e.g. '--dtype bf16', but for tuned) are variables, with defaults for a corpus of classical poems. Other
+# values need another OUT.
 set -e
-poems=${1:?"usage: dev/ladder/rung8.sh POEMS.csv [OUT] [STEPS] [BATCH]"}
-out=${2:-out/rung8} steps=${3:-1500} batch=${4:-16}
-make -s train_gpt2 sample_gpt2 prepare_data score_poems
+poems=${1:?"usage: dev/ladder/rung8.sh POEMS.csv [OUT]"}
+out=${2:-out/rung8}
+RUNS=${RUNS:-muon adamw small try_none try_dropout one_none one_dropout tuned}
+STEPS=${STEPS:-5000} BATCH=${BATCH:-16} WRITTEN=${WRITTEN:-50}
+TAGS=${TAGS-poem_meter,poet_name} POET=${POET:-كشاجم} TUNED=${TUNED:-عمر ابن أبي ربيعة}
+# Every seventh of the corpus's 86 poets, ordered by how many letters each wrote
+UNSEEN=${UNSEEN-\
+السري الرفاء|عمر ابن أبي ربيعة|عنترة بن شداد|النابغة الشيباني|أبو حية النميري|أبو طالب|\
+الإمام الشافعي|عمارة بن عقيل|ربيعة الرقي|علقمة الفحل|عبد الله بن المبارك|علي بن جبلة}
+# The five most frequent metres, with the two poets who wrote the most letters in known metres
+if [ -z "${ASK+set}" ] && [ "$TAGS" = poem_meter,poet_name ]; then
+    for metre in طويل كامل بسيط وافر خفيف; do
+        for poet in 'الشريف الرضي' 'الشريف المرتضى'; do
+            ASK="$ASK${ASK:+
+}poem_meter=$metre,poet_name=$poet"
+        done
+    done
+fi
+for run in $RUNS; do
+    case $run in
+    muon | adamw | small | try_none | try_dropout | one_none | one_dropout | tuned) ;;
+    *) echo "rung8.sh: '$run' is no run; the first lines of this script list them" >&2; exit 2 ;;
+    esac
+done
+make -s train_gpt2 sample_gpt2 prepare_data score_poems ngram
 mkdir -p "$out"
+settings="$poems $STEPS $BATCH $TAGS $UNSEEN $ASK $POET $TUNED $WRITTEN $TRAIN_FLAGS"
+[ -s "$out/settings.txt" ] || printf '%s\n' "$settings" >"$out/settings.txt"
+[ "$settings" = "$(cat "$out/settings.txt")" ] ||
+    { echo "rung8.sh: $out has runs with other settings ($out/settings.txt); take another OUT" >&2; exit 2; }
 
-for run in ${RUNS:-one/none one/dropout all/dropout all/none}; do
-    dir=$out/$run data=$out/${run%/*}/data dropout=0
-    [ "${run#*/}" = none ] || dropout=0.2
-    case $run in all/*) set -- ;; *) set -- --where "poet_name=${POET:-كشاجم}" ;; esac
-    [ -s "$data/train.bin" ] || ./prepare_data "$poems" "$@" -o "$data"
-    [ ! -s "$dir/poems.txt" ] || { echo "$dir is done"; continue; }
+# data FOLDER FLAGS...: makes token files, unless they are there
+data() {
+    folder=$out/$1
+    shift
+    [ -s "$folder/train.bin" ] || ./prepare_data "$poems" -o "$folder" "$@"
+}
+# train DIR DATA FLAGS...: to the last step, from the last checkpoint where there is one
+train() {
+    dir=$1 from=$2
+    shift 2
     if ls "$dir"/state_*.bin >/dev/null 2>&1; then
         ./train_gpt2 -o "$dir" --resume
     else
-        ./train_gpt2 --data "$data" --preset char --batch_size "$batch" --max_steps "$steps" \
-            --dropout $dropout --log_every 50 -o "$dir" --overwrite $TRAIN_FLAGS
+        ./train_gpt2 --data "$from" --preset char --batch_size "$BATCH" --log_every 50 "$@" -o "$dir" \
+            --overwrite $TRAIN_FLAGS
     fi
-    ./train_gpt2 -e "$dir/model.bin" --data "$data" --max_steps 0 --batch_size "$batch" |
-        tee "$dir/validation.txt"
-    ./sample_gpt2 -e "$dir/model.bin" --num 50 --tokens 400 --temperature 0.8 --seed 1 >"$dir/poems.txt"
-    ./score_poems "$dir/poems.txt" "$data/val.bin" --data "$data" --skip_last | tee "$dir/scores.md"
+}
+# losses DIR DATA FILE...: of the model in DIR and of a 5-gram of DATA, on each token file
+losses() {
+    dir=$1 from=$2
+    shift 2
+    for file; do
+        ./train_gpt2 -e "$dir/model.bin" --data "$from" --val_data "$file" --batch_size "$BATCH" --max_steps 0
+        ./ngram --data "$from" "$file"
+        echo
+    done
+}
+# write_poems DIR WISHES FLAGS...: WRITTEN poems, as many with each wish
+write_poems() {
+    dir=$1 wishes=$2
+    shift 2
+    each=$(((WRITTEN - 1) / $(printf '%s\n' "$wishes" | wc -l) + 1))
+    printf '%s\n' "$wishes" | while read -r wish; do
+        ./sample_gpt2 -e "$dir/model.bin" --num $each --verses 8 --temperature 0.8 --seed 1 \
+            ${wish:+--tags "$wish"} "$@"
+        echo
+    done
+}
+
+tags=${TAGS:+--tags $TAGS}
+data poets $tags ${UNSEEN:+--except "poet_name=$UNSEEN"}
+[ -z "$UNSEEN" ] ||
+    data unseen $tags --where "poet_name=$UNSEEN" --tokenizer "$out/poets/tokenizer.bin" --val_fraction 0
+for run in $RUNS; do
+    dir=$out/$run from=$out/poets wishes=$ASK
+    [ ! -s "$dir/scores.md" ] || { echo "$run is done"; continue; }
+    set -- "$from/val.bin" ${UNSEEN:+"$out/unseen/train.bin"}
+    case $run in
+    muon | adamw) train "$dir" "$from" --optimizer "$run" --dropout 0 --max_steps "$STEPS" ;;
+    small) train "$dir" "$from" --optimizer muon --dropout 0 --max_steps "$STEPS" --depth 4 --channels 192 ;;
+    try_none) train "$dir" "$from" --optimizer muon --dropout 0 --max_steps $((STEPS / 5)) ;;
+    try_dropout) train "$dir" "$from" --optimizer muon --dropout 0.1 --max_steps $((STEPS / 5)) ;;
+    one_none | one_dropout)
+        from=$out/one wishes= dropout=0
+        [ "$run" = one_none ] || dropout=0.2
+        data one --where "poet_name=$POET"
+        set -- "$from/val.bin"
+        train "$dir" "$from" --optimizer adamw --dropout $dropout --max_steps $((STEPS * 3 / 10)) ;;
+    tuned)
+        # The poet has no tag: muon's model has not read him.
+        from=$dir/data wishes=$(printf '%s\n' "$ASK" | sed 's/,poet_name=[^,]*//' | sort -u)
+        set -- "$from/val.bin"
+        make finetune FROM="$out/muon/model.bin" POEMS="$poems" OUT="$dir" \
+            PREPARE_FLAGS="$tags --where 'poet_name=$TUNED'" TRAIN_FLAGS="--batch_size $BATCH \
+--learning_rate 3e-4 --lr_schedule cosine --max_steps $((STEPS / 20)) --optimizer adamw" ;;
+    esac
+    losses "$dir" "$from" "$@" >"$dir/losses.txt"
+    cat "$dir/losses.txt"
+    write_poems "$dir" "$wishes" >"$dir/poems.txt"
+    write_poems "$dir" "$wishes" --rhyme auto >"$dir/rhymed.txt"
+    ./score_poems "$dir/poems.txt" "$dir/rhymed.txt" "$from/val.bin" --data "$from" >"$dir/scores.part"
+    mv "$dir/scores.part" "$dir/scores.md"  # says that the run is done
+    cat "$dir/scores.md"
 done
+if [ -s "$out/muon/scores.md" ] && [ -s "$out/adamw/scores.md" ]; then
+    if command -v gnuplot >/dev/null; then
+        dev/plot/compare.sh tokens "$out/large.png" "$out/muon" "$out/adamw"
+    else
+        echo "no curves: gnuplot is missing; sudo apt-get install gnuplot-nox"
+    fi
+fi
