@@ -720,8 +720,8 @@ TEST_CASE("AdamW skips a step whose norm or loss is above its limit, and takes o
 // Muon
 
 // A round of matrices (n,m), every other one stored transposed unless n = m, on the device and in
-// cpu::muon_*. Each array holds the matrices in another order, so that a kernel that takes
-// one array's index for another's is noticed.
+// cpu::muon_*. Each array holds the matrices in another order, so that a kernel that takes one array's index
+// for another's is noticed.
 struct Muon {
     size_t n, m, count, size = n * m, total = count * size;
     std::vector<gpu::MuonTarget> targets;

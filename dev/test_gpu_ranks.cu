@@ -104,7 +104,7 @@ void train(const Settings& s, Comm& comm, Result& result) {
     const std::string choices = model.matmul().choices.text();
     const uint64_t checksum = checksum_of(choices.data(), choices.size());
     for (uint64_t other : comm.gather(checksum))
-        if (other != checksum) fail("the ranks have other choices of products than each other");
+        if (other != checksum) fail("the ranks chose different products");
     model.use_graphs = s.graphs, model.dropout = s.dropout;
     model.init_weights(5);
     const size_t at_once = (size_t)(s.batch * s.world), micro_steps = SEQUENCES / at_once;

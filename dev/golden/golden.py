@@ -9,8 +9,8 @@ Three cases share the same weights, tokens and targets:
     grover_erf   GROVER, the architecture of AraGPT2-large and -mega, implemented below from its definition
     grover_tanh  the same with the tanh GELU
 Everything is computed in float64 by one thread, but for Muon's iteration, which PyTorch computes in bfloat16.
-It is stored as float32, so every run on one kind of processor writes the same bytes. It needs torch 2.9 or
-newer (torch.optim.Muon) and a transformers that accepts it; Debian 12's python3-torch 1.13 is too old.
+Results are stored as float32, so every run on one kind of processor writes the same bytes. This needs torch
+2.9 or newer (torch.optim.Muon) and a transformers that accepts it; Debian 12's python3-torch 1.13 is too old.
 
 The sizes are chosen to reveal mistakes. T < maxT and V < Vp, and no two of B, T, L, NH, hs, C and V are
 equal, so that swapped sizes are noticed. Weights are far larger than GPT-2's initial ones, biases are not

@@ -1,5 +1,5 @@
-// ngram.cpp - how far counting goes: an n-gram model of a token file, and its loss on other token files. It
-// is what a trained model is compared with.
+// ngram.cpp - an n-gram model of a token file, and its loss on other token files: the baseline for trained
+// models.
 //
 //     make ngram && ./ngram --data out/data                  a 5-gram of train.bin, on val.bin
 //     ./ngram --data out/data --order 3 poet.bin             a 3-gram, on another file of the same tokens
@@ -7,12 +7,12 @@
 // With Witten-Bell smoothing (Witten and Bell 1991, interpolated): after a context h of n - 1 tokens that was
 // seen N times in the training file, followed by D different tokens,
 //     P(t | h) = (count(h t) + D P(t | h without its first token)) / (N + D)
-// and at the end of this chain P(t | no context) is mixed in the same way with 1/V. A context that was never
-// seen has N = D = 0 and leaves the whole probability to the shorter one.
+// Where no context is left, 1/V takes the place of the shorter context's probability. A context that was
+// never seen has N = D = 0 and leaves the whole probability to the shorter one.
 //
 // Losses are in nats, of every token but the first, as the trainer's validation counts them: poems follow
-// each other, with the end-of-text token between them. Tags (./prepare_data --tags) are contexts but not
-// predicted.
+// each other, with the end-of-text token between them. Tags (./prepare_data --tags) are not predicted, but
+// count as contexts and as followers of other tokens.
 #include <cmath>
 #include <unordered_map>
 

@@ -70,7 +70,7 @@ TEST_CASE("n-gram probabilities are Witten-Bell's, for contexts that were seen o
     }
 }
 
-TEST_CASE("ngram: tags are contexts and not predicted; what it cannot count is one line") {
+TEST_CASE("ngram: tags are contexts and not predicted; errors are one line") {
     TempDir d;
     const Tokenizer tokenizer = Tokenizer::characters("abc", {"<|poet=x|>", "<|poet=other|>"});
     tokenizer.save(d / "tokenizer.bin");
