@@ -347,7 +347,8 @@ inline bool send_completion(const Completion& c, const std::vector<std::shared_p
                 return listens;
             }
             if (c.stream && (news.ended || !news.text.empty() || !news.tokens.empty()))
-                send("data: " + answer.body({answer.choice(i, *texts[i], news)}, left ? nullptr : &texts) +
+                send("data: " +
+                     answer.body(Json::array({answer.choice(i, *texts[i], news)}), left ? nullptr : &texts) +
                      "\n\n");
             whole[i].ended = news.ended, whole[i].finish_reason = news.finish_reason;
             if (c.stream) continue;
