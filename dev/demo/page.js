@@ -373,6 +373,7 @@ class Columns {
 // A panel: a poem that a model writes, and what can be done with it
 
 let panels = [], models = [];
+let loadingModels = null;  // what a poem waits for that ended before the models were known
 
 class Panel {
   poem = null;   // {id, request, units, kept: how many units it began with, state, rhyme, measures}
@@ -432,7 +433,7 @@ class Panel {
     const response = await post('/v1/completions', poem.request, signal,
                                 seconds => { this.status.textContent = word('busy', {n: seconds}); });
     found(this);
-    if (!models.length) loadModels();
+    if (!models.length) loadingModels = loadModels();
     const units = new Units();
     for await (const event of events(response.body)) {
       signal.throwIfAborted();
@@ -460,6 +461,7 @@ class Panel {
   }
 
   async measure(poem) {
+    await loadingModels;
     if (!models.find(m => m.id === poem.request.model)?.measures || !textOf(poem.units).trim()) return;
     try {
       const response = await post('/v1/measures', {model: poem.request.model, text: textOf(poem.units)});

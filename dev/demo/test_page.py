@@ -23,6 +23,7 @@ import time
 import traceback
 import urllib.request
 
+from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -209,6 +210,16 @@ class Page:
     def token(self, i):
         """The i-th of the model's tokens that have letters."""
         return [t for t in self.all(".token")[:2 * i + 20] if re.search("[ء-ي]", t.text)][i]
+
+    def click_token(self, i):
+        """Clicks it; while the page is laid out anew it may have no size for a moment."""
+        def clicked():
+            try:
+                self.token(i).click()
+                return True
+            except (ElementNotInteractableException, StaleElementReferenceException, IndexError):
+                return False
+        wait_for("a click on a token", clicked)
 
     def box(self, selector):
         """Where the text of an element stands."""
@@ -570,7 +581,7 @@ def _(page):
         for state in "poem", "choices":
             width = page.js("return Math.max(innerWidth, document.documentElement.scrollWidth)")
             check(width == 390, language, state, width)
-            page.token(1).click()
+            page.click_token(1)
 
 
 @test("an error of the server is shown at its field, and the poem stays")
