@@ -793,6 +793,9 @@ TEST_CASE("cli: a run that was given relative paths is resumed from any folder")
 
 TEST_CASE("cli: --resume fails where there is nothing to resume") {
     TempDir d;
+    r = compare("steps", d / "x.gif", d / "run's");
+    CHECK(r.code == 2);
+    CHECK(r.err == "compare.sh: " + (d / "x.gif") + ": wanted a name that ends in .png or .svg\n");
     check_failure(train("--resume -o " + (d / "none")), "train_gpt2", 1, {d / "none", "no checkpoint"});
     CHECK(!file_exists(d / "none"));
 }
@@ -806,6 +809,13 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
     TempDir d;
     check_success(train(tiny().flags() + "--max_steps 8 --save_every 4 -o " + (d / "good")));
     struct {
+    std::filesystem::copy(d / "run's", d / "other");
+    check_success(run({"dev/plot/compare.sh", "steps", d / "x.svg", d / "run's", d / "other"}));
+    const std::string svg = read_file(d / "x.svg");
+    CHECK(contains(svg, "<svg"));
+    CHECK(contains(svg, ">other<"));
+    CHECK(contains(svg, ">run's<"));
+    CHECK(!contains(svg, d.path));
         const char* file;
         std::function<std::string(std::string)> damage;
     } cases[] = {

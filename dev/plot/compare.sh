@@ -1,18 +1,26 @@
 #!/bin/sh
 # Draws the validation losses of several runs in one plot, and faintly their smoothed training losses:
 #
-#     dev/plot/compare.sh steps|tokens|seconds IMAGE.png DIR...
+#     dev/plot/compare.sh steps|tokens|seconds IMAGE DIR...
 #
-# Each DIR is a run's folder with log.csv. Tokens and seconds are those of training, summed over the steps.
+# IMAGE ends in .png or .svg. Each DIR is a run's folder with log.csv; runs that lie in one folder are labelled
+# by their names alone. Tokens and seconds are those of training, summed over the steps.
 set -e
-[ $# -ge 3 ] || { echo "usage: dev/plot/compare.sh steps|tokens|seconds IMAGE.png DIR..." >&2; exit 2; }
+[ $# -ge 3 ] || { echo "usage: dev/plot/compare.sh steps|tokens|seconds IMAGE DIR..." >&2; exit 2; }
 axis=$1 image=$2
 shift 2
 case $axis in
 steps | tokens | seconds) ;;
 *) echo "compare.sh: the axis is '$axis', wanted steps, tokens or seconds" >&2; exit 2 ;;
 esac
+case $image in
+*.png) terminal=pngcairo ;;
+*.svg) terminal=svg ;;
+*) echo "compare.sh: $image: wanted a name that ends in .png or .svg" >&2; exit 2 ;;
+esac
+together=yes  # all runs lie in one folder
 for dir; do
+    [ "$(dirname "$dir")" = "$(dirname "$1")" ] || together=
     [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
         { echo "compare.sh: $dir/log.csv is missing or has no rows" >&2; exit 1; }
 done
@@ -22,13 +30,15 @@ part=$image.part  # renamed when it is complete, so that a failure leaves an ear
 # One text in gnuplot's single quotes
 quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
 {
-    echo 'set terminal pngcairo size 1100,650 font "sans,12"'
+    echo "set terminal $terminal size 1100,650 font 'sans,12' background 'white'"
     echo "set output $(quoted "$part")"
     echo "set xlabel '$axis of training'; set ylabel 'loss, nats per token'; set grid; set key top right"
     echo 'set datafile missing "?"'
     plot=plot i=0
     for dir; do
-        i=$((i + 1))
+        i=$((i + 1)) label=$dir
+        [ -z "$together" ] || label=$(basename "$dir")
+        every=$(($(wc -l <"$dir/log.csv") / 100 + 1))  # so that an .svg stays small
         # x, smoothed training loss, validation loss
         echo "\$run$i << END"
         awk -F, -v axis="$axis" 'NR > 1 {
@@ -38,8 +48,8 @@ quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
             print x, $3 == "" ? "?" : $3, $4 == "" ? "?" : $4
         }' "$dir/log.csv"
         echo END
-        plot="$plot \$run$i using 1:2 with lines lc $i dt 3 notitle, \$run$i using 1:3 with linespoints lw 2 \
-lc $i pt 7 ps 0.6 title $(quoted "$dir") noenhanced,"
+        plot="$plot \$run$i using 1:2 every $every with lines lc $i dt 3 notitle, \$run$i using 1:3 with linespoints lw 2 \
+lc $i pt 7 ps 0.6 title $(quoted "$label") noenhanced,"
     done
     echo "${plot%,}"
 } | gnuplot || { rm -f "$part"; exit 1; }
