@@ -670,6 +670,8 @@ TEST_CASE("cli: a run by Muon says so, resumes bit for bit, and goes on with Ada
     for (const char* rate : {"nan", "-1", "1e9", "fast"})
         check_failure(train(flags + "--optimizer muon --muon_learning_rate " + rate + " -o " + (d / "x")),
                       "train_gpt2", 2, {"--muon_learning_rate"});
+    check_failure(train(flags + "--optimizer adamw --muon_learning_rate 0.01 -o " + (d / "x")), "train_gpt2",
+                  2, {"--muon_learning_rate 0.01: AdamW has no use for it, wanted --optimizer muon"});
 }
 
 TEST_CASE("cli: dev/ladder/optimizers.py tables both optimizers, and goes on where it was stopped") {

@@ -128,7 +128,7 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
         .choices({"adamw", "muon"});
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's").range(0, 1e3);
     f.add("muon_learning_rate", "", &o.muon_learning_rate, "LR",
-          "Muon's peak learning rate; 0: 5 times --learning_rate, at which both do best")
+          "Muon's peak learning rate; 0: 5 times --learning_rate")
         .range(0, 1e3);
     f.add("lr_schedule", "k", &o.lr_schedule, "NAME",
           "how the learning rate falls; wsd: constant, then a fast decay")
@@ -236,6 +236,8 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
         "  ./sample_gpt2 -e out/poems/model.bin --prompt \"قفا نبك\"\n");
 }
 
+inline Optimizer optimizer_of(const Options& o) { return o.optimizer == name_of(MUON) ? MUON : ADAMW; }
+
 // Defaults that depend on the model's size. Small models learn by Muon, and are fine-tuned by it, because
 // they reach a lower loss in the same time (dev/ladder/OPTIMIZERS.md). Larger models are fine-tuned as
 // published ones were: with a low, constant learning rate.
@@ -248,7 +250,7 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
         const char* schedule;
         float dropout;
     };
-    const bool muon = o.optimizer == name_of(MUON);
+    const bool muon = optimizer_of(o) == MUON;
     const Defaults d = small && fine_tune    ? Defaults{16, 300, 1e-3f, "cosine", 0}
                        : small && muon       ? Defaults{16, 300, 4e-3f, "cosine", 0.1f}
                        : small               ? Defaults{16, 700, 2e-3f, "cosine", 0.1f}
@@ -659,6 +661,7 @@ class Run {
         if (!o_.seq_len) o_.seq_len = cfg_.maxT;
         count_epochs();
         apply_preset_defaults(o_, cfg_, fine_tunes());
+        check_muon_rate();
         settle_batch();
         check_prompt();
     }
@@ -686,6 +689,11 @@ class Run {
         }
     }
 
+    void check_muon_rate() {
+        if (o_.muon_learning_rate > 0 && optimizer_of(o_) == ADAMW)
+            throw UsageError(strf("--muon_learning_rate %g: AdamW has no use for it, wanted --optimizer muon",
+                                  o_.muon_learning_rate));
+    }
     // --epochs as a number of steps. Needs the batch, which the preset may decide.
     void count_epochs() {
         if (!(o_.epochs > 0) || !o_.max_steps) return;
@@ -859,7 +867,7 @@ class Run {
         return p;
     }
 
-    Optimizer optimizer() const { return o_.optimizer == "muon" ? MUON : ADAMW; }
+    Optimizer optimizer() const { return optimizer_of(o_); }
     TagTokens tag_tokens() const {
         if (!tokenizer_ || !tokenizer_->tags()) return {};
         return {tokenizer_->first_tag(), tokenizer_->eot(), tokenizer_->tag_columns().size()};
