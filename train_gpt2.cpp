@@ -482,7 +482,8 @@ struct MuonScratch {
     float* gathered;  // with several ranks: some rows of each one's result
     double* squares;  // sums of blocks of squares, for the norm
 
-    static constexpr size_t GATHERED = 1 << 18;  // floats of each rank that are gathered at once, or a row
+    // Floats of each rank that are gathered at once; at least one row
+    static constexpr size_t GATHERED = 1 << 18;
     // For the largest matrices of a model; see muon_groups().
     void place(Arena& a, const Config& c, size_t world) {
         const size_t C = (size_t)c.C, n = C * 4 * C;
@@ -495,9 +496,9 @@ struct MuonScratch {
 };
 
 // How many matrices Muon works on at once. Each thread takes matrices of its own, since threads that share
-// the products of a small matrix would wait for each other most of the time. But all threads share one matrix
-// if there are fewer than two for each thread (a block has six), so that some would wait long for the last
-// ones; if their scratch memory would take more than 64 MiB; and with several ranks.
+// the products of a small matrix would wait for each other most of the time. All threads share one matrix
+// instead where there are fewer than two for each thread (a block has six), since some would then wait long
+// for the last ones; where the threads' scratch memory would exceed 64 MiB; and with several ranks.
 inline size_t muon_at_once(const Config& c, size_t world) {
     constexpr size_t MOST_BYTES = 64 << 20;
     const size_t threads = (size_t)omp_get_max_threads();

@@ -20,9 +20,10 @@
 // processor may sum in another order.
 //
 // All products use all threads and share one workspace: call them from one thread at a time, outside parallel
-// regions. Exceptions: inside a parallel region each thread may call product(), gram() and sum_squares() for
-// matrices of its own, if reserve_own() was called before; and few_rows() of floats, pack(), to_units() and
-// tile() work on the calling thread. A product of fewer than 8 rows is slow; few_rows() is made for it.
+// regions. Exceptions: inside a parallel region that is not nested in another, each thread may call
+// product(), gram() and sum_squares() for matrices of its own, if reserve_own() was called before; and
+// few_rows() of floats, pack(), to_units() and tile() work on the calling thread. A product of fewer than 8
+// rows is slow; few_rows() is made for it.
 #pragma once
 
 #include "lib/gpt2.h"

@@ -80,8 +80,8 @@ struct Product {
     bool lower = false;  // leaves out tiles that lie wholly above the diagonal
 };
 
-// Computes the product with all threads, of floats, or of numbers rounded to bf16. With FP32 both operands
-// must be floats.
+// Computes the product of floats, or of numbers rounded to bf16, with all threads, or with the calling thread
+// inside a parallel region (reserve_own() in gemm.h). With FP32 both operands must be floats.
 void multiply(Dtype dtype, const Product& product);
 
 // ---------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ struct StepSettings {
 // Muon replaces an update by the nearest matrix whose singular values are all about 1. The elements of such a
 // matrix have a root mean square of 1 / sqrt(larger), where it has `larger` rows or columns; those of AdamW's
 // updates have about 0.2. With this factor Muon's have 0.2, too (Liu et al. 2025, "Muon is scalable for LLM
-// training"), so that a learning rate means the same for both optimizers: a step moves a weight by about a
-// fifth of it.
+// training"), so that a learning rate means the same for both optimizers: a step moves a weight by about 0.2
+// times the rate.
 inline float muon_scale(size_t larger) { return 0.2f * std::sqrt((float)larger); }
 
 // The Newton-Schulz iteration X = a X + (b G + c G^2) X, G = X X^T, moves the singular values of X from
@@ -120,7 +120,7 @@ struct Sharding {
 // A run of elements of one tensor of one layer that a rank's optimizer updates: where it is in the file, in
 // arrays that hold the whole model, and in arrays that hold only this rank's shards. Muon's momentum and
 // AdamW's first moments are parts of one array, since no parameter has both. `second` is where a piece is in
-// the array of second moments, which has no room for what Muon updates: its `second` has no meaning.
+// the array of second moments, which has no elements for pieces that Muon updates; their `second` is unused.
 struct OwnedPiece {
     size_t file, memory, shard, second, size;
     bool decay, block_matrix;
