@@ -705,11 +705,13 @@ TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes
         poems.replace(at + 1, poet.size(), 1, "ABC"[n++ % 3]);
     REQUIRE(n == 24);
     write_file(d / "poems.csv", poems);
-    auto rung8 = [&](const std::string& runs) {
+    auto rung8 = [&](const std::string& runs, const std::string& out = "out", const std::string& flags = "",
+                     int steps = 20) {
         return run({"/bin/sh", "-c",
-                    "UNSEEN=B POET=A TUNED=B ASK=poem_meter=other STEPS=20 BATCH=2 WRITTEN=2 POEMS_WRITTEN=2 "
-                    "POEM_TOKENS=30 TRAIN_FLAGS='--depth 1 --channels 16 --heads 2 --seq_len 32' RUNS='" +
-                        runs + "' dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / "out")});
+                    "UNSEEN=B POET=A TUNED=B ASK=poem_meter=other BATCH=2 WRITTEN=2 "
+                    "TRAIN_FLAGS='--depth 1 --channels 16 --heads 2 --seq_len 32" +
+                        flags + "' STEPS=" + std::to_string(steps) + " RUNS='" + runs +
+                        "' dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / out)});
     };
     // Its programs tell on standard error which verses found no rhyme.
     Result r = rung8("muon one_none tuned");
@@ -739,9 +741,22 @@ TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes
     r = rung8("muon moun");
     CHECK(r.code == 2);
     CHECK(r.err == "rung8.sh: 'moun' is no run; the first lines of this script list them\n");
-    r = run({"/bin/sh", "-c", "STEPS=5 dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / "out")});
+    r = rung8("muon", "out", "", 5);
     CHECK(r.code == 2);
-    CHECK(contains(r.err, "rung8.sh: " + (d / "out") + " has runs with other settings"));
+    CHECK(r.err == "rung8.sh: STEPS is '5', wanted at least 20\n");
+    std::filesystem::remove(d / "out/muon/scores.md");
+    r = rung8("muon", "out", "", 25);
+    CHECK(r.code == 2);
+    CHECK(r.err == "rung8.sh: " + (d / "out/muon") + " began with other settings or poems (" +
+                       (d / "out/muon.settings") + "); take another OUT\n");
+    // A run that ends early is not taken for done, nor is its model fine-tuned.
+    r = rung8("muon", "early", " --max_steps 10");
+    CHECK(r.code == 1);
+    CHECK(contains(r.err, "rung8.sh: " + (d / "early/muon") + " stopped before step 20; start this script"));
+    CHECK(!file_exists(d / "early/muon/scores.md"));
+    r = rung8("tuned", "early");
+    CHECK(r.code == 2);
+    CHECK(contains(r.err, "rung8.sh: tuned needs muon's model"));
 }
 
 TEST_CASE("cli: a resumed run's learning rate reaches Muon, too, unless Muon was given one of its own") {

@@ -3,6 +3,7 @@
 #
 #     dev/ladder/rung8.sh POEMS.csv [OUT]     default: out/rung8; started again, it goes on where it stopped
 #
+# in the project's folder.
 # POEMS has the columns poet_name and poem_meter. Twelve poets (UNSEEN) are left out of the training. A model
 # is judged on val.bin, held-out poems of the poets it was trained on, and on those twelve. The runs, each in
 # OUT/RUN:
@@ -12,8 +13,8 @@
 #   try_none try_dropout  a fifth of the steps, with muon, without dropout and with 0.1
 #   one_none one_dropout  POET's poems alone, 3/10 of the steps, with adamw, without dropout and with 0.2:
 #                         what is read often enough is learnt by heart
-#   tuned                 muon's model, fine-tuned on TUNED, one of the twelve, by make finetune, which begins
-#                         anew when it was stopped; it is judged by TUNED's poems alone
+#   tuned                 muon's model, once it is done, fine-tuned on TUNED, one of the twelve, by make
+#                         finetune, which begins anew when it was stopped; judged by TUNED's poems alone
 #
 # OUT/RUN/losses.txt has the model's losses beside those of a 5-gram of the run's training text. poems.txt has
 # WRITTEN poems of at most 8 verses, an equal number (rounded up) for each line of ASK, which is passed to
@@ -21,13 +22,16 @@
 # OUT/large.png compares the optimizers.
 #
 # RUNS, STEPS, BATCH, TAGS, UNSEEN, ASK, POET, TUNED, WRITTEN and TRAIN_FLAGS (more flags for ./train_gpt2,
-# e.g. '--dtype bf16', but for tuned) are variables, with defaults for a corpus of classical poems. Other
-# values need another OUT.
+# e.g. '--dtype bf16', but for tuned) are variables, with defaults for a corpus of classical poems. A run goes
+# on only with the settings and the poems that it began with (OUT/RUN.settings). ASK and WRITTEN are free:
+# they count when the run's poems are written.
 set -e
 poems=${1:?"usage: dev/ladder/rung8.sh POEMS.csv [OUT]"}
 out=${2:-out/rung8}
 RUNS=${RUNS:-muon adamw small try_none try_dropout one_none one_dropout tuned}
-STEPS=${STEPS:-5000} BATCH=${BATCH:-16} WRITTEN=${WRITTEN:-50}
+STEPS=${STEPS:-5000}
+[ "$STEPS" -ge 20 ] 2>/dev/null || { echo "rung8.sh: STEPS is '$STEPS', wanted at least 20" >&2; exit 2; }
+BATCH=${BATCH:-16} WRITTEN=${WRITTEN:-50}
 TAGS=${TAGS-poem_meter,poet_name} POET=${POET:-كشاجم} TUNED=${TUNED:-عمر ابن أبي ربيعة}
 # Every seventh of the corpus's 86 poets, ordered by how many letters each wrote
 UNSEEN=${UNSEEN-\
@@ -50,27 +54,33 @@ for run in $RUNS; do
 done
 make -s train_gpt2 sample_gpt2 prepare_data score_poems ngram
 mkdir -p "$out"
-settings="$poems $STEPS $BATCH $TAGS $UNSEEN $ASK $POET $TUNED $WRITTEN $TRAIN_FLAGS"
-[ -s "$out/settings.txt" ] || printf '%s\n' "$settings" >"$out/settings.txt"
-[ "$settings" = "$(cat "$out/settings.txt")" ] ||
-    { echo "rung8.sh: $out has runs with other settings ($out/settings.txt); take another OUT" >&2; exit 2; }
+checksum=$(cksum <"$poems")
 
-# data FOLDER FLAGS...: makes token files, unless they are there
+# data FOLDER FLAGS...: makes token files, unless those are there that the same poems and flags gave
 data() {
     folder=$out/$1
     shift
-    [ -s "$folder/train.bin" ] || ./prepare_data "$poems" -o "$folder" "$@"
+    if [ ! -s "$folder/train.bin" ] || [ "$checksum $*" != "$(cat "$folder.settings" 2>/dev/null)" ]; then
+        ./prepare_data "$poems" -o "$folder" "$@"
+        echo "$checksum $*" >"$folder.settings"
+    fi
 }
-# train DIR DATA FLAGS...: to the last step, from the last checkpoint where there is one
+# finished STEPS: ends this script unless the run in $dir has taken them
+finished() {
+    [ "$(tail -n 1 "$dir/log.csv" | cut -d, -f1)" = "$1" ] ||
+        { echo "rung8.sh: $dir stopped before step $1; start this script again" >&2; exit 1; }
+}
+# train STEPS FLAGS...: the run in $dir, to its last step, from the last checkpoint where there is one
 train() {
-    dir=$1 from=$2
-    shift 2
+    steps=$1
+    shift
     if ls "$dir"/state_*.bin >/dev/null 2>&1; then
         ./train_gpt2 -o "$dir" --resume
     else
-        ./train_gpt2 --data "$from" --preset char --batch_size "$BATCH" --log_every 50 "$@" -o "$dir" \
-            --overwrite $TRAIN_FLAGS
+        ./train_gpt2 --data "$from" --preset char --batch_size "$BATCH" --log_every 50 --max_steps "$steps" \
+            "$@" -o "$dir" --overwrite $TRAIN_FLAGS
     fi
+    finished "$steps"
 }
 # losses DIR DATA FILE...: of the model in DIR and of a 5-gram of DATA, on each token file
 losses() {
@@ -95,32 +105,49 @@ write_poems() {
 }
 
 tags=${TAGS:+--tags $TAGS}
-data poets $tags ${UNSEEN:+--except "poet_name=$UNSEEN"}
-[ -z "$UNSEEN" ] ||
-    data unseen $tags --where "poet_name=$UNSEEN" --tokenizer "$out/poets/tokenizer.bin" --val_fraction 0
 for run in $RUNS; do
     dir=$out/$run from=$out/poets wishes=$ASK
     [ ! -s "$dir/scores.md" ] || { echo "$run is done"; continue; }
-    set -- "$from/val.bin" ${UNSEEN:+"$out/unseen/train.bin"}
     case $run in
-    muon | adamw) train "$dir" "$from" --optimizer "$run" --dropout 0 --max_steps "$STEPS" ;;
-    small) train "$dir" "$from" --optimizer muon --dropout 0 --max_steps "$STEPS" --depth 4 --channels 192 ;;
-    try_none) train "$dir" "$from" --optimizer muon --dropout 0 --max_steps $((STEPS / 5)) ;;
-    try_dropout) train "$dir" "$from" --optimizer muon --dropout 0.1 --max_steps $((STEPS / 5)) ;;
-    one_none | one_dropout)
-        from=$out/one wishes= dropout=0
-        [ "$run" = one_none ] || dropout=0.2
-        data one --where "poet_name=$POET"
-        set -- "$from/val.bin"
-        train "$dir" "$from" --optimizer adamw --dropout $dropout --max_steps $((STEPS * 3 / 10)) ;;
+    one_*) poets=$POET ;;
+    tuned) poets=$TUNED ;;
+    *) poets=$UNSEEN ;;
+    esac
+    settings="$checksum $STEPS $BATCH $TAGS $poets $TRAIN_FLAGS"
+    [ ! -s "$dir.settings" ] || [ "$settings" = "$(cat "$dir.settings")" ] || {
+        echo "rung8.sh: $dir began with other settings or poems ($dir.settings); take another OUT" >&2
+        exit 2
+    }
+    case $run in
+    one_*)
+        from=$out/one wishes=
+        data one --where "poet_name=$POET" ;;
     tuned)
         # The poet has no tag: muon's model has not read him.
         from=$dir/data wishes=$(printf '%s\n' "$ASK" | sed 's/,poet_name=[^,]*//' | sort -u)
-        set -- "$from/val.bin"
+        [ -s "$out/muon/scores.md" ] ||
+            { echo "rung8.sh: tuned needs muon's model; RUNS='muon tuned'" >&2; exit 2; } ;;
+    *)
+        data poets $tags ${UNSEEN:+--except "poet_name=$UNSEEN"}
+        [ -z "$UNSEEN" ] || data unseen $tags --where "poet_name=$UNSEEN" --val_fraction 0 \
+            --tokenizer "$out/poets/tokenizer.bin" ;;
+    esac
+    echo "$settings" >"$dir.settings"
+    case $run in
+    muon | adamw) train "$STEPS" --optimizer "$run" --dropout 0 ;;
+    small) train "$STEPS" --optimizer muon --dropout 0 --depth 4 --channels 192 ;;
+    try_none) train $((STEPS / 5)) --optimizer muon --dropout 0 ;;
+    try_dropout) train $((STEPS / 5)) --optimizer muon --dropout 0.1 ;;
+    one_none) train $((STEPS * 3 / 10)) --optimizer adamw --dropout 0 ;;
+    one_dropout) train $((STEPS * 3 / 10)) --optimizer adamw --dropout 0.2 ;;
+    tuned)
         make finetune FROM="$out/muon/model.bin" POEMS="$poems" OUT="$dir" \
             PREPARE_FLAGS="$tags --where 'poet_name=$TUNED'" TRAIN_FLAGS="--batch_size $BATCH \
---learning_rate 3e-4 --lr_schedule cosine --max_steps $((STEPS / 20)) --optimizer adamw" ;;
+--learning_rate 3e-4 --lr_schedule cosine --max_steps $((STEPS / 20)) --optimizer adamw"
+        finished $((STEPS / 20)) ;;
     esac
+    set -- "$from/val.bin"
+    [ "$from" != "$out/poets" ] || [ -z "$UNSEEN" ] || set -- "$from/val.bin" "$out/unseen/train.bin"
     losses "$dir" "$from" "$@" >"$dir/losses.txt"
     cat "$dir/losses.txt"
     write_poems "$dir" "$wishes" >"$dir/poems.txt"
