@@ -686,13 +686,22 @@ TEST_CASE("cli: dev/ladder/optimizers.py tables both optimizers, and goes on whe
     check_success(r);
     const std::string report = read_file(d / "runs/report.md");
     for (const char* row :
-         {"| adamw | 0.002 | ", "| muon | 0.004 | ", "After as many seconds as AdamW, Muon has "})
+         {"| adamw | 0.002 | ", "| muon | 0.004 | ", "In the time of AdamW's steps, Muon takes fewer and"})
         CHECK(contains(report, row));
     const auto first = std::filesystem::last_write_time(d / "runs/a/muon_0.004_seed1_cosine_2/log.csv");
     std::filesystem::remove_all(d / "runs/a/adamw_0.002_seed1_cosine_2");
     check_success(run(script));
     CHECK(std::filesystem::last_write_time(d / "runs/a/muon_0.004_seed1_cosine_2/log.csv") == first);
     CHECK(file_exists(d / "runs/a/adamw_0.002_seed1_cosine_2/model.bin"));
+    r = run({"/bin/sh", "-c", script[2] + " --steps 3"});
+    CHECK(r.code == 1);
+    CHECK(r.err == "optimizers.py: " + (d / "runs") + " has runs with other arguments (" +
+                       (d / "runs/arguments.json") + "); take another --out\n");
+    // A run whose flags are not known may be another experiment's.
+    std::filesystem::remove(d / "runs/a/muon_0.004_seed1_cosine_2.flags");
+    r = run(script);
+    CHECK(r.code == 1);
+    CHECK(contains(r.err, "muon_0.004_seed1_cosine_2 was trained with other flags; take another --out"));
 }
 
 TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes, and skips what is done") {
@@ -784,6 +793,9 @@ TEST_CASE("cli: dev/plot/compare.sh draws runs, and names what it cannot draw") 
     Result r = compare("hours", d / "x.png", d / "run's");
     CHECK(r.code == 2);
     CHECK(r.err == "compare.sh: the axis is 'hours', wanted steps, tokens or seconds\n");
+    r = compare("steps", d / "x.gif", d / "run's");
+    CHECK(r.code == 2);
+    CHECK(r.err == "compare.sh: " + (d / "x.gif") + ": wanted a name that ends in .png or .svg\n");
     r = compare("steps", d / "x.png", d / "none");
     CHECK(r.code == 1);
     CHECK(r.err == "compare.sh: " + (d / "none") + "/log.csv is missing or has no rows\n");
@@ -797,6 +809,13 @@ TEST_CASE("cli: dev/plot/compare.sh draws runs, and names what it cannot draw") 
         CHECK(r.out + r.err == "");
         CHECK(contains(read_file(d / "x.png").substr(0, 8), "PNG"));
     }
+    std::filesystem::copy(d / "run's", d / "other");
+    check_success(run({"dev/plot/compare.sh", "steps", d / "x.svg", d / "run's", d / "other"}));
+    const std::string svg = read_file(d / "x.svg");
+    CHECK(contains(svg, "<svg"));
+    CHECK(contains(svg, ">other<"));
+    CHECK(contains(svg, ">run's<"));
+    CHECK(!contains(svg, d.path));
 }
 
 TEST_CASE("cli: a run that was given relative paths is resumed from any folder") {
@@ -810,9 +829,6 @@ TEST_CASE("cli: a run that was given relative paths is resumed from any folder")
 
 TEST_CASE("cli: --resume fails where there is nothing to resume") {
     TempDir d;
-    r = compare("steps", d / "x.gif", d / "run's");
-    CHECK(r.code == 2);
-    CHECK(r.err == "compare.sh: " + (d / "x.gif") + ": wanted a name that ends in .png or .svg\n");
     check_failure(train("--resume -o " + (d / "none")), "train_gpt2", 1, {d / "none", "no checkpoint"});
     CHECK(!file_exists(d / "none"));
 }
@@ -826,13 +842,6 @@ TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the on
     TempDir d;
     check_success(train(tiny().flags() + "--max_steps 8 --save_every 4 -o " + (d / "good")));
     struct {
-    std::filesystem::copy(d / "run's", d / "other");
-    check_success(run({"dev/plot/compare.sh", "steps", d / "x.svg", d / "run's", d / "other"}));
-    const std::string svg = read_file(d / "x.svg");
-    CHECK(contains(svg, "<svg"));
-    CHECK(contains(svg, ">other<"));
-    CHECK(contains(svg, ">run's<"));
-    CHECK(!contains(svg, d.path));
         const char* file;
         std::function<std::string(std::string)> damage;
     } cases[] = {

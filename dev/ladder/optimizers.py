@@ -1,33 +1,35 @@
 #!/usr/bin/env python3
 """Compares Muon with AdamW in three experiments, each optimizer at its best of three learning rates.
 
-    dev/ladder/optimizers.py poems.csv                  all three, to out/optimizers; resumes where it stopped
-    dev/ladder/optimizers.py poems.csv --parts a        one of them
-    dev/ladder/optimizers.py poems.csv --steps 20       a quick look
+    dev/ladder/optimizers.py poems.csv                          all three, to out/optimizers
+    dev/ladder/optimizers.py poems.csv --parts a                one of them
+    dev/ladder/optimizers.py poems.csv --steps 20 --out out/q   a quick look
 
     a   the built-in diwan, tiny preset, for 400 and for 700 steps
     b   characters of poems.csv, char preset without dropout, 16 x 256 tokens
     c   a small model of poems.csv without one poet, fine-tuned on that poet
 
-Three learning rates are tried, in b for a quarter of the steps. A rate is --learning_rate; the blocks'
-matrices learn at 5 times that rate with Muon (--muon_learning_rate). Of each optimizer the best rate is tried
-with the wsd schedule instead of cosine, too, and trained for all steps with two seeds. Muon is also trained
-for as many seconds as AdamW: for fewer steps, by the median time of a step. A run's loss is its lowest
-validation loss, in b on the first 50,000 tokens of the validation file. Runs alternate between the
-optimizers, so that slow phases of the machine meet both.
+Started again, it goes on where it stopped. A rate is --learning_rate; the blocks' matrices learn at 5 times
+that rate with Muon (--muon_learning_rate), and so their weights decay 5 times as fast, too. Each of three
+rates is tried, in b for a quarter of the steps. The best is trained for all steps, and so is a higher one
+whose try is within 0.1 of the best: in a short run the warm-up is short, which is to the disadvantage of high
+rates. The rate that is the best after all steps is trained with a second seed, and for as many steps as a try
+with the wsd schedule instead of cosine. Muon is also trained for as many seconds as AdamW, that is, for fewer
+steps. The time of a step that this is computed from is one that a tenth of the optimizer's steps fall below:
+what slows others is the machine. A run's loss is its lowest validation loss, in b on the first 50,000 tokens
+of the validation file. Runs alternate between the optimizers, so that slow phases of the machine meet both.
 
 OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, rewritten as runs end, OUT/report.md all that
-there are; OUT/a_steps.png, OUT/a_seconds.png, ... the curves. Other arguments need another OUT."""
+there are; OUT/a_steps.svg, OUT/a_seconds.svg, ... the curves. Other arguments need another OUT."""
 
 import argparse
 import csv
 import json
 import os
 import shlex
-import shutil
-import statistics
 import subprocess
 import sys
+import zlib
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -51,10 +53,10 @@ class Run:
 
     def train(self):
         wanted, saved = " ".join(str(f) for f in self.flags), self.folder + ".flags"
-        if not os.path.exists(saved):
+        if not os.path.exists(saved) and not os.path.exists(self.folder):
             with open(saved, "w") as f:
                 f.write(wanted)
-        if open(saved).read() != wanted:
+        if not os.path.exists(saved) or open(saved).read() != wanted:
             sys.exit(f"optimizers.py: {self.folder} was trained with other flags; take another --out")
         if self.done():
             return
@@ -72,8 +74,9 @@ class Run:
     def best(self):
         return min(self.losses().values())
 
-    def ms(self):
-        return statistics.median(float(r["ms"]) for r in self.rows() if r["ms"])
+    def times(self):
+        """Milliseconds of each step."""
+        return [float(r["ms"]) for r in self.rows() if r["ms"]]
 
 
 def command(words, log):
@@ -87,8 +90,8 @@ def command(words, log):
 
 
 class Experiment:
-    """Both optimizers with the model and data of `flags`: `tries` steps at each rate, then `steps`. `rates`
-    has three, or three for each optimizer."""
+    """Both optimizers with the model and data of `flags`. `rates` has three, or three for each optimizer; a
+    try has `tries` steps, the other runs `steps`."""
 
     def __init__(self, name, title, out, flags, rates, steps, tries, validations):
         self.name, self.title, self.steps, self.tries = name, title, steps, tries
@@ -96,8 +99,9 @@ class Experiment:
         self.out = os.path.join(out, name)
         self.flags = flags + ["--sample_every", 0, "--log_every", 100]
         self.validations = validations
-        # Runs by optimizer and rate, and of each optimizer's best rate by optimizer
-        self.tried, self.wsd, self.first, self.second, self.in_time = {}, {}, {}, {}, []
+        self.tried, self.trained = {}, {}  # runs by optimizer and rate: a try, all steps
+        self.wsd, self.second = {}, {}     # by optimizer, at its best rate: a try with wsd, all with seed 2
+        self.in_time = []                  # Muon's, as long as AdamW's, with seeds 1 and 2
 
     def run(self, optimizer, rate, steps, seed=1, schedule="cosine"):
         name = f"{optimizer}_{rate:g}_seed{seed}_{schedule}_{steps}"
@@ -109,7 +113,17 @@ class Experiment:
         return run
 
     def best(self, optimizer):
-        return min(self.rates[optimizer], key=lambda rate: self.tried[optimizer, rate].best())
+        """The best rate of those trained for all steps."""
+        trained = [rate for o, rate in self.trained if o == optimizer]
+        return min(trained, key=lambda rate: self.trained[optimizer, rate].best())
+
+    def best_run(self, optimizer):
+        return self.trained[optimizer, self.best(optimizer)]
+
+    def ms(self, optimizer):
+        runs = [runs[o, rate] for runs in (self.tried, self.trained) for o, rate in runs if o == optimizer]
+        times = sorted(ms for run in runs for ms in run.times())
+        return times[len(times) // 10]
 
     def measure(self):
         os.makedirs(self.out, exist_ok=True)
@@ -118,11 +132,17 @@ class Experiment:
                 rate = self.rates[o][i]
                 self.tried[o, rate] = self.run(o, rate, self.tries)
         self.write()
+        best_try = {o: min(self.rates[o], key=lambda rate: self.tried[o, rate].best()) for o in OPTIMIZERS}
         for o in OPTIMIZERS:
-            self.first[o] = self.run(o, self.best(o), self.steps)
+            self.trained[o, best_try[o]] = self.run(o, best_try[o], self.steps)
             self.write()
-        ms = {o: self.first[o].ms() for o in OPTIMIZERS}
-        fewer = max(1, min(self.steps, round(self.steps * ms["adamw"] / ms["muon"])))
+        for o in OPTIMIZERS:
+            for rate in self.rates[o]:
+                near = self.tried[o, rate].best() <= self.tried[o, best_try[o]].best() + 0.1
+                if rate > best_try[o] and near:
+                    self.trained[o, rate] = self.run(o, rate, self.steps)
+                    self.write()
+        fewer = max(1, min(self.steps, round(self.steps * self.ms("adamw") / self.ms("muon"))))
         self.in_time.append(self.run("muon", self.best("muon"), fewer))
         self.write()
         for o in OPTIMIZERS:
@@ -130,47 +150,45 @@ class Experiment:
         self.write()
         for o in OPTIMIZERS:
             self.second[o] = self.run(o, self.best(o), self.steps, seed=2)
+            self.write()
         self.in_time.append(self.run("muon", self.best("muon"), fewer, seed=2))
         self.write()
 
     def write(self):
         """The table and the curves of the runs that are done."""
-        def loss(runs, o, rate):
-            return f"{runs[o].best():.3f}" if rate == self.best(o) and o in runs else ""
-
         short = self.tries < self.steps
-        lines = [f"## {self.title}", "",
-                 f"| optimizer | rate | {self.tries} steps | wsd, {self.tries} steps | "
-                 + (f"{self.steps} steps | " if short else "") + f"{self.steps} steps, seed 2 | ms a step |",
-                 "| --- | --- | --- | --- | --- | --- |" + (" --- |" if short else "")]
+        header = ["optimizer", "rate", f"{self.tries} steps", f"wsd, {self.tries} steps"]
+        header += [f"{self.steps} steps"] if short else []
+        header += [f"{self.steps} steps, seed 2"]
+        rows = [header, ["---"] * len(header)]
         for o in OPTIMIZERS:
             for rate in self.rates[o]:
-                columns = (self.wsd, self.first, self.second) if short else (self.wsd, self.second)
-                more = " | ".join(loss(runs, o, rate) for runs in columns)
-                longest = self.first[o] if rate == self.best(o) and o in self.first else self.tried[o, rate]
-                lines.append(f"| {o} | {rate:g} | {self.tried[o, rate].best():.3f} | {more} | "
-                             f"{longest.ms():.0f} |")
-        lines.append("")
+                key, is_best = (o, rate), any(p == o for p, _ in self.trained) and rate == self.best(o)
+                row = [self.tried[key], self.wsd.get(o) if is_best else None]
+                row += [self.trained.get(key)] if short else []
+                row += [self.second.get(o) if is_best else None]
+                rows.append([o, f"{rate:g}"] + [f"{run.best():.3f}" if run else "" for run in row])
+        lines = [f"## {self.title}", ""] + [f"| {' | '.join(row)} |" for row in rows] + [""]
         if self.in_time:
-            lines += ["After as many seconds as AdamW, Muon has " + ", ".join(
-                f"{run.best():.3f} (seed {seed}, {run.steps} steps)"
-                for seed, run in enumerate(self.in_time, 1)) + ".", self.reached(), ""]
+            lines += ["A step takes "
+                      + " and ".join(f"{self.ms(o):.0f} ms with {o}" for o in OPTIMIZERS) + ".",
+                      "In the time of AdamW's steps, Muon takes fewer and comes to " + ", ".join(
+                          f"{run.best():.3f} (seed {seed}, {run.steps} steps)"
+                          for seed, run in enumerate(self.in_time, 1)) + ".", self.reached(), ""]
         with open(os.path.join(os.path.dirname(self.out), self.name + ".md"), "w") as f:
             f.write("\n".join(lines))
+        if {o for o, _ in self.trained} == set(OPTIMIZERS):
+            self.draw([self.best_run("adamw"), self.best_run("muon"), *self.in_time[:1]])
 
-        drawn = [os.path.relpath(run.folder) for run in (*self.first.values(), *self.in_time[:1])]
-        if not drawn:
-            return
-        if not shutil.which("gnuplot"):
-            print("no curves: gnuplot is missing; sudo apt-get install gnuplot-nox")
-            return
+    def draw(self, runs):
         for axis in ("steps", "seconds"):
-            image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.png")
-            command(["dev/plot/compare.sh", axis, image, *drawn], image + ".txt")
+            image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.svg")
+            if subprocess.run(["dev/plot/compare.sh", axis, image, *(run.folder for run in runs)]).returncode:
+                print("no curves; drawing needs gnuplot: sudo apt-get install gnuplot-nox")
 
     def reached(self):
-        adamw = self.first["adamw"].best()
-        steps = [step for step, loss in sorted(self.first["muon"].losses().items()) if loss <= adamw]
+        adamw = self.best_run("adamw").best()
+        steps = [step for step, loss in sorted(self.best_run("muon").losses().items()) if loss <= adamw]
         return (f"Muon first validates at AdamW's lowest loss or below after step {steps[0]} of {self.steps}."
                 if steps else "Muon does not reach AdamW's lowest loss.")
 
@@ -195,13 +213,11 @@ def main():
         if not os.path.exists(program):
             sys.exit(f"optimizers.py: ./{program} is missing; make builds it")
     os.makedirs(o.out, exist_ok=True)
-    arguments = {"poems": o.poems, "steps": o.steps, "dtype": o.dtype, "poet": o.poet}
+    with open(o.poems, "rb") as f:
+        arguments = {"poems": zlib.crc32(f.read()), "steps": o.steps, "dtype": o.dtype, "poet": o.poet}
     saved = os.path.join(o.out, "arguments.json")
     if os.path.exists(saved) and json.load(open(saved)) != arguments:
         sys.exit(f"optimizers.py: {o.out} has runs with other arguments ({saved}); take another --out")
-    with open(saved + ".part", "w") as f:
-        json.dump(arguments, f)
-    os.replace(saved + ".part", saved)
 
     def data(name, *flags, source=o.poems):
         folder = os.path.join(o.out, name)
@@ -225,16 +241,19 @@ def main():
             steps=o.steps, tries=max(1, o.steps // 4), validations=12))
     if "c" in o.parts:
         others = data("others", "--except", f"poet_name={o.poet}")
+        one = data("one", "--where", f"poet_name={o.poet}",
+                   "--tokenizer", os.path.join(others, "tokenizer.bin"))
+    with open(saved + ".part", "w") as f:  # now that all data could be made of them
+        json.dump(arguments, f)
+    os.replace(saved + ".part", saved)
+    if "c" in o.parts:
         small = ["--preset", "tiny", "--batch_size", 32, "--dropout", 0, "--optimizer", "adamw"]
         pretrained = Run(os.path.join(o.out, "pretrained"),
                          ["--data", others, *small, "--val_every", 0, "--sample_every", 0],
-                         min(2000, 4 * o.steps))
-        pretrained.done = lambda: os.path.exists(
-            os.path.join(pretrained.folder, f"model_{pretrained.steps:08d}.bin"))
-        pretrained.train()
+                         2000 if o.steps >= 300 else 4 * o.steps)
         model = os.path.join(pretrained.folder, f"model_{pretrained.steps:08d}.bin")
-        one = data("one", "--where", f"poet_name={o.poet}",
-                   "--tokenizer", os.path.join(others, "tokenizer.bin"))
+        pretrained.done = lambda: os.path.exists(model)
+        pretrained.train()
         experiments.append(Experiment(
             "c", "(c) Fine-tuning on one poet", o.out,
             ["--init_from", model, "--data", one, "--batch_size", 32], (3e-4, 1e-3, 3e-3),
