@@ -57,11 +57,12 @@ const WORDS = {  // in English, in Arabic; \u2068 and \u2069 keep Arabic letters
   empty: ['The poem will stand here.', 'هنا تُكتب القصيدة.'],
   // What became of a poem, by its state.
   writing: ['Writing…', 'يكتب…'],
-  done: ['', ''],
+  done: ['', ''],  // is seen; screen readers are told that it `ended`
   length: ['The longest text allowed was reached.', 'بلغ النص أقصى طول مسموح به.'],
   stopped: ['Stopped.', 'توقّف.'],
   cut: ['The connection broke here.', 'انقطع الاتصال هنا.'],
   failed: ['', ''],
+  ended: ['The poem has ended.', 'انتهت القصيدة.'],
 
   busy: ['The server is busy. Next try in {n} s…', 'الخادم مشغول. المحاولة التالية بعد {n} ث…'],
   lost: ['The server does not answer. Your poems are still here.', 'الخادم لا يجيب. قصائدك باقية هنا.'],
@@ -422,7 +423,7 @@ class Panel {
     if (written) remember(poem);
     if (this.abort !== abort) return;  // the next poem has begun
     this.abort = null;
-    if (written) this.finish();
+    if (written) this.end();
     else this.show(before);
     if (failure) this.explain(failure);
     if (written && ['done', 'length', 'stopped'].includes(poem.state)) await this.measure(poem);
@@ -443,7 +444,7 @@ class Panel {
       const choice = event.choices?.[0];
       for (const unit of units.of(choice?.text || '', choice?.logprobs)) {
         poem.units.push(unit);
-        this.columns.add(unit, poem.units.length - 1, verse => announce(this, verse));
+        this.columns.add(unit, poem.units.length - 1, verse => this.sayVerse(verse));
         if (this.current === null && unit.others?.length) this.setCurrent(this.list.querySelector('.token'));
       }
       if (choice?.rhyme) poem.rhyme = choice.rhyme;
@@ -471,7 +472,10 @@ class Panel {
     }
     const same = p => p.id === poem.id && textOf(p.units) === textOf(poem.units);
     changeHistory(poems => poems.map(p => same(p) ? poem : p));
-    if (this.poem === poem) this.drawNotes();
+    if (this.poem !== poem || !panels.includes(this)) return;
+    const said = this.notes.children.length;
+    this.drawNotes();
+    this.sayNotes(said);
   }
 
   stop() {
@@ -503,6 +507,25 @@ class Panel {
     this.columns.endVerse();
     this.drawNotes();
     updateButtons();
+  }
+
+  // The poem has been written. Its last verse need not end with a newline.
+  end() {
+    const rest = this.columns.verse?.row.textContent;
+    if (rest?.trim()) this.sayVerse(rest);
+    this.finish();
+    if (this.poem.state === 'done') announce(this, language, word('ended'));
+    this.sayNotes(0);
+  }
+
+  sayVerse(verse) {
+    announce(this, 'ar', verse.replace(/\t/g, '، '));
+  }
+
+  // Says the notes from number i on.
+  sayNotes(i) {
+    for (const note of [...this.notes.children].slice(i))
+      announce(this, language, ...note.cloneNode(true).childNodes);
   }
 
   drawPoem() {
@@ -648,9 +671,10 @@ function setPanels(count) {
   $('panels').replaceChildren(...panels.map(p => p.root));
 }
 
-function announce(panel, verse) {
+// Tells screen readers strings and elements in a language.
+function announce(panel, lang, ...parts) {
   const name = panels.length > 1 ? panel.poem.request.model + ': ' : '';
-  $('live').append(element('p', {textContent: name + verse.replace(/\t/g, '، ')}));
+  $('live').append(element('p', {lang}, name, ...parts));
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -193,6 +193,22 @@ class Page:
         self.start(prompt, **values)
         self.written()
 
+    def answer(self, *events):
+        """From now on a stream of these events answers the page. It stays open, unless the page cancels it."""
+        blocks = ["data: " + (e if isinstance(e, str) else json.dumps(e)) + "\n\n" for e in events]
+        self.js("""
+            const blocks = arguments[0], original = window.fetch;
+            window.cancelled = false;
+            window.fetch = (url, options) => url !== '/v1/completions' ? original(url, options)
+                : Promise.resolve(new Response(new ReadableStream({
+                    start(c) { for (const b of blocks) c.enqueue(new TextEncoder().encode(b)); },
+                    cancel() { window.cancelled = true; },
+                  })));""", blocks)
+
+    def said(self):
+        """What screen readers were told."""
+        return self.js("return [...document.querySelectorAll('#live p')].map(p => p.textContent)")
+
     def written(self):
         wait_for("the end of the poem", lambda: not self.one("#stop").is_enabled())
 
@@ -558,16 +574,28 @@ def _(page):
     check(found == ["قفا نبك", "من"], found)
 
 
-@test("finished verses are announced, letters are not")
+@test("screen readers are told finished verses but not letters, then the end and the notes")
 def _(page):
     page.start(verses="3")
     wait_for("some letters", lambda: len(page.all(".token")) > 2)
     page.written()
     live = page.one("#live")
     check(live.get_attribute("aria-live") == "polite" and live.get_attribute("role") == "log")
-    said = page.js("return [...document.querySelectorAll('#live p')].map(p => p.textContent)")
-    verses = [v.replace("\t", "، ") for v in page.text().split("\n")]
-    check(said in (verses, verses[:-1]), said, verses)  # the last verse may end without a newline
+    wanted = [v.replace("\t", "، ") for v in page.text().split("\n")] + ["The poem has ended."]
+    check(page.said()[:4] == wanted, page.said(), wanted)
+    if page.models[0]["measures"]:
+        wait_for("the measures", lambda: page.all(".notes q"), 10)
+        notes = page.js("return [...document.querySelectorAll('.notes li')].map(li => li.textContent)")
+        check(page.said()[4:] == notes, page.said()[4:], notes)
+    page.js("setLanguage('ar')")
+    rhyme = {"letters": "ع", "redraws": 7, "unrhymed": [2]}
+    page.answer({"choices": [{"text": "ليل\tطويل\nصبح"}]},
+                {"choices": [{"text": "\tقريب", "finish_reason": "stop", "rhyme": rhyme}]}, "[DONE]")
+    page.write(prompt="")
+    check(page.said()[:3] == ["ليل، طويل", "صبح، قريب", "انتهت القصيدة."], page.said())
+    check("7" in page.said()[3] and "ع: 2" in page.said()[4], page.said())
+    languages = page.js("return [...document.querySelectorAll('#live p')].map(p => p.lang)")
+    check(languages[:5] == ["ar"] * 5, languages)
 
 
 @test("a phone's page stacks the hemistichs, the second indented, and does not scroll sideways")
