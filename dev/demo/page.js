@@ -680,11 +680,13 @@ function announce(panel, lang, ...parts) {
 // ---------------------------------------------------------------------------------------------
 // What else the model would have written
 
+// A Map, because a token may be "constructor" or another name that every object has.
+const TOKEN_NAMES = new Map([[' ', 'space'], ['\t', 'gap'], ['\n', 'newline']]);
+
 function tokenName(token) {
   if (isPiece(token)) return word('piece');
   if (/^(<\|.*\|>)?$/.test(token)) return word('end');
-  const names = {' ': 'space', '\t': 'gap', '\n': 'newline'};
-  if (names[token]) return word(names[token]);
+  if (TOKEN_NAMES.has(token)) return word(TOKEN_NAMES.get(token));
   return token.replace(/[ \t]/g, '·').replace(/\n/g, '↵');
 }
 

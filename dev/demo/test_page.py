@@ -560,6 +560,14 @@ def _(page):
     check(names == ["part of a letter"] * 2, names)
 
 
+@test("blanks and ends have names among the choices, and any word may be a token")
+def _(page):
+    tokens = [" ", "\t", "\n", "<|endoftext|>", "قف نا", "constructor", "toString", "__proto__"]
+    names = page.js("return arguments[0].map(tokenName)", tokens)
+    wanted = ["space", "second hemistich", "end of the verse", "end of the poem", "قف·نا"]
+    check(names == wanted + tokens[-3:], names)
+
+
 @test("letters that the network cuts in two arrive whole")
 def _(page):
     found = page.driver.execute_async_script("""
