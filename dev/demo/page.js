@@ -80,6 +80,8 @@ const WORDS = {  // in English, in Arabic; \u2068 and \u2069 keep Arabic letters
                '{n} من الكلمات وردت في القصائد التي تعلّم منها.'],
   longestRun: ['The longest run copied from the poems it learnt from has {n} characters:',
                'أطول ما نُقل بنصّه من القصائد التي تعلّم منها، وعدد حروفه {n}:'],
+  wholeMeasured: ['Measured over the whole poem, including the beginning you gave it.',
+                  'حُسب هذا على القصيدة كلها، بما فيها المطلع الذي كتبته.'],
   goOn: ['Go on from here', 'أكمل من هنا'],
   copy: ['Copy', 'انسخ'],
   text: ['Save as text', 'احفظ نصًّا'],
@@ -552,6 +554,7 @@ class Panel {
     if (m?.longest_run)
       notes.push([word('longestRun', {n: m.longest_run}),
                   element('q', {lang: 'ar', dir: 'rtl', textContent: m.longest_run_text.trim()})]);
+    if (m && poem.units.some(unit => !unit.others && unit.text.trim())) notes.push([word('wholeMeasured')]);
     this.notes.replaceChildren(...notes.map(note => element('li', {}, ...note)));
   }
 

@@ -334,6 +334,10 @@ def _(page):
         raise Skipped("the model has no measures")
     wait_for("the measures", lambda: "copied" in page.one(".notes").text, 10)
     check(page.sent("/v1/measures")[-1]["text"].strip() == page.text().strip(), page.sent("/v1/measures"))
+    check("the beginning you gave" in page.one(".notes").text, page.one(".notes").text)
+    page.write(prompt="")
+    wait_for("the measures", lambda: "words occur" in page.one(".notes").text, 10)
+    check("the beginning you gave" not in page.one(".notes").text, page.one(".notes").text)
 
 
 @test("copying gives verses as lines with a TAB between hemistichs")
