@@ -716,12 +716,12 @@ function openChoices(panel, index, span) {
   box.hidden = false;
   placeBeside(box, span);
   box.onkeydown = event => choicesKey(event, rows.filter(r => !r.disabled), span);
-  (rows.find(r => !r.disabled) || span).focus({preventScroll: true});
+  (rows.find(r => !r.disabled) || box).focus({preventScroll: true});  // the box has the keys that close it
 }
 
 function choicesKey(event, rows, span) {
   const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
-  if (step) rows[(rows.indexOf(event.target) + step + rows.length) % rows.length].focus();
+  if (step) rows[(rows.indexOf(event.target) + step + rows.length) % rows.length]?.focus();
   else if (event.key === 'Escape' || event.key === 'Tab') {
     closeChoices();
     span.focus();

@@ -508,6 +508,21 @@ def _(page):
     check(len(page.sent()) == 1 and "chosen" in page.focus(), page.focus())
 
 
+@test("choices that are all pieces of letters are closed by keys, too")
+def _(page):
+    page.js("""panels[0].show({id: 1, units: [{text: 'ب', others: [['bytes:\\\\xD9', -0.1]]}], kept: 0,
+                               state: 'done', request: {model: 'any', seed: 1, prompt: ''}})""")
+    page.js("document.querySelector('.token').focus()")
+    for key in Keys.ESCAPE, Keys.TAB:
+        page.keys(Keys.ENTER)
+        check(page.one("#choices").is_displayed() and page.focus() == "choices", page.focus())
+        page.keys(Keys.ARROW_DOWN)
+        page.keys(key)
+        check(not page.one("#choices").is_displayed() and "token" in page.focus(), page.focus())
+    log = [e["message"] for e in page.driver.get_log("browser")]
+    check(not [m for m in log if "Uncaught" in m], log)
+
+
 @test("the settings are sent: rhyme, verses in either digits, tags, seed, the rest")
 def _(page):
     page.write("قفا نبك / من ذكرى", verses="٢", rhyme="letters", letters="ع", seed="5", temperature="٠٫٧",
