@@ -208,20 +208,25 @@ async function post(path, body, signal, onBusy) {
   }
 }
 
-// The objects of a stream of server-sent events, until its [DONE].
+// The objects of a stream of server-sent events, until its [DONE]. A loop over them that ends earlier, by a
+// fault too, cancels the stream, so that the server does not go on writing for nobody.
 async function* events(stream) {
   const reader = stream.getReader(), decoder = new TextDecoder();
-  for (let rest = '';;) {
-    const {done, value} = await reader.read().catch(lost);
-    if (done) return;
-    const blocks = (rest + decoder.decode(value, {stream: true})).split(/\r?\n\r?\n/);
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const lines = block.split(/\r?\n/).filter(line => line.startsWith('data:'));
-      const data = lines.map(line => line.slice(5)).join('\n');
-      if (data.trim() === '[DONE]') return;
-      if (data) yield JSON.parse(data);
+  try {
+    for (let rest = '';;) {
+      const {done, value} = await reader.read().catch(lost);
+      if (done) return;
+      const blocks = (rest + decoder.decode(value, {stream: true})).split(/\r?\n\r?\n/);
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const lines = block.split(/\r?\n/).filter(line => line.startsWith('data:'));
+        const data = lines.map(line => line.slice(5)).join('\n');
+        if (data.trim() === '[DONE]') return;
+        if (data) yield JSON.parse(data);
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {});  // of a broken stream it only repeats the error
   }
 }
 

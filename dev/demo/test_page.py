@@ -656,6 +656,19 @@ def _(page):
     check(not page.all(".error") and not page.all("[aria-invalid]"), "the error stayed")
 
 
+@test("the prompt that the server cleaned replaces the reader's, whether all events have it or the first")
+def _(page):
+    texts = ["", " طويل", " جدا\n"]  # a piece of a letter has no text yet
+    for events in 1, 3:
+        stream = [{"choices": [{"text": text}]} for text in texts]
+        for event in stream[:events]:
+            event["prompt"] = "ليل"
+        stream[-1]["choices"][0]["finish_reason"] = "stop"
+        page.answer(*stream, "[DONE]")
+        page.write(prompt="لَيْل")
+        check(page.text() == "ليل طويل جدا" and page.one(".given").text == "ليل", page.text())
+
+
 @test("a busy server is asked again")
 def _(page):
     page.js("""
@@ -760,6 +773,9 @@ def _(page):
     check("page failed" in error and not page.one("#lost").is_displayed(), error)
     log = [e["message"] for e in page.driver.get_log("browser")]
     check([m for m in log if "a fault" in m], log)
+    page.answer({"choices": [{"text": "ليل"}]})
+    page.start(prompt="")
+    wait_for("the stream's end", lambda: page.js("return cancelled"), 5)
 
 
 @test("a server that dies while it writes leaves the text, and the notice")
