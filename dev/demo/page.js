@@ -819,10 +819,10 @@ const FREE_VERSES = 20;  // there is room for so many where the model ends the p
 const NUMBERS = ['verses', 'temperature', 'repetition_penalty', 'top_k', 'top_p', 'seed'];
 
 // The number that a reader typed, in Latin or Arabic digits. What is no number goes to the server as it is,
-// whose answer then says what was wanted.
+// whose answer then says what was wanted. So does what JSON has no number for, as 1e999 and Infinity.
 function numberOf(text) {
   const latin = text.trim().replace(/[٠-٩]/g, d => d.charCodeAt(0) - 0x660).replace('٫', '.');
-  return latin === '' ? undefined : Number.isNaN(Number(latin)) ? text : Number(latin);
+  return latin === '' ? undefined : Number.isFinite(Number(latin)) ? Number(latin) : text;
 }
 
 const isCount = number => Number.isInteger(number) && number >= 1;

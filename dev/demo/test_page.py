@@ -648,6 +648,10 @@ def _(page):
     check("9" in message and page.focus() == "temperature", message, page.focus())
     check(page.one("#temperature").get_attribute("aria-invalid") == "true")
     check(page.text() == text, page.text())
+    for number in "1e999", "Infinity", "warm":
+        page.js("clearErrors()")
+        page.start(temperature=number)
+        wait_for(f"the error at {number}", lambda: page.all("#temperature ~ .error"), 5)
     page.start("Shall I compare thee", temperature="0.8")
     page.written()  # or refused, where the model has Arabic letters only
     check(not page.all("#temperature ~ .error"), "the error stayed")
