@@ -312,7 +312,7 @@ def _(page):
     page.open(keep_poems=True)
     check(shown() == ["ar", "rtl", "اكتب"], "loaded again:", shown())
     texts = page.js("return [...document.querySelectorAll('[data-word]')].map(e => e.textContent)")
-    check(not [t for t in texts if re.search("[A-Za-z]{3}", t)], texts)
+    check(not [t for t in texts if re.search("[A-Za-z]{3}", t.replace("Ctrl+Enter", ""))], texts)
     page.one("#language").click()
     check(shown() == ["en", "ltr", "Write"], shown())
     agent = page.js("return navigator.userAgent")
@@ -714,7 +714,7 @@ def _(page):
     page.prefer()
 
 
-@test("every field has a label, and every button a name")
+@test("every field has a label and its hint, and every button a name")
 def _(page):
     page.write()
     nameless = page.js("""
@@ -723,6 +723,22 @@ def _(page):
         return [...document.querySelectorAll('input, select, textarea, button')].filter(e => !named(e))
             .map(e => e.outerHTML)""")
     check(not nameless, nameless)
+    hints = page.js("""
+        return [...document.querySelectorAll('[aria-describedby]')].map(
+            e => [e.id, document.getElementById(e.getAttribute('aria-describedby'))?.textContent.trim()])""")
+    check(len(hints) == 7 and all(hint for _, hint in hints), hints)
+    for width in 1280, 390:
+        page.size(width, 900)
+        check(("Ctrl+Enter" in page.one("#prompt-hint").text) == (width == 1280), width)
+
+
+@test("Ctrl+Enter in the beginning writes, and with 0 verses the model ends the poem")
+def _(page):
+    page.fill(prompt="ليل", verses="0")
+    page.one("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
+    wait_for("the request", page.sent, 5)
+    page.one("#stop").click()
+    check(page.sent()[0]["verses"] == 0 and page.sent()[0]["prompt"] == "ليل", page.sent())
 
 
 @test("the page is three small files, takes nothing from elsewhere and breaks no security policy")
