@@ -7,9 +7,11 @@
         [--screenshots DIR] [--only WORD]
 
 --command starts the server itself, waits for the line with its address, and in one test stops it while it
-writes. The last line is "N passed, N failed". The exit code is 1 if a test failed.
+writes. Where it names one model, that model is served under a second name, too, so that two can be compared.
+The last line is "N passed, N failed". The exit code is 1 if a test failed.
 """
 import argparse
+import base64
 import json
 import os
 import re
@@ -66,6 +68,19 @@ for (const e of document.querySelectorAll('body *')) {
 return worst;
 """
 
+# How many pixels of a PNG's left and right halves have another colour than its corner.
+INK = """
+const [encoded, done] = arguments, bytes = Uint8Array.from(atob(encoded), c => c.charCodeAt(0));
+createImageBitmap(new Blob([bytes])).then(bitmap => {
+  const {width, height} = bitmap, ctx = new OffscreenCanvas(width, height).getContext('2d');
+  ctx.drawImage(bitmap, 0, 0);
+  const pixels = new Uint32Array(ctx.getImageData(0, 0, width, height).data.buffer), halves = [0, 0];
+  for (let i = 0; i < pixels.length; i++)
+    if (pixels[i] !== pixels[0]) halves[i % width < width / 2 ? 0 : 1]++;
+  done(halves);
+});
+"""
+
 
 def test(promise):
     def register(run):
@@ -94,10 +109,10 @@ def wait_for(what, condition, seconds=SECONDS):
 
 
 class Server:
-    """A server that --command starts. url: where it is."""
+    """A server that a command's words start. url: where it is."""
 
-    def __init__(self, command):
-        self.process = subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE,
+    def __init__(self, words):
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, text=True, start_new_session=True)
         self.url, self.output = None, []
         reader = threading.Thread(target=self.read, daemon=True)
@@ -119,6 +134,18 @@ class Server:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+def with_two_models(command, folder):
+    """The words of a server's command. Where they have one model, a link in `folder` to it is the second."""
+    words = shlex.split(command)
+    models = [i for i, word in enumerate(words) if word.endswith(".bin") and words[i - 1] != "--tokenizer"]
+    if len(models) == 1:
+        model = os.path.abspath(words[models[0]])
+        second = os.path.join(folder, "second")
+        os.symlink(os.path.dirname(model), second)
+        words.insert(models[0] + 1, os.path.join(second, os.path.basename(model)))
+    return words
 
 
 class Page:
@@ -368,6 +395,8 @@ def _(page):
         else:
             width, height = (int.from_bytes(content[at:at + 4], "big") for at in (16, 20))
             check(content[:4] == b"\x89PNG" and width > 400 and height > 200, content[:4], width, height)
+            ink = page.driver.execute_async_script(INK, base64.b64encode(content).decode())
+            check(all(pixels > 1000 for pixels in ink), "pixels of the hemistichs:", ink)
 
 
 @test("a picture of a line that is longer than a canvas can be is drawn smaller")
@@ -708,7 +737,9 @@ def _(page):
     check(not page.js(moves), "letters fade in")
     for scheme in "light", "dark":
         page.prefer(color_scheme=scheme, reduced_motion="reduce")
-        check(page.js("return getComputedStyle(document.body).color"))
+        ink, paper = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in page.js(
+            "const {color, backgroundColor} = getComputedStyle(document.body); return [color, backgroundColor]"))
+        check((ink < paper) == (scheme == "light"), scheme, ink, paper)
         low = page.js(CONTRAST)
         check(not low, scheme, low)
     page.prefer()
@@ -861,10 +892,11 @@ def main():
     flags = parser.parse_args()
     if bool(flags.server) == bool(flags.command):
         parser.error("wanted: either --server or --command")
-    server = Server(flags.command) if flags.command else None
-    page = None
+    server = page = None
     try:
-        with tempfile.TemporaryDirectory() as downloads:
+        with tempfile.TemporaryDirectory() as second, tempfile.TemporaryDirectory() as downloads:
+            if flags.command:
+                server = Server(with_two_models(flags.command, second))
             page = Page(server.url if server else flags.server.rstrip("/"), downloads)
             page.server = server
             if flags.screenshots:
