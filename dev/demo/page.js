@@ -570,7 +570,7 @@ class Panel {
   explain(error) {
     if (error instanceof Refusal)
       return complain(fieldOf(error.param) || this.status, element('span', {word: 'refused'}),
-                      element('bdi', {}, error.message));
+                      element('bdi', {lang: 'en'}, error.message));
     console.error(error);
     complain(this.status, element('span', {word: 'fault'}));
   }
@@ -991,6 +991,7 @@ function start() {
       found(owner);
       again();
     }
+    if ($('lost').hidden) $('write').focus({preventScroll: true});  // the button that had the focus is gone
   };
   $('language').onclick = () => setLanguage(language === 'ar' ? 'en' : 'ar');
   $('model').onchange = drawTags;
