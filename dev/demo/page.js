@@ -551,6 +551,7 @@ class Panel {
     this.actions.hidden = !poem;
     this.status.textContent = poem ? word(poem.state) : '';
     this.caption.textContent = poem?.request.model ? word('caption', poem.request) : '';
+    this.root.setAttribute('aria-label', this.caption.textContent);  // two panels have the same buttons
     const {rhyme, measures: m} = poem || {}, notes = [];
     if (rhyme?.redraws) notes.push([word('redraws', {n: rhyme.redraws})]);
     this.columns.mark(rhyme?.unrhymed || []);

@@ -221,7 +221,7 @@ class Page:
         self.written()
 
     def answer(self, *events):
-        """From now on a stream of these events answers the page. It stays open, unless the page cancels it."""
+        """From now on a stream of these events answers the page. It stays open until the page cancels it."""
         blocks = ["data: " + (e if isinstance(e, str) else json.dumps(e)) + "\n\n" for e in events]
         self.js("""
             const blocks = arguments[0], original = window.fetch;
@@ -727,6 +727,8 @@ def _(page):
     boxes = [p.rect for p in page.all(".panel")]
     check(len(boxes) == 2 and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"], boxes)
     check(all(t.text for t in page.all(".panel .poem")))
+    labels = [p.get_attribute("aria-label").split(",")[0] for p in page.all(".panel")]
+    check(labels == [a["model"], b["model"]], labels)
 
 
 @test("text has contrast AA in light and dark, and nothing moves for those who want it so")
@@ -738,8 +740,8 @@ def _(page):
     check(not page.js(moves), "letters fade in")
     for scheme in "light", "dark":
         page.prefer(color_scheme=scheme, reduced_motion="reduce")
-        ink, paper = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in page.js(
-            "const {color, backgroundColor} = getComputedStyle(document.body); return [color, backgroundColor]"))
+        colors = page.js("const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]")
+        ink, paper = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors)
         check((ink < paper) == (scheme == "light"), scheme, ink, paper)
         low = page.js(CONTRAST)
         check(not low, scheme, low)
