@@ -412,7 +412,7 @@ class PoemReader {
         }
         for (size_t c = 0; c < l.names.size(); c++)
             if (std::find(l.parts.begin(), l.parts.end(), c) == l.parts.end() &&
-                10 * changes[c] < 9 * (rows - 1))
+                10 * changes[c] <= 9 * (rows - 1))
                 l.group.push_back(c);
         if (l.group.empty())
             fail("%s: no column tells one poem's verses from another's; --group COLUMN names one",

@@ -2,7 +2,7 @@
 //
 //     ./prepare_data poems.csv -o poems      writes train.bin, val.bin, tokenizer.bin, recipe.txt to poems/
 //
-// The steps: read (poem_files.h), clean (clean.h), drop duplicates, split by whole poems, tokenize, write. A
+// The steps: read (poem_reader.h), clean (clean.h), drop duplicates, split by whole poems, tokenize, write. A
 // poem is one string: each verse is a line, and a TAB separates the two hemistichs of a verse. In the token
 // files an end-of-text token precedes each poem, so that a model that is given end-of-text begins a new poem;
 // then come the poem's tags (--tags), if any.

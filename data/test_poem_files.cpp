@@ -320,6 +320,13 @@ TEST_CASE("--columns and --group make poems of rows that are verses") {
         "no column tells one poem's verses from another's"));
     CHECK(contains(error("\u0628\n", "p.txt", [](prep::Options& o) { o.columns = "a,b"; }),
                    "is plain text, but --columns"));
+    // A column that keeps its value in one of ten steps tells poems apart; so does any in a file of one
+    // verse.
+    std::string ten = "n,poem,a,b\n";
+    for (int i = 0; i < 11; i++) ten += strf("%d,%d,\u0628,\u062A\n", i, std::min(i, 9));
+    auto halves = [](prep::Options& o) { o.columns = "a,b"; };
+    CHECK(contains(prepare(ten, "p.csv", halves)->source(), "columns a, b, poems by poem"));
+    CHECK(contains(prepare(ten.substr(0, ten.find("1,1")), "p.csv", halves)->source(), "poems by n, poem"));
 }
 
 // ---------------------------------------------------------------------------------------------
