@@ -44,7 +44,8 @@ void add_flags(Flags& f, Settings& s) {
     f.add(
         "rhyme", "", &s.wish.rhyme, "R",
         "keep a rhyme: auto: that of the poem's first verse; or the letter, e.g. \u0628, or letters that all "
-        "verses end in. Verses are drawn again until they do; the number of redraws is printed at the end");
+        "verses end in. Verses are drawn again until they do, except the prompt's; stderr counts the redraws "
+        "and names the verses that do not rhyme");
     f.add("tokens", "n", &s.tokens, "N", "longest poem, in tokens; -1: 400, or 200 for each of --verses")
         .range(1, INFINITY)
         .unset(-1);
@@ -90,8 +91,11 @@ void report_rhymes(const std::vector<verses::Keeper>& poems) {
     for (size_t i = 0; i < poems.size(); i++) {
         count += poems[i].count(), redraws += poems[i].redraws(), unrhymed += poems[i].unrhymed().size();
         for (size_t verse : poems[i].unrhymed())
-            fprintf(stderr, "poem %zu, verse %zu: does not rhyme in %s, none of %d tries did\n", i + 1, verse,
-                    poems[i].rhyme().c_str(), verses::Keeper::MOST_TRIES);
+            fprintf(stderr, "poem %zu, verse %zu: does not rhyme in %s, %s\n", i + 1, verse,
+                    poems[i].rhyme().c_str(),
+                    verse <= poems[i].given()
+                        ? "it is the prompt's"
+                        : strf("none of %d tries did", verses::Keeper::MOST_TRIES).c_str());
     }
     fprintf(stderr, "%zu of %zu verses keep the rhyme; %.2f redraws per verse\n", count - unrhymed, count,
             (double)redraws / (double)std::max<size_t>(count, 1));

@@ -105,9 +105,11 @@ TEST_CASE("all verses of a poem keep the wished rhyme, and the same vowels after
             CHECK(w.keepers[i].unrhymed() == unrhymed);  // babble has rhymes that are next to impossible
             failures += unrhymed.size();
             if (asked == "با" || asked == "ان" || asked == "ها")
-                for (const std::string& v : poem) {
-                    const std::u32string all = verses::rhyme_letters(v), end = verses::rhyme_letters(asked);
-                    CHECK((!unrhymed.empty() || all.substr(all.size() - 2) == end));
+                for (size_t k = 0; k < poem.size(); k++) {
+                    const std::u32string all = verses::rhyme_letters(poem[k]),
+                                         end = verses::rhyme_letters(asked);
+                    const bool named = std::count(unrhymed.begin(), unrhymed.end(), k + 1) > 0;
+                    CHECK((named || (all.size() >= 2 && all.substr(all.size() - 2) == end)));
                 }
         }
         CHECK(failures <= (asked == "auto" ? 6 : asked == "ها" ? 3 : 0));
@@ -123,6 +125,25 @@ TEST_CASE("a rhyme that no try has is told: the verse stays, the poem goes on") 
     CHECK(w.verses_of(0).size() == 3);
     CHECK(w.keepers[0].unrhymed() == std::vector<size_t>{1, 2, 3});
     CHECK(w.keepers[0].redraws() == 3 * verses::Keeper::MOST_TRIES);
+}
+
+TEST_CASE(
+    "verses of the prompt that do not rhyme stay and are told; an unfinished one is completed to rhyme") {
+    const Tokenizer t = Tokenizer::characters(LETTERS);
+    Babbler model(t, 3);
+    const std::string prompt = "قف باب\nسرنا دار\n\nنبك كتاب\n";
+    Written w(t, model, {4, "auto"}, prompt + "لم"), other(t, model, {4, "ر"}, prompt),
+        free(t, model, {4, ""}, prompt), whole(t, model, {2, "ر"}, "قف باب\nسرنا دار\n");
+    for (size_t i = 0; i < 3; i++) {
+        CHECK(w.keepers[i].unrhymed() == std::vector<size_t>{2});
+        CHECK(w.keepers[i].given() == 3);
+        CHECK(w.poems[i].rfind(prompt + "لم", 0) == 0);
+        CHECK(rhyme_of(w.verses_of(i)[3]) == "ب");
+        CHECK(other.keepers[i].unrhymed() == std::vector<size_t>{1, 3});
+        CHECK(rhyme_of(other.verses_of(i)[3]) == "ر");
+        CHECK(free.keepers[i].unrhymed().empty());
+        CHECK(whole.keepers[i].unrhymed() == std::vector<size_t>{1});
+    }
 }
 
 TEST_CASE("a poem ends after the wished number of verses, those of the prompt included, and not before") {
@@ -181,6 +202,13 @@ TEST_CASE("tokens of several letters and of parts of letters keep a rhyme, too")
     for (size_t i = 0; i < 4; i++) {
         CHECK(w.verses_of(i).size() == 5);
         for (const std::string& v : w.verses_of(i)) CHECK(rhyme_of(v) == "با");
+    }
+    // Bytes that form no character are passed over.
+    model.likely("\xD8", 0), model.likely("\xA8", 0);
+    Written stray(t, model, {5, "با"});
+    for (size_t i = 0; i < 4; i++) {
+        CHECK(stray.keepers[i].count() == 5);
+        CHECK(utf8::find_invalid(stray.poems[i]) != utf8::VALID);
     }
 }
 

@@ -77,11 +77,12 @@ struct Wish {
 
 // Keeps a poem's verses to a wish. A verse that does not rhyme is taken back from its last word on and drawn
 // again; every TRIES_A_WORD tries from one word earlier. After FREE_TRIES the drawing is guided: (1) the
-// verse cannot end until its last word rhymes; (2) once it does, a space or TAB becomes a line end; (3)
-// tokens that bring the ending closer to the rhyme gain logits, more with each try. A verse is taken back at
-// most MOST_TRIES times; one more, unguided, then stays, whether it rhymes or not, and is reported. A single
-// wished consonant may be followed by long vowels or a pronoun's ending, as in rhyme(): the first verse
-// decides which, and the others follow it.
+// verse cannot end until its last word rhymes; (2) once it does, the line's end is made likelier than a space
+// or TAB; (3) tokens that bring the ending closer to the rhyme gain logits, more with each try. After
+// MOST_TRIES the next draw, which is not guided, stays; if it does not rhyme, its number goes to unrhymed().
+// So do the numbers of the prompt's verses that do not rhyme: they stay as they are, but for an unfinished
+// last one, which is completed so as to rhyme. A single wished consonant may be followed by long vowels or a
+// pronoun's ending, as in rhyme(): the first verse decides which, and the others follow it.
 class Keeper final : public Steering {
   public:
     static constexpr int FREE_TRIES = 24, MOST_TRIES = 96, TRIES_A_WORD = 8;
@@ -97,13 +98,19 @@ class Keeper final : public Steering {
             else if (begins_word(t)) after_words_.push_back(t);
             if (t != tokenizer.eot() && tokenizer.bytes(t) == "\n") newline_ = t;
         }
-        for (size_t i = skip; i < prompt.size(); i++)  // verses that the prompt has are as they are
-            if (ends_verse(prompt[i])) end_verse(verse_of(prompt, i), i + 1);
+        for (size_t i = skip; i < prompt.size(); i++)
+            if (ends_verse(prompt[i])) {
+                const std::string verse = verse_of(prompt, i);
+                if (rhymes() && verses::letters(verse) && !keeps(verse)) unrhymed_.push_back(count_ + 1);
+                end_verse(verse, i + 1);
+            }
+        given_ = count_;
     }
 
     size_t redraws() const { return redraws_; }                        // tries taken back, of all verses
     const std::vector<size_t>& unrhymed() const { return unrhymed_; }  // numbers of verses, from 1
     size_t count() const { return count_; }                            // verses that are complete
+    size_t given() const { return given_; }                            // of them, those of the prompt
     bool finished() const override { return wish_.verses && (int)count_ >= wish_.verses; }
     // The rhyme of the poem's verses, in reading order: the first verse's, or until one has it, the wished
     // one.
@@ -169,9 +176,15 @@ class Keeper final : public Steering {
         std::string verse;
         for (size_t i = begin_; i < end; i++)
             if (text[i] != tokenizer_.eot()) verse += tokenizer_.bytes(text[i]);
-        // A byte-level model may end a line within a letter.
-        for (size_t bad; (bad = utf8::find_invalid(verse)) != utf8::VALID;) verse.erase(bad, 1);
-        return verse;
+        return valid_part(verse);
+    }
+    // The text without the bytes that form no character: a byte-level model may end a line within a letter.
+    static std::string valid_part(const std::string& text) {
+        std::string valid;
+        uint32_t c;
+        for (size_t i = 0, n; i < text.size(); i += std::max<size_t>(n, 1))
+            n = utf8::decode(text, i, &c), valid.append(text, i, n);
+        return valid;
     }
     // Whether a verse has the first one's rhyme, and ends in the wished letters.
     bool keeps(const std::string& verse) const {
@@ -252,7 +265,7 @@ class Keeper final : public Steering {
     const Wish wish_;
     std::u32string letters_, rhyme_;  // wished, in reading order; the poem's, the last letter first
     size_t begin_, prompt_;           // tokens before the verse that is being written; of the prompt
-    size_t count_ = 0, redraws_ = 0;
+    size_t count_ = 0, given_ = 0, redraws_ = 0;
     int tries_ = 0;
     // Of the verse's first try: tokens of the text, letters of the verse, whether it had two hemistichs
     size_t first_end_ = 0, first_letters_ = 0;
