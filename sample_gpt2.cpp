@@ -85,6 +85,18 @@ void list_tags(const Tokenizer& tokenizer) {
             printf("%s=%s\n", column.c_str(), value.c_str());
 }
 
+// --rhyme in letters that the model knows
+std::string rhyme_of_flag(const Tokenizer& tokenizer, const Settings& s) {
+    const std::string path = recipe_beside(s.tokenizer);
+    try {
+        if (!file_exists(path)) return verses::rhyme_for(s.wish.rhyme, tokenizer, nullptr);
+        const Recipe recipe = Recipe::load(path);
+        return verses::rhyme_for(s.wish.rhyme, tokenizer, &recipe);
+    } catch (const Error& e) {
+        throw UsageError(strf("--rhyme: %s", e.what()));
+    }
+}
+
 // Says on stderr how the wished rhyme was kept.
 void report_rhymes(const std::vector<verses::Keeper>& poems) {
     size_t count = 0, redraws = 0, unrhymed = 0;
@@ -155,7 +167,6 @@ int main(int argc, char** argv) {
                      built_dtype.c_str(), DEFAULT_DTYPE == BF16 ? "FP32" : "BF16"));
         if (s.wish.verses && s.ignore_end)
             throw UsageError("--verses and --ignore_end: give only one of them, both say where poems end");
-        if (const std::string bad = s.wish.error(); !bad.empty()) throw UsageError("--rhyme: " + bad);
         take_gpu(s.device);
 
         ModelReader reader(s.checkpoint);
@@ -167,6 +178,7 @@ int main(int argc, char** argv) {
         }
         const Prompt start =
             prompt_of_flags(tokenizer, s.tokenizer, s.prompt, "--tags", s.tags, (size_t)reader.cfg.maxT);
+        s.wish.rhyme = rhyme_of_flag(tokenizer, s);
         write_poems(reader, tokenizer, s, start);
         return 0;
     });

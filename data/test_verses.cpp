@@ -218,5 +218,29 @@ TEST_CASE("a wish that is no rhyme is an error that says what is wanted") {
     for (const char* wish : {"z", " ", "12", "é", "ا1", "ـ", "ابتابتابت"})
         CHECK(error_of([&] {
                   verses::Keeper(t, {0, wish}, {t.eot()}, 1);
-              }) == strf("'%s' is no rhyme, wanted auto or 1 to 8 Arabic letters", wish));
+              }) == strf("'%s' is not a rhyme, wanted auto or 1 to 8 Arabic letters", wish));
+}
+
+TEST_CASE("a wished rhyme is cleaned as a prompt is, and letters that the model does not know are named") {
+    const Tokenizer t = Tokenizer::characters(" ابر"), parts = [] {
+        Strings tokens = {"<|endoftext|>"};
+        for (int b = 0; b < 256; b++) tokens.push_back(std::string(1, (char)b));
+        return Tokenizer::byte_bpe(tokens, 0, false, "test");
+    }();
+    const Recipe recipe;
+    for (const char* wish : {"", "auto", "ر", "ابر"}) CHECK(verses::rhyme_for(wish, t, &recipe) == wish);
+    CHECK(verses::rhyme_for("رِ", t, &recipe) == "ر");
+    CHECK(verses::rhyme_for("\uFE8F", t, &recipe) == "ب");  // a form of the letter
+    CHECK(verses::rhyme_for("ظ", parts, nullptr) == "ظ");
+    CHECK(error_of([&] { verses::rhyme_for("ظبع", t, &recipe); }) ==
+          "'ظبع' has letters that the model does not know: ظع; it knows ابر");
+    CHECK(contains(error_of([&] { verses::rhyme_for("\uFE8F", t, nullptr); }), "does not know: \uFE8F"));
+    CHECK(contains(error_of([&] { verses::rhyme_for("z", t, &recipe); }), "'z' is not a rhyme"));
+    const std::string ligature = "\uFDF3";  // of four letters
+    CHECK(verses::rhyme_for(ligature, Tokenizer::characters(" اكبر"), &recipe) == "اكبر");
+    CHECK(contains(error_of([&] {
+                       verses::rhyme_for(ligature + ligature + ligature, Tokenizer::characters(" اكبر"),
+                                         &recipe);
+                   }),
+                   "'اكبراكبراكبر' is not a rhyme"));
 }

@@ -69,11 +69,45 @@ struct Wish {
             });
         const size_t letters = valid ? rhyme_letters(rhyme).size() : 0;
         if (letters >= 1 && letters <= MOST_RHYME) return "";
-        return strf("%s is no rhyme, wanted auto or 1 to %zu Arabic letters", utf8::quote(rhyme).c_str(),
+        return strf("%s is not a rhyme, wanted auto or 1 to %zu Arabic letters", utf8::quote(rhyme).c_str(),
                     MOST_RHYME);
     }
     static constexpr size_t MOST_RHYME = 8;
 };
+
+// The wished rhyme `wish`, cleaned as a prompt is: by the recipe, or not at all where that is null. An Error
+// says that it is not a rhyme, or which of its letters the model does not know.
+inline std::string rhyme_for(const std::string& wish, const Tokenizer& tokenizer, const Recipe* recipe) {
+    if (const std::string bad = Wish{0, wish}.error(); !bad.empty()) fail("%s", bad.c_str());
+    if (wish.empty() || wish == "auto") return wish;
+    std::u32string known;
+    for (int t = 0; t < tokenizer.first_tag(); t++)
+        if (const std::string& bytes = tokenizer.bytes(t);
+            t != tokenizer.eot() && utf8::find_invalid(bytes) == utf8::VALID && utf8::count(bytes) == 1)
+            utf8::for_each(bytes, [&](uint32_t c, size_t) {
+                if (is_arabic_letter(c) && c != TATWEEL) known += (char32_t)c;
+            });
+    std::string rhyme = wish, unknown;
+    if (recipe) {
+        Cleaner clean(*recipe);
+        rhyme = clean(wish);
+        for (auto [c, times] : clean.removed())
+            if (is_lost_letter(c)) utf8::append(unknown, c);
+    }
+    if (tokenizer.kind() == Tokenizer::CHARACTERS)  // byte-level BPE can write any letter
+        utf8::for_each(rhyme, [&](uint32_t c, size_t) {
+            if (is_lost_letter(c) && known.find((char32_t)c) == known.npos) utf8::append(unknown, c);
+        });
+    if (!unknown.empty()) {
+        std::string all;
+        for (char32_t c : known) utf8::append(all, (uint32_t)c);
+        fail("%s has letters that the model does not know: %s; it knows %s", utf8::quote(wish).c_str(),
+             unknown.c_str(), all.c_str());
+    }
+    // A ligature has become several letters.
+    if (const std::string bad = Wish{0, rhyme}.error(); !bad.empty()) fail("%s", bad.c_str());
+    return rhyme;
+}
 
 // Keeps a poem's verses to a wish. A verse that does not rhyme is taken back from its last word on and drawn
 // again; every TRIES_A_WORD tries from one word earlier. After FREE_TRIES the drawing is guided: (1) the

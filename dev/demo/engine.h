@@ -225,6 +225,11 @@ class Engine {
         return make_prompt(tokenizer_, recipe_ ? &*recipe_ : nullptr, text, beginning);
     }
 
+    // A wished rhyme in letters that the model knows; an Error as rhyme_for()'s.
+    std::string rhyme(const std::string& wish) const {
+        return verses::rhyme_for(wish, tokenizer_, recipe_ ? &*recipe_ : nullptr);
+    }
+
     // Begins one text for each request, all or none: otherwise throws Busy or Ending.
     std::vector<std::shared_ptr<Text>> write(const std::vector<Request>& requests) {
         std::vector<std::shared_ptr<Text>> texts;

@@ -215,13 +215,6 @@ inline Prompt prompt_of(const Fields& f, const Engine& engine) {
     }
 }
 
-// The rhyme's letters, cleaned as a prompt's are. An Error names one that the poems do not have.
-inline std::string clean_rhyme(const std::string& wish, const Engine& engine) {
-    if (wish.empty() || wish == "auto") return wish;
-    const std::string cleaned = engine.prompt(wish, {engine.tokenizer().eot()}).text;
-    return cleaned.empty() ? wish : cleaned;
-}
-
 inline Completion read_completion(const Fields& f, Model& model, int seconds) {
     Completion c = {&model, {}, f.flag("stream")};
     Request r;
@@ -242,8 +235,7 @@ inline Completion read_completion(const Fields& f, Model& model, int seconds) {
     f.refuse("presence_penalty", {0}), f.refuse("frequency_penalty", {0}),
         f.refuse("logit_bias", {Json::object()});
     try {
-        r.wish.rhyme = clean_rhyme(f.text("rhyme", ""), *model.engine);
-        if (const std::string bad = r.wish.error(); !bad.empty()) fail("%s", bad.c_str());
+        r.wish.rhyme = model.engine->rhyme(f.text("rhyme", ""));
     } catch (const Error& e) {
         throw HttpError(400, strf("rhyme: %s", e.what()), "rhyme");
     }
