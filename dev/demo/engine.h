@@ -39,6 +39,26 @@ struct Ending : Error {
     using Error::Error;
 };
 
+// A mutex that is given in the order in which it is asked for.
+class FairMutex {
+  public:
+    void lock() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        const size_t ticket = next_++;
+        changed_.wait(lock, [&] { return ticket == served_; });
+    }
+    void unlock() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        served_++;
+        changed_.notify_all();
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    size_t next_ = 0, served_ = 0;
+};
+
 // A token that was written, and the likeliest in its place, with log probabilities: of softmax(logits).
 struct TokenInfo {
     int token = 0;
@@ -92,8 +112,8 @@ class Text {
     const Request& request() const { return request_; }
     // How the wish for a rhyme was kept; null without one. Complete once the text has ended.
     const verses::Keeper* keeper() const { return keeper_ ? &*keeper_ : nullptr; }
-    // How many tokens it has, without those taken back. Only once the text has ended.
-    size_t tokens_written() const { return continuation_->text().size() - request_.prompt.tokens.size(); }
+    // How many tokens were reported, with logprobs or without. Only once the text has ended.
+    size_t tokens_written() const { return written_; }
 
   private:
     friend class Engine;
@@ -109,7 +129,7 @@ class Text {
         }
         std::string bytes;
         c.take_settled([&](int token) {
-            if (request_.logprobs >= 0) held_tokens_.push_back({settled_bytes_, infos_[settled_]});
+            held_tokens_.push_back({settled_bytes_, request_.logprobs >= 0 ? infos_[settled_] : TokenInfo()});
             bytes += tokenizer_.bytes(token);
             settled_++, settled_bytes_ += tokenizer_.bytes(token).size();
         });
@@ -131,8 +151,12 @@ class Text {
         fresh.text = held_.substr(0, n), held_.erase(0, n), reported_bytes_ += n;
         while (!held_tokens_.empty() &&
                (held_tokens_[0].first < reported_bytes_ || (fresh.ended && !stopped)))
-            fresh.tokens.push_back(std::move(held_tokens_[0].second)), held_tokens_.pop_front();
+            report_token(fresh);
         report(std::move(fresh));
+    }
+    void report_token(News& news) {
+        if (request_.logprobs >= 0) news.tokens.push_back(std::move(held_tokens_[0].second));
+        held_tokens_.pop_front(), written_++;
     }
     void report(News fresh) {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -146,7 +170,7 @@ class Text {
     void finish(const char* reason, const std::string& error = "") {
         News last;
         last.ended = true, last.finish_reason = reason, last.text = std::move(held_), last.error = error;
-        for (auto& held : held_tokens_) last.tokens.push_back(std::move(held.second));
+        while (!held_tokens_.empty()) report_token(last);
         report(std::move(last));
     }
     TokenInfo info(const float* logits, int V, int token) const {
@@ -175,11 +199,11 @@ class Text {
     size_t settled_ = 0;            // how many of them have settled
     size_t settled_bytes_ = 0, reported_bytes_ = 0;
     std::deque<std::pair<size_t, TokenInfo>> held_tokens_;  // not yet reported; where each begins, in bytes
+    size_t written_ = 0;                                    // tokens reported
     Utf8Stream stream_;
     std::string held_;
     Clock::time_point deadline_ = Clock::time_point::max();
-    std::atomic<bool> cancelled_{false};
-    bool ended_ = false;
+    std::atomic<bool> cancelled_{false}, ended_{false};
     std::mutex mutex_;  // of news_
     std::condition_variable changed_;
     News news_;
@@ -222,6 +246,7 @@ class Engine {
     size_t most() const { return settings_.slots + settings_.queue; }
     // The prompt for a text, after `beginning` (Tokenizer::beginning()); an Error as make_prompt()'s.
     Prompt prompt(const std::string& text, const std::vector<int>& beginning) const {
+        std::lock_guard<std::mutex> lock(encoding_);
         return make_prompt(tokenizer_, recipe_ ? &*recipe_ : nullptr, text, beginning);
     }
 
@@ -237,7 +262,9 @@ class Engine {
         std::lock_guard<std::mutex> lock(mutex_);
         if (ending_) throw Ending("the server is ending");
         size_t free = 0;
-        for (auto& t : texts_) free += !t;
+        // The sequence of a text that has ended is freed before the next token, but a client that has read
+        // the end may ask again sooner.
+        for (auto& t : texts_) free += !t || t->ended_;
         const size_t room = settings_.queue + free - std::min(settings_.queue + free, waiting_.size());
         if (texts.size() > room)
             throw Busy(
@@ -279,7 +306,7 @@ class Engine {
             for (auto& t : waiting_)
                 if (late || t->cancelled_) t->finish("length");
             waiting_.erase(
-                std::remove_if(waiting_.begin(), waiting_.end(), [](auto& t) { return t->ended_; }),
+                std::remove_if(waiting_.begin(), waiting_.end(), [](auto& t) -> bool { return t->ended_; }),
                 waiting_.end());
             at_work.clear();
             for (size_t s = 0; s < texts_.size(); s++) {
@@ -300,8 +327,9 @@ class Engine {
     }
     // One token for each text.
     void step(const std::vector<size_t>& at_work) {
-        static std::mutex processor;  // only one engine works at a time, because each uses all cores
-        std::lock_guard<std::mutex> lock(processor);
+        // Only one engine works at a time, because each uses all cores; they take turns.
+        static FairMutex processor;
+        std::lock_guard<FairMutex> lock(processor);
         together_.clear(), tokens_.clear();
         for (size_t s : at_work) {
             Text& t = *texts_[s];
@@ -328,6 +356,7 @@ class Engine {
     const int threads_ = omp_get_max_threads();
     Config config_;
     Tokenizer tokenizer_;
+    mutable std::mutex encoding_;   // encode() writes the tokenizer's cache
     std::optional<Recipe> recipe_;  // how prompts are cleaned; read once
     std::unique_ptr<Decoder> decoder_;
     // The engine thread's:

@@ -7,6 +7,8 @@
 // chooses the model's tokenizer.
 #define SERVE_NO_MAIN
 #include "dev/demo/serve_gpt2.cpp"
+
+#include "dev/demo/babbler.h"
 #include "dev/fuzz.h"
 
 #include <cstring>
@@ -16,40 +18,11 @@ namespace {
 using demo::Json;
 using fuzz::require;
 
-// Logits that depend only on a sequence's last token and its length.
-struct Babbler : ::Decoder {
-    std::vector<std::vector<int>> held;
-    std::vector<float> logits;
-    size_t V;
-    Babbler(size_t N, size_t V_) : held(N), V(V_) {}
-    size_t sequences() const override { return held.size(); }
-    size_t capacity() const override { return 64; }
-    size_t length(size_t s) const override { return held[s].size(); }
-    void truncate(size_t s, size_t n) override { held[s].resize(std::min(n, held[s].size())); }
-    const float* append(const std::vector<size_t>& which, const int* tokens, size_t n) override {
-        logits.clear();
-        for (size_t k = 0; k < which.size(); k++) {
-            auto& h = held[which[k]];
-            h.insert(h.end(), tokens + k * n, tokens + (k + 1) * n);
-            require(h.size() <= capacity());
-            const rng::Key key((uint64_t)h.back() * 100 + h.size(), 0, rng::SAMPLE);
-            for (size_t v = 0; v < V; v++) logits.push_back((float)(key.u32(v) % 1000) / 300);
-        }
-        return logits.data();
-    }
-};
-
 // A server's model, for characters or for bytes that are parts of characters.
 struct Served : fuzz::Folder {
     demo::Model model;
     explicit Served(const Tokenizer& t) {
-        t.save(dir + "/tokenizer.bin");
-        Config c;
-        c.maxT = 64, c.V = c.Vp = t.vocab_size(), c.L = c.NH = 1, c.C = 8;
-        ModelWriter w(dir + "/model.bin", c);
-        const std::vector<float> zeros(num_params(c));
-        w.add(zeros.data(), zeros.size());
-        w.finish();
+        Babbler::save(dir, t);
         demo::EngineSettings s;
         s.slots = 4, s.queue = 8;
         model.id = "babbler", model.engine = std::make_unique<demo::Engine>(dir + "/model.bin", s);
@@ -100,10 +73,6 @@ void answer(const demo::Completion& c) {
 }
 
 }  // namespace
-
-std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype) {
-    return std::make_unique<Babbler>(N, (size_t)file.cfg.V);
-}
 
 extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
     return fuzz::mutate(data, size, max_size, seed, 8, [](int mode) -> std::string {

@@ -1,69 +1,22 @@
 // test_engine.cpp - texts that are written side by side: the engine of serve_gpt2, with a model that babbles.
 #include <doctest/doctest.h>
 
+#include "dev/demo/babbler.h"
 #include "dev/demo/engine.h"
-#include "dev/test_model.h"
+#include "dev/test_util.h"
 
 using namespace test;
 
 namespace {
 
-const char* const LETTERS = "\t\n ابتثج";
-
-// A decoder whose logits depend only on a sequence's own tokens, and that notes what it is asked.
-struct Babbler : ::Decoder {
-    struct Notes {
-        std::atomic<bool> fails{false};
-        std::atomic<size_t> calls{0}, most{0};  // of append(), and the most sequences of one call
-        std::atomic<int> delay_us{0};
-    };
-    static Notes notes;
-    std::vector<std::vector<int>> held;
-    size_t V;
-    Floats logits;
-    Babbler(size_t N, size_t V_) : held(N), V(V_) {}
-    size_t sequences() const override { return held.size(); }
-    size_t capacity() const override { return 64; }
-    size_t length(size_t s = 0) const override { return held[s].size(); }
-    void truncate(size_t s, size_t length) override { held[s].resize(std::min(length, held[s].size())); }
-    const float* append(const std::vector<size_t>& which, const int* tokens, size_t n) override {
-        std::this_thread::sleep_for(std::chrono::microseconds(notes.delay_us));
-        if (notes.fails.exchange(false)) fail("the babbler is out of breath");
-        notes.calls++, notes.most = std::max<size_t>(notes.most, which.size());
-        logits.clear();
-        for (size_t k = 0; k < which.size(); k++) {
-            auto& h = held[which[k]];
-            h.insert(h.end(), tokens + k * n, tokens + (k + 1) * n);
-            REQUIRE(h.size() <= capacity());
-            Random r((uint64_t)h.back() * 100 + h.size());
-            for (size_t v = 0; v < V; v++) logits.push_back((float)r.below(1000) / 300);
-            logits.back() -= 3;  // end-of-text
-        }
-        return logits.data();
-    }
-};
-Babbler::Notes Babbler::notes;
-
-}  // namespace
-
-std::unique_ptr<Decoder> open_decoder(ModelReader& file, size_t N, Dtype) {
-    return std::make_unique<Babbler>(N, (size_t)file.cfg.V);
-}
-
-namespace {
+Tokenizer characters() { return Tokenizer::characters("\t\n ابتثج"); }
 
 // A model's folder, and an engine with it.
 struct Served {
     TempDir dir;
     std::unique_ptr<demo::Engine> engine;
-    explicit Served(size_t slots = 4, size_t queue = 8) {
-        const Tokenizer t = Tokenizer::characters(LETTERS);
-        t.save(dir / "tokenizer.bin");
-        const Config c = config(1, 1, 8, t.vocab_size(), 64);
-        ModelWriter w(dir / "model.bin", c);
-        const Floats zeros(num_params(c));
-        w.add(zeros.data(), zeros.size());
-        w.finish();
+    explicit Served(size_t slots = 4, size_t queue = 8, const Tokenizer& tokenizer = characters()) {
+        Babbler::save(dir.path, tokenizer);
         demo::EngineSettings s;
         s.slots = slots, s.queue = queue;
         Babbler::notes.calls = Babbler::notes.most = 0, Babbler::notes.delay_us = 0;
@@ -73,6 +26,12 @@ struct Served {
         demo::Request r;
         r.prompt = engine->prompt(prompt, {engine->tokenizer().eot()});
         r.max_tokens = tokens, r.seed = seed, r.sampling.temperature = 1;
+        return r;
+    }
+    // A text that does not end by itself before max_tokens
+    demo::Request long_request(uint64_t seed, int tokens = 1000000) const {
+        demo::Request r = request("", seed, tokens);
+        r.wish.verses = 10000;
         return r;
     }
     std::shared_ptr<demo::Text> begin(const demo::Request& r) { return engine->write({r})[0]; }
@@ -117,17 +76,38 @@ TEST_CASE("a text ends after max_tokens, at end-of-text, or before a stop text, 
     CHECK(text.substr(0, cut.text.size()) == cut.text);
     r.max_tokens = 10000;
     CHECK(whole(*s.begin(r)).finish_reason == "stop");
+    std::vector<std::string> letters;
+    utf8::for_each(text, [&](uint32_t c, size_t) { utf8::append(letters.emplace_back(), c); });
+    REQUIRE(letters.size() > 12);
     for (size_t at : {1, 5, 9}) {  // a text of three characters in the middle
-        r.stop = {"zz", text.substr(2 * at, 6)};
-        if (utf8::find_invalid(r.stop[1]) != utf8::VALID) continue;
-        auto told = whole(*s.begin(r));
-        CHECK(told.finish_reason == "stop");
-        CHECK(told.text == text.substr(0, text.find(r.stop[1])));
-        r.logprobs = 0;
-        told = whole(*s.begin(r));
-        CHECK(told.tokens.size() == utf8::count(told.text));  // none of the stop text
-        r.logprobs = -1;
+        r.stop = {"zz", letters[at] + letters[at + 1] + letters[at + 2]};
+        for (int logprobs : {-1, 0}) {
+            r.logprobs = logprobs;
+            auto writing = s.begin(r);
+            auto told = whole(*writing);
+            CHECK(told.finish_reason == "stop");
+            CHECK(told.text == text.substr(0, text.find(r.stop[1])));
+            // No token of the stop text is told or counted.
+            CHECK(told.tokens.size() == (logprobs < 0 ? 0 : utf8::count(told.text)));
+            CHECK(writing->tokens_written() == utf8::count(told.text));
+        }
     }
+}
+
+TEST_CASE("only tokens of the text that is told are counted, also where time or the engine's end cuts it") {
+    Served s;
+    demo::Request r = s.long_request(4);
+    r.wish.rhyme = "ججججج", r.seconds = 1;  // a verse takes many tries, and is told whole
+    auto late = s.begin(r);
+    const auto told = whole(*late);
+    CHECK(told.finish_reason == "length");
+    CHECK(!told.text.empty());
+    CHECK(late->tokens_written() == utf8::count(told.text));
+    r.seconds = 300;
+    auto cut = s.begin(r);
+    s.engine->end(demo::Clock::now() + std::chrono::milliseconds(300));
+    const std::string rest = whole(*cut).text;
+    CHECK(cut->tokens_written() == utf8::count(rest));
 }
 
 TEST_CASE("logprobs are those of softmax, the likeliest first, one entry for each token that is told") {
@@ -163,31 +143,98 @@ TEST_CASE("logprobs are those of softmax, the likeliest first, one entry for eac
 TEST_CASE("more texts than may wait are refused, all of a request; a cancelled one makes room at once") {
     Served s(1, 2);
     Babbler::notes.delay_us = 1000;
-    auto first = s.begin(s.request("", 1, 100000));
+    auto first = s.begin(s.long_request(1));
     first->next();  // it is being written
-    auto second = s.begin(s.request("", 2, 5));
+    auto second = s.begin(s.long_request(2, 5));
     CHECK_THROWS_AS(s.engine->write({s.request("", 3), s.request("", 4)}), demo::Busy);
-    auto third = s.begin(s.request("", 3, 5));
+    auto third = s.begin(s.long_request(3, 5));
     CHECK(contains(error_of([&] { s.begin(s.request("", 4)); }),
                    "texts: 1 are asked for, there is room for 0 more: 1 are being written, 2 wait"));
+    CHECK(second->next(std::chrono::milliseconds(20)).text == "");  // it waits
     first->cancel();
-    CHECK(whole(*second).ended);
-    CHECK(whole(*third).ended);
-    CHECK(whole(*first).ended);
+    CHECK(utf8::count(whole(*second).text) == 5);
+    CHECK(utf8::count(whole(*third).text) == 5);
+    CHECK(whole(*first).finish_reason == "length");
+}
+
+TEST_CASE("a client that has read a text's end may ask for the next one at once, without a queue") {
+    Served s(1, 0);
+    for (uint64_t i = 0; i < 300; i++) CHECK(whole(*s.begin(s.request("", i, 2))).error == "");
+}
+
+TEST_CASE("a FairMutex goes to those who wait, in their order, before one who has just had it") {
+    demo::FairMutex mutex;
+    std::vector<size_t> order;
+    std::vector<std::thread> threads;
+    mutex.lock();
+    for (size_t i = 0; i < 5; i++) {
+        std::atomic<int> id{0};
+        threads.emplace_back([&mutex, &order, &id, i] {
+            id = gettid();
+            for (int k = 0; k < 2; k++) {
+                mutex.lock();
+                order.push_back(i);
+                mutex.unlock();
+            }
+        });
+        auto sleeps = [&] {
+            return id && contains(read_file(strf("/proc/self/task/%d/stat", id.load())), ") S ");
+        };
+        while (!sleeps()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    mutex.unlock();
+    for (auto& t : threads) t.join();
+    CHECK(std::vector<size_t>(order.begin(), order.begin() + 5) == std::vector<size_t>{0, 1, 2, 3, 4});
+}
+
+TEST_CASE("engines take turns: a text of one does not keep another's waiting") {
+    Served one(1), other(1);
+    Babbler::notes.delay_us = 1000;
+    auto endless = one.begin(one.long_request(1));
+    endless->next();
+    const size_t before = Babbler::notes.calls;
+    CHECK(utf8::count(whole(*other.begin(other.long_request(2, 50))).text) == 50);
+    CHECK(Babbler::notes.calls - before < 3 * 50);
+    endless->cancel();
+}
+
+TEST_CASE("prompts that several threads encode at once have the tokens of each alone") {
+    std::vector<std::string> tokens = {"<|endoftext|>"};
+    for (int b = 0; b < 256; b++) tokens.push_back(std::string(1, (char)b));
+    for (const char* letters : {"ا", "ب", "ت", "ث", "اب", "بت", "تث"}) tokens.push_back(letters);
+    Served s(1, 1, Tokenizer::byte_bpe(tokens, 0, false, "test"));
+    const std::vector<int> beginning = {s.engine->tokenizer().eot()};
+    std::vector<std::string> texts;
+    std::vector<std::vector<int>> alone;
+    Random r(1);
+    for (int i = 0; i < 200; i++) {
+        std::string text;
+        for (int k = 0; k < 200; k++) text += k % 7 ? tokens[257 + r.below(4)] : " ";
+        texts.push_back(text), alone.push_back(s.engine->prompt(text, beginning).tokens);
+    }
+    std::atomic<size_t> wrong{0};
+    std::vector<std::thread> threads;
+    for (size_t t = 0; t < 4; t++)
+        threads.emplace_back([&, t] {
+            for (size_t i = 0; i < 20 * texts.size(); i++) {
+                const size_t k = (i * (2 * t + 1)) % texts.size();
+                wrong += s.engine->prompt(texts[k], beginning).tokens != alone[k];
+            }
+        });
+    for (auto& t : threads) t.join();
+    CHECK(wrong == 0);
 }
 
 TEST_CASE("an engine that ends finishes its texts in the time it has, and cuts the others") {
     Served s(2, 8);
+    const std::string alone = whole(*s.begin(s.request("", 2, 20))).text;
     Babbler::notes.delay_us = 500;
-    demo::Request endless = s.request("", 1, 1000000);
-    endless.wish.verses = 10000;
-    auto quick = s.begin(s.request("", 2, 20)), slow = s.begin(endless),
-         waiting = s.begin(s.request("", 5, 10));
+    auto quick = s.begin(s.request("", 2, 20)), slow = s.begin(s.long_request(1)),
+         waiting = s.begin(s.long_request(5, 10));
     s.engine->end(demo::Clock::now() + std::chrono::milliseconds(700));
     CHECK_THROWS_AS(s.begin(s.request("", 3)), demo::Ending);
-    auto told = whole(*quick);
-    CHECK(utf8::count(told.text) <= 20);
-    CHECK(whole(*waiting).ended);
+    CHECK(whole(*quick).text == alone);
+    CHECK(utf8::count(whole(*waiting).text) == 10);  // it began once the first had ended
     CHECK(whole(*slow).finish_reason == "length");
     s.engine.reset();
 }
@@ -195,8 +242,8 @@ TEST_CASE("an engine that ends finishes its texts in the time it has, and cuts t
 TEST_CASE("a text ends when its time is over") {
     Served s;
     Babbler::notes.delay_us = 1000;
-    demo::Request r = s.request("", 1, 1000000);
-    r.wish.verses = 10000, r.seconds = 1;
+    demo::Request r = s.long_request(1);
+    r.seconds = 1;
     const auto began = demo::Clock::now();
     CHECK(whole(*s.begin(r)).finish_reason == "length");
     const double took = std::chrono::duration<double>(demo::Clock::now() - began).count();
