@@ -37,7 +37,10 @@ PAGE_FILE(page_js, "dev/demo/page.js")
 
 namespace demo {
 
+// Answers keep the order of their keys, of which there are few. Requests may have many: ordered_json would
+// look at all of them for each new one.
 using Json = nlohmann::ordered_json;
+using RequestJson = nlohmann::json;
 
 // ---------------------------------------------------------------------------------------------
 // Errors, and fields of a request
@@ -65,29 +68,30 @@ class Fields {
   public:
     explicit Fields(const std::string& body) {
         if (const size_t bad = utf8::find_invalid(body); bad != utf8::VALID)
-            throw HttpError(400,
-                            strf("the body is no UTF-8: byte %zu is 0x%02X", bad, (unsigned char)body[bad]));
+            throw HttpError(
+                400, strf("the body is not valid UTF-8: byte %zu is 0x%02X", bad, (unsigned char)body[bad]));
         try {
-            json_ = Json::parse(body);
-        } catch (const Json::parse_error& e) {
-            throw HttpError(400, strf("the body is no JSON: at byte %zu", e.byte));
-        } catch (const Json::out_of_range&) {
+            json_ = RequestJson::parse(body);
+        } catch (const RequestJson::parse_error& e) {
+            throw HttpError(400, strf("the body is not valid JSON: at byte %zu", e.byte));
+        } catch (const RequestJson::out_of_range&) {
             throw HttpError(400, "the body has a number beyond 1.8e308");
         }
-        if (!json_.is_object()) throw HttpError(400, "the body is no JSON object, wanted {\"prompt\": ...}");
+        if (!json_.is_object())
+            throw HttpError(400, "the body is not a JSON object, wanted {\"prompt\": ...}");
     }
-    const Json* find(const char* name) const {
+    const RequestJson* find(const char* name) const {
         auto at = json_.find(name);
         return at == json_.end() || at->is_null() ? nullptr : &*at;
     }
     std::string text(const char* name, const std::string& otherwise) const {
-        const Json* v = find(name);
+        const RequestJson* v = find(name);
         if (v && !v->is_string()) refuse_kind(name, *v, "a string");
         return v ? v->get<std::string>() : otherwise;
     }
     // Those that are out of range, no numbers, or no whole numbers, are HttpErrors that name the field.
     double number(const char* name, double lo, double hi, double otherwise) const {
-        const Json* v = find(name);
+        const RequestJson* v = find(name);
         if (!v) return otherwise;
         if (!v->is_number()) refuse_kind(name, *v, "a number from " + shown(lo) + " to " + shown(hi));
         const double x = v->get<double>();
@@ -105,27 +109,27 @@ class Fields {
         return (int64_t)x;
     }
     bool flag(const char* name) const {
-        const Json* v = find(name);
+        const RequestJson* v = find(name);
         if (v && !v->is_boolean()) refuse_kind(name, *v, "true or false");
         return v && v->get<bool>();
     }
     // A text, or a list of at most `most` texts.
     std::vector<std::string> texts(const char* name, size_t most) const {
-        const Json* v = find(name);
+        const RequestJson* v = find(name);
         if (!v) return {};
         if (v->is_string()) return {v->get<std::string>()};
         std::vector<std::string> all;
         bool valid = v->is_array() && v->size() <= most;
         if (valid)
-            for (const Json& one : *v) valid = valid && one.is_string();
+            for (const RequestJson& one : *v) valid = valid && one.is_string();
         if (!valid)
             throw HttpError(400, strf("%s: wanted a string or a list of at most %zu", name, most), name);
-        for (const Json& one : *v) all.push_back(one.get<std::string>());
+        for (const RequestJson& one : *v) all.push_back(one.get<std::string>());
         return all;
     }
     // A field of OpenAI's that changes nothing where it has one of these values.
-    void refuse(const char* name, std::initializer_list<Json> harmless) const {
-        const Json* v = find(name);
+    void refuse(const char* name, std::initializer_list<RequestJson> harmless) const {
+        const RequestJson* v = find(name);
         if (v && std::find(harmless.begin(), harmless.end(), *v) == harmless.end())
             throw HttpError(400, strf("%s: is not supported", name), name);
     }
@@ -135,11 +139,12 @@ class Fields {
     static std::string shown(double x) {
         return strf(x == std::floor(x) && std::fabs(x) < 1e17 ? "%.0f" : "%g", x);
     }
-    [[noreturn]] static void refuse_kind(const char* name, const Json& found, const std::string& wanted) {
+    [[noreturn]] static void refuse_kind(const char* name, const RequestJson& found,
+                                         const std::string& wanted) {
         throw HttpError(400, strf("%s: is of type %s, wanted %s", name, found.type_name(), wanted.c_str()),
                         name);
     }
-    Json json_;
+    RequestJson json_;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ struct Completion {
 // The prompt, after the tags of the field "tags": {"COLUMN": "VALUE"}.
 inline Prompt prompt_of(const Fields& f, const Engine& engine) {
     std::string tags;
-    if (const Json* wanted = f.find("tags")) {
+    if (const RequestJson* wanted = f.find("tags")) {
         if (!wanted->is_object())
             throw HttpError(400, "tags: wanted an object {\"COLUMN\": \"VALUE\"}", "tags");
         for (auto& [column, value] : wanted->items()) {
@@ -233,7 +238,7 @@ inline Completion read_completion(const Fields& f, Model& model, int seconds) {
     r.seed = f.find("seed") ? (uint64_t)f.integer("seed", 0, 9007199254740992.0, 0) : random();
     f.refuse("best_of", {1}), f.refuse("echo", {false}), f.refuse("suffix", {""});
     f.refuse("presence_penalty", {0}), f.refuse("frequency_penalty", {0}),
-        f.refuse("logit_bias", {Json::object()});
+        f.refuse("logit_bias", {RequestJson::object()});
     try {
         r.wish.rhyme = model.engine->rhyme(f.text("rhyme", ""));
     } catch (const Error& e) {
@@ -447,6 +452,7 @@ class Server {
     void set_error_handlers() {
         http_.set_pre_routing_handler([this](const httplib::Request& request, httplib::Response& response) {
             try {
+                forget_ranges(request);
                 check_headers(request);
                 return httplib::Server::HandlerResponse::Unhandled;
             } catch (const HttpError& error) {
@@ -455,16 +461,20 @@ class Server {
             }
         });
         http_.set_error_handler([](const httplib::Request& request, httplib::Response& response) {
+            forget_ranges(request);
             if (!response.body.empty()) return;
+            // The library reads forms itself, with limits of its own.
+            const std::string type = request.get_header_value("Content-Type");
             const int status = response.status;
-            response.set_content(
-                error_body(status,
-                           status == 413 ? "the body is longer than 256 KiB"
-                           : status == 404
-                               ? strf("there is no %s %s", request.method.c_str(), request.path.c_str())
-                               : strf("the request cannot be understood (%d)", status),
-                           ""),
-                "application/json");
+            if ((status == 400 || status == 413) &&
+                (type.rfind("application/x-www-form-urlencoded", 0) == 0 || type.rfind("multipart/", 0) == 0))
+                return answer_error(response, wrong_type(type));
+            answer_error(
+                response,
+                HttpError(status, status == 413   ? "the body is longer than 256 KiB"
+                                  : status == 404 ? strf("there is no %s %s", request.method.c_str(),
+                                                         request.path.c_str())
+                                                  : strf("the request cannot be understood (%d)", status)));
         });
         http_.set_exception_handler(
             [](const httplib::Request&, httplib::Response& response, std::exception_ptr e) {
@@ -501,6 +511,14 @@ class Server {
         post_route("/v1/measures",
                    [this](const Fields& f, httplib::Response& response) { answer(response, measures(f)); });
     }
+    // A server may ignore the header Range. The library would send as many parts as it asks for, and each may
+    // be the whole page.
+    static void forget_ranges(const httplib::Request& request) {
+        const_cast<httplib::Request&>(request).ranges.clear();
+    }
+    static HttpError wrong_type(const std::string& type) {
+        return {415, strf("Content-Type is '%s', wanted application/json", type.c_str())};
+    }
     // Refuses a request before its body is read.
     void check_headers(const httplib::Request& request) const {
         // Against DNS rebinding: another site can let its own host name resolve to 127.0.0.1, and its page
@@ -511,9 +529,10 @@ class Server {
         const bool here = host == "localhost" || host == "127.0.0.1" || host == "[::1]" || host == s_.host;
         if (is_loopback() && !here && !host.empty())
             throw HttpError(403, "wanted 127.0.0.1 or localhost as the Host");
-        // The library limits only bodies whose length is told, and that are not compressed.
+        // The library limits only bodies whose length is told, and that are not compressed. It reads none of
+        // these three methods.
         const bool has_body =
-            request.method == "POST" || request.method == "PUT" || request.method == "PATCH";
+            request.method != "GET" && request.method != "HEAD" && request.method != "OPTIONS";
         if (has_body && !request.has_header("Content-Length"))
             throw HttpError(411, "wanted a Content-Length");
         if (request.has_header("Transfer-Encoding")) throw HttpError(411, "wanted a Content-Length");
@@ -536,8 +555,7 @@ class Server {
     void post_route(const char* path, F handler) {
         http_.Post(path, [=](const httplib::Request& request, httplib::Response& response) {
             const std::string type = request.get_header_value("Content-Type");
-            if (type.substr(0, type.find_first_of("; ")) != "application/json")
-                throw HttpError(415, strf("Content-Type is '%s', wanted application/json", type.c_str()));
+            if (type.substr(0, type.find_first_of("; ")) != "application/json") throw wrong_type(type);
             handler(Fields(request.body), response);
         });
         http_.Get(path,

@@ -431,6 +431,15 @@ def _(server):
                       "presence_penalty": 0, "frequency_penalty": 0.0, "suffix": ""}).status, 200)
 
 
+@test("an object of 30,000 keys is answered within a second")
+def _(server):
+    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
+    keys = [a + b + c for a in digits for b in digits for c in digits][:30000]
+    started = time.monotonic()
+    same(server.post('{"max_tokens":1,' + ",".join(f'"{k}":0' for k in keys) + "}").status, 200)
+    check(time.monotonic() - started < 1, f"{time.monotonic() - started:.1f} s")
+
+
 @test("a body that is no JSON object is refused with 400")
 def _(server):
     for body, word in ((b"", "JSON"), (b"[]", "object"), (b"5", "object"), (b'{"prompt":', "byte"),
@@ -455,9 +464,10 @@ def _(server):
         refused(server.ask("GET", path), 405, word="POST")
     refused(server.ask("PUT", "/v1/completions", b"{}"), 404, word="PUT")
     refused(server.post({}, "/health"), 404, word="POST")
-    for kind in "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "a/json":
-        check(server.post({"max_tokens": 1}, kind=kind).status in (400, 415), kind)
-    refused(server.post({"max_tokens": 1}, kind="text/plain"), 415, word="application/json")
+    for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data",
+                 "multipart/form-data; boundary=x", "a/json"):
+        for length in 1, 10000:
+            refused(server.post({"prompt": length * "a"}, kind=kind), 415, word=f"is '{kind}', wanted app")
     same(server.post({"max_tokens": 1}, kind="application/json; charset=utf-8").status, 200)
     refused(server.post({"prompt": "ا" * 150000}), 413, word="256 KiB")
     same(server.post({"prompt": "ا" * 120000, "max_tokens": 1}).status, 200, "240 KB")
@@ -466,10 +476,25 @@ def _(server):
 @test("bodies whose length the library does not limit are refused: chunked, compressed, of unknown length")
 def _(server):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    for header, status in ((b"Transfer-Encoding: chunked\r\n", b"411"), (b"", b"411"),
+    for method in b"POST", b"PUT", b"PATCH", b"DELETE", b"PRI":
+        answer = server.raw(method + head[4:] + b"\r\n{}")
+        check(answer.startswith(b"HTTP/1.1 411"), method, answer)
+    refused(server.ask("DELETE", "/v1/completions", b" " * 300000), 413, word="256 KiB")
+    for header, status in ((b"Transfer-Encoding: chunked\r\n", b"411"),
                            (b"Content-Length: 2\r\nContent-Encoding: gzip\r\n", b"415")):
         answer = server.raw(head + header + b"\r\n{}")
         check(answer.startswith(b"HTTP/1.1 " + status), answer)
+
+
+@test("the header Range is ignored: the page, and an error, are sent whole and once")
+def _(server):
+    wanted = {path: server.ask("GET", path).body for path in ("/page.js", "/none")}
+    for path, body in wanted.items():
+        for ranges in "0-5", "5-", ",".join(1000 * ["0-"]):
+            a = server.ask("GET", path, headers={"Range": "bytes=" + ranges})
+            same((a.status, a.body == body), (200 if path == "/page.js" else 404, True), f"{path} {ranges[:9]}")
+    a = server.ask("GET", "/page.js", headers={"Range": "bytes=" + 1000 * "0-," + "9-5"})  # not a range
+    check(len(a.body) <= len(wanted["/page.js"]), len(a.body))
 
 
 @test("another site's name as the Host is refused, so that its page cannot use the server")
