@@ -195,23 +195,37 @@ struct Completion {
     bool stream;
 };
 
-// The prompt, after the tags of the field "tags": {"COLUMN": "VALUE"}.
+// What the text begins with: end-of-text, and the tags of the field "tags": {"COLUMN": "VALUE"}.
+inline std::vector<int> beginning_of(const Fields& f, const Tokenizer& tokenizer) {
+    std::vector<int> beginning = tokenizer.beginning("");
+    const RequestJson* wanted = f.find("tags");
+    if (!wanted) return beginning;
+    if (!wanted->is_object()) throw HttpError(400, "tags: wanted an object {\"COLUMN\": \"VALUE\"}", "tags");
+    const std::vector<std::string> columns = tokenizer.tag_columns();
+    for (auto& [column, value] : wanted->items()) {
+        if (!value.is_string()) throw HttpError(400, "tags: wanted strings as values", "tags");
+        const size_t at = (size_t)(std::find(columns.begin(), columns.end(), column) - columns.begin());
+        if (columns.empty()) throw HttpError(400, "tags: the model knows none", "tags");
+        if (at == columns.size())
+            throw HttpError(400,
+                            strf("tags: %s is not one of the columns, which are %s",
+                                 utf8::quote(column).c_str(), Tokenizer::joined(columns).c_str()),
+                            "tags");
+        const std::string text = value.get<std::string>();
+        const int tag = tokenizer.tag(column, text);
+        if (tag < 0)
+            throw HttpError(
+                400,
+                strf("tags: %s has no value %s; it has %s", column.c_str(), utf8::quote(text).c_str(),
+                     Tokenizer::joined(tokenizer.tag_values(column)).c_str()),
+                "tags");
+        beginning[1 + at] = tag;
+    }
+    return beginning;
+}
+
 inline Prompt prompt_of(const Fields& f, const Engine& engine) {
-    std::string tags;
-    if (const RequestJson* wanted = f.find("tags")) {
-        if (!wanted->is_object())
-            throw HttpError(400, "tags: wanted an object {\"COLUMN\": \"VALUE\"}", "tags");
-        for (auto& [column, value] : wanted->items()) {
-            if (!value.is_string()) throw HttpError(400, "tags: wanted strings as values", "tags");
-            tags += (tags.empty() ? "" : ",") + column + "=" + value.get<std::string>();
-        }
-    }
-    std::vector<int> beginning;
-    try {
-        beginning = engine.tokenizer().beginning(tags);
-    } catch (const Error& e) {
-        throw HttpError(400, strf("tags: %s", e.what()), "tags");
-    }
+    const std::vector<int> beginning = beginning_of(f, engine.tokenizer());
     const std::vector<std::string> prompts = f.texts("prompt", 1);
     try {
         return engine.prompt(prompts.empty() ? "" : prompts[0], beginning);
