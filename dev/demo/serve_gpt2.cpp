@@ -689,6 +689,7 @@ inline int serve_main(int argc, char** argv) {
     std::atomic<bool> ended{false};
     std::thread stopper([&] {
         wait_for_signal();
+        if (ended) return;
         if (!serving) _exit(0);  // models are being loaded
         serving.load()->end_texts(std::chrono::seconds(10));
         bool stopped = false;
@@ -706,10 +707,6 @@ inline int serve_main(int argc, char** argv) {
         server->run();
     } catch (...) {
         error = std::current_exception();
-    }
-    if (error && !serving) {
-        stopper.detach();  // it waits for a signal that may never come
-        std::rethrow_exception(error);
     }
     ended = true;
     kill(getpid(), SIGTERM);  // ends the stopper
