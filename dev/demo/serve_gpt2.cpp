@@ -384,6 +384,9 @@ inline bool send_completion(const Completion& c, const std::vector<std::shared_p
 // ---------------------------------------------------------------------------------------------
 // The server
 
+// The most texts that all models together write and let wait
+constexpr size_t MOST_AT_ONCE = 1000;
+
 struct Settings {
     std::vector<std::string> models;
     std::string tokenizer, data, host = "127.0.0.1", origin, dtype = SERVER_DTYPE == BF16 ? "bf16" : "fp32";
@@ -445,8 +448,9 @@ class Server {
     }
 
     void set_limits() {
-        // A connection has a thread. Some are left when as many texts as there may be are written or wait.
-        const size_t texts = std::min<size_t>(models_.size() * (size_t)(s_.slots + s_.queue), 1000);
+        // A connection has a thread while its request is answered: one for each text that may be written or
+        // wait, and 64 for other requests.
+        const size_t texts = models_.size() * (size_t)(s_.slots + s_.queue);
         http_.new_task_queue = [=] { return new httplib::ThreadPool(texts + 64); };
         http_.set_payload_max_length(256 << 10);
         http_.set_read_timeout(5), http_.set_write_timeout(5), http_.set_keep_alive_timeout(5);
@@ -665,15 +669,16 @@ inline int serve_main(int argc, char** argv) {
     f.positional(&s.models, "model.bin [more models]");
     f.add("port", "", &s.port, "N", "where it listens").range(1, 65535);
     f.add("host", "", &s.host, "ADDRESS",
-          "another address than this machine's own, which only this machine reaches");
-    f.add("slots", "", &s.slots, "N", "texts that each model writes at once").range(1, 1024);
-    f.add("queue", "", &s.queue, "N", "texts that wait for a model; more are refused (429)").range(0, 100000);
+          "address to listen on; 127.0.0.1 is reached from this machine only");
+    f.add("slots", "", &s.slots, "N", "texts that each model writes at once").range(1, (double)MOST_AT_ONCE);
+    f.add("queue", "", &s.queue, "N", "texts that wait for a model; more are refused (429)")
+        .range(0, (double)MOST_AT_ONCE);
     f.add("seconds", "", &s.seconds, "N", "the longest that a text may take").range(1, 86400);
     f.add("tokenizer", "", &s.tokenizer, "FILE", "the models' tokenizer; by default the one beside each");
     f.add("data", "", &s.data, "DIR",
           "the training text, for the measures under a poem; by default data/ beside each model");
     f.add("origin", "", &s.origin, "ORIGIN",
-          "a web page's origin that may use the server, e.g. http://example.org");
+          "allow pages of this origin to use the server (CORS), e.g. http://example.org");
     if (!SERVES_ON_GPU)
         f.add("dtype", "", &s.dtype, "NAME", "how weights are kept and multiplied").choices({"fp32", "bf16"});
     f.add("threads", "", &s.threads, "N", "threads; 0: all cores").range(0, 4096);
@@ -681,6 +686,10 @@ inline int serve_main(int argc, char** argv) {
     f.parse(argc, argv);
     if (s.models.empty())
         throw UsageError(strf("no model is given: ./%s out/model.bin; see --help", SERVER_NAME));
+    if (const size_t texts = s.models.size() * (size_t)(s.slots + s.queue); texts > MOST_AT_ONCE)
+        throw UsageError(
+            strf("--slots %d, --queue %d: %zu texts in all, a thread for each; wanted at most %zu", s.slots,
+                 s.queue, texts, MOST_AT_ONCE));
     if (s.threads) machine::set_threads(s.threads);
     signal(SIGPIPE, SIG_IGN);
     take_gpu(-1);

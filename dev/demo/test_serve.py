@@ -584,6 +584,19 @@ def _(server):
         s.close()
 
 
+@test("silent clients, more than there are threads, are cut off after five seconds, and others answered")
+def _(_):
+    with Server("--slots", "1", "--queue", "0") as server:  # 65 threads
+        silent = [server.connect() for _ in range(100)]
+        started = time.monotonic()
+        same(server.ask("GET", "/health").status, 200)
+        check(time.monotonic() - started < 9, f"{time.monotonic() - started:.1f} s")
+        silent[0].settimeout(1)
+        same(silent[0].recv(100), b"", "what a silent client is sent")
+        for s in silent:
+            s.close()
+
+
 @test("clients that connect all at once are answered within three seconds")
 def _(server):
     started = time.monotonic()
@@ -684,7 +697,9 @@ def _(_):
         code, _, err = run_to_end("no/such/model.bin", "--port", str(free_port()))
         same((code, err.count("\n")), (1, 1), err)
         check("no/such/model.bin" in err, err)
-    for arguments, word in ([], "model"), (["x", "--port", "0"], "port"), (["x", "--no-such"], "no-such"):
+    for arguments, word in (([], "model"), (["x", "--port", "0"], "port"), (["x", "--no-such"], "no-such"),
+                            (["x", "--queue", "5000"], "--queue"),
+                            (["x", "y", "--slots", "100", "--queue", "500"], "1200 texts")):
         code, _, err = run_to_end(*arguments)
         check(code == 2 and word in err, arguments, code, err)
 
