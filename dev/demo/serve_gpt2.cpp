@@ -150,24 +150,36 @@ class Fields {
 // ---------------------------------------------------------------------------------------------
 // Models
 
-// One model of the server: its name, the engine that writes with it, and its training text to compare with.
+// The training text in a folder, which texts are compared with.
+class Training {
+  public:
+    explicit Training(std::string folder) : folder_(std::move(folder)) {}
+    static bool is_in(const std::string& folder) {
+        return file_exists(folder + "/train.bin") && file_exists(folder + "/tokenizer.bin");
+    }
+    // Its words, read at the first call.
+    const score::Reference& reference() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!reference_) {
+            const Tokenizer tokenizer = Tokenizer::load(folder_ + "/tokenizer.bin");
+            reference_ =
+                std::make_unique<score::Reference>(score::decode_tokens(folder_ + "/train.bin", tokenizer));
+        }
+        return *reference_;
+    }
+
+  private:
+    const std::string folder_;
+    std::mutex mutex_;  // of reference_
+    std::unique_ptr<score::Reference> reference_;
+};
+
+// One model of the server: its name, the engine that writes with it, and its training text; null where that
+// is not there. Models that were trained on the same text share it.
 struct Model {
     std::string id;
     std::unique_ptr<Engine> engine;
-    std::string data;  // the folder of the training text; "" where it is not there
-    std::mutex mutex;  // of reference
-    std::unique_ptr<score::Reference> reference;
-
-    // The training text's words, read at the first call.
-    const score::Reference& training() {
-        std::lock_guard<std::mutex> lock(mutex);
-        if (!reference) {
-            const Tokenizer tokenizer = Tokenizer::load(data + "/tokenizer.bin");
-            reference =
-                std::make_unique<score::Reference>(score::decode_tokens(data + "/train.bin", tokenizer));
-        }
-        return *reference;
-    }
+    std::shared_ptr<Training> training;
 };
 
 // A model's name: its folder's, as out/mine/model.bin is "mine"; with a number where there are several.
@@ -404,7 +416,7 @@ class Server {
             m->id = id_of(path, models_);
             m->engine = std::make_unique<Engine>(path, engine);
             const std::string data = s.data.empty() ? dirname_of(path) + "/data" : s.data;
-            if (file_exists(data + "/train.bin") && file_exists(data + "/tokenizer.bin")) m->data = data;
+            if (Training::is_in(data)) m->training = training_in(data);
             else if (!s.data.empty()) fail("%s: has no train.bin and tokenizer.bin", s.data.c_str());
             models_.push_back(std::move(m));
         }
@@ -447,6 +459,11 @@ class Server {
         return s_.host == "localhost" || s_.host == "::1" || s_.host.rfind("127.", 0) == 0;
     }
 
+    std::shared_ptr<Training> training_in(const std::string& folder) {
+        std::shared_ptr<Training>& t = trainings_[std::filesystem::canonical(folder)];
+        if (!t) t = std::make_shared<Training>(folder);
+        return t;
+    }
     void set_limits() {
         // A connection has a thread while its request is answered: one for each text that may be written or
         // wait, and 64 for other requests.
@@ -594,7 +611,7 @@ class Server {
                             {"context", m->engine->config().maxT},
                             {"parameters", num_params(m->engine->config())},
                             {"tags", tags},
-                            {"measures", !m->data.empty()}});
+                            {"measures", m->training != nullptr}});
         }
         return {{"object", "list"}, {"data", list}};
     }
@@ -623,7 +640,7 @@ class Server {
     }
     Json measures(const Fields& f) {
         Model& m = model_of(f);
-        if (m.data.empty())
+        if (!m.training)
             throw HttpError(
                 400,
                 strf("model: '%s' has no training text to compare with, wanted data/ beside it or --data",
@@ -636,7 +653,7 @@ class Server {
         // One at a time: a text is compared with all of the training text.
         static std::mutex measuring;
         std::lock_guard<std::mutex> lock(measuring);
-        const score::Scores s = score::measure({text}, m.training());
+        const score::Scores s = score::measure({text}, m.training->reference());
         auto share = [](double x) { return x == x ? Json(x) : Json(nullptr); };
         return {{"verses", s.verses},
                 {"rhyme_kept", share(s.rhyme)},
@@ -648,6 +665,7 @@ class Server {
 
     const Settings s_;
     const int64_t started_ = (int64_t)time(nullptr);
+    std::map<std::string, std::shared_ptr<Training>> trainings_;  // by folder
     std::vector<std::unique_ptr<Model>> models_;
     httplib::Server http_;
 };
