@@ -331,8 +331,10 @@ class Answer {
                                {"unrhymed", k->unrhymed()}};
         return choice;
     }
-    std::string body(Json choices, const std::vector<std::shared_ptr<Text>>* ended = nullptr) const {
+    // Only the first of a stream's events has the prompt, which may be much longer than they are.
+    std::string body(Json choices, const std::vector<std::shared_ptr<Text>>* ended = nullptr) {
         Json all = head_;
+        if (c_.stream) head_.erase("prompt");
         all["choices"] = std::move(choices);
         if (ended) {
             size_t prompt = 0, written = 0;
@@ -350,54 +352,95 @@ class Answer {
     std::vector<size_t> offsets_;  // of each text, in characters
 };
 
-// Sends what the texts become, until all have ended or the client has gone. Returns whether it still listens.
-inline bool send_completion(const Completion& c, const std::vector<std::shared_ptr<Text>>& texts,
-                            httplib::DataSink& sink) {
+inline void cancel(const std::vector<std::shared_ptr<Text>>& texts) {
+    for (auto& t : texts) t->cancel();
+}
+
+// The answer to a request that is no stream, once all texts have ended. "" where the client has gone; a model
+// that fails is an HttpError.
+inline std::string whole_answer(const Completion& c, const std::vector<std::shared_ptr<Text>>& texts,
+                                const std::function<bool()>& has_gone) {
     Answer answer(c);
-    std::vector<Text::News> whole(texts.size());
+    Json choices = Json::array();
+    for (size_t i = 0; i < texts.size(); i++) {
+        Text::News all;
+        while (!all.ended) {
+            Text::News news = texts[i]->next(std::chrono::milliseconds(200));
+            if (!news.error.empty()) {
+                cancel(texts);
+                throw HttpError(500, news.error);
+            }
+            if (has_gone()) return cancel(texts), "";
+            all.text += news.text, all.ended = news.ended, all.finish_reason = news.finish_reason;
+            all.tokens.insert(all.tokens.end(), news.tokens.begin(), news.tokens.end());
+        }
+        choices.push_back(answer.choice(i, *texts[i], all));
+    }
+    return answer.body(std::move(choices), &texts);
+}
+
+// Sends what the texts become, until all have ended or the client has gone. Returns whether it still listens.
+inline bool send_stream(const Completion& c, const std::vector<std::shared_ptr<Text>>& texts,
+                        httplib::DataSink& sink) {
+    Answer answer(c);
+    std::vector<bool> ended(texts.size());
     size_t left = texts.size();
     bool listens = true;
-    auto send = [&](const std::string& s) { listens = listens && sink.write(s.data(), s.size()); };
-    while (left && listens) {
+    auto send = [&](const std::string& s) {
+        const std::string event = "data: " + s + "\n\n";
+        listens = listens && sink.write(event.data(), event.size());
+    };
+    while (left && listens)
         for (size_t i = 0; i < texts.size() && listens; i++) {
-            if (whole[i].ended) continue;
-            Text::News news = texts[i]->next(std::chrono::milliseconds(left > 1 ? 5 : 200));
+            if (ended[i]) continue;
+            const Text::News news = texts[i]->next(std::chrono::milliseconds(left > 1 ? 5 : 200));
             listens = sink.is_writable();
-            left -= news.ended;
+            left -= news.ended, ended[i] = news.ended;
             if (!news.error.empty()) {
-                send((c.stream ? "data: " : "") + error_body(500, news.error, "") + (c.stream ? "\n\n" : ""));
-                for (auto& t : texts) t->cancel();
+                send(error_body(500, news.error, ""));
                 return listens;
             }
-            if (c.stream && (news.ended || !news.text.empty() || !news.tokens.empty()))
-                send("data: " +
-                     answer.body(Json::array({answer.choice(i, *texts[i], news)}), left ? nullptr : &texts) +
-                     "\n\n");
-            whole[i].ended = news.ended, whole[i].finish_reason = news.finish_reason;
-            if (c.stream) continue;
-            whole[i].text += news.text;
-            whole[i].tokens.insert(whole[i].tokens.end(), news.tokens.begin(), news.tokens.end());
+            if (news.ended || !news.text.empty() || !news.tokens.empty())
+                send(answer.body(Json::array({answer.choice(i, *texts[i], news)}), left ? nullptr : &texts));
         }
-    }
-    if (!listens) {
-        for (auto& t : texts) t->cancel();
-        return false;
-    }
-    if (c.stream) {
-        send("data: [DONE]\n\n");
-        return listens;
-    }
-    Json choices = Json::array();
-    for (size_t i = 0; i < texts.size(); i++) choices.push_back(answer.choice(i, *texts[i], whole[i]));
-    send(answer.body(choices, &texts));
+    if (listens) send("[DONE]");
     return listens;
 }
 
 // ---------------------------------------------------------------------------------------------
 // The server
 
-// The most texts that all models together write and let wait
-constexpr size_t MOST_AT_ONCE = 1000;
+// The connection that a request came by. The library tells a handler the client's address, but not the
+// socket, which is therefore looked for among the program's files. It is not found where the client has hung
+// up already.
+class Connection {
+  public:
+    explicit Connection(const httplib::Request& request) {
+        for (auto& file : std::filesystem::directory_iterator("/proc/self/fd")) {
+            const int fd = atoi(file.path().filename().c_str());
+            sockaddr_storage peer;
+            socklen_t size = sizeof peer;
+            char host[NI_MAXHOST], port[NI_MAXSERV];
+            if (getpeername(fd, (sockaddr*)&peer, &size) == 0 &&
+                getnameinfo((sockaddr*)&peer, size, host, sizeof host, port, sizeof port,
+                            NI_NUMERICHOST | NI_NUMERICSERV) == 0 &&
+                request.remote_addr == host && std::to_string(request.remote_port) == port)
+                socket_ = fd;
+        }
+    }
+    // Whether the client has hung up.
+    bool has_gone() const {
+        char c;
+        const ssize_t n = recv(socket_, &c, 1, MSG_PEEK | MSG_DONTWAIT);
+        return n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
+    }
+
+  private:
+    int socket_ = -1;
+};
+
+// The most texts that all models together write and let wait, and the most measures that wait
+constexpr size_t MOST_AT_ONCE = 1000, MOST_WAITING_MEASURES = 8;
 
 struct Settings {
     std::vector<std::string> models;
@@ -542,9 +585,13 @@ class Server {
         http_.Options(".*",
                       [](const httplib::Request&, httplib::Response& response) { response.status = 204; });
         post_route("/v1/completions",
-                   [this](const Fields& f, httplib::Response& response) { complete(f, response); });
+                   [this](const Fields& f, const httplib::Request& request, httplib::Response& response) {
+                       complete(f, request, response);
+                   });
         post_route("/v1/measures",
-                   [this](const Fields& f, httplib::Response& response) { answer(response, measures(f)); });
+                   [this](const Fields& f, const httplib::Request& request, httplib::Response& response) {
+                       answer(response, measures(f, request));
+                   });
     }
     // A server may ignore the header Range. The library would send as many parts as it asks for, and each may
     // be the whole page.
@@ -591,7 +638,7 @@ class Server {
         http_.Post(path, [=](const httplib::Request& request, httplib::Response& response) {
             const std::string type = request.get_header_value("Content-Type");
             if (type.substr(0, type.find_first_of("; ")) != "application/json") throw wrong_type(type);
-            handler(Fields(request.body), response);
+            handler(Fields(request.body), request, response);
         });
         http_.Get(path,
                   [](const httplib::Request&, httplib::Response&) { throw HttpError(405, "wanted POST"); });
@@ -624,21 +671,23 @@ class Server {
         throw HttpError(404, strf("model: '%s' is unknown; there are: %s", id.c_str(), known.c_str()),
                         "model");
     }
-    void complete(const Fields& f, httplib::Response& response) {
+    void complete(const Fields& f, const httplib::Request& request, httplib::Response& response) {
         auto c = std::make_shared<Completion>(read_completion(f, model_of(f), s_.seconds));
+        const Connection connection(request);
         auto texts = c->model->engine->write(c->requests);
+        if (!c->stream)
+            return response.set_content(whole_answer(*c, texts, [&] { return connection.has_gone(); }),
+                                        "application/json");
         response.set_chunked_content_provider(
-            c->stream ? "text/event-stream" : "application/json",
+            "text/event-stream",
             [c, texts](size_t, httplib::DataSink& sink) {
-                const bool listens = send_completion(*c, texts, sink);
+                const bool listens = send_stream(*c, texts, sink);
                 if (listens) sink.done();
                 return listens;
             },
-            [texts](bool) {
-                for (auto& t : texts) t->cancel();
-            });
+            [texts](bool) { cancel(texts); });
     }
-    Json measures(const Fields& f) {
+    Json measures(const Fields& f, const httplib::Request& request) {
         Model& m = model_of(f);
         if (!m.training)
             throw HttpError(
@@ -651,8 +700,17 @@ class Server {
             throw HttpError(400, strf("text: is %zu bytes, wanted at most %zu", text.size(), MOST_MEASURED),
                             "text");
         // One at a time: a text is compared with all of the training text.
-        static std::mutex measuring;
-        std::lock_guard<std::mutex> lock(measuring);
+        struct Place {
+            std::atomic<size_t>& taken;
+            const size_t others = taken++;
+            ~Place() { taken--; }
+        } const place{measures_};
+        if (place.others > MOST_WAITING_MEASURES)
+            throw Busy(strf("measures: one is being made, and %zu wait", MOST_WAITING_MEASURES));
+        const Connection connection(request);
+        std::unique_lock<std::timed_mutex> lock(measuring_, std::defer_lock);
+        while (!lock.try_lock_for(std::chrono::milliseconds(200)))
+            if (connection.has_gone()) return {};  // nobody reads the answer
         const score::Scores s = score::measure({text}, m.training->reference());
         auto share = [](double x) { return x == x ? Json(x) : Json(nullptr); };
         return {{"verses", s.verses},
@@ -667,6 +725,8 @@ class Server {
     const int64_t started_ = (int64_t)time(nullptr);
     std::map<std::string, std::shared_ptr<Training>> trainings_;  // by folder
     std::vector<std::unique_ptr<Model>> models_;
+    std::atomic<size_t> measures_{0};  // that are made or wait
+    std::timed_mutex measuring_;
     httplib::Server http_;
 };
 
