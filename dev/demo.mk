@@ -26,7 +26,11 @@ serve_gpt2cu: sample_gpt2.cu $(BUILD)/data/json.o $(BUILD)/lib/version.o $(PAGE)
 	$(flags.build/nvcc) -DSERVE_GPT2 $(HTTP_FLAGS) -MMD -MP -MF build/nvcc/$@.d $(filter %.cu %.o,$^) -o $@ \
 	  $(CUDA_LIBS) $(filter-out -pthread,$(HTTP_LIBS))
 
-# One file, whose name may have spaces, or several without
+# `make demo MODEL=...` serves what is named. Without MODEL it serves OUT/model.bin, which `make train` makes
+# of POEMS where it is missing. To name POEMS when OUT has a model already is an error: that model may have
+# learnt other poems, and would be served as if it had learnt these.
+#
+# MODEL is one file, whose name may have spaces, or several without.
 models = $(if $(or $(filter file,$(origin MODEL)),$(shell test -e $(call quote,$(MODEL)) && echo one)),\
 	$(call quote,$(MODEL)),$(MODEL))
 demo: need-demo $(PROGRAMS) $(SERVER:./%=%) | $(call named,train ladder finetune)
@@ -45,9 +49,14 @@ $(DEMO_TEST)/model.bin: $(PROGRAMS)
 	rm -rf $(DEMO_TEST) && mkdir -p $(DEMO_TEST)
 	./prepare_data data/sample_poems.csv -o $(DEMO_TEST)/data >/dev/null
 	./train_gpt2 --data $(DEMO_TEST)/data -o $(DEMO_TEST) --overwrite --max_steps 200 --log_every 100 >/dev/null
-test-demo: serve_gpt2 $(DEMO_TEST)/model.bin $(SELENIUM)/installed
+# A model with tags of two columns
+$(DEMO_TEST)/tagged/model.bin: $(DEMO_TEST)/model.bin
+	./prepare_data data/sample_poems.csv --tags poem_meter,poet_name --tag_min 1 -o $(@D)/data >/dev/null
+	./train_gpt2 --data $(@D)/data -o $(@D) --overwrite --max_steps 20 --log_every 20 >/dev/null
+test-demo: serve_gpt2 $(DEMO_TEST)/model.bin $(DEMO_TEST)/tagged/model.bin $(SELENIUM)/installed
 	$(flags.$(BUILD)) $(HTTP_FLAGS) -fsyntax-only dev/demo/fuzz_request.cpp  # compiles without clang, too
-	$(SELENIUM)/bin/python dev/demo/test_serve.py --openai --command './serve_gpt2 $(DEMO_TEST)/model.bin'
+	$(SELENIUM)/bin/python dev/demo/test_serve.py --openai --tagged $(DEMO_TEST)/tagged/model.bin \
+	  --command './serve_gpt2 $(DEMO_TEST)/model.bin'
 	$(SELENIUM)/bin/python dev/demo/test_page.py --command './serve_gpt2 $(DEMO_TEST)/model.bin --port 8123'
 
 # Mutated requests, for FUZZ_SECONDS

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Tests serve_gpt2 through its port, with any model of Arabic poems.
 
-    dev/demo/test_serve.py --command './serve_gpt2 out/model.bin --data DIR' [--openai] [--only WORD]
+    dev/demo/test_serve.py --command './serve_gpt2 out/model.bin --data DIR' [--tagged MODEL] [--openai]
+                           [--only WORD]
 
 --command is the program, a model, and its flags without --port; the tests start it themselves, on free ports.
---openai also tries the package `openai` (pip install openai), if it is installed. The last line is "N passed,
-N failed". The exit code is 1 if a test failed. It takes less than a minute.
+--tagged is a model in another folder that learnt tags of two columns. --openai also tries the package
+`openai` (pip install openai), if it is installed. The last line is "N passed, N failed". The exit code is 1
+if a test failed. It takes less than a minute.
 """
 import argparse
 import collections
@@ -79,6 +81,10 @@ def program():
     return shlex.split(FLAGS.command)[0]
 
 
+def model():
+    return shlex.split(FLAGS.command)[1]
+
+
 def run_to_end(*arguments):
     """Exit code, stdout and stderr of the program."""
     p = subprocess.run([program(), *arguments], capture_output=True, text=True, timeout=20)
@@ -105,6 +111,9 @@ class Server:
         """MiB of memory."""
         with open(f"/proc/{self.process.pid}/status") as f:
             return int(re.search(r"VmRSS:\s+(\d+)", f.read())[1]) / 1024
+
+    def models(self):
+        return json.loads(self.ask("GET", "/v1/models").body)["data"]
 
     def ask(self, method, path, body=None, headers=(), seconds=30):
         c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
@@ -338,7 +347,7 @@ def _(server):
 
 @test("a prompt that is longer than the context goes on, and so does a text")
 def _(server):
-    context = json.loads(server.ask("GET", "/v1/models").body)["data"][0]["context"]
+    context = server.models()[0]["context"]
     a = server.complete(prompt="قفا نبك من ذكرى حبيب ومنزل\n" * (context // 4), max_tokens=20, seed=8)
     check(a["usage"]["prompt_tokens"] > context, a["usage"])
     same(a["usage"]["completion_tokens"], 20, "completion_tokens")
@@ -375,9 +384,18 @@ def _(server):
         same(rhyme_of(verse) == "ر", number not in found["unrhymed"], f"verse {number}: {verse}")
 
 
+@test("verses of the prompt that do not rhyme are told, and stay")
+def _(server):
+    prompt = "قفا نبك من ذكرى حبيب\tعلى دار\nسكن الأنام ونام كل مسهد\n"
+    for rhyme, wrong in ("auto", {2}), ("د", {1}), ("ب", {1, 2}):
+        a = server.complete(prompt=prompt, verses=3, rhyme=rhyme, max_tokens=3000)
+        same(a["prompt"], prompt)
+        same(set(a["choices"][0]["rhyme"]["unrhymed"]) - {3}, wrong, f"{rhyme}: unrhymed verses of the prompt")
+
+
 @test("measures count a text's verses and what it copies")
 def _(server):
-    if not json.loads(server.ask("GET", "/v1/models").body)["data"][0]["measures"]:
+    if not server.models()[0]["measures"]:
         raise Skipped("the model's training text is not there")
     text = server.text(verses=4, max_tokens=3000)
     m = json.loads(server.post({"text": text}, "/v1/measures").body)
@@ -388,6 +406,62 @@ def _(server):
     refused(server.post({"text": "\u0628 " * 11000}, "/v1/measures"), 400, "text")
     m = json.loads(server.post({"text": ""}, "/v1/measures").body)
     same((m["verses"], m["rhyme_kept"], m["words_known"]), (0, None, None), "of an empty text")
+
+
+@test("of many measures at once some are refused with 429 and Retry-After, and the others are made")
+def _(server):
+    if not server.models()[0]["measures"]:
+        raise Skipped("the model's training text is not there")
+    body = json.dumps({"text": "قفا نبك من ذكرى حبيب ومنزل\n" * 600}, ensure_ascii=False).encode()
+    head = (b"POST /v1/measures HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body))
+    clients = [server.connect(head + body[:-1]) for _ in range(40)]
+    for c in clients:
+        c.sendall(body[-1:])
+    answers = [b"".join(iter(lambda: c.recv(65536), b"")) for c in clients]
+    for c in clients:
+        c.close()
+    made = [a for a in answers if a.startswith(b"HTTP/1.1 200")]
+    refused = [a for a in answers if a.startswith(b"HTTP/1.1 429")]
+    same(len(made) + len(refused), len(clients), "answers")
+    check(len(made) >= 9 and refused, f"{len(made)} are made, {len(refused)} refused")
+    check(all(b"\r\nRetry-After: " in a for a in refused), refused[0])
+
+
+@test("two models are served at once, each under its own name")
+def _(_):
+    with Server(model()) as server:
+        ids = [m["id"] for m in server.models()]
+        same(ids[1], ids[0] + "-2", "the second name")
+        alone = server.text(model=ids[0], max_tokens=100, seed=12)
+        with server.stream(model=ids[0], **ENDLESS):
+            for name in ids:
+                a = server.complete(model=name, max_tokens=100, seed=12)
+                same((a["model"], a["choices"][0]["text"]), (name, alone), "beside a text of the first")
+
+
+@test("a text begins with the tags that are asked for; others are refused")
+def _(_):
+    if not FLAGS.tagged:
+        raise Skipped("needs --tagged")
+    with Server(FLAGS.tagged) as server:
+        plain, tagged = server.models()
+        same(plain["tags"], {}, "tags of the model without")
+        (column, values), (column2, values2) = tagged["tags"].items()
+        value, value2 = values[0], values2[0]
+
+        def likeliest(tags):
+            a = server.complete(model=tagged["id"], tags=tags, max_tokens=1, logprobs=5)
+            return a["choices"][0]["logprobs"]["top_logprobs"][0]
+        found = [likeliest({column: v}) for v in values]
+        check(all(a != b for a, b in zip(found, found[1:])), "tags make no difference")
+        same(likeliest({column: "other"}), likeliest({}), "with the tag that stands for none")
+        both = likeliest({column: value, column2: value2})
+        same(likeliest({column2: value2, column: value}), both, "in the other order")
+        check(both not in (likeliest({column: value}), likeliest({column2: value2})))
+        for tags in ({column: "none"}, {"none": value}, {column: f"{value},{column2}={value2}"},
+                     {f"{column}={value},{column2}": value2}, {column: ""}):
+            refused(server.post({"model": tagged["id"], "tags": tags}), 400, "tags")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -739,6 +813,7 @@ def _(server):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--command", required=True, help="the program, a model, and flags other than --port")
+    parser.add_argument("--tagged", metavar="MODEL", help="a model that learnt tags of two columns")
     parser.add_argument("--openai", action="store_true", help="also tries the package openai")
     parser.add_argument("--only", default="", metavar="WORD", help="the tests whose promise has this word")
     global FLAGS
