@@ -410,33 +410,92 @@ inline bool send_stream(const Completion& c, const std::vector<std::shared_ptr<T
 // ---------------------------------------------------------------------------------------------
 // The server
 
-// The connection that a request came by. The library tells a handler the client's address, but not the
-// socket, which is therefore looked for among the program's files. It is not found where the client has hung
-// up already.
+// The library gives a handler the client's address and port, but not the socket. So sockets are looked for
+// among the program's files, where the system lists these in /proc (Linux).
+inline std::string client_of(const httplib::Request& request) {
+    return request.remote_addr + " " + std::to_string(request.remote_port);
+}
+// The client at the other end of a socket; "" if there is none.
+inline std::string client_at(int socket) {
+    sockaddr_storage peer;
+    socklen_t size = sizeof peer;
+    char host[NI_MAXHOST], port[NI_MAXSERV];
+    if (getpeername(socket, (sockaddr*)&peer, &size) ||
+        getnameinfo((sockaddr*)&peer, size, host, sizeof host, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV))
+        return "";
+    return std::string(host) + " " + port;
+}
+// The sockets of all clients.
+inline std::map<std::string, int> connections() {
+    std::map<std::string, int> all;
+    std::error_code none;
+    for (auto& file : std::filesystem::directory_iterator("/proc/self/fd", none)) {
+        const int socket = atoi(file.path().filename().c_str());
+        if (const std::string client = client_at(socket); !client.empty()) all[client] = socket;
+    }
+    return all;
+}
+
+// The connection that a request came by. It is not found where the client has hung up already.
 class Connection {
   public:
     explicit Connection(const httplib::Request& request) {
-        for (auto& file : std::filesystem::directory_iterator("/proc/self/fd")) {
-            const int fd = atoi(file.path().filename().c_str());
-            sockaddr_storage peer;
-            socklen_t size = sizeof peer;
-            char host[NI_MAXHOST], port[NI_MAXSERV];
-            if (getpeername(fd, (sockaddr*)&peer, &size) == 0 &&
-                getnameinfo((sockaddr*)&peer, size, host, sizeof host, port, sizeof port,
-                            NI_NUMERICHOST | NI_NUMERICSERV) == 0 &&
-                request.remote_addr == host && std::to_string(request.remote_port) == port)
-                socket_ = fd;
-        }
+        const auto all = connections();
+        if (auto at = all.find(client_of(request)); at != all.end()) socket_ = at->second;
     }
-    // Whether the client has hung up.
+    // Whether the client has hung up. False where sockets are not listed.
     bool has_gone() const {
+        static const bool listed = std::filesystem::exists("/proc/self/fd");
         char c;
         const ssize_t n = recv(socket_, &c, 1, MSG_PEEK | MSG_DONTWAIT);
-        return n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);
+        return listed && (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR));
     }
 
   private:
     int socket_ = -1;
+};
+
+// Cuts off clients whose request has not arrived as a whole after PATIENCE. The library only limits the time
+// of each read, so that clients that send a byte now and then would hold their threads for ever. A connection
+// has one request (set_limits()).
+class Arrivals {
+  public:
+    static constexpr std::chrono::seconds PATIENCE{10};
+    Arrivals() : thread_([this] { watch(); }) {}
+    ~Arrivals() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ending_ = true, changed_.notify_all();
+        lock.unlock(), thread_.join();
+    }
+    // The request is whole; its answer may take longer.
+    void arrived(const httplib::Request& request) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        arrived_.insert(client_of(request));
+    }
+
+  private:
+    void watch() {
+        std::map<std::string, Clock::time_point> seen;  // when each client was first seen
+        std::unique_lock<std::mutex> lock(mutex_);
+        while (!changed_.wait_for(lock, std::chrono::seconds(1), [&] { return ending_; })) {
+            const auto open = connections();
+            for (auto at = seen.begin(); at != seen.end();)
+                if (open.count(at->first)) at++;
+                else arrived_.erase(at->first), at = seen.erase(at);
+            for (auto& [client, socket] : open) {
+                const bool late = Clock::now() - seen.emplace(client, Clock::now()).first->second > PATIENCE;
+                // The socket's number may have become another client's since it was listed.
+                if (late && !arrived_.count(client) && client_at(socket) == client)
+                    shutdown(socket, SHUT_RDWR);
+            }
+        }
+    }
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::set<std::string> arrived_;
+    bool ending_ = false;
+    std::thread thread_;
 };
 
 // The most texts that all models together write and let wait, and the most measures that wait
@@ -638,6 +697,7 @@ class Server {
         http_.Post(path, [=](const httplib::Request& request, httplib::Response& response) {
             const std::string type = request.get_header_value("Content-Type");
             if (type.substr(0, type.find_first_of("; ")) != "application/json") throw wrong_type(type);
+            arrivals_.arrived(request);
             handler(Fields(request.body), request, response);
         });
         http_.Get(path,
@@ -727,6 +787,7 @@ class Server {
     std::vector<std::unique_ptr<Model>> models_;
     std::atomic<size_t> measures_{0};  // that are made or wait
     std::timed_mutex measuring_;
+    Arrivals arrivals_;
     httplib::Server http_;
 };
 

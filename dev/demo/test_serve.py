@@ -671,6 +671,32 @@ def _(_):
             s.close()
 
 
+@test("clients that send a byte now and then are cut off after ten seconds, others are answered")
+def _(_):
+    with Server("--slots", "1", "--queue", "0") as server, server.stream(**ENDLESS) as s:  # 65 threads
+        slow = [server.connect(data) for data in 50 * [
+            b"GET /health HTTP/1.1\r\nX: ", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"]]
+        ended = threading.Event()
+
+        def drip():
+            while not ended.wait(1):
+                for client in slow:
+                    with contextlib.suppress(OSError):
+                        client.send(b" ")
+        threading.Thread(target=drip).start()
+        try:
+            started = time.monotonic()
+            same(server.ask("GET", "/health").status, 200)
+            check(time.monotonic() - started < 14, f"{time.monotonic() - started:.1f} s")
+        finally:
+            ended.set()
+        while time.monotonic() < started + 14:
+            next(s)  # an answer may take longer
+        for client in slow:
+            client.close()
+
+
 @test("clients that connect all at once are answered within three seconds")
 def _(server):
     started = time.monotonic()
