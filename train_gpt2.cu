@@ -28,6 +28,7 @@
 #include <cfloat>
 #include <map>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include "lib/comm_tcp.h"
@@ -3457,7 +3458,6 @@ class NcclComm final : public TcpComm {
         if (leads()) NCCL_CHECK(ncclGetUniqueId(&id));
         broadcast(&id, sizeof id);
         NCCL_CHECK(ncclCommInitRank(&nccl_, world, id, rank));
-        set_on_death([this] { ncclCommAbort(nccl_); });
         add_up_ones();
         set_check([this]() -> std::string {
             ncclResult_t state;
@@ -3468,14 +3468,20 @@ class NcclComm final : public TcpComm {
         });
     }
     ~NcclComm() override {
-        set_on_death(nullptr), set_check(nullptr);
+        set_check(nullptr);
         if (nccl_) ncclCommDestroy(nccl_);
     }
     // Afterwards no stream of this rank waits for the others.
+        if (aborting_.joinable()) aborting_.join();
     void abort(int code, const std::string& line) override {
         TcpComm::abort(code, line);
-        set_on_death(nullptr), set_check(nullptr);
-        if (nccl_) ncclCommAbort(std::exchange(nccl_, nullptr));
+        set_check(nullptr);
+        if (!nccl_) return;
+        // ncclCommAbort first ends the collectives on this GPU. Then it waits until the graphs with
+        // collectives have been destroyed, which the model does; after an error of the GPU NCCL may never
+        // hear of it.
+        end_process_later(code);
+        aborting_ = std::thread([nccl = std::exchange(nccl_, nullptr)] { ncclCommAbort(nccl); });
     }
     bool can_shard() const override { return true; }
 
@@ -3558,6 +3564,7 @@ class NcclComm final : public TcpComm {
     ncclComm_t nccl_ = nullptr;
 };
 
+    std::thread aborting_;
 inline std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
     Launch launch = find_launch();
     if (o.device >= 0 && (launch.world > 1 || o.gpus > 1))

@@ -311,8 +311,9 @@ TEST_CASE("ranks: without any one of the waits between streams a run goes wrong"
 
 namespace {
 
-// One rank gets a signal in step SIGNAL_STEP, or with BREAK_NCCL calls what the others do not.
-constexpr int BREAK_NCCL = -1;
+// One rank gets a signal in step SIGNAL_STEP, or with BREAK_NCCL calls what the others do not, or with FAIL
+// throws an Error.
+constexpr int BREAK_NCCL = -1, FAIL = -2;
 struct RankModel : gpu::GPT2 {
     using gpu::GPT2::GPT2;
     static constexpr uint32_t SIGNAL_STEP = 4;
@@ -323,6 +324,7 @@ struct RankModel : gpu::GPT2 {
         if (ranks.comm->rank == told && t == SIGNAL_STEP) {
             if (signal == BREAK_NCCL)
                 static_cast<gpu::NcclComm*>(ranks.comm)->all_reduce((float*)params.wte, 2, stream.stream);
+            else if (signal == FAIL) fail("cannot go on");
             else raise(signal);
         }
         return gpu::GPT2::step(a, t);
@@ -522,6 +524,17 @@ TEST_CASE("ranks: an error of NCCL in the middle ends all, with one line that na
     CHECK(contains(o.err, "train_gpt2cu: rank "));
     CHECK(contains(o.err, "rank 1 ncclAllReduce of 2 float32"));
     CHECK(o.seconds < 20);
+}
+
+TEST_CASE("ranks: an error after some steps ends all, with one line, as soon as the graphs are destroyed") {
+    for (int rank : {0, 1}) {
+        Trainer t;
+        t.told = rank, t.signal = FAIL;
+        Outcome o = t.train("failed", {"--gpus", "2"});
+        CHECK(o.code == 1);
+        CHECK(o.err == strf("train_gpt2cu: rank %d: cannot go on\n", rank));
+        CHECK(o.seconds < 5);
+    }
 }
 
 TEST_CASE("ranks: all compute their products as rank 0 has chosen") {

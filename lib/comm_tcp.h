@@ -470,12 +470,6 @@ class TcpComm : public Comm {
         std::lock_guard<std::mutex> lock(mutex_);
         hint_ = hint;
     }
-    // Called by the watcher before it ends this process because another rank died or cannot go on. Where the
-    // call does not return, the process ends all the same.
-    void set_on_death(std::function<void()> f) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        on_death_ = std::move(f);
-    }
     // Called by the watcher at least every interval: what has gone wrong that the main thread may never
     // notice, because it waits for a GPU; "" if nothing. All ranks then end.
     void set_check(std::function<std::string()> f) {
@@ -519,6 +513,16 @@ class TcpComm : public Comm {
     // Makes all other ranks end, silently, with this exit code. Returns when they have been told, at most a
     // second later; this rank is to end, too, and cannot call collective functions any more.
     void abort(int code, const std::string& line) override { end_watcher(tcp::END, code, line); }
+
+  protected:
+    // Ends this process after some seconds, whatever its threads wait for by then.
+    void end_process_later(int code) const {
+        const int patience = std::min(timeout_s_, 5);
+        std::thread([=] {
+            std::this_thread::sleep_for(std::chrono::seconds(patience));
+            _exit(code);
+        }).detach();
+    }
 
   private:
     // --- collective functions. Ranks r > 0 send their part, and rank 0 its answer when all parts have come.
@@ -747,12 +751,7 @@ class TcpComm : public Comm {
         if (ending_) return;
         exit_code_ = code;
         say_last(tcp::END, code);
-        const int patience = std::min(timeout_s_, 5);
-        std::thread timer([=] {  // ends this process even where on_death_ or fflush() waits for ever
-            std::this_thread::sleep_for(std::chrono::seconds(patience));
-            _exit(code);
-        });
-        timer.detach();
+        end_process_later(code);  // even where end_process() waits for a lock on standard output
     }
     void say_last(tcp::Type type, int code) {
         tcp::Header h;
@@ -774,12 +773,6 @@ class TcpComm : public Comm {
         if (write(2, line.data(), line.size()) < 0) {}
     }
     [[noreturn]] void end_process() {
-        std::function<void()> on_death;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            on_death = on_death_;
-        }
-        if (on_death) on_death();
         fflush(stdout), fflush(stderr);
         _exit(exit_code_);
     }
@@ -795,7 +788,6 @@ class TcpComm : public Comm {
     std::condition_variable arrived_;
     std::vector<tcp::Peer> peers_;  // rank 0: the connections to ranks 1, 2, ...; others: to rank 0
     std::string hint_;
-    std::function<void()> on_death_;
     std::function<std::string()> check_;
     bool ending_ = false;
     int exit_code_ = -1;  // of this process, which is about to end; -1: it is not

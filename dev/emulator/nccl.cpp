@@ -27,6 +27,7 @@
 #include <chrono>
 #include <map>
 #include <random>
+#include <thread>
 
 #include "api.h"
 
@@ -109,6 +110,9 @@ struct Communicator {
     uint64_t begun = 0, phase = 0;
     std::atomic<bool> aborted{false}, destroyed{false};
     std::atomic<int> error{ncclSuccess};  // for ncclCommGetAsyncError
+    // Each collective that a graph has captured holds it, too.
+    const std::shared_ptr<int> captured = std::make_shared<int>();
+    bool in_graphs() const { return captured.use_count() > 1; }
     Member& member(int r) const { return segment->members[r]; }
     Member& me() const { return member(rank); }
     ~Communicator() {
@@ -126,7 +130,8 @@ struct Collective {
     char *recv, *filled;  // `filled` bytes are NaN while the collective runs: the output, or both buffers if
                           // the output is a part of the input
     size_t in_bytes, out_bytes, filled_bytes;
-    int priority;  // of the stream
+    int priority;                   // of the stream
+    std::shared_ptr<int> captured;  // the communicator's, while a graph has this collective
     uint64_t number = 0;
     std::vector<char> input;  // a copy
 };
@@ -429,6 +434,7 @@ static ncclResult_t collective(Kind kind, const void* send, void* recv, size_t c
         c->out_bytes = kind == ALL_GATHER ? all : block;
         check_buffers(*c);
         if (cudaError_t e = cudaStreamGetPriority(stream, &c->priority)) throw e;
+        if (under_capture(stream)) c->captured = k.captured;
         submit_collective(
             stream, k.last, [c] { start(*c); }, [c] { finish(*c); });
     });
@@ -558,6 +564,10 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
         const CommunicatorPtr k = find(comm);
         if (!k) reject(ncclInvalidArgument, "ncclCommDestroy: not a communicator in use");
         wait_for_all();
+        if (k->in_graphs())
+            reject(ncclInvalidUsage,
+                   "ncclCommDestroy: graphs have captured collectives of the communicator; NCCL would wait "
+                   "until they have been destroyed");
         int present = PRESENT;
         k->me().state.compare_exchange_strong(present, DESTROYED);
         k->destroyed = true;
@@ -570,6 +580,7 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
     int present = PRESENT;
     k->me().state.compare_exchange_strong(present, ABORTED);
     k->aborted = true;
+    while (k->in_graphs()) std::this_thread::sleep_for(std::chrono::milliseconds(1));  // as NCCL does
     return ncclSuccess;
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {

@@ -617,7 +617,7 @@ TEST_CASE("nccl: ncclCommDestroy completes collectives that were submitted") {
     }));
 }
 
-TEST_CASE("nccl: a graph that uses a communicator that was destroyed is reported") {
+TEST_CASE("nccl: a communicator outlives the graphs that have captured its collectives") {
     const Texts texts = in_ranks(1, [](Rank& k) {
         float* x = device(test::Floats(100));
         cudaGraph_t graph;
@@ -627,12 +627,23 @@ TEST_CASE("nccl: a graph that uses a communicator that was destroyed is reported
         WANT(cudaStreamEndCapture(k.main, &graph) == cudaSuccess);
         WANT(cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess);
         WANT(cudaGraphLaunch(executable, k.main) == cudaSuccess);
-        WANT(ncclCommDestroy(k.comm) == ncclSuccess);
+        WANT(cudaGraphDestroy(graph) == cudaSuccess);
+        WANT(ncclCommDestroy(k.comm) == ncclInvalidUsage);
+        const std::string report = emu::last_report();
+        std::atomic<bool> aborted{false};
+        std::thread abort([&] {
+            ncclCommAbort(k.comm);
+            aborted = true;
+        });
+        usleep(200000);
+        const bool waited = !aborted;
+        WANT(cudaGraphExecDestroy(executable) == cudaSuccess);
+        abort.join();
+        WANT(waited);
         WANT(ncclCommDestroy(k.comm) == ncclInvalidArgument);
-        WANT(cudaGraphLaunch(executable, k.main) != cudaSuccess);
-        return emu::last_report();
+        return report;
     });
-    CHECK_CONTAINS(texts[0], "of a communicator that it has destroyed");
+    CHECK_CONTAINS(texts[0], "ncclCommDestroy: graphs have captured collectives of the communicator");
 }
 
 // ---------------------------------------------------------------------------------------------
