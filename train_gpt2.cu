@@ -2970,6 +2970,7 @@ class Matmul {
         size_t out = product == FORWARD ? N : K;  // length of D's rows
         if (epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || epilogue == CUBLASLT_EPILOGUE_DGELU)
             set(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)out);
+        if (epilogue == CUBLASLT_EPILOGUE_BGRADB) set(p, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, CUDA_R_32F);
         // A row-major (rows, cols) matrix is a column-major (cols, rows) one.
         auto layout = [&](cublasLtMatrixLayout_t* l, cudaDataType_t t, size_t rows, size_t cols) {
             CUBLAS_CHECK(cublasLtMatrixLayoutCreate(l, t, cols, rows, (int64_t)cols));
@@ -2992,7 +2993,7 @@ class Matmul {
 
     // Finds the plan's algorithms: that of `choices` first, or with `timing` the fastest one (which
     // overwrites o.d); then the others that cuBLASLt proposes. All operands are aligned to the largest power
-    // of two that divides row_bytes.
+    // of two, up to 16, that divides row_bytes.
     void choose(Plan& p, const std::string& product, const Operands& o, size_t row_bytes) {
         cublasLtMatmulAlgo_t known;
         cublasLtMatmulHeuristicResult_t check{};
@@ -3020,7 +3021,8 @@ class Matmul {
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)WORKSPACE);
         // Where several blocks compute parts of one sum (split K), the parts are added in fp32.
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
-        uint32_t alignment = (uint32_t)std::min<size_t>(256, row_bytes & (~row_bytes + 1));
+        // Blocks' parameters begin at multiples of 16 bytes, with some numbers of ranks at no larger ones.
+        uint32_t alignment = (uint32_t)std::min<size_t>(16, row_bytes & (~row_bytes + 1));
         for (auto a :
              {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
               CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
@@ -3470,9 +3472,9 @@ class NcclComm final : public TcpComm {
     ~NcclComm() override {
         set_check(nullptr);
         if (nccl_) ncclCommDestroy(nccl_);
-    }
-    // Afterwards no stream of this rank waits for the others.
         if (aborting_.joinable()) aborting_.join();
+    }
+    // Afterwards no stream of this rank waits for the others, and the model can be destroyed.
     void abort(int code, const std::string& line) override {
         TcpComm::abort(code, line);
         set_check(nullptr);
@@ -3562,9 +3564,9 @@ class NcclComm final : public TcpComm {
     }
     const std::string started_by_;
     ncclComm_t nccl_ = nullptr;
+    std::thread aborting_;
 };
 
-    std::thread aborting_;
 inline std::unique_ptr<Comm> open_ranks(const RankOptions& o) {
     Launch launch = find_launch();
     if (o.device >= 0 && (launch.world > 1 || o.gpus > 1))
@@ -4089,7 +4091,8 @@ struct GPT2 {
             throw;
         }
         CUDA_CHECK(cudaStreamEndCapture(stream.stream, &graph));
-        cudaError_t status = cudaGraphInstantiate(&exec, graph, 0);
+        // With the streams' priorities, so that sums over the ranks do not queue behind the products
+        cudaError_t status = cudaGraphInstantiate(&exec, graph, cudaGraphInstantiateFlagUseNodePriority);
         cudaGraphDestroy(graph);
         CUDA_CHECK(status);
         return exec;
@@ -4647,7 +4650,8 @@ class Decoder final : public ::Decoder {
                 "at once",
                 N, human_bytes((double)a.used).c_str(), human_bytes((double)have).c_str());
         memory_.allocate(a.used);
-        CUDA_CHECK(cudaMemset(memory_.p, 0, a.used));  // rows that no sequence uses are computed, too
+        // Rows that no sequence uses are computed, too.
+        CUDA_CHECK(cudaMemsetAsync(memory_.p, 0, a.used, m_.stream.stream));
         a = device_arena(memory_.p);
         place(a);
         host_tokens_.allocate(rows_ * sizeof(int)), host_places_.allocate(N * sizeof(DecodePlace));
