@@ -12,7 +12,7 @@
 Started again, it goes on where it stopped. A rate is --learning_rate; the blocks' matrices learn at 5 times
 that rate with Muon (--muon_learning_rate), and so their weights decay 5 times as fast, too. Each of three
 rates is tried, in b for a quarter of the steps. The best is trained for all steps, and so is a higher one
-whose try is within 0.1 of the best: in a short run the warm-up is short, which is to the disadvantage of high
+whose try is within 0.15 of the best: in a short run the warm-up is short, which is to the disadvantage of high
 rates. The rate that is the best after all steps is trained with a second seed, and for as many steps as a try
 with the wsd schedule instead of cosine. Muon is also trained for as many seconds as AdamW, that is, for fewer
 steps. The time of a step that this is computed from is one that a tenth of the optimizer's steps fall below:
@@ -138,7 +138,7 @@ class Experiment:
             self.write()
         for o in OPTIMIZERS:
             for rate in self.rates[o]:
-                near = self.tried[o, rate].best() <= self.tried[o, best_try[o]].best() + 0.1
+                near = self.tried[o, rate].best() <= self.tried[o, best_try[o]].best() + 0.15
                 if rate > best_try[o] and near:
                     self.trained[o, rate] = self.run(o, rate, self.steps)
                     self.write()
@@ -237,7 +237,7 @@ def main():
             "b", "(b) Characters of many poets, char preset, 16 x 256 tokens", o.out,
             ["--data", data("corpus"), "--preset", "char", "--batch_size", 16, "--dropout", 0, "--dtype",
              o.dtype, "--val_tokens", 50000],
-            {"adamw": (2.5e-4, 5e-4, 1e-3), "muon": (1e-3, 2e-3, 4e-3)},
+            {"adamw": (5e-4, 1e-3, 2e-3), "muon": (1e-3, 2e-3, 4e-3)},
             steps=o.steps, tries=max(1, o.steps // 4), validations=12))
     if "c" in o.parts:
         others = data("others", "--except", f"poet_name={o.poet}")
