@@ -105,7 +105,8 @@ over_the_link() { # MB HOSTS
 variant() { # NAME HOSTS B
     local log=$dir/$1.log before mb
     before=$(sent)
-    check "$1 trains" train "$2" run --preset char -d 4096 -b "$3" --threads 1 --max_steps 5
+    check "$1 trains" train "$2" run --preset char --optimizer adamw -d 4096 -b "$3" --threads 1 \
+        --max_steps 5
     mb=$((($(sent) - before) / 5000000))
     mv "$dir/said" "$dir/out"
     mv "$dir/run/log.csv" "$log" && rm -rf "$dir/run"

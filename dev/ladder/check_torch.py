@@ -112,8 +112,9 @@ def main():
     sizes = ["--data", o.data, "--preset", o.preset, "--seq_len", o.seq_len, "--batch_size", o.batch_size]
     run("./export_run", *sizes, "--steps", o.steps, "-o", o.out)
     run("./train_gpt2", *sizes, "--max_steps", o.steps, "--learning_rate", o.learning_rate,
-        "--warmup_steps", o.steps // 20, "--dropout", 0, "--dtype", "fp32", "--val_every", 0,
-        "--sample_every", 0, "--save_every", 0, "--log_every", 20, "-o", o.out / "run", "--overwrite")
+        "--warmup_steps", o.steps // 20, "--dropout", 0, "--dtype", "fp32", "--optimizer", "adamw",
+        "--val_every", 0, "--sample_every", 0, "--save_every", 0, "--log_every", 20, "-o", o.out / "run",
+        "--overwrite")
     with open(o.out / "run/log.csv") as f:
         ours = [float(row["train_loss"]) for row in csv.DictReader(f) if row["train_loss"]]
     assert len(ours) == o.steps, f"{o.out}/run/log.csv has {len(ours)} steps, wanted {o.steps}"
