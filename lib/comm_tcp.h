@@ -16,7 +16,6 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
-#include <sys/resource.h>
 #include <sys/uio.h>
 
 #include <chrono>
@@ -29,6 +28,7 @@
 
 #include "lib/comm.h"
 #include "lib/launch.h"
+#include "lib/machine.h"
 
 #ifndef MSG_NOSIGNAL  // macOS; the trainer ignores SIGPIPE
 #define MSG_NOSIGNAL 0
@@ -221,7 +221,7 @@ class Meeting {
   public:
     Meeting(const Launch& l, int timeout_s) : launch_(l), timeout_s_(timeout_s), listener_(open_port(l)) {
         hello_ = hello_of(0, l.world);
-        allow_files(l.world);
+        machine::allow_open_files((size_t)l.world + 256);
         peers_.resize((size_t)l.world - 1);
     }
     // The connections to ranks 1, 2, ...; and each rank's Hello. Throws Error where not all come, having
@@ -310,13 +310,6 @@ class Meeting {
         if (errno == EMFILE || errno == ENFILE)
             fail("rank 0 cannot take the connections of %d ranks: %s; a larger ulimit -n allows more",
                  launch_.world - 1, strerror(errno));
-    }
-    // Room for a connection to each rank, as far as this is allowed
-    static void allow_files(int world) {
-        rlimit limit;
-        if (getrlimit(RLIMIT_NOFILE, &limit)) return;
-        limit.rlim_cur = std::max(limit.rlim_cur, std::min(limit.rlim_max, (rlim_t)world + 256));
-        setrlimit(RLIMIT_NOFILE, &limit);
     }
     static void say_end(const Fd& fd) {
         if (fd) write_frame(fd.get(), END, 1, nullptr, 0, seconds() + 1);

@@ -6,6 +6,7 @@
 
 #include <omp.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -112,6 +113,14 @@ inline int fair_threads(int processes) {
 
 // Sets the number of threads of parallel regions from now on.
 inline void set_threads(int n) { omp_set_num_threads(n); }
+
+// Allows this process n open files, as far as the system lets it. (Many allow 1,024 unless asked.)
+inline void allow_open_files(size_t n) {
+    rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit)) return;
+    limit.rlim_cur = std::max(limit.rlim_cur, std::min(limit.rlim_max, (rlim_t)n));
+    setrlimit(RLIMIT_NOFILE, &limit);
+}
 
 // Starts the program again with a setting that lets waiting threads sleep after a short spin, unless the user
 // chose otherwise. By default they spin for milliseconds, which on a busy machine takes time from the thread

@@ -39,7 +39,7 @@ struct Ending : Error {
     using Error::Error;
 };
 
-// A mutex that is given in the order in which it is asked for.
+// A mutex that is granted in the order of the calls to lock().
 class FairMutex {
   public:
     void lock() {

@@ -5,8 +5,14 @@
 // engine.h writes the texts. No part of a request is ever used as a path: page.html, page.css and page.js are
 // part of the program. dev/demo/README.md describes the interface. sample_gpt2.cu includes this file for a
 // GPU.
+#include <dirent.h>
 #include <httplib.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "dev/demo/engine.h"
 #include "lib/flags.h"
@@ -157,9 +163,8 @@ class Training {
     static bool is_in(const std::string& folder) {
         return file_exists(folder + "/train.bin") && file_exists(folder + "/tokenizer.bin");
     }
-    // Its words, read at the first call.
+    // Its words, read at the first call. Call it from one thread at a time.
     const score::Reference& reference() {
-        std::lock_guard<std::mutex> lock(mutex_);
         if (!reference_) {
             const Tokenizer tokenizer = Tokenizer::load(folder_ + "/tokenizer.bin");
             reference_ =
@@ -170,7 +175,6 @@ class Training {
 
   private:
     const std::string folder_;
-    std::mutex mutex_;  // of reference_
     std::unique_ptr<score::Reference> reference_;
 };
 
@@ -410,55 +414,49 @@ inline bool send_stream(const Completion& c, const std::vector<std::shared_ptr<T
 // ---------------------------------------------------------------------------------------------
 // The server
 
-// The library gives a handler the client's address and port, but not the socket. So sockets are looked for
-// among the program's files, where the system lists these in /proc (Linux).
-inline std::string client_of(const httplib::Request& request) {
-    return request.remote_addr + " " + std::to_string(request.remote_port);
-}
-// The client at the other end of a socket; "" if there is none.
-inline std::string client_at(int socket) {
-    sockaddr_storage peer;
-    socklen_t size = sizeof peer;
-    char host[NI_MAXHOST], port[NI_MAXSERV];
-    if (getpeername(socket, (sockaddr*)&peer, &size) ||
-        getnameinfo((sockaddr*)&peer, size, host, sizeof host, port, sizeof port,
-                    NI_NUMERICHOST | NI_NUMERICSERV))
-        return "";
-    return std::string(host) + " " + port;
-}
-// The sockets of all clients.
-inline std::map<std::string, int> connections() {
-    std::map<std::string, int> all;
-    std::error_code none;
-    for (auto& file : std::filesystem::directory_iterator("/proc/self/fd", none)) {
-        const int socket = atoi(file.path().filename().c_str());
-        if (const std::string client = client_at(socket); !client.empty()) all[client] = socket;
+// A client's connection. The library tells a handler the client's address and port, but not the socket, so
+// that sockets are looked for among the program's open files (on Linux, which lists them in /proc).
+struct Connection {
+    int socket = -1;  // -1: not found
+    ino_t inode = 0;  // a number that no other open socket has
+
+    // Whether the client has hung up; false where that is not known.
+    bool has_gone() const {
+        pollfd p = {socket, POLLRDHUP, 0};
+        return socket >= 0 && poll(&p, 1, 0) == 1;
     }
+};
+// The connections of all clients, by address and port, separated by a space. None where the files cannot be
+// listed.
+inline std::optional<std::map<std::string, Connection>> connections() {
+    DIR* files = opendir("/proc/self/fd");
+    if (!files) return {};
+    std::map<std::string, Connection> all;
+    while (const dirent* file = readdir(files)) {
+        const int socket = atoi(file->d_name);
+        sockaddr_storage peer;
+        socklen_t size = sizeof peer;
+        struct stat s;
+        char host[NI_MAXHOST], port[NI_MAXSERV];
+        if (getpeername(socket, (sockaddr*)&peer, &size) == 0 &&
+            (peer.ss_family == AF_INET || peer.ss_family == AF_INET6) && fstat(socket, &s) == 0 &&
+            getnameinfo((sockaddr*)&peer, size, host, sizeof host, port, sizeof port,
+                        NI_NUMERICHOST | NI_NUMERICSERV) == 0)
+            all[std::string(host) + " " + port] = {socket, s.st_ino};
+    }
+    closedir(files);
     return all;
 }
+inline Connection connection_of(const httplib::Request& request) {
+    const auto all = connections();
+    if (!all) return {};
+    const auto at = all->find(request.remote_addr + " " + std::to_string(request.remote_port));
+    return at == all->end() ? Connection() : at->second;
+}
 
-// The connection that a request came by. It is not found where the client has hung up already.
-class Connection {
-  public:
-    explicit Connection(const httplib::Request& request) {
-        const auto all = connections();
-        if (auto at = all.find(client_of(request)); at != all.end()) socket_ = at->second;
-    }
-    // Whether the client has hung up. False where sockets are not listed.
-    bool has_gone() const {
-        static const bool listed = std::filesystem::exists("/proc/self/fd");
-        char c;
-        const ssize_t n = recv(socket_, &c, 1, MSG_PEEK | MSG_DONTWAIT);
-        return listed && (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR));
-    }
-
-  private:
-    int socket_ = -1;
-};
-
-// Cuts off clients whose request has not arrived as a whole after PATIENCE. The library only limits the time
-// of each read, so that clients that send a byte now and then would hold their threads for ever. A connection
-// has one request (set_limits()).
+// Cuts off clients whose request has not arrived as a whole PATIENCE after they got a thread. The library
+// only limits the time of each read, so that clients that send a byte now and then would hold their threads
+// for ever. A connection has one request (set_limits()).
 class Arrivals {
   public:
     static constexpr std::chrono::seconds PATIENCE{10};
@@ -469,31 +467,42 @@ class Arrivals {
         lock.unlock(), thread_.join();
     }
     // The request is whole; its answer may take longer.
-    void arrived(const httplib::Request& request) {
+    void arrived(const Connection& c) {
         std::lock_guard<std::mutex> lock(mutex_);
-        arrived_.insert(client_of(request));
+        arrived_.insert(c.inode);
     }
 
   private:
     void watch() {
-        std::map<std::string, Clock::time_point> seen;  // when each client was first seen
+        std::map<ino_t, Clock::time_point> seen;  // when each connection was first seen with a thread
         std::unique_lock<std::mutex> lock(mutex_);
         while (!changed_.wait_for(lock, std::chrono::seconds(1), [&] { return ending_; })) {
             const auto open = connections();
-            for (auto at = seen.begin(); at != seen.end();)
-                if (open.count(at->first)) at++;
-                else arrived_.erase(at->first), at = seen.erase(at);
-            for (auto& [client, socket] : open) {
-                const bool late = Clock::now() - seen.emplace(client, Clock::now()).first->second > PATIENCE;
-                // The socket's number may have become another client's since it was listed.
-                if (late && !arrived_.count(client) && client_at(socket) == client)
-                    shutdown(socket, SHUT_RDWR);
+            if (!open) continue;
+            std::map<ino_t, Clock::time_point> now_open;
+            std::set<ino_t> now_arrived;
+            for (auto& [client, c] : *open) {
+                const auto at = seen.find(c.inode);
+                now_open[c.inode] = at == seen.end() || waits(c) ? Clock::now() : at->second;
+                if (arrived_.count(c.inode)) now_arrived.insert(c.inode);
+                else if (Clock::now() - now_open[c.inode] > PATIENCE) cut(c);
             }
+            seen = std::move(now_open), arrived_ = std::move(now_arrived);
         }
+    }
+    // Bytes that nobody reads: the connection waits for a thread.
+    static bool waits(const Connection& c) {
+        int bytes = 0;
+        return ioctl(c.socket, FIONREAD, &bytes) == 0 && bytes > 0;
+    }
+    // The socket's number may have become another connection's since it was listed.
+    static void cut(const Connection& c) {
+        struct stat s;
+        if (fstat(c.socket, &s) == 0 && s.st_ino == c.inode) shutdown(c.socket, SHUT_RDWR);
     }
     std::mutex mutex_;
     std::condition_variable changed_;
-    std::set<std::string> arrived_;
+    std::set<ino_t> arrived_;
     bool ending_ = false;
     std::thread thread_;
 };
@@ -591,6 +600,7 @@ class Server {
             try {
                 forget_ranges(request);
                 check_headers(request);
+                if (!has_body(request)) arrivals_.arrived(connection_of(request));
                 return httplib::Server::HandlerResponse::Unhandled;
             } catch (const HttpError& error) {
                 answer_error(response, error);
@@ -643,13 +653,11 @@ class Server {
                   [](const httplib::Request&, httplib::Response& response) { response.status = 204; });
         http_.Options(".*",
                       [](const httplib::Request&, httplib::Response& response) { response.status = 204; });
-        post_route("/v1/completions",
-                   [this](const Fields& f, const httplib::Request& request, httplib::Response& response) {
-                       complete(f, request, response);
-                   });
+        post_route("/v1/completions", [this](const Fields& f, const Connection& client,
+                                             httplib::Response& response) { complete(f, client, response); });
         post_route("/v1/measures",
-                   [this](const Fields& f, const httplib::Request& request, httplib::Response& response) {
-                       answer(response, measures(f, request));
+                   [this](const Fields& f, const Connection& client, httplib::Response& response) {
+                       answer(response, measures(f, client));
                    });
     }
     // A server may ignore the header Range. The library would send as many parts as it asks for, and each may
@@ -659,6 +667,9 @@ class Server {
     }
     static HttpError wrong_type(const std::string& type) {
         return {415, strf("Content-Type is '%s', wanted application/json", type.c_str())};
+    }
+    static bool has_body(const httplib::Request& request) {
+        return request.method != "GET" && request.method != "HEAD" && request.method != "OPTIONS";
     }
     // Refuses a request before its body is read.
     void check_headers(const httplib::Request& request) const {
@@ -670,11 +681,8 @@ class Server {
         const bool here = host == "localhost" || host == "127.0.0.1" || host == "[::1]" || host == s_.host;
         if (is_loopback() && !here && !host.empty())
             throw HttpError(403, "wanted 127.0.0.1 or localhost as the Host");
-        // The library limits only bodies whose length is told, and that are not compressed. It reads none of
-        // these three methods.
-        const bool has_body =
-            request.method != "GET" && request.method != "HEAD" && request.method != "OPTIONS";
-        if (has_body && !request.has_header("Content-Length"))
+        // The library limits only bodies whose length is told, and that are not compressed.
+        if (has_body(request) && !request.has_header("Content-Length"))
             throw HttpError(411, "wanted a Content-Length");
         if (request.has_header("Transfer-Encoding")) throw HttpError(411, "wanted a Content-Length");
         if (request.has_header("Content-Encoding"))
@@ -697,8 +705,9 @@ class Server {
         http_.Post(path, [=](const httplib::Request& request, httplib::Response& response) {
             const std::string type = request.get_header_value("Content-Type");
             if (type.substr(0, type.find_first_of("; ")) != "application/json") throw wrong_type(type);
-            arrivals_.arrived(request);
-            handler(Fields(request.body), request, response);
+            const Connection client = connection_of(request);
+            arrivals_.arrived(client);
+            handler(Fields(request.body), client, response);
         });
         http_.Get(path,
                   [](const httplib::Request&, httplib::Response&) { throw HttpError(405, "wanted POST"); });
@@ -731,12 +740,11 @@ class Server {
         throw HttpError(404, strf("model: '%s' is unknown; there are: %s", id.c_str(), known.c_str()),
                         "model");
     }
-    void complete(const Fields& f, const httplib::Request& request, httplib::Response& response) {
+    void complete(const Fields& f, const Connection& client, httplib::Response& response) {
         auto c = std::make_shared<Completion>(read_completion(f, model_of(f), s_.seconds));
-        const Connection connection(request);
         auto texts = c->model->engine->write(c->requests);
         if (!c->stream)
-            return response.set_content(whole_answer(*c, texts, [&] { return connection.has_gone(); }),
+            return response.set_content(whole_answer(*c, texts, [&] { return client.has_gone(); }),
                                         "application/json");
         response.set_chunked_content_provider(
             "text/event-stream",
@@ -747,7 +755,7 @@ class Server {
             },
             [texts](bool) { cancel(texts); });
     }
-    Json measures(const Fields& f, const httplib::Request& request) {
+    Json measures(const Fields& f, const Connection& client) {
         Model& m = model_of(f);
         if (!m.training)
             throw HttpError(
@@ -767,10 +775,9 @@ class Server {
         } const place{measures_};
         if (place.others > MOST_WAITING_MEASURES)
             throw Busy(strf("measures: one is being made, and %zu wait", MOST_WAITING_MEASURES));
-        const Connection connection(request);
         std::unique_lock<std::timed_mutex> lock(measuring_, std::defer_lock);
         while (!lock.try_lock_for(std::chrono::milliseconds(200)))
-            if (connection.has_gone()) return {};  // nobody reads the answer
+            if (client.has_gone()) return {};  // nobody reads the answer
         const score::Scores s = score::measure({text}, m.training->reference());
         auto share = [](double x) { return x == x ? Json(x) : Json(nullptr); };
         return {{"verses", s.verses},
@@ -830,9 +837,10 @@ inline int serve_main(int argc, char** argv) {
             strf("--slots %d, --queue %d: %zu texts in all, a thread for each; wanted at most %zu", s.slots,
                  s.queue, texts, MOST_AT_ONCE));
     if (s.threads) machine::set_threads(s.threads);
+    machine::allow_open_files(MOST_AT_ONCE + 256);
     signal(SIGPIPE, SIG_IGN);
+    const auto wait_for_signal = signals_to_wait_for();  // before there are other threads, which inherit it
     take_gpu(-1);
-    const auto wait_for_signal = signals_to_wait_for();
     std::atomic<Server*> serving{nullptr};
     std::atomic<bool> ended{false};
     std::thread stopper([&] {
