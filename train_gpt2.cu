@@ -3021,7 +3021,7 @@ class Matmul {
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)WORKSPACE);
         // Where several blocks compute parts of one sum (split K), the parts are added in fp32.
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
-        // Blocks' parameters begin at multiples of 16 bytes, with some numbers of ranks at no larger ones.
+        // Blocks' parameters begin at multiples of 16 bytes, with some numbers of ranks not of 32.
         uint32_t alignment = (uint32_t)std::min<size_t>(16, row_bytes & (~row_bytes + 1));
         for (auto a :
              {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -3474,14 +3474,13 @@ class NcclComm final : public TcpComm {
         if (nccl_) ncclCommDestroy(nccl_);
         if (aborting_.joinable()) aborting_.join();
     }
-    // Afterwards no stream of this rank waits for the others, and the model can be destroyed.
+    // Soon afterwards no stream of this rank waits for the others, so that the model can be destroyed.
     void abort(int code, const std::string& line) override {
         TcpComm::abort(code, line);
-        set_check(nullptr);
         if (!nccl_) return;
         // ncclCommAbort first ends the collectives on this GPU. Then it waits until the graphs with
-        // collectives have been destroyed, which the model does; after an error of the GPU NCCL may never
-        // hear of it.
+        // collectives have been destroyed, which the model does. After an error of the GPU NCCL may never
+        // learn of that, hence the time limit.
         end_process_later(code);
         aborting_ = std::thread([nccl = std::exchange(nccl_, nullptr)] { ncclCommAbort(nccl); });
     }

@@ -630,7 +630,7 @@ class TcpComm : public Comm {
         } catch (const std::exception& e) {
             print_line(e.what());
             std::lock_guard<std::mutex> lock(mutex_);
-            exit_code_ = 1;
+            exit_code_ = 1, end_process_later(1);
         }
         if (exit_code_ >= 0) end_process();  // only this thread writes it
     }

@@ -108,7 +108,7 @@ struct Communicator {
     Segment* segment = nullptr;
     std::shared_ptr<Event> last;  // the end of the last collective
     uint64_t begun = 0, phase = 0;
-    std::atomic<bool> aborted{false}, destroyed{false};
+    std::atomic<bool> aborted{false};
     std::atomic<int> error{ncclSuccess};  // for ncclCommGetAsyncError
     // Each collective that a graph has captured holds it, too.
     const std::shared_ptr<int> captured = std::make_shared<int>();
@@ -315,10 +315,9 @@ static void start(Collective& c) {
     c.number = ++k.begun;
     k.me().call = packed(c.call);
     k.me().begun = c.number;
-    if (k.destroyed || k.aborted)
+    if (k.aborted)
         return fail_with(k, {ncclInvalidUsage, format("rank %d runs ", k.rank) + described(c) +
-                                                   ", of a communicator that it has " +
-                                                   (k.aborted ? "aborted" : "destroyed")});
+                                                   ", of a communicator that it has aborted"});
     c.input.assign(c.send, c.send + c.in_bytes);
     memset(c.filled, PATTERN, c.filled_bytes);
 }
@@ -570,7 +569,6 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
                    "until they have been destroyed");
         int present = PRESENT;
         k->me().state.compare_exchange_strong(present, DESTROYED);
-        k->destroyed = true;
         find(comm, true);
     });
 }
