@@ -690,7 +690,8 @@ class Run {
     }
 
     void check_muon_rate() {
-        if (o_.muon_learning_rate > 0 && optimizer_of(o_) == ADAMW)
+        if (flags_.on_command_line("muon_learning_rate") && o_.muon_learning_rate > 0 &&
+            optimizer_of(o_) == ADAMW)
             throw UsageError(strf("--muon_learning_rate %g: AdamW has no use for it, wanted --optimizer muon",
                                   o_.muon_learning_rate));
     }
