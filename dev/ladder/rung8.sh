@@ -1,9 +1,9 @@
 #!/bin/sh
 # Rung 8: the trainer itself with the char preset, on many poems.
 #
-#     dev/ladder/rung8.sh POEMS.csv [OUT]     default: out/rung8; started again, it goes on where it stopped
+#     dev/ladder/rung8.sh POEMS.csv [OUT]     default: out/rung8
 #
-# in the project's folder.
+# Run it in the project's folder. Started again, it goes on where it stopped.
 # POEMS has the columns poet_name and poem_meter. Twelve poets (UNSEEN) are left out of the training. A model
 # is judged on val.bin, held-out poems of the poets it was trained on, and on those twelve. The runs, each in
 # OUT/RUN:
@@ -61,8 +61,9 @@ data() {
     folder=$out/$1
     shift
     if [ ! -s "$folder/train.bin" ] || [ "$checksum $*" != "$(cat "$folder.settings" 2>/dev/null)" ]; then
+        rm -f "$folder.settings"
         ./prepare_data "$poems" -o "$folder" "$@"
-        echo "$checksum $*" >"$folder.settings"
+        printf '%s\n' "$checksum $*" >"$folder.settings"
     fi
 }
 # finished STEPS: ends this script unless the run in $dir has taken them
@@ -107,17 +108,17 @@ write_poems() {
 tags=${TAGS:+--tags $TAGS}
 for run in $RUNS; do
     dir=$out/$run from=$out/poets wishes=$ASK
-    [ ! -s "$dir/scores.md" ] || { echo "$run is done"; continue; }
     case $run in
     one_*) poets=$POET ;;
-    tuned) poets=$TUNED ;;
+    tuned) poets="$UNSEEN $TUNED" ;;
     *) poets=$UNSEEN ;;
     esac
     settings="$checksum $STEPS $BATCH $TAGS $poets $TRAIN_FLAGS"
-    [ ! -s "$dir.settings" ] || [ "$settings" = "$(cat "$dir.settings")" ] || {
+    if [ -e "$dir" ] && [ "$settings" != "$(cat "$dir.settings" 2>/dev/null)" ]; then
         echo "rung8.sh: $dir began with other settings or poems ($dir.settings); take another OUT" >&2
         exit 2
-    }
+    fi
+    [ ! -s "$dir/scores.md" ] || { echo "$run is done"; continue; }
     case $run in
     one_*)
         from=$out/one wishes=
@@ -132,7 +133,7 @@ for run in $RUNS; do
         [ -z "$UNSEEN" ] || data unseen $tags --where "poet_name=$UNSEEN" --val_fraction 0 \
             --tokenizer "$out/poets/tokenizer.bin" ;;
     esac
-    echo "$settings" >"$dir.settings"
+    printf '%s\n' "$settings" >"$dir.settings"
     case $run in
     muon | adamw) train "$STEPS" --optimizer "$run" --dropout 0 ;;
     small) train "$STEPS" --optimizer muon --dropout 0 --depth 4 --channels 192 ;;
