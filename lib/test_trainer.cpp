@@ -46,6 +46,26 @@ TEST_CASE("schedules: linear warm-up, then constant, cosine, linear or wsd; othe
     }
 }
 
+TEST_CASE("defaults: the model's size and fine-tuning choose the optimizer, its rate and schedule") {
+    auto defaults = [](int channels, bool fine_tune, const char* optimizer) {
+        trainer::Options o;
+        o.optimizer = optimizer;
+        Config c;
+        c.C = channels;
+        trainer::apply_preset_defaults(o, c, fine_tune);
+        return strf("%s %g %s, %d steps of %d", o.optimizer.c_str(), o.learning_rate, o.lr_schedule.c_str(),
+                    o.max_steps, o.batch_size);
+    };
+    CHECK(defaults(128, false, "") == "muon 0.004 cosine, 300 steps of 16");
+    CHECK(defaults(128, false, "adamw") == "adamw 0.002 cosine, 700 steps of 16");
+    CHECK(defaults(128, true, "") == "muon 0.001 cosine, 300 steps of 16");
+    CHECK(defaults(384, false, "") == "muon 0.002 cosine, 5000 steps of 32");
+    CHECK(defaults(384, false, "adamw") == "adamw 0.001 cosine, 5000 steps of 32");
+    CHECK(defaults(512, true, "") == "adamw 3e-05 constant, 1000 steps of 32");
+    CHECK(defaults(768, false, "") == "adamw 0.0003 cosine, 5000 steps of 4");
+    CHECK(defaults(768, true, "") == "adamw 3e-05 constant, 1000 steps of 4");
+}
+
 TEST_CASE("an outlier is a value whose z-score among the last 128 is too high, itself counted") {
     Random r(95);
     trainer::Outliers outliers, restored;

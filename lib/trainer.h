@@ -123,8 +123,8 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
           "end after N validations without a better one; 0: never before --max_steps")
         .range(0, MOST);
     f.add("optimizer", "", &o.optimizer, "NAME",
-          "muon: for the blocks' matrices, adamw for the rest; \"\": muon for models of up to 128 "
-          "channels")
+          "muon: for the blocks' matrices, adamw for the rest; \"\": muon for models of up to 512 channels, "
+          "or up to 128 when fine-tuning")
         .choices({"adamw", "muon"});
     f.add("learning_rate", "l", &o.learning_rate, "LR", "peak learning rate; 0: the preset's").range(0, 1e3);
     f.add("muon_learning_rate", "", &o.muon_learning_rate, "LR",
@@ -238,12 +238,12 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
 
 inline Optimizer optimizer_of(const Options& o) { return o.optimizer == name_of(MUON) ? MUON : ADAMW; }
 
-// Defaults that depend on the model's size. Small models learn by Muon, and are fine-tuned by it, because
-// they reach a lower loss in the same time (dev/ladder/OPTIMIZERS.md). Larger models are fine-tuned as
-// published ones were: with a low, constant learning rate.
+// Defaults that depend on the model's size: the optimizer and rate that were the best where they were
+// compared (dev/ladder/OPTIMIZERS.md). Models from 129 channels on are fine-tuned with the settings usual for
+// GPT-2: by AdamW, with a low, constant learning rate.
 inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     const bool small = c.C <= 128, middle = c.C <= 512;
-    if (o.optimizer.empty()) o.optimizer = name_of(small ? MUON : ADAMW);
+    if (o.optimizer.empty()) o.optimizer = name_of(small || (middle && !fine_tune) ? MUON : ADAMW);
     struct Defaults {
         int batch_size, max_steps;
         float learning_rate;
@@ -255,7 +255,7 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
                        : small && muon       ? Defaults{16, 300, 4e-3f, "cosine", 0.1f}
                        : small               ? Defaults{16, 700, 2e-3f, "cosine", 0.1f}
                        : middle && fine_tune ? Defaults{32, 1000, 3e-5f, "constant", 0}
-                       : middle              ? Defaults{32, 5000, 5e-4f, "cosine", 0.2f}
+                       : middle              ? Defaults{32, 5000, muon ? 2e-3f : 1e-3f, "cosine", 0.2f}
                        : fine_tune           ? Defaults{4, 1000, 3e-5f, "constant", 0}
                                              : Defaults{4, 5000, 3e-4f, "cosine", 0};
     if (!o.batch_size) o.batch_size = d.batch_size;
