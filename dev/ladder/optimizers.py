@@ -11,14 +11,13 @@
 
 Started again, it goes on where it stopped. A rate is --learning_rate; the blocks' matrices learn at 5 times
 that rate with Muon (--muon_learning_rate), and so their weights decay 5 times as fast, too. Each of three
-rates is tried, in b for a quarter of the steps. The best is trained for all steps, and so is every higher
-one whose try is within 0.15 of the best: in a short run the warm-up is short, which is to the disadvantage of
-high rates. The rate that is the best after all steps is trained with a second seed, and for as many steps as a try
-with the wsd schedule instead of cosine. Muon is also trained for as many seconds as AdamW, that is, for fewer
-steps. The step time used for this is the 10th percentile of the optimizer's steps, because slower ones are
-due to the machine. A run's loss is its lowest validation loss, in b on the first 50,000 tokens
-of the validation file. Most runs alternate between the optimizers, so that slow phases of the machine meet
-both.
+rates is tried, in b for a quarter of the steps. The best is trained for all steps, and so is every higher one
+whose try is within 0.15 of the best: in a short run the warm-up is short, which is to the disadvantage of
+high rates. The rate that is the best after all steps is trained with a second seed, and for as many steps as
+a try with the wsd schedule instead of cosine. Muon is also trained for as many seconds as AdamW, that is, for
+fewer steps. The step time used for this is the 10th percentile of the optimizer's steps, because slower ones
+are due to the machine. A run's loss is its lowest validation loss, in b on the first 50,000 tokens of the
+validation file. Most runs alternate between the optimizers, so that slow phases of the machine meet both.
 
 OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, rewritten as runs end, OUT/report.md all that
 there are; OUT/a_steps.svg, OUT/a_seconds.svg, ... the curves. Other arguments need another OUT."""

@@ -3,8 +3,8 @@
 #
 #     dev/plot/compare.sh steps|tokens|seconds IMAGE DIR...
 #
-# IMAGE ends in .png or .svg. Each DIR is a run's folder with log.csv; runs that lie in one folder are labelled
-# by their names alone. Tokens and seconds are those of training, summed over the steps.
+# IMAGE ends in .png or .svg. Each DIR is a run's folder with log.csv; runs that lie in one folder are
+# labelled by their names alone. Tokens and seconds are those of training, summed over the steps.
 set -e
 [ $# -ge 3 ] || { echo "usage: dev/plot/compare.sh steps|tokens|seconds IMAGE DIR..." >&2; exit 2; }
 axis=$1 image=$2
@@ -48,8 +48,8 @@ quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
             print x, $3 == "" ? "?" : $3, $4 == "" ? "?" : $4
         }' "$dir/log.csv"
         echo END
-        plot="$plot \$run$i using 1:2 every $every with lines lc $i dt 3 notitle, \$run$i using 1:3 with linespoints lw 2 \
-lc $i pt 7 ps 0.6 title $(quoted "$label") noenhanced,"
+        plot="$plot \$run$i using 1:2 every $every with lines lc $i dt 3 notitle, \
+\$run$i using 1:3 with linespoints lw 2 lc $i pt 7 ps 0.6 title $(quoted "$label") noenhanced,"
     done
     echo "${plot%,}"
 } | gnuplot || { rm -f "$part"; exit 1; }
