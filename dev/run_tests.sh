@@ -1,10 +1,10 @@
 #!/bin/sh
 # Runs test programs, each of which prints "N passed, N failed[, N skipped]" as its last line, and prints the
-# sums in the same form:
+# sums in the same form. Before them it repeats what the failed tests printed, which is easily missed above:
 #     dev/run_tests.sh PROGRAM... ["skip:NAME: REASON"...]
 # A program without such a last line counts as one failed test, a skipped program as one skipped test.
 passed=0 failed=0 skipped=0
-log=$(mktemp) && trap 'rm -f "$log"' EXIT || exit 1
+log=$(mktemp) && failures=$(mktemp) && trap 'rm -f "$log" "$failures"' EXIT || exit 1
 for program in "$@"; do
     case "$program" in
         skip:*) echo "skipped: ${program#skip:}"; skipped=$((skipped + 1)); continue ;;
@@ -15,11 +15,16 @@ for program in "$@"; do
     counts='s/^\([0-9]*\) passed, \([0-9]*\) failed\(, \([0-9]*\) skipped\)\{0,1\}$/\1 \2 \4/p'
     set -- $(tail -2 "$log" | sed -n "1$counts")
     if [ $# -lt 2 ] || { [ "$code" != 0 ] && [ "$2" = 0 ]; }; then
-        echo "$program ended early, with exit code $code"
+        echo "$program ended early, with exit code $code" | tee -a "$log"
         set -- "${1:-0}" 1 "${3:-0}"
+    fi
+    if [ "$2" != 0 ]; then
+        { echo "$2 failed in $program:"; grep -A 3 -E '^TEST CASE:|ERROR:|FAILED|ended early' "$log" | head -n 40
+        } >>"$failures"
     fi
     passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + ${3:-0}))
 done
+cat "$failures"
 printf '%s passed, %s failed' $passed $failed
 [ $skipped = 0 ] || printf ', %s skipped' $skipped
 echo
