@@ -59,7 +59,7 @@ TEST_CASE("defaults: the model's size and fine-tuning choose the optimizer, its 
     CHECK(defaults(128, false, "") == "muon 0.004 cosine, 300 steps of 16");
     CHECK(defaults(128, false, "adamw") == "adamw 0.002 cosine, 700 steps of 16");
     CHECK(defaults(128, true, "") == "muon 0.001 cosine, 300 steps of 16");
-    CHECK(defaults(384, false, "") == "muon 0.002 cosine, 5000 steps of 32");
+    CHECK(defaults(384, false, "") == "muon 0.001 cosine, 5000 steps of 32");
     CHECK(defaults(384, false, "adamw") == "adamw 0.001 cosine, 5000 steps of 32");
     CHECK(defaults(512, true, "") == "adamw 3e-05 constant, 1000 steps of 32");
     CHECK(defaults(768, false, "") == "adamw 0.0003 cosine, 5000 steps of 4");

@@ -255,7 +255,7 @@ inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
                        : small && muon       ? Defaults{16, 300, 4e-3f, "cosine", 0.1f}
                        : small               ? Defaults{16, 700, 2e-3f, "cosine", 0.1f}
                        : middle && fine_tune ? Defaults{32, 1000, 3e-5f, "constant", 0}
-                       : middle              ? Defaults{32, 5000, muon ? 2e-3f : 1e-3f, "cosine", 0.2f}
+                       : middle              ? Defaults{32, 5000, 1e-3f, "cosine", 0.2f}
                        : fine_tune           ? Defaults{4, 1000, 3e-5f, "constant", 0}
                                              : Defaults{4, 5000, 3e-4f, "cosine", 0};
     if (!o.batch_size) o.batch_size = d.batch_size;

@@ -19,7 +19,7 @@
 # OUT/RUN/losses.txt has the model's losses beside those of a 5-gram of the run's training text. poems.txt has
 # WRITTEN poems of at most 8 verses, an equal number (rounded up) for each line of ASK, which is passed to
 # --tags; rhymed.txt as many with --rhyme auto; scores.md what ./score_poems says of both and of val.bin.
-# OUT/large.png compares the optimizers.
+# OUT/large.svg has the losses of muon, adamw and small, as far as these are done.
 #
 # RUNS, STEPS, BATCH, TAGS, UNSEEN, ASK, POET, TUNED, WRITTEN and TRAIN_FLAGS (more flags for ./train_gpt2,
 # e.g. '--dtype bf16', but for tuned) are variables, with defaults for a corpus of classical poems. A run goes
@@ -157,9 +157,13 @@ for run in $RUNS; do
     mv "$dir/scores.part" "$dir/scores.md"  # says that the run is done
     cat "$dir/scores.md"
 done
-if [ -s "$out/muon/scores.md" ] && [ -s "$out/adamw/scores.md" ]; then
+set --
+for run in muon adamw small; do
+    [ ! -s "$out/$run/scores.md" ] || set -- "$@" "$out/$run"
+done
+if [ $# -ge 2 ]; then
     if command -v gnuplot >/dev/null; then
-        dev/plot/compare.sh tokens "$out/large.png" "$out/muon" "$out/adamw"
+        dev/plot/compare.sh tokens "$out/large.svg" "$@"
     else
         echo "no curves: gnuplot is missing; sudo apt-get install gnuplot-nox"
     fi
