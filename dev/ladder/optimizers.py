@@ -10,14 +10,12 @@
     c   a small model of poems.csv without one poet, fine-tuned on that poet
 
 Started again, it goes on where it stopped. A rate is --learning_rate; the blocks' matrices learn at 5 times
-that rate with Muon (--muon_learning_rate), and so their weights decay 5 times as fast, too. Each of three
-rates is tried, in b for a quarter of the steps. The best is trained for all steps, and so is every higher one
-whose try is within 0.15 of the best: in a short run the warm-up is short, which is to the disadvantage of
-high rates. The rate that is the best after all steps is trained with a second seed, and for as many steps as
-a try with the wsd schedule instead of cosine. Muon is also trained for as many seconds as AdamW, that is, for
-fewer steps. The step time used for this is the 10th percentile of the optimizer's steps, because slower ones
-are due to the machine. A run's loss is its lowest validation loss, in b on the first 50,000 tokens of the
-validation file. Most runs alternate between the optimizers, so that slow phases of the machine meet both.
+that rate with Muon (--muon_learning_rate), and so their weights decay 5 times as fast, too. The best of the
+three rates is trained with a second seed, too, and with the wsd schedule instead of cosine. Muon is also
+trained for as many seconds as AdamW, that is, for fewer steps, with both seeds. The step time used for this is
+the 10th percentile of the optimizer's steps, because slower ones are due to the machine. A run's loss is its
+lowest validation loss, in b on the first 50,000 tokens of the validation file. Runs alternate between the
+optimizers, so that slow phases of the machine meet both.
 
 OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, rewritten as runs end, OUT/report.md all that
 there are; OUT/a_steps.svg, OUT/a_seconds.svg, ... the curves. Other arguments need another OUT."""
@@ -27,6 +25,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zlib
@@ -90,18 +89,17 @@ def command(words, log):
 
 
 class Experiment:
-    """Both optimizers with the model and data of `flags`. `rates` has three, or three for each optimizer; a
-    try has `tries` steps, the other runs `steps`."""
+    """Both optimizers with the model and data of `flags`, each run for `steps` steps. `rates` has three, or
+    three for each optimizer."""
 
-    def __init__(self, name, title, out, flags, rates, steps, tries, validations):
-        self.name, self.title, self.steps, self.tries = name, title, steps, tries
+    def __init__(self, name, title, out, flags, rates, steps, validations):
+        self.name, self.title, self.steps, self.validations = name, title, steps, validations
         self.rates = rates if isinstance(rates, dict) else {o: rates for o in OPTIMIZERS}
         self.out = os.path.join(out, name)
         self.flags = flags + ["--sample_every", 0, "--log_every", 100]
-        self.validations = validations
-        self.tried, self.trained = {}, {}  # runs by optimizer and rate: a try, all steps
-        self.wsd, self.second = {}, {}     # by optimizer, at its best rate: a try with wsd, all with seed 2
-        self.in_time = []                  # Muon's, as long as AdamW's, with seeds 1 and 2
+        self.runs = {}                  # by optimizer and rate
+        self.wsd, self.second = {}, {}  # by optimizer, at its best rate: with wsd, with seed 2
+        self.in_time = []               # Muon's, as long as AdamW's, with seeds 1 and 2
 
     def run(self, optimizer, rate, steps, seed=1, schedule="cosine"):
         name = f"{optimizer}_{rate:g}_seed{seed}_{schedule}_{steps}"
@@ -113,60 +111,41 @@ class Experiment:
         return run
 
     def best(self, optimizer):
-        """The best rate of those trained for all steps."""
-        trained = [rate for o, rate in self.trained if o == optimizer]
-        return min(trained, key=lambda rate: self.trained[optimizer, rate].best())
+        """The best of an optimizer's rates."""
+        return min(self.rates[optimizer], key=lambda rate: self.runs[optimizer, rate].best())
 
     def best_run(self, optimizer):
-        return self.trained[optimizer, self.best(optimizer)]
+        return self.runs[optimizer, self.best(optimizer)]
 
     def ms(self, optimizer):
-        runs = [runs[o, rate] for runs in (self.tried, self.trained) for o, rate in runs if o == optimizer]
-        times = sorted(ms for run in runs for ms in run.times())
+        times = sorted(ms for rate in self.rates[optimizer] for ms in self.runs[optimizer, rate].times())
         return times[len(times) // 10]
 
     def measure(self):
         os.makedirs(self.out, exist_ok=True)
         for i in range(3):
             for o in OPTIMIZERS:
-                rate = self.rates[o][i]
-                self.tried[o, rate] = self.run(o, rate, self.tries)
+                self.runs[o, self.rates[o][i]] = self.run(o, self.rates[o][i], self.steps)
         self.write()
-        best_try = {o: min(self.rates[o], key=lambda rate: self.tried[o, rate].best()) for o in OPTIMIZERS}
-        for o in OPTIMIZERS:
-            self.trained[o, best_try[o]] = self.run(o, best_try[o], self.steps)
-            self.write()
-        for o in OPTIMIZERS:
-            for rate in self.rates[o]:
-                near = self.tried[o, rate].best() <= self.tried[o, best_try[o]].best() + 0.15
-                if rate > best_try[o] and near:
-                    self.trained[o, rate] = self.run(o, rate, self.steps)
-                    self.write()
         fewer = max(1, min(self.steps, round(self.steps * self.ms("adamw") / self.ms("muon"))))
-        self.in_time.append(self.run("muon", self.best("muon"), fewer))
-        self.write()
-        for o in OPTIMIZERS:
-            self.wsd[o] = self.run(o, self.best(o), self.tries, schedule="wsd")
-        self.write()
+        for seed in (1, 2):
+            self.in_time.append(self.run("muon", self.best("muon"), fewer, seed))
+            self.write()
         for o in OPTIMIZERS:
             self.second[o] = self.run(o, self.best(o), self.steps, seed=2)
             self.write()
-        self.in_time.append(self.run("muon", self.best("muon"), fewer, seed=2))
-        self.write()
+        for o in OPTIMIZERS:
+            self.wsd[o] = self.run(o, self.best(o), self.steps, schedule="wsd")
+            self.write()
 
     def write(self):
         """The table and the curves of the runs that are done."""
-        short = self.tries < self.steps
-        header = ["optimizer", "rate", f"{self.tries} steps", f"wsd, {self.tries} steps"]
-        header += [f"{self.steps} steps"] if short else []
-        header += [f"{self.steps} steps, seed 2"]
+        header = ["optimizer", "rate", f"{self.steps} steps", "with wsd", "with seed 2"]
         rows = [header, ["---"] * len(header)]
         for o in OPTIMIZERS:
             for rate in self.rates[o]:
-                key, is_best = (o, rate), any(p == o for p, _ in self.trained) and rate == self.best(o)
-                row = [self.tried[key], self.wsd.get(o) if is_best else None]
-                row += [self.trained.get(key)] if short else []
-                row += [self.second.get(o) if is_best else None]
+                row = [self.runs[o, rate]]
+                row += [self.wsd.get(o), self.second.get(o)] if rate == self.best(o) else [None, None]
                 rows.append([o, f"{rate:g}"] + [f"{run.best():.3f}" if run else "" for run in row])
         lines = [f"## {self.title}", ""] + [f"| {' | '.join(row)} |" for row in rows] + [""]
         if self.in_time:
@@ -177,14 +156,14 @@ class Experiment:
                           for seed, run in enumerate(self.in_time, 1)) + ".", self.reached(), ""]
         with open(os.path.join(os.path.dirname(self.out), self.name + ".md"), "w") as f:
             f.write("\n".join(lines))
-        if {o for o, _ in self.trained} == set(OPTIMIZERS):
-            self.draw([self.best_run("adamw"), self.best_run("muon"), *self.in_time[:1]])
+        self.draw([self.best_run("adamw"), self.best_run("muon"), *self.in_time[:1]])
 
     def draw(self, runs):
+        if not shutil.which("gnuplot"):
+            return
         for axis in ("steps", "seconds"):
             image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.svg")
-            if subprocess.run(["dev/plot/compare.sh", axis, image, *(run.folder for run in runs)]).returncode:
-                print("no curves; drawing needs gnuplot: sudo apt-get install gnuplot-nox")
+            command(["dev/plot/compare.sh", axis, image, *(run.folder for run in runs)], image + ".txt")
 
     def reached(self):
         adamw = self.best_run("adamw").best()
@@ -234,14 +213,13 @@ def main():
             experiments.append(Experiment(
                 name, f"(a) The built-in diwan, tiny preset, {steps} steps", o.out,
                 ["--data", data("diwan", source="data/sample_poems.csv"), "--preset", "tiny"],
-                (2e-3, 4e-3, 8e-3), steps=steps, tries=steps, validations=20))
+                (2e-3, 4e-3, 8e-3), steps=steps, validations=20))
     if "b" in o.parts:
         experiments.append(Experiment(
             "b", "(b) Characters of many poets, char preset, 16 x 256 tokens", o.out,
             ["--data", data("corpus"), "--preset", "char", "--batch_size", 16, "--dropout", 0, "--dtype",
              o.dtype, "--val_tokens", 50000],
-            {"adamw": (5e-4, 1e-3, 2e-3), "muon": (1e-3, 2e-3, 4e-3)},
-            steps=o.steps, tries=max(1, o.steps // 4), validations=12))
+            {"adamw": (1e-3, 2e-3, 4e-3), "muon": (5e-4, 1e-3, 2e-3)}, steps=o.steps, validations=12))
     if "c" in o.parts:
         others = data("others", "--except", f"poet_name={o.poet}")
         one = data("one", "--where", f"poet_name={o.poet}",
@@ -260,7 +238,7 @@ def main():
         experiments.append(Experiment(
             "c", "(c) Fine-tuning on one poet", o.out,
             ["--init_from", model, "--data", one, "--batch_size", 32], (3e-4, 1e-3, 3e-3),
-            steps=min(300, o.steps), tries=min(300, o.steps), validations=20))
+            steps=min(300, o.steps), validations=20))
     for e in experiments:
         e.measure()
     tables = [open(path).read() for name in ("a", "a_long", "b", "c")
@@ -270,6 +248,8 @@ def main():
         f.write("\n".join(tables))
     print("\n".join(tables))
     print(f"wrote {report}")
+    if not shutil.which("gnuplot"):
+        print("no curves: gnuplot is missing; sudo apt-get install gnuplot-nox, then start this script again")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ for dir; do
     [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
         { echo "compare.sh: $dir/log.csv is missing or has no rows" >&2; exit 1; }
 done
+command -v gnuplot >/dev/null ||
+    { echo "compare.sh: gnuplot is missing; install it with: sudo apt-get install gnuplot-nox" >&2; exit 1; }
 part=$image.part  # renamed when it is complete, so that a failure leaves an earlier image
 (: >"$part") 2>/dev/null || { echo "compare.sh: $image: cannot write" >&2; exit 1; }
 
