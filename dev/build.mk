@@ -104,7 +104,7 @@ $1/lib/gemm_fp32.o: DEFINE = $(ALIGN)
 $1/lib/gemm_bf16.o: DEFINE = $(ALIGN) -DGEMM_BF16
 $1/lib/version.o: DEFINE = -DARAPOET_COMMIT='"$(COMMIT)"'
 $1/lib/version.o: build/commit/flags
-$1/data/json.o: build/json/flags
+$1/data/json.o: build/json/flags | $(if $(filter test%,$(MAKECMDGOALS)),need-tests)
 $1/lib/comm_mpi.o: DEFINE = $$(MPI_FLAGS)
 $1/lib/comm_mpi.o: | need-mpi
 endef
@@ -117,7 +117,8 @@ MPI_LIBS = $(shell mpic++ --showme:link)
 # What --version names: the commit, in one small object that is made anew when it has changed.
 COMMIT := $(or $(shell git describe --always --dirty --abbrev=7 2>/dev/null),unknown)
 
-# Reading JSON needs a header, and works once that is installed: data/json.o is then made anew.
+# Reading JSON needs a header, and works once that is installed: data/json.o is then made anew. The tests
+# install it before they compile data/json.o.
 flags.build/json = $(wildcard $(addsuffix /nlohmann/json.hpp,\
 	/usr/include /usr/local/include /opt/homebrew/include))
 
