@@ -715,10 +715,11 @@ TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes
     REQUIRE(n == 24);
     write_file(d / "poems.csv", poems);
     auto rung8 = [&](const std::string& runs, const std::string& out = "out", const std::string& flags = "",
-                     int steps = 20) {
+                     int steps = 20, const std::string& variables = "UNSEEN=B TUNED=B") {
         return run({"/bin/sh", "-c",
-                    "UNSEEN=B POET=A TUNED=B ASK=poem_meter=other BATCH=2 WRITTEN=2 "
-                    "TRAIN_FLAGS='--depth 1 --channels 16 --heads 2 --seq_len 32" +
+                    variables +
+                        " POET=A ASK=poem_meter=other BATCH=2 WRITTEN=2 "
+                        "TRAIN_FLAGS='--depth 1 --channels 16 --heads 2 --seq_len 32" +
                         flags + "' STEPS=" + std::to_string(steps) + " RUNS='" + runs +
                         "' dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / out)});
     };
@@ -764,7 +765,15 @@ TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes
     CHECK(!file_exists(d / "early/muon/scores.md"));
     r = rung8("tuned", "early");
     CHECK(r.code == 2);
-    CHECK(contains(r.err, "rung8.sh: tuned needs muon's model"));
+    CHECK(contains(r.err, "rung8.sh: tuned needs muon's model of these settings"));
+    // Nor is one that has read the poet, or may have.
+    std::filesystem::remove_all(d / "out/tuned");
+    r = rung8("tuned", "out", "", 20, "UNSEEN='B|C' TUNED=C");
+    CHECK(r.code == 2);
+    CHECK(contains(r.err, "rung8.sh: tuned needs muon's model of these settings"));
+    r = rung8("tuned", "out", "", 20, "UNSEEN=B TUNED=C");
+    CHECK(r.code == 2);
+    CHECK(r.err == "rung8.sh: TUNED is 'C', wanted one of UNSEEN\n");
 }
 
 TEST_CASE("cli: a resumed run's learning rate reaches Muon, too, unless Muon was given one of its own") {

@@ -19,7 +19,7 @@
 # OUT/RUN/losses.txt has the model's losses beside those of a 5-gram of the run's training text. poems.txt has
 # WRITTEN poems of at most 8 verses, an equal number (rounded up) for each line of ASK, which is passed to
 # --tags; rhymed.txt as many with --rhyme auto; scores.md what ./score_poems says of both and of val.bin.
-# OUT/large.svg has the losses of muon, adamw and small, as far as these are done.
+# OUT/large.svg has the losses of muon, adamw and small, of those that are done with these settings.
 #
 # RUNS, STEPS, BATCH, TAGS, UNSEEN, ASK, POET, TUNED, WRITTEN and TRAIN_FLAGS (more flags for ./train_gpt2,
 # e.g. '--dtype bf16', but for tuned) are variables, with defaults for a corpus of classical poems. A run goes
@@ -105,6 +105,15 @@ write_poems() {
     done
 }
 
+# settings_with POETS: what a run goes on only with
+settings_with() {
+    printf '%s\n' "$checksum $STEPS $BATCH $TAGS $1 $TRAIN_FLAGS"
+}
+# began_with POETS RUN: whether RUN began with these settings
+began_with() {
+    [ "$(settings_with "$1")" = "$(cat "$out/$2.settings" 2>/dev/null)" ]
+}
+
 tags=${TAGS:+--tags $TAGS}
 for run in $RUNS; do
     dir=$out/$run from=$out/poets wishes=$ASK
@@ -113,8 +122,7 @@ for run in $RUNS; do
     tuned) poets="$UNSEEN $TUNED" ;;
     *) poets=$UNSEEN ;;
     esac
-    settings="$checksum $STEPS $BATCH $TAGS $poets $TRAIN_FLAGS"
-    if [ -e "$dir" ] && [ "$settings" != "$(cat "$dir.settings" 2>/dev/null)" ]; then
+    if [ -e "$dir" ] && ! began_with "$poets" $run; then
         echo "rung8.sh: $dir began with other settings or poems ($dir.settings); take another OUT" >&2
         exit 2
     fi
@@ -126,14 +134,18 @@ for run in $RUNS; do
     tuned)
         # The poet has no tag: muon's model has not read him.
         from=$dir/data wishes=$(printf '%s\n' "$ASK" | sed 's/,poet_name=[^,]*//' | sort -u)
-        [ -s "$out/muon/scores.md" ] ||
-            { echo "rung8.sh: tuned needs muon's model; RUNS='muon tuned'" >&2; exit 2; } ;;
+        case "|$UNSEEN|" in
+        *"|$TUNED|"*) ;;
+        *) echo "rung8.sh: TUNED is '$TUNED', wanted one of UNSEEN" >&2; exit 2 ;;
+        esac
+        { [ -s "$out/muon/scores.md" ] && began_with "$UNSEEN" muon; } ||
+            { echo "rung8.sh: tuned needs muon's model of these settings; RUNS='muon tuned'" >&2; exit 2; } ;;
     *)
         data poets $tags ${UNSEEN:+--except "poet_name=$UNSEEN"}
         [ -z "$UNSEEN" ] || data unseen $tags --where "poet_name=$UNSEEN" --val_fraction 0 \
             --tokenizer "$out/poets/tokenizer.bin" ;;
     esac
-    printf '%s\n' "$settings" >"$dir.settings"
+    settings_with "$poets" >"$dir.settings"
     case $run in
     muon | adamw) train "$STEPS" --optimizer "$run" --dropout 0 ;;
     small) train "$STEPS" --optimizer muon --dropout 0 --depth 4 --channels 192 ;;
@@ -159,7 +171,7 @@ for run in $RUNS; do
 done
 set --
 for run in muon adamw small; do
-    [ ! -s "$out/$run/scores.md" ] || set -- "$@" "$out/$run"
+    [ ! -s "$out/$run/scores.md" ] || ! began_with "$UNSEEN" $run || set -- "$@" "$out/$run"
 done
 if [ $# -ge 2 ]; then
     if command -v gnuplot >/dev/null; then
