@@ -86,12 +86,10 @@ void list_tags(const Tokenizer& tokenizer) {
 }
 
 // --rhyme in letters that the model knows
-std::string rhyme_of_flag(const Tokenizer& tokenizer, const Settings& s) {
-    const std::string path = recipe_beside(s.tokenizer);
+std::string rhyme_of_flag(const Tokenizer& tokenizer, const std::optional<Recipe>& recipe,
+                          const Settings& s) {
     try {
-        if (!file_exists(path)) return verses::rhyme_for(s.wish.rhyme, tokenizer, nullptr);
-        const Recipe recipe = Recipe::load(path);
-        return verses::rhyme_for(s.wish.rhyme, tokenizer, &recipe);
+        return verses::rhyme_for(s.wish.rhyme, tokenizer, recipe);
     } catch (const Error& e) {
         throw UsageError(strf("--rhyme: %s", e.what()));
     }
@@ -106,8 +104,8 @@ void report_rhymes(const std::vector<verses::Keeper>& poems) {
             fprintf(stderr, "poem %zu, verse %zu: does not rhyme in %s, %s\n", i + 1, verse,
                     poems[i].rhyme().c_str(),
                     verse <= poems[i].given()
-                        ? "it is the prompt's"
-                        : strf("none of %d tries did", verses::Keeper::MOST_TRIES).c_str());
+                        ? "it is in the prompt, which stays as it is"
+                        : strf("none of %d tries did", verses::Keeper::MOST_TRIES + 1).c_str());
     }
     fprintf(stderr, "%zu of %zu verses keep the rhyme; %.2f redraws per verse\n", count - unrhymed, count,
             (double)redraws / (double)std::max<size_t>(count, 1));
@@ -176,9 +174,10 @@ int main(int argc, char** argv) {
             list_tags(tokenizer);
             return 0;
         }
+        const std::optional<Recipe> recipe = recipe_for(s.tokenizer);
         const Prompt start =
-            prompt_of_flags(tokenizer, s.tokenizer, s.prompt, "--tags", s.tags, (size_t)reader.cfg.maxT);
-        s.wish.rhyme = rhyme_of_flag(tokenizer, s);
+            prompt_of_flags(tokenizer, recipe, s.prompt, "--tags", s.tags, (size_t)reader.cfg.maxT);
+        s.wish.rhyme = rhyme_of_flag(tokenizer, recipe, s);
         write_poems(reader, tokenizer, s, start);
         return 0;
     });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -20,6 +21,12 @@ struct Prompt {
 // Where the recipe is that goes with a tokenizer.
 inline std::string recipe_beside(const std::string& tokenizer_path) {
     return dirname_of(tokenizer_path) + "/recipe.txt";
+}
+// The recipe itself; none where there is no such file. An Error says what is wrong with the file.
+inline std::optional<Recipe> recipe_for(const std::string& tokenizer_path) {
+    const std::string path = recipe_beside(tokenizer_path);
+    if (!file_exists(path)) return {};
+    return Recipe::load(path);
 }
 
 // Where a model's tokenizer is, if no flag says otherwise.
@@ -64,26 +71,18 @@ inline std::string clean_prompt(const std::string& text, const Recipe& recipe) {
 
 // The prompt for a text, after `beginning`: end-of-text and tags, as Tokenizer::beginning() returns them. The
 // text is cleaned by the recipe, so that vowel signs and other forms of letters may be written; without one
-// (null) it is taken as it is. An Error names a letter that the model does not know.
-inline Prompt make_prompt(const Tokenizer& tokenizer, const Recipe* recipe, const std::string& text,
-                          const std::vector<int>& beginning) {
+// it is taken as it is. An Error names a letter that the model does not know.
+inline Prompt make_prompt(const Tokenizer& tokenizer, const std::optional<Recipe>& recipe,
+                          const std::string& text, const std::vector<int>& beginning) {
     Prompt p = {text, beginning, beginning.size() - 1};
     if (recipe) p.text = clean_prompt(text, *recipe);
     for (int t : tokenizer.encode(p.text)) p.tokens.push_back(t);
     return p;
 }
-// The same with the recipe that is beside the tokenizer, if any.
-inline Prompt make_prompt(const Tokenizer& tokenizer, const std::string& tokenizer_path,
-                          const std::string& text, const std::vector<int>& beginning) {
-    const std::string path = recipe_beside(tokenizer_path);
-    if (!file_exists(path)) return make_prompt(tokenizer, nullptr, text, beginning);
-    const Recipe recipe = Recipe::load(path);
-    return make_prompt(tokenizer, &recipe, text, beginning);
-}
 
 // The prompt for a program's flags: --prompt is `text`, and `tags_flag` is `tags`, COLUMN=VALUE,COLUMN=VALUE.
 // T: the model's context. A UsageError names the flag whose value the model cannot take.
-inline Prompt prompt_of_flags(const Tokenizer& tokenizer, const std::string& tokenizer_path,
+inline Prompt prompt_of_flags(const Tokenizer& tokenizer, const std::optional<Recipe>& recipe,
                               const std::string& text, const char* tags_flag, const std::string& tags,
                               size_t T) {
     std::vector<int> beginning;
@@ -94,7 +93,7 @@ inline Prompt prompt_of_flags(const Tokenizer& tokenizer, const std::string& tok
     }
     Prompt p;
     try {
-        p = make_prompt(tokenizer, tokenizer_path, text, beginning);
+        p = make_prompt(tokenizer, recipe, text, beginning);
     } catch (const Error& e) {
         throw UsageError(strf("--prompt: %s", e.what()));
     }

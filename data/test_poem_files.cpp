@@ -915,7 +915,9 @@ TEST_CASE("a prompt is cleaned as the training text was, and keeps the white spa
     auto got = prepare(text_file(" # ", "\n"), "p.txt", [](prep::Options& o) { o.normalize_alef = true; });
     const std::string path = got->dir / "out/tokenizer.bin";
     Tokenizer t = Tokenizer::load(path);
-    auto text = [&](const char* prompt) { return make_prompt(t, path, prompt, t.beginning("")).text; };
+    auto text = [&](const char* prompt) {
+        return make_prompt(t, recipe_for(path), prompt, t.beginning("")).text;
+    };
     CHECK(text("\u0642\u0650\u0641\u0627 \u0646\u064E\u0628\u0643") ==
           "\u0642\u0641\u0627 \u0646\u0628\u0643");
     CHECK(text("\u0623\u06A9") == "\u0627\u0643");
@@ -924,7 +926,7 @@ TEST_CASE("a prompt is cleaned as the training text was, and keeps the white spa
     CHECK(text("\u0628\u060C \t") == "\u0628\t");
     CHECK(text("\u0628 \n") == "\u0628\n");
     CHECK(text(" ") == "");
-    CHECK(make_prompt(t, path, "\u0628", t.beginning("")).tokens ==
+    CHECK(make_prompt(t, recipe_for(path), "\u0628", t.beginning("")).tokens ==
           std::vector<int>{t.eot(), t.encode("\u0628")[0]});
     CHECK(contains(error_of([&] { text("abc"); }),
                    "character 'a' U+0061 at byte 0 is not among those that the poems have"));
@@ -939,7 +941,7 @@ TEST_CASE("a prompt may have a tatweel that the poems lost, and end in a separat
                            [&](prep::Options& o) { o.remove_tatweel = remove_tatweel; });
         const std::string path = got->dir / "out/tokenizer.bin";
         const Tokenizer t = Tokenizer::load(path);
-        return make_prompt(t, path, text, t.beginning("")).text;
+        return make_prompt(t, recipe_for(path), text, t.beginning("")).text;
     };
     CHECK(prompt("\t", "\u0642\u0641\u0640\u0627", true) == "\u0642\u0641\u0627");
     CHECK(prompt(" # ", "\u0642\u0641\u0627 #", false) == "\u0642\u0641\u0627\t");
@@ -955,7 +957,7 @@ TEST_CASE("a prompt or tag that a program cannot take is a usage error that name
     const Tokenizer t = Tokenizer::characters("\u0628\u062A", {"<|m=x|>", "<|m=other|>"});
     auto says = [&](const char* text, const char* tags, size_t T) {
         try {
-            prompt_of_flags(t, dir / "t.bin", text, "--some_tags", tags, T);
+            prompt_of_flags(t, {}, text, "--some_tags", tags, T);
         } catch (const UsageError& e) {
             return std::string(e.what());
         }

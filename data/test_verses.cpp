@@ -227,20 +227,22 @@ TEST_CASE("a wished rhyme is cleaned as a prompt is, and letters that the model 
         for (int b = 0; b < 256; b++) tokens.push_back(std::string(1, (char)b));
         return Tokenizer::byte_bpe(tokens, 0, false, "test");
     }();
-    const Recipe recipe;
-    for (const char* wish : {"", "auto", "ر", "ابر"}) CHECK(verses::rhyme_for(wish, t, &recipe) == wish);
-    CHECK(verses::rhyme_for("رِ", t, &recipe) == "ر");
-    CHECK(verses::rhyme_for("\uFE8F", t, &recipe) == "ب");  // a form of the letter
-    CHECK(verses::rhyme_for("ظ", parts, nullptr) == "ظ");
-    CHECK(error_of([&] { verses::rhyme_for("ظبع", t, &recipe); }) ==
+    const std::optional<Recipe> recipe = Recipe();
+    for (const char* wish : {"", "auto", "ر", "ابر"}) CHECK(verses::rhyme_for(wish, t, recipe) == wish);
+    CHECK(verses::rhyme_for("رِ", t, recipe) == "ر");
+    CHECK(verses::rhyme_for("\uFE8F", t, recipe) == "ب");  // a form of the letter
+    CHECK(verses::rhyme_for("ظ", parts, {}) == "ظ");
+    CHECK(error_of([&] { verses::rhyme_for("ظبع", t, recipe); }) ==
           "'ظبع' has letters that the model does not know: ظع; it knows ابر");
-    CHECK(contains(error_of([&] { verses::rhyme_for("\uFE8F", t, nullptr); }), "does not know: \uFE8F"));
-    CHECK(contains(error_of([&] { verses::rhyme_for("z", t, &recipe); }), "'z' is not a rhyme"));
+    CHECK(contains(error_of([&] { verses::rhyme_for("\uFE8F", t, {}); }), "does not know: \uFE8F"));
+    CHECK(contains(error_of([&] { verses::rhyme_for("z", t, recipe); }), "'z' is not a rhyme"));
+    CHECK(error_of([&] { verses::rhyme_for("گ", parts, recipe); }) ==  // the cleaning removes it
+          "'گ' has letters that the model does not know: گ");
     const std::string ligature = "\uFDF3";  // of four letters
-    CHECK(verses::rhyme_for(ligature, Tokenizer::characters(" اكبر"), &recipe) == "اكبر");
+    CHECK(verses::rhyme_for(ligature, Tokenizer::characters(" اكبر"), recipe) == "اكبر");
     CHECK(contains(error_of([&] {
                        verses::rhyme_for(ligature + ligature + ligature, Tokenizer::characters(" اكبر"),
-                                         &recipe);
+                                         recipe);
                    }),
                    "'اكبراكبراكبر' is not a rhyme"));
 }

@@ -3,6 +3,7 @@
 // In a text a verse (bayt) is a line, and a TAB separates its two hemistichs.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -75,13 +76,15 @@ struct Wish {
     static constexpr size_t MOST_RHYME = 8;
 };
 
-// The wished rhyme `wish`, cleaned as a prompt is: by the recipe, or not at all where that is null. An Error
+// The wished rhyme `wish`, cleaned as a prompt is: by the recipe, or not at all without one. An Error
 // says that it is not a rhyme, or which of its letters the model does not know.
-inline std::string rhyme_for(const std::string& wish, const Tokenizer& tokenizer, const Recipe* recipe) {
+inline std::string rhyme_for(const std::string& wish, const Tokenizer& tokenizer,
+                             const std::optional<Recipe>& recipe) {
     if (const std::string bad = Wish{0, wish}.error(); !bad.empty()) fail("%s", bad.c_str());
     if (wish.empty() || wish == "auto") return wish;
+    const bool any_letter = tokenizer.kind() != Tokenizer::CHARACTERS;  // byte-level BPE can write all
     std::u32string known;
-    for (int t = 0; t < tokenizer.first_tag(); t++)
+    for (int t = 0; t < tokenizer.first_tag() && !any_letter; t++)
         if (const std::string& bytes = tokenizer.bytes(t);
             t != tokenizer.eot() && utf8::find_invalid(bytes) == utf8::VALID && utf8::count(bytes) == 1)
             utf8::for_each(bytes, [&](uint32_t c, size_t) {
@@ -94,15 +97,15 @@ inline std::string rhyme_for(const std::string& wish, const Tokenizer& tokenizer
         for (auto [c, times] : clean.removed())
             if (is_lost_letter(c)) utf8::append(unknown, c);
     }
-    if (tokenizer.kind() == Tokenizer::CHARACTERS)  // byte-level BPE can write any letter
+    if (!any_letter)
         utf8::for_each(rhyme, [&](uint32_t c, size_t) {
             if (is_lost_letter(c) && known.find((char32_t)c) == known.npos) utf8::append(unknown, c);
         });
     if (!unknown.empty()) {
-        std::string all;
+        std::string all = any_letter ? "" : "; it knows ";
         for (char32_t c : known) utf8::append(all, (uint32_t)c);
-        fail("%s has letters that the model does not know: %s; it knows %s", utf8::quote(wish).c_str(),
-             unknown.c_str(), all.c_str());
+        fail("%s has letters that the model does not know: %s%s", utf8::quote(wish).c_str(), unknown.c_str(),
+             all.c_str());
     }
     // A ligature has become several letters.
     if (const std::string bad = Wish{0, rhyme}.error(); !bad.empty()) fail("%s", bad.c_str());
@@ -305,10 +308,10 @@ class Keeper final : public Steering {
     size_t first_end_ = 0, first_letters_ = 0;
     bool first_divided_ = false;
     std::vector<size_t> unrhymed_;
-    // Tokens that end a verse; that come after a word; a line's end alone
-    std::vector<int> ends_, after_words_;
+    std::vector<int> ends_;                   // tokens with a line's end, and end-of-text
+    std::vector<int> after_words_;            // other tokens that begin with white space
+    int newline_ = -1;                        // the token that is a line's end alone; -1: none
     std::vector<std::u32string> letters_of_;  // of each token, as a rhyme takes them; made when first needed
-    int newline_ = -1;
 };
 
 }  // namespace verses

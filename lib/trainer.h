@@ -785,7 +785,8 @@ class Run {
     // A prompt that cannot be written fails now, not at the first poem.
     void check_prompt() {
         if (!tokenizer_ || !o_.sample_every || !o_.max_steps) return;
-        prompt_ = prompt_of_flags(*tokenizer_, o_.tokenizer, o_.prompt, "--prompt_tags", o_.prompt_tags, T_);
+        prompt_ = prompt_of_flags(*tokenizer_, recipe_for(o_.tokenizer), o_.prompt, "--prompt_tags",
+                                  o_.prompt_tags, T_);
     }
 
     // The checkpoint's sizes are used; a flag that asks for another one is refused.

@@ -230,8 +230,7 @@ class Engine {
         ModelReader reader(path);
         config_ = reader.cfg;
         tokenizer_ = tokenizer_for(path, config_.V, tokenizer_path);
-        if (const std::string recipe = recipe_beside(tokenizer_path); file_exists(recipe))
-            recipe_ = Recipe::load(recipe);
+        recipe_ = recipe_for(tokenizer_path);
         decoder_ = open_decoder(reader, s.slots, s.dtype);
         thread_ = std::thread([this] { run(); });
     }
@@ -247,13 +246,11 @@ class Engine {
     // The prompt for a text, after `beginning` (Tokenizer::beginning()); an Error as make_prompt()'s.
     Prompt prompt(const std::string& text, const std::vector<int>& beginning) const {
         std::lock_guard<std::mutex> lock(encoding_);
-        return make_prompt(tokenizer_, recipe_ ? &*recipe_ : nullptr, text, beginning);
+        return make_prompt(tokenizer_, recipe_, text, beginning);
     }
 
     // A wished rhyme in letters that the model knows; an Error as rhyme_for()'s.
-    std::string rhyme(const std::string& wish) const {
-        return verses::rhyme_for(wish, tokenizer_, recipe_ ? &*recipe_ : nullptr);
-    }
+    std::string rhyme(const std::string& wish) const { return verses::rhyme_for(wish, tokenizer_, recipe_); }
 
     // Begins one text for each request, all or none: otherwise throws Busy or Ending.
     std::vector<std::shared_ptr<Text>> write(const std::vector<Request>& requests) {
