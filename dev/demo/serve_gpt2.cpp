@@ -95,7 +95,7 @@ class Fields {
         if (v && !v->is_string()) refuse_kind(name, *v, "a string");
         return v ? v->get<std::string>() : otherwise;
     }
-    // Those that are out of range, no numbers, or no whole numbers, are HttpErrors that name the field.
+    // One that is out of range, not a number, or not whole where it must be, is an HttpError with the field.
     double number(const char* name, double lo, double hi, double otherwise) const {
         const RequestJson* v = find(name);
         if (!v) return otherwise;
@@ -360,8 +360,12 @@ inline void cancel(const std::vector<std::shared_ptr<Text>>& texts) {
     for (auto& t : texts) t->cancel();
 }
 
-// The answer to a request that is no stream, once all texts have ended. "" where the client has gone; a model
-// that fails is an HttpError.
+// A client that hung up hardly reads this, but one that closed only its sending side does: the two cannot be
+// told apart before something is sent.
+inline HttpError client_gone() { return {400, "the connection was closed before the answer was ready"}; }
+
+// The answer to a request that is no stream, once all texts have ended. An HttpError where the client has
+// gone or a model fails.
 inline std::string whole_answer(const Completion& c, const std::vector<std::shared_ptr<Text>>& texts,
                                 const std::function<bool()>& has_gone) {
     Answer answer(c);
@@ -374,7 +378,10 @@ inline std::string whole_answer(const Completion& c, const std::vector<std::shar
                 cancel(texts);
                 throw HttpError(500, news.error);
             }
-            if (has_gone()) return cancel(texts), "";
+            if (has_gone()) {
+                cancel(texts);
+                throw client_gone();
+            }
             all.text += news.text, all.ended = news.ended, all.finish_reason = news.finish_reason;
             all.tokens.insert(all.tokens.end(), news.tokens.begin(), news.tokens.end());
         }
@@ -414,23 +421,27 @@ inline bool send_stream(const Completion& c, const std::vector<std::shared_ptr<T
 // ---------------------------------------------------------------------------------------------
 // The server
 
-// A client's connection. The library tells a handler the client's address and port, but not the socket, so
-// that sockets are looked for among the program's open files (on Linux, which lists them in /proc).
+// A client's connection. The library tells a handler the client's address and port, but not the socket. So we
+// search the program's open files, which Linux lists in /proc/self/fd, for the socket with that peer.
 struct Connection {
     int socket = -1;  // -1: not found
     ino_t inode = 0;  // a number that no other open socket has
 
-    // Whether the client has hung up; false where that is not known.
+    // Whether the client has hung up, or closed its sending side; false where that is not known.
     bool has_gone() const {
         pollfd p = {socket, POLLRDHUP, 0};
         return socket >= 0 && poll(&p, 1, 0) == 1;
     }
 };
 // The connections of all clients, by address and port, separated by a space. None where the files cannot be
-// listed.
+// listed. The first call opens the list, which stays open: later, clients may have taken all the files that
+// the program can open.
 inline std::optional<std::map<std::string, Connection>> connections() {
-    DIR* files = opendir("/proc/self/fd");
+    static DIR* const files = opendir("/proc/self/fd");
+    static std::mutex mutex;
     if (!files) return {};
+    std::lock_guard<std::mutex> lock(mutex);
+    rewinddir(files);
     std::map<std::string, Connection> all;
     while (const dirent* file = readdir(files)) {
         const int socket = atoi(file->d_name);
@@ -444,7 +455,6 @@ inline std::optional<std::map<std::string, Connection>> connections() {
                         NI_NUMERICHOST | NI_NUMERICSERV) == 0)
             all[std::string(host) + " " + port] = {socket, s.st_ino};
     }
-    closedir(files);
     return all;
 }
 inline Connection connection_of(const httplib::Request& request) {
@@ -454,13 +464,16 @@ inline Connection connection_of(const httplib::Request& request) {
     return at == all->end() ? Connection() : at->second;
 }
 
-// Cuts off clients whose request has not arrived as a whole PATIENCE after they got a thread. The library
-// only limits the time of each read, so that clients that send a byte now and then would hold their threads
-// for ever. A connection has one request (set_limits()).
+// Closes a connection whose whole request has not arrived PATIENCE (ten seconds) after a thread took it. The
+// library limits only the time of each read, so a client that sends a byte now and then, or never ends, could
+// keep its thread for ever. Here a connection has only one request.
 class Arrivals {
   public:
     static constexpr std::chrono::seconds PATIENCE{10};
-    Arrivals() : thread_([this] { watch(); }) {}
+    Arrivals() {
+        connections();
+        thread_ = std::thread([this] { watch(); });
+    }
     ~Arrivals() {
         std::unique_lock<std::mutex> lock(mutex_);
         ending_ = true, changed_.notify_all();
@@ -490,10 +503,19 @@ class Arrivals {
             seen = std::move(now_open), arrived_ = std::move(now_arrived);
         }
     }
-    // Bytes that nobody reads: the connection waits for a thread.
+    // Whether the connection waits for a thread: there are unread bytes, and none have been read.
     static bool waits(const Connection& c) {
-        int bytes = 0;
-        return ioctl(c.socket, FIONREAD, &bytes) == 0 && bytes > 0;
+        struct {
+            tcp_info
+                first;  // as far as the C library knows Linux's tcp_info (linux/tcp.h), and what follows:
+            uint64_t pacing_rate, max_pacing_rate, acked, received;
+        } info = {};
+        static_assert(sizeof(tcp_info) == 104);
+        socklen_t size = sizeof info;
+        int unread = 0;
+        if (ioctl(c.socket, FIONREAD, &unread) || getsockopt(c.socket, IPPROTO_TCP, TCP_INFO, &info, &size))
+            return false;
+        return unread > 0 && info.received <= (uint64_t)unread + 1;  // the end of what is sent counts as 1
     }
     // The socket's number may have become another connection's since it was listed.
     static void cut(const Connection& c) {
@@ -681,7 +703,7 @@ class Server {
         const bool here = host == "localhost" || host == "127.0.0.1" || host == "[::1]" || host == s_.host;
         if (is_loopback() && !here && !host.empty())
             throw HttpError(403, "wanted 127.0.0.1 or localhost as the Host");
-        // The library limits only bodies whose length is told, and that are not compressed.
+        // The library limits only bodies that have a Content-Length and are not compressed.
         if (has_body(request) && !request.has_header("Content-Length"))
             throw HttpError(411, "wanted a Content-Length");
         if (request.has_header("Transfer-Encoding")) throw HttpError(411, "wanted a Content-Length");
@@ -777,7 +799,7 @@ class Server {
             throw Busy(strf("measures: one is being made, and %zu wait", MOST_WAITING_MEASURES));
         std::unique_lock<std::timed_mutex> lock(measuring_, std::defer_lock);
         while (!lock.try_lock_for(std::chrono::milliseconds(200)))
-            if (client.has_gone()) return {};  // nobody reads the answer
+            if (client.has_gone()) throw client_gone();
         const score::Scores s = score::measure({text}, m.training->reference());
         auto share = [](double x) { return x == x ? Json(x) : Json(nullptr); };
         return {{"verses", s.verses},
@@ -834,8 +856,8 @@ inline int serve_main(int argc, char** argv) {
         throw UsageError(strf("no model is given: ./%s out/model.bin; see --help", SERVER_NAME));
     if (const size_t texts = s.models.size() * (size_t)(s.slots + s.queue); texts > MOST_AT_ONCE)
         throw UsageError(
-            strf("--slots %d, --queue %d: %zu texts in all, a thread for each; wanted at most %zu", s.slots,
-                 s.queue, texts, MOST_AT_ONCE));
+            strf("%zu models x (--slots %d + --queue %d) = %zu texts, each with a thread; wanted at most %zu",
+                 s.models.size(), s.slots, s.queue, texts, MOST_AT_ONCE));
     if (s.threads) machine::set_threads(s.threads);
     machine::allow_open_files(MOST_AT_ONCE + 256);
     signal(SIGPIPE, SIG_IGN);

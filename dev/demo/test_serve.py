@@ -7,7 +7,7 @@
 --command is the program, a model, and its flags without --port; the tests start it themselves, on free ports.
 --tagged is a model in another folder that learnt tags of two columns. --openai also tries the package
 `openai` (pip install openai), if it is installed. The last line is "N passed, N failed". The exit code is 1
-if a test failed. It takes less than a minute.
+if a test failed. It takes a minute and a half.
 """
 import argparse
 import collections
@@ -16,6 +16,7 @@ import http.client
 import json
 import random
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -673,30 +674,63 @@ def _(_):
             s.close()
 
 
+def cut_off(server, clients, send, more=lambda: None):
+    """Checks that another client is answered once those that `send` keeps busy are cut off. `more` is called
+    until fourteen seconds have passed."""
+    ended = threading.Event()
+
+    def go_on(client):
+        with contextlib.suppress(OSError):
+            while not ended.is_set():
+                send(client)
+    threads = [threading.Thread(target=go_on, args=[client]) for client in clients]
+    for thread in threads:
+        thread.start()
+    try:
+        started = time.monotonic()
+        same(server.ask("GET", "/health").status, 200)
+        check(time.monotonic() - started < 14, f"{time.monotonic() - started:.1f} s")
+    finally:
+        ended.set()
+    while time.monotonic() < started + 14:
+        more()
+    for thread, client in zip(threads, clients):
+        thread.join()
+        client.close()
+
+
+def drip(client):
+    client.send(b" ")
+    time.sleep(1)
+
+
+SLOW = [b"GET /health HTTP/1.1\r\nX: ", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"]
+
+
 @test("clients that send a byte now and then are cut off after ten seconds, others are answered")
 def _(_):
     with Server("--slots", "1", "--queue", "0") as server, server.stream(**ENDLESS) as s:  # 65 threads
-        slow = [server.connect(data) for data in 50 * [
-            b"GET /health HTTP/1.1\r\nX: ", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"]]
-        ended = threading.Event()
+        # an answer may take longer
+        cut_off(server, [server.connect(data) for data in 50 * SLOW], drip, lambda: next(s))
 
-        def drip():
-            while not ended.wait(1):
-                for client in slow:
-                    with contextlib.suppress(OSError):
-                        client.send(b" ")
-        threading.Thread(target=drip).start()
-        try:
-            started = time.monotonic()
-            same(server.ask("GET", "/health").status, 200)
-            check(time.monotonic() - started < 14, f"{time.monotonic() - started:.1f} s")
-        finally:
-            ended.set()
-        while time.monotonic() < started + 14:
-            next(s)  # an answer may take longer
-        for client in slow:
-            client.close()
+
+@test("slow clients are cut off also where they have taken all the files that the server can open")
+def _(_):
+    with Server("--slots", "1", "--queue", "0") as server:
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (80, 80))
+        cut_off(server, [server.connect(data) for data in 50 * SLOW], drip)
+
+
+@test("a client whose body never ends is cut off after ten seconds, however fast it sends")
+def _(server):
+    with server.connect(SLOW[1].replace(b"100", b"999999999999")) as client:
+        started = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() < started + 20:
+                client.sendall(bytes(1 << 20))
+        took = time.monotonic() - started
+        check(9 < took < 14, f"{took:.1f} s")
 
 
 @test("clients that connect all at once are answered within three seconds")
