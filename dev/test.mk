@@ -22,6 +22,11 @@ $(TESTS:%=$1/%): $1/dev/test_main.o $(GEMM:%=$1/%)
 $(LAYER_TESTS:%=$1/%) $(LIB_TESTS:%=$1/%) $(TOOL_TESTS:%=$1/%.o) $1/dev/test_main.o: | need-tests
 endef
 
+# Tests that compute little: at -O1 they compile in half the time.
+QUICK_TESTS = dev/test_main dev/test_cli dev/test_builds dev/convert/test_convert data/test_data \
+	data/test_poem_files $(patsubst %,lib/test_%,checkpoint comm_tcp flags machine model_file params run_folder)
+$(QUICK_TESTS:%=$(BUILD)/%.o): DEFINE = -O1
+
 # Tests use all cores, and some have time limits. So these targets run their tests one after the other, in
 # this order; meanwhile the objects of the next target are made.
 $(eval $(call tests,$(BUILD)))
