@@ -3021,7 +3021,8 @@ class Matmul {
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)WORKSPACE);
         // Where several blocks compute parts of one sum (split K), the parts are added in fp32.
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
-        // Blocks' parameters begin at multiples of 16 bytes, with some numbers of ranks not of 32.
+        // At most 16 bytes are promised: with some numbers of ranks a block's parameters are not aligned
+        // to 32.
         uint32_t alignment = (uint32_t)std::min<size_t>(16, row_bytes & (~row_bytes + 1));
         for (auto a :
              {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -3478,9 +3479,9 @@ class NcclComm final : public TcpComm {
     void abort(int code, const std::string& line) override {
         TcpComm::abort(code, line);
         if (!nccl_) return;
-        // ncclCommAbort first ends the collectives on this GPU. Then it waits until the graphs with
-        // collectives have been destroyed, which the model does. After an error of the GPU NCCL may never
-        // learn of that, hence the time limit.
+        // ncclCommAbort first ends the collectives on this GPU. Then it waits until all graphs that captured
+        // collectives have been destroyed, which the model's destructor does; so it has a thread of its own.
+        // After an error of the GPU it may never return; so the process ends after a while in any case.
         end_process_later(code);
         aborting_ = std::thread([nccl = std::exchange(nccl_, nullptr)] { ncclCommAbort(nccl); });
     }

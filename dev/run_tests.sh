@@ -1,8 +1,9 @@
 #!/bin/sh
 # Runs test programs, each of which prints "N passed, N failed[, N skipped]" as its last line, and prints the
-# sums in the same form. Before them it repeats what the failed tests printed, which is easily missed above:
+# sums in the same form:
 #     dev/run_tests.sh PROGRAM... ["skip:NAME: REASON"...]
-# A program without such a last line counts as one failed test, a skipped program as one skipped test.
+# A program without such a last line counts as one failed test, a skipped program as one skipped test. Before
+# the sums, at most 40 lines of each failed program that tell of its failures are repeated.
 passed=0 failed=0 skipped=0
 log=$(mktemp) && failures=$(mktemp) && trap 'rm -f "$log" "$failures"' EXIT || exit 1
 for program in "$@"; do
@@ -19,8 +20,9 @@ for program in "$@"; do
         set -- "${1:-0}" 1 "${3:-0}"
     fi
     if [ "$2" != 0 ]; then
-        { echo "$2 failed in $program:"; grep -A 3 -E '^TEST CASE:|ERROR:|FAILED|ended early' "$log" | head -n 40
-        } >>"$failures"
+        echo "$2 failed in $program:" >>"$failures"
+        found=$(grep -A 3 -E '^TEST CASE:|ERROR:|FAILED' "$log" | head -n 40)
+        printf '%s\n' "${found:-$(tail -n 10 "$log")}" >>"$failures"
     fi
     passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + ${3:-0}))
 done

@@ -1,7 +1,8 @@
-// machine.h - what a program needs of the machine: large blocks of memory, how much memory is free, threads.
+// machine.h - what a program needs of the machine: large blocks of memory, how much memory is free, threads,
+// open files.
 //
-// Only this file uses what only Linux has (huge pages, /proc, control groups), each with a fallback, so that
-// macOS needs nothing but a compiler with OpenMP (there: libomp). The fallbacks have not been run on macOS.
+// What only Linux has (huge pages, /proc, control groups) has a fallback here, so that on macOS the trainer
+// and the sampler need nothing but a compiler with OpenMP (there: libomp). This has not been tried.
 #pragma once
 
 #include <omp.h>
@@ -114,7 +115,7 @@ inline int fair_threads(int processes) {
 // Sets the number of threads of parallel regions from now on.
 inline void set_threads(int n) { omp_set_num_threads(n); }
 
-// Allows this process n open files, as far as the system lets it. (Many allow 1,024 unless asked.)
+// Raises this process's limit of open files, usually 1,024, to n, or as far as the system lets it.
 inline void allow_open_files(size_t n) {
     rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit)) return;

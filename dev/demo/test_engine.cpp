@@ -66,7 +66,7 @@ TEST_CASE("a text is the same alone and beside others that come and go, for any 
     }
 }
 
-TEST_CASE("a text ends after max_tokens, at end-of-text, or before a stop text, which is not told in part") {
+TEST_CASE("a text ends after max_tokens, at end-of-text, or before a stop text, no part of which is sent") {
     Served s;
     const std::string text = whole(*s.begin(s.request("", 3, 60))).text;
     demo::Request r = s.request("", 3, 10);
@@ -84,25 +84,25 @@ TEST_CASE("a text ends after max_tokens, at end-of-text, or before a stop text, 
         for (int logprobs : {-1, 0}) {
             r.logprobs = logprobs;
             auto writing = s.begin(r);
-            auto told = whole(*writing);
-            CHECK(told.finish_reason == "stop");
-            CHECK(told.text == text.substr(0, text.find(r.stop[1])));
-            // No token of the stop text is told or counted.
-            CHECK(told.tokens.size() == (logprobs < 0 ? 0 : utf8::count(told.text)));
-            CHECK(writing->tokens_written() == utf8::count(told.text));
+            auto sent = whole(*writing);
+            CHECK(sent.finish_reason == "stop");
+            CHECK(sent.text == text.substr(0, text.find(r.stop[1])));
+            // No token of the stop text is sent or counted.
+            CHECK(sent.tokens.size() == (logprobs < 0 ? 0 : utf8::count(sent.text)));
+            CHECK(writing->tokens_written() == utf8::count(sent.text));
         }
     }
 }
 
-TEST_CASE("only tokens of the text that is told are counted, also where time or the engine's end cuts it") {
+TEST_CASE("only tokens of the text that is sent are counted, also where time or the engine's end cuts it") {
     Served s;
     demo::Request r = s.long_request(4);
-    r.wish.rhyme = "ججججج", r.seconds = 1;  // a verse takes many tries, and is told whole
+    r.wish.rhyme = "ججججج", r.seconds = 1;  // a verse takes many tries, and is sent whole
     auto late = s.begin(r);
-    const auto told = whole(*late);
-    CHECK(told.finish_reason == "length");
-    CHECK(!told.text.empty());
-    CHECK(late->tokens_written() == utf8::count(told.text));
+    const auto sent = whole(*late);
+    CHECK(sent.finish_reason == "length");
+    CHECK(!sent.text.empty());
+    CHECK(late->tokens_written() == utf8::count(sent.text));
     r.seconds = 300;
     auto cut = s.begin(r);
     s.engine->end(demo::Clock::now() + std::chrono::milliseconds(300));
@@ -110,22 +110,22 @@ TEST_CASE("only tokens of the text that is told are counted, also where time or 
     CHECK(cut->tokens_written() == utf8::count(rest));
 }
 
-TEST_CASE("logprobs are those of softmax, the likeliest first, one entry for each token that is told") {
+TEST_CASE("logprobs are those of softmax, the likeliest first, one entry for each token that is sent") {
     Served s;
     demo::Request r = s.request("اب", 5, 25);
     r.logprobs = 3;
-    auto told = whole(*s.begin(r));
-    CHECK(told.tokens.size() == utf8::count(told.text));
+    auto sent = whole(*s.begin(r));
+    CHECK(sent.tokens.size() == utf8::count(sent.text));
     std::string joined;
-    for (const demo::TokenInfo& t : told.tokens) {
+    for (const demo::TokenInfo& t : sent.tokens) {
         joined += s.engine->tokenizer().bytes(t.token);
         REQUIRE(t.likeliest.size() == 3);
         CHECK(t.likeliest[0].second >= t.likeliest[1].second);
         CHECK(t.logprob <= t.likeliest[0].second);
         CHECK(t.logprob < 0);
     }
-    CHECK(joined == told.text);
-    // With a rhyme, tokens that were taken back are not told.
+    CHECK(joined == sent.text);
+    // With a rhyme, tokens that were taken back are not sent.
     r.wish = {3, "ب"};
     r.max_tokens = 1000;
     auto rhymed = whole(*s.begin(r));
@@ -276,7 +276,7 @@ TEST_CASE("a prompt that has all the wished verses is answered with nothing") {
     Served s;
     demo::Request r = s.request("اب\tتب\nاج\tتب\n", 1);
     r.wish.verses = 2;
-    auto told = whole(*s.begin(r));
-    CHECK(told.text == "");
-    CHECK(told.finish_reason == "stop");
+    auto sent = whole(*s.begin(r));
+    CHECK(sent.text == "");
+    CHECK(sent.finish_reason == "stop");
 }

@@ -110,9 +110,9 @@ struct Communicator {
     uint64_t begun = 0, phase = 0;
     std::atomic<bool> aborted{false};
     std::atomic<int> error{ncclSuccess};  // for ncclCommGetAsyncError
-    // Each collective that a graph has captured holds it, too.
-    const std::shared_ptr<int> captured = std::make_shared<int>();
-    bool in_graphs() const { return captured.use_count() > 1; }
+    // Counts, by its copies, the collectives that graphs have captured.
+    const std::shared_ptr<int> graph_uses = std::make_shared<int>();
+    bool in_graphs() const { return graph_uses.use_count() > 1; }
     Member& member(int r) const { return segment->members[r]; }
     Member& me() const { return member(rank); }
     ~Communicator() {
@@ -130,8 +130,8 @@ struct Collective {
     char *recv, *filled;  // `filled` bytes are NaN while the collective runs: the output, or both buffers if
                           // the output is a part of the input
     size_t in_bytes, out_bytes, filled_bytes;
-    int priority;                   // of the stream
-    std::shared_ptr<int> captured;  // the communicator's, while a graph has this collective
+    int priority;                    // of the stream
+    std::shared_ptr<int> graph_use;  // a copy of the communicator's graph_uses, if a graph has captured this
     uint64_t number = 0;
     std::vector<char> input;  // a copy
 };
@@ -433,7 +433,7 @@ static ncclResult_t collective(Kind kind, const void* send, void* recv, size_t c
         c->out_bytes = kind == ALL_GATHER ? all : block;
         check_buffers(*c);
         if (cudaError_t e = cudaStreamGetPriority(stream, &c->priority)) throw e;
-        if (under_capture(stream)) c->captured = k.captured;
+        if (under_capture(stream)) c->graph_use = k.graph_uses;
         submit_collective(
             stream, k.last, [c] { start(*c); }, [c] { finish(*c); });
     });

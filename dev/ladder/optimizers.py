@@ -10,12 +10,12 @@
     c   a small model of poems.csv without one poet, fine-tuned on that poet
 
 Started again, it goes on where it stopped. A rate is --learning_rate; the blocks' matrices learn at 5 times
-that rate with Muon (--muon_learning_rate), and so their weights decay 5 times as fast, too. The best of the
-three rates is trained with a second seed, too, and with the wsd schedule instead of cosine. Muon is also
-trained for as many seconds as AdamW, that is, for fewer steps, with both seeds. The step time used for this is
-the 10th percentile of the optimizer's steps, because slower ones are due to the machine. A run's loss is its
-lowest validation loss, in b on the first 50,000 tokens of the validation file. Runs alternate between the
-optimizers, so that slow phases of the machine meet both.
+that rate with Muon (--muon_learning_rate), and so their weights decay 5 times as fast. With the best of its
+three rates each optimizer is also trained with seed 2 instead of 1, and with the wsd schedule instead of
+cosine. Muon is trained twice more, with both seeds, for only as many steps as fit into AdamW's time. The step
+time used for this is the 10th percentile of the optimizer's steps, because slower ones are due to the machine.
+A run's loss is its lowest validation loss, in b on the first 50,000 tokens of the validation file. Runs
+alternate between the optimizers, so that slow phases of the machine meet both.
 
 OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, rewritten as runs end, OUT/report.md all that
 there are; OUT/a_steps.svg, OUT/a_seconds.svg, ... the curves. Other arguments need another OUT."""
@@ -163,7 +163,8 @@ class Experiment:
             return
         for axis in ("steps", "seconds"):
             image = os.path.join(os.path.dirname(self.out), f"{self.name}_{axis}.svg")
-            command(["dev/plot/compare.sh", axis, image, *(run.folder for run in runs)], image + ".txt")
+            if subprocess.run(["dev/plot/compare.sh", axis, image, *(run.folder for run in runs)]).returncode:
+                print(f"optimizers.py: {image} could not be drawn", flush=True)
 
     def reached(self):
         adamw = self.best_run("adamw").best()
@@ -178,7 +179,7 @@ def main():
     parser.add_argument("--out", default="out/optimizers", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--parts", default="abc", help="which experiments (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="steps of b (default: %(default)s); a and c "
-                        "have their own, or as many as b where these are fewer than 300")
+                        "have 400, 700 and 300, or as many as b where those are fewer than 300")
     parser.add_argument("--dtype", default="bf16", help="numbers that b computes with (default: %(default)s)")
     parser.add_argument("--poet", default="أبو نواس", help="the poet of c (default: %(default)s)")
     o = parser.parse_args()
