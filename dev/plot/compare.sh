@@ -19,10 +19,13 @@ case $image in
 *) echo "compare.sh: $image: wanted a name that ends in .png or .svg" >&2; exit 2 ;;
 esac
 together=yes  # all runs lie in one folder
+highest=0     # validation loss after step 0: the plot ends there, since what is above flattens the rest
 for dir; do
     [ "$(dirname "$dir")" = "$(dirname "$1")" ] || together=
     [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
         { echo "compare.sh: $dir/log.csv is missing or has no rows" >&2; exit 1; }
+    highest=$(awk -F, -v highest=$highest \
+        'NR > 1 && $1 > 0 && $4 != "" && $4 + 0 > highest { highest = $4 } END { print highest }' "$dir/log.csv")
 done
 command -v gnuplot >/dev/null ||
     { echo "compare.sh: gnuplot is missing; install it with: sudo apt-get install gnuplot-nox" >&2; exit 1; }
@@ -35,7 +38,8 @@ quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/''/g")"; }
     echo "set terminal $terminal size 1100,650 font 'sans,12' background 'white'"
     echo "set output $(quoted "$part")"
     echo "set xlabel '$axis of training'; set ylabel 'loss, nats per token'; set grid; set key top right"
-    echo 'set datafile missing "?"'
+    echo 'set datafile missing "?"; set autoscale xfix; set format x "%.0s%c"'
+    [ "$highest" = 0 ] || echo "set yrange [*:$highest]"
     plot=plot i=0
     for dir; do
         i=$((i + 1)) label=$dir
