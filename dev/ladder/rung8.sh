@@ -31,7 +31,7 @@ out=${2:-out/rung8}
 RUNS=${RUNS:-muon adamw small try_none try_dropout one_none one_dropout tuned}
 STEPS=${STEPS:-5000}
 [ "$STEPS" -ge 20 ] 2>/dev/null || { echo "rung8.sh: STEPS is '$STEPS', wanted at least 20" >&2; exit 2; }
-BATCH=${BATCH:-16} WRITTEN=${WRITTEN:-50}
+BATCH=${BATCH:-16} WRITTEN=${WRITTEN:-200}
 TAGS=${TAGS-poem_meter,poet_name} POET=${POET:-كشاجم} TUNED=${TUNED:-عمر ابن أبي ربيعة}
 # Every seventh of the corpus's 86 poets, ordered by how many letters each wrote
 UNSEEN=${UNSEEN-\
