@@ -13,18 +13,18 @@
 #   try_none try_dropout  a fifth of the steps, with muon, without dropout and with 0.1
 #   one_none one_dropout  POET's poems alone, 3/10 of the steps, with adamw, without dropout and with 0.2:
 #                         what is read often enough is learnt by heart
-#   tuned                 muon's model, once it is done, fine-tuned on TUNED, one of the twelve, by make
-#                         finetune, which begins anew when it was stopped; judged by TUNED's poems alone
+#   tuned                 muon's finished model, fine-tuned by make finetune on TUNED, one of the twelve, and
+#                         judged by TUNED's poems alone; if it was stopped, it starts over
 #
 # OUT/RUN/losses.txt has the model's losses beside those of a 5-gram of the run's training text. poems.txt has
 # WRITTEN poems of at most 8 verses, an equal number (rounded up) for each line of ASK, which is passed to
 # --tags; rhymed.txt as many with --rhyme auto; scores.md what ./score_poems says of both and of val.bin.
-# OUT/large.svg has the losses of muon, adamw and small, of those that are done with these settings.
+# OUT/large.svg draws muon, adamw and small, as far as they are done with these settings.
 #
 # RUNS, STEPS, BATCH, TAGS, UNSEEN, ASK, POET, TUNED, WRITTEN and TRAIN_FLAGS (more flags for ./train_gpt2,
-# e.g. '--dtype bf16', but for tuned) are variables, with defaults for a corpus of classical poems. A run goes
-# on only with the settings and the poems that it began with (OUT/RUN.settings). ASK and WRITTEN are free:
-# they count when the run's poems are written.
+# e.g. '--dtype bf16'; not used for tuned) are variables, with defaults for a corpus of classical poems. A run
+# goes on only with the settings and the poems that it began with (OUT/RUN.settings), but ASK and WRITTEN may
+# change until its poems are written.
 set -e
 poems=${1:?"usage: dev/ladder/rung8.sh POEMS.csv [OUT]"}
 out=${2:-out/rung8}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Draws the validation losses of several runs in one plot, and faintly their smoothed training losses:
+# Draws the validation losses of several runs in one plot, and, dotted, their smoothed training losses:
 #
 #     dev/plot/compare.sh steps|tokens|seconds IMAGE DIR...
 #
@@ -19,7 +19,7 @@ case $image in
 *) echo "compare.sh: $image: wanted a name that ends in .png or .svg" >&2; exit 2 ;;
 esac
 together=yes  # all runs lie in one folder
-highest=0     # validation loss after step 0: the plot ends there, since what is above flattens the rest
+highest=0     # the highest validation loss but step 0's: the plot's top, since step 0's would flatten the rest
 for dir; do
     [ "$(dirname "$dir")" = "$(dirname "$1")" ] || together=
     [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
