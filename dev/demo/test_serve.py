@@ -31,7 +31,7 @@ import traceback
 TESTS = []
 FLAGS = None  # the command line's
 PROMPT = "يا ليل"
-# Takes far longer than any test: verses with a rhyme that hardly any word has are drawn again and again.
+# Takes 13 seconds on two fast cores: verses with a rhyme that hardly any word has are drawn again and again.
 ENDLESS = {"prompt": PROMPT, "verses": 100, "rhyme": "ظظظظظظ", "max_tokens": 16384, "stream": True}
 
 
@@ -678,7 +678,7 @@ def _(_):
 
 def cut_off(server, clients, send, more=lambda: None):
     """Checks that another client is answered once those that `send` keeps busy are cut off. `more` is called
-    until fourteen seconds have passed."""
+    until twelve seconds have passed."""
     ended = threading.Event()
 
     def go_on(client):
@@ -694,7 +694,7 @@ def cut_off(server, clients, send, more=lambda: None):
         check(time.monotonic() - started < 14, f"{time.monotonic() - started:.1f} s")
     finally:
         ended.set()
-    while time.monotonic() < started + 14:
+    while time.monotonic() < started + 12:
         more()
     for thread, client in zip(threads, clients):
         thread.join()
