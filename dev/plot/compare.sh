@@ -19,13 +19,13 @@ case $image in
 *) echo "compare.sh: $image: wanted a name that ends in .png or .svg" >&2; exit 2 ;;
 esac
 together=yes  # all runs lie in one folder
-highest=0     # the highest validation loss but step 0's: the plot's top, since step 0's would flatten the rest
+highest=0     # the highest validation loss but step 0's, which would flatten the rest: the plot's top
 for dir; do
     [ "$(dirname "$dir")" = "$(dirname "$1")" ] || together=
     [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
         { echo "compare.sh: $dir/log.csv is missing or has no rows" >&2; exit 1; }
-    highest=$(awk -F, -v highest=$highest \
-        'NR > 1 && $1 > 0 && $4 != "" && $4 + 0 > highest { highest = $4 } END { print highest }' "$dir/log.csv")
+    highest=$(awk -F, -v highest=$highest 'NR > 1 && $1 > 0 && $4 != "" && $4 + 0 > highest { highest = $4 }
+        END { print highest }' "$dir/log.csv")
 done
 command -v gnuplot >/dev/null ||
     { echo "compare.sh: gnuplot is missing; install it with: sudo apt-get install gnuplot-nox" >&2; exit 1; }
