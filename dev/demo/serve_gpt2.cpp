@@ -505,9 +505,9 @@ class Arrivals {
     }
     // Whether the connection waits for a thread: there are unread bytes, and none have been read.
     static bool waits(const Connection& c) {
+        // Linux's tcp_info (linux/tcp.h) has more members than the C library's.
         struct {
-            tcp_info
-                first;  // as far as the C library knows Linux's tcp_info (linux/tcp.h), and what follows:
+            tcp_info first;
             uint64_t pacing_rate, max_pacing_rate, acked, received;
         } info = {};
         static_assert(sizeof(tcp_info) == 104);

@@ -14,8 +14,8 @@ that rate with Muon (--muon_learning_rate), and so their weights decay 5 times a
 three rates each optimizer is also trained with seed 2 instead of 1, and with the wsd schedule instead of
 cosine. Muon is trained twice more, with both seeds, for only as many steps as fit into AdamW's time. The step
 time used for this is the 10th percentile of the optimizer's steps; slower ones are due to the machine. A run's
-loss is its lowest validation loss, in b on the first 50,000 tokens of the validation file. Runs
-alternate between the optimizers, so that slow phases of the machine meet both.
+loss is its lowest validation loss, in b on the first 50,000 tokens of the validation file. Runs alternate
+between the optimizers, so that slow phases of the machine meet both.
 
 OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, rewritten as runs end, OUT/report.md all that
 there are; OUT/a_steps.svg, OUT/a_seconds.svg, ... the curves. Other arguments need another OUT."""
