@@ -341,11 +341,14 @@ TEST_CASE("ranks: Muon on more ranks than there are matrices of a shape comes to
         check_all_succeed(f.run(world, out, flags));
         return f.weights(out);
     };
-    for (const char* dtype : {"fp32", "bf16"}) {
-        const Floats one = train(1, "12", dtype);
-        check_close(strf("ranks, Muon on three, %s", dtype), train(3, "4", dtype),
-                    Doubles(one.begin(), one.end()), *dtype == 'f' ? 1e-6 : 1e-3);
-    }
+    const Floats one = train(1, "12", "fp32"), one_bf16 = train(1, "12", "bf16");
+    check_close("ranks, Muon on three, fp32", train(3, "4", "fp32"), Doubles(one.begin(), one.end()), 1e-6);
+    // In bf16 a gradient that differs in its last bit may round to another bf16 number, and Newton-Schulz
+    // multiplies such differences where singular values are small. Three ranks must still be closer to one
+    // rank's weights than half of what rounding to bf16 moves those.
+    check_close("ranks, Muon on three, bf16", train(3, "4", "bf16"),
+                Doubles(one_bf16.begin(), one_bf16.end()),
+                relative_l2(one_bf16.data(), one.data(), one.size()) / 2);
 }
 
 TEST_CASE("ranks: a run resumes bit for bit on as many ranks, and to 1e-6 on others") {

@@ -711,21 +711,21 @@ TEST_CASE("tcp: rank 0 refuses ranks of another world, and a rank that has come 
         });
     };
     const std::string host = this_host();
-    auto refused = [&](int i, int r, const std::string& why) {
-        const pid_t pid = p.pids[(size_t)i];
-        const size_t before = p.said().size();
-        CHECK(p.code(i) == 1);
-        CHECK(p.said().substr(before) == strf("test: rank 0 on %s refuses rank %d on %s (process %d): %s\n",
-                                              host.c_str(), r, host.c_str(), (int)pid, why.c_str()));
+    auto refuses_rank_1_of = [&](int world, const std::string& why) {
+        const size_t before = p.said().size();  // before the rank starts: it may be refused at once
+        join(1, world);
+        const pid_t pid = p.pids.back();
+        CHECK(p.code((int)p.pids.size() - 1) == 1);
+        CHECK(p.said().substr(before) == strf("test: rank 0 on %s refuses rank 1 on %s (process %d): %s\n",
+                                              host.c_str(), host.c_str(), (int)pid, why.c_str()));
     };
-    join(0, 3), join(1, 4);
-    refused(1, 1, "it is one of 4 ranks, rank 0 is one of 3");
+    join(0, 3);
+    refuses_rank_1_of(4, "it is one of 4 ranks, rank 0 is one of 3");
     // A rank 1 that has come, and waits
     tcp::Fd first = connect_to(port.number);
     const tcp::Hello hello = tcp::hello_of(1, 3);
     REQUIRE(tcp::write_all(first.get(), &hello, sizeof hello, seconds() + 1));
-    join(1, 3);
-    refused(2, 1, strf("rank 1 on %s (process %d) has come before it", host.c_str(), (int)getpid()));
+    refuses_rank_1_of(3, strf("rank 1 on %s (process %d) has come before it", host.c_str(), (int)getpid()));
     // It ends before rank 2 has come: rank 0 does not wait any longer.
     first.reset();
     CHECK(p.code(0) == 1);
