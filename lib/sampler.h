@@ -249,6 +249,25 @@ class Continuation {
     bool ended_ = false, by_itself_ = false;
 };
 
+// Appends missing[s], at least one token, to each of the sequences `left`. Those that lack the same number of
+// tokens go through the model together. Then calls f(group, logits) for each such group, with the logits
+// (group.size(), V) as append() returns them. Empties `left`; `tokens` is scratch.
+template <class F>
+void append_in_groups(Decoder& decoder, std::vector<size_t>& left,
+                      const std::vector<std::vector<int>>& missing, std::vector<size_t>& group,
+                      std::vector<int>& tokens, F f) {
+    while (!left.empty()) {
+        const size_t n = missing[left[0]].size();
+        group.clear(), tokens.clear();
+        for (size_t s : left)
+            if (missing[s].size() == n)
+                group.push_back(s), tokens.insert(tokens.end(), missing[s].begin(), missing[s].end());
+        left.erase(std::remove_if(left.begin(), left.end(), [&](size_t s) { return missing[s].size() == n; }),
+                   left.end());
+        f(group, decoder.append(group, tokens.data(), n));
+    }
+}
+
 // Continues all texts, text i in sequence i of the decoder, to their ends. emit(i, token) is called with
 // every new token that has settled.
 template <class Emit>
@@ -264,23 +283,14 @@ void continue_texts(Decoder& decoder, std::vector<Continuation>& texts, int V, E
         for (size_t i = 0; i < N; i++)
             if (!texts[i].ended()) left.push_back(i), texts[i].prepare(decoder, i, missing[i]);
         if (left.empty()) return;
-        while (!left.empty()) {  // those that lack the same number of tokens go through the model together
-            const size_t n = missing[left[0]].size();
-            group.clear(), tokens.clear();
-            for (size_t i : left)
-                if (missing[i].size() == n)
-                    group.push_back(i), tokens.insert(tokens.end(), missing[i].begin(), missing[i].end());
-            left.erase(
-                std::remove_if(left.begin(), left.end(), [&](size_t i) { return missing[i].size() == n; }),
-                left.end());
-            const float* logits = decoder.append(group, tokens.data(), n);
-            const size_t parts = samplers.size(), m = group.size();
+        append_in_groups(decoder, left, missing, group, tokens, [&](const auto& which, const float* logits) {
+            const size_t parts = samplers.size(), m = which.size();
 #pragma omp parallel for schedule(static)
             for (size_t part = 0; part < parts; part++)
                 for (size_t k = m * part / parts; k < m * (part + 1) / parts; k++)
-                    texts[group[k]].draw(logits + k * (size_t)V, samplers[part]);
-            for (size_t i : group) texts[i].take_settled([&](int token) { emit(i, token); });
-        }
+                    texts[which[k]].draw(logits + k * (size_t)V, samplers[part]);
+            for (size_t i : which) texts[i].take_settled([&](int token) { emit(i, token); });
+        });
     }
 }
 

@@ -59,6 +59,12 @@ class FairMutex {
     size_t next_ = 0, served_ = 0;
 };
 
+// Ends the calling thread's team of OpenMP threads; its next parallel region starts another one. A program
+// with more such threads than processors pays for each region: libgomp then puts waiting threads to sleep
+// instead of letting them spin, and waking one takes longer than many a region. Each thread that computes has
+// its own team.
+inline void end_team() { omp_pause_resource_all(omp_pause_soft); }
+
 // A token that was written, and the likeliest in its place, with log probabilities: of softmax(logits).
 struct TokenInfo {
     int token = 0;
@@ -88,6 +94,7 @@ class Text {
         bool ended = false;
         std::string finish_reason;  // once it has ended: "stop", "length", or "error"
         std::string error;
+        bool has_something() const { return !text.empty() || !tokens.empty(); }
     };
 
     Text(const Tokenizer& tokenizer, Request r, int V) : request_(std::move(r)), tokenizer_(tokenizer) {
@@ -99,11 +106,12 @@ class Text {
                               rng::Key(request_.seed, request_.index, rng::SAMPLE), request_.sampling,
                               keeper_ ? &*keeper_ : nullptr);
     }
-    // Waits for something new, for at most a while; without it, returns news that are empty.
-    News next(std::chrono::milliseconds longest = std::chrono::hours(1)) {
+    // Waits for something new, or only for the end, for at most a while, and returns what is new. Whoever
+    // waits for the end is not woken at each token, which would take a core from the model.
+    News next(std::chrono::milliseconds longest = std::chrono::hours(1), bool only_end = false) {
         std::unique_lock<std::mutex> lock(mutex_);
-        changed_.wait_for(lock, longest,
-                          [&] { return news_.ended || !news_.text.empty() || !news_.tokens.empty(); });
+        only_end_ = only_end;
+        changed_.wait_for(lock, longest, [&] { return news_.ended || (!only_end && news_.has_something()); });
         return std::exchange(news_, News());
     }
     // Nobody waits for it any more.
@@ -164,7 +172,7 @@ class Text {
         for (TokenInfo& t : fresh.tokens) news_.tokens.push_back(std::move(t));
         if (fresh.ended)
             news_.ended = ended_ = true, news_.finish_reason = fresh.finish_reason, news_.error = fresh.error;
-        changed_.notify_all();
+        if (fresh.ended || !only_end_) changed_.notify_all();
     }
     // Ends the text from outside.
     void finish(const char* reason, const std::string& error = "") {
@@ -204,9 +212,10 @@ class Text {
     std::string held_;
     Clock::time_point deadline_ = Clock::time_point::max();
     std::atomic<bool> cancelled_{false}, ended_{false};
-    std::mutex mutex_;  // of news_
+    std::mutex mutex_;  // of news_ and only_end_
     std::condition_variable changed_;
     News news_;
+    bool only_end_ = false;  // whether next() waits for the end only
 };
 
 struct EngineSettings {
@@ -226,12 +235,14 @@ class Engine {
           tokenizer_path(s.tokenizer.empty() ? tokenizer_beside(path) : s.tokenizer),
           settings_(s),
           texts_(s.slots),
-          samplers_(s.slots) {
+          samplers_(s.slots),
+          missing_(s.slots) {
         ModelReader reader(path);
         config_ = reader.cfg;
         tokenizer_ = tokenizer_for(path, config_.V, tokenizer_path);
         recipe_ = recipe_for(tokenizer_path);
         decoder_ = open_decoder(reader, s.slots, s.dtype);
+        end_team();
         thread_ = std::thread([this] { run(); });
     }
     ~Engine() {
@@ -319,6 +330,7 @@ class Engine {
             }
             if (!at_work.empty()) return true;
             if (ending_) return false;
+            end_team();
             changed_.wait(lock);
         }
     }
@@ -327,26 +339,22 @@ class Engine {
         // Only one engine works at a time, because each uses all cores; they take turns.
         static FairMutex processor;
         std::lock_guard<FairMutex> lock(processor);
-        together_.clear(), tokens_.clear();
-        for (size_t s : at_work) {
-            Text& t = *texts_[s];
-            t.continuation_->prepare(*decoder_, s, missing_);
-            if (missing_.size() == 1) together_.push_back(s), tokens_.push_back(missing_[0]);
-            else t.go_on(decoder_->append({s}, missing_.data(), missing_.size()), config_.V, samplers_[s]);
-        }
-        if (together_.empty()) return;
-        const float* logits = decoder_->append(together_, tokens_.data(), 1);
-        const size_t n = together_.size();
-        std::exception_ptr failed;  // none may leave the parallel loop
+        left_ = at_work;
+        for (size_t s : at_work) texts_[s]->continuation_->prepare(*decoder_, s, missing_[s]);
+        append_in_groups(*decoder_, left_, missing_, group_, tokens_,
+                         [&](const auto& group, const float* logits) {
+                             const size_t n = group.size();
+                             std::exception_ptr failed;  // none may leave the parallel loop
 #pragma omp parallel for schedule(dynamic, 1) if (n > 1 && config_.V > 1000)
-        for (size_t k = 0; k < n; k++) try {
-                Text& t = *texts_[together_[k]];
-                t.go_on(logits + k * (size_t)config_.V, config_.V, samplers_[together_[k]]);
-            } catch (...) {
+                             for (size_t k = 0; k < n; k++) try {
+                                     const float* own = logits + k * (size_t)config_.V;
+                                     texts_[group[k]]->go_on(own, config_.V, samplers_[group[k]]);
+                                 } catch (...) {
 #pragma omp critical
-                failed = std::current_exception();
-            }
-        if (failed) std::rethrow_exception(failed);
+                                     failed = std::current_exception();
+                                 }
+                             if (failed) std::rethrow_exception(failed);
+                         });
     }
 
     const EngineSettings settings_;
@@ -359,8 +367,9 @@ class Engine {
     // The engine thread's:
     std::vector<std::shared_ptr<Text>> texts_;  // in each sequence of the decoder; written under mutex_
     std::vector<Sampler> samplers_;
-    std::vector<size_t> together_;
-    std::vector<int> tokens_, missing_;
+    std::vector<std::vector<int>> missing_;  // what step() appends to each sequence, and its scratch:
+    std::vector<size_t> left_, group_;
+    std::vector<int> tokens_;
 
     std::mutex mutex_;  // of what follows
     std::condition_variable changed_;

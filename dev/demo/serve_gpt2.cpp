@@ -373,7 +373,7 @@ inline std::string whole_answer(const Completion& c, const std::vector<std::shar
     for (size_t i = 0; i < texts.size(); i++) {
         Text::News all;
         while (!all.ended) {
-            Text::News news = texts[i]->next(std::chrono::milliseconds(200));
+            Text::News news = texts[i]->next(std::chrono::milliseconds(50), true);
             if (!news.error.empty()) {
                 cancel(texts);
                 throw HttpError(500, news.error);
@@ -411,7 +411,7 @@ inline bool send_stream(const Completion& c, const std::vector<std::shared_ptr<T
                 send(error_body(500, news.error, ""));
                 return listens;
             }
-            if (news.ended || !news.text.empty() || !news.tokens.empty())
+            if (news.ended || news.has_something())
                 send(answer.body(Json::array({answer.choice(i, *texts[i], news)}), left ? nullptr : &texts));
         }
     if (listens) send("[DONE]");

@@ -66,6 +66,31 @@ TEST_CASE("a text is the same alone and beside others that come and go, for any 
     }
 }
 
+TEST_CASE("texts of one request go through the model together, their prompt too") {
+    Served s(4);
+    std::vector<demo::Request> requests;
+    for (uint64_t seed = 0; seed < 4; seed++) {
+        requests.push_back(s.request("ابت", seed, 10));
+        requests.back().wish.verses = 10000;  // it does not end before max_tokens
+    }
+    for (auto& text : s.engine->write(requests)) CHECK(utf8::count(whole(*text).text) == 10);
+    CHECK(Babbler::notes.calls == 10);
+    CHECK(Babbler::notes.most == 4);
+}
+
+TEST_CASE("whoever waits for a text's end gets all of it at once") {
+    Served s;
+    Babbler::notes.delay_us = 1000;
+    const std::string text = whole(*s.begin(s.request("", 3, 60))).text;
+    auto waited_for = s.begin(s.request("", 3, 60));
+    CHECK(waited_for->next(std::chrono::milliseconds(20), true).ended ==
+          false);  // only what there is by then
+    auto again = s.begin(s.request("", 3, 60));
+    const demo::Text::News all = again->next(std::chrono::hours(1), true);
+    CHECK(all.ended);
+    CHECK(all.text == text);
+}
+
 TEST_CASE("a text ends after max_tokens, at end-of-text, or before a stop text, no part of which is sent") {
     Served s;
     const std::string text = whole(*s.begin(s.request("", 3, 60))).text;
