@@ -150,6 +150,7 @@ void write_poems(ModelReader& reader, const Tokenizer& tokenizer, const Settings
 
 int main(int argc, char** argv) {
     machine::spin_less(argv);
+    machine::flush_subnormals();
     return run_main(PROGRAM, [&]() -> int {
         Settings s;
         const std::string built_dtype = s.dtype;

@@ -1142,6 +1142,7 @@ __attribute__((weak)) std::unique_ptr<Decoder> open_decoder(ModelReader& file, s
 // Weak, so that a program with a main of its own (sample_gpt2.cpp) can link this object for its model.
 __attribute__((weak)) int main(int argc, char** argv) {
     machine::spin_less(argv);
+    machine::flush_subnormals();
     return train<cpu::GPT2, cpu::Decoder>(argc, argv);
 }
 #endif

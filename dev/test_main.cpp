@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "dev/test_util.h"
+#include "lib/machine.h"
 
 namespace {
 
@@ -49,6 +50,7 @@ int main(int argc, char** argv) {
         setenv("OMP_WAIT_POLICY", "passive", 1);
         execv("/proc/self/exe", argv);  // returns only where it cannot
     }
+    machine::flush_subnormals();  // as the programs do
     doctest::Context context(argc, argv);
     int rc = context.run();
     if (context.shouldExit()) return rc;  // --help, --list-test-cases

@@ -9,6 +9,9 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <utility>
@@ -114,6 +117,20 @@ inline int fair_threads(int processes) {
 
 // Sets the number of threads of parallel regions from now on.
 inline void set_threads(int n) { omp_set_num_threads(n); }
+
+// Makes this thread, and the threads that it starts from now on, take subnormal numbers (below 1.2e-38) as 0.
+// With one, many Intel processors take a hundred times as long for an operation: a step of a model whose
+// units had died took 18 s instead of 1.6 s. Call it in main() before there are other threads.
+inline void flush_subnormals() {
+#if defined(__x86_64__)
+    constexpr unsigned FLUSH_TO_ZERO = 0x8000, DENORMALS_ARE_ZERO = 0x40;
+    _mm_setcsr(_mm_getcsr() | FLUSH_TO_ZERO | DENORMALS_ARE_ZERO);
+#elif defined(__aarch64__)
+    uint64_t fpcr;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+    __asm__ volatile("msr fpcr, %0" : : "r"(fpcr | 1 << 24));
+#endif
+}
 
 // Raises this process's limit of open files, usually 1,024, to n, or as far as the system lets it.
 inline void allow_open_files(size_t n) {

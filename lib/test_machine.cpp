@@ -24,3 +24,14 @@ TEST_CASE("machine: a container's cache that can be dropped counts as free memor
     write_file(dir / "memory.current", "20000\n");
     CHECK(control_group_available(dir.path) == 0);
 }
+
+TEST_CASE("machine: subnormal numbers count as 0 in every thread, so that they do not slow a step") {
+    const std::vector<float> tiny(4, 1e-40f), small(4, 2e-38f);
+    int wrong = 0;
+#pragma omp parallel num_threads(4) reduction(+ : wrong)
+    {
+        const size_t thread = (size_t)omp_get_thread_num();
+        wrong += tiny[thread] * 1e20f != 0 || small[thread] * 0.25f != 0;
+    }
+    CHECK(wrong == 0);
+}

@@ -682,6 +682,7 @@ int main(int argc, char** argv) {
     std::string what = argc > 1 ? argv[1] : "";
     if (what == "step" || what == "sample" || what == "muon")
         machine::spin_less(argv);  // as train_gpt2 and sample_gpt2 do
+    machine::flush_subnormals();
     return run_main("bench", [&] {
         if (what == "step" && argc == 5) return work_step(find_row(argv[2]), argv[3], atoi(argv[4]));
         if (what == "step" && argc == 7)

@@ -898,6 +898,7 @@ inline int serve_main(int argc, char** argv) {
 #ifndef SERVE_NO_MAIN
 int main(int argc, char** argv) {
     machine::spin_less(argv);
+    machine::flush_subnormals();
     return run_main(SERVER_NAME, [&] { return demo::serve_main(argc, argv); });
 }
 #endif
