@@ -95,7 +95,7 @@ struct Ranks {
 // The most floating-point operations a second that a machine can do, and how that number is known.
 struct Peak {
     double flops;
-    const char* source;
+    std::string source;  // "measured", and what else is to be said of it
 };
 
 // Bytes that a model needs, by purpose.

@@ -1161,7 +1161,7 @@ class Run {
         };
         row("program", version_);
         auto size = [](size_t b) { return human_bytes((double)b); };
-        row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source));
+        row("machine", Model::device() + strf(", peak %.0f GFLOP/s %s", peak_ / 1e9, peak.source.c_str()));
         if (comm_->world > 1)
             row("ranks", strf("%d %s, %d of them on this machine%s", comm_->world, comm_->what(),
                               comm_->on_host, shares(ranks().zero_stage)));

@@ -372,7 +372,7 @@ void print_device() {
     printf(", \"multiprocessors\": %d, \"driver_cuda\": \"%d.%d\", \"runtime_cuda\": \"%d.%d\"",
            d.multiProcessorCount, driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     printf(", \"cublaslt\": \"%zu\", \"peak_flops\": %.4e, \"peak_source\": \"%s\", \"bandwidth\": %.4e",
-           cublasLtGetVersion(), peak.flops, peak.source, bandwidth());
+           cublasLtGetVersion(), peak.flops, peak.source.c_str(), bandwidth());
     printf(", \"numbers\": \"%s\", \"hook\": %s}\n", gpu::BUILD_DTYPE == BF16 ? "bf16" : "fp32",
            HOOK ? "true" : "false");
     fflush(stdout);
