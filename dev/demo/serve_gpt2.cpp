@@ -378,7 +378,7 @@ inline std::string whole_answer(const Completion& c, const std::vector<std::shar
                 cancel(texts);
                 throw HttpError(500, news.error);
             }
-            if (has_gone()) {
+            if (!news.ended && has_gone()) {
                 cancel(texts);
                 throw client_gone();
             }
@@ -505,17 +505,15 @@ class Arrivals {
     }
     // Whether the connection waits for a thread: there are unread bytes, and none have been read.
     static bool waits(const Connection& c) {
-        // Linux's tcp_info (linux/tcp.h) has more members than the C library's.
-        struct {
-            tcp_info first;
-            uint64_t pacing_rate, max_pacing_rate, acked, received;
-        } info = {};
-        static_assert(sizeof(tcp_info) == 104);
+        // Linux's tcp_info (linux/tcp.h) is longer than most C libraries': byte 128 begins
+        // tcpi_bytes_received.
+        uint64_t info[32] = {};
+        constexpr size_t RECEIVED = 128 / sizeof(uint64_t);
         socklen_t size = sizeof info;
         int unread = 0;
-        if (ioctl(c.socket, FIONREAD, &unread) || getsockopt(c.socket, IPPROTO_TCP, TCP_INFO, &info, &size))
+        if (ioctl(c.socket, FIONREAD, &unread) || getsockopt(c.socket, IPPROTO_TCP, TCP_INFO, info, &size))
             return false;
-        return unread > 0 && info.received <= (uint64_t)unread + 1;  // the end of what is sent counts as 1
+        return unread > 0 && info[RECEIVED] <= (uint64_t)unread + 1;  // the end of what is sent counts as 1
     }
     // The socket's number may have become another connection's since it was listed.
     static void cut(const Connection& c) {
