@@ -251,7 +251,8 @@ class Continuation {
 
 // Appends missing[s], at least one token, to each of the sequences `left`. Those that lack the same number of
 // tokens go through the model together. Then calls f(group, logits) for each such group, with the logits
-// (group.size(), V) as append() returns them. Empties `left`; `tokens` is scratch.
+// (group.size(), V) as append() returns them. `left` is emptied; `group` and `tokens` are scratch memory, the
+// caller's so that it is allocated once.
 template <class F>
 void append_in_groups(Decoder& decoder, std::vector<size_t>& left,
                       const std::vector<std::vector<int>>& missing, std::vector<size_t>& group,

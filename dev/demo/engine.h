@@ -5,8 +5,9 @@
 //     while (!news.ended) news = texts[0]->next();    // waits for what is new
 //
 // One thread runs the model. Between two tokens a new text takes a free sequence, and one that has ended, or
-// that nobody waits for any more, leaves its own. Texts that need one token each go through the model
-// together; a prompt goes alone. So a text has the same bits whatever else is written.
+// that nobody waits for any more, leaves its own. Texts that lack the same number of tokens, one each or
+// prompts of one length, go through the model together. On the CPU the decoder computes each sequence
+// independently of the others, so a text has the same bits whatever else is written.
 #pragma once
 
 #include <omp.h>
@@ -59,10 +60,10 @@ class FairMutex {
     size_t next_ = 0, served_ = 0;
 };
 
-// Ends the calling thread's team of OpenMP threads; its next parallel region starts another one. A program
-// with more such threads than processors pays for each region: libgomp then puts waiting threads to sleep
-// instead of letting them spin, and waking one takes longer than many a region. Each thread that computes has
-// its own team.
+// Ends the calling thread's team of OpenMP threads; its next parallel region starts a new one. Each thread
+// that computes has a team of its own, and those of an idle team still count: with more of them than
+// processors, libgomp puts waiting threads to sleep instead of letting them spin, and waking one often takes
+// longer than the work of a parallel region. (Two models that write at the same time still have two teams.)
 inline void end_team() { omp_pause_resource_all(omp_pause_soft); }
 
 // A token that was written, and the likeliest in its place, with log probabilities: of softmax(logits).

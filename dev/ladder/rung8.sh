@@ -76,7 +76,7 @@ train() {
     steps=$1
     shift
     if ls "$dir"/state_*.bin >/dev/null 2>&1; then
-        ./train_gpt2 -o "$dir" --resume
+        ./train_gpt2 -o "$dir" --resume $TRAIN_FLAGS
     else
         ./train_gpt2 --data "$from" --preset char --batch_size "$BATCH" --log_every 50 --max_steps "$steps" \
             "$@" -o "$dir" --overwrite $TRAIN_FLAGS

@@ -19,7 +19,7 @@ case $image in
 *) echo "compare.sh: $image: wanted a name that ends in .png or .svg" >&2; exit 2 ;;
 esac
 together=yes  # all runs lie in one folder
-highest=0     # the highest validation loss but step 0's, which would flatten the rest: the plot's top
+highest=0     # the plot's top: the highest validation loss after step 0, whose own would flatten the curves
 for dir; do
     [ "$(dirname "$dir")" = "$(dirname "$1")" ] || together=
     [ "$(cat "$dir/log.csv" 2>/dev/null | wc -l)" -ge 2 ] ||
