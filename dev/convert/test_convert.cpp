@@ -259,7 +259,7 @@ TEST_CASE("convert: layer_norm_epsilon survives both conversions and is written 
                  {1.25e-7, "1.25e-07"},
                  {1, "1.0"},
                  {0.333333333333, "0.33333334"},
-                 {1e-45, "1e-45"},
+                 {1.2e-38, "1.2e-38"},
                  {9.999999747378752e-06, "1e-05"}};
     for (bool grover : {false, true})
         for (auto& k : cases) {
