@@ -704,7 +704,7 @@ TEST_CASE("tcp: rank 0 refuses ranks of another world, and a rank that has come 
     Port port;
     Processes p;
     auto join = [&](int r, int world) {
-        p.add([=, &p, &port] {
+        p.add([=, &port] {
             TcpComm comm(rank_of(r, world, port.number), 10, "test");
             comm.barrier();
             return 0;
