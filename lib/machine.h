@@ -119,8 +119,8 @@ inline int fair_threads(int processes) {
 inline void set_threads(int n) { omp_set_num_threads(n); }
 
 // Makes this thread, and the threads that it starts from now on, take subnormal numbers (below 1.2e-38) as 0.
-// With one, many Intel processors take a hundred times as long for an operation: a step of a model whose
-// units had died took 18 s instead of 1.6 s. Call it in main() before there are other threads.
+// Intel processors take much longer for an operation with one: on a Xeon, a step of a model whose units had
+// died took 18 s instead of 1.6 s. Call it in main() before there are other threads.
 inline void flush_subnormals() {
 #if defined(__x86_64__)
     constexpr unsigned FLUSH_TO_ZERO = 0x8000, DENORMALS_ARE_ZERO = 0x40;

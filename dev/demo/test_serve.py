@@ -31,8 +31,8 @@ import traceback
 TESTS = []
 FLAGS = None  # the command line's
 PROMPT = "يا ليل"
-# Takes 13 seconds on two cores of a Zen 5, twice as long with --threads 1: verses with a rhyme that hardly any
-# word has are drawn again and again.
+# Takes 13 seconds on two cores of a Zen 5, longer with --threads 1: verses with a rhyme that hardly any word
+# has are drawn again and again.
 LONG = {"prompt": PROMPT, "verses": 100, "rhyme": "ظظظظظظ", "max_tokens": 16384, "stream": True}
 
 
@@ -678,8 +678,8 @@ def _(_):
 
 
 def cut_off(server, clients, send, more=lambda: time.sleep(0.1)):
-    """Checks that another client is answered once those that `send` keeps busy are cut off, which happens after
-    ten seconds. `more` is called until twelve have passed."""
+    """Checks that another client is answered once those that `send` keeps busy are cut off, after ten seconds.
+    `more` is called until twelve have passed."""
     ended = threading.Event()
 
     def go_on(client):
