@@ -788,35 +788,48 @@ void run_product(const Product& p) {
 // ---------------------------------------------------------------------------------------------
 // Few rows: generation
 
+// The largest X that stays in the L1 cache while rows of W pass.
+constexpr size_t FEW_X_BYTES = 24576;
+
 // Y = the dot products of M rows of units X with R rows of W, computed for AT_ONCE rows of W at a time. Each
-// is summed lane by lane and then across the lanes, in the same order whatever M and R. With one row of X, W
-// is read as fast as memory delivers it, since the processor itself looks ahead. With more rows it has too
-// many instructions in between to look far enough, so lines are prefetched, into the L2 cache, which takes
-// more requests at a time than L1.
+// is summed lane by lane and then across the lanes, in the same order whatever M and R. With M R > VL, blocks
+// of k are computed for all R rows in turn, each with a part of X that stays in the L1 cache. With one row of
+// X, W is read as fast as memory delivers it, since the processor itself looks ahead. With more rows it has
+// too many instructions in between to look far enough, so lines are prefetched, into the L2 cache, which
+// takes more requests at a time than L1.
 template <size_t M, size_t R, size_t AT_ONCE>
 void few_dots(float* Y, const float* X, const Weight* W, const float* b, size_t K, size_t ldy) {
     constexpr size_t STEP = U * VL, AHEAD_BYTES = 8192;
-    const size_t ldx = ceil_div(K, U);
+    const size_t ldx = ceil_div(K, U),
+                 block = M * R > VL ? FEW_X_BYTES / (M * sizeof(float)) / VL * STEP : K;  // whole steps
     vec sums[round_up(M * R, VL)] = {};
-    UNROLL(16)
-    for (size_t r0 = 0; r0 < R; r0 += AT_ONCE, W += AT_ONCE * K) {
-        vec acc[AT_ONCE][M] = {};
-        auto step = [&](size_t k, size_t n) __attribute__((always_inline)) {
-            vec w[AT_ONCE];
-            for (size_t r = 0; r < AT_ONCE; r++) {
-                w[r] = Numbers::along(W + r * K + k, n);
-                if (M > 1) __builtin_prefetch((const char*)(W + r * K + k) + AHEAD_BYTES, 0, 2);
-            }
-            for (size_t m = 0; m < M; m++) {
-                vec x = load(X + m * ldx + k / U, ceil_div(n, U));
-                for (size_t r = 0; r < AT_ONCE; r++) acc[r][m] = Numbers::add_products(acc[r][m], x, w[r]);
-            }
-        };
-        size_t k = 0;
-        for (; k + STEP <= K; k += STEP) step(k, STEP);
-        if (k < K) step(k, K - k);
-        for (size_t r = 0; r < AT_ONCE; r++)
-            for (size_t m = 0; m < M; m++) sums[(r0 + r) * M + m] = acc[r][m];
+    for (size_t k0 = 0; k0 < K; k0 += block) {
+        const size_t end = std::min(K, k0 + block);
+        UNROLL(16)
+        for (size_t r0 = 0; r0 < R; r0 += AT_ONCE) {
+            vec acc[AT_ONCE][M];
+            for (size_t r = 0; r < AT_ONCE; r++)
+                for (size_t m = 0; m < M; m++) acc[r][m] = sums[(r0 + r) * M + m];
+            auto step = [&](size_t k, size_t n) __attribute__((always_inline)) {
+                vec w[AT_ONCE];
+                for (size_t r = 0; r < AT_ONCE; r++) {
+                    const Weight* from = W + (r0 + r) * K + k;
+                    w[r] = Numbers::along(from, n);
+                    if (M > 1) __builtin_prefetch((const char*)from + AHEAD_BYTES, 0, 2);
+                }
+                for (size_t m = 0; m < M; m++) {
+                    vec x = load(X + m * ldx + k / U, ceil_div(n, U));
+                    if constexpr (AT_ONCE > 1) simd::in_register(x);
+                    for (size_t r = 0; r < AT_ONCE; r++)
+                        acc[r][m] = Numbers::add_products(acc[r][m], x, w[r]);
+                }
+            };
+            size_t k = k0;
+            for (; k + STEP <= end; k += STEP) step(k, STEP);
+            if (k < end) step(k, end - k);
+            for (size_t r = 0; r < AT_ONCE; r++)
+                for (size_t m = 0; m < M; m++) sums[(r0 + r) * M + m] = acc[r][m];
+        }
     }
     UNROLL(16)
     for (size_t first = 0; first < M * R; first += VL) {
@@ -833,8 +846,12 @@ void few_columns(float* Y, const float* X, const Weight* W, const float* b, size
     auto rows = [&](auto count) {
         constexpr size_t ROWS = decltype(count)::value, AT_ONCE = ROWS >= 4 && MANY_REGISTERS ? 2 : 1;
         constexpr size_t R = std::max(VL / ROWS, AT_ONCE);
+        const bool blocks = ROWS > 2 && ROWS * ceil_div(K, U) * sizeof(float) > FEW_X_BYTES;
         for (; m + ROWS <= M; m += ROWS, X += ROWS * ceil_div(K, U), Y += ROWS * ldy) {
             size_t n = 0;
+            // A call reads X from the L2 cache once, so that many rows of W should share it.
+            for (; blocks && n + VL <= N; n += VL)
+                few_dots<ROWS, VL, AT_ONCE>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
             for (; n + R <= N; n += R)
                 few_dots<ROWS, R, AT_ONCE>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
             for (; n < N; n++) few_dots<ROWS, 1, 1>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);

@@ -64,6 +64,14 @@ inline void store(float* p, vec v, size_t n = VL) {
     else memcpy(p, &v, n * sizeof(float));
 #endif
 }
+// Has v loaded into a register once, where the compiler would read it from memory again for each use.
+#if defined(__SSE__)
+inline void in_register(vec& v) { __asm__("" : "+v"(v)); }
+#elif defined(__aarch64__)
+inline void in_register(vec& v) { __asm__("" : "+w"(v)); }
+#else
+inline void in_register(vec&) {}
+#endif
 // A store past the caches, for values that are not read again soon. p must be aligned to a vector. Other
 // threads see the values after finish_streams().
 #if defined(__AVX512F__)
