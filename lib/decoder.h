@@ -2,8 +2,7 @@
 // new token passes through the model alone, instead of the whole text once more for each token.
 //
 // This is the model's forward pass as in train_gpt2.cpp, for a few rows at a time and without what training
-// keeps for backward. With one new token for each sequence, nearly all the time is spent reading the weights
-// from memory.
+// keeps for backward. With one sequence, nearly all the time is spent reading the weights from memory.
 #pragma once
 
 #include "lib/gemm.h"
@@ -27,9 +26,10 @@ class Decoder final : public ::Decoder {
         Arena count, placed;
         place(count);
         if (size_t have = machine::memory_available(); count.used > have)
-            fail("%zu texts need %s of memory for keys and values, %s are free; write fewer at once", N,
+            fail("%zu texts need %s of memory, %s are free; write fewer at once", N,
                  human_bytes((double)count.used).c_str(), human_bytes((double)have).c_str());
         memory_ = {count.used, "key/value cache"}, placed.base = memory_.as<char>();
+        memset(placed.base, 0, count.used);  // taken now, so that the next decoder sees what is left
         place(placed);
     }
     // The same with a model that the decoder owns.
@@ -71,8 +71,8 @@ class Decoder final : public ::Decoder {
         logits_ = a.take<float>(N_, c.V), last_ = a.take<float>(N_, C);
         w_ = a.take<float>(C), b_ = a.take<float>(4 * C);
     }
-    // Y = X w^T + b. few_rows reads w from memory only once. It also gives a sequence the same bits whatever
-    // the number of sequences.
+    // Y = X w^T + b. few_rows reads w from memory only once. It sums in another order than forward, so the
+    // choice must not depend on the number of sequences: each must get the same bits whatever the others are.
     template <class W>
     static void matmul(float* Y, const float* X, const W* w, const float* b, size_t M, size_t K, size_t N,
                        bool one_token) {

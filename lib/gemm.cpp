@@ -93,7 +93,11 @@ struct Numbers {
                                         (__m512)load(s, n));
     }
     static vec along(const bf16* s, size_t n) {
-        if (n >= 2 * VL) return load((const float*)s);
+        if (n >= 2 * VL) {
+            vec pairs;
+            memcpy(&pairs, s, sizeof pairs);  // s is aligned to 2 bytes only
+            return pairs;
+        }
         return (vec)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), s);
     }
     static vec across(const float* s, const float* next, size_t n) {
@@ -788,34 +792,39 @@ void run_product(const Product& p) {
 // ---------------------------------------------------------------------------------------------
 // Few rows: generation
 
-// The largest X that stays in the L1 cache while rows of W pass.
-constexpr size_t FEW_X_BYTES = 24576;
+// The part of X that stays in the L1 cache while rows of W pass.
+constexpr size_t X_IN_L1_BYTES = 24576;
 
-// Y = the dot products of M rows of units X with R rows of W, computed for AT_ONCE rows of W at a time. Each
-// is summed lane by lane and then across the lanes, in the same order whatever M and R. With M R > VL, blocks
-// of k are computed for all R rows in turn, each with a part of X that stays in the L1 cache. With one row of
-// X, W is read as fast as memory delivers it, since the processor itself looks ahead. With more rows it has
-// too many instructions in between to look far enough, so lines are prefetched, into the L2 cache, which
-// takes more requests at a time than L1.
-template <size_t M, size_t R, size_t AT_ONCE>
+// Y = X W^T + b for M rows of X, in units, and R rows of W, AT_ONCE rows of W at a time. Each dot product is
+// summed lane by lane and then across the lanes, in an order that depends on K alone. IN_BLOCKS: k is divided
+// into blocks, and all R rows of W use a block of X, which stays in the L1 cache, before the next one.
+//
+// With one row of X the processor prefetches W itself, as fast as memory delivers it. With more rows it has
+// too many instructions in between to look far enough, so the loop prefetches what it will read a while
+// later, into the L2 cache, which can wait for more lines at a time than L1.
+template <size_t M, size_t R, size_t AT_ONCE, bool IN_BLOCKS = false>
 void few_dots(float* Y, const float* X, const Weight* W, const float* b, size_t K, size_t ldy) {
-    constexpr size_t STEP = U * VL, AHEAD_BYTES = 8192;
+    constexpr size_t STEP = U * VL, AHEAD_BYTES = 8192, AHEAD_ROWS = 4;
     const size_t ldx = ceil_div(K, U),
-                 block = M * R > VL ? FEW_X_BYTES / (M * sizeof(float)) / VL * STEP : K;  // whole steps
+                 k_block = IN_BLOCKS ? X_IN_L1_BYTES / (M * sizeof(float)) / VL * STEP : K;  // whole steps
     vec sums[round_up(M * R, VL)] = {};
-    for (size_t k0 = 0; k0 < K; k0 += block) {
-        const size_t end = std::min(K, k0 + block);
+    for (size_t k0 = 0; k0 < K; k0 += k_block) {
+        const size_t end = std::min(K, k0 + k_block);
         UNROLL(16)
         for (size_t r0 = 0; r0 < R; r0 += AT_ONCE) {
             vec acc[AT_ONCE][M];
             for (size_t r = 0; r < AT_ONCE; r++)
                 for (size_t m = 0; m < M; m++) acc[r][m] = sums[(r0 + r) * M + m];
+            const Weight* next = W + (r0 + AHEAD_ROWS) * K;
+            if (IN_BLOCKS && r0 + AHEAD_ROWS >= R) next = end < K ? next - R * K + k_block : next - k0;
             auto step = [&](size_t k, size_t n) __attribute__((always_inline)) {
                 vec w[AT_ONCE];
                 for (size_t r = 0; r < AT_ONCE; r++) {
                     const Weight* from = W + (r0 + r) * K + k;
                     w[r] = Numbers::along(from, n);
-                    if (M > 1) __builtin_prefetch((const char*)from + AHEAD_BYTES, 0, 2);
+                    const char* later =
+                        IN_BLOCKS ? (const char*)(next + r * K + k) : (const char*)from + AHEAD_BYTES;
+                    if (M > 1) __builtin_prefetch(later, 0, 2);
                 }
                 for (size_t m = 0; m < M; m++) {
                     vec x = load(X + m * ldx + k / U, ceil_div(n, U));
@@ -842,16 +851,17 @@ void few_dots(float* Y, const float* X, const Weight* W, const float* b, size_t 
 // N outputs of all rows, on the calling thread.
 void few_columns(float* Y, const float* X, const Weight* W, const float* b, size_t M, size_t K, size_t N,
                  size_t ldy) {
+    const size_t ldx = ceil_div(K, U);
     size_t m = 0;
     auto rows = [&](auto count) {
         constexpr size_t ROWS = decltype(count)::value, AT_ONCE = ROWS >= 4 && MANY_REGISTERS ? 2 : 1;
         constexpr size_t R = std::max(VL / ROWS, AT_ONCE);
-        const bool blocks = ROWS > 2 && ROWS * ceil_div(K, U) * sizeof(float) > FEW_X_BYTES;
-        for (; m + ROWS <= M; m += ROWS, X += ROWS * ceil_div(K, U), Y += ROWS * ldy) {
+        for (; m + ROWS <= M; m += ROWS, X += ROWS * ldx, Y += ROWS * ldy) {
             size_t n = 0;
-            // A call reads X from the L2 cache once, so that many rows of W should share it.
-            for (; blocks && n + VL <= N; n += VL)
-                few_dots<ROWS, VL, AT_ONCE>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
+            // A call loads X from L2 into L1 once; the more rows of W it computes, the less that costs.
+            if (ROWS >= 4 && ROWS * ldx * sizeof(float) > X_IN_L1_BYTES)
+                for (; n + VL <= N; n += VL)
+                    few_dots<ROWS, VL, AT_ONCE, true>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
             for (; n + R <= N; n += R)
                 few_dots<ROWS, R, AT_ONCE>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
             for (; n < N; n++) few_dots<ROWS, 1, 1>(Y + n, X, W + n * K, b ? b + n : nullptr, K, ldy);
@@ -865,27 +875,29 @@ void few_columns(float* Y, const float* X, const Weight* W, const float* b, size
 
 void few_rows(float* Y, const float* X, const void* weights, const float* b, size_t M, size_t K, size_t N,
               size_t ldy) {
-    constexpr size_t BLOCK = 16;
+    // bf16: X is rounded into the workspace, as many rows at a time as it holds.
+    constexpr bool ROUNDS_X = !std::is_same<Weight, float>::value;
+    constexpr size_t COLUMNS = 16;
     const Weight* W = (const Weight*)weights;
+    const size_t ldx = ceil_div(K, U);
     if (!K) throw std::logic_error("few_rows: K is 0");
-    if (omp_in_parallel() && std::is_same<Weight, float>::value) return few_columns(Y, X, W, b, M, K, N, ldy);
-    size_t at_once = M;
-    if (!std::is_same<Weight,
-                      float>::value) {  // rows are rounded into the workspace, as many at a time as it holds
+    if (omp_in_parallel() && !ROUNDS_X) return few_columns(Y, X, W, b, M, K, N, ldy);
+    size_t most = M;
+    if (ROUNDS_X) {
         workspace().reserve(1);
-        at_once = std::max<size_t>(1, workspace().shared_units / ceil_div(K, U));
+        most = std::max<size_t>(1, workspace().shared_units / ldx);
     }
-    for (size_t m = 0; m < M; m += at_once) {
-        size_t rows = std::min(at_once, M - m);
+    for (size_t m = 0; m < M; m += most) {
+        size_t rows = std::min(most, M - m);
         const float* x = X + m * K;
-        if (!std::is_same<Weight, float>::value) {
-            float* rounded = workspace().shared;
-            for (size_t i = 0; i < rows; i++) to_units(rounded + i * ceil_div(K, U), x + i * K, K);
-            x = rounded;
+        if (ROUNDS_X) {
+            float* units = workspace().shared;
+            for (size_t i = 0; i < rows; i++) to_units(units + i * ldx, x + i * K, K);
+            x = units;
         }
 #pragma omp parallel for schedule(static)
-        for (size_t n = 0; n < N; n += BLOCK)
-            few_columns(Y + m * ldy + n, x, W + n * K, b ? b + n : nullptr, rows, K, std::min(BLOCK, N - n),
+        for (size_t n = 0; n < N; n += COLUMNS)
+            few_columns(Y + m * ldy + n, x, W + n * K, b ? b + n : nullptr, rows, K, std::min(COLUMNS, N - n),
                         ldy);
     }
 }

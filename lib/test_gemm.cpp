@@ -688,10 +688,9 @@ namespace {
 
 // Checks one call of few_rows against sums in double precision, with operands rounded if T is bf16.
 template <class T>
-void check_few(Random& r) {
+void check_few(Random& r, size_t K) {
     const Dtype dtype = sizeof(T) == 2 ? BF16 : FP32;
-    size_t M = 1 + r.below(19), N = r.among({1, 2, 3, 17, 65});
-    size_t K = r.among({1, 2, 31, 32, 33, 63, 64, 100, 257}), ldy = N + r.below(3);
+    size_t M = 1 + r.below(19), N = r.among({1, 2, 3, 15, 16, 17, 65}), ldy = N + r.below(3);
     bool with_bias = r.below(2);
     INFO("M ", M, " N ", N, " K ", K, " bytes ", sizeof(T));
     Floats X = r.floats(M * K), W = r.floats(N * K), b = r.floats(N), Y(M * ldy, 7.0f), alone(N);
@@ -726,9 +725,19 @@ void check_few(Random& r) {
 TEST_CASE("few_rows computes X W^T + b, fp32 and bf16; a row does not depend on others") {
     Random r(5);
     for (size_t trial = 0; trial < 80; trial++) {
-        check_few<float>(r);
-        check_few<bf16>(r);
+        const size_t K = r.among({1, 2, 31, 32, 33, 63, 64, 100, 257});
+        check_few<float>(r, K);
+        check_few<bf16>(r, K);
     }
+}
+
+TEST_CASE("few_rows: the same with rows too long for the L1 cache, which are computed in blocks of k") {
+    Random r(29);
+    for (size_t K : {769, 1536, 1537, 1600, 3075, 6151})
+        for (size_t trial = 0; trial < 12; trial++) {
+            check_few<float>(r, K);
+            check_few<bf16>(r, K);
+        }
 }
 
 TEST_CASE("few_rows of floats gives the same bits when all threads call it at once") {

@@ -64,7 +64,8 @@ inline void store(float* p, vec v, size_t n = VL) {
     else memcpy(p, &v, n * sizeof(float));
 #endif
 }
-// Has v loaded into a register once, where the compiler would read it from memory again for each use.
+// Keeps v in a register. Without it g++ makes v a memory operand of each instruction, and so loads it each
+// time.
 #if defined(__SSE__)
 inline void in_register(vec& v) { __asm__("" : "+v"(v)); }
 #elif defined(__aarch64__)
