@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -26,7 +27,8 @@ struct SampleOptions {
 
 class Sampler {
   public:
-    // Allocates memory for a vocabulary of V, so that pick() need not.
+    // Allocates memory for a vocabulary of V, so that pick() need not, unless it applies a repetition
+    // penalty.
     explicit Sampler(int V = 0) : candidates_((size_t)V) {}
 
     // Draws a token from softmax(logits / temperature), logits (V), restricted to the top_k, then to the
@@ -180,9 +182,10 @@ class Continuation {
         tokens.clear();
         if (seen_ == 0) decoder.truncate(s, 0);
         if (seen_ >= text_.size()) {  // tokens, or an end, were taken back: the last token is given once more
-            const size_t back = seen_ - (text_.size() - 1);
-            if (back > decoder.length(s) - prefix_) return start_anew(decoder, s, tokens);
-            decoder.truncate(s, decoder.length(s) - back);
+            const size_t back = seen_ - (text_.size() - 1), held = decoder.length(s);
+            const bool whole = held == seen_;  // nothing of the text has been left out
+            if (!whole && held + 1 < back + half(decoder)) return start_anew(decoder, s, tokens);
+            decoder.truncate(s, held - back);
             seen_ = text_.size() - 1;
         }
         if (decoder.length(s) + text_.size() - seen_ > decoder.capacity())
@@ -222,14 +225,17 @@ class Continuation {
             for (size_t i = stays; i < text_.size(); i++) times_[(size_t)text_[i]]--;
         text_.resize(stays);
     }
+    // How many tokens a full context is cut to. The model sees at least so many, prefix included, or the
+    // whole text.
+    static size_t half(const Decoder& decoder) { return std::max<size_t>(decoder.capacity() / 2, 1); }
     // Gives the decoder the prefix and the text's end, half its capacity in all.
     void start_anew(Decoder& decoder, size_t s, std::vector<int>& tokens) {
         decoder.truncate(s, 0);
-        const size_t half = std::max<size_t>(decoder.capacity() / 2, 1);
+        const size_t most = half(decoder);
         // Where all of the text fits, it begins with the prefix itself.
-        prefix_ = o_.prefix.size() < half && text_.size() > half ? o_.prefix.size() : 0;
-        const size_t of_text = std::min(half - prefix_, text_.size());
-        tokens.assign(o_.prefix.begin(), o_.prefix.begin() + (ptrdiff_t)prefix_);
+        const size_t prefix = o_.prefix.size() < most && text_.size() > most ? o_.prefix.size() : 0;
+        const size_t of_text = std::min(most - prefix, text_.size());
+        tokens.assign(o_.prefix.begin(), o_.prefix.begin() + (ptrdiff_t)prefix);
         tokens.insert(tokens.end(), text_.end() - (ptrdiff_t)of_text, text_.end());
         seen_ = text_.size();
     }
@@ -239,7 +245,6 @@ class Continuation {
     const size_t most_;  // tokens of the text
     size_t taken_;       // tokens given to take_settled()'s f, and the prompt's
     size_t seen_ = 0;    // how many tokens of the text the decoder has been given, forgotten ones included
-    size_t prefix_ = 0;  // of o.prefix, how many are at the beginning of the decoder's sequence
     uint64_t draws_ = 0;
     const rng::Key key_;
     const SampleOptions o_;
@@ -269,6 +274,21 @@ void append_in_groups(Decoder& decoder, std::vector<size_t>& left,
     }
 }
 
+// Calls f(k) for each k below n, in parallel or one after the other. If calls throw, one of these exceptions
+// is thrown when all have returned.
+template <class F>
+void for_each_index(size_t n, bool parallel, F f) {
+    std::exception_ptr failed;  // none may leave the parallel loop
+#pragma omp parallel for schedule(dynamic, 1) if (parallel)
+    for (size_t k = 0; k < n; k++) try {
+            f(k);
+        } catch (...) {
+#pragma omp critical
+            failed = std::current_exception();
+        }
+    if (failed) std::rethrow_exception(failed);
+}
+
 // Continues all texts, text i in sequence i of the decoder, to their ends. emit(i, token) is called with
 // every new token that has settled.
 template <class Emit>
@@ -286,10 +306,10 @@ void continue_texts(Decoder& decoder, std::vector<Continuation>& texts, int V, E
         if (left.empty()) return;
         append_in_groups(decoder, left, missing, group, tokens, [&](const auto& which, const float* logits) {
             const size_t parts = samplers.size(), m = which.size();
-#pragma omp parallel for schedule(static)
-            for (size_t part = 0; part < parts; part++)
+            for_each_index(parts, true, [&](size_t part) {
                 for (size_t k = m * part / parts; k < m * (part + 1) / parts; k++)
                     texts[which[k]].draw(logits + k * (size_t)V, samplers[part]);
+            });
             for (size_t i : which) texts[i].take_settled([&](int token) { emit(i, token); });
         });
     }

@@ -16,6 +16,7 @@ struct CountingDecoder : ::Decoder {
     size_t limit;
     std::vector<Tokens> held, asked;
     std::vector<size_t> appended, resets_at;  // of sequence 0
+    size_t shortest = SIZE_MAX;               // context of sequence 0 from which a token was drawn
     Floats logits;
     CountingDecoder(size_t N, size_t limit_) : limit(limit_), held(N), logits(N * 100) {}
     size_t sequences() const override { return held.size(); }
@@ -34,7 +35,7 @@ struct CountingDecoder : ::Decoder {
             REQUIRE(h.size() <= limit);
             for (int v = 0; v < 100; v++)
                 logits[k * 100 + (size_t)v] = v == (h.back() + 1) % 100 ? 50.0f : 0.0f;
-            if (which[k] == 0) appended.push_back(n);
+            if (which[k] == 0) appended.push_back(n), shortest = std::min(shortest, h.size());
         }
         return logits.data();
     }
@@ -247,17 +248,22 @@ TEST_CASE("tokens that steering takes back are drawn again after the same text, 
     SampleOptions greedy;
     greedy.temperature = 0;
     for (size_t limit : {64, 8})  // with 8, the context begins anew before and after the cut
-        for (size_t count : {1, 2, 3, 6}) {
-            TakingBack steering(15, count, 25);
+        for (size_t count : {1, 2, 3, 4, 6, 21, 22, 23, 24, 26}) {
+            // Above 20: with tags, of which the context keeps 2
+            greedy.prefix = count > 20 ? Tokens{90, 91} : Tokens{};
+            TakingBack steering(15, count % 20, 25);
             CountingDecoder decoder(1, limit);
             Tokens text;
-            generate(decoder, 1, {10, 11, 12}, 100, -1, 100, 1, greedy,
+            generate(decoder, 1, {9, 10, 11, 12}, 100, -1, 100, 1, greedy,
                      [&](size_t, int t) { text.push_back(t); }, {&steering});
-            Tokens want(22);
+            Tokens want(21);
             std::iota(want.begin(), want.end(), 13);
-            CHECK(text == want);  // nothing twice, nothing left out
-            for (size_t i = 1; i < decoder.held[0].size(); i++)
-                CHECK(decoder.held[0][i] == decoder.held[0][i - 1] + 1);
+            CHECK(text == want);           // nothing twice, nothing left out
+            CHECK(decoder.shortest >= 4);  // the prompt, or half a full context
+            const Tokens& held = decoder.held[0];
+            const bool tagged = limit == 8 && count > 20;
+            if (tagged) CHECK((held[0] == 90 && held[1] == 91));
+            for (size_t i = tagged ? 3 : 1; i < held.size(); i++) CHECK(held[i] == held[i - 1] + 1);
         }
 }
 

@@ -66,7 +66,8 @@ class FairMutex {
 // longer than the work of a parallel region. (Two models that write at the same time still have two teams.)
 inline void end_team() { omp_pause_resource_all(omp_pause_soft); }
 
-// A token that was written, and the likeliest in its place, with log probabilities: of softmax(logits).
+// A token that was written, and the likeliest in its place, with log probabilities: of the softmax of all
+// tokens but tags, before temperature and penalties.
 struct TokenInfo {
     int token = 0;
     float logprob = 0;
@@ -121,7 +122,7 @@ class Text {
     const Request& request() const { return request_; }
     // How the wish for a rhyme was kept; null without one. Complete once the text has ended.
     const verses::Keeper* keeper() const { return keeper_ ? &*keeper_ : nullptr; }
-    // How many tokens were reported, with logprobs or without. Only once the text has ended.
+    // How many tokens were reported, with logprobs or without. Valid only once the text has ended.
     size_t tokens_written() const { return written_; }
 
   private:
@@ -253,7 +254,7 @@ class Engine {
 
     const Config& config() const { return config_; }
     const Tokenizer& tokenizer() const { return tokenizer_; }
-    // The most texts that are written and wait.
+    // The most texts that can be in progress or waiting.
     size_t most() const { return settings_.slots + settings_.queue; }
     // The prompt for a text, after `beginning` (Tokenizer::beginning()); an Error as make_prompt()'s.
     Prompt prompt(const std::string& text, const std::vector<int>& beginning) const {
@@ -342,20 +343,13 @@ class Engine {
         std::lock_guard<FairMutex> lock(processor);
         left_ = at_work;
         for (size_t s : at_work) texts_[s]->continuation_->prepare(*decoder_, s, missing_[s]);
-        append_in_groups(*decoder_, left_, missing_, group_, tokens_,
-                         [&](const auto& group, const float* logits) {
-                             const size_t n = group.size();
-                             std::exception_ptr failed;  // none may leave the parallel loop
-#pragma omp parallel for schedule(dynamic, 1) if (n > 1 && config_.V > 1000)
-                             for (size_t k = 0; k < n; k++) try {
-                                     const float* own = logits + k * (size_t)config_.V;
-                                     texts_[group[k]]->go_on(own, config_.V, samplers_[group[k]]);
-                                 } catch (...) {
-#pragma omp critical
-                                     failed = std::current_exception();
-                                 }
-                             if (failed) std::rethrow_exception(failed);
-                         });
+        append_in_groups(
+            *decoder_, left_, missing_, group_, tokens_, [&](const auto& group, const float* logits) {
+                for_each_index(group.size(), group.size() > 1 && config_.V > 1000, [&](size_t k) {
+                    const float* own = logits + k * (size_t)config_.V;
+                    texts_[group[k]]->go_on(own, config_.V, samplers_[group[k]]);
+                });
+            });
     }
 
     const EngineSettings settings_;
