@@ -258,11 +258,12 @@ class Windows {
     }
     // How many tags are put before the window that begins at token i
     size_t tag_count_before(size_t i) const { return tags_.count && file_[i] != tags_.eot ? tags_.count : 0; }
-    // How many targets it has.
-    size_t targets(size_t i) const {
-        if (!tags_.count) return T_;
+    // How many targets it has, among its first `most` places that can have one.
+    size_t targets(size_t i, size_t most = SIZE_MAX) const {
+        most = std::min(most, stride());
+        if (!tags_.count) return most;
         size_t n = 0;
-        for (size_t k = 0; k < stride(); k++) {
+        for (size_t k = 0; k < most; k++) {
             if (++i == file_.size()) i = 0;
             n += target(i) >= 0;
         }
@@ -363,20 +364,33 @@ class EvalLoader {
         if (file.size() < 2) fail("%s: has 1 token, evaluation needs at least 2", file.path.c_str());
     }
     size_t batches() const { return ceil_div(ceil_div(file_.size() - 1, windows_.stride()), B_); }
+    // How many targets batch i has, and all batches.
+    size_t targets(size_t i) const {
+        size_t n = 0;
+        for (size_t b = 0; b < B_; b++) n += windows_.targets(begin_of(i, b), inside(begin_of(i, b)));
+        return n;
+    }
+    size_t all_targets() const {
+        if (!windows_.has_tags()) return file_.size() - 1;
+        size_t n = 0;
+        for (size_t i = 0; i < batches(); i++) n += targets(i);
+        return n;
+    }
     // Writes batch i < batches() to inputs[B * T] and targets[B * T].
     void get(size_t i, int* inputs, int* targets) const {
         for (size_t b = 0; b < B_; b++) {
             int *x = inputs + b * T_, *y = targets + b * T_;
-            const size_t begin = (i * B_ + b) * windows_.stride();
-            if (begin + 1 < file_.size()) windows_.cut(begin, x, y);
-            // Nothing goes on from the last token to the first.
-            const size_t inside = begin + 1 < file_.size() ? file_.size() - 1 - begin : 0,
-                         before = inside ? windows_.tag_count_before(begin) : 0;
-            for (size_t t = inside + before; t < T_; t++) x[t] = 0, y[t] = -1;
+            const size_t begin = begin_of(i, b), left = inside(begin);
+            if (left) windows_.cut(begin, x, y);
+            const size_t before = left ? windows_.tag_count_before(begin) : 0;
+            for (size_t t = left + before; t < T_; t++) x[t] = 0, y[t] = -1;
         }
     }
 
   private:
+    size_t begin_of(size_t i, size_t b) const { return (i * B_ + b) * windows_.stride(); }
+    // How many tokens follow token `begin`; nothing goes on from the last to the first.
+    size_t inside(size_t begin) const { return begin + 1 < file_.size() ? file_.size() - 1 - begin : 0; }
     const TokenFile& file_;
     const Windows windows_;
     const size_t B_, T_;

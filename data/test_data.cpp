@@ -471,9 +471,30 @@ TEST_CASE("evaluation has each token but the first as target once, in order, pad
                 std::iota(want.begin(), want.end(), 1);
                 CHECK(targets == want);
                 CHECK(padding < in.size());
+                CHECK(loader.all_targets() == want.size());
             }
     IotaFile single(1);
     CHECK(contains(error_of([&] { EvalLoader l(single.file, 1, 1); }), "at least 2"));
+}
+
+TEST_CASE("evaluation knows how many targets each batch has, with tags too") {
+    IotaFile f(50);  // tokens 0 to 49; 3 begins a poem, tags are 40 and above
+    for (size_t count : {0, 2})
+        for (int B : {1, 3})
+            for (int T : {3, 4, 7}) {
+                EvalLoader loader(f.file, B, T, count ? TagTokens{40, 3, count} : TagTokens{});
+                std::vector<int> in((size_t)(B * T)), out(in.size());
+                size_t all = 0;
+                for (size_t i = 0; i < loader.batches(); i++) {
+                    loader.get(i, in.data(), out.data());
+                    const size_t here =
+                        (size_t)std::count_if(out.begin(), out.end(), [](int y) { return y >= 0; });
+                    CHECK(loader.targets(i) == here);
+                    all += here;
+                }
+                CHECK(loader.all_targets() == all);
+                CHECK(all == (count ? 39u : 49u));
+            }
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -703,7 +703,7 @@ TEST_CASE("cli: dev/ladder/optimizers.py tables both optimizers, and goes on whe
     std::filesystem::remove(d / "runs/a/muon_0.004_seed1_cosine_2.flags");
     r = run(script);
     CHECK(r.code == 1);
-    CHECK(contains(r.err, "muon_0.004_seed1_cosine_2 was trained with other flags; take another --out"));
+    CHECK(contains(r.err, "muon_0.004_seed1_cosine_2 was trained with other flags, or not by this script"));
 }
 
 TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes, and skips what is done") {
@@ -851,6 +851,17 @@ TEST_CASE("cli: --resume fails where there is nothing to resume") {
 std::string flipped(std::string s, size_t i) {
     s.at(i) = (char)(s.at(i) ^ 1);
     return s;
+}
+
+TEST_CASE("cli: the advice on a damaged checkpoint does not depend on the folder's name") {
+    TempDir d;
+    const std::string folder = d / "cannot fail";
+    make_dirs(folder);
+    for (int step : {4, 8})
+        for (const char* kind : {"model", "state"})
+            write_file(folder + strf("/%s_%08d.bin", kind, step), "damaged");
+    check_failure(run({"./train_gpt2", "--resume", "-o", folder}), "train_gpt2", 1,
+                  {folder + "/", "to resume from the checkpoint before"});
 }
 
 TEST_CASE("cli: a damaged checkpoint is refused by name, with advice, and the one before still works") {
@@ -1012,6 +1023,75 @@ TEST_CASE("cli: after going back, a later loss does not count if validation now 
     Result r = train("--resume --learning_rate 1 --val_tokens 20 -o " + (d / "run"));  // unlearns
     check_success(r);
     CHECK(contains(r.out, "model.bin was the best by the earlier validations"));
+}
+
+TEST_CASE("cli: the best model of the earlier validations is kept, too, after a kill before the next one") {
+    TempDir d;
+    check_success(train(tiny().flags() + "--val_every 2 --max_steps 6 --save_every 3 -o " + (d / "run")));
+    const std::string best = read_file(d / "run/model.bin");
+    How killed;
+    killed.until = "step   12/1000 |", killed.signal = SIGKILL;
+    const std::string flags = " --learning_rate 1 --max_steps 1000 --save_every 4 -o " + (d / "run");
+    CHECK(train("--resume --val_tokens 20 --val_every 900" + flags, killed).code == 128 + SIGKILL);
+    CHECK((read_file(d / "run/model.bin") == best));
+    Result r = train("--resume --val_every 2 --max_steps 20 -o " + (d / "run"));
+    check_success(r);
+    CHECK(contains(r.out, "model.bin was the best by the earlier validations"));
+    CHECK((read_file(d / "run/previous/1/model.bin") == best));
+    CHECK(train("--resume --val_every 2 --max_steps 22 -o " + (d / "run")).code == 0);
+    CHECK(!file_exists(d / "run/previous/2"));
+}
+
+TEST_CASE("cli: --resume on other tokens for validation changes no checkpoint before it has validated") {
+    TempDir d;
+    const std::string again = "--resume -o " + (d / "run");
+    check_success(train(tiny().flags() + "--val_every 2 --max_steps 6 --save_every 3 -o " + (d / "run")));
+    const std::string best = read_file(d / "run/model.bin"), state = read_file(d / "run/state_00000006.bin");
+    Result r = train(again + " --val_tokens 20");  // nothing to do
+    check_success(r);
+    CHECK(contains(r.out, "no longer counts"));
+    CHECK((read_file(d / "run/state_00000006.bin") == state));
+    // Without validations the best model stays, and with the run's own tokens it counts again.
+    check_success(train(again + " --val_tokens 20 --val_every 0 --learning_rate 1 --max_steps 8"));
+    CHECK((read_file(d / "run/model.bin") == best));
+    r = train(again + " --val_tokens 100000 --val_every 2 --max_steps 10");
+    check_success(r);
+    CHECK(!contains(r.out, "no longer counts"));
+    CHECK(!contains(r.out, "best so far"));
+    CHECK((read_file(d / "run/model.bin") == best));
+    CHECK(!file_exists(d / "run/previous"));
+}
+
+TEST_CASE(
+    "cli: other tokens for validation stay those of the run, even if it is killed before a checkpoint") {
+    TempDir d;
+    check_success(train(tiny().flags() + "--val_every 2 --max_steps 6 --save_every 3 -o " + (d / "run")));
+    const std::string best = read_file(d / "run/model.bin");
+    How killed;
+    killed.until = "step   12/1000 |", killed.signal = SIGKILL;
+    CHECK(
+        train(
+            "--resume --val_tokens 20 --val_every 2 --learning_rate 1 --max_steps 1000 --save_every 900 -o " +
+                (d / "run"),
+            killed)
+            .code == 128 + SIGKILL);
+    CHECK((read_file(d / "run/previous/1/model.bin") == best));
+    Result r = train("--resume --max_steps 12 -o " + (d / "run"));
+    check_success(r);
+    CHECK(contains(r.out, "of which a validation predicts the first 20 ("));
+    CHECK(!contains(r.out, "no longer counts"));
+    CHECK(!file_exists(d / "run/previous/2"));
+}
+
+TEST_CASE("cli: a row of log.csv that was cut short tells nothing about the best loss") {
+    TempDir d;
+    const std::string again = "--resume --max_steps 9 -o " + (d / "run"), log = d / "run/log.csv";
+    check_success(train(tiny().flags() + "--val_every 2 --max_steps 6 --save_every 3 -o " + (d / "run")));
+    write_file(log, read_file(log) + "7,3.1,3.0,1");  // of 1.87, say
+    Result r = train(again);
+    check_success(r);
+    CHECK(number_after(r.out, "Best validation loss ") > 1.5);
+    CHECK(Log(d / "run").rows.size() == 10);
 }
 
 TEST_CASE("cli: without validations model.bin is the last model that was saved") {
@@ -1198,9 +1278,25 @@ TEST_CASE("cli: the user's files, the best model and a run's tokenizer are never
     Result r = train("--resume --max_steps 12 --val_every 2 --val_tokens 20 -o " + d.path);
     check_success(r);
     CHECK(contains(r.out, "validation now uses other tokens"));
-    CHECK(contains(r.out, "model.bin was the best by the earlier validations: the earlier run is now in "));
+    CHECK(contains(r.out, "model.bin was the best by the earlier validations; it is now " +
+                              (d / "previous/1/model.bin")));
     CHECK((read_file(d / "previous/1/model.bin") == best));
     check_failure(prepare(f.other_csv + " -o " + d.path), "prepare_data", 1, {"holds a run whose tokenizer"});
+
+    // A run that knew of no tokenizer, in a folder that has one now
+    make_dirs(d / "data");
+    for (const char* name : {"train.bin", "val.bin"})
+        std::filesystem::copy(f.data + "/" + name, (d / "data/") + name);
+    std::filesystem::copy(f.model, d / "data/model.bin");
+    check_success(train("-e " + (d / "data/model.bin") + " --data " + (d / "data") +
+                        " -b 4 --max_steps 2 -o " + (d / "bare")));
+    REQUIRE(!file_exists(d / "bare/tokenizer.bin"));
+    write_file(d / "bare/tokenizer.bin", "mine");
+    r = train("--resume --max_steps 3 --tokenizer " + f.data + "/tokenizer.bin -o " + (d / "bare"));
+    check_success(r);
+    CHECK(contains(r.out,
+                   "tokenizer.bin was another one, which is now " + (d / "bare/previous/1/tokenizer.bin")));
+    CHECK(read_file(d / "bare/previous/1/tokenizer.bin") == "mine");
 }
 
 TEST_CASE("cli: a run whose folder was moved finds its own data, and not another run's") {
@@ -1278,6 +1374,8 @@ TEST_CASE("cli: --epochs counts passes over the tokens; --patience ends without 
     CHECK(contains(r.out, "0.5 epochs in this run"));
     check_failure(train("--data " + f.data + MODEL + "--epochs 1 --max_steps 5 -o " + (d / "b")),
                   "train_gpt2", 2, {"--epochs and --max_steps", "leave one of them out"});
+    check_failure(train("--data " + f.data + MODEL + "--epochs 1e8 -o " + (d / "b")), "train_gpt2", 2,
+                  {"--epochs 1e+08 is ", " steps, wanted at most 99999999"});
     check_failure(train("--data " + f.data + MODEL + "--patience 3 --val_every 0 -o " + (d / "b")),
                   "train_gpt2", 2, {"--patience 3: there are no validations, --val_every is 0"});
     check_failure(train("-i " + f.data + "/train.bin -j " + (d / "none.bin") + " --tokenizer " + f.data +
@@ -1846,6 +1944,12 @@ TEST_CASE("cli: a model learns tags, is asked for them, and never writes them; -
     check_success(train(flags + (d / "cut") + even + "5"));
     check_success(train("-o " + (d / "cut") + " --resume --max_steps 10"));
     CHECK(read_file(d / "whole/model.bin") == read_file(d / "cut/model.bin"));
+
+    // A window of 16 tokens has a tag before it, so an epoch takes 16/15 as many.
+    const double size = (double)TokenFile(d / "data/train.bin").size();
+    r = train(flags + (d / "epochs") + " --epochs 10 --sample_every 0");
+    check_success(r);
+    CHECK(contains(r.out, strf("%d steps in ", (int)std::ceil(10 * size * 16 / 15 / 64))));
 
     const std::string model =
         "-e " + (d / "run/model.bin") + " --tokens 40 --ignore_end --temperature 1.5 --num 4 ";

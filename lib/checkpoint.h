@@ -89,7 +89,10 @@ struct Progress {
     int step = 0;                // updates done
     uint64_t position = 0;       // of the training data, in windows
     double best_val = INFINITY;  // lowest validation loss so far
-    int best_step = -1;
+    int best_step = -1;          // its step; -1: none
+    // What best_val was measured on: the checksum of the validation data, --val_tokens. Not recorded: 0, -1
+    uint64_t best_data = 0;
+    int best_tokens = -1;
     double smoothed = 0, smoothed_weight = 0;  // exponential mean of the training loss, its bias correction
     double seconds = 0;                        // of training so far
     bool pending = false;                      // a stop came before this step was validated and logged
@@ -102,6 +105,7 @@ struct Progress {
     template <class F>
     void each_field(F&& f) {
         f("step", step), f("position", position), f("best_val", best_val), f("best_step", best_step);
+        f("best_data", best_data), f("best_tokens", best_tokens);
         f("smoothed", smoothed), f("smoothed_weight", smoothed_weight), f("seconds", seconds);
         f("pending", pending), f("last_loss", last.loss), f("last_smoothed", last.smoothed);
         f("last_norm", last.norm), f("last_lr", last.lr), f("last_seconds", last.seconds);
@@ -753,7 +757,7 @@ class StateReader : public SectionReader, public RunRecord {
     void check_version_1(Model& model) {
         if (model.has(MASTER))
             fail(
-                "%s: is of version 1, whose checksum a rank cannot compute that keeps bf16 weights; go on "
+                "%s: is of version 1, whose checksum no rank can compute that keeps bf16 weights; go on "
                 "for a step with --zero_stage 0, which saves a new one",
                 file_.path.c_str());
         for (auto& a : optimizer_arrays(ADAMW)) {

@@ -27,9 +27,10 @@
 
 class Flags {
   public:
-    // What becomes of a flag that the command line of a resumed run does not give (KEPT, FIXED: the run's
-    // value holds; NOT_KEPT: it belongs to the command, not to the run), and of one that it does give (FIXED:
-    // only the run's own value is allowed).
+    // What --resume does with a flag.
+    //     KEPT      the run's value, unless the command line gives another
+    //     FIXED     the run's value; the command line may only repeat it
+    //     NOT_KEPT  belongs to one command: the run's value is ignored
     enum OnResume { KEPT, FIXED, NOT_KEPT };
 
     class Flag {
@@ -149,7 +150,7 @@ class Flags {
     void parse(int argc, char** argv) {
         for (int i = 1; i < argc; i++) {
             std::string a = argv[i], value;
-            const bool help_asked = a == "--help" || a == "-h" || a == "-?";
+            const bool help_asked = asks_help(a);
             if (help_asked) help(stdout);
             if (a == "--version") printf("%s\n", version_.c_str());
             if (help_asked || a == "--version") {
@@ -172,6 +173,9 @@ class Flags {
             if (!has_value) {
                 bool next_is_01 = i + 1 < argc && (!strcmp(argv[i + 1], "0") || !strcmp(argv[i + 1], "1"));
                 if (f->is_bool_ && !next_is_01) value = "1";
+                else if (i + 1 < argc && is_flag(argv[i + 1]))
+                    throw UsageError(strf("%s needs a value, and %s is a flag; if it is meant: --%s=%s",
+                                          a.c_str(), argv[i + 1], f->name_.c_str(), argv[i + 1]));
                 else if (i + 1 < argc) value = argv[++i];
                 else throw UsageError(strf("%s needs a value: %s %s", a.c_str(), a.c_str(), f->arg_.c_str()));
             }
@@ -292,6 +296,12 @@ class Flags {
         }
         return nullptr;
     }
+    bool is_flag(const std::string& a) {
+        const bool is_long = a.compare(0, 2, "--") == 0;
+        return a.size() > 1 && a[0] == '-' &&
+               (asks_help(a) || a == "--version" || find(is_long ? a.substr(0, a.find('=')) : a));
+    }
+    static bool asks_help(const std::string& a) { return a == "--help" || a == "-h" || a == "-?"; }
     // How many letters must be changed, added or removed to turn a into b (Levenshtein 1966).
     static size_t edit_distance(const std::string& a, const std::string& b) {
         std::vector<size_t> d(b.size() + 1);

@@ -1,9 +1,9 @@
 // run_folder.h - the folder of a run, --out: who works in it, and how a new run takes the place of an earlier
 // one.
 //
-// Nothing of an earlier run is lost. A new run (--overwrite) is written to OUT/.new. As soon as it has a
-// model, it replaces the earlier run: that run's files move to OUT/previous/N, and those of OUT/.new to OUT.
-// If the new run stops before that, the earlier one is unchanged.
+// Nothing of an earlier run that has a model is lost. A new run (--overwrite) is written to OUT/.new. As soon
+// as it has a model, it replaces the earlier run: that run's files move to OUT/previous/N, and those of
+// OUT/.new to OUT. If the new run stops before that, the earlier one is unchanged.
 //
 // The move can be stopped at any moment, and goes on when a program next opens the folder. Before it begins,
 // OUT/.new/leaving is written: N, and the names of the files that leave OUT. When they have left, it is
@@ -13,7 +13,6 @@
 #include <sys/file.h>
 
 #include <algorithm>
-#include <csignal>
 #include <filesystem>
 
 #include "lib/io.h"
@@ -55,8 +54,7 @@ class FolderLock {
                      *who ? who : "another process");
             }
             // Another process may have removed the file between open and flock: then the lock is on nothing.
-            struct stat ours, there;
-            if (!fstat(fd_, &ours) && !stat(path_.c_str(), &there) && ours.st_ino == there.st_ino) break;
+            if (is_ours(path_)) break;
             close(fd_), fd_ = -1;
         }
         char host[256] = "an unknown host";
@@ -66,17 +64,13 @@ class FolderLock {
     }
     void release() {
         if (fd_ < 0) return;
-        unlink(path_.c_str());
+        if (is_ours(path_)) unlink(path_.c_str());  // not another run's, if this one's folder was moved
         close(fd_), fd_ = -1;
     }
     bool held() const { return fd_ >= 0; }
     // Where the locked folder is, if it was moved since; else "".
     std::string moved_to() const {
-        struct stat ours = {}, there = {};
-        auto is_ours = [&](const std::string& path) {
-            return !stat(path.c_str(), &there) && there.st_ino == ours.st_ino && there.st_dev == ours.st_dev;
-        };
-        if (fd_ < 0 || fstat(fd_, &ours) || is_ours(path_)) return "";
+        if (fd_ < 0 || is_ours(path_)) return "";
         std::error_code none;  // without /proc, which has a link to each open file, nothing is known
         const std::string now = std::filesystem::read_symlink(strf("/proc/self/fd/%d", fd_), none);
         return !none && is_ours(now) ? dirname_of(now) : "";
@@ -84,6 +78,11 @@ class FolderLock {
     void follow(const std::string& dir) { path_ = dir + "/" + NAME; }
 
   private:
+    bool is_ours(const std::string& path) const {
+        struct stat ours, there;
+        return !fstat(fd_, &ours) && !stat(path.c_str(), &there) && there.st_ino == ours.st_ino &&
+               there.st_dev == ours.st_dev;
+    }
     static constexpr const char* NAME = ".arapoet.lock";
     std::string path_;
     int fd_ = -1;
@@ -163,6 +162,12 @@ inline std::string say_previous(const std::string& dir, int n) {
     return strf("the earlier run is now in %s/ (%s)", now.c_str(),
                 human_bytes((double)bytes_in(now)).c_str());
 }
+// Moves a file of dir to dir/previous/N. Returns where it is.
+inline std::string set_aside(const std::string& dir, const std::string& name) {
+    const std::string to = previous_folder(dir, next_previous(dir));
+    make_dirs(to), rename_file(dir + "/" + name, to + "/" + name);
+    return to + "/" + name;
+}
 // Moves those of the named files that are in dir to dir/previous/N. Returns what to tell the user, or "".
 inline std::string set_aside(const std::string& dir, const std::vector<std::string>& names) {
     const int n = next_previous(dir);
@@ -179,7 +184,8 @@ class RunFolder {
   public:
     // For a process that does not write to the folder: only names it.
     void name(const std::string& out) { out_ = dir_ = out; }
-    // Locks the folder, which exists, and ends a move that was stopped. Returns what to tell the user, or "".
+    // Locks the folder, which exists, and completes a move that was interrupted. Returns what to tell the
+    // user, or "".
     std::string open(const std::string& out) {
         out_ = dir_ = out;
         lock_.take(out);

@@ -96,6 +96,15 @@ TEST_CASE("flags: an unknown flag gets the nearest known one, a missing value it
           "--step is not a flag of this program (did you mean --steps?); --help lists them");
     CHECK(refusal({"--nothing", "1"}) == "--nothing is not a flag of this program; --help lists them");
     CHECK(refusal({"--steps"}) == "--steps needs a value: --steps N");
+    CHECK(refusal({"-o", "--fast"}) ==
+          "-o needs a value, and --fast is a flag; if it is meant: --out=--fast");
+    CHECK(refusal({"--title", "--steps=2"}) ==
+          "--title needs a value, and --steps=2 is a flag; if it is meant: --title=--steps=2");
+    CHECK(refusal({"-o", "--help"}) ==
+          "-o needs a value, and --help is a flag; if it is meant: --out=--help");
+    for (const char* title : {"--none", "-o=2", "-1", "-"})
+        CHECK(refusal({"--title", title}) == "");  // no flags
+    CHECK(refusal({"--title=--fast", "--steps", "-1"}) == "");
     CHECK(refusal({"poems.csv"}) == "'poems.csv' is not a flag; --help lists them");
 }
 

@@ -44,6 +44,18 @@ TEST_CASE("run folder: a second trainer is refused with the first one's process 
     CHECK(error_of([&] { third.open(dir.path); }) == "");
 }
 
+TEST_CASE("run folder: a run whose folder was moved leaves the lock of a new run in its old place alone") {
+    TempDir dir;
+    make_dirs(dir / "out");
+    trainer::RunFolder moved, there;
+    moved.open(dir / "out");
+    std::filesystem::rename(dir / "out", dir / "elsewhere");
+    make_dirs(dir / "out");
+    there.open(dir / "out");
+    moved.close();
+    CHECK(file_exists(dir / "out/.arapoet.lock"));
+}
+
 TEST_CASE("run folder: an earlier run moves to previous/N with its data; the user's other files stay") {
     TempDir dir;
     const std::vector<std::string> run = {"model.bin",

@@ -150,6 +150,19 @@ TEST_CASE("evaluation counts every token of a file once, and every character of 
         check_close("evaluation: other batch", same.nats, e.nats, 1e-12);
         check_close("evaluation: other batch", same.nats_per_char, e.nats_per_char, 1e-12);
     }
+    // As many targets where the last two letters are tags, and each window has two of them before it.
+    const TagTokens tags{V - 3, text[0], 2};
+    EvalLoader tagged(file, (int)B, (int)T, tags), one_by_one(file, 1, (int)T, tags);
+    const size_t all =
+        (size_t)std::count_if(text.begin() + 1, text.end(), [&](int t) { return t < tags.first; });
+    for (size_t tokens : {1, 5, 14, 15, 28, 1000}) {
+        CAPTURE(tokens);
+        e = trainer::evaluate(m, tagged, B, T, tokens, &tokenizer, x, y);
+        CHECK(e.tokens == std::min(tokens, all));
+        trainer::Evaluation same = trainer::evaluate(m, one_by_one, 1, T, tokens, &tokenizer, x, y);
+        CHECK(same.tokens == e.tokens);
+        check_close("evaluation: other batch", same.nats, e.nats, 1e-12);
+    }
 }
 
 namespace {

@@ -33,10 +33,13 @@ namespace trainer {
 // ---------------------------------------------------------------------------------------------
 // Settings
 
+constexpr int MOST_STEPS = 99999999;  // files are numbered with eight digits
+
 struct Options {
     // data
     std::string data = "out/data", train_data, val_data, tokenizer;
-    // model; below, 0, -1 and "" mean "as the preset or the checkpoint says"
+    // model. In its flags 0, -1 and "" mean: as the preset or the checkpoint says; for the others see their
+    // help
     std::string init_from, preset = "tiny";
     std::string activation;
     int depth = 0, heads = 0, channels = 0, seq_len = 0;
@@ -114,7 +117,7 @@ inline void add_optimisation_flags(Flags& f, Options& o) {
           "tokens per step of all ranks, accumulated over batches of B*T; 0: a batch of each")
         .range(0, MOST);
     f.add("max_steps", "x", &o.max_steps, "N", "steps to train; 0 only evaluates; -1: the preset's")
-        .range(0, 99999999)  // files are numbered with eight digits
+        .range(0, MOST_STEPS)
         .unset(-1);
     f.add("epochs", "", &o.epochs, "E",
           "passes over the training tokens, instead of --max_steps; 0: --max_steps")
@@ -308,7 +311,7 @@ inline void on_stop(int s) {
 inline void on_continue(int) { g_continued = 1; }
 
 // While it exists, SIGINT, SIGTERM, SIGHUP and SIGUSR1 (which Slurm sends before a time limit) end training
-// after the current step, except where they were ignored from the start (nohup).
+// after the current step; SIGINT, SIGTERM and SIGHUP only if they were not ignored from the start (nohup).
 class Signals {
   public:
     Signals() {
@@ -439,20 +442,23 @@ struct Evaluation {
     }
 };
 
-// Mean loss over the first `tokens` targets of the file (0: all), whatever the batch size. Each rank
-// evaluates its share of the batches.
+// Mean loss over the first `tokens` targets of the file (0: all), whatever the batch size. Tags are no
+// targets. Each rank evaluates its share of the batches.
 template <class Model>
 Evaluation evaluate(Model& model, const EvalLoader& loader, size_t B, size_t T, size_t tokens,
                     const Tokenizer* tokenizer, std::vector<int>& x, std::vector<int>& y) {
     Evaluation e;
     Comm alone, &comm = model.ranks.comm ? *model.ranks.comm : alone;
     double sum = 0;
-    size_t chars = 0, end = tokens ? tokens : SIZE_MAX;
-    for (size_t i = (size_t)comm.rank; i < loader.batches() && i * B * T < end && !g_stop;
-         i += (size_t)comm.world) {
+    size_t chars = 0, left = tokens ? tokens : SIZE_MAX;  // targets from batch i on
+    for (size_t i = 0; i < loader.batches() && left && !g_stop; i++) {
+        const size_t here = std::min(left, loader.targets(i));
+        left -= here;
+        if (i % (size_t)comm.world != (size_t)comm.rank) continue;
         loader.get(i, x.data(), y.data());
+        size_t seen = 0;
         for (size_t k = 0; k < B * T; k++)
-            if (i * B * T + k >= end) y[k] = -1;
+            if (y[k] >= 0 && seen++ >= here) y[k] = -1;
         double loss = model.forward(x.data(), y.data(), B, T, Pass{});
         sum += loss * (double)model.counted(), e.tokens += model.counted();
         if (tokenizer)
@@ -530,6 +536,7 @@ class Run {
         } catch (const LogFile::Full&) {  // what has been learnt is saved, if it can be
             end_line();
             progress_.pending = validation_due(progress_.step);
+            follow_folder();
             if (progress_.step == started_ && progress_.step) save();
             throw;
         } catch (...) {
@@ -563,9 +570,10 @@ class Run {
             throw;
         } catch (const Error& e) {
             const std::string what = e.what();
-            const bool of_these =
-                what.find(model + ": ") == 0 || what.find(state + ": ") == 0 || what.find(shards) == 0;
-            if (!of_these || steps.size() < 2 || what.find("cannot") != std::string::npos) throw;
+            size_t named = 0;  // how much of it names one of these files
+            for (const std::string& file : {model, state, shards})
+                if (what.compare(0, file.size(), file) == 0) named = file.size();
+            if (!named || steps.size() < 2 || what.find(": cannot", named) != std::string::npos) throw;
             fail("%s; to resume from the checkpoint before, move %s%s and %s elsewhere", e.what(),
                  model.c_str(), has_shards(o_.out, newest) ? (", " + shards + "*.bin").c_str() : "",
                  state.c_str());
@@ -695,9 +703,12 @@ class Run {
             throw UsageError(strf("--muon_learning_rate %g: AdamW has no use for it, wanted --optimizer muon",
                                   o_.muon_learning_rate));
     }
-    // --epochs as a number of steps. Needs the batch, which the preset may decide.
+    // --epochs as a number of steps. Needs the batch, which the preset may decide. A resumed run keeps its
+    // steps.
     void count_epochs() {
-        if (!(o_.epochs > 0) || !o_.max_steps) return;
+        if (!(o_.epochs > 0) || !o_.max_steps ||
+            (o_.resume && !flags_.on_command_line("epochs") && !flags_.on_command_line("max_steps")))
+            return;
         if (flags_.on_command_line("max_steps") && flags_.on_command_line("epochs"))
             throw UsageError("--epochs and --max_steps both say how long to train; leave one of them out");
         if (o_.resume && flags_.on_command_line("max_steps")) {
@@ -709,10 +720,10 @@ class Run {
         double tokens = o_.total_batch_size
                             ? o_.total_batch_size
                             : (double)sizes.batch_size * o_.seq_len * micro_steps_by_default() * comm_->world;
-        double steps = std::ceil((double)o_.epochs * (double)train_file_->size() / tokens);
-        if (steps > INT32_MAX)
+        double steps = std::ceil((double)o_.epochs * tokens_per_epoch((size_t)o_.seq_len) / tokens);
+        if (steps > MOST_STEPS)
             throw UsageError(
-                strf("--epochs %g is %.3g steps, wanted at most %d", o_.epochs, steps, INT32_MAX));
+                strf("--epochs %g is %.3g steps, wanted at most %d", o_.epochs, steps, MOST_STEPS));
         o_.max_steps = (int)steps;
     }
     size_t micro_steps_by_default() const { return fine_tunes() && cfg_.C > 512 ? 32 : 1; }
@@ -735,10 +746,10 @@ class Run {
         if (o_.max_steps) train_file_ = std::make_unique<TokenFile>(o_.train_data);
     }
 
-    // The tokenizer: that of the run, if one is resumed; the one that --tokenizer names; else the one in the
-    // folder of the data or of the checkpoint. A new model needs it for the size of its vocabulary; one from
-    // a checkpoint can do without. One that no flag names and that has another size does not belong to the
-    // model: it is ignored, with a message.
+    // The tokenizer: the one that --tokenizer names; else that of the run, if one is resumed; else the one in
+    // the folder of the data or of the checkpoint. A new model needs it for the size of its vocabulary; one
+    // from a checkpoint can do without. One that no flag names and that has another size does not belong to
+    // the model: it is ignored, with a message.
     void find_tokenizer() {
         const std::string own = o_.out + "/tokenizer.bin";
         std::vector<std::string> places;
@@ -874,6 +885,11 @@ class Run {
         if (!tokenizer_ || !tokenizer_->tags()) return {};
         return {tokenizer_->first_tag(), tokenizer_->eot(), tokenizer_->tag_columns().size()};
     }
+    // Tokens of a batch, those of tags included, that make a pass over the training data.
+    double tokens_per_epoch(size_t T) const {
+        const size_t tags = std::min(tag_tokens().count, T - 1);
+        return (double)train_file_->size() * (double)T / (double)(T - tags);
+    }
     void load_data() {
         if (o_.max_steps > 0) {
             train_file_->check_vocab(cfg_.V);
@@ -894,7 +910,7 @@ class Run {
     }
 
     // Where memory is short: recomputes more, then accumulates over smaller batches; but never changes what a
-    // flag has set.
+    // flag has set, and so nothing in a resumed run.
     void fit_memory(bool trains) {
         // What is free for each rank of a machine; of all ranks the least, so that they decide alike.
         std::vector<size_t> free = comm_->gather(Model::memory_available(comm_->on_host));
@@ -952,7 +968,7 @@ class Run {
         double t0 = now();
         const bool some = flags_.on_command_line("val_tokens") || flags_.on_command_line("val_batches");
         const size_t tokens = some ? (size_t)o_.val_tokens : 0;
-        const bool part = tokens && tokens + 1 < val_file_->size();
+        const bool part = tokens && tokens < val_loader_->all_targets();
         Evaluation e = evaluate(*model_, *val_loader_, B_, T_, tokens, tokenizer_.get(), x_, y_);
         printf("%s on %s of %s: %s tokens in %.1f s\n", o_.init_from.c_str(),
                part ? "the beginning" : "the whole", o_.val_data.c_str(), commas(e.tokens).c_str(),
@@ -964,10 +980,16 @@ class Run {
         return 0;
     }
 
+    // Is progress_.best_val a loss on the tokens that this process validates on?
+    bool best_counts() const {
+        const Progress& p = progress_;
+        return p.best_step < 0 || (!differs(p.best_data, fingerprints_.val) &&
+                                   (p.best_tokens < 0 || p.best_tokens == o_.val_tokens));
+    }
+    static bool differs(uint64_t was, uint64_t is) { return was && is && was != is; }
     // Checksums of the data. Tells the user which data are not those of the resumed run, and refuses another
     // tokenizer. `saved` is 0 in a new run.
     void compare_data(Fingerprints saved) {
-        auto differs = [](uint64_t was, uint64_t is) { return was && is && was != is; };
         fingerprints_.train = train_file_ ? train_file_->checksum() : saved.train;
         fingerprints_.val = val_file_ ? val_file_->checksum() : saved.val;
         if (saved.val && !val_file_ && o_.val_every)
@@ -987,16 +1009,14 @@ class Run {
                     file.c_str(), o_.out.c_str());
         if (differs(saved.train, fingerprints_.train))
             printf("the training data are not those of the run: %s\n", o_.train_data.c_str());
-        if (differs(saved.val, fingerprints_.val))
-            printf(
-                "the validation data are not those of the run, so the best loss so far no longer counts: "
-                "%s\n",
-                o_.val_data.c_str());
-        else if (val_tokens_before_ >= 0 && val_tokens_before_ != o_.val_tokens)
+        if (progress_.best_tokens < 0)  // the state of an earlier version
+            progress_.best_data = saved.val, progress_.best_tokens = val_tokens_before_;
+        const bool other_data = differs(progress_.best_data, fingerprints_.val);
+        if (other_data || differs(saved.val, fingerprints_.val))
+            printf("the validation data are not those of the run%s: %s\n",
+                   best_counts() ? "" : ", so the best loss so far no longer counts", o_.val_data.c_str());
+        else if (!best_counts())
             printf("validation now uses other tokens, so the best loss so far no longer counts\n");
-        else return;
-        other_measure_ = true;
-        progress_.best_val = INFINITY, progress_.best_step = -1;
     }
     static uint64_t file_checksum(const std::string& path) {
         std::string bytes = Reader(path).rest();
@@ -1081,7 +1101,13 @@ class Run {
                                          o_.resume ? keep_csv : std::function<bool(const std::string&)>());
         log_ = std::make_unique<LogFile>(dir + "/main.log", "",
                                          o_.resume ? keep_main : std::function<bool(const std::string&)>());
-        if (tokenizer_) tokenizer_->save(dir + "/tokenizer.bin");
+        if (tokenizer_) {
+            const std::string own = dir + "/tokenizer.bin";
+            if (o_.resume && file_exists(own) && file_checksum(own) != file_checksum(o_.tokenizer))
+                printf("tokenizer.bin was another one, which is now %s\n",
+                       set_aside(o_.out, "tokenizer.bin").c_str());
+            tokenizer_->save(own);
+        }
         if (const std::string from = recipe_beside(o_.tokenizer), to = dir + "/recipe.txt";
             tokenizer_ && file_exists(from) && from != to) {
             AtomicFile recipe(to);
@@ -1111,18 +1137,20 @@ class Run {
         return *end == ',' && end != row.c_str() ? (int)s : -1;
     }
     // The run may have gone on after the checkpoint that it is resumed from. If it then had a better loss, as
-    // log.csv tells, model.bin holds that model, and stays the best until a better one comes. Returns
-    // whether.
+    // log.csv tells, model.bin holds that model, and stays the best until a better one comes. Returns true if
+    // it did.
     bool keep_better_model() {
         const double before = progress_.best_val;
-        if (other_measure_ || !file_exists(o_.out + "/model.bin") || !file_exists(o_.out + "/log.csv"))
+        if (!best_counts() || !file_exists(o_.out + "/model.bin") || !file_exists(o_.out + "/log.csv"))
             return false;
-        std::istringstream rows(Reader(o_.out + "/log.csv").rest());
+        std::string text = Reader(o_.out + "/log.csv").rest();
+        text.resize(text.rfind('\n') + 1);  // a full disk may have cut the last row, and its loss, short
+        std::istringstream rows(text);
         for (std::string row; std::getline(rows, row);) {
             double loss;
             if (step_of_row(row) <= progress_.step || sscanf(row.c_str(), "%*d,%*f,%*f,%lf", &loss) != 1)
                 continue;
-            if (loss < progress_.best_val) progress_.best_val = loss, progress_.best_step = step_of_row(row);
+            if (loss < progress_.best_val) set_best(loss, step_of_row(row));
         }
         return progress_.best_val < before;
     }
@@ -1172,7 +1200,7 @@ class Run {
                                                              : " from " + o_.init_from));
         row("training data", strf("%s: %s tokens, %.1f epochs in this run", o_.train_data.c_str(),
                                   commas(train_file_->size()).c_str(),
-                                  (double)o_.max_steps * o_.total_batch_size / (double)train_file_->size()));
+                                  (double)o_.max_steps * o_.total_batch_size / tokens_per_epoch(T_)));
         row("validation data", val_file_ ? o_.val_data + ": " + validated() : "none");
         row("batch",
             strf("%s%zu x %zu tokens%s", comm_->world > 1 ? strf("%d x ", comm_->world).c_str() : "", B_, T_,
@@ -1215,7 +1243,7 @@ class Run {
     // "1,157 tokens", or "2,000,000 tokens, of which a validation predicts the first 100,000 (5.0%)".
     std::string validated() const {
         std::string s = commas(val_file_->size()) + " tokens";
-        size_t all = val_file_->size() - 1, n = (size_t)o_.val_tokens;
+        size_t all = val_loader_->all_targets(), n = (size_t)o_.val_tokens;
         if (!n || n >= all) return s;
         return s + strf(", of which a validation predicts the first %s (%.1f%%)", commas(n).c_str(),
                         100.0 * (double)n / (double)all);
@@ -1230,8 +1258,8 @@ class Run {
         if (!freopen("/dev/null", "w", stdout)) clearerr(stdout);
     }
 
-    // The loop. A step that was started may still be computed on a device, so what follows it is done before
-    // it is known how it went; validating, saving and sampling wait for it (drain).
+    // The loop. A device may still compute a step while the next is prepared, so its result is recorded one
+    // step later. Validating, saving and sampling wait for it first (drain).
     void train() {
         started_ = progress_.step;
         losses_.restore(progress_.losses), norms_.restore(progress_.norms);
@@ -1249,6 +1277,7 @@ class Run {
                 if (validate_now && !progress_.pending) write_row(&e);
                 stop = stop || any_stops();
                 if (patience_ends()) last = save_now = true;
+                save_now = std::exchange(save_soon_, false) || save_now;
                 if (sample_now && !stop && comm_->leads()) sample();
                 if (step && (save_now || stop)) {
                     if (model_->sharded() || comm_->leads()) save();
@@ -1263,6 +1292,10 @@ class Run {
         end_line();
         say_finished();
     }
+    void set_best(double loss, int step) {
+        progress_.best_val = loss, progress_.best_step = step;
+        progress_.best_data = fingerprints_.val, progress_.best_tokens = o_.val_tokens;
+    }
     // Was any rank asked to stop? Then all do, after the same step.
     bool any_stops() {
         int told = 0;
@@ -1274,7 +1307,8 @@ class Run {
     static bool due(int every, int step) { return every && step % every == 0; }
     // Have --patience validations passed since the best one?
     bool patience_ends() const {
-        if (!o_.patience || !validates() || !due(o_.val_every, progress_.step) || progress_.best_step < 0)
+        if (!o_.patience || !validates() || !due(o_.val_every, progress_.step) || progress_.best_step < 0 ||
+            !best_counts())
             return false;
         return (progress_.step - progress_.best_step) / o_.val_every >= o_.patience;
     }
@@ -1327,6 +1361,8 @@ class Run {
             train_loader_->next((int)B_, x_.data(), y_.data());
             Pass pass;
             pass.train = true, pass.step = (uint32_t)step;
+            // next() has moved the position by B windows of each rank; this rank's begin (world - rank) B
+            // before it.
             pass.seq0 = train_loader_->position() - B_ * (size_t)(comm_->world - comm_->rank) - first_window;
             pass.grad_scale = scale, pass.last = m + 1 == micro_steps_;
             model_->accumulate(x_.data(), y_.data(), B_, T_, pass);
@@ -1438,13 +1474,18 @@ class Run {
         *e = evaluate(*model_, *val_loader_, B_, T_, (size_t)o_.val_tokens, tokenizer_.get(), x_, y_);
         if (any_stops()) return false;
         end_line();
-        // The step of keep_better_model() comes again: the log has rounded the same loss.
-        const bool again = progress_.step && progress_.step == progress_.best_step &&
+        // keep_better_model() took best_val from log.csv, to nine digits. When its step comes again, it is
+        // equal.
+        const bool counts = best_counts();
+        const bool again = counts && progress_.step && progress_.step == progress_.best_step &&
                            strf("%.9g", e->nats) == strf("%.9g", progress_.best_val);
-        bool best = again || ((progress_.step || fine_tunes()) && e->nats < progress_.best_val);
+        const bool best = again || ((progress_.step || fine_tunes()) &&
+                                    e->nats < (counts ? progress_.best_val : (double)INFINITY));
         if (best) {
             if (comm_->leads()) save_best(), take_place();
-            progress_.best_val = e->nats, progress_.best_step = progress_.step;
+            set_best(e->nats, progress_.step);
+            // After a kill, the last checkpoint would take this loss in log.csv for one of its own tokens.
+            save_soon_ = !counts;
         }
         if (std::isfinite(e->nats)) {
             printf("validation after step %d: %s%s\n", progress_.step, e->text().c_str(),
@@ -1493,13 +1534,11 @@ class Run {
         show();
     }
 
-    // model.bin. A model that was the best by another measure moves to OUT/previous.
+    // model.bin. A model that was the best of validations on other tokens moves to OUT/previous.
     void save_best() {
-        if (std::exchange(other_measure_, false)) {
-            const std::string what = set_aside(o_.out, {"model.bin"});
-            if (!what.empty())
-                printf("model.bin was the best by the earlier validations: %s\n", what.c_str());
-        }
+        if (!best_counts() && file_exists(o_.out + "/model.bin"))
+            printf("model.bin was the best by the earlier validations; it is now %s\n",
+                   set_aside(o_.out, "model.bin").c_str());
         save_model(*model_, folder_.dir() + "/model.bin");
     }
 
@@ -1622,7 +1661,7 @@ class Run {
     RunFolder folder_;
     Fingerprints fingerprints_;
     int val_tokens_before_ = -1;            // the resumed run's --val_tokens
-    bool other_measure_ = false;            // model.bin is the best by validations that no longer count
+    bool save_soon_ = false;                // a checkpoint after this step's validation, though none is due
     std::vector<std::string> changed_;      // flags of this command line that differ from the resumed run's
     std::string settings_text_, log_full_;  // log_full_: why a log could not be written
     uint64_t params_checksum_ = 0;          // of the model file that was loaded
