@@ -495,10 +495,10 @@ struct MuonScratch {
     }
 };
 
-// How many matrices Muon works on at once. Each thread takes matrices of its own, since threads that share
-// the products of a small matrix would wait for each other most of the time. All threads share one matrix
-// instead where there are fewer than two for each thread (a block has six), since some would then wait long
-// for the last ones; where the threads' scratch memory would exceed 64 MiB; and with several ranks.
+// How many matrices Muon works on at once: one for each thread, since threads that share the products of a
+// small matrix mostly wait for each other. Only one, shared by all threads, if there are several ranks, if
+// there are fewer than two matrices (six in a block) for each thread, or if the threads' scratch memory would
+// exceed 64 MiB.
 inline size_t muon_at_once(const Config& c, size_t world) {
     constexpr size_t MOST_BYTES = 64 << 20;
     const size_t threads = (size_t)omp_get_max_threads();
@@ -700,7 +700,7 @@ struct GPT2 : States {
             if (trains && optimizer == MUON) t.place_muon(scratch, c, ranks);
         });
         gemm::reserve(threads_);
-        gemm::reserve_own(lone_threads(c, ranks, trains, optimizer));
+        gemm::reserve_own(muon_threads(c, ranks, trains, optimizer));
     }
 
     // The mean loss. For tests it may be a training pass, with dropout, which backward() may follow; until
@@ -788,14 +788,14 @@ struct GPT2 : States {
         grads_are_zero_ = true;
     }
 
-    // For tests: the logits (M,V) of the last forward pass, all at once; and how many rows of a batch of M
-    // the head computes at once, so that their logits fit in 128 MiB.
+    // For tests: the logits (M,V) of the last forward pass, all at once.
     void logits(float* out) {
         with_operands(precision, [&](auto operand) {
             gemm::forward(out, tensors<decltype(operand)>().act.lnf, params.wte, nullptr, rows(), cfg.C,
                           cfg.V);
         });
     }
+    // How many rows of a batch of M the head computes at once, so that their logits fit in 128 MiB.
     static size_t head_rows(const Config& c, size_t M) {
         constexpr size_t HEAD_FLOATS = 32 << 20;
         return std::min(M, std::max<size_t>(64, HEAD_FLOATS / round_up(c.V, 16)));
@@ -827,15 +827,15 @@ struct GPT2 : States {
             for (MuonScratch<A>& m : muon) m.place(scratch, c, (size_t)ranks.world());
         }
     };
-    // How many threads compute products of their own; 0: none do.
-    static int lone_threads(const Config& c, const Ranks& ranks, bool trains, Optimizer optimizer) {
+    // Threads that each work on a matrix of their own in Muon; 0: all share each product.
+    static int muon_threads(const Config& c, const Ranks& ranks, bool trains, Optimizer optimizer) {
         const size_t at_once = trains && optimizer == MUON ? muon_at_once(c, (size_t)ranks.world()) : 1;
         return at_once > 1 ? (int)at_once : 0;
     }
     // Bytes of all workspaces of products.
     static size_t workspace_bytes(const Config& c, const Ranks& ranks, bool trains, Optimizer optimizer) {
         return gemm::workspace_bytes(omp_get_max_threads()) +
-               gemm::own_workspace_bytes(lone_threads(c, ranks, trains, optimizer));
+               gemm::own_workspace_bytes(muon_threads(c, ranks, trains, optimizer));
     }
     template <class A>
     Tensors<A>& tensors() {
@@ -990,7 +990,8 @@ struct GPT2 : States {
         accumulates_ = !std::exchange(grads_are_zero_, false);
         double loss = head<A, true>();
         for (size_t l = cfg.L; l-- > 0;) {
-            block_backward<A>(l);  // begins with the LayerNorm after block l, which block l + 1 still lacks
+            block_backward<A>(
+                l);  // first completes block l + 1: the LayerNorm between the two is that block's
             if (l + 1 < (size_t)cfg.L) add_up_ranks(BLOCK, l + 1);
             else add_up_ranks(FINAL_NORM);
         }
@@ -1001,7 +1002,7 @@ struct GPT2 : States {
         embedding_backward(grads.wte, grads.wpe, work.dresid, tokens_, b_, t_, cfg.C,
                            drop(rng::EMB_DROPOUT, 0), first_element());
         add_up_ranks(EMBEDDINGS);
-        squared_ = !ranks.several();  // a sum over ranks has other squares
+        squared_ = !ranks.several();  // the sum over ranks has changed the gradients, and so their squares
         return loss;
     }
 

@@ -99,11 +99,12 @@ void gram(float* Y, const bf16* X, size_t N, size_t K);
 // ---------------------------------------------------------------------------------------------
 // Generation
 
-// Y (M,N) = X (M,K) W^T + b for few rows. With one row, reading W takes nearly all the time; so W is read
-// from memory only once, 16 of its rows for all groups of up to 8 rows of X. A row's result does not depend
-// on M; it is summed in another order than forward()'s. Inside a parallel region the fp32 form works on the
-// calling thread, and all threads may call it at once. The bf16 form rounds X into the shared workspace and
-// must be called outside parallel regions.
+// Y (M,N) = X (M,K) W^T + b for few rows. With one row, reading W takes nearly all the time. So 16 rows of W
+// at a time are multiplied with all rows of X, 8 of these at a time, and W comes from memory once (bf16: once
+// for as many rows of X as the workspace holds). A row's result does not depend on M; it is summed in another
+// order than forward()'s. Inside a parallel region the fp32 form works on the calling thread, with all of W
+// for every 8 rows of X, and all threads may call it at once. The bf16 form rounds X into the shared
+// workspace and must be called outside parallel regions.
 void few_rows(float* Y, const float* X, const float* W, const float* b, size_t M, size_t K, size_t N,
               size_t ldy = 0);
 void few_rows(float* Y, const float* X, const bf16* W, const float* b, size_t M, size_t K, size_t N,

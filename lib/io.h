@@ -164,8 +164,8 @@ inline void rename_file(const std::string& from, const std::string& to) {
 }
 
 // A 64-bit checksum, word by word, that all but certainly changes with changed, missing or swapped bytes. How
-// the data is cut into pieces does not matter. end_section() fills the last word up with zeros, so lengths
-// are compared apart.
+// the data is cut into pieces does not matter. end_section() fills the last word up with zeros, so zeros that
+// are missing at a section's end are not noticed: the reader checks lengths itself.
 class Checksum {
   public:
     void add(const void* data, size_t bytes) {
@@ -287,7 +287,8 @@ inline std::vector<std::string> names_in(const std::string& dir) {
     std::sort(names.begin(), names.end());
     return names;
 }
-// An AtomicFile is written as NAME.tmpPID. Given such a name whose process is dead, returns NAME; else "".
+// An AtomicFile is written as NAME.tmpPID. Given such a name whose process is not alive on this machine,
+// returns NAME; else "".
 inline std::string abandoned(const std::string& name) {
     const size_t at = name.rfind(".tmp");
     if (at == std::string::npos || name.find_first_not_of("0123456789", at + 4) != std::string::npos)

@@ -95,7 +95,7 @@ inline size_t control_group_available(const std::string& root) {
     return SIZE_MAX;
 }
 
-// Bytes that this process may still take: the machine's free memory, or its control group's if that is less.
+// Bytes that this process may still take: the machine's free memory, or its container's if that is less.
 // If the system does not tell, all of the machine's memory counts as free.
 inline size_t memory_available() {
     size_t best = SIZE_MAX;
@@ -106,8 +106,8 @@ inline size_t memory_available() {
     return std::min(best, control_group_available("/sys/fs/cgroup"));
 }
 
-// Threads for each of `processes` on this machine that compute at the same time; 0: as many as by default,
-// where the user or mpirun has already said which processors this one may use.
+// Threads for each of `processes` on this machine that compute at the same time. 0: OpenMP's default number,
+// for a single process, or because the user or mpirun has already said which processors this one may use.
 inline int fair_threads(int processes) {
     const int all = (int)sysconf(_SC_NPROCESSORS_ONLN), ours = omp_get_num_procs();
     return processes > 1 && ours * processes > all && !getenv("OMP_NUM_THREADS")

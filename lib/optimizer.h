@@ -80,8 +80,8 @@ inline std::array<MuonGroup, 2> muon_groups(const Config& c, size_t multiple = 1
     return groups;
 }
 
-// An array that the optimizer keeps, the name of its section in a state file, and that of the section in a
-// rank's shard that tells which elements it holds (lib/checkpoint.h).
+// An array that the optimizer keeps; the section of a state file that holds it; and the section of a rank's
+// shard that lists its elements (lib/checkpoint.h).
 struct OptimizerArray {
     State state;
     const char *section, *ranges;
@@ -117,10 +117,12 @@ struct Sharding {
     }
 };
 
-// A run of elements of one tensor of one layer that a rank's optimizer updates: where it is in the file, in
-// arrays that hold the whole model, and in arrays that hold only this rank's shards. Muon's momentum and
-// AdamW's first moments are parts of one array, since no parameter has both. `second` is where a piece is in
-// the array of second moments, which has no elements for pieces that Muon updates; their `second` is unused.
+// A run of `size` elements of one tensor of one layer that a rank's optimizer updates, and where the first
+// one is
+//     file     in the model file
+//     memory   in an array of the whole model
+//     shard    in this rank's array of first moments, which also holds Muon's momentum: no parameter has both
+//     second   in its array of second moments; unused for block matrices that Muon updates, which have none
 struct OwnedPiece {
     size_t file, memory, shard, second, size;
     bool decay, block_matrix;

@@ -17,8 +17,9 @@ time used for this is the 10th percentile of the optimizer's steps; slower ones 
 loss is its lowest validation loss, in b on the first 50,000 tokens of the validation file. Runs alternate
 between the optimizers, so that slow phases of the machine meet both.
 
-OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, rewritten as runs end, OUT/report.md all that
-there are; OUT/a_steps.svg, OUT/a_seconds.svg, ... the curves. Other arguments need another OUT."""
+OUT/a.md, OUT/a_long.md, OUT/b.md and OUT/c.md have the tables, written when all rates have been run and
+rewritten as further runs end; OUT/report.md has all that there are; OUT/a_steps.svg, OUT/a_seconds.svg, ...
+the curves. Other arguments need another OUT."""
 
 import argparse
 import csv
@@ -56,7 +57,8 @@ class Run:
             with open(saved, "w") as f:
                 f.write(wanted)
         if not os.path.exists(saved) or open(saved).read() != wanted:
-            sys.exit(f"optimizers.py: {self.folder} was trained with other flags; take another --out")
+            sys.exit(f"optimizers.py: {self.folder} was trained with other flags, or not by this script; "
+                     "take another --out")
         if self.done():
             return
         resume = any(name.startswith("state_") for name in os.listdir(self.folder)) \
