@@ -718,12 +718,15 @@ TEST_CASE("cli: dev/ladder/rung8.sh trains, judges poets it left out, fine-tunes
     write_file(d / "poems.csv", poems);
     auto rung8 = [&](const std::string& runs, const std::string& out = "out", const std::string& flags = "",
                      int steps = 20, const std::string& variables = "UNSEEN=B TUNED=B") {
+        How how;
+        how.seconds = 600;  // about forty programs, which a busy machine delays
         return run({"/bin/sh", "-c",
                     variables +
                         " POET=A ASK=poem_meter=other BATCH=2 WRITTEN=2 "
                         "TRAIN_FLAGS='--depth 1 --channels 16 --heads 2 --seq_len 32" +
                         flags + "' STEPS=" + std::to_string(steps) + " RUNS='" + runs +
-                        "' dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / out)});
+                        "' dev/ladder/rung8.sh " + (d / "poems.csv") + " " + (d / out)},
+                   how);
     };
     // Its programs tell on standard error which verses found no rhyme.
     Result r = rung8("muon one_none tuned");
