@@ -241,9 +241,9 @@ inline void add_flags(Flags& f, Options& o, const std::string& program) {
 
 inline Optimizer optimizer_of(const Options& o) { return o.optimizer == name_of(MUON) ? MUON : ADAMW; }
 
-// Defaults that depend on the model's size: the optimizer and rate that were the best where they were
-// compared (dev/ladder/OPTIMIZERS.md). Models from 129 channels on are fine-tuned with the settings usual for
-// GPT-2: by AdamW, with a low, constant learning rate.
+// Defaults that depend on the model's size: the optimizer that was the best where they were compared, and a
+// rate near its best (dev/ladder/OPTIMIZERS.md). Models from 129 channels on are fine-tuned with the settings
+// usual for GPT-2: by AdamW, with a low, constant learning rate.
 inline void apply_preset_defaults(Options& o, const Config& c, bool fine_tune) {
     const bool small = c.C <= 128, middle = c.C <= 512;
     if (o.optimizer.empty()) o.optimizer = name_of(small || (middle && !fine_tune) ? MUON : ADAMW);
