@@ -248,23 +248,23 @@ TEST_CASE("tokens that steering takes back are drawn again after the same text, 
     SampleOptions greedy;
     greedy.temperature = 0;
     for (size_t limit : {64, 8})  // with 8, the context begins anew before and after the cut
-        for (size_t count : {1, 2, 3, 4, 6, 21, 22, 23, 24, 26}) {
-            // Above 20: with tags, of which the context keeps 2
-            greedy.prefix = count > 20 ? Tokens{90, 91} : Tokens{};
-            TakingBack steering(15, count % 20, 25);
-            CountingDecoder decoder(1, limit);
-            Tokens text;
-            generate(decoder, 1, {9, 10, 11, 12}, 100, -1, 100, 1, greedy,
-                     [&](size_t, int t) { text.push_back(t); }, {&steering});
-            Tokens want(21);
-            std::iota(want.begin(), want.end(), 13);
-            CHECK(text == want);           // nothing twice, nothing left out
-            CHECK(decoder.shortest >= 4);  // the prompt, or half a full context
-            const Tokens& held = decoder.held[0];
-            const bool tagged = limit == 8 && count > 20;
-            if (tagged) CHECK((held[0] == 90 && held[1] == 91));
-            for (size_t i = tagged ? 3 : 1; i < held.size(); i++) CHECK(held[i] == held[i - 1] + 1);
-        }
+        for (bool tags : {false, true})
+            for (size_t count : {1, 2, 3, 4, 6}) {
+                greedy.prefix = tags ? Tokens{90, 91} : Tokens{};
+                TakingBack steering(15, count, 25);
+                CountingDecoder decoder(1, limit);
+                Tokens text;
+                generate(decoder, 1, {9, 10, 11, 12}, 100, -1, 100, 1, greedy,
+                         [&](size_t, int t) { text.push_back(t); }, {&steering});
+                Tokens want(21);
+                std::iota(want.begin(), want.end(), 13);
+                CHECK(text == want);           // nothing twice, nothing left out
+                CHECK(decoder.shortest >= 4);  // the prompt, or half a full context
+                const Tokens& held = decoder.held[0];
+                const bool tagged = limit == 8 && tags;  // a full context was cut
+                if (tagged) CHECK((held[0] == 90 && held[1] == 91));
+                for (size_t i = tagged ? 3 : 1; i < held.size(); i++) CHECK(held[i] == held[i - 1] + 1);
+            }
 }
 
 TEST_CASE(

@@ -678,7 +678,7 @@ def _(_):
 
 
 def cut_off(server, clients, send, more=lambda: time.sleep(0.1)):
-    """Checks that another client is answered once those that `send` keeps busy are cut off, after ten seconds.
+    """Checks that another client is answered once those that `send` keeps busy are cut off, after 10 seconds.
     `more` is called until twelve have passed."""
     ended = threading.Event()
 
